@@ -1,0 +1,25 @@
+"""The errors users see. Each text says what was given, where, what is allowed and what to do."""
+
+
+class ZigguratError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class ConfigError(ZigguratError, ValueError):
+    """A method's config cannot be applied: to itself, to the model, or beside another adapter."""
+
+
+class AnatomyError(ZigguratError, ValueError):
+    """No stack of layers, or no place in one, could be found for a module."""
+
+
+class RecipeError(ZigguratError, ValueError):
+    """A recipe has mistakes; the text lists all of them at once."""
+
+
+class ExportError(ZigguratError, ValueError):
+    """An adapter cannot be written in the form that was asked for."""
+
+
+class DataError(ZigguratError, ValueError):
+    """A data file or hub data set cannot be read as the recipe says."""
