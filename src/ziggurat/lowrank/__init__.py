@@ -1,0 +1,1 @@
+"""The mathematics on one factor pair: composing it, multiplying by it, measuring it. Needs torch only."""
