@@ -1,0 +1,197 @@
+"""The adapted linear: forward, delta, merge and unmerge around one effective factor pair.
+
+A method subclasses `AdaptedLinear` and says how a linear's pair is composed; what
+follows from the pair is written here, once.
+"""
+
+import logging
+from abc import abstractmethod
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ziggurat.errors import ConfigError
+from ziggurat.lowrank.pair import FactorPair, delta
+from ziggurat.lowrank.product import low_rank_add
+
+logger = logging.getLogger(__name__)
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether a factor pair can stand beside `module`: a linear, GPT-2's Conv1D, or a quantised linear."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(base, nn.Linear | Conv1D):
+        return True
+    quantised = any(hasattr(base, name) for name in ("qweight", "W_q", "codebooks"))
+    return quantised or (
+        hasattr(base, "in_features") and hasattr(base, "out_features") and hasattr(base, "weight")
+    )
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of a linear of any kind.
+
+    Raises:
+        ConfigError: the layer doesn't tell its size.
+    """
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    d_in, d_out = _get_in_out_features(base)
+    if d_in is None or d_out is None:
+        raise ConfigError(
+            f"{type(base).__name__} has no in_features and out_features; leave it out of target_modules."
+        )
+    return int(d_in), int(d_out)
+
+
+class AdaptedLinear(nn.Module, BaseTunerLayer):
+    """A linear W with low-rank updates beside it: y = W x + sum over active adapters of B (A dropout(x)).
+
+    A subclass gives `adapters`, `effective_pair` and `dropout`. All else (merging,
+    quantised bases, mixed batches) follows from the pair.
+    """
+
+    #: How the method's name appears in PEFT's status and in `repr`.
+    method: str
+
+    def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+        base = self.get_base_layer()
+        self.in_features, self.out_features = features(base)
+        # Conv1D keeps its weight as (d_in, d_out).
+        self.fan_in_fan_out = isinstance(base, Conv1D)
+        self.quantization_backend = resolve_quantization_backend(base, **quantization_kwargs)
+
+    @property
+    @abstractmethod
+    def adapters(self) -> Collection[str]:
+        """The names of the adapters that reach this linear."""
+
+    @abstractmethod
+    def effective_pair(self, adapter: str) -> FactorPair:
+        """The one pair that says all of `adapter`'s update here: A (rank, d_in), B (d_out, rank), scale folded in."""
+
+    @abstractmethod
+    def dropout(self, adapter: str) -> float:
+        """The probability that an input of `adapter`'s path is dropped in training."""
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.adapters)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        y = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return y
+        if adapter_names is not None:
+            return self._add_by_sample(y, x, adapter_names)
+        if self.merged:
+            return y
+        if self.quantization_backend is not None:
+            y = self.quantization_backend.maybe_clone_base_result(y)
+        for adapter in self.active_adapters:
+            if adapter in self.adapters:
+                a, b = self.effective_pair(adapter)
+                y = low_rank_add(y, x, a, b, self.dropout(adapter) if self.training else 0.0)
+        return y
+
+    def _add_by_sample(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
+        """Each sample of the batch with the adapter named for it ("__base__": none). Inference only."""
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                f"adapter_names has {len(adapter_names)} names for a batch of {len(x)}: give one name a sample."
+            )
+        if self.merged:
+            raise ValueError(
+                "adapter_names can't be used while adapters are merged: call unmerge_adapter() first."
+            )
+        y = y.clone()
+        for adapter in sorted(set(adapter_names) & set(self.adapters)):
+            rows = torch.tensor(
+                [i for i, name in enumerate(adapter_names) if name == adapter], device=y.device
+            )
+            a, b = self.effective_pair(adapter)
+            y[rows] = low_rank_add(y[rows], x[rows], a, b)
+        return y
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """B A in the layout of the base weight: (d_out, d_in), or (d_in, d_out) for Conv1D."""
+        a, b = self.effective_pair(adapter)
+        on_slow_half = a.device.type == "cpu" and a.dtype in (torch.float16, torch.bfloat16)
+        update = (
+            delta(FactorPair(a.float(), b.float())).to(a.dtype) if on_slow_half else delta(FactorPair(a, b))
+        )
+        return update.T if self.fan_in_fan_out else update
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """W <- W + B A for the adapters named (default: the active ones).
+
+        A quantised weight is dequantised, added to and quantised again; the error that
+        this makes is logged, relative to the update.
+
+        Raises:
+            ValueError: `safe_merge` and the sum is not finite; or a weight that can't be
+                dequantised, with the way round it.
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names) or ():
+            if adapter in self.adapters:
+                self._check_dequantises()
+                merged = self._shifted(adapter, +1.0)
+                if safe_merge and not torch.isfinite(merged).all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights: adapter {adapter!r} holds or makes values that are not "
+                        "finite. The base weights were left as they were."
+                    )
+                self._store(merged, adapter)
+                self.merged_adapters.append(adapter)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """W <- W - B A for every merged adapter, last in first out."""
+        while self.merged_adapters:
+            adapter = self.merged_adapters.pop()
+            if adapter in self.adapters:
+                self._store(self._shifted(adapter, -1.0), adapter)
+
+    def _shifted(self, adapter: str, sign: float) -> Tensor:
+        weight = self.get_base_weight()
+        update = self.get_delta_weight(adapter).to(weight.device)
+        return weight + sign * update.to(weight.dtype)
+
+    def _store(self, weight: Tensor, adapter: str) -> None:
+        self.set_base_weight(weight)
+        if self.quantization_backend is not None:
+            error = (self.get_base_weight().float() - weight.float()).norm() / self.get_delta_weight(
+                adapter
+            ).float().norm()
+            logger.warning(
+                "merged %r into a %s weight: quantising again changed it by %.0f%% of the update's own size",
+                adapter,
+                self.quantization_backend.backend_name,
+                100 * float(error),
+            )
+
+    def _check_dequantises(self) -> None:
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise ValueError(
+                f"a {backend.backend_name} weight can't be dequantised, so nothing can be merged into it. Keep the "
+                "adapter beside the model, export it with ziggurat.export, or merge into the model before quantisation."
+            )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"{self.method}.{super().__repr__()}"

@@ -1,0 +1,168 @@
+"""What every method's tuner has in common: targets, checks before any change, mixed batches, unloading."""
+
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.anatomy import Anatomy
+from ziggurat.host.bank import PairBank
+from ziggurat.host.linear import AdaptedLinear, is_adaptable
+from ziggurat.host.targets import DEFAULT_TARGETS, near_misses
+
+BASE = "__base__"  # PEFT's name, in adapter_names, for a sample without adapter
+
+
+class LinearTuner(BaseTuner):
+    """A tuner that puts `layer_cls` in the place of targeted linears. Subclasses give:
+
+    prefix, tuner_layer_cls (the marker base of all their tuner layers), layer_cls,
+    `_check_target` (the method's own demands on one linear) and `_adapt` (add an
+    adapter to an adapted linear).
+    """
+
+    layer_cls: type[AdaptedLinear]
+    target_module_mapping = DEFAULT_TARGETS
+    anatomy: Anatomy | None = None
+
+    def _check_target(self, config: Any, path: str, module: nn.Module) -> None:
+        """Raise ConfigError if the linear at `path` can't be adapted as `config` says. Changes nothing."""
+
+    def _adapt(self, config: Any, adapter: str, layer: AdaptedLinear, path: str) -> None:
+        """Add `adapter` to the adapted linear at `path`."""
+        raise NotImplementedError
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Look at the whole model and raise before anything in it is changed."""
+        self.anatomy = Anatomy(model, layers_pattern=getattr(peft_config, "layers_pattern", None))
+        peft_config = _maybe_include_all_linear_layers(peft_config, model)
+        inside = tuple(
+            f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+        )
+        for path, module in model.named_modules():
+            if path and not path.startswith(inside) and self._check_target_module_exists(peft_config, path):
+                if not is_adaptable(module):
+                    raise ConfigError(
+                        f"Target module {path!r} is a {type(module).__name__}, which is not supported: only linear "
+                        "layers (torch.nn.Linear, Conv1D, quantised linears) are. Name linears in target_modules, or "
+                        "leave this module out by exclude_modules."
+                    )
+                self._check_target(peft_config, path, module)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            near = near_misses(self.peft_config[adapter_name].target_modules or (), model)
+            hint = f" Nearest names in this model: {', '.join(near)}." if near else ""
+            raise NoMatchingPeftModuleError(f"{error}{hint}") from error
+        finally:
+            self.anatomy = None
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(target, self.layer_cls):
+            self._adapt(peft_config, adapter_name, target, current_key)
+            target.set_adapter(self.active_adapters)
+            return
+        layer = self.layer_cls(target, **_quantization_kwargs(self.model))
+        self._adapt(peft_config, adapter_name, layer, current_key)
+        layer.set_adapter(self.active_adapters)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for name, child in list(model.named_children()):
+            if isinstance(child, PairBank) and isinstance(child, self.tuner_layer_cls):
+                delattr(model, name)
+        return model
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names` (one adapter name a sample) to every layer for the length of one forward."""
+        names: list[str] | None = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        self._check_adapter_names(names)
+        beams = kwargs.get("num_beams") or 1
+        for_decoder = [name for name in names for _ in range(beams)]
+        layers = (AdaptedLinear, AuxiliaryTrainingWrapper)
+        encoder = _encoder(self.model) if beams > 1 else None
+        # In beam search only the decoder sees every sample `num_beams` times.
+        in_encoder = {id(module) for module in encoder.modules()} if encoder is not None else set()
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_pass_names, names=names if id(module) in in_encoder else for_decoder),
+                with_kwargs=True,
+            )
+            for module in self.modules()
+            if isinstance(module, layers)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, names: list[str]) -> None:
+        if self.training:
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode: call model.eval() first."
+            )
+        known = {
+            name for module in self.modules() if isinstance(module, AdaptedLinear) for name in module.adapters
+        }
+        unknown = sorted(set(names) - known - {BASE})
+        if unknown:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
+                f"The model has {', '.join(sorted(known))}; {BASE} means no adapter."
+            )
+
+
+def _pass_names(
+    module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]
+) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _encoder(model: nn.Module) -> nn.Module | None:
+    get_encoder = getattr(model, "get_encoder", None)
+    encoder = get_encoder() if get_encoder is not None else None
+    return None if encoder is model else encoder
+
+
+def _quantization_kwargs(model: nn.Module) -> dict[str, Any]:
+    """What PEFT's quantisation backends need to know of the model: how torchao weights are quantised again."""
+    try:
+        return {
+            "get_apply_tensor_subclass": operator.attrgetter(
+                "hf_quantizer.quantization_config.get_apply_tensor_subclass"
+            )(model)
+        }
+    except AttributeError:
+        return {}

@@ -1,0 +1,108 @@
+"""What a user says of an MSPLoRA adapter."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.config import LinearMethodConfig
+from ziggurat.host.registry import peft_type
+from ziggurat.methods.msplora.pyramid import Tier, check_tiers, halved_tiers, listed_tiers
+
+CITATION = """@article{zhao2025msplora,
+  title   = {{MSPLoRA}: A Multi-Scale Pyramid Low-Rank Adaptation for Efficient Model Fine-Tuning},
+  author  = {Zhao, Jiancheng and Yu, Xingda and Yang, Zhen},
+  journal = {arXiv preprint arXiv:2503.21838},
+  year    = {2025}
+}"""
+
+
+@dataclass
+class MSPLoraConfig(LinearMethodConfig):
+    """Config of MSPLoRA (arXiv 2503.21838): a pyramid of factor pairs shared by all, some, or no layers.
+
+    The update of the linear of one role in layer n is
+    dW_n = s_g B_g A_g + s_m B_m A_m + s_l B_l A_l (Eq. 3 and 4): (A_g, B_g), of rank r, is shared by
+    all layers of the stack, (A_m, B_m), of rank r/2, by the layers of n's group, (A_l, B_l), of rank r/4, by nobody.
+    Each scale is lora_alpha over that tier's own rank.
+
+    Args:
+        r: rank of the coarsest tier; the next ones have r / rank_decay and r / rank_decay^2.
+        num_groups: mid groups, contiguous and equal parts of the depth: layer n of N is in group
+            floor(n num_groups / N). None: 3, or the number of layers on a shallower stack.
+        group_starts: instead of `num_groups`: the first layer of each mid group, such as [0, 4, 8].
+        rank_decay: what each tier's rank is divided by to give the next one's. 1: all tiers have rank r.
+        ranks: instead of `r` and `rank_decay`: the ranks of the global, mid and layer tier.
+        tiers: instead of all of these: any number of tiers, coarse to fine, each a dict of `name`, `groups`
+            (a number, a list of first layers, or "layers") and optionally `r` and `lora_alpha`.
+        train_in_stages: train the tiers one after the other, coarse to fine, in equal shares of the run.
+        bias: "none", "all", or "msplora_only" (the biases of the adapted linears).
+
+    Raises:
+        ConfigError: values that can't work in any model; what can't work in a given model is refused
+            when the adapter is put into it, before anything there is changed.
+    """
+
+    bias: Literal["none", "all", "msplora_only"] = field(
+        default="none", metadata={"help": "Biases to train: 'none', 'all' or 'msplora_only'."}
+    )
+    num_groups: int | None = field(default=None, metadata={"help": "Number of mid groups (default: 3)."})
+    group_starts: list[int] | None = field(default=None, metadata={"help": "First layer of each mid group."})
+    rank_decay: int = field(
+        default=2, metadata={"help": "Each tier's rank divided by this gives the next one's."}
+    )
+    ranks: list[int] | None = field(
+        default=None, metadata={"help": "Ranks of the global, mid and layer tier."}
+    )
+    tiers: list[dict[str, Any]] | None = field(
+        default=None, metadata={"help": "Tiers one by one, coarse to fine."}
+    )
+    train_in_stages: bool = field(default=False, metadata={"help": "Train the tiers one after the other."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type("MSPLORA")
+        if self.tiers is not None:
+            given = [
+                name for name in ("num_groups", "group_starts", "ranks") if getattr(self, name) is not None
+            ]
+            if given:
+                raise ConfigError(
+                    f"tiers=[...] says all of the pyramid; {given[0]} can't be given beside it."
+                )
+        if self.num_groups is not None and self.group_starts is not None:
+            raise ConfigError(
+                "num_groups and group_starts both say where the mid groups lie: give one of them."
+            )
+        if not isinstance(self.rank_decay, int) or isinstance(self.rank_decay, bool):
+            raise ConfigError(f"rank_decay={self.rank_decay!r}: a whole number of at least 1 is needed.")
+        check_tiers(self.pyramid())
+
+    def pyramid(self) -> tuple[Tier, ...]:
+        """The tiers, coarse to fine."""
+        if self.tiers is not None:
+            return listed_tiers(self.tiers, self.r, self.lora_alpha, self.use_rslora)
+        return halved_tiers(
+            self.r,
+            self.lora_alpha,
+            self.use_rslora,
+            self.num_groups,
+            self.group_starts,
+            self.rank_decay,
+            self.ranks,
+        )
+
+    @property
+    def speaks_of_depth(self) -> bool:
+        """Whether the user has said something that only makes sense in a stack of layers."""
+        fields = (
+            self.num_groups,
+            self.group_starts,
+            self.tiers,
+            self.layers_to_transform,
+            self.layers_pattern,
+        )
+        return any(value not in (None, []) for value in fields)
+
+    @property
+    def citation(self) -> str:
+        return CITATION

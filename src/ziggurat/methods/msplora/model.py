@@ -1,0 +1,166 @@
+"""MSPLoRA's tuner: builds the pyramid over a model's stacks of layers."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.anatomy import Place
+from ziggurat.host.linear import AdaptedLinear, features
+from ziggurat.host.tuner import LinearTuner
+from ziggurat.methods.msplora.config import MSPLoraConfig
+from ziggurat.methods.msplora.layer import MSPLoraLayer, MSPLoraLinear, Pyramid
+from ziggurat.methods.msplora.pyramid import Tier, components
+
+#: Where the bank stands in the base model; must not contain the tuner's prefix.
+BANK = "pyramid"
+
+
+class MSPLoraModel(LinearTuner):
+    """Puts MSPLoRA adapters into a model. Made by PEFT from an `MSPLoraConfig`; see there."""
+
+    prefix = "msplora_"
+    tuner_layer_cls = MSPLoraLayer
+    layer_cls = MSPLoraLinear
+
+    def _place(self, config: MSPLoraConfig, path: str) -> Place:
+        """Where the linear at `path` lies; outside every stack it is a stack of its own, with one layer."""
+        assert self.anatomy is not None
+        return self.anatomy.find(path) or Place(stack=path, layer=0, role="", num_layers=1)
+
+    def _check_target(self, config: MSPLoraConfig, path: str, module: nn.Module) -> None:
+        assert self.anatomy is not None
+        if not self.anatomy.stacks and config.speaks_of_depth:
+            self.anatomy.place(path)  # raises: the config speaks of layers, and there are none
+        place, (d_in, d_out) = self._place(config, path), features(module)
+        if not place.role:
+            return
+        for tier in config.pyramid():
+            tier.check(place)
+            if tier.r > min(d_in, d_out):
+                raise ConfigError(
+                    f"rank {tier.r} of tier {tier.name!r} is above the matrix: {path!r} maps {d_in} to {d_out}, so at "
+                    f"most rank {min(d_in, d_out)} has a meaning there. Lower r, or leave the module out by "
+                    "exclude_modules."
+                )
+
+    def _adapt(self, config: MSPLoraConfig, adapter: str, layer: AdaptedLinear, path: str) -> None:
+        assert isinstance(layer, MSPLoraLinear)
+        bank, tiers = self._bank(), config.pyramid()
+        place = self._place(config, path)
+        shape = (layer.in_features, layer.out_features)
+        parts = components(tiers, place, *shape)
+        device, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+        dtype = dtype if dtype is not None and dtype.is_floating_point else torch.float32
+        for tier, part in zip(tiers, parts, strict=True):
+            bank.create(adapter, part.pair, *shape, tier.r, config.init_weights, device, dtype)
+        bank.quantization_backend = layer.quantization_backend
+        bank.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        layer.join(adapter, bank, parts, config.lora_dropout)
+
+    def _bank(self) -> Pyramid:
+        bank = getattr(self.model, BANK, None)
+        if bank is None:
+            bank = Pyramid()
+            self.model.add_module(BANK, bank)
+        if not isinstance(bank, Pyramid):
+            raise ConfigError(
+                f"the model has an attribute {BANK!r} of type {type(bank).__name__}, the name under which MSPLoRA "
+                "keeps its shared pairs. Rename it."
+            )
+        return bank
+
+    def set_stage(self, progress: float, adapter: str = "default") -> str:
+        """Let only one tier of `adapter` learn: the one whose share of the run `progress` (0 to 1) lies in.
+
+        The tiers take equal shares of the run, coarse to fine. Returns the tier's name.
+        A Trainer does this by itself when the config says `train_in_stages`.
+        """
+        tiers = self._tiers(adapter)
+        learning = tiers[min(int(progress * len(tiers)), len(tiers) - 1)]
+        bank = self._bank()
+        still = [name for name in bank.factors(adapter).names() if _tier_name(name) != learning.name]
+        bank.hold_still(adapter, still)
+        return learning.name
+
+    def end_stages(self, adapter: str = "default") -> None:
+        """Let all tiers of `adapter` learn again."""
+        self._bank().hold_still(adapter, ())
+
+    def _tiers(self, adapter: str) -> tuple[Tier, ...]:
+        if adapter not in self.peft_config:
+            raise ValueError(f"Adapter {adapter} does not exist; there are {', '.join(self.peft_config)}.")
+        return self.peft_config[adapter].pyramid()  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        **_: Any,
+    ) -> None:
+        """Add an adapter whose every delta is the weighted sum of the given ones': dW = sum_i w_i dW_i, exactly.
+
+        The ranks add up inside each tier: A = [A_1; A_2; ...], B = [w_1 s_1 B_1, w_2 s_2 B_2, ...] with scale 1, so
+        the new adapter shares as the old ones do.
+
+        Raises:
+            ValueError: an unknown adapter, lists of unequal length, or adapters whose pyramids differ.
+        """
+        if adapter_name in self.peft_config:
+            return
+        if combination_type not in ("linear", "cat"):
+            raise ValueError(
+                f"Invalid combination_type: {combination_type}. Only 'linear' is supported: the weighted sum, which is "
+                "exact because ranks are concatenated inside the shared pairs."
+            )
+        if len(adapters) != len(weights) or not adapters:
+            raise ValueError(
+                f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter."
+            )
+        pyramids = [self._tiers(name) for name in adapters]
+        self._check_equal_structure(adapters, pyramids)
+        tiers = [
+            {
+                "name": same[0].name,
+                "groups": list(same[0].groups) if isinstance(same[0].groups, tuple) else same[0].groups,
+                "r": (rank := sum(tier.r for tier in same)),
+                "lora_alpha": float(rank),
+            }
+            for same in zip(*pyramids, strict=True)
+        ]
+        first = self.peft_config[adapters[0]]
+        self.peft_config[adapter_name] = replace(
+            first, tiers=tiers, num_groups=None, group_starts=None, ranks=None, use_rslora=False, bias="none"
+        )
+        self.inject_adapter(self.model, adapter_name)
+        bank = self._bank()
+        scales = {tier.name: [p[i].scale for p in pyramids] for i, tier in enumerate(pyramids[0])}
+        for name in bank.factors(adapter_name).names():
+            new = bank.factors(adapter_name).pair(name)
+            olds = [bank.factors(adapter).pair(name) for adapter in adapters]
+            factors = [w * s for w, s in zip(weights, scales[_tier_name(name)], strict=True)]
+            new.A.copy_(torch.cat([old.A for old in olds]))
+            new.B.copy_(torch.cat([f * old.B for f, old in zip(factors, olds, strict=True)], dim=1))
+        for half in bank.factors(adapter_name).parameters():
+            half.requires_grad_(False)
+
+    def _check_equal_structure(self, adapters: list[str], pyramids: list[tuple[Tier, ...]]) -> None:
+        bank = self._bank()
+        shapes = [[(t.name, t.groups, t.at_most) for t in pyramid] for pyramid in pyramids]
+        names = [set(bank.factors(adapter).names()) for adapter in adapters]
+        for adapter, shape, pairs in zip(adapters, shapes, names, strict=True):
+            if shape != shapes[0] or pairs != names[0]:
+                raise ValueError(
+                    f"adapters {adapters[0]!r} and {adapter!r} have different pyramids (tiers, groups or targets), so "
+                    "their shared pairs don't correspond. Combine adapters of equal structure, or export them to plain "
+                    "LoRA with ziggurat.export and combine those."
+                )
+
+
+def _tier_name(pair: str) -> str:
+    return pair.rpartition(":")[2].rstrip("0123456789")

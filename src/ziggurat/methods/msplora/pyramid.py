@@ -1,0 +1,195 @@
+"""The pyramid: which tiers there are, who shares a pair, and what each pair is called.
+
+dW = dW_global + dW_mid + dW_layer for every adapted linear (MSPLoRA, arXiv 2503.21838,
+Eq. 3), each a factor pair (Eq. 4). Pure functions of the config and of a linear's place.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.anatomy import Place
+from ziggurat.host.bank import Component
+
+#: One group per layer: nobody shares.
+EVERY_LAYER = "layers"
+TIER_FIELDS = ("name", "groups", "r", "lora_alpha")
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One level of the pyramid.
+
+    `groups`: into how many contiguous groups of layers the depth is cut (equal parts),
+    or the first layer of each group, or `"layers"`: one group a layer.
+    `at_most`: an automatic number of groups, which becomes the depth on shallower stacks.
+    """
+
+    name: str
+    groups: int | tuple[int, ...] | str
+    r: int
+    lora_alpha: float
+    use_rslora: bool = False
+    at_most: bool = False
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+        return self.lora_alpha / (sqrt(self.r) if self.use_rslora else self.r)
+
+    def group_of(self, layer: int, num_layers: int) -> int:
+        """The group of layer n of N (from 0): floor(n G / N) for G groups; the last boundary at or before n."""
+        if self.groups == EVERY_LAYER:
+            return layer
+        if isinstance(self.groups, tuple):
+            return bisect_right(self.groups, layer) - 1
+        number = int(self.groups)
+        if self.at_most:
+            number = min(number, num_layers)
+        return layer * number // num_layers
+
+    def check(self, place: Place) -> None:
+        """Raise ConfigError unless this tier's groups fit the stack of `place`."""
+        if isinstance(self.groups, int) and not self.at_most and self.groups > place.num_layers:
+            raise ConfigError(
+                f"num_groups={self.groups}, but the stack {place.stack!r} has {place.num_layers} layers: at most "
+                f"{place.num_layers} groups (tier {self.name!r}). Lower num_groups or give group_starts=[...] explicitly."
+            )
+        if isinstance(self.groups, tuple) and self.groups[-1] >= place.num_layers:
+            raise ConfigError(
+                f"group_starts={list(self.groups)}: the last group would begin at layer {self.groups[-1]}, but the "
+                f"stack {place.stack!r} has layers 0 to {place.num_layers - 1} (tier {self.name!r})."
+            )
+
+
+def pair_name(place: Place, tier: Tier, d_in: int, d_out: int) -> str:
+    """What the pair of `tier` at `place` is called: `<stack>:<role>:<d_out>x<d_in>:<tier><group>`, dots as slashes.
+
+    Linears with the same name share the pair, so sharing is per stack, role and shape.
+    """
+    where = f"{place.stack}:{place.role}".replace(".", "/")
+    return f"{where}:{d_out}x{d_in}:{tier.name}{tier.group_of(place.layer, place.num_layers)}"
+
+
+def components(tiers: Sequence[Tier], place: Place, d_in: int, d_out: int) -> tuple[Component, ...]:
+    """The pairs that make up the update of the linear at `place`, coarse to fine."""
+    return tuple(Component(pair_name(place, tier, d_in, d_out), tier.scale) for tier in tiers)
+
+
+def halved_tiers(
+    r: int,
+    lora_alpha: float,
+    use_rslora: bool,
+    num_groups: int | None,
+    group_starts: Sequence[int] | None,
+    rank_decay: int,
+    ranks: Sequence[int] | None,
+) -> tuple[Tier, ...]:
+    """The paper's three tiers: global, mid, layer, of ranks r, r/2, r/4 (Eq. 6), each scaled by its own alpha / rank.
+
+    Raises:
+        ConfigError: r isn't divisible by the decay twice, or `ranks` aren't three.
+    """
+    if ranks is None:
+        if rank_decay < 1 or r % rank_decay**2:
+            lower, upper = r // max(rank_decay, 1) ** 2, -(-r // max(rank_decay, 1) ** 2)
+            fits = " or ".join(
+                str(k * rank_decay**2) for k in sorted({max(lower, 1), upper}) if rank_decay >= 1
+            )
+            raise ConfigError(
+                f"r={r} with rank_decay={rank_decay}: the tiers' ranks r, r/{rank_decay}, r/{rank_decay**2} must be "
+                f"whole numbers. Use r={fits}, another rank_decay (1 or more), or give ranks=[global, mid, layer]."
+            )
+        ranks = (r, r // rank_decay, r // rank_decay**2)
+    if len(ranks) != 3:
+        raise ConfigError(
+            f"ranks={list(ranks)}: three ranks are needed, for the global, mid and layer tier. For more or fewer "
+            "tiers give tiers=[...]."
+        )
+    mid = tuple(group_starts) if group_starts is not None else (3 if num_groups is None else num_groups)
+    at_most = group_starts is None and num_groups is None
+    levels = (("global", 1, False), ("mid", mid, at_most), ("layer", EVERY_LAYER, False))
+    return tuple(
+        Tier(name, groups, rank, lora_alpha, use_rslora, auto)
+        for (name, groups, auto), rank in zip(levels, ranks, strict=True)
+    )
+
+
+def listed_tiers(
+    entries: Sequence[dict[str, Any]], r: int, lora_alpha: float, use_rslora: bool
+) -> tuple[Tier, ...]:
+    """Tiers given one by one, coarse to fine: dicts of `name`, `groups` and, if they differ, `r` and `lora_alpha`.
+
+    Raises:
+        ConfigError: an unknown or missing field, or two tiers of one name.
+    """
+    tiers = []
+    for position, entry in enumerate(entries):
+        unknown = sorted(set(entry) - set(TIER_FIELDS))
+        if unknown or "name" not in entry or "groups" not in entry:
+            problem = f"unknown field {unknown[0]!r}" if unknown else "name and groups are needed"
+            raise ConfigError(
+                f"tiers[{position}]={dict(entry)!r}: {problem}. A tier has the fields {', '.join(TIER_FIELDS)}; "
+                'groups is a number, a list of first layers, or "layers".'
+            )
+        groups = entry["groups"]
+        tiers.append(
+            Tier(
+                str(entry["name"]),
+                tuple(groups) if isinstance(groups, list | tuple) else groups,
+                entry.get("r", r),
+                entry.get("lora_alpha", lora_alpha),
+                use_rslora,
+            )
+        )
+    return tuple(tiers)
+
+
+def check_tiers(tiers: Sequence[Tier]) -> None:
+    """Raise ConfigError unless names, ranks, groups and alphas are possible in any model."""
+    if not tiers:
+        raise ConfigError(
+            'tiers=[]: at least one tier is needed, for example {"name": "global", "groups": 1}.'
+        )
+    if len(tiers) > 64:
+        raise ConfigError(f"tiers has {len(tiers)} entries: at most 64.")
+    names = [tier.name for tier in tiers]
+    for tier in tiers:
+        if not tier.name.isidentifier() or tier.name[-1].isdigit() or names.count(tier.name) > 1:
+            raise ConfigError(
+                f"tier name {tier.name!r}: a name is letters and underscores, doesn't end in a digit, and is used once."
+            )
+        if not _is_count(tier.r):
+            raise ConfigError(
+                f"rank {tier.r!r} of tier {tier.name!r}: a whole number of at least 1 is needed."
+            )
+        if not isinstance(tier.lora_alpha, int | float) or not 0 < tier.lora_alpha < float("inf"):
+            raise ConfigError(
+                f"lora_alpha {tier.lora_alpha!r} of tier {tier.name!r}: a finite number above 0 is needed."
+            )
+        _check_groups(tier)
+
+
+def _check_groups(tier: Tier) -> None:
+    groups = tier.groups
+    if groups == EVERY_LAYER or _is_count(groups):
+        return
+    if isinstance(groups, tuple) and groups and all(isinstance(g, int) for g in groups):
+        rising = all(a < b for a, b in zip(groups, groups[1:], strict=False))
+        if groups[0] == 0 and rising:
+            return
+        raise ConfigError(
+            f"group_starts={list(groups)} (tier {tier.name!r}): the first layer of each group, from 0 and rising, "
+            "for example [0, 4, 8]."
+        )
+    raise ConfigError(
+        f"groups={groups!r} of tier {tier.name!r}: a number of groups of at least 1, a list of first layers such as "
+        '[0, 4, 8], or "layers" for one group a layer.'
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
