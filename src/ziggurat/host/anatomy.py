@@ -65,9 +65,7 @@ class Anatomy:
         self._lists = {node.path: len(node.children) for node in root.walk() if node.is_list}
         self._layers: dict[str, list[str]] = {}
         self._number: dict[str, tuple[str, int]] = {}
-        for stack, members in (
-            _named_stacks(root, layers_pattern) if layers_pattern else _stacks(root)
-        ).items():
+        for stack, members in (_named_stacks(root, layers_pattern) if layers_pattern else _stacks(root)).items():
             layers = _distinct(members)
             self._layers[stack] = [layer.path for layer in layers]
             number = {id(layer.module): n for n, layer in enumerate(layers)}
@@ -111,9 +109,7 @@ class Anatomy:
         """
         bare = self._bare_path(path)
         if bare is None:
-            raise AnatomyError(
-                f"{self._name} has no module {path!r}. Give a name from model.named_modules()."
-            )
+            raise AnatomyError(f"{self._name} has no module {path!r}. Give a name from model.named_modules().")
         place = self._find_bare(bare)
         if place is None:
             raise AnatomyError(

@@ -106,9 +106,7 @@ class PairBank(nn.Module, BaseTunerLayer):
         factors = self.factors(adapter)
         if factors.has(pair):
             return
-        drawn = fresh_pair(
-            d_in, d_out, rank, init, "meta" if device is not None and device.type == "meta" else "cpu"
-        )
+        drawn = fresh_pair(d_in, d_out, rank, init, "meta" if device is not None and device.type == "meta" else "cpu")
         factors.register_parameter(f"{pair}:A", nn.Parameter(drawn.A.to(device=device, dtype=dtype)))
         factors.register_parameter(f"{pair}:B", nn.Parameter(drawn.B.to(device=device, dtype=dtype)))
 
@@ -153,11 +151,7 @@ class PairBank(nn.Module, BaseTunerLayer):
         for component in components:
             for half in ("A", "B"):
                 parameter = factors._parameters[f"{component.pair}:{half}"]
-                if (
-                    parameter is not None
-                    and parameter.device.type == "cpu"
-                    and device.type not in ("cpu", "meta")
-                ):
+                if parameter is not None and parameter.device.type == "cpu" and device.type not in ("cpu", "meta"):
                     parameter.data = parameter.data.to(device)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

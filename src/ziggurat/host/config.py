@@ -23,14 +23,10 @@ class MethodConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
-        write_card(
-            Path(save_directory), type(self).__name__, str(self.base_model_name_or_path or ""), self.citation
-        )
+        write_card(Path(save_directory), type(self).__name__, str(self.base_model_name_or_path or ""), self.citation)
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
         if (folder / WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
             raise ConfigError(
@@ -47,17 +43,13 @@ class LinearMethodConfig(MethodConfig):
     r: int = field(default=8, metadata={"help": "Rank."})
     target_modules: list[str] | str | None = field(
         default=None,
-        metadata={
-            "help": "Names of the linears to adapt, a regular expression over their paths, or 'all-linear'."
-        },
+        metadata={"help": "Names of the linears to adapt, a regular expression over their paths, or 'all-linear'."},
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names, or a regular expression, of linears to leave out."}
     )
     lora_alpha: float = field(default=16, metadata={"help": "The update is scaled by lora_alpha / rank."})
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout on the input of the update, in training."}
-    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the update, in training."})
     fan_in_fan_out: bool = field(
         default=False,
         metadata={"help": "Kept for PEFT's sake: how a weight is laid out is seen from its layer."},
@@ -69,9 +61,7 @@ class LinearMethodConfig(MethodConfig):
     )
     init_weights: bool | Literal["gaussian"] = field(
         default=True,
-        metadata={
-            "help": "True: A uniform, B zero. 'gaussian': A normal, B zero. False: both random, for tests."
-        },
+        metadata={"help": "True: A uniform, B zero. 'gaussian': A normal, B zero. False: both random, for tests."},
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Numbers of the layers to adapt (default: all)."}
@@ -101,9 +91,7 @@ class LinearMethodConfig(MethodConfig):
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ConfigError(f"r={self.r!r}: the rank must be a whole number of at least 1.")
         if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
-            raise ConfigError(
-                f"lora_dropout={self.lora_dropout!r}: a probability from 0 up to, not including, 1."
-            )
+            raise ConfigError(f"lora_dropout={self.lora_dropout!r}: a probability from 0 up to, not including, 1.")
         if self.init_weights not in (True, False, "gaussian"):
             raise ConfigError(f"init_weights={self.init_weights!r}: True, False or 'gaussian'.")
 

@@ -28,9 +28,7 @@ def is_adaptable(module: nn.Module) -> bool:
     if isinstance(base, nn.Linear | Conv1D):
         return True
     quantised = any(hasattr(base, name) for name in ("qweight", "W_q", "codebooks"))
-    return quantised or (
-        hasattr(base, "in_features") and hasattr(base, "out_features") and hasattr(base, "weight")
-    )
+    return quantised or (hasattr(base, "in_features") and hasattr(base, "out_features") and hasattr(base, "weight"))
 
 
 def features(module: nn.Module) -> tuple[int, int]:
@@ -42,9 +40,7 @@ def features(module: nn.Module) -> tuple[int, int]:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     d_in, d_out = _get_in_out_features(base)
     if d_in is None or d_out is None:
-        raise ConfigError(
-            f"{type(base).__name__} has no in_features and out_features; leave it out of target_modules."
-        )
+        raise ConfigError(f"{type(base).__name__} has no in_features and out_features; leave it out of target_modules.")
     return int(d_in), int(d_out)
 
 
@@ -112,14 +108,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
                 f"adapter_names has {len(adapter_names)} names for a batch of {len(x)}: give one name a sample."
             )
         if self.merged:
-            raise ValueError(
-                "adapter_names can't be used while adapters are merged: call unmerge_adapter() first."
-            )
+            raise ValueError("adapter_names can't be used while adapters are merged: call unmerge_adapter() first.")
         y = y.clone()
         for adapter in sorted(set(adapter_names) & set(self.adapters)):
-            rows = torch.tensor(
-                [i for i, name in enumerate(adapter_names) if name == adapter], device=y.device
-            )
+            rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=y.device)
             a, b = self.effective_pair(adapter)
             y[rows] = low_rank_add(y[rows], x[rows], a, b)
         return y
@@ -128,9 +120,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """B A in the layout of the base weight: (d_out, d_in), or (d_in, d_out) for Conv1D."""
         a, b = self.effective_pair(adapter)
         on_slow_half = a.device.type == "cpu" and a.dtype in (torch.float16, torch.bfloat16)
-        update = (
-            delta(FactorPair(a.float(), b.float())).to(a.dtype) if on_slow_half else delta(FactorPair(a, b))
-        )
+        update = delta(FactorPair(a.float(), b.float())).to(a.dtype) if on_slow_half else delta(FactorPair(a, b))
         return update.T if self.fan_in_fan_out else update
 
     @torch.no_grad()

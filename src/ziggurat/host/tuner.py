@@ -44,9 +44,7 @@ class LinearTuner(BaseTuner):
         """Look at the whole model and raise before anything in it is changed."""
         self.anatomy = Anatomy(model, layers_pattern=getattr(peft_config, "layers_pattern", None))
         peft_config = _maybe_include_all_linear_layers(peft_config, model)
-        inside = tuple(
-            f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)
-        )
+        inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         for path, module in model.named_modules():
             if path and not path.startswith(inside) and self._check_target_module_exists(peft_config, path):
                 if not is_adaptable(module):
@@ -95,9 +93,7 @@ class LinearTuner(BaseTuner):
                 delattr(model, name)
         return model
 
-    def _replace_module(
-        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
-    ) -> None:
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
 
     @contextmanager
@@ -130,12 +126,8 @@ class LinearTuner(BaseTuner):
 
     def _check_adapter_names(self, names: list[str]) -> None:
         if self.training:
-            raise ValueError(
-                "Cannot pass `adapter_names` when the model is in training mode: call model.eval() first."
-            )
-        known = {
-            name for module in self.modules() if isinstance(module, AdaptedLinear) for name in module.adapters
-        }
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode: call model.eval() first.")
+        known = {name for module in self.modules() if isinstance(module, AdaptedLinear) for name in module.adapters}
         unknown = sorted(set(names) - known - {BASE})
         if unknown:
             raise ValueError(
@@ -144,9 +136,7 @@ class LinearTuner(BaseTuner):
             )
 
 
-def _pass_names(
-    module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]
-) -> tuple[Any, dict[str, Any]]:
+def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> tuple[Any, dict[str, Any]]:
     return args, {**kwargs, "adapter_names": names}
 
 

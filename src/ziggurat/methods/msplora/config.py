@@ -47,32 +47,20 @@ class MSPLoraConfig(LinearMethodConfig):
     )
     num_groups: int | None = field(default=None, metadata={"help": "Number of mid groups (default: 3)."})
     group_starts: list[int] | None = field(default=None, metadata={"help": "First layer of each mid group."})
-    rank_decay: int = field(
-        default=2, metadata={"help": "Each tier's rank divided by this gives the next one's."}
-    )
-    ranks: list[int] | None = field(
-        default=None, metadata={"help": "Ranks of the global, mid and layer tier."}
-    )
-    tiers: list[dict[str, Any]] | None = field(
-        default=None, metadata={"help": "Tiers one by one, coarse to fine."}
-    )
+    rank_decay: int = field(default=2, metadata={"help": "Each tier's rank divided by this gives the next one's."})
+    ranks: list[int] | None = field(default=None, metadata={"help": "Ranks of the global, mid and layer tier."})
+    tiers: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Tiers one by one, coarse to fine."})
     train_in_stages: bool = field(default=False, metadata={"help": "Train the tiers one after the other."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type("MSPLORA")
         if self.tiers is not None:
-            given = [
-                name for name in ("num_groups", "group_starts", "ranks") if getattr(self, name) is not None
-            ]
+            given = [name for name in ("num_groups", "group_starts", "ranks") if getattr(self, name) is not None]
             if given:
-                raise ConfigError(
-                    f"tiers=[...] says all of the pyramid; {given[0]} can't be given beside it."
-                )
+                raise ConfigError(f"tiers=[...] says all of the pyramid; {given[0]} can't be given beside it.")
         if self.num_groups is not None and self.group_starts is not None:
-            raise ConfigError(
-                "num_groups and group_starts both say where the mid groups lie: give one of them."
-            )
+            raise ConfigError("num_groups and group_starts both say where the mid groups lie: give one of them.")
         if not isinstance(self.rank_decay, int) or isinstance(self.rank_decay, bool):
             raise ConfigError(f"rank_decay={self.rank_decay!r}: a whole number of at least 1 is needed.")
         check_tiers(self.pyramid())

@@ -9,6 +9,7 @@ from torch import nn
 from ziggurat.host.bank import Component, PairBank
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.lowrank.pair import FactorPair
+from ziggurat.methods.msplora.pyramid import Tier, tier_of
 
 
 class MSPLoraLayer(BaseTunerLayer):
@@ -19,6 +20,27 @@ class Pyramid(PairBank, MSPLoraLayer):
     """The pairs of all tiers of all roles and stacks, adapter by adapter."""
 
     adapter_layer_names = ("msplora_factors",)
+    other_param_names = ("tiers", "staged")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tiers: dict[str, tuple[Tier, ...]] = {}
+        self.staged: dict[str, bool] = {}
+
+    def set_stage(self, progress: float, adapter: str = "default") -> str:
+        """Let one tier of `adapter` learn, the one in whose share of the run `progress` (0 to 1) lies; its name.
+
+        The tiers take equal shares, coarse to fine.
+        """
+        tiers = self.tiers[adapter]
+        learning = tiers[min(int(progress * len(tiers)), len(tiers) - 1)].name
+        names = self.factors(adapter).names()
+        self.hold_still(adapter, [name for name in names if tier_of(name) != learning])
+        return learning
+
+    def end_stages(self, adapter: str = "default") -> None:
+        """Let all tiers of `adapter` learn again."""
+        self.hold_still(adapter, ())
 
     def __repr__(self) -> str:
         return f"msplora.{super().__repr__()}"
@@ -53,9 +75,7 @@ class MSPLoraLinear(AdaptedLinear, MSPLoraLayer):
     def dropout(self, adapter: str) -> float:
         return self.lora_dropout[adapter]
 
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         home = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         if adapter_name in self.components and home is not None:
             self.__dict__["_bank"].move_from_cpu(adapter_name, self.components[adapter_name], home)

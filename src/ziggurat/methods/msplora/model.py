@@ -9,10 +9,12 @@ from torch import nn
 from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Place
 from ziggurat.host.linear import AdaptedLinear, features
+from ziggurat.host.trainers import ride_along
 from ziggurat.host.tuner import LinearTuner
 from ziggurat.methods.msplora.config import MSPLoraConfig
 from ziggurat.methods.msplora.layer import MSPLoraLayer, MSPLoraLinear, Pyramid
-from ziggurat.methods.msplora.pyramid import Tier, components
+from ziggurat.methods.msplora.pyramid import Tier, components, tier_of
+from ziggurat.methods.msplora.stages import StageCallback
 
 #: Where the bank stands in the base model; must not contain the tuner's prefix.
 BANK = "pyramid"
@@ -56,6 +58,9 @@ class MSPLoraModel(LinearTuner):
         dtype = dtype if dtype is not None and dtype.is_floating_point else torch.float32
         for tier, part in zip(tiers, parts, strict=True):
             bank.create(adapter, part.pair, *shape, tier.r, config.init_weights, device, dtype)
+        bank.tiers[adapter], bank.staged[adapter] = tiers, config.train_in_stages
+        if config.train_in_stages:
+            ride_along(StageCallback)
         bank.quantization_backend = layer.quantization_backend
         bank.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         layer.join(adapter, bank, parts, config.lora_dropout)
@@ -78,16 +83,12 @@ class MSPLoraModel(LinearTuner):
         The tiers take equal shares of the run, coarse to fine. Returns the tier's name.
         A Trainer does this by itself when the config says `train_in_stages`.
         """
-        tiers = self._tiers(adapter)
-        learning = tiers[min(int(progress * len(tiers)), len(tiers) - 1)]
-        bank = self._bank()
-        still = [name for name in bank.factors(adapter).names() if _tier_name(name) != learning.name]
-        bank.hold_still(adapter, still)
-        return learning.name
+        self._tiers(adapter)
+        return self._bank().set_stage(progress, adapter)
 
     def end_stages(self, adapter: str = "default") -> None:
         """Let all tiers of `adapter` learn again."""
-        self._bank().hold_still(adapter, ())
+        self._bank().end_stages(adapter)
 
     def _tiers(self, adapter: str) -> tuple[Tier, ...]:
         if adapter not in self.peft_config:
@@ -119,9 +120,7 @@ class MSPLoraModel(LinearTuner):
                 "exact because ranks are concatenated inside the shared pairs."
             )
         if len(adapters) != len(weights) or not adapters:
-            raise ValueError(
-                f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter."
-            )
+            raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter.")
         pyramids = [self._tiers(name) for name in adapters]
         self._check_equal_structure(adapters, pyramids)
         tiers = [
@@ -143,7 +142,7 @@ class MSPLoraModel(LinearTuner):
         for name in bank.factors(adapter_name).names():
             new = bank.factors(adapter_name).pair(name)
             olds = [bank.factors(adapter).pair(name) for adapter in adapters]
-            factors = [w * s for w, s in zip(weights, scales[_tier_name(name)], strict=True)]
+            factors = [w * s for w, s in zip(weights, scales[tier_of(name)], strict=True)]
             new.A.copy_(torch.cat([old.A for old in olds]))
             new.B.copy_(torch.cat([f * old.B for f, old in zip(factors, olds, strict=True)], dim=1))
         for half in bank.factors(adapter_name).parameters():
@@ -160,7 +159,3 @@ class MSPLoraModel(LinearTuner):
                     "their shared pairs don't correspond. Combine adapters of equal structure, or export them to plain "
                     "LoRA with ziggurat.export and combine those."
                 )
-
-
-def _tier_name(pair: str) -> str:
-    return pair.rpartition(":")[2].rstrip("0123456789")

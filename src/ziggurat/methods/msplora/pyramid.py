@@ -7,6 +7,7 @@ Eq. 3), each a factor pair (Eq. 4). Pure functions of the config and of a linear
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import sqrt
 from typing import Any
 
@@ -56,7 +57,7 @@ class Tier:
         if isinstance(self.groups, int) and not self.at_most and self.groups > place.num_layers:
             raise ConfigError(
                 f"num_groups={self.groups}, but the stack {place.stack!r} has {place.num_layers} layers: at most "
-                f"{place.num_layers} groups (tier {self.name!r}). Lower num_groups or give group_starts=[...] explicitly."
+                f"{place.num_layers} groups (tier {self.name!r}). Lower num_groups or give group_starts=[...]."
             )
         if isinstance(self.groups, tuple) and self.groups[-1] >= place.num_layers:
             raise ConfigError(
@@ -72,6 +73,11 @@ def pair_name(place: Place, tier: Tier, d_in: int, d_out: int) -> str:
     """
     where = f"{place.stack}:{place.role}".replace(".", "/")
     return f"{where}:{d_out}x{d_in}:{tier.name}{tier.group_of(place.layer, place.num_layers)}"
+
+
+def tier_of(pair: str) -> str:
+    """The name of the tier of the pair called `pair`."""
+    return pair.rpartition(":")[2].rstrip("0123456789")
 
 
 def components(tiers: Sequence[Tier], place: Place, d_in: int, d_out: int) -> tuple[Component, ...]:
@@ -96,9 +102,7 @@ def halved_tiers(
     if ranks is None:
         if rank_decay < 1 or r % rank_decay**2:
             lower, upper = r // max(rank_decay, 1) ** 2, -(-r // max(rank_decay, 1) ** 2)
-            fits = " or ".join(
-                str(k * rank_decay**2) for k in sorted({max(lower, 1), upper}) if rank_decay >= 1
-            )
+            fits = " or ".join(str(k * rank_decay**2) for k in sorted({max(lower, 1), upper}) if rank_decay >= 1)
             raise ConfigError(
                 f"r={r} with rank_decay={rank_decay}: the tiers' ranks r, r/{rank_decay}, r/{rank_decay**2} must be "
                 f"whole numbers. Use r={fits}, another rank_decay (1 or more), or give ranks=[global, mid, layer]."
@@ -118,9 +122,7 @@ def halved_tiers(
     )
 
 
-def listed_tiers(
-    entries: Sequence[dict[str, Any]], r: int, lora_alpha: float, use_rslora: bool
-) -> tuple[Tier, ...]:
+def listed_tiers(entries: Sequence[dict[str, Any]], r: int, lora_alpha: float, use_rslora: bool) -> tuple[Tier, ...]:
     """Tiers given one by one, coarse to fine: dicts of `name`, `groups` and, if they differ, `r` and `lora_alpha`.
 
     Raises:
@@ -151,9 +153,7 @@ def listed_tiers(
 def check_tiers(tiers: Sequence[Tier]) -> None:
     """Raise ConfigError unless names, ranks, groups and alphas are possible in any model."""
     if not tiers:
-        raise ConfigError(
-            'tiers=[]: at least one tier is needed, for example {"name": "global", "groups": 1}.'
-        )
+        raise ConfigError('tiers=[]: at least one tier is needed, for example {"name": "global", "groups": 1}.')
     if len(tiers) > 64:
         raise ConfigError(f"tiers has {len(tiers)} entries: at most 64.")
     names = [tier.name for tier in tiers]
@@ -163,9 +163,7 @@ def check_tiers(tiers: Sequence[Tier]) -> None:
                 f"tier name {tier.name!r}: a name is letters and underscores, doesn't end in a digit, and is used once."
             )
         if not _is_count(tier.r):
-            raise ConfigError(
-                f"rank {tier.r!r} of tier {tier.name!r}: a whole number of at least 1 is needed."
-            )
+            raise ConfigError(f"rank {tier.r!r} of tier {tier.name!r}: a whole number of at least 1 is needed.")
         if not isinstance(tier.lora_alpha, int | float) or not 0 < tier.lora_alpha < float("inf"):
             raise ConfigError(
                 f"lora_alpha {tier.lora_alpha!r} of tier {tier.name!r}: a finite number above 0 is needed."
@@ -178,7 +176,7 @@ def _check_groups(tier: Tier) -> None:
     if groups == EVERY_LAYER or _is_count(groups):
         return
     if isinstance(groups, tuple) and groups and all(isinstance(g, int) for g in groups):
-        rising = all(a < b for a, b in zip(groups, groups[1:], strict=False))
+        rising = all(a < b for a, b in pairwise(groups))
         if groups[0] == 0 and rising:
             return
         raise ConfigError(

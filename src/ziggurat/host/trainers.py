@@ -1,0 +1,19 @@
+"""Letting a method's callback ride along in every transformers Trainer, so that nobody has to add it by hand."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+
+def ride_along(callback: "type[TrainerCallback]") -> None:
+    """Give each Trainer made from now on (TRL's are Trainers too) one `callback()`. Asking twice adds it once.
+
+    A tuner asks when it adds an adapter that needs the callback, which is before the
+    Trainer is made: transformers' Trainer starts from a list of default callbacks, and
+    this one is put there. The callback must do nothing for models without its method.
+    """
+    from transformers import trainer
+
+    if callback not in trainer.DEFAULT_CALLBACKS:
+        trainer.DEFAULT_CALLBACKS.append(callback)
