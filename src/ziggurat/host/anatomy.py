@@ -201,9 +201,9 @@ def _named_stacks(root: Node, layers_pattern: str | Sequence[str]) -> dict[str, 
         ) from error
 
     def below(node: Node) -> dict[str, list[Node]]:
-        weighty = [child for child in node.children.values() if child.shapes()]
-        if node.is_list and weighty and name.fullmatch(node.path):
-            return {node.path: weighty}
+        if node.is_list and name.fullmatch(node.path):
+            members = [child for child in node.children.values() if child.shapes()]
+            return {node.path: members} if members else {}
         found: dict[str, list[Node]] = {}
         for child in node.children.values():
             found |= below(child)

@@ -1,0 +1,53 @@
+"""Which linears to adapt where the user names none, and which names were nearly right."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+
+from ziggurat.host.bare import bare_tree, unwrap
+from ziggurat.host.linear import is_adaptable
+
+DEFAULT_TARGETS: dict[str, list[str] | str] = {
+    **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    # Queries and values again, or the fused projection, where PEFT's table has no entry.
+    "albert": ["query", "value"],
+    "camembert": ["query", "value"],
+    "distilbert": ["q_lin", "v_lin"],
+    "mpnet": ["q", "v"],
+    "modernbert": ["Wqkv"],
+    "phi3": ["qkv_proj"],
+}
+"""model_type -> target_modules, as PEFT's LoRA has it, with the architectures it lacks."""
+
+
+def near_misses(wanted: str | Iterable[str], model: nn.Module, limit: int = 6) -> list[str]:
+    """The module names of `model` nearest to target names that matched nothing, best first.
+
+    `wanted` is PEFT's `target_modules`: names, or one regular expression, of which the words are
+    compared. A name of n components is compared with the last n components of each path, linears
+    first and other modules where no linear is near. Where nothing is near either, the names of the
+    linears are given, the most alike first: they are what can be adapted.
+    """
+    names = re.findall(r"\w+(?:\.\w+)*", wanted) if isinstance(wanted, str) else sorted(wanted)
+    nodes = [node for node in bare_tree(unwrap(model)[0]).walk() if node.path]
+    linears = [node.path for node in nodes if is_adaptable(node.module)]
+    for paths, cutoff in ((linears, 0.6), ([node.path for node in nodes], 0.6), (linears, 0.0)):
+        near = [(score, name) for asked in names for score, name in _alike(asked, paths) if score >= cutoff]
+        if near:
+            return list(dict.fromkeys(name for _, name in sorted(near, key=lambda pair: -pair[0])))[:limit]
+    return []
+
+
+def _alike(asked: str, paths: Iterable[str]) -> list[tuple[float, str]]:
+    """(similarity, ending) for each distinct ending of `paths` that is as long as `asked`."""
+    length = asked.count(".") + 1
+    endings = dict.fromkeys(".".join(path.split(".")[-length:]) for path in paths)
+    matcher = difflib.SequenceMatcher(b=asked.lower())
+    scores = []
+    for ending in endings:
+        matcher.set_seq1(ending.lower())
+        scores.append((matcher.ratio(), ending))
+    return scores
