@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from plain_models import LAYERS, WIDTH, Block, NoStack, PlainList, PlainSequential, RoutedBlock
 from torch import Tensor, nn
+
+from plain_models import LAYERS, WIDTH, Block, NoStack, PlainList, PlainSequential, RoutedBlock
 
 VOCABULARY = 100
 
