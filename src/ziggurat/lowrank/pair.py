@@ -29,21 +29,19 @@ def stack(pairs: Sequence[FactorPair], scales: Sequence[float]) -> FactorPair:
     """
     if len(pairs) != len(scales) or not pairs:
         raise ConfigError(
-            f"stack got {len(pairs)} pairs and {len(scales)} scales: give one scale for each of at least one pair."
+            f"stack got {len(pairs)} pairs and {len(scales)} scales: give one or more pairs and a scale for each."
         )
     _check_same_layer(pairs)
     if len(pairs) == 1:
         (A, B), scale = pairs[0], scales[0]
         return FactorPair(A, B if scale == 1 else scale * B)
     downs = torch.cat([A for A, _ in pairs])
-    ups = torch.cat(
-        [B if scale == 1 else scale * B for (_, B), scale in zip(pairs, scales, strict=True)], dim=1
-    )
+    ups = torch.cat([B if scale == 1 else scale * B for (_, B), scale in zip(pairs, scales, strict=True)], dim=1)
     return FactorPair(downs, ups)
 
 
 def delta(pair: FactorPair) -> Tensor:
-    """The dense update ``B @ A``, (d_out, d_in). For merging into a weight; measure spectra from the factors."""
+    """The dense update ``B @ A``, (d_out, d_in): for merging into a weight. Spectra come from the factors."""
     return pair.B @ pair.A
 
 
@@ -78,9 +76,7 @@ def init_gaussian_(A: Tensor) -> Tensor:
 
 
 def _check_same_layer(pairs: Sequence[FactorPair]) -> None:
-    shapes = {(A.shape[1], B.shape[0]) for A, B in pairs}
-    if len(shapes) > 1 or any(A.shape[0] != B.shape[1] for A, B in pairs):
+    d_in, d_out = pairs[0].A.shape[1], pairs[0].B.shape[0]
+    if any(A.shape != (B.shape[1], d_in) or B.shape[0] != d_out for A, B in pairs):
         seen = ", ".join(f"A {tuple(A.shape)} B {tuple(B.shape)}" for A, B in pairs)
-        raise ConfigError(
-            f"stack got {seen}: all A (rank, d_in) and B (d_out, rank) must fit the same linear, rank by rank."
-        )
+        raise ConfigError(f"stack got {seen}: A (rank, d_in) and B (d_out, rank) must all fit the same linear.")

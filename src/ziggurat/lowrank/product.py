@@ -20,9 +20,7 @@ _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _PART = 1 << 20  # bytes of x converted or masked at a time on a CPU
 
 
-def low_rank_add(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.0, *, reuse_y: bool = False
-) -> Tensor:
+def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.0, *, reuse_y: bool = False) -> Tensor:
     """``y + (dropout(x) A^T) B^T``.
 
     ================  =====================================================================
@@ -182,9 +180,7 @@ def _product_dtype(x: Tensor, A: Tensor) -> torch.dtype:
 
 def _check(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float) -> None:
     fits = (
-        y.shape[:-1] == x.shape[:-1]
-        and A.shape == (B.shape[1], x.shape[-1])
-        and B.shape == (y.shape[-1], A.shape[0])
+        y.shape[:-1] == x.shape[:-1] and A.shape == (B.shape[1], x.shape[-1]) and B.shape == (y.shape[-1], A.shape[0])
     )
     if not fits:
         raise ConfigError(

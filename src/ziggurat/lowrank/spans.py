@@ -1,6 +1,7 @@
 """Spans of layers and groups of the depth. Layers count from 0; both ends of a span are included."""
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from ziggurat.errors import ConfigError
@@ -25,9 +26,7 @@ class Span(NamedTuple):
     def joined(self, other: "Span") -> "Span":
         """The span over both; ConfigError unless ``other`` starts right after this one ends."""
         if other.first != self.last + 1:
-            raise ConfigError(
-                f"join spans {tuple(self)} and {tuple(other)}: the second must start at layer {self.last + 1}."
-            )
+            raise ConfigError(f"join spans {tuple(self)} and {tuple(other)}: the second must start at {self.last + 1}.")
         return Span(self.first, other.last)
 
 
@@ -36,9 +35,7 @@ def single_spans(num_layers: int) -> list[Span]:
     return [Span(n, n) for n in range(num_layers)]
 
 
-def check_spans(
-    spans: Iterable[Sequence[int]], num_layers: int, *, max_length: int | None = None
-) -> list[Span]:
+def check_spans(spans: Iterable[Sequence[int]], num_layers: int, *, max_length: int | None = None) -> list[Span]:
     """The spans as `Span` values if they are ordered, disjoint and inside 0..num_layers-1.
 
     Layers between spans may stay uncovered. Raises ConfigError naming the first span at fault.
@@ -52,9 +49,7 @@ def check_spans(
                 f"{where}: needs 0 <= first <= last <= {num_layers - 1}, the stack has {num_layers} layers."
             )
         if checked and span.first <= checked[-1].last:
-            raise ConfigError(
-                f"{where} comes after {tuple(checked[-1])}: spans must be in order of depth and share no layer."
-            )
+            raise ConfigError(f"{where} comes after {tuple(checked[-1])}: order spans by depth, without overlap.")
         if max_length is not None and span.length > max_length:
             raise ConfigError(f"{where} covers {span.length} layers: at most {max_length}. Split it.")
         checked.append(span)
@@ -80,18 +75,14 @@ def groups_from_starts(starts: Sequence[int], num_layers: int) -> list[int]:
     Raises ConfigError unless the starts ascend strictly from 0 and stay below num_layers.
     """
     starts = list(starts)
-    ascending = all(a < b for a, b in zip(starts, starts[1:], strict=False))
+    ascending = all(a < b for a, b in pairwise(starts))
     if not starts or starts[0] != 0 or not ascending or starts[-1] >= num_layers:
-        raise ConfigError(
-            f"groups={starts}: the first layers of the groups must start at 0, ascend and stay below {num_layers}."
-        )
+        raise ConfigError(f"groups={starts}: give the groups' first layers, ascending from 0 and below {num_layers}.")
     return [sum(start <= n for start in starts) - 1 for n in range(num_layers)]
 
 
 def _as_span(given: Sequence[int], position: int) -> Span:
     pair = list(given) if isinstance(given, Iterable) else [given]
     if len(pair) != 2 or not all(isinstance(end, int) and not isinstance(end, bool) for end in pair):
-        raise ConfigError(
-            f"spans[{position}]={given!r}: a span is two layer numbers (first, last), counted from 0."
-        )
+        raise ConfigError(f"spans[{position}]={given!r}: a span is two layer numbers (first, last), counted from 0.")
     return Span(*pair)

@@ -1,60 +1,133 @@
-"""What a spectrum of singular values says about an update, computed from its factors.
+"""What the singular values of an update say about it, computed from its factors.
 
-Everything here is in float32 at least (half-precision factors are converted first), in float64 for float64.
+The dense (d_out, d_in) update is never formed. Half-precision factors are computed in float32, float64
+stays float64. NaN: from factors it is an error, in a given spectrum it is passed on to the result.
 """
 
 import torch
 from torch import Tensor
+
+from ziggurat.errors import ConfigError, ZigguratError
+from ziggurat.lowrank.pair import FactorPair
 
 
 def singular_values(A: Tensor, B: Tensor) -> Tensor:
     """The singular values of ``B @ A``, descending: min(rank, d_in, d_out) of them, the others are 0.
 
     With ``B = Q_b R_b`` and ``A^T = Q_a R_a``, ``B A = Q_b (R_b R_a^T) Q_a^T``, so the small matrix
-    ``R_b R_a^T`` has the same singular values; the (d_out, d_in) product is never formed.
+    ``R_b R_a^T`` has the same singular values. Leading dimensions are batches.
+
+    Raises ZigguratError if a factor has NaN or infinite entries.
     """
-    A, B = _exact(A), _exact(B)
+    A, B = _factors(A, B)
     core = torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.mT, mode="r").R.mT
     return torch.linalg.svdvals(core)
 
 
+def factored_svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (d_out, k), s (k) and V (d_in, k) with ``B @ A = U diag(s) V^T``, k = min(rank, d_in, d_out).
+
+    Columns that belong to a singular value of 0 are some orthonormal completion. Raises as `singular_values`.
+    """
+    A, B = _factors(A, B)
+    (Qb, Rb), (Qa, Ra) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
+    U, s, Vh = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
+    return Qb @ U, s, Qa @ Vh.mT
+
+
 def top_k_share(s: Tensor, k: int) -> Tensor:
-    """M_eff-k (arXiv 2503.21838, Eq. 8): the k largest singular values' share of the sum of all; 0 for zeros."""
-    s = _exact(s).sort(descending=True).values
-    return _share(s[..., :k].sum(-1), s.sum(-1))
+    """M_eff-k: how much of the update its k strongest directions carry, between k/M and 1.
+
+    ``sum_{i<=k} sigma_i / sum_{i<=M} sigma_i`` (arXiv 2503.21838, Eq. 8) for the M values in the last
+    dimension of s, in any order. High means low-rank; an update of zeros gives 0.
+
+    Raises ConfigError if k is below 1.
+    """
+    if k < 1:
+        raise ConfigError(f"top_k_share of k={k} values: k counts singular values, give 1 or more.")
+    s = _exact(s)
+    return _share(s.topk(min(k, s.shape[-1])).values.sum(-1), s.sum(-1))
 
 
 def effective_rank(s: Tensor) -> Tensor:
-    """exp of the entropy of the normalised singular values [Roy & Vetterli 2007]; 0 for zeros."""
+    """How many directions an update really uses, between 1 and the number of values in s.
+
+    exp of the entropy of the normalised singular values [Roy & Vetterli 2007]:
+    ``exp(-sum_k p_k ln p_k)`` with ``p_k = sigma_k / sum(sigma)``. Scaling the update changes nothing; an
+    update of zeros gives 0.
+    """
     s = _exact(s)
-    p = _share(s, s.sum(-1, keepdim=True))
-    erank = torch.special.entr(p).sum(-1).exp()
-    return torch.where(s.sum(-1) > 0, erank, torch.zeros_like(erank))
+    total = s.sum(-1)
+    erank = torch.special.entr(_share(s, total.unsqueeze(-1))).sum(-1).exp()
+    return torch.where(total == 0, torch.zeros_like(erank), erank)
 
 
 def stable_rank(s: Tensor) -> Tensor:
-    """``sum_k s_k^2 / max_k s_k^2``, the squared Frobenius over the squared spectral norm; 0 for zeros."""
+    """``sum_k sigma_k^2 / max_k sigma_k^2``: squared Frobenius over squared spectral norm; 0 for zeros."""
     s = _exact(s)
-    p = _share(s, s.amax(-1, keepdim=True))
-    return p.square().sum(-1)
+    return _share(s, s.amax(-1, keepdim=True)).square().sum(-1)
 
 
-def spectrum_kl(s_i: Tensor, s_j: Tensor, eps: float = 1e-12) -> Tensor:
-    """``KL(p_i || p_j) = sum_k p_ik ln(p_ik / p_jk)`` of the normalised spectra (arXiv 2503.21838, Eq. 9, 10)."""
-    p, q = (_exact(s).sort(descending=True).values + eps for s in (s_i, s_j))
-    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
-    return (p * (p / q).log()).sum(-1)
+def spectrum_kl(s_i: Tensor, s_j: Tensor, smoothing: float = 1e-12) -> Tensor:
+    """How far the spectrum of one update is from another's, in nats, at least 0.
 
-
-def principal_cosines(U: Tensor, V: Tensor) -> Tensor:
-    """Cosines of the principal angles between the column spaces of U (d, m) and V (d, n), descending."""
-    Qu, Qv = torch.linalg.qr(_exact(U)).Q, torch.linalg.qr(_exact(V)).Q
-    return torch.linalg.svdvals(Qu.mT @ Qv).clamp(max=1)
+    ``KL(P_i || P_j) = sum_k P_ik ln(P_ik / P_jk)`` of the normalised spectra ``P = sigma / sum(sigma)``
+    (arXiv 2503.21838, Eq. 9 and 10), compared largest to largest; the shorter spectrum is filled up with
+    zeros. ``smoothing`` is added to every share, so a direction that only the first update has costs much
+    but not infinitely (at most ``-ln smoothing``); 0 gives the exact, then infinite, value. A spectrum of
+    zeros has no shares: NaN.
+    """
+    spectra = [_exact(s).sort(descending=True).values for s in (s_i, s_j)]
+    longest = max(s.shape[-1] for s in spectra)
+    p, q = (_smoothed_shares(s, longest, smoothing) for s in spectra)
+    # xlogy makes 0 ln 0 = 0 where nothing is smoothed.
+    return (torch.special.xlogy(p, p) - torch.special.xlogy(p, q)).sum(-1).clamp(min=0)
 
 
 def principal_angles(U: Tensor, V: Tensor) -> Tensor:
-    """The principal angles in radians, ascending, between the column spaces of U (d, m) and V (d, n)."""
-    return principal_cosines(U, V).acos()
+    """The angles in radians, ascending in 0..pi/2, between the column spaces of U (d, m) and V (d, n).
+
+    min(m, n) of them. The columns of each must be independent. Sines and cosines both come from singular
+    values [Björck & Golub 1973], so small angles are as exact as large ones.
+    """
+    wide, thin = sorted((_exact(U), _exact(V)), key=lambda t: -t.shape[-1])
+    wide, thin = torch.linalg.qr(wide).Q, torch.linalg.qr(thin).Q
+    across = wide.mT @ thin
+    cosines = torch.linalg.svdvals(across)
+    sines = torch.linalg.svdvals(thin - wide @ across).flip(-1)
+    return torch.atan2(sines, cosines)
+
+
+def subspace_angles(i: FactorPair, j: FactorPair) -> tuple[Tensor, Tensor]:
+    """Principal angles between what two updates write and between what they read.
+
+    The first: of the column spaces of ``B @ A``, in the output; the second: of the row spaces, in the
+    input. Only directions with a singular value above rounding (`numerical_rank`) count, so an update of
+    zeros has no angles.
+    """
+    (Ui, si, Vi), (Uj, sj, Vj) = factored_svd(*i), factored_svd(*j)
+    ki, kj = numerical_rank(si), numerical_rank(sj)
+    return principal_angles(Ui[:, :ki], Uj[:, :kj]), principal_angles(Vi[:, :ki], Vj[:, :kj])
+
+
+def numerical_rank(s: Tensor) -> int:
+    """How many of the values in s (n) are above rounding: more than ``n * eps`` of the largest."""
+    s = _exact(s)
+    return int((s > s.amax() * s.numel() * torch.finfo(s.dtype).eps).sum()) if s.numel() else 0
+
+
+def _factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    if A.shape[-2] != B.shape[-1]:
+        raise ConfigError(
+            f"a spectrum of A {tuple(A.shape)} and B {tuple(B.shape)}: A must be (rank, d_in), B (d_out, rank)."
+        )
+    for name, factor in (("A", A), ("B", B)):
+        if not factor.isfinite().all():
+            raise ZigguratError(
+                f"factor {name} {tuple(factor.shape)} has NaN or infinite entries, so it has no singular "
+                "values: the training diverged or the file is damaged. Lower the learning rate or reload."
+            )
+    return _exact(A), _exact(B)
 
 
 def _exact(t: Tensor) -> Tensor:
@@ -62,6 +135,10 @@ def _exact(t: Tensor) -> Tensor:
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
-    return torch.where(
-        whole > 0, part / torch.where(whole > 0, whole, torch.ones_like(whole)), torch.zeros_like(part)
-    )
+    return torch.where(whole == 0, torch.zeros_like(part), part / whole)
+
+
+def _smoothed_shares(s: Tensor, length: int, smoothing: float) -> Tensor:
+    s = torch.nn.functional.pad(s, (0, length - s.shape[-1]))
+    shares = s / s.sum(-1, keepdim=True) + smoothing
+    return shares / shares.sum(-1, keepdim=True)
