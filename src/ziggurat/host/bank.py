@@ -62,11 +62,14 @@ class PairBank(nn.Module, BaseTunerLayer):
 
     It is a tuner layer without a base layer: PEFT finds, saves, casts, freezes and
     deletes its parameters as those of any other tuner layer. `weight` and `bias` are
-    there because PEFT's properties of these names would look for a base layer for ever.
+    there because PEFT's properties of these names would look for a base layer for ever,
+    the number of features because PEFT expects it of every tuner layer.
     """
 
     weight = None  # type: ignore[assignment]
     bias = None  # type: ignore[assignment]
+    in_features = None
+    out_features = None
 
     def __init__(self) -> None:
         super().__init__()

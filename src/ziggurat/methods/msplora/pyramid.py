@@ -96,18 +96,13 @@ def halved_tiers(
 ) -> tuple[Tier, ...]:
     """The paper's three tiers: global, mid, layer, of ranks r, r/2, r/4 (Eq. 6), each scaled by its own alpha / rank.
 
+    A rank that would fall below one is one, so that small r work: 2, 1, 1.
+
     Raises:
-        ConfigError: r isn't divisible by the decay twice, or `ranks` aren't three.
+        ConfigError: a rank above one isn't whole, or `ranks` aren't three.
     """
     if ranks is None:
-        if rank_decay < 1 or r % rank_decay**2:
-            lower, upper = r // max(rank_decay, 1) ** 2, -(-r // max(rank_decay, 1) ** 2)
-            fits = " or ".join(str(k * rank_decay**2) for k in sorted({max(lower, 1), upper}) if rank_decay >= 1)
-            raise ConfigError(
-                f"r={r} with rank_decay={rank_decay}: the tiers' ranks r, r/{rank_decay}, r/{rank_decay**2} must be "
-                f"whole numbers. Use r={fits}, another rank_decay (1 or more), or give ranks=[global, mid, layer]."
-            )
-        ranks = (r, r // rank_decay, r // rank_decay**2)
+        ranks = tuple(_divided(r, rank_decay, step) for step in range(3))
     if len(ranks) != 3:
         raise ConfigError(
             f"ranks={list(ranks)}: three ranks are needed, for the global, mid and layer tier. For more or fewer "
@@ -120,6 +115,18 @@ def halved_tiers(
         Tier(name, groups, rank, lora_alpha, use_rslora, auto)
         for (name, groups, auto), rank in zip(levels, ranks, strict=True)
     )
+
+
+def _divided(r: int, rank_decay: int, step: int) -> int:
+    divisor = rank_decay**step
+    if rank_decay < 1 or (r > divisor and r % divisor):
+        unit = max(rank_decay, 1) ** 2
+        fits = " or ".join(str(k * unit) for k in sorted({max(r // unit, 1), -(-r // unit)}))
+        raise ConfigError(
+            f"r={r} with rank_decay={rank_decay}: the tiers' ranks r, r/{rank_decay}, r/{rank_decay**2} must be "
+            f"whole numbers. Use r={fits}, another rank_decay (1 or more), or give ranks=[global, mid, layer]."
+        )
+    return max(r // divisor, 1)
 
 
 def listed_tiers(entries: Sequence[dict[str, Any]], r: int, lora_alpha: float, use_rslora: bool) -> tuple[Tier, ...]:
