@@ -95,10 +95,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             return y
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
+        # A plain linear's output is fresh, and its backward doesn't read it.
+        reuse_y = type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
         for adapter in self.active_adapters:
             if adapter in self.adapters:
                 a, b = self.effective_pair(adapter)
-                y = low_rank_add(y, x, a, b, self.dropout(adapter) if self.training else 0.0)
+                y = low_rank_add(y, x, a, b, self.dropout(adapter) if self.training else 0.0, reuse_y=reuse_y)
         return y
 
     def _add_by_sample(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
@@ -140,8 +142,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
                 merged = self._shifted(adapter, +1.0)
                 if safe_merge and not torch.isfinite(merged).all():
                     raise ValueError(
-                        f"NaNs detected in the merged weights: adapter {adapter!r} holds or makes values that are not "
-                        "finite. The base weights were left as they were."
+                        f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: it holds or "
+                        "makes values that are not finite. The base weights were left as they were."
                     )
                 self._store(merged, adapter)
                 self.merged_adapters.append(adapter)

@@ -1,0 +1,222 @@
+"""Writing an adapter as plain LoRA, exactly, and a model with the adapter merged in.
+
+On a linear every method is one effective factor pair (A, B) with its scale folded in,
+so W + B A is plain LoRA with lora_A = A, lora_B = B and lora_alpha = r.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import nn
+
+from ziggurat.errors import ExportError
+from ziggurat.host.bank import PairBank
+from ziggurat.host.folder import adapter_config, load_adapter, load_base
+from ziggurat.host.linear import AdaptedLinear, is_adaptable
+from ziggurat.host.staging import written_beside
+from ziggurat.lowrank.pair import FactorPair, pad
+
+#: The ranks that vLLM's --max-lora-rank accepts.
+SERVING_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+PREFIX = "base_model.model."
+#: Files of a tokenizer that belong beside an adapter.
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "chat_template*")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: the folder, the rank of its pairs (the largest where they differ), how many modules."""
+
+    folder: Path
+    rank: int
+    modules: int
+    serving: bool
+
+
+def lora_pairs(model: nn.Module, adapter: str = "default") -> dict[str, FactorPair]:
+    """The effective pair of every linear that `adapter` adapts, by the linear's path in the base model.
+
+    Raises:
+        ExportError: the adapter has a part that no low-rank update of a weight can express; or it isn't there.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    pairs: dict[str, FactorPair] = {}
+    for path, module in base.named_modules():
+        if isinstance(module, AdaptedLinear):
+            if adapter in module.adapters:
+                a, b = module.effective_pair(adapter)
+                pairs[path] = FactorPair(a.detach(), b.detach())
+        elif isinstance(module, BaseTunerLayer) and not isinstance(module, PairBank):
+            reason = getattr(module, "cannot_export", f"{type(module).__name__} is no update of a linear's weight")
+            raise ExportError(f"{path}: {reason}")
+    if not pairs:
+        names = ", ".join(getattr(model, "peft_config", {})) or "none"
+        raise ExportError(f"adapter {adapter!r} adapts no linear of this model; its adapters: {names}.")
+    return pairs
+
+
+def export_model(model: nn.Module, out: str | Path, adapter: str = "default", *, serving: bool = False) -> Exported:
+    """Write `adapter` of `model` to the folder `out` as plain PEFT LoRA with the same deltas.
+
+    `serving`: the one form that PEFT, vLLM and llama.cpp scale alike: the same rank for all
+    modules, one that vLLM allows (zeros fill it up), lora_alpha = r, nothing but factor pairs.
+
+    Raises:
+        ExportError: the method isn't an update of linears; or, for serving, the rank is above 512 or
+            the adapter holds more than factor pairs (modules_to_save, biases).
+    """
+    config = model.peft_config[adapter]  # type: ignore[index]
+    pairs = lora_pairs(model, adapter)
+    rest = _other_tensors(model, adapter)
+    if serving and rest:
+        raise ExportError(
+            f"the adapter also holds {len(rest)} tensors that are no factor pairs ({next(iter(rest))}, ...), from "
+            "modules_to_save or bias; servers reject them. Export without --serving, or merge into the model."
+        )
+    rank = max(pair.A.shape[0] for pair in pairs.values())
+    if serving:
+        rank = _serving_rank(rank)
+        pairs = {path: pad(pair, rank) for path, pair in pairs.items()}
+    lora = _lora_config(model, config, pairs, rank)
+    tensors = dict(rest)
+    for path, pair in pairs.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = pair.A
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = pair.B
+    with written_beside(Path(out)) as folder:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            folder / SAFETENSORS_WEIGHTS_NAME,
+            metadata={"format": "pt"},
+        )
+        lora.save_pretrained(str(folder))
+        (folder / "README.md").write_text(_card(config, rank, serving), encoding="utf-8")
+    return Exported(Path(out), rank, len(pairs), serving)
+
+
+def export(adapter: str | Path, out: str | Path, *, serving: bool = False, base_model: str | None = None) -> Exported:
+    """Write the adapter in the folder `adapter` to `out` as plain LoRA. The base model's weights aren't needed.
+
+    Raises:
+        ConfigError: `adapter` is no adapter's folder, or its base model's config can't be found.
+        ExportError: as `export_model`.
+    """
+    model = load_adapter(adapter, load_base(adapter, base_model, on_meta=True))
+    written = export_model(model, out, serving=serving)
+    _copy_tokenizer(Path(adapter), written.folder)
+    return written
+
+
+def merge(adapter: str | Path, out: str | Path, *, base_model: str | None = None) -> Path:
+    """Write the base model with the adapter in the folder `adapter` merged in, and its tokenizer, to `out`.
+
+    Raises:
+        ConfigError: `adapter` is no adapter's folder, or its base model can't be loaded.
+        ExportError: the method can't be merged into weights.
+    """
+    from transformers import AutoTokenizer
+
+    model = load_adapter(adapter, load_base(adapter, base_model))
+    lora_pairs(model)  # refuses, with the reason, what is no update of weights
+    merged: Any = model.merge_and_unload(safe_merge=True)
+    with written_beside(Path(out)) as folder:
+        merged.save_pretrained(str(folder))
+        _copy_tokenizer(Path(adapter), folder)
+        if not any(folder.glob("tokenizer*")):
+            name = base_model or str(adapter_config(adapter).base_model_name_or_path)
+            AutoTokenizer.from_pretrained(name).save_pretrained(str(folder))
+    return Path(out)
+
+
+def _other_tensors(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+    """What PEFT saves of the adapter beside the method's own factors: modules_to_save and biases."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = {path: m for path, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
+    own = tuple(
+        f"{PREFIX}{path}.{name}"
+        for path, module in layers.items()
+        for name in [*dict(module.named_children()), *dict(module.named_parameters(recurse=False))]
+        if name != "base_layer"
+    )
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    prefixed = {name if name.startswith(PREFIX) else PREFIX + name: tensor for name, tensor in state.items()}
+    return {name: tensor for name, tensor in prefixed.items() if not name.startswith(own)}
+
+
+def _serving_rank(rank: int) -> int:
+    fitting = [allowed for allowed in SERVING_RANKS if allowed >= rank]
+    if not fitting:
+        raise ExportError(
+            f"the update's rank is {rank}, and vLLM allows at most {SERVING_RANKS[-1]}: merge into the model instead."
+        )
+    return fitting[0]
+
+
+def _lora_config(model: nn.Module, config: Any, pairs: dict[str, FactorPair], rank: int) -> LoraConfig:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    ranks = {path: pair.A.shape[0] for path, pair in pairs.items()}
+    different = {path: r for path, r in ranks.items() if r != rank}
+    bias = getattr(config, "bias", "none")
+    first = base.get_submodule(next(iter(pairs)))
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=_targets(base, pairs),
+        rank_pattern=dict(different),
+        alpha_pattern=dict(different),
+        bias="lora_only" if bias.endswith("_only") else bias,
+        fan_in_fan_out=bool(getattr(first, "fan_in_fan_out", False)),
+        modules_to_save=getattr(config, "modules_to_save", None),
+        task_type=config.task_type,
+        auto_mapping=config.auto_mapping,
+        base_model_name_or_path=config.base_model_name_or_path,
+        inference_mode=True,
+    )
+
+
+def _targets(base: nn.Module, pairs: dict[str, FactorPair]) -> list[str]:
+    """Names that mean exactly the adapted linears: last names where they suffice, else whole paths."""
+    names = {path.rpartition(".")[2] for path in pairs}
+    meant = {
+        path
+        for path, module in base.named_modules()
+        if path.rpartition(".")[2] in names and is_adaptable(module) and ".base_layer" not in path
+    }
+    numbered = any(name.isdigit() for name in names)
+    return sorted(names) if meant == set(pairs) and not numbered else sorted(pairs)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for pattern in TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            if file.is_file() and not (target / file.name).exists():
+                shutil.copyfile(file, target / file.name)
+
+
+def _card(config: Any, rank: int, serving: bool) -> str:
+    method = json.dumps(str(getattr(config.peft_type, "value", config.peft_type)))
+    base = config.base_model_name_or_path or "the base model"
+    serve = (
+        f"\nAll modules have rank {rank} and lora_alpha {rank}. Serve with vLLM: "
+        f"`--enable-lora --max-lora-rank {rank}`.\n"
+        if serving
+        else ""
+    )
+    return f"""---
+library_name: peft
+base_model: {json.dumps(str(base))}
+tags: [lora]
+---
+
+A plain LoRA adapter for {base}, exported exactly from an adapter of the PEFT method {method}. Load it with
+`peft.PeftModel.from_pretrained`; no other package is needed.
+{serve}"""

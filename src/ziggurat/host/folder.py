@@ -1,0 +1,126 @@
+"""Reading an adapter's folder: its config, what its file holds, and the base model it belongs to."""
+
+import difflib
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, TaskType
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ziggurat.errors import ConfigError
+
+#: What the last linear of a classification head is called in transformers' models.
+HEAD_WEIGHTS = ("classifier.weight", "classifier.out_proj.weight", "score.weight", "head.weight")
+
+AUTO_CLASSES = {
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION: "AutoModel",
+}
+
+
+def adapter_config(folder: str | Path) -> PeftConfig:
+    """The config of the adapter in `folder`.
+
+    Raises:
+        ConfigError: no such folder (with the nearest names beside it), no adapter in it, or weights that
+            are missing or a pickle.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        near = difflib.get_close_matches(folder.name, siblings, n=3, cutoff=0.5)
+        hint = f" Did you mean {', '.join(str(folder.parent / name) for name in near)}?" if near else ""
+        raise ConfigError(f"there is no folder {folder}.{hint}")
+    if not (folder / CONFIG_NAME).is_file():
+        inside = sorted(p.parent for p in folder.glob(f"*/{CONFIG_NAME}"))
+        hint = f" Adapters lie in {', '.join(map(str, inside))}." if inside else ""
+        raise ConfigError(f"{folder} is no adapter: it has no {CONFIG_NAME}.{hint}")
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        pickled = f" It has {WEIGHTS_NAME}, a pickle, which is never read." if (folder / WEIGHTS_NAME).is_file() else ""
+        raise ConfigError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}.{pickled}")
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except KeyError as error:
+        raise ConfigError(
+            f"{folder / CONFIG_NAME}: unknown PEFT method {error}. Is the package for it installed?"
+        ) from error
+
+
+def tensor_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors in the adapter's file, read from its header alone.
+
+    Raises:
+        ConfigError: the file isn't readable as safetensors.
+    """
+    path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} can't be read as safetensors ({error}): was it cut off while copying?") from error
+
+
+def load_base(folder: str | Path, base_model: str | None = None, *, on_meta: bool = False, **kwargs: Any) -> nn.Module:
+    """The base model of the adapter in `folder`, as the adapter's config names it or as `base_model` says.
+
+    `on_meta`: the architecture alone, without weights. The number of labels of a
+    classification head comes from the adapter's own file.
+
+    Raises:
+        ConfigError: the config doesn't say which model or which task it is for, or the model can't be found.
+    """
+    config = adapter_config(folder)
+    name = base_model or config.base_model_name_or_path
+    if not name:
+        raise ConfigError(f"{folder} doesn't say which base model it belongs to: give it (base_model=, --base).")
+    auto = _auto_class(config, folder)
+    import transformers
+
+    labels = _num_labels(folder)
+    extra = {"num_labels": labels} if labels is not None and config.task_type == TaskType.SEQ_CLS else {}
+    try:
+        if not on_meta:
+            return auto.from_pretrained(name, **extra, **kwargs)
+        model_config = transformers.AutoConfig.from_pretrained(name, **extra)
+        with torch.device("meta"):
+            return auto.from_config(model_config) if hasattr(auto, "from_config") else auto(model_config)
+    except OSError as error:
+        raise ConfigError(
+            f"the base model {name!r} of {folder} can't be loaded: {error}. Give the folder where it lies "
+            "(base_model=, --base)."
+        ) from error
+
+
+def load_adapter(folder: str | Path, base: nn.Module) -> PeftModel:
+    """`base` with the adapter in `folder` put in, ready for inference."""
+    on_meta = any(p.is_meta for p in base.parameters())
+    return PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=on_meta).eval()
+
+
+def _auto_class(config: PeftConfig, folder: str | Path) -> Any:
+    import transformers
+
+    if config.task_type is not None:
+        return getattr(transformers, AUTO_CLASSES[TaskType(config.task_type)])
+    mapping = config.auto_mapping or {}
+    library, name = mapping.get("parent_library", ""), mapping.get("base_model_class", "")
+    # Only classes of transformers: a config from elsewhere must not make other code run.
+    if library.split(".")[0] == "transformers" and hasattr(transformers, name):
+        return getattr(importlib.import_module("transformers"), name)
+    raise ConfigError(
+        f"{folder} doesn't say what task its model is for (task_type is empty and auto_mapping names "
+        f"{name or 'no class'!r}). Load the base model yourself and use ziggurat.export.export_model."
+    )
+
+
+def _num_labels(folder: str | Path) -> int | None:
+    heads = [shape for name, shape in tensor_shapes(folder).items() if name.endswith(HEAD_WEIGHTS)]
+    return heads[-1][0] if heads else None
