@@ -1,0 +1,103 @@
+"""Put a recipe's method into a base model, and count what trains."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+
+from ziggurat.errors import RecipeError
+
+from .embedded import model_path
+from .methods import METHODS, method_config
+from .model import Base, freeze_all_but
+from .schema import Recipe
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Trainable numbers, each counted once however many layers share it.
+
+    `adapter` are the method's own, `head` the fresh modules', `lora` what plain LoRA of the same rank on the same
+    linears has (None where the method has no rank).
+    """
+
+    adapter: int
+    head: int
+    lora: int | None
+    total: int
+
+
+def adapt(recipe: Recipe, base: Base) -> nn.Module:
+    """The base model with the recipe's method in it: a PeftModel, or the model itself with only some weights on.
+
+    Raises RecipeError with what the method says of this model (targets that match nothing, ranks too high, ...).
+    """
+    method = METHODS[recipe.method["name"]]
+    if method.config is None:
+        assert method.trains is not None
+        freeze_all_but(base.model, method.trains, base.head)
+        if not any(parameter.requires_grad for parameter in base.model.parameters()):
+            raise RecipeError(
+                f"method.name: {recipe.method['name']} leaves nothing to train with task: {recipe.task}"
+            )
+        return base.model
+    run: dict[str, Any] = {"task_type": _task_type(recipe)}
+    if base.head:
+        run["modules_to_save"] = sorted({*base.head, *(recipe.method.get("modules_to_save") or [])})
+    config = method_config(recipe.method, **run)
+    assert config is not None
+    config.base_model_name_or_path = model_path(recipe.model)
+    config.revision = recipe.revision
+    try:
+        return get_peft_model(base.model, config)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise RecipeError(f"method: {recipe.method['name']} cannot adapt {recipe.model}: {error}") from error
+
+
+def count(recipe: Recipe, model: nn.Module, base: Base) -> Counts:
+    """Count the trainable numbers of an adapted model."""
+    unique = {id(parameter): (name, parameter.numel()) for name, parameter in model.named_parameters()}
+    on = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    total = sum(size for key, (_, size) in unique.items() if key in on)
+    head = sum(size for key, (name, size) in unique.items() if key in on and _in_head(name, base.head))
+    return Counts(adapter=total - head, head=head, lora=_lora_count(recipe, model, base), total=total)
+
+
+def _in_head(name: str, head: list[str]) -> bool:
+    plain = name.removeprefix("base_model.model.")
+    return any(plain.startswith(f"{module}.") for module in head)
+
+
+def _lora_count(recipe: Recipe, model: nn.Module, base: Base) -> int | None:
+    """Build plain LoRA with the method's rank and targets on the meta device, where nothing is stored, and count."""
+    if not isinstance(model, PeftModel):
+        return None
+    config = model.peft_config["default"]
+    rank = getattr(config, "r", None)
+    if not isinstance(rank, int) or rank <= 0:
+        return None
+    same = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    fields = {name: getattr(config, name, None) for name in same}
+    lora = LoraConfig(
+        r=rank, **{name: copy.deepcopy(value) for name, value in fields.items() if value is not None}
+    )
+    try:
+        with torch.device("meta"):
+            bare = type(base.model)(copy.deepcopy(base.model.config))
+            adapted = get_peft_model(bare, lora)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError):
+        # A method may adapt what LoRA can't (whole layers); then there is nothing to put beside it.
+        return None
+    return sum(parameter.numel() for name, parameter in adapted.named_parameters() if "lora_" in name)
+
+
+def _task_type(recipe: Recipe) -> TaskType | None:
+    if recipe.task == "instruct":
+        return TaskType.CAUSAL_LM
+    # PEFT has no task for a head of ours: without one it stores the class, from which AutoPeftModel rebuilds it.
+    return TaskType.SEQ_CLS if recipe.head.pooling == "model" else None

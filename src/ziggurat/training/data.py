@@ -1,0 +1,216 @@
+"""From a recipe's `data.*` to the two splits of examples, checked, with the classes' names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ziggurat.errors import DataError
+
+from .schema import Recipe
+from .tables import draw, is_hub_name, read_table, require_column
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Checked examples. Scored tasks: columns `text`, `text_pair` (if two) and `label`; instruct: prompt, completion.
+
+    `shape` is the shape that instruction data had. `notes` says in plain words what was decided on the user's behalf.
+    """
+
+    train: Dataset
+    validation: Dataset
+    label_names: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    shape: str | None = None
+
+
+def load_examples(recipe: Recipe) -> Examples:
+    """Read, split and check the data of a recipe.
+
+    Raises DataError: nothing to read, a column that isn't there, empty texts, an empty split, a class of the validation
+    data that the training data lack, a label that isn't a number (regression).
+    """
+    notes: list[str] = []
+    train, validation = _splits(recipe, notes)
+    shape = None
+    if recipe.task == "instruct":
+        from .instruct import shape_of, to_prompts
+
+        shape = shape_of(recipe, train, recipe.data.train)
+        names: list[str] = []
+        train = to_prompts(recipe, train, recipe.data.train)
+        validation = to_prompts(recipe, validation, recipe.data.validation or recipe.data.train)
+    else:
+        train, validation, names = _labelled(recipe, train, validation)
+    data = recipe.data
+    for part, limit, word in (
+        (train, data.max_train, "learns from"),
+        (validation, data.max_validation, "scores on"),
+    ):
+        if limit is not None and limit < len(part):
+            notes.append(f"{word} {limit} of {len(part)} rows, drawn with seed {recipe.seed}")
+    train, validation = (
+        draw(train, data.max_train, recipe.seed),
+        draw(validation, data.max_validation, recipe.seed),
+    )
+    if recipe.task == "classification" and len(set(train["label"])) < 2:
+        raise DataError(f"data.label: all {len(train)} training rows have the same label, nothing to learn")
+    return Examples(train, validation, names, notes, shape)
+
+
+def _splits(recipe: Recipe, notes: list[str]) -> tuple[Dataset, Dataset]:
+    data = recipe.data
+    train = read_table(data.train, subset=data.subset, split=data.train_split)
+    if data.validation is not None:
+        split = data.validation_split or ("validation" if is_hub_name(data.validation) else "train")
+        return train, read_table(data.validation, subset=data.subset, split=split, demo="validation")
+    if data.validation_split is not None:
+        if not is_hub_name(data.train):
+            raise DataError(
+                f"data.validation_split: '{data.train}' is a file and has no splits; "
+                "name a second file in data.validation, or drop the key to have a part split off"
+            )
+        return train, read_table(data.train, subset=data.subset, split=data.validation_split)
+    count = data.validation_rows or max(1, round(len(train) * data.validation_share))
+    if count >= len(train):
+        raise DataError(
+            f"{data.train} has {len(train)} rows: splitting off {count} for the scores leaves none to learn from; "
+            "lower data.validation_rows or name validation data"
+        )
+    parts = train.train_test_split(test_size=count, seed=recipe.seed)
+    notes.append(f"no validation data named: {count} of {len(train)} rows split off with seed {recipe.seed}")
+    return parts["train"], parts["test"]
+
+
+def _labelled(recipe: Recipe, train: Dataset, validation: Dataset) -> tuple[Dataset, Dataset, list[str]]:
+    data = recipe.data
+    sources = [(train, data.train), (validation, data.validation or data.train)]
+    columns = [("data.text", data.text), ("data.label", data.label)]
+    if data.text_pair is not None:
+        columns.insert(1, ("data.text_pair", data.text_pair))
+    for table, source in sources:
+        for key, column in columns:
+            require_column(table, column, key, source)
+        for key, column in columns[:-1]:
+            _check_texts(table[column], key, column, source)
+    if recipe.task == "regression":
+        labels = [_numbers(table[data.label], data.label, source) for table, source in sources]
+        names: list[str] = []
+    else:
+        names, labels = _classes(recipe, train, validation)
+    built = [_assemble(recipe, table, label) for (table, _), label in zip(sources, labels, strict=True)]
+    return built[0], built[1], names
+
+
+def _assemble(recipe: Recipe, table: Dataset, labels: list[Any]) -> Dataset:
+    from datasets import Dataset
+
+    columns = {"text": [str(text) for text in table[recipe.data.text]], "label": labels}
+    if recipe.data.text_pair is not None:
+        columns["text_pair"] = [str(text) for text in table[recipe.data.text_pair]]
+    return Dataset.from_dict(columns)
+
+
+def _check_texts(texts: Any, key: str, column: str, source: str) -> None:
+    empty = [index for index, text in enumerate(texts) if text is None or not str(text).strip()]
+    if empty:
+        raise DataError(
+            f"{key}: {len(empty)} of {len(texts)} rows of {source} have no text in column '{column}', "
+            f"the first is row {empty[0] + 1}; take them out"
+        )
+    odd = next((index for index, text in enumerate(texts) if isinstance(text, (list, dict))), None)
+    if odd is not None:
+        raise DataError(
+            f"{key}: column '{column}' of {source}, row {odd + 1} is not a text but a {type(texts[odd]).__name__}"
+        )
+
+
+def _numbers(values: Any, column: str, source: str) -> list[float]:
+    import math
+
+    numbers = []
+    for index, value in enumerate(values):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise DataError(
+                f"data.label: regression needs numbers, column '{column}' of {source} has {value!r} in row {index + 1}; "
+                "correct it, or set task: classification"
+            )
+        numbers.append(number)
+    return numbers
+
+
+def _classes(recipe: Recipe, train: Dataset, validation: Dataset) -> tuple[list[str], list[list[int]]]:
+    """Names of the classes and both splits' labels as indices into them.
+
+    A hub data set's own class names and data.label_names count the classes 0, 1, ...; else the classes are the values
+    found in the training data, in order.
+    """
+    column, source = recipe.data.label, recipe.data.train
+    values = [
+        _class_values(part[column], column, where)
+        for part, where in ((train, source), (validation, recipe.data.validation or source))
+    ]
+    feature = train.features[column]
+    given = recipe.data.label_names or getattr(feature, "names", None)
+    seen = sorted(set(values[0]), key=lambda value: (isinstance(value, str), value))
+    if given is not None:
+        texts = all(isinstance(value, str) for value in seen)
+        known: list[Any] = list(given) if texts else list(range(len(given)))
+        extra = [value for value in seen if value not in known]
+        if extra:
+            hint = " (a negative label marks rows without an answer)" if extra == [-1] else ""
+            raise DataError(
+                f"data.label: column '{column}' of {source} has {_some(extra)}, but data.label_names names "
+                f"{len(given)} classes: {', '.join(given)}{hint}"
+            )
+        names = [str(name) for name in given]
+    else:
+        known = seen
+        names = [str(value) for value in seen]
+    if len(known) > 100 and len(known) > len(values[0]) / 2:
+        raise DataError(
+            f"data.label: column '{column}' of {source} has {len(known)} different values in {len(values[0])} rows, "
+            "which are no classes; name another column, or set task: regression"
+        )
+    place = {value: index for index, value in enumerate(known)}
+    unseen = sorted({str(value) for value in values[1] if value not in place})
+    if unseen:
+        raise DataError(
+            f"data.label: the validation data have {_some(unseen)} in column '{column}', which the training data lack; "
+            f"known: {_some(names)}"
+        )
+    return names, [[place[value] for value in part] for part in values]
+
+
+def _class_values(values: Any, column: str, source: str) -> list[Any]:
+    found: list[Any] = []
+    for index, value in enumerate(values):
+        if value is None or value == "":
+            raise DataError(f"data.label: column '{column}' of {source} has no label in row {index + 1}")
+        if isinstance(value, float):
+            if not value.is_integer():
+                raise DataError(
+                    f"data.label: column '{column}' of {source} has {value} in row {index + 1}, which is no class; "
+                    "set task: regression, or name another column"
+                )
+            value = int(value)
+        if isinstance(value, (list, dict)):
+            raise DataError(
+                f"data.label: column '{column}' of {source} holds lists; one class a row is needed"
+            )
+        found.append(value)
+    kinds = {isinstance(value, str) for value in found}
+    return [str(value) for value in found] if len(kinds) > 1 else found
+
+
+def _some(values: list[Any]) -> str:
+    shown = ", ".join(repr(value) if isinstance(value, str) else str(value) for value in values[:6])
+    return shown + (f" and {len(values) - 6} more" if len(values) > 6 else "")

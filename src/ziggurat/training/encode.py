@@ -1,0 +1,82 @@
+"""Texts to token ids, and token ids to batches that are padded only as far as they need."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def longest(tokenizer: PreTrainedTokenizerBase, config: Any, wanted: int) -> int:
+    """`wanted` tokens, or fewer where the model has fewer positions."""
+    limits = [wanted]
+    if isinstance(tokenizer.model_max_length, int) and tokenizer.model_max_length < 1_000_000:
+        limits.append(tokenizer.model_max_length)
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        # RoBERTa counts positions from padding_idx + 1: two of its 514 are never used.
+        limits.append(positions - 2 if getattr(config, "model_type", "") in _SHIFTED else positions)
+    return min(limits)
+
+
+_SHIFTED = {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "data2vec-text"}
+
+
+def encode(
+    table: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, separate: bool
+) -> tuple[Dataset, int]:
+    """Token ids of every row, and how many rows were cut.
+
+    Two texts go into one sequence, or `separate` into `input_ids` and `second_ids`.
+    """
+    from datasets import Dataset
+
+    pair = "text_pair" in table.column_names
+    first, second = list(table["text"]), list(table["text_pair"]) if pair else None
+    columns: dict[str, Any] = {}
+    if separate and second is not None:
+        whole = [tokenizer(texts, truncation=False, verbose=False)["input_ids"] for texts in (first, second)]
+        cut = sum(max(len(a), len(b)) > max_length for a, b in zip(*whole, strict=True))
+        for name, texts in (("input_ids", first), ("second_ids", second)):
+            columns[name] = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    else:
+        whole = tokenizer(first, second, truncation=False, verbose=False)["input_ids"]
+        cut = sum(len(ids) > max_length for ids in whole)
+        encoded = tokenizer(first, second, truncation=True, max_length=max_length)
+        columns.update({name: encoded[name] for name in encoded if name != "attention_mask"})
+    if "label" in table.column_names:
+        columns["labels"] = list(table["label"])
+    return Dataset.from_dict(columns), cut
+
+
+class Collator:
+    """Pads a batch to its longest row. Two separate texts become ids of shape (batch, 2, length)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, multiple: int | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.multiple = multiple
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        labels = [row["labels"] for row in rows] if "labels" in rows[0] else None
+        second = [{"input_ids": row["second_ids"]} for row in rows] if "second_ids" in rows[0] else []
+        inputs = [
+            {key: value for key, value in row.items() if key not in ("labels", "second_ids")} for row in rows
+        ]
+        # tokenizer.pad warns about its own speed and would return ids only; the mask follows from the lengths.
+        padded = self.tokenizer.pad(
+            [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in [*inputs, *second]],
+            padding=True,
+            pad_to_multiple_of=self.multiple,
+            return_tensors="pt",
+        )
+        batch: dict[str, Any] = dict(padded)
+        if second:
+            batch = {key: value.unflatten(0, (2, len(rows))).transpose(0, 1) for key, value in batch.items()}
+        if labels is not None:
+            kind = torch.float32 if isinstance(labels[0], float) else torch.long
+            batch["labels"] = torch.tensor(labels, dtype=kind)
+        return batch

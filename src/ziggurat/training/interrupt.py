@@ -1,0 +1,90 @@
+"""Ctrl-C and SIGTERM end a run at the next step with a checkpoint, not in the middle of one."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the user asked for it
+    """A run was stopped from outside. `checkpoint` is what it left (None before the first step), `signal` by what."""
+
+    def __init__(self, folder: str, checkpoint: str | None, step: int, total: int, number: int) -> None:
+        done = f"stopped at step {step} of {total}" if checkpoint else "stopped before the first step"
+        super().__init__(done)
+        self.folder, self.checkpoint, self.step, self.total, self.signal = (
+            folder,
+            checkpoint,
+            step,
+            total,
+            number,
+        )
+
+
+class StopSignals(TrainerCallback):
+    """While entered, SIGINT and SIGTERM ask the Trainer to save and stop; a second SIGINT stops at once.
+
+    Outside the training loop (loading, scoring before training) there is nothing to save and the signal raises
+    KeyboardInterrupt right away. Signals reach only the main thread: elsewhere this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.learning = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        again = self.number is not None and number == signal.SIGINT
+        self.number = number
+        if again or not self.learning:
+            raise KeyboardInterrupt
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.learning = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        return self._stop(control)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        # A signal during a long scoring is answered right after it.
+        return self._stop(control) if self.learning else control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.number is not None:
+            # The step's own stop has saved already, and nobody waits for a score.
+            control.should_evaluate = control.should_save = False
+        return control
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.learning = False
+
+    def _stop(self, control: TrainerControl) -> TrainerControl:
+        if self.number is not None:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+        return control

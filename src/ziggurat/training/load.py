@@ -1,0 +1,97 @@
+"""An adapter folder that `ziggurat train` wrote, back as a model that answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from ziggurat.errors import RecipeError
+
+from .folders import RECIPE, RUN
+from .heads import MeanPooledClassifier
+from .model import HeadSpec, device, load_base
+from .nearest import missing_path
+from .recipe import make_recipe
+from .schema import Recipe
+from .trainers import quiet
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Model (in evaluation mode, on the accelerator where there is one), tokenizer, and what they were trained for."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe
+    head: HeadSpec
+    run: dict[str, Any]
+
+
+def load_adapter_model(folder: str | Path) -> Loaded:
+    """Rebuild base model, head and adapter from a folder of `ziggurat train`.
+
+    The base is found again by the recipe's `model`, not by the path of the machine that trained: an adapter on the
+    embedded model can be handed around. Raises RecipeError when the folder is none, or its base can't be found.
+    """
+    path = Path(folder).expanduser()
+    recipe, run = read_run(path)
+    spec = HeadSpec(**run["head"])
+    with quiet():
+        if (path / "adapter_config.json").is_file():
+            base = load_base(
+                recipe.model,
+                spec,
+                gguf_file=recipe.gguf_file,
+                revision=recipe.revision,
+                dtype=recipe.dtype,
+                tokenizer_from=str(path),
+            )
+            try:
+                model: nn.Module = PeftModel.from_pretrained(base.model, str(path))
+            except (ValueError, KeyError, RuntimeError, OSError) as error:
+                raise RecipeError(
+                    f"the adapter in '{folder}' does not fit {recipe.model}: {error}"
+                ) from error
+            tokenizer = base.tokenizer
+        else:
+            from transformers import AutoTokenizer
+
+            model = _whole_class(spec).from_pretrained(str(path), dtype=recipe.dtype)
+            tokenizer = AutoTokenizer.from_pretrained(str(path))
+    return Loaded(model.to(device()).eval(), tokenizer, recipe, spec, run)
+
+
+def read_run(path: Path) -> tuple[Recipe, dict[str, Any]]:
+    """Recipe and run.json of an adapter folder. Raises RecipeError that says what is missing."""
+    if not path.is_dir():
+        raise RecipeError(
+            f"adapter folder {missing_path(path)}" if not path.exists() else f"'{path}' is not a folder"
+        )
+    for name in (RUN, RECIPE):
+        if not (path / name).is_file():
+            if path.with_name(path.name + ".unfinished") == path or path.name.endswith(".unfinished"):
+                raise RecipeError(f"'{path}' is an unfinished run; go on with resume=true first")
+            inner = sorted(entry.parent.name for entry in path.glob(f"*/{RUN}"))
+            hint = f"; its folders that are: {', '.join(inner)}" if inner else ""
+            raise RecipeError(f"'{path}' was not written by `ziggurat train` (it has no {name}){hint}")
+    try:
+        run = json.loads((path / RUN).read_text(encoding="utf-8"))
+        values = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RecipeError(f"'{path}' cannot be read: {error}") from error
+    if "head" not in run:
+        raise RecipeError(f"'{path}' is an unfinished run; go on with resume=true first")
+    return make_recipe(values, label=str(path / RECIPE)), run
+
+
+def _whole_class(spec: HeadSpec) -> Any:
+    if spec.task == "instruct":
+        return AutoModelForCausalLM
+    return MeanPooledClassifier if spec.pooling == "mean" else AutoModelForSequenceClassification

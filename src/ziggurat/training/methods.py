@@ -1,0 +1,140 @@
+"""The methods a recipe can name. A method joins by one row; its fields are read off its PEFT config."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+from .nearest import did_you_mean
+
+# Set by the run itself, or of no use in a recipe.
+_NOT_IN_A_RECIPE = {
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "runtime_config",
+}
+
+SYNONYMS = {
+    "rank": "method.r",
+    "alpha": "method.lora_alpha",
+    "dropout": "method.lora_dropout",
+    "targets": "method.target_modules",
+    "target": "method.target_modules",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row: either a PEFT config class, or a rule that says which of the model's own weights train.
+
+    `config` is "module:class", imported when first needed. `fixed` are fields that make the method what it is (DoRA
+    is LoRA with use_dora). `trains` gets a parameter's name and says whether it trains; the head always does.
+    """
+
+    about: str
+    config: str | None = None
+    fixed: dict[str, Any] = field(default_factory=dict)
+    trains: Callable[[str], bool] | None = None
+
+    def config_class(self) -> type[Any] | None:
+        if self.config is None:
+            return None
+        module, _, name = self.config.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+METHODS: dict[str, Method] = {
+    "msplora": Method(
+        "a pyramid of shared and private low-rank updates (arXiv 2503.21838)", "ziggurat:MSPLoraConfig"
+    ),
+    "lora": Method("low-rank updates, one pair a linear (arXiv 2106.09685)", "peft:LoraConfig"),
+    "dora": Method("LoRA with a trained magnitude (arXiv 2402.09353)", "peft:LoraConfig", {"use_dora": True}),
+    "vera": Method("shared random factors, trained vectors (arXiv 2310.11454)", "peft:VeraConfig"),
+    "lily": Method("low-rank updates with shared experts (arXiv 2407.09946)", "peft:LilyConfig"),
+    "bitfit": Method("the biases of the model (arXiv 2106.10199)", trains=lambda name: name.endswith("bias")),
+    "head": Method("the head alone; the model stays as it is", trains=lambda name: False),
+    "full": Method("every weight of the model", trains=lambda name: True),
+}
+
+
+def method_fields(name: str) -> dict[str, Any]:
+    """Field name -> type hint of the method's config, without those the run sets itself."""
+    method = METHODS[name]
+    cls = method.config_class()
+    if cls is None:
+        return {}
+    try:
+        hints = typing.get_type_hints(cls)
+    except (NameError, TypeError):
+        hints = {}
+    return {
+        item.name: hints.get(item.name, Any)
+        for item in dataclasses.fields(cls)
+        if item.init and item.name not in _NOT_IN_A_RECIPE and item.name not in method.fixed
+    }
+
+
+def method_problems(choice: dict[str, Any]) -> list[str]:
+    """Everything wrong with `method.*`: the name, each field, and what the config itself refuses."""
+    from .values import explain
+
+    if "name" not in choice:
+        return ["method.name: missing; one of " + ", ".join(METHODS)]
+    name = choice["name"]
+    if not isinstance(name, str) or name not in METHODS:
+        hint = did_you_mean(str(name), METHODS)
+        return [f"method.name: '{name}' is not one of {', '.join(METHODS)}{hint}"]
+    fields = method_fields(name)
+    problems = []
+    for key, value in choice.items():
+        if key == "name":
+            continue
+        if key in METHODS[name].fixed:
+            problems.append(f"method.{key}: '{name}' sets this itself")
+        elif key not in fields:
+            hint = did_you_mean(f"method.{key}", [f"method.{other}" for other in fields], SYNONYMS)
+            problems.append(f"method.{key}: unknown{hint or f', {name} has no such field'}")
+        else:
+            said = explain(fields[key], value)
+            if said is not None:
+                problems.append(f"method.{key}: {said}")
+    if not problems:
+        try:
+            method_config(choice)
+        except (ValueError, TypeError, AttributeError, ImportError, NotImplementedError) as error:
+            problems.append(f"method: {name} refuses this: {error}")
+    return problems
+
+
+def method_config(choice: dict[str, Any], **run: Any) -> Any | None:
+    """The PEFT config of a checked `method.*`; None for a method that trains the model's own weights.
+
+    `run` are the fields that the run sets (task_type, modules_to_save). Lists given for enums, tuples and nested
+    dataclasses become what the config declares.
+    """
+    method = METHODS[choice["name"]]
+    cls = method.config_class()
+    if cls is None:
+        return None
+    hints = method_fields(choice["name"])
+    values = {key: convert(hints[key], value) for key, value in choice.items() if key != "name"}
+    return cls(**{**values, **method.fixed, **run})
+
+
+def convert(hint: Any, value: Any) -> Any:
+    """`value` as the hint declares it, where pydantic knows the hint; else as it is."""
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except (PydanticSchemaGenerationError, ValidationError, TypeError, NameError):
+        return value

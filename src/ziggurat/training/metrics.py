@@ -1,0 +1,59 @@
+"""Scores by scikit-learn and scipy, and what guessing would get."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+
+from .schema import Recipe
+
+
+def score(recipe: Recipe, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Scores of the validation data, in per cent except the root mean squared error.
+
+    classification: accuracy, f1 (of class 1 with two classes, else the mean over classes), matthews.
+    regression: pearson, spearman, rmse. A constant prediction has no correlation and scores 0.
+    """
+    if recipe.task == "regression":
+        from scipy import stats
+
+        flat, truth = predictions.reshape(-1).astype(np.float64), labels.astype(np.float64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", stats.ConstantInputWarning)
+            pearson = float(stats.pearsonr(flat, truth)[0]) if len(truth) > 1 else 0.0  # type: ignore[arg-type]
+            spearman = float(stats.spearmanr(flat, truth)[0]) if len(truth) > 1 else 0.0  # type: ignore[arg-type]
+        rmse = math.sqrt(float(np.mean((flat - truth) ** 2)))
+        return {"pearson": _percent(pearson), "spearman": _percent(spearman), "rmse": rmse}
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    classes = predictions.argmax(-1) if predictions.ndim > 1 else predictions
+    average: Any = "binary" if max(int(labels.max()), int(classes.max())) <= 1 else "macro"
+    return {
+        "accuracy": _percent(float(accuracy_score(labels, classes))),
+        "f1": _percent(float(f1_score(labels, classes, average=average, zero_division=0.0))),
+        "matthews": _percent(float(matthews_corrcoef(labels, classes))),
+    }
+
+
+def guessing(recipe: Recipe, train_labels: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Scores of always answering the training data's most frequent class, or their mean (regression)."""
+    if recipe.task == "regression":
+        return score(recipe, np.full(len(labels), float(np.mean(train_labels))), labels)
+    values, counts = np.unique(train_labels, return_counts=True)
+    return score(recipe, np.full(len(labels), values[counts.argmax()]), labels)
+
+
+def lower_is_better(metric: str) -> bool:
+    return metric in ("perplexity", "rmse", "loss")
+
+
+def perplexity(loss: float) -> float:
+    """exp of the mean loss a token; infinite rather than an overflow where the loss is beyond reason."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _percent(value: float) -> float:
+    return 0.0 if math.isnan(value) else 100.0 * value

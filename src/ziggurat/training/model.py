@@ -1,0 +1,173 @@
+"""Base model, head and tokenizer of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ziggurat.errors import RecipeError
+
+from .embedded import model_path
+from .heads import MeanPooledClassifier
+from .nearest import missing_path
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What the scores mean: how many, their names, one text or two. Stored beside the adapter, needed to reload it."""
+
+    task: str
+    label_names: list[str]
+    pooling: str = "model"
+    dropout: float = 0.1
+    pair: bool = False
+
+    @property
+    def num_labels(self) -> int:
+        return 1 if self.task == "regression" else len(self.label_names)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model ready to be adapted, and the modules that were made afresh and so must train with any method."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    head: list[str]
+
+
+def load_base(
+    model: str,
+    spec: HeadSpec,
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    tokenizer_from: str | None = None,
+) -> Base:
+    """Load the base model of a task with its head.
+
+    Raises RecipeError when the model can't be found or read, or has no head for the task.
+    """
+    path = model_path(model)
+    gguf_file = _gguf(path, gguf_file)
+    where: dict[str, Any] = {"revision": revision or "main"}
+    if gguf_file is not None:
+        where["gguf_file"] = gguf_file
+    try:
+        tokenizer = _tokenizer(tokenizer_from or path, {} if tokenizer_from else where)
+        config = AutoConfig.from_pretrained(path, **where)
+        built, fresh = _build(path, spec, config, {**where, "dtype": dtype})
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise RecipeError(f"model: {_reason(model, path, error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if built.config.pad_token_id is None:
+        built.config.pad_token_id = tokenizer.pad_token_id
+    return Base(built, tokenizer, fresh)
+
+
+def _build(
+    path: str, spec: HeadSpec, config: Any, where: dict[str, Any]
+) -> tuple[PreTrainedModel, list[str]]:
+    if spec.task == "instruct":
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, **where)
+        return model, []
+    config.num_labels = spec.num_labels
+    if spec.label_names:
+        config.id2label = dict(enumerate(spec.label_names))
+        config.label2id = {name: index for index, name in enumerate(spec.label_names)}
+    if spec.pooling == "mean":
+        if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "hidden_size"):
+            raise ValueError(
+                f"head.pooling: mean needs an encoder, this is a {config.model_type}; set head.pooling: model"
+            )
+        config.mean_pooled_pair, config.mean_pooled_dropout = spec.pair, spec.dropout
+        model, info = MeanPooledClassifier.from_pretrained(
+            path, config=config, output_loading_info=True, **where
+        )
+    else:
+        config.problem_type = "regression" if spec.task == "regression" else "single_label_classification"
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, config=config, output_loading_info=True, **where
+        )
+    return model, fresh_modules(model, info["missing_keys"])
+
+
+def fresh_modules(model: PreTrainedModel, missing: set[str] | list[str]) -> list[str]:
+    """Names of the modules that must train whatever the method: the head, and what the checkpoint had no weights for.
+
+    The head is every child of the model beside its encoder that has weights, as a whole even where the checkpoint had
+    them: its weights belong to another task. Inside the encoder it's the smallest module that was made afresh (BERT's
+    pooler, say). An embedding that is a buffer in disguise (position ids) has no weights and doesn't count.
+    """
+    prefix = model.base_model_prefix
+    head = [
+        name
+        for name, child in model.named_children()
+        if name != prefix and any(True for _ in child.parameters())
+    ]
+    parameters = dict(model.named_parameters())
+    for key in sorted(missing):
+        owner = key.rpartition(".")[0]
+        if key in parameters and owner and owner.split(".")[0] not in head and owner not in head:
+            head.append(owner)
+    return head
+
+
+def freeze_all_but(model: nn.Module, trains: Any, head: list[str]) -> None:
+    """For methods without factors: leave on the parameters that `trains` names, and the head."""
+    for name, parameter in model.named_parameters():
+        in_head = any(name.startswith(f"{module}.") for module in head)
+        parameter.requires_grad_(bool(trains(name)) or in_head)
+
+
+def _tokenizer(path: str, where: dict[str, Any]) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(path, **where)
+
+
+def _gguf(path: str, gguf_file: str | None) -> str | None:
+    folder = Path(path)
+    if not folder.is_dir():
+        return gguf_file
+    found = sorted(entry.name for entry in folder.glob("*.gguf"))
+    if gguf_file is not None:
+        if not (folder / gguf_file).is_file():
+            raise RecipeError(f"gguf_file: {missing_path(folder / gguf_file)}")
+        return gguf_file
+    if (folder / "config.json").is_file() or not found:
+        return None
+    if len(found) > 1:
+        raise RecipeError(f"gguf_file: '{path}' holds several, name one: {', '.join(found)}")
+    return found[0]
+
+
+def _reason(model: str, path: str, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "head.pooling" in first:
+        return first
+    folder = Path(path)
+    if not folder.is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        return missing_path(model)
+    if folder.is_dir() and not (folder / "config.json").is_file() and "gguf" not in first.lower():
+        return f"'{model}' is a folder without config.json, so not a model saved by transformers"
+    near = "" if folder.is_dir() else " (no folder of this name either)"
+    return f"'{model}' cannot be loaded{near}: {first}"
+
+
+def device() -> torch.device:
+    """The accelerator where there is one, else the processor."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator if accelerator is not None else torch.device("cpu")

@@ -1,0 +1,77 @@
+"""The right name nearest to a wrong one: for keys, columns, files, recipes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def nearest(wrong: str, allowed: Iterable[str], synonyms: dict[str, str] | None = None) -> str | None:
+    """The member of `allowed` that `wrong` most likely meant, or None.
+
+    A known synonym decides first, then equality but for case and for `-`, `_` and blanks, then the last dotted
+    part (`lr` for `train.lr`), then a name that contains the other at a word's edge, then difflib's ratio >= 0.6.
+    """
+    names = list(allowed)
+    plain = {_plain(name): name for name in reversed(names)}
+    key = _plain(wrong)
+    if synonyms:
+        # "method.rank" finds the synonym "rank" too, so that a row serves every section.
+        for candidate in (wrong, wrong.rsplit(".", 1)[-1]):
+            target = synonyms.get(_plain(candidate))
+            if target in names:
+                return target
+    if key in plain:
+        return plain[key]
+    last = _plain(wrong.rsplit(".", 1)[-1])
+    for name in names:
+        if _plain(name.rsplit(".", 1)[-1]) == last:
+            return name
+    close = difflib.get_close_matches(key, plain, n=1, cutoff=0.75)
+    if close:
+        return plain[close[0]]
+    for name in names:
+        words = _plain(name).replace(".", "_").split("_")
+        if len(last) > 2 and last in words:
+            return name
+    close = difflib.get_close_matches(key, plain, n=1, cutoff=0.6)
+    return plain[close[0]] if close else None
+
+
+def did_you_mean(wrong: str, allowed: Iterable[str], synonyms: dict[str, str] | None = None) -> str:
+    """`, did you mean X?` or an empty string."""
+    found = nearest(wrong, allowed, synonyms)
+    return f", did you mean {found}?" if found is not None else ""
+
+
+def missing_path(path: str | Path) -> str:
+    """What to say of a path that isn't there: the deepest folder that is, and the nearest names in it."""
+    target = Path(path).expanduser()
+    folder = target.parent
+    missing = target.name
+    while not folder.is_dir():
+        missing = folder.name
+        if folder == folder.parent:
+            break
+        folder = folder.parent
+    where = "this folder" if folder == Path(".") else f"'{folder}'"
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        return f"'{path}' cannot be reached: {where}: {error.strerror or error}"
+    if folder / missing != target:
+        said = f"'{path}' does not exist: {where} has no '{missing}'"
+    else:
+        said = f"'{path}' does not exist"
+    close = difflib.get_close_matches(missing, names, n=3, cutoff=0.5)
+    if close:
+        return f"{said}; nearest in {where}: " + ", ".join(close)
+    if not names:
+        return f"{said}; {where} is empty"
+    shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return f"{said}; {where} holds {shown}"
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("-", "_").replace(" ", "_")

@@ -1,0 +1,249 @@
+"""Recipes: found, read, checked whole before anything is loaded, and written beside the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+
+from ziggurat.errors import RecipeError
+
+from .methods import SYNONYMS, method_problems
+from .nearest import did_you_mean, missing_path, nearest
+from .schema import CLASSIFICATION_METRICS, INSTRUCT_METRICS, REGRESSION_METRICS, Recipe, keys
+from .source import flatten, read_overrides, read_yaml
+from .values import explain
+
+_SYNONYMS = {
+    **SYNONYMS,
+    "learning_rate": "train.lr",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "batch_size": "train.batch",
+    "per_device_train_batch_size": "train.batch",
+    "per_device_eval_batch_size": "train.eval_batch",
+    "gradient_accumulation_steps": "train.accumulate",
+    "accumulation": "train.accumulate",
+    "warmup_ratio": "train.warmup",
+    "warmup_steps": "train.warmup",
+    "lr_scheduler_type": "train.scheduler",
+    "wd": "train.weight_decay",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "load_best_model_at_end": "train.best",
+    "metric_for_best_model": "metric",
+    "base_model": "model",
+    "model_name_or_path": "model",
+    "output_dir": "output",
+    "dataset": "data.train",
+    "train_file": "data.train",
+    "validation_file": "data.validation",
+    "test": "data.validation",
+    "eval": "data.validation",
+    "max_seq_length": "data.max_length",
+    "max_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "sentence": "data.text",
+    "labels": "data.label",
+    "pooling": "head.pooling",
+    "epoch": "train.epochs",
+    "steps": "train.max_steps",
+    "description": "about",
+}
+_TASK_ONLY = {
+    "instruct": ("data.format", "data.loss"),
+    "score": ("data.text", "data.text_pair", "data.label", "head.pooling", "head.dropout", "head.lr"),
+    "classification": ("data.label_names",),
+}
+_METRICS = {
+    "classification": CLASSIFICATION_METRICS,
+    "regression": REGRESSION_METRICS,
+    "instruct": INSTRUCT_METRICS,
+}
+
+
+def shipped() -> dict[str, str]:
+    """Name -> text of the recipes that come with the package, the default first."""
+    folder = files("ziggurat") / "recipes"
+    found = {
+        entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".yaml")
+    }
+    return dict(sorted(found.items(), key=lambda item: (item[0] != "default", item[0])))
+
+
+def find_recipe(source: str | Path) -> tuple[str, str]:
+    """The label and the text of a recipe: a file, or the name of a shipped one.
+
+    Raises RecipeError with the nearest names when there is neither.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        try:
+            return path.name, path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{source} cannot be read: {error}") from error
+    names = shipped()
+    if str(source) in names:
+        return f"{source}.yaml", names[str(source)]
+    if path.is_dir():
+        if (path / "recipe.yaml").is_file():
+            return find_recipe(path / "recipe.yaml")
+        raise RecipeError(f"'{source}' is a folder without a recipe.yaml; name a recipe file")
+    if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
+        stem = nearest(path.stem, names)
+        hint = f" The recipe '{stem}' ships with ziggurat." if stem else ""
+        raise RecipeError(f"the recipe {missing_path(source)}.{hint}")
+    hint = did_you_mean(str(source), names)
+    raise RecipeError(
+        f"'{source}' is neither a file nor a recipe that ships with ziggurat{hint}; `ziggurat recipes` lists them"
+    )
+
+
+def load_recipe(source: str | Path = "default", overrides: Iterable[str] = ()) -> Recipe:
+    """Read and check a recipe file or a shipped recipe, with `key=value` words on top.
+
+    Raises RecipeError that lists every mistake of file and words at once.
+    """
+    label, text = find_recipe(source)
+    flat, problems = read_yaml(text)
+    extra, more = read_overrides(overrides)
+    flat.setdefault("name", Path(label).stem)
+    if label == "recipe.yaml" and flat["name"] == "recipe":
+        flat["name"] = Path(source).resolve().parent.name
+    return _checked(label, flat, extra, problems + more)
+
+
+def make_recipe(
+    values: Mapping[str, Any], overrides: Iterable[str] = (), label: str = "the recipe"
+) -> Recipe:
+    """A recipe from a Python mapping, nested or dotted; the same checks as for a file."""
+    extra, problems = read_overrides(overrides)
+    return _checked(label, flatten(dict(values)), extra, problems)
+
+
+def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: list[str]) -> Recipe:
+    # An override with no value takes the key out, back to its default: the only way to drop a method's field.
+    flat = {key: value for key, value in {**flat, **extra}.items() if key not in extra or value is not None}
+    known = keys()
+    choice = {key.removeprefix("method."): value for key, value in flat.items() if key.startswith("method.")}
+    good: dict[str, Any] = {}
+    for key, value in flat.items():
+        if key.startswith("method."):
+            continue
+        if key in known:
+            info = known[key]
+            said = explain(
+                Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation, value
+            )
+            if said is None:
+                good[key] = value
+            else:
+                problems.append(f"{key}: {said}")
+        elif key in ("data", "head", "train", "method"):
+            problems.append(f"{key}: needs its own keys, {_example(key)}")
+        else:
+            choices = [*known, "method.name", *(f"method.{name}" for name in _fields_of(choice))]
+            problems.append(
+                f"{key}: unknown{did_you_mean(key, choices, _SYNONYMS) or '; docs/recipes.md lists the keys'}"
+            )
+    problems += [
+        f"{key}: missing: {info.description}"
+        for key, info in known.items()
+        if info.is_required() and key not in flat
+    ]
+    problems += _conflicts(good)
+    problems += method_problems(choice)
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise RecipeError(f"{label} has {count}:\n" + "\n".join(f"  {line}" for line in problems))
+    nested: dict[str, Any] = {"method": choice, "data": {}}
+    for key, value in good.items():
+        section, dot, inner = key.partition(".")
+        if dot:
+            nested.setdefault(section, {})[inner] = value
+        else:
+            nested[key] = value
+    return Recipe.model_validate(nested)
+
+
+def _fields_of(choice: dict[str, Any]) -> list[str]:
+    from .methods import METHODS, method_fields
+
+    return list(method_fields(choice["name"])) if choice.get("name") in METHODS else []
+
+
+def _example(section: str) -> str:
+    return {
+        "data": "for example data.train: reviews.csv",
+        "head": "for example head.pooling: mean",
+        "train": "for example train.lr: 1.0e-3",
+        "method": "for example method.name: msplora",
+    }[section]
+
+
+def _conflicts(good: dict[str, Any]) -> list[str]:
+    """Mistakes that only two keys together show; a key that is wrong by itself takes no part."""
+    found: list[str] = []
+    known = keys()
+
+    def value(key: str) -> Any:
+        return good.get(key, known[key].get_default(call_default_factory=True))
+
+    task = value("task")
+    owners = {key: kind for kind, names in _TASK_ONLY.items() for key in names}
+    for key in good:
+        owner = owners.get(key)
+        fits = owner is None or owner == task or (owner == "score" and task != "instruct")
+        if not fits and good[key] != known[key].get_default(call_default_factory=True):
+            found.append(f"{key}: has no meaning with task: {task}")
+    if value("metric") is not None and value("metric") not in _METRICS[task]:
+        found.append(
+            f"metric: {value('metric')} does not go with task: {task}; one of {', '.join(_METRICS[task])}"
+        )
+    if "data.validation_share" in good and "data.validation_rows" in good:
+        found.append("data.validation_rows: given beside data.validation_share; keep one")
+    if value("data.validation") is not None or value("data.validation_split") is not None:
+        for key in ("data.validation_share", "data.validation_rows"):
+            if key in good and good[key] != known[key].get_default(call_default_factory=True):
+                found.append(f"{key}: has no meaning where validation data are named")
+    if value("train.best"):
+        if value("train.evaluate") == "never":
+            found.append(
+                "train.best: needs scores to choose by; set train.evaluate to epoch or a number of steps"
+            )
+        elif value("train.evaluate") != value("train.save"):
+            found.append("train.save: must equal train.evaluate when train.best is true")
+    if value("resume") and value("overwrite"):
+        found.append("overwrite: contradicts resume; give one of them")
+    name = value("name")
+    if not name.strip() or any(sign in name for sign in "/\\"):
+        found.append(f"name: '{name}' cannot name a folder; use output for a path")
+    return found
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as one flat mapping with every value that took effect."""
+    flat: dict[str, Any] = {}
+    for key, value in recipe.model_dump().items():
+        if key == "method":
+            flat.update({f"method.{name}": item for name, item in value.items()})
+        elif isinstance(value, dict):
+            flat.update({f"{key}.{inner}": item for inner, item in value.items()})
+        elif key not in ("resume", "overwrite"):
+            flat[key] = value
+    return {key: value for key, value in flat.items() if value is not None}
+
+
+def to_yaml(recipe: Recipe) -> str:
+    return yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True, width=10_000)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Which keys two resolved recipes disagree on, `key: old -> new`."""
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed]

@@ -1,0 +1,88 @@
+"""What the terminal shows after a run."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from .metrics import lower_is_better
+from .run import Result
+from .schema import Recipe
+
+_NAMES = {"msplora": "MSPLoRA", "lora": "LoRA", "dora": "DoRA", "lor2c": "LoR2C", "lora2": "LoRA²"}
+
+
+def report(recipe: Recipe, result: Result) -> Group:
+    """The table of a run (scores, parameters, cost) and the next commands to try."""
+    method = _NAMES.get(result.method, result.method)
+    rank = recipe.method.get("r")
+    named = f"{method} r {rank}" if rank is not None else method
+    table = Table(title=f"{named}: {recipe.name} on {recipe.model}", title_justify="left", show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(justify="right", overflow="fold")
+    metric = result.metric
+    unit = " (lower is better)" if lower_is_better(metric) else ", %"
+    table.add_row(f"{metric}{unit}, before", _number(result.before.get(metric)))
+    table.add_row(
+        Text(f"{metric}{unit}, after", style="bold"), Text(_number(result.after.get(metric)), style="bold")
+    )
+    if metric in result.guess:
+        always = "always the mean" if recipe.task == "regression" else "always the most frequent class"
+        table.add_row(always, _number(result.guess[metric]))
+    rest = [name for name in result.after if name not in (metric, "loss", "entropy")]
+    if rest:
+        table.add_row("after, also", ", ".join(f"{name} {_number(result.after[name])}" for name in rest))
+    table.add_section()
+    counts = result.counts
+    table.add_row(f"trainable numbers, {named}", f"{counts.adapter:,}")
+    if counts.lora is not None and result.method != "lora":
+        share = f" ({counts.adapter / counts.lora:.0%} of it)" if counts.lora else ""
+        table.add_row(
+            f"LoRA r {rank if rank is not None else ''} on the same linears", f"{counts.lora:,}{share}"
+        )
+    if counts.head:
+        table.add_row("and the head, with any method", f"{counts.head:,}")
+    table.add_section()
+    table.add_row("seconds", f"{result.seconds:,.0f} for {result.steps} steps")
+    if result.peak_mb is not None:
+        table.add_row("peak memory", f"{result.peak_mb:,.0f} MiB")
+    table.add_row("adapter", _short(result.folder))
+    return Group(
+        table,
+        Text("Next:", style="bold"),
+        *(Text(f"  {line}", overflow="fold") for line in _next(recipe, result)),
+    )
+
+
+def _next(recipe: Recipe, result: Result) -> list[str]:
+    folder = shlex.quote(_short(result.folder))
+    if recipe.task == "instruct":
+        texts = '"Give three tips for staying healthy."'
+    elif recipe.data.text_pair is not None:
+        texts = '"A man plays a guitar." "Someone makes music."'
+    else:
+        texts = '"A film that stays with you for days."'
+    lines = [f"ziggurat predict {folder} {texts}"]
+    if result.counts.lora is not None:
+        lines.append(f"ziggurat export {folder} {shlex.quote(_short(result.folder) + '-lora')}")
+        lines.append(f"ziggurat merge {folder} {shlex.quote(_short(result.folder) + '-merged')}")
+    return lines
+
+
+def show(console: Console, recipe: Recipe, result: Result) -> None:
+    console.print(report(recipe, result))
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.2f}"

@@ -1,0 +1,237 @@
+"""One run, from a checked recipe to an adapter folder with its scores."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+from transformers import TrainerCallback, set_seed
+
+from .adapt import Counts, adapt, count
+from .callbacks import callbacks_for
+from .data import Examples, load_examples
+from .folders import RECIPE, RunFolder
+from .interrupt import Interrupted, StopSignals
+from .model import Base, HeadSpec, load_base
+from .progress import LiveProgress
+from .recipe import to_yaml
+from .schema import Recipe
+from .trainers import Task, make_trainer, quiet
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave: where the adapter lies, scores by name, trainable numbers, cost.
+
+    `before`, `after` and `guess` (of the majority class, or the mean) are scores of the validation data; `shape` is the
+    shape that instruction data had.
+    """
+
+    folder: Path
+    method: str
+    metric: str
+    before: dict[str, float]
+    after: dict[str, float]
+    guess: dict[str, float]
+    counts: Counts
+    seconds: float
+    steps: int
+    peak_mb: float | None
+    notes: list[str] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    shape: str | None = None
+
+
+def train(
+    recipe: Recipe, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()
+) -> Result:
+    """Train as the recipe says; the folder `recipe.folder` appears when all is done.
+
+    `callbacks` are added to the Trainer's. `console` shows the progress (none: silence).
+
+    Raises:
+        RecipeError: the folder is taken, the model can't be loaded, or the method doesn't fit it.
+        DataError: the data aren't as the recipe says.
+        Interrupted: Ctrl-C or SIGTERM; says which checkpoint there is.
+    """
+    folder = RunFolder(recipe)
+    folder.check()
+    say = console or Console(quiet=True)
+    with StopSignals() as stop:
+        try:
+            return _train(recipe, folder, stop, say, callbacks)
+        except KeyboardInterrupt:
+            checkpoint = folder.last_checkpoint()
+            step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+            number = stop.number or signal.SIGINT
+            folder.abandon()
+            raise Interrupted(
+                recipe.folder, str(checkpoint) if checkpoint else None, step, 0, number
+            ) from None
+        except BaseException as error:
+            if not isinstance(error, Interrupted):
+                folder.abandon()
+            raise
+
+
+def _train(
+    recipe: Recipe, folder: RunFolder, stop: StopSignals, say: Console, callbacks: Sequence[TrainerCallback]
+) -> Result:
+    with say.status("reading the data") if say.is_terminal else quiet(), quiet():
+        examples = load_examples(recipe)
+    with say.status(f"loading {recipe.model}") if say.is_terminal else quiet(), quiet():
+        base, model, spec = _model(recipe, examples)
+    counts = count(recipe, model, base)
+    noted = folder.open()
+    progress = LiveProgress(say, recipe.main_metric)
+    peft_config = getattr(model, "peft_config", {}).get("default")
+    extra = [*callbacks_for(peft_config), *callbacks, progress, stop]
+    task = make_trainer(recipe, base, model, examples, folder.checkpoints, extra)
+    trainer = task.trainer
+    notes = [*examples.notes, *task.notes]
+    for line in notes:
+        say.print(f"note: {line}", style="dim", highlight=False)
+    begun = time.monotonic()
+    try:
+        before = noted.get("before")
+        if before is None:
+            with say.status("scoring before training") if say.is_terminal else quiet():
+                before = _scores(trainer.evaluate())
+            folder.note({"before": before})
+        trainer.train(resume_from_checkpoint=str(folder.last_checkpoint()) if recipe.resume else None)
+    finally:
+        progress.close()
+    seconds = time.monotonic() - begun + float(noted.get("seconds", 0.0))
+    if stop.number is not None:
+        checkpoint = folder.last_checkpoint()
+        folder.note({"before": before, "seconds": seconds})
+        step, total = trainer.state.global_step, trainer.state.max_steps
+        raise Interrupted(recipe.folder, str(checkpoint) if checkpoint else None, step, total, stop.number)
+    # From here on a signal would only cost what has been learned: it ends the program after the folder is there.
+    after = _final_scores(task, recipe)
+    seconds = time.monotonic() - begun + float(noted.get("seconds", 0.0))
+    result = Result(
+        folder=folder.final,
+        method=recipe.method["name"],
+        metric=recipe.main_metric,
+        before=before,
+        after=after,
+        guess=task.guess,
+        counts=counts,
+        seconds=seconds,
+        steps=trainer.state.global_step,
+        peak_mb=peak_memory(),
+        notes=notes,
+        history=[line for line in trainer.state.log_history if line],
+        shape=examples.shape,
+    )
+    _save(folder, recipe, base, trainer.model, spec, result)  # type: ignore[arg-type]
+    return result
+
+
+def _model(recipe: Recipe, examples: Examples) -> tuple[Base, nn.Module, HeadSpec]:
+    spec = HeadSpec(
+        task=recipe.task,
+        label_names=examples.label_names,
+        pooling=recipe.head.pooling,
+        dropout=recipe.head.dropout,
+        pair=recipe.data.text_pair is not None,
+    )
+    # The head is seeded apart from the method, so that every method starts from the same head.
+    set_seed(recipe.seed)
+    base = load_base(
+        recipe.model, spec, gguf_file=recipe.gguf_file, revision=recipe.revision, dtype=recipe.dtype
+    )
+    set_seed(recipe.seed)
+    return base, adapt(recipe, base), spec
+
+
+def _scores(logged: dict[str, float]) -> dict[str, float]:
+    timing = ("runtime", "per_second", "preparation_time", "num_tokens")
+    found = {name.removeprefix("eval_"): value for name, value in logged.items() if name.startswith("eval_")}
+    return {name: float(value) for name, value in found.items() if not any(word in name for word in timing)}
+
+
+def _final_scores(task: Task, recipe: Recipe) -> dict[str, float]:
+    """The scores of the weights that are saved; the last evaluation of training stands if it scored just those."""
+    trainer = task.trainer
+    last = trainer.state.log_history[-3:]
+    for line in reversed(last):
+        current = line.get("step") == trainer.state.global_step
+        if (
+            not recipe.train.best
+            and current
+            and f"eval_{recipe.main_metric}" in line
+            and trainer.state.global_step
+        ):
+            return _scores(line)
+    return _scores(trainer.evaluate())
+
+
+def _save(
+    folder: RunFolder, recipe: Recipe, base: Base, model: nn.Module, spec: HeadSpec, result: Result
+) -> None:
+    ready = folder.work / "ready"
+    ready.mkdir()
+    with quiet():
+        model.save_pretrained(str(ready))  # type: ignore[operator]
+        base.tokenizer.save_pretrained(str(ready))
+    (ready / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
+    folder.note(
+        {
+            "head": asdict(spec),
+            "head_modules": base.head,
+            "shape": result.shape,
+            "metric": result.metric,
+            "before": result.before,
+            "after": result.after,
+            "guess": result.guess,
+            "parameters": asdict(result.counts),
+            "steps": result.steps,
+            "seconds": round(result.seconds, 2),
+            "peak_mb": result.peak_mb,
+            "seed": recipe.seed,
+            "notes": result.notes,
+            "versions": versions(),
+            "history": result.history,
+        },
+        ready,
+    )
+    folder.publish(ready)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "machine": platform.platform()}
+    for name in ("ziggurat", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "trl"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory() -> float | None:
+    """Highest resident memory of this process so far, in MiB; None where the system doesn't tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if platform.system() == "Darwin" else 2**10), 1)
+
+
+def resume_command(words: Sequence[str]) -> str:
+    """The user's own `ziggurat train` words with resume=true, ready to paste into a shell."""
+    kept = [word for word in words if not word.startswith(("overwrite=", "resume="))]
+    return "ziggurat train " + shlex.join([*kept, "resume=true"])

@@ -1,0 +1,117 @@
+"""Reading a recipe's text: YAML or `key=value` words, to one flat mapping with dotted keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+
+SECTIONS = ("data", "head", "method", "train")
+
+
+def read_yaml(text: str) -> tuple[dict[str, Any], list[str]]:
+    """The flat mapping of a recipe and what is wrong with its form.
+
+    `train: {lr: 1.0e-3}` and `train.lr: 1.0e-3` are the same; a key given twice in either spelling is refused.
+    Only plain YAML values are built (safe_load's rules); a value below the second level stays a value.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        return {}, [f"not readable as YAML: {_where(error)}"]
+    if root is None:
+        return {}, ["the recipe is empty; `ziggurat recipes` lists some to start from"]
+    if not isinstance(root, yaml.MappingNode):
+        return {}, [f"a recipe is a mapping of `key: value` lines, this is a {_kind(root)}"]
+    flat: dict[str, Any] = {}
+    problems: list[str] = []
+    lines: dict[str, int] = {}
+    for prefix, key_node, value_node in _leaves(root):
+        key = f"{prefix}{key_node.value}"
+        line = key_node.start_mark.line + 1
+        if key in lines:
+            problems.append(f"{key}: given twice, in line {lines[key]} and in line {line}; keep one")
+            continue
+        lines[key] = line
+        try:
+            flat[key] = _value(value_node)
+        except yaml.YAMLError as error:
+            problems.append(f"{key}: {_where(error)}")
+    return flat, problems
+
+
+def read_overrides(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """`train.lr=1.0e-3` words as a flat mapping; each value is read as one YAML value."""
+    flat: dict[str, Any] = {}
+    problems: list[str] = []
+    for word in words:
+        key, sign, text = word.partition("=")
+        key = key.strip()
+        if not sign or not key:
+            problems.append(f"'{word}' is not of the form key=value (for example train.lr=1.0e-3)")
+        elif key in flat:
+            problems.append(f"{key}: given twice on the command line; keep one")
+        else:
+            try:
+                flat[key] = yaml.safe_load(text) if text.strip() else None
+            except yaml.YAMLError:
+                # Prose with a colon or a bracket is not YAML, but on a command line it is plainly a text.
+                flat[key] = text
+    return flat, problems
+
+
+def flatten(mapping: dict[str, Any]) -> dict[str, Any]:
+    """A nested or dotted Python mapping as the flat one."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if key in SECTIONS and isinstance(value, dict):
+            flat.update({f"{key}.{inner}": item for inner, item in value.items()})
+        else:
+            flat[str(key)] = value
+    return flat
+
+
+def _leaves(root: yaml.MappingNode) -> Iterable[tuple[str, yaml.ScalarNode, yaml.Node]]:
+    for key, value in root.value:
+        if key.value in SECTIONS and isinstance(value, yaml.MappingNode):
+            for inner, item in value.value:
+                yield f"{key.value}.", inner, item
+        else:
+            yield "", key, value
+
+
+def _value(node: yaml.Node) -> Any:
+    """The plain Python value of one node, by the safe constructors only, duplicate keys refused."""
+    for inner in _mappings(node):
+        seen: set[str] = set()
+        for key, _ in inner.value:
+            if key.value in seen:
+                raise yaml.YAMLError(f"'{key.value}' is given twice in line {key.start_mark.line + 1}")
+            seen.add(key.value)
+    loader = yaml.SafeLoader("")
+    try:
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _mappings(node: yaml.Node) -> Iterable[yaml.MappingNode]:
+    if isinstance(node, yaml.MappingNode):
+        yield node
+        for _, value in node.value:
+            yield from _mappings(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _mappings(value)
+
+
+def _kind(node: yaml.Node) -> str:
+    return "list" if isinstance(node, yaml.SequenceNode) else "single value"
+
+
+def _where(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None)
+    text = problem or str(error)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {text}" if mark is not None else text

@@ -1,0 +1,163 @@
+"""Any table of examples as a `datasets.Dataset`: files, hub data sets, and the embedded demo."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ziggurat.errors import DataError
+
+from .nearest import did_you_mean, missing_path
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether `source` can only be a hub name: no data file's suffix and nothing of that name on the disk."""
+    return source != "demo" and not _looks_like_a_file(source) and not Path(source).expanduser().exists()
+
+
+def read_table(
+    source: str, *, subset: str | None = None, split: str = "train", demo: str = "train"
+) -> Dataset:
+    """The rows of `source`.
+
+    `demo` names the part of the embedded data. csv is comma-separated with quotes, tsv tab-separated without quotes
+    (a quote is a sign like others there, as in GLUE's files), json a list of objects or one object a line.
+
+    Raises DataError when it is missing, unreadable, or has no rows.
+    """
+    import datasets
+
+    if source == "demo":
+        with as_file(files("ziggurat") / "demo" / f"{demo}.parquet") as path:
+            return _from_arrow(_parquet(path), f"demo ({demo})")
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _read_file(path)
+    if path.is_dir() and (path / "state.json").is_file():
+        loaded = datasets.load_from_disk(str(path))
+        if isinstance(loaded, datasets.DatasetDict):
+            raise DataError(f"{source} holds several splits; name one of them: {', '.join(map(str, loaded))}")
+        return _not_empty(loaded, source)
+    if _looks_like_a_file(source) and not path.is_dir():
+        raise DataError(f"data file {missing_path(source)}")
+    return _from_hub(source, subset, split)
+
+
+def require_column(table: Dataset, column: str, key: str, source: str) -> None:
+    """Raises DataError that lists the columns and the nearest one."""
+    if column not in table.column_names:
+        hint = did_you_mean(column, table.column_names)
+        raise DataError(
+            f"{key}: {source} has no column '{column}'{hint}; its columns: {', '.join(table.column_names)}"
+        )
+
+
+def draw(table: Dataset, count: int | None, seed: int) -> Dataset:
+    """At most `count` rows in an order drawn with the seed; all of them in their own order without `count`."""
+    if count is None or count >= len(table):
+        return table
+    return table.shuffle(seed=seed).select(range(count))
+
+
+def _looks_like_a_file(source: str) -> bool:
+    return source.endswith(SUFFIXES) or source.startswith((".", "/", "~", "\\")) or "\\" in source
+
+
+def _read_file(path: Path) -> Dataset:
+    suffix = path.suffix.lower()
+    readers = {
+        ".parquet": _parquet,
+        ".csv": _csv,
+        ".tsv": _csv,
+        ".json": _json,
+        ".jsonl": _json,
+        ".ndjson": _json,
+    }
+    if suffix not in readers:
+        raise DataError(f"{path}: '{suffix}' is not one of the formats read: {', '.join(SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty (0 bytes)")
+    try:
+        table = readers[suffix](path)
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} cannot be read as {suffix[1:]}: {str(error).splitlines()[0]}") from error
+    return _from_arrow(table, str(path))
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path)
+
+
+def _csv(path: Path) -> Any:
+    from pyarrow import csv
+
+    tabs = path.suffix.lower() == ".tsv"
+    parse = csv.ParseOptions(
+        delimiter="\t" if tabs else ",", quote_char=False if tabs else '"', newlines_in_values=not tabs
+    )
+    return csv.read_csv(path, parse_options=parse)
+
+
+def _json(path: Path) -> Any:
+    import pyarrow as pa
+
+    text = path.read_text(encoding="utf-8-sig").strip()
+    if path.suffix.lower() == ".json" and text.startswith("["):
+        rows = json.loads(text)
+    else:
+        rows = []
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise DataError(
+                        f"{path}, line {number}: {error.msg}; expected a list of objects, or one object a line"
+                    ) from error
+    bad = next((index for index, row in enumerate(rows) if not isinstance(row, dict)), None)
+    if bad is not None:
+        raise DataError(f"{path}: entry {bad} is a {type(rows[bad]).__name__}, each must be an object")
+    return pa.Table.from_pylist(rows)
+
+
+def _from_arrow(table: Any, source: str) -> Dataset:
+    from datasets import Dataset
+
+    # pandas leaves its index in parquet files; a column nobody wrote would only show up in messages.
+    names = [name for name in table.column_names if not name.startswith("__index_level_")]
+    return _not_empty(Dataset(table.select(names).replace_schema_metadata(None)), source)
+
+
+def _not_empty(table: Dataset, source: str) -> Dataset:
+    if len(table) == 0:
+        raise DataError(f"{source} has no rows")
+    return table
+
+
+def _from_hub(source: str, subset: str | None, split: str) -> Dataset:
+    import datasets
+
+    shown = source if subset is None else f"{source} ({subset})"
+    try:
+        loaded = datasets.load_dataset(source, subset, split=split)
+    except ValueError as error:
+        # datasets names the splits or the configurations there are; its first line is what a user can act on.
+        raise DataError(f"{shown}, split '{split}': {str(error).splitlines()[0]}") from error
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        # A hub data set that cannot be reached is most often a mistyped file name or a machine without network.
+        raise DataError(
+            f"{missing_path(source)}. Nor could the hub data set '{shown}' be read: "
+            f"{str(error).splitlines()[0]}. Name a data file ({', '.join(SUFFIXES)}), `demo`, or a hub data set"
+        ) from error
+    return _not_empty(loaded, f"{shown}, split '{split}'")  # type: ignore[arg-type]

@@ -1,0 +1,254 @@
+"""The Trainer of each task, set up from a recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ziggurat.errors import DataError, RecipeError
+
+from . import metrics
+from .data import Examples
+from .encode import Collator, encode, longest
+from .model import Base
+from .schema import Recipe
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class HeadLrTrainer(Trainer):
+    """Trainer whose head may learn at its own rate."""
+
+    head: tuple[str, ...] = ()
+    head_lr: float | None = None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.head_lr is not None and len(optimizer.param_groups) <= 2:
+            self._split_head(optimizer)
+        return optimizer
+
+    def _split_head(self, optimizer: torch.optim.Optimizer) -> None:
+        # Only fresh groups are split, before the scheduler reads their rates: resuming loads state into the same order.
+        assert self.model is not None
+        mine = {
+            id(parameter)
+            for name, parameter in self.model.named_parameters()
+            if any(name.removeprefix("base_model.model.").startswith(f"{module}.") for module in self.head)
+        }
+        for group in list(optimizer.param_groups):
+            moved = [parameter for parameter in group["params"] if id(parameter) in mine]
+            if moved:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in mine]
+                rest = {key: value for key, value in group.items() if key not in ("params", "lr")}
+                optimizer.add_param_group({**rest, "params": moved, "lr": self.head_lr})
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trainer ready to go, and what guessing would score."""
+
+    trainer: Trainer
+    guess: dict[str, float]
+    notes: list[str]
+
+
+def make_trainer(
+    recipe: Recipe,
+    base: Base,
+    model: nn.Module,
+    examples: Examples,
+    checkpoints: Path,
+    callbacks: list[TrainerCallback],
+) -> Task:
+    """The HF Trainer (or TRL's SFTTrainer) of a recipe's task.
+
+    Raises RecipeError for what this machine can't do, DataError for texts that don't fit the model's tokenizer.
+    """
+    with quiet():
+        make = _instruct if recipe.task == "instruct" else _scored
+        task = make(recipe, base, model, examples, checkpoints, callbacks)
+    for kind in (PrinterCallback, ProgressCallback):
+        task.trainer.remove_callback(kind)
+    return task
+
+
+def _scored(
+    recipe: Recipe,
+    base: Base,
+    model: nn.Module,
+    examples: Examples,
+    checkpoints: Path,
+    callbacks: list[TrainerCallback],
+) -> Task:
+    notes = []
+    length = longest(base.tokenizer, base.model.config, recipe.data.max_length)
+    if length < recipe.data.max_length:
+        notes.append(f"data.max_length {recipe.data.max_length} lowered to {length}, all this model can take")
+    separate = recipe.head.pooling == "mean" and recipe.data.text_pair is not None
+    parts: list[Dataset] = []
+    for table, word in ((examples.train, "training"), (examples.validation, "validation")):
+        encoded, cut = encode(table, base.tokenizer, length, separate=separate)
+        parts.append(encoded)
+        if cut:
+            notes.append(f"{cut} of {len(table)} {word} texts are longer than {length} tokens and were cut")
+    truth = np.asarray(examples.validation["label"])
+    guess = metrics.guessing(recipe, np.asarray(examples.train["label"]), truth)
+
+    def compute(result: Any) -> dict[str, float]:
+        scores = result.predictions[0] if isinstance(result.predictions, tuple) else result.predictions
+        return metrics.score(recipe, np.asarray(scores), np.asarray(result.label_ids))
+
+    arguments = TrainingArguments(
+        **_arguments(recipe, checkpoints), label_names=["labels"], remove_unused_columns=False
+    )
+    trainer = HeadLrTrainer(
+        model=model,  # type: ignore[arg-type]
+        args=arguments,
+        train_dataset=parts[0],
+        eval_dataset=parts[1],
+        data_collator=Collator(base.tokenizer, 8 if recipe.train.precision != "fp32" else None),
+        compute_metrics=compute,
+        callbacks=callbacks,
+    )
+    trainer.head, trainer.head_lr = tuple(base.head), recipe.head.lr
+    return Task(trainer, guess, notes)
+
+
+def _instruct(
+    recipe: Recipe,
+    base: Base,
+    model: nn.Module,
+    examples: Examples,
+    checkpoints: Path,
+    callbacks: list[TrainerCallback],
+) -> Task:
+    try:
+        from trl import SFTConfig, SFTTrainer
+    except ImportError as error:
+        raise RecipeError("task: instruct needs TRL; pip install 'ziggurat[instruct]'") from error
+    if isinstance(examples.train[0]["prompt"], list) and not base.tokenizer.chat_template:
+        raise DataError(
+            f"data.format: the tokenizer of {recipe.model} has no chat template to join messages with; "
+            "use a chat model, or columns prompt and completion"
+        )
+    if not base.tokenizer.eos_token:
+        raise RecipeError(
+            f"model: the tokenizer of {recipe.model} has no end-of-text token, so answers could not end"
+        )
+    length = longest(base.tokenizer, base.model.config, recipe.data.max_length)
+    arguments = SFTConfig(
+        **_arguments(recipe, checkpoints),
+        max_length=length,
+        completion_only_loss=recipe.data.loss == "answer",
+        pad_token=base.tokenizer.pad_token,
+    )
+    trainer = _sft_class(SFTTrainer)(
+        model=model,
+        args=arguments,
+        train_dataset=examples.train,
+        eval_dataset=examples.validation,
+        processing_class=base.tokenizer,
+        callbacks=callbacks,
+    )
+    cut = sum(len(ids) >= length for ids in trainer.train_dataset["input_ids"])
+    notes = (
+        [f"{cut} of {len(examples.train)} training texts fill all {length} tokens and may be cut"]
+        if cut
+        else []
+    )
+    return Task(trainer, {}, notes)
+
+
+def _sft_class(base: type) -> type:
+    class PerplexitySFTTrainer(base):
+        """SFTTrainer that reports the perplexity beside the loss, so that it can be watched and chosen by."""
+
+        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().evaluation_loop(*args, **kwargs)
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            loss = output.metrics.get(f"{prefix}_loss")
+            if loss is not None:
+                output.metrics[f"{prefix}_perplexity"] = metrics.perplexity(float(loss))
+            return output
+
+    return PerplexitySFTTrainer
+
+
+def _arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
+    train = recipe.train
+    if train.precision == "fp16" and not torch.accelerator.is_available():
+        raise RecipeError(
+            "train.precision: fp16 needs an accelerator, this machine has none; use fp32 or bf16"
+        )
+    arguments: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "num_train_epochs": train.epochs,
+        "max_steps": train.max_steps or -1,
+        "per_device_train_batch_size": train.batch,
+        "per_device_eval_batch_size": train.eval_batch,
+        "gradient_accumulation_steps": train.accumulate,
+        "learning_rate": train.lr,
+        "weight_decay": train.weight_decay,
+        "lr_scheduler_type": train.scheduler,
+        "warmup_steps": train.warmup,
+        "max_grad_norm": train.max_grad_norm,
+        "bf16": train.precision == "bf16",
+        "fp16": train.precision == "fp16",
+        "activation_checkpointing": train.gradient_checkpointing,
+        "train_sampling_strategy": "group_by_length" if train.group_by_length else "random",
+        "save_total_limit": train.keep,
+        "load_best_model_at_end": train.best,
+        "metric_for_best_model": recipe.main_metric if train.best else None,
+        "greater_is_better": not metrics.lower_is_better(recipe.main_metric) if train.best else None,
+        "dataloader_num_workers": train.workers,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "seed": recipe.seed,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "steps",
+        "logging_steps": 10,
+    }
+    for key, every in (("eval", train.evaluate), ("save", train.save)):
+        if isinstance(every, int):
+            arguments |= {f"{key}_strategy": "steps", f"{key}_steps": every}
+        else:
+            arguments[f"{key}_strategy"] = {"epoch": "epoch", "never": "no"}[every]
+    return arguments
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' own bars and chatter off the terminal; their errors still come through."""
+    import datasets
+    import transformers
+
+    bars = datasets.are_progress_bars_disabled()
+    level = transformers.logging.get_verbosity()
+    trl = logging.getLogger("trl")
+    trl_level = trl.level
+    loading_bar = transformers.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    trl.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        trl.setLevel(trl_level)
+        transformers.logging.set_verbosity(level)
+        if loading_bar:
+            transformers.logging.enable_progress_bar()
+        if not bars:
+            datasets.enable_progress_bars()
