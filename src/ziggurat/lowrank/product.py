@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ziggurat.errors import ConfigError
 from ziggurat.lowrank import mask as masks
 
-_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _PART = 1 << 20  # bytes of x converted or masked at a time on a CPU
 
 
@@ -30,7 +30,7 @@ def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.
     dropout           the probability of zeroing an entry of x, the others are multiplied by
                       1 / (1 - dropout); 0 in evaluation. Rounded to a multiple of 2^-16
     reuse_y           y's memory may take the result. Only for a y that was just computed, that nobody
-                      else reads, and whose own backward does not need it: the output of a linear
+                      else reads, and whose own backward does not need it: see `owns_output`
     ================  =====================================================================
 
     As in PEFT, x is converted to A's dtype and the sum is rounded to y's; under autocast the products
@@ -59,6 +59,19 @@ def composed(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.0) -
     if dropout:
         x = F.dropout(x, dropout)
     return (y + F.linear(F.linear(x, A.to(dtype)), B.to(dtype))).to(y.dtype)
+
+
+def owns_output(module: nn.Module) -> bool:
+    """Whether what ``module`` returns is new and read by nobody else, so `low_rank_add` may reuse its memory.
+
+    True for exactly `torch.nn.Linear` with its own forward and without hooks: a hook could keep the output,
+    a subclass or a replaced forward could return anything.
+    """
+    return (
+        type(module) is nn.Linear
+        and "forward" not in module.__dict__
+        and not (module._forward_hooks or nn.modules.module._global_forward_hooks)
+    )
 
 
 class _LowRankAdd(torch.autograd.Function):
