@@ -164,11 +164,12 @@ def _two_stacks(
     stacks: tuple[str, str],
     targets: list[str],
     inputs: Callable[[], dict[str, Tensor]] = pair_inputs,
+    task_type: str | None = "SEQ_2_SEQ_LM",
     **settings: Any,
 ) -> Zoo:
     encoder, decoder = stacks
     build = _transformers(head, config, settings)
-    return Zoo(build, inputs, targets, {encoder: LAYERS, decoder: LAYERS + 1}, "SEQ_2_SEQ_LM")
+    return Zoo(build, inputs, targets, {encoder: LAYERS, decoder: LAYERS + 1}, task_type)
 
 
 def _plain(build: Callable[[], nn.Module], targets: list[str], stacks: dict[str, int]) -> Zoo:
@@ -258,6 +259,7 @@ ZOO: dict[str, Zoo] = {
         ("model.encoder.layers", "model.decoder.layers"),
         ["q_proj", "v_proj"],
         speech_inputs,
+        task_type=None,  # PEFT's class for sequence-to-sequence passes input_ids, which speech has not
         num_mel_bins=8,
         max_source_positions=10,
         max_target_positions=16,

@@ -144,7 +144,11 @@ class Anatomy:
         return None
 
     def _bare_path(self, path: str) -> str | None:
-        return bare_path(self._model, path.removeprefix(self._prefix))
+        # The base model's own paths go first: they may begin like the prefix ("model.layers").
+        bare = bare_path(self._model, path)
+        if bare is None and self._prefix and path.startswith(self._prefix):
+            bare = bare_path(self._model, path.removeprefix(self._prefix))
+        return bare
 
 
 def find_stacks(model: nn.Module, layers_pattern: str | Sequence[str] | None = None) -> dict[str, int]:

@@ -10,17 +10,28 @@ from torch import nn
 from ziggurat.host.bare import bare_tree, unwrap
 from ziggurat.host.linear import is_adaptable
 
+_BERT_LIKE = ("albert", "camembert", "data2vec-text", "ernie", "megatron-bert", "rembert", "xlm-roberta-xl")
+_LLAMA_LIKE = (
+    *("cohere", "eurobert", "glm4", "gpt_oss", "granite", "helium", "olmo", "olmo2", "smollm3", "starcoder2"),
+    *("qwen2_moe", "qwen3_moe", "jamba", "zamba"),
+    *("m2m_100", "marian", "mbart", "pegasus", "whisper"),
+    *("clip", "siglip", "swin", "vit"),
+)
+
 DEFAULT_TARGETS: dict[str, list[str] | str] = {
-    **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    # Queries and values again, or the fused projection, where PEFT's table has no entry.
-    "albert": ["query", "value"],
-    "camembert": ["query", "value"],
+    **{model_type: ["query", "value"] for model_type in _BERT_LIKE},
+    **{model_type: ["q_proj", "v_proj"] for model_type in _LLAMA_LIKE},
     "distilbert": ["q_lin", "v_lin"],
-    "mpnet": ["q", "v"],
+    "gemma3": r".*language_model\..*\.(q_proj|v_proj)",  # the vision tower has linears of the same names
     "modernbert": ["Wqkv"],
+    "mpnet": ["q", "v"],
+    "persimmon": ["query_key_value"],
     "phi3": ["qkv_proj"],
+    "umt5": ["q", "v"],
+    **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
 }
-"""model_type -> target_modules, as PEFT's LoRA has it, with the architectures it lacks."""
+"""model_type -> target_modules. PEFT's own table decides, so that methods and LoRA adapt the same
+linears; what it lacks is filled in by its rule, queries and values or the projection that holds both."""
 
 
 def near_misses(wanted: str | Iterable[str], model: nn.Module, limit: int = 6) -> list[str]:
