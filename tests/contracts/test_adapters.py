@@ -1,0 +1,315 @@
+"""What every method owes a PEFT user, on an encoder, two decoders, a model of two stacks and a plain one."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from methods_table import METHODS, logits, zoo_config
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import nn
+from zoo import ZOO
+
+MODELS = ["bert", "gpt2", "llama", "t5", "plain_list"]
+
+every_method = pytest.mark.parametrize("method", METHODS)
+merging = pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.merges])
+combining = pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.combines])
+targeting = pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.takes_targets])
+on_models = pytest.mark.parametrize("model", MODELS)
+
+
+def own_parameters(model: nn.Module, method: str) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in model.named_parameters() if METHODS[method].prefix in n}
+
+
+def active(method: str, model: str, seed: int = 0) -> tuple[PeftModel, dict]:
+    """A model with an adapter that changes its output, and inputs."""
+    torch.manual_seed(seed)
+    return get_peft_model(ZOO[model].build(), zoo_config(method, model, init_weights=False)).eval(), ZOO[model].inputs()
+
+
+@every_method
+@on_models
+def test_a_fresh_adapter_changes_nothing(method: str, model: str) -> None:
+    base, inputs = ZOO[model].build(), ZOO[model].inputs()
+    before = logits(base, inputs)
+    adapted = get_peft_model(base, zoo_config(method, model)).eval()
+    assert torch.equal(logits(adapted, inputs), before)
+
+
+@every_method
+@on_models
+def test_an_adapter_reloads_bitwise(method: str, model: str, tmp_path: Path) -> None:
+    adapted, inputs = active(method, model)
+    expected = logits(adapted, inputs)
+    assert not torch.equal(expected, logits(ZOO[model].build(), inputs))
+    adapted.save_pretrained(str(tmp_path))
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(
+            ZOO[model].build(), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage
+        ).eval()
+        assert torch.equal(logits(loaded, inputs), expected)
+
+
+@every_method
+@on_models
+def test_the_file_holds_each_number_once(method: str, model: str, tmp_path: Path) -> None:
+    adapted, _ = active(method, model)
+    adapted.save_pretrained(str(tmp_path))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    stored = sum(t.numel() for n, t in tensors.items() if METHODS[method].prefix in n)
+    assert stored == sum(p.numel() for p in own_parameters(adapted, method).values())
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+@every_method
+def test_the_model_card_says_how_to_load(method: str, tmp_path: Path) -> None:
+    adapted, _ = active(method, "bert")
+    for _ in range(2):
+        adapted.save_pretrained(str(tmp_path))
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("import ziggurat") == 1
+    assert card.count("@article") + card.count("@misc") == 1
+
+
+@every_method
+def test_transformers_own_calls(method: str, tmp_path: Path) -> None:
+    adapted, inputs = active(method, "llama")
+    expected = logits(adapted, inputs)
+    adapted.save_pretrained(str(tmp_path))
+    model = ZOO["llama"].build()
+    bare = logits(model, inputs)
+    model.load_adapter(str(tmp_path), adapter_name="first")
+    assert torch.equal(logits(model, inputs), expected)
+    model.disable_adapters()
+    assert torch.equal(logits(model, inputs), bare)
+    model.enable_adapters()
+    model.add_adapter(zoo_config(method, "llama"), "second")
+    model.set_adapter("second")
+    assert torch.equal(logits(model, inputs), bare)
+    model.set_adapter("first")
+    assert torch.equal(logits(model, inputs), expected)
+    model.delete_adapter("second")
+    assert torch.equal(logits(model, inputs), expected)
+
+
+@every_method
+def test_adapters_saved_by_transformers_load_in_peft(method: str, tmp_path: Path) -> None:
+    model, inputs = ZOO["llama"].build(), ZOO["llama"].inputs()
+    model.add_adapter(zoo_config(method, "llama", init_weights=False))
+    expected = logits(model.eval(), inputs)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(ZOO["llama"].build(), str(tmp_path)).eval()
+    assert torch.equal(logits(loaded, inputs), expected)
+
+
+@every_method
+@on_models
+def test_injection_without_a_peft_model(method: str, model: str) -> None:
+    torch.manual_seed(0)
+    base = inject_adapter_in_model(zoo_config(method, model, init_weights=False), ZOO[model].build()).eval()
+    adapted, inputs = active(method, model)
+    assert torch.equal(logits(base, inputs), logits(adapted, inputs))
+
+
+@every_method
+@on_models
+def test_several_adapters_stay_apart(method: str, model: str, tmp_path: Path) -> None:
+    adapted, inputs = active(method, model)
+    first = logits(adapted, inputs)
+    adapted.save_pretrained(str(tmp_path))
+    adapted.add_adapter("second", zoo_config(method, model, init_weights=False))
+    assert torch.equal(logits(adapted, inputs), first)
+    adapted.load_adapter(str(tmp_path), "third")
+    adapted.set_adapter("second")
+    second = logits(adapted, inputs)
+    assert not torch.equal(second, first)
+    adapted.set_adapter("third")
+    assert torch.equal(logits(adapted, inputs), first)
+    adapted.delete_adapter("default")
+    adapted.set_adapter("second")
+    assert torch.equal(logits(adapted, inputs), second)
+    assert not any(".default" in name for name in own_parameters(adapted, method))
+
+
+@every_method
+def test_only_the_active_adapter_trains(method: str) -> None:
+    adapted, _ = active(method, "bert")
+    adapted.add_adapter("second", zoo_config(method, "bert"))
+
+    def training() -> set[str]:
+        return {n.split(".")[-2] for n, p in own_parameters(adapted, method).items() if p.requires_grad} & {
+            "default",
+            "second",
+        } or {n.split(".")[-1] for n, p in own_parameters(adapted, method).items() if p.requires_grad}
+
+    assert training() == {"default"}
+    adapted.set_adapter("second")
+    assert training() == {"second"}
+    backbone = [n for n, p in adapted.named_parameters() if p.requires_grad and METHODS[method].prefix not in n]
+    assert all("modules_to_save.second" in name for name in backbone)
+
+
+@every_method
+@on_models
+def test_disabling_gives_the_base_model(method: str, model: str) -> None:
+    adapted, inputs = active(method, model)
+    expected = logits(adapted, inputs)
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted, inputs), logits(ZOO[model].build(), inputs))
+    assert torch.equal(logits(adapted, inputs), expected)
+
+
+@every_method
+@on_models
+def test_a_copy_shares_nothing_with_the_original(method: str, model: str) -> None:
+    adapted, inputs = active(method, model)
+    expected = logits(adapted, inputs)
+    twin = copy.deepcopy(adapted)
+    assert torch.equal(logits(twin, inputs), expected)
+    with torch.no_grad():
+        for parameter in own_parameters(twin, method).values():
+            parameter.add_(1.0)
+    assert not torch.equal(logits(twin, inputs), expected)
+    assert torch.equal(logits(adapted, inputs), expected)
+
+
+@every_method
+@on_models
+def test_unload_gives_the_base_model_back(method: str, model: str) -> None:
+    adapted, inputs = active(method, model)
+    bare = adapted.unload()
+    assert torch.equal(logits(bare, inputs), logits(ZOO[model].build(), inputs))
+    assert not any(isinstance(module, BaseTunerLayer) for module in bare.modules())
+    assert list(bare.state_dict()) == list(ZOO[model].build().state_dict())
+
+
+@every_method
+@on_models
+def test_status_is_regular(method: str, model: str) -> None:
+    adapted, _ = active(method, model)
+    status = adapted.get_model_status()
+    assert status.enabled is True
+    assert status.active_adapters == ["default"]
+    assert status.available_adapters == ["default"]
+    assert status.requires_grad == {"default": True}
+    assert status.merged_adapters == []
+    assert status.peft_types == {"default": METHODS[method].prefix.removesuffix("_").upper()}
+    assert status.trainable_params == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert all(layer.enabled for layer in adapted.get_layer_status())
+
+
+def status_of_merged_lora(model: str) -> list[str] | str:
+    """What PEFT reports of its own LoRA: a head that is saved whole never counts as merged."""
+    config = LoraConfig(target_modules=ZOO[model].targets, task_type=ZOO[model].task_type)
+    lora = get_peft_model(ZOO[model].build(), config)
+    lora.merge_adapter()
+    return lora.get_model_status().merged_adapters
+
+
+@merging
+@on_models
+def test_merging_keeps_the_output(method: str, model: str) -> None:
+    adapted, inputs = active(method, model)
+    expected = logits(adapted, inputs)
+    adapted.merge_adapter(safe_merge=True)
+    assert adapted.get_model_status().merged_adapters == status_of_merged_lora(model)
+    torch.testing.assert_close(logits(adapted, inputs), expected, rtol=1e-4, atol=1e-5)
+    adapted.unmerge_adapter()
+    assert adapted.get_model_status().merged_adapters == []
+    torch.testing.assert_close(logits(adapted, inputs), expected, rtol=1e-4, atol=1e-5)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(logits(merged, inputs), expected, rtol=1e-4, atol=1e-5)
+    assert not any(isinstance(module, BaseTunerLayer) for module in merged.modules())
+    assert list(merged.state_dict()) == list(ZOO[model].build().state_dict())
+
+
+@merging
+def test_merging_is_exact_in_float64(method: str) -> None:
+    adapted, inputs = active(method, "llama")
+    adapted = adapted.double()
+    expected = logits(adapted, inputs)
+    torch.testing.assert_close(logits(adapted.merge_and_unload(), inputs), expected, rtol=1e-10, atol=1e-10)
+
+
+@merging
+def test_a_broken_adapter_is_not_merged(method: str) -> None:
+    adapted, _ = active(method, "bert")
+    with torch.no_grad():
+        for parameter in own_parameters(adapted, method).values():
+            parameter.fill_(float("nan"))
+    before = {n: p.clone() for n, p in adapted.named_parameters() if "base_layer" in n}
+    with pytest.raises(ValueError, match="NaNs detected"):
+        adapted.merge_adapter(safe_merge=True)
+    assert all(torch.equal(p, before[n]) for n, p in adapted.named_parameters() if "base_layer" in n)
+
+
+@merging
+def test_each_sample_with_its_own_adapter(method: str) -> None:
+    adapted, inputs = active(method, "bert")
+    adapted.add_adapter("second", zoo_config(method, "bert", init_weights=False))
+    rows = {}
+    for name in ("default", "second"):
+        adapted.set_adapter(name)
+        rows[name] = logits(adapted, inputs)
+    with adapted.disable_adapter():
+        rows["__base__"] = logits(adapted, inputs)
+    for names in (["default", "second"], ["second", "__base__"], ["__base__", "__base__"]):
+        mixed = logits(adapted, {**inputs, "adapter_names": names})
+        expected = torch.stack([rows[name][i] for i, name in enumerate(names)])
+        torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-6)
+
+
+@merging
+def test_mixed_batches_refuse_what_cannot_be(method: str) -> None:
+    adapted, inputs = active(method, "bert")
+    with pytest.raises(ValueError, match="non-existing adapter"):
+        adapted(**inputs, adapter_names=["default", "nobody"])
+    with pytest.raises(ValueError, match="one name a sample"):
+        adapted(**inputs, adapter_names=["default"])
+    with pytest.raises(ValueError, match="training mode"):
+        adapted.train()(**inputs, adapter_names=["default", "default"])
+
+
+@combining
+@on_models
+def test_weighted_sums_are_exact(method: str, model: str) -> None:
+    adapted, inputs = active(method, model)
+    adapted.add_adapter("second", zoo_config(method, model, init_weights=False))
+    adapted.add_weighted_adapter(["default", "second"], [0.3, -2.0], "sum", combination_type="linear")
+    adapted = adapted.double()
+    layers = [m for m in adapted.modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "get_delta_weight")]
+    assert layers
+    for layer in layers:
+        expected = 0.3 * layer.get_delta_weight("default") - 2.0 * layer.get_delta_weight("second")
+        torch.testing.assert_close(layer.get_delta_weight("sum"), expected, rtol=1e-6, atol=1e-7)
+    adapted.set_adapter("sum")
+    assert torch.isfinite(logits(adapted.float(), inputs)).all()
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_bases_get_float32_adapters(method: str, dtype: torch.dtype) -> None:
+    model, inputs = ZOO["llama"].build().to(dtype), ZOO["llama"].inputs()
+    bare = logits(model, inputs)
+    adapted = get_peft_model(model, zoo_config(method, "llama")).eval()
+    assert {p.dtype for p in own_parameters(adapted, method).values()} == {torch.float32}
+    assert torch.equal(logits(adapted, inputs), bare)
+    kept = get_peft_model(ZOO["llama"].build().to(dtype), zoo_config(method, "llama"), autocast_adapter_dtype=False)
+    assert {p.dtype for p in own_parameters(kept, method).values()} == {dtype}
+
+
+@targeting
+def test_targets_that_match_nothing(method: str) -> None:
+    base = ZOO["bert"].build()
+    names = [name for name, _ in base.named_modules()]
+    with pytest.raises(ValueError, match=r"Nearest names in this model: query"):
+        get_peft_model(base, zoo_config(method, "bert", target_modules=["qeury"]))
+    assert [name for name, _ in base.named_modules()] == names

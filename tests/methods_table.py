@@ -1,0 +1,49 @@
+"""The one table of methods: a new method joins the contracts by one row."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from ziggurat import MSPLoraConfig
+from zoo import ZOO, Zoo
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the contracts need to know of a method.
+
+    `config`: makes its config for an architecture; `prefix`: what its parameters' names hold; `merges`:
+    its update is one of weights, so that it can be merged and exported; `combines`: it has
+    add_weighted_adapter; `takes_targets`: its config has target_modules.
+    """
+
+    config: Callable[..., PeftConfig]
+    prefix: str
+    merges: bool = True
+    combines: bool = False
+    takes_targets: bool = True
+
+
+def _msplora(zoo: Zoo, **fields: Any) -> PeftConfig:
+    return MSPLoraConfig(**{"r": 4, "target_modules": zoo.targets, "task_type": zoo.task_type, **fields})
+
+
+METHODS: dict[str, Method] = {
+    "msplora": Method(_msplora, "msplora_", combines=True),
+}
+
+
+def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The first output of a model's forward, whatever it is called."""
+    with torch.no_grad():
+        out = model(**inputs)
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def zoo_config(method: str, model: str, **fields: Any) -> PeftConfig:
+    """The config of `method` for the architecture `model`."""
+    return METHODS[method].config(ZOO[model], **fields)
