@@ -47,7 +47,7 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar="RECIPE KEY=VALUE",
-            help="A recipe file or the name of one that ships (default: the embedded one), and values that replace its own.",
+            help="A recipe file or the name of one that ships, and values that replace its own.",
         ),
     ] = None,
 ) -> None:
@@ -57,9 +57,7 @@ def train(
     given = list(words or [])
     names = [word for word in given if "=" not in word or Path(word).is_file()]
     if len(names) > 1:
-        raise typer.BadParameter(
-            f"one recipe at a time, not {' and '.join(names)}; values are written key=value"
-        )
+        raise typer.BadParameter(f"one recipe at a time, not {' and '.join(names)}; values are written key=value")
     recipe = load_recipe(names[0] if names else "default", [word for word in given if word not in names])
 
     from ziggurat.training import report
@@ -89,14 +87,10 @@ def train(
 def predict(
     adapter: Annotated[Path, typer.Argument(help="Folder that `ziggurat train` wrote.")],
     text: Annotated[str | None, typer.Argument(help="The text (or instruction).")] = None,
-    second: Annotated[
-        str | None, typer.Argument(help="The second text, for adapters that compare two.")
-    ] = None,
+    second: Annotated[str | None, typer.Argument(help="The second text, for adapters that compare two.")] = None,
     file: Annotated[
         Path | None,
-        typer.Option(
-            help="A .txt file with a text a line, or a table with the columns the adapter was trained on."
-        ),
+        typer.Option(help="A .txt file with a text a line, or a table with the columns the adapter was trained on."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     tokens: Annotated[int, typer.Option(min=1, help="Longest answer of an instruction-tuned model.")] = 256,

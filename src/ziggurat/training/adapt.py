@@ -42,9 +42,7 @@ def adapt(recipe: Recipe, base: Base) -> nn.Module:
         assert method.trains is not None
         freeze_all_but(base.model, method.trains, base.head)
         if not any(parameter.requires_grad for parameter in base.model.parameters()):
-            raise RecipeError(
-                f"method.name: {recipe.method['name']} leaves nothing to train with task: {recipe.task}"
-            )
+            raise RecipeError(f"method.name: {recipe.method['name']} leaves nothing to train with task: {recipe.task}")
         return base.model
     run: dict[str, Any] = {"task_type": _task_type(recipe)}
     if base.head:
@@ -83,9 +81,7 @@ def _lora_count(recipe: Recipe, model: nn.Module, base: Base) -> int | None:
         return None
     same = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     fields = {name: getattr(config, name, None) for name in same}
-    lora = LoraConfig(
-        r=rank, **{name: copy.deepcopy(value) for name, value in fields.items() if value is not None}
-    )
+    lora = LoraConfig(r=rank, **{name: copy.deepcopy(value) for name, value in fields.items() if value is not None})
     try:
         with torch.device("meta"):
             bare = type(base.model)(copy.deepcopy(base.model.config))

@@ -29,13 +29,11 @@ class Prediction:
 
     def to_json(self) -> str:
         values = {"text": self.text, "answer": self.answer}
-        return json.dumps(
-            values if self.shares is None else {**values, "shares": self.shares}, ensure_ascii=False
-        )
+        return json.dumps(values if self.shares is None else {**values, "shares": self.shares}, ensure_ascii=False)
 
     def to_line(self, alone: bool = True) -> str:
         """`positive  (positive 0.93, negative 0.07)`; with its text in front where there are several."""
-        said = f"{self.answer:.4f}" if isinstance(self.answer, float) else self.answer
+        said = f"{self.answer:.4f}" if isinstance(self.answer, float) else str(self.answer)
         if self.shares is not None:
             ranked = sorted(self.shares.items(), key=lambda item: -item[1])[:5]
             said += "  (" + ", ".join(f"{name} {share:.3f}" for name, share in ranked) + ")"
@@ -75,9 +73,7 @@ def predict(
 
 
 @torch.no_grad()
-def _score(
-    loaded: Loaded, texts: Sequence[str], second: Sequence[str] | None, batch: int
-) -> list[Prediction]:
+def _score(loaded: Loaded, texts: Sequence[str], second: Sequence[str] | None, batch: int) -> list[Prediction]:
     from datasets import Dataset
 
     columns: dict[str, Any] = {"text": list(texts)}
@@ -147,9 +143,7 @@ def read_texts(file: Path, loaded: Loaded) -> tuple[list[str], list[str] | None]
         if not file.is_file():
             raise DataError(missing_path(file))
         if loaded.head.pair:
-            raise DataError(
-                f"this adapter compares two texts: give a table with '{data.text}' and '{data.text_pair}'"
-            )
+            raise DataError(f"this adapter compares two texts: give a table with '{data.text}' and '{data.text_pair}'")
         return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()], None
     table = read_table(str(file))
     if loaded.head.task == "instruct":

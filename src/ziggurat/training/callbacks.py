@@ -13,5 +13,5 @@ def callbacks_for(peft_config: Any) -> list[TrainerCallback]:
     A config that doesn't define it, such as LoraConfig, asks for none. Callbacks that a tuner lets ride along in every
     Trainer need no mention here.
     """
-    own = getattr(peft_config, "trainer_callbacks", None)
-    return list(own()) if callable(own) else []
+    own: Any = getattr(peft_config, "trainer_callbacks", None)
+    return [] if own is None else list(own())

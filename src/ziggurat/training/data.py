@@ -140,8 +140,8 @@ def _numbers(values: Any, column: str, source: str) -> list[float]:
             number = math.nan
         if not math.isfinite(number):
             raise DataError(
-                f"data.label: regression needs numbers, column '{column}' of {source} has {value!r} in row {index + 1}; "
-                "correct it, or set task: classification"
+                f"data.label: regression needs numbers, column '{column}' of {source} has {value!r} "
+                f"in row {index + 1}; correct it, or set task: classification"
             )
         numbers.append(number)
     return numbers
@@ -203,9 +203,7 @@ def _class_values(values: Any, column: str, source: str) -> list[Any]:
                 )
             value = int(value)
         if isinstance(value, (list, dict)):
-            raise DataError(
-                f"data.label: column '{column}' of {source} holds lists; one class a row is needed"
-            )
+            raise DataError(f"data.label: column '{column}' of {source} holds lists; one class a row is needed")
         found.append(value)
     kinds = {isinstance(value, str) for value in found}
     return [str(value) for value in found] if len(kinds) > 1 else found

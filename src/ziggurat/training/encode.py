@@ -63,9 +63,7 @@ class Collator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         labels = [row["labels"] for row in rows] if "labels" in rows[0] else None
         second = [{"input_ids": row["second_ids"]} for row in rows] if "second_ids" in rows[0] else []
-        inputs = [
-            {key: value for key, value in row.items() if key not in ("labels", "second_ids")} for row in rows
-        ]
+        inputs = [{key: value for key, value in row.items() if key not in ("labels", "second_ids")} for row in rows]
         # tokenizer.pad warns about its own speed and would return ids only; the mask follows from the lengths.
         padded = self.tokenizer.pad(
             [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in [*inputs, *second]],

@@ -34,8 +34,8 @@ class RunFolder:
             for folder in (self.final, self.work):
                 if folder.exists() and not _ours(folder):
                     raise RecipeError(
-                        f"output: '{folder}' was not written by a run (it has no {RUN}), so overwrite=true doesn't touch it; "
-                        "choose another output=..."
+                        f"output: '{folder}' was not written by a run (it has no {RUN}), "
+                        "so overwrite=true doesn't touch it; choose another output=..."
                     )
         elif self.recipe.resume:
             self._check_resume(shown)
@@ -47,22 +47,17 @@ class RunFolder:
             )
         elif self.work.exists():
             step = self.last_checkpoint()
-            left = (
-                f"an interrupted run, last checkpoint {step.name}"
-                if step
-                else "what a run without checkpoint left"
-            )
-            go_on = "go on with resume=true, " if step else ""
+            left = f"an interrupted run, last checkpoint {step.name}" if step else "what a run without checkpoint left"
+            go_on = "Go on with resume=true, s" if step else "S"
             raise RecipeError(
-                f"output: '{shown}.unfinished' holds {left}. {go_on}start afresh with overwrite=true, or choose another output=..."
+                f"output: '{shown}.unfinished' holds {left}. {go_on}tart afresh with overwrite=true, "
+                "or choose another output=..."
             )
         parent = self.final.parent
         while not parent.exists():
             parent = parent.parent
         if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise RecipeError(
-                f"output: '{parent}' is not a folder that can be written to; choose another output=..."
-            )
+            raise RecipeError(f"output: '{parent}' is not a folder that can be written to; choose another output=...")
 
     def _check_resume(self, shown: str) -> None:
         if self.last_checkpoint() is None:
@@ -70,9 +65,7 @@ class RunFolder:
                 raise RecipeError(
                     f"resume: the run in '{shown}' is finished. To train again use overwrite=true or another output=..."
                 )
-            raise RecipeError(
-                f"resume: there is no checkpoint under '{shown}.unfinished'; start without resume=true"
-            )
+            raise RecipeError(f"resume: there is no checkpoint under '{shown}.unfinished'; start without resume=true")
         changed = differences(self._stored_recipe(), resolved(self.recipe))
         changed = [line for line in changed if line.split(":")[0] not in ("about", "output", "name")]
         if changed:
@@ -125,7 +118,8 @@ class RunFolder:
         if self.final.exists() and any(self.final.iterdir()):
             if not (self.recipe.overwrite and _ours(self.final)):
                 raise RecipeError(
-                    f"output: '{self.recipe.folder}' was filled by something else meanwhile; the result lies in '{ready}'"
+                    f"output: '{self.recipe.folder}' was filled by something else meanwhile; "
+                    f"the result lies in '{ready}'"
                 )
             old = self.work / "replaced"
             os.replace(self.final, old)

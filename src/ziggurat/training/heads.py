@@ -43,7 +43,7 @@ class MeanPooledClassifier(PreTrainedModel):
         self.encoder = AutoModel.from_config(config)
         self.pair = bool(getattr(config, "mean_pooled_pair", False))
         self.dropout = nn.Dropout(float(getattr(config, "mean_pooled_dropout", 0.0)))
-        self.classifier = nn.Linear(config.hidden_size * (4 if self.pair else 1), config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size * (4 if self.pair else 1), int(config.num_labels or 2))
         self.post_init()
 
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -71,9 +71,7 @@ class MeanPooledClassifier(PreTrainedModel):
             )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        logits = self.classifier(
-            self.dropout(self.features(input_ids, attention_mask)).to(self.classifier_dtype)
-        )
+        logits = self.classifier(self.dropout(self.features(input_ids, attention_mask)).to(self.classifier_dtype))
         loss = None
         if labels is not None:
             if logits.shape[-1] == 1:

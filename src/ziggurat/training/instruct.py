@@ -93,7 +93,5 @@ def _split_conversation(messages: Any, where: str) -> tuple[list[dict[str, str]]
         turns.append({"role": str(message["role"]), "content": str(message["content"])})
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
         last = turns[-1]["role"] if turns else "nothing"
-        raise DataError(
-            f"{where}: a conversation must end with a message of the assistant, this ends with {last}"
-        )
+        raise DataError(f"{where}: a conversation must end with a message of the assistant, this ends with {last}")
     return turns[:-1], turns[-1:]

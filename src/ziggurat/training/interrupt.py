@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the user asked for it
+class Interrupted(Exception):
     """A run was stopped from outside. `checkpoint` is what it left (None before the first step), `signal` by what."""
 
     def __init__(self, folder: str, checkpoint: str | None, step: int, total: int, number: int) -> None:

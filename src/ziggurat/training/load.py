@@ -56,9 +56,7 @@ def load_adapter_model(folder: str | Path) -> Loaded:
             try:
                 model: nn.Module = PeftModel.from_pretrained(base.model, str(path))
             except (ValueError, KeyError, RuntimeError, OSError) as error:
-                raise RecipeError(
-                    f"the adapter in '{folder}' does not fit {recipe.model}: {error}"
-                ) from error
+                raise RecipeError(f"the adapter in '{folder}' does not fit {recipe.model}: {error}") from error
             tokenizer = base.tokenizer
         else:
             from transformers import AutoTokenizer
@@ -71,9 +69,7 @@ def load_adapter_model(folder: str | Path) -> Loaded:
 def read_run(path: Path) -> tuple[Recipe, dict[str, Any]]:
     """Recipe and run.json of an adapter folder. Raises RecipeError that says what is missing."""
     if not path.is_dir():
-        raise RecipeError(
-            f"adapter folder {missing_path(path)}" if not path.exists() else f"'{path}' is not a folder"
-        )
+        raise RecipeError(f"adapter folder {missing_path(path)}" if not path.exists() else f"'{path}' is not a folder")
     for name in (RUN, RECIPE):
         if not (path / name).is_file():
             if path.with_name(path.name + ".unfinished") == path or path.name.endswith(".unfinished"):

@@ -55,9 +55,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "msplora": Method(
-        "a pyramid of shared and private low-rank updates (arXiv 2503.21838)", "ziggurat:MSPLoraConfig"
-    ),
+    "msplora": Method("a pyramid of shared and private low-rank updates (arXiv 2503.21838)", "ziggurat:MSPLoraConfig"),
     "lora": Method("low-rank updates, one pair a linear (arXiv 2106.09685)", "peft:LoraConfig"),
     "dora": Method("LoRA with a trained magnitude (arXiv 2402.09353)", "peft:LoraConfig", {"use_dora": True}),
     "vera": Method("shared random factors, trained vectors (arXiv 2310.11454)", "peft:VeraConfig"),

@@ -30,10 +30,11 @@ def score(recipe: Recipe, predictions: np.ndarray, labels: np.ndarray) -> dict[s
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     classes = predictions.argmax(-1) if predictions.ndim > 1 else predictions
-    average: Any = "binary" if max(int(labels.max()), int(classes.max())) <= 1 else "macro"
+    options: Any = {"zero_division": 0}
+    options["average"] = "binary" if max(int(labels.max()), int(classes.max())) <= 1 else "macro"
     return {
         "accuracy": _percent(float(accuracy_score(labels, classes))),
-        "f1": _percent(float(f1_score(labels, classes, average=average, zero_division=0.0))),
+        "f1": _percent(float(f1_score(labels, classes, **options))),
         "matthews": _percent(float(matthews_corrcoef(labels, classes))),
     }
 

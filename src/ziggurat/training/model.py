@@ -79,9 +79,7 @@ def load_base(
     return Base(built, tokenizer, fresh)
 
 
-def _build(
-    path: str, spec: HeadSpec, config: Any, where: dict[str, Any]
-) -> tuple[PreTrainedModel, list[str]]:
+def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
     if spec.task == "instruct":
         model = AutoModelForCausalLM.from_pretrained(path, config=config, **where)
         return model, []
@@ -95,14 +93,13 @@ def _build(
                 f"head.pooling: mean needs an encoder, this is a {config.model_type}; set head.pooling: model"
             )
         config.mean_pooled_pair, config.mean_pooled_dropout = spec.pair, spec.dropout
-        model, info = MeanPooledClassifier.from_pretrained(
-            path, config=config, output_loading_info=True, **where
-        )
+        loaded: Any = MeanPooledClassifier.from_pretrained(path, config=config, output_loading_info=True, **where)
     else:
         config.problem_type = "regression" if spec.task == "regression" else "single_label_classification"
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        loaded = AutoModelForSequenceClassification.from_pretrained(
             path, config=config, output_loading_info=True, **where
         )
+    model, info = loaded
     return model, fresh_modules(model, info["missing_keys"])
 
 
@@ -114,11 +111,7 @@ def fresh_modules(model: PreTrainedModel, missing: set[str] | list[str]) -> list
     pooler, say). An embedding that is a buffer in disguise (position ids) has no weights and doesn't count.
     """
     prefix = model.base_model_prefix
-    head = [
-        name
-        for name, child in model.named_children()
-        if name != prefix and any(True for _ in child.parameters())
-    ]
+    head = [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
     parameters = dict(model.named_parameters())
     for key in sorted(missing):
         owner = key.rpartition(".")[0]

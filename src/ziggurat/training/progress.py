@@ -46,9 +46,7 @@ class LiveProgress(TrainerCallback):
         self.task = self.bar.add_task("learning", total=state.max_steps, completed=state.global_step, said="")
         self.bar.start()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
 
@@ -79,9 +77,7 @@ class LiveProgress(TrainerCallback):
         if self.bar is not None:
             self._say()
         elif state.is_world_process_zero and state.global_step < state.max_steps:
-            self.console.print(
-                f"step {state.global_step} of {state.max_steps}: {self.metric} {self.score:.2f}"
-            )
+            self.console.print(f"step {state.global_step} of {state.max_steps}: {self.metric} {self.score:.2f}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

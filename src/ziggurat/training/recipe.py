@@ -118,9 +118,7 @@ def load_recipe(source: str | Path = "default", overrides: Iterable[str] = ()) -
     return _checked(label, flat, extra, problems + more)
 
 
-def make_recipe(
-    values: Mapping[str, Any], overrides: Iterable[str] = (), label: str = "the recipe"
-) -> Recipe:
+def make_recipe(values: Mapping[str, Any], overrides: Iterable[str] = (), label: str = "the recipe") -> Recipe:
     """A recipe from a Python mapping, nested or dotted; the same checks as for a file."""
     extra, problems = read_overrides(overrides)
     return _checked(label, flatten(dict(values)), extra, problems)
@@ -137,9 +135,7 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
             continue
         if key in known:
             info = known[key]
-            said = explain(
-                Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation, value
-            )
+            said = explain(Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation, value)
             if said is None:
                 good[key] = value
             else:
@@ -152,9 +148,7 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
                 f"{key}: unknown{did_you_mean(key, choices, _SYNONYMS) or '; docs/recipes.md lists the keys'}"
             )
     problems += [
-        f"{key}: missing: {info.description}"
-        for key, info in known.items()
-        if info.is_required() and key not in flat
+        f"{key}: missing: {info.description}" for key, info in known.items() if info.is_required() and key not in flat
     ]
     problems += _conflicts(good)
     problems += method_problems(choice)
@@ -202,9 +196,7 @@ def _conflicts(good: dict[str, Any]) -> list[str]:
         if not fits and good[key] != known[key].get_default(call_default_factory=True):
             found.append(f"{key}: has no meaning with task: {task}")
     if value("metric") is not None and value("metric") not in _METRICS[task]:
-        found.append(
-            f"metric: {value('metric')} does not go with task: {task}; one of {', '.join(_METRICS[task])}"
-        )
+        found.append(f"metric: {value('metric')} does not go with task: {task}; one of {', '.join(_METRICS[task])}")
     if "data.validation_share" in good and "data.validation_rows" in good:
         found.append("data.validation_rows: given beside data.validation_share; keep one")
     if value("data.validation") is not None or value("data.validation_split") is not None:
@@ -213,9 +205,7 @@ def _conflicts(good: dict[str, Any]) -> list[str]:
                 found.append(f"{key}: has no meaning where validation data are named")
     if value("train.best"):
         if value("train.evaluate") == "never":
-            found.append(
-                "train.best: needs scores to choose by; set train.evaluate to epoch or a number of steps"
-            )
+            found.append("train.best: needs scores to choose by; set train.evaluate to epoch or a number of steps")
         elif value("train.evaluate") != value("train.save"):
             found.append("train.save: must equal train.evaluate when train.best is true")
     if value("resume") and value("overwrite"):

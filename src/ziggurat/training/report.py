@@ -27,9 +27,7 @@ def report(recipe: Recipe, result: Result) -> Group:
     metric = result.metric
     unit = " (lower is better)" if lower_is_better(metric) else ", %"
     table.add_row(f"{metric}{unit}, before", _number(result.before.get(metric)))
-    table.add_row(
-        Text(f"{metric}{unit}, after", style="bold"), Text(_number(result.after.get(metric)), style="bold")
-    )
+    table.add_row(Text(f"{metric}{unit}, after", style="bold"), Text(_number(result.after.get(metric)), style="bold"))
     if metric in result.guess:
         always = "always the mean" if recipe.task == "regression" else "always the most frequent class"
         table.add_row(always, _number(result.guess[metric]))
@@ -41,9 +39,7 @@ def report(recipe: Recipe, result: Result) -> Group:
     table.add_row(f"trainable numbers, {named}", f"{counts.adapter:,}")
     if counts.lora is not None and result.method != "lora":
         share = f" ({counts.adapter / counts.lora:.0%} of it)" if counts.lora else ""
-        table.add_row(
-            f"LoRA r {rank if rank is not None else ''} on the same linears", f"{counts.lora:,}{share}"
-        )
+        table.add_row(f"LoRA r {rank if rank is not None else ''} on the same linears", f"{counts.lora:,}{share}")
     if counts.head:
         table.add_row("and the head, with any method", f"{counts.head:,}")
     table.add_section()

@@ -50,9 +50,7 @@ class Result:
     shape: str | None = None
 
 
-def train(
-    recipe: Recipe, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()
-) -> Result:
+def train(recipe: Recipe, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Result:
     """Train as the recipe says; the folder `recipe.folder` appears when all is done.
 
     `callbacks` are added to the Trainer's. `console` shows the progress (none: silence).
@@ -73,9 +71,7 @@ def train(
             step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
             number = stop.number or signal.SIGINT
             folder.abandon()
-            raise Interrupted(
-                recipe.folder, str(checkpoint) if checkpoint else None, step, 0, number
-            ) from None
+            raise Interrupted(recipe.folder, str(checkpoint) if checkpoint else None, step, 0, number) from None
         except BaseException as error:
             if not isinstance(error, Interrupted):
                 folder.abandon()
@@ -147,9 +143,7 @@ def _model(recipe: Recipe, examples: Examples) -> tuple[Base, nn.Module, HeadSpe
     )
     # The head is seeded apart from the method, so that every method starts from the same head.
     set_seed(recipe.seed)
-    base = load_base(
-        recipe.model, spec, gguf_file=recipe.gguf_file, revision=recipe.revision, dtype=recipe.dtype
-    )
+    base = load_base(recipe.model, spec, gguf_file=recipe.gguf_file, revision=recipe.revision, dtype=recipe.dtype)
     set_seed(recipe.seed)
     return base, adapt(recipe, base), spec
 
@@ -166,19 +160,12 @@ def _final_scores(task: Task, recipe: Recipe) -> dict[str, float]:
     last = trainer.state.log_history[-3:]
     for line in reversed(last):
         current = line.get("step") == trainer.state.global_step
-        if (
-            not recipe.train.best
-            and current
-            and f"eval_{recipe.main_metric}" in line
-            and trainer.state.global_step
-        ):
+        if not recipe.train.best and current and f"eval_{recipe.main_metric}" in line and trainer.state.global_step:
             return _scores(line)
     return _scores(trainer.evaluate())
 
 
-def _save(
-    folder: RunFolder, recipe: Recipe, base: Base, model: nn.Module, spec: HeadSpec, result: Result
-) -> None:
+def _save(folder: RunFolder, recipe: Recipe, base: Base, model: nn.Module, spec: HeadSpec, result: Result) -> None:
     ready = folder.work / "ready"
     ready.mkdir()
     with quiet():

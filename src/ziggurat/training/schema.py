@@ -27,110 +27,106 @@ class DataPart(Part):
 
     train: str = Field(description="csv, tsv, json, jsonl or parquet file, hub data set, or `demo`")
     validation: str | None = Field(
-        None, description="the same for the scores; without it a part of `train` is split off with the seed"
+        default=None, description="the same for the scores; without it a part of `train` is split off with the seed"
     )
-    subset: str | None = Field(None, description="configuration of a hub data set, e.g. mrpc of nyu-mll/glue")
-    train_split: str = Field("train", description="split of a hub data set to learn from")
-    validation_split: str | None = Field(None, description="split of a hub data set for the scores")
-    validation_share: Share = Field(0.1, description="share split off where no validation data are named")
-    validation_rows: Positive | None = Field(None, description="rows split off, instead of a share")
-    max_train: Positive | None = Field(
-        None, description="learn from so many rows at most, drawn with the seed"
-    )
+    subset: str | None = Field(default=None, description="configuration of a hub data set, e.g. mrpc of nyu-mll/glue")
+    train_split: str = Field(default="train", description="split of a hub data set to learn from")
+    validation_split: str | None = Field(default=None, description="split of a hub data set for the scores")
+    validation_share: Share = Field(default=0.1, description="share split off where no validation data are named")
+    validation_rows: Positive | None = Field(default=None, description="rows split off, instead of a share")
+    max_train: Positive | None = Field(default=None, description="learn from so many rows at most, drawn with the seed")
     max_validation: Positive | None = Field(
-        None, description="score on so many rows at most, drawn with the seed"
+        default=None, description="score on so many rows at most, drawn with the seed"
     )
-    text: str = Field("text", description="column with the text (or the first of two)")
-    text_pair: str | None = Field(None, description="column with the second text")
-    label: str = Field("label", description="column with the class or the number to predict")
-    label_names: list[str] | None = Field(None, description="names of the classes 0, 1, ...")
+    text: str = Field(default="text", description="column with the text (or the first of two)")
+    text_pair: str | None = Field(default=None, description="column with the second text")
+    label: str = Field(default="label", description="column with the class or the number to predict")
+    label_names: list[str] | None = Field(default=None, description="names of the classes 0, 1, ...")
     format: Literal["auto", "prompt", "alpaca", "messages"] = Field(
-        "auto",
+        default="auto",
         description="instruct: columns prompt + completion, instruction (+ input) + output, or messages",
     )
     loss: Literal["answer", "all"] = Field(
-        "answer", description="instruct: learn the answer only, or the whole text"
+        default="answer", description="instruct: learn the answer only, or the whole text"
     )
-    max_length: Positive = Field(256, description="tokens; longer texts are cut, and counted")
+    max_length: Positive = Field(default=256, description="tokens; longer texts are cut, and counted")
 
 
 class HeadPart(Part):
     """What turns the encoder's states into a score (classification and regression)."""
 
     pooling: Literal["model", "mean"] = Field(
-        "model", description="the model's own head, or a linear head on the mean of the last states"
+        default="model", description="the model's own head, or a linear head on the mean of the last states"
     )
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.1, description="dropout before the mean-pooled head"
+        default=0.1, description="dropout before the mean-pooled head"
     )
-    lr: Rate | None = Field(None, description="learning rate of the head; without it train.lr")
+    lr: Rate | None = Field(default=None, description="learning rate of the head; without it train.lr")
 
 
 class TrainPart(Part):
     """How it learns."""
 
-    epochs: Annotated[float, Field(gt=0.0)] = Field(3.0, description="passes over the training data")
+    epochs: Annotated[float, Field(gt=0.0)] = Field(default=3.0, description="passes over the training data")
     max_steps: Positive | None = Field(
-        None, description="stop after so many optimiser steps, whatever the epochs"
+        default=None, description="stop after so many optimiser steps, whatever the epochs"
     )
-    batch: Positive = Field(16, description="examples a device takes at once")
-    eval_batch: Positive = Field(32, description="the same when scoring")
-    accumulate: Positive = Field(1, description="batches added up for one optimiser step")
-    lr: Rate = Field(1.0e-3, description="peak learning rate (AdamW)")
-    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.0, description="AdamW's decoupled weight decay")
+    batch: Positive = Field(default=16, description="examples a device takes at once")
+    eval_batch: Positive = Field(default=32, description="the same when scoring")
+    accumulate: Positive = Field(default=1, description="batches added up for one optimiser step")
+    lr: Rate = Field(default=1.0e-3, description="peak learning rate (AdamW)")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(default=0.0, description="AdamW's decoupled weight decay")
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "linear", description="course of the learning rate after the warm-up"
+        default="linear", description="course of the learning rate after the warm-up"
     )
     warmup: Annotated[float, Field(ge=0.0)] = Field(
-        0.06, description="below 1: share of all steps; from 1 on: number of steps"
+        default=0.06, description="below 1: share of all steps; from 1 on: number of steps"
     )
     max_grad_norm: Annotated[float, Field(ge=0.0)] = Field(
-        1.0, description="gradients are clipped to this norm; 0: never"
+        default=1.0, description="gradients are clipped to this norm; 0: never"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast of the forward pass")
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
-    group_by_length: bool = Field(False, description="batches of similar length: less padding")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="autocast of the forward pass")
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations: less memory, more time")
+    group_by_length: bool = Field(default=False, description="batches of similar length: less padding")
     evaluate: Every = Field(
-        "epoch", description="score after each epoch, every N steps, or never (only at the end)"
+        default="epoch", description="score after each epoch, every N steps, or never (only at the end)"
     )
     save: Every = Field(
-        "epoch", description="checkpoint after each epoch, every N steps, or never (only on Ctrl-C)"
+        default="epoch", description="checkpoint after each epoch, every N steps, or never (only on Ctrl-C)"
     )
-    keep: Positive = Field(2, description="newest checkpoints kept while training")
-    best: bool = Field(False, description="end with the checkpoint of the best score instead of the last")
-    workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that prepare batches")
+    keep: Positive = Field(default=2, description="newest checkpoints kept while training")
+    best: bool = Field(default=False, description="end with the checkpoint of the best score instead of the last")
+    workers: Annotated[int, Field(ge=0)] = Field(default=0, description="processes that prepare batches")
 
 
 class Recipe(Part):
     """One run, whole. `recipe.load_recipe` reads and checks it; build it in Python by `recipe.make_recipe`."""
 
-    about: str = Field("", description="one line that says what this is")
-    name: str = Field("run", description="names the output folder; without it the file's name")
+    about: str = Field(default="", description="one line that says what this is")
+    name: str = Field(default="run", description="names the output folder; without it the file's name")
     task: Literal["classification", "regression", "instruct"] = Field(
-        "classification", description="what is learned"
+        default="classification", description="what is learned"
     )
-    model: str = Field(
-        description="folder or hub name, or `embedded` (all-MiniLM-L6-v2 from the installed package)"
-    )
+    model: str = Field(description="folder or hub name, or `embedded` (all-MiniLM-L6-v2 from the installed package)")
     gguf_file: str | None = Field(
-        None, description="file in `model` when the weights are in llama.cpp's format"
+        default=None, description="file in `model` when the weights are in llama.cpp's format"
     )
-    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
-        "float32", description="numbers of the frozen base weights"
+        default="float32", description="numbers of the frozen base weights"
     )
     metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"] | None = Field(
-        None, description="the score of the table; without it accuracy, pearson or perplexity by the task"
+        default=None, description="the score of the table; without it accuracy, pearson or perplexity by the task"
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
-        42, description="seeds the split, the fresh weights and the order"
+        default=42, description="seeds the split, the fresh weights and the order"
     )
-    output: str | None = Field(None, description="folder of the adapter; without it ziggurat-runs/<name>")
-    resume: bool = Field(False, description="go on from the last checkpoint of an interrupted run")
-    overwrite: bool = Field(False, description="replace what an earlier run left in the output folder")
+    output: str | None = Field(default=None, description="folder of the adapter; without it ziggurat-runs/<name>")
+    resume: bool = Field(default=False, description="go on from the last checkpoint of an interrupted run")
+    overwrite: bool = Field(default=False, description="replace what an earlier run left in the output folder")
     data: DataPart
-    head: HeadPart = Field(default_factory=HeadPart)
-    train: TrainPart = Field(default_factory=TrainPart)
+    head: HeadPart = HeadPart()
+    train: TrainPart = TrainPart()
     method: dict[str, Any] = Field(description="method.name and the fields of its PEFT config")
 
     @property

@@ -22,9 +22,7 @@ def is_hub_name(source: str) -> bool:
     return source != "demo" and not _looks_like_a_file(source) and not Path(source).expanduser().exists()
 
 
-def read_table(
-    source: str, *, subset: str | None = None, split: str = "train", demo: str = "train"
-) -> Dataset:
+def read_table(source: str, *, subset: str | None = None, split: str = "train", demo: str = "train") -> Dataset:
     """The rows of `source`.
 
     `demo` names the part of the embedded data. csv is comma-separated with quotes, tsv tab-separated without quotes
@@ -54,9 +52,7 @@ def require_column(table: Dataset, column: str, key: str, source: str) -> None:
     """Raises DataError that lists the columns and the nearest one."""
     if column not in table.column_names:
         hint = did_you_mean(column, table.column_names)
-        raise DataError(
-            f"{key}: {source} has no column '{column}'{hint}; its columns: {', '.join(table.column_names)}"
-        )
+        raise DataError(f"{key}: {source} has no column '{column}'{hint}; its columns: {', '.join(table.column_names)}")
 
 
 def draw(table: Dataset, count: int | None, seed: int) -> Dataset:
@@ -147,6 +143,7 @@ def _not_empty(table: Dataset, source: str) -> Dataset:
 
 def _from_hub(source: str, subset: str | None, split: str) -> Dataset:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     shown = source if subset is None else f"{source} ({subset})"
     try:
@@ -154,7 +151,7 @@ def _from_hub(source: str, subset: str | None, split: str) -> Dataset:
     except ValueError as error:
         # datasets names the splits or the configurations there are; its first line is what a user can act on.
         raise DataError(f"{shown}, split '{split}': {str(error).splitlines()[0]}") from error
-    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, RuntimeError, DatasetsError) as error:
         # A hub data set that cannot be reached is most often a mistyped file name or a machine without network.
         raise DataError(
             f"{missing_path(source)}. Nor could the hub data set '{shown}' be read: "

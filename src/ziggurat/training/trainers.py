@@ -144,15 +144,13 @@ def _instruct(
             "use a chat model, or columns prompt and completion"
         )
     if not base.tokenizer.eos_token:
-        raise RecipeError(
-            f"model: the tokenizer of {recipe.model} has no end-of-text token, so answers could not end"
-        )
+        raise RecipeError(f"model: the tokenizer of {recipe.model} has no end-of-text token, so answers could not end")
     length = longest(base.tokenizer, base.model.config, recipe.data.max_length)
     arguments = SFTConfig(
         **_arguments(recipe, checkpoints),
         max_length=length,
         completion_only_loss=recipe.data.loss == "answer",
-        pad_token=base.tokenizer.pad_token,
+        pad_token=str(base.tokenizer.pad_token),
     )
     trainer = _sft_class(SFTTrainer)(
         model=model,
@@ -163,11 +161,7 @@ def _instruct(
         callbacks=callbacks,
     )
     cut = sum(len(ids) >= length for ids in trainer.train_dataset["input_ids"])
-    notes = (
-        [f"{cut} of {len(examples.train)} training texts fill all {length} tokens and may be cut"]
-        if cut
-        else []
-    )
+    notes = [f"{cut} of {len(examples.train)} training texts fill all {length} tokens and may be cut"] if cut else []
     return Task(trainer, {}, notes)
 
 
@@ -189,9 +183,7 @@ def _sft_class(base: type) -> type:
 def _arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
     train = recipe.train
     if train.precision == "fp16" and not torch.accelerator.is_available():
-        raise RecipeError(
-            "train.precision: fp16 needs an accelerator, this machine has none; use fp32 or bf16"
-        )
+        raise RecipeError("train.precision: fp16 needs an accelerator, this machine has none; use fp32 or bf16")
     arguments: dict[str, Any] = {
         "output_dir": str(checkpoints),
         "num_train_epochs": train.epochs,

@@ -50,7 +50,8 @@ def _words(error: ValidationError, value: Any) -> str:
     if isinstance(value, str) and numeric:
         literals = [item for item in errors if item["type"] == "literal_error"]
         if literals and _number(value) is None:
-            return f"'{value}' is neither {_literal_list(literals[0])} nor a number{_nearest_literal(literals[0], value)}"
+            allowed, hint = _literal_list(literals[0]), _nearest_literal(literals[0], value)
+            return f"'{value}' is neither {allowed} nor a number{hint}"
         return _text_for_number(value, whole=all(kind.startswith("int") for kind in numeric))
     # In a union the branch that got furthest says most: a bound that was broken tells more than a type.
     ranked = sorted(errors, key=lambda item: item["type"].endswith("_type"))
