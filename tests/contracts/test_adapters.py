@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods_table import METHODS, logits, zoo_config
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
+
+from methods_table import METHODS, logits, zoo_config
 from zoo import ZOO
 
 MODELS = ["bert", "gpt2", "llama", "t5", "plain_list"]

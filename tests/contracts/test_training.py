@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from methods_table import METHODS, logits, zoo_config
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
+
+from methods_table import METHODS, logits, zoo_config
 from zoo import ZOO
 
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -124,8 +125,8 @@ def test_a_plain_loop_learns(method: str) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
-    assert losses[-1] < 0.9 * losses[0]
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
 
 
 @every_method

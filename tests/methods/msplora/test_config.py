@@ -1,0 +1,187 @@
+"""What a user may say of a pyramid, what is refused, and that a refusal changes nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+
+from ziggurat import MSPLoraConfig
+from ziggurat.errors import AnatomyError, ConfigError
+from zoo import ZOO
+
+
+def ranks(**fields: object) -> list[int]:
+    return [tier.r for tier in MSPLoraConfig(**fields).pyramid()]
+
+
+def test_ranks() -> None:
+    assert ranks() == [8, 4, 2]
+    assert ranks(r=64) == [64, 32, 16]
+    assert ranks(r=9, rank_decay=3) == [9, 3, 1]
+    assert ranks(r=5, rank_decay=1) == [5, 5, 5]
+    assert ranks(ranks=[3, 7, 1]) == [3, 7, 1]
+    assert ranks(r=2) == [2, 1, 1]
+    assert [tier.scale for tier in MSPLoraConfig(r=8, lora_alpha=16).pyramid()] == [2, 4, 8]
+
+
+def test_more_or_fewer_tiers() -> None:
+    tiers = [
+        {"name": "all", "groups": 1, "r": 6},
+        {"name": "halves", "groups": 2},
+        {"name": "thirds", "groups": [0, 2, 3], "lora_alpha": 1},
+        {"name": "own", "groups": "layers", "r": 1},
+    ]
+    model = get_peft_model(ZOO["bert"].build(), MSPLoraConfig(r=3, lora_alpha=9, tiers=tiers, target_modules=["query"]))
+    names = [n.split(":")[3] for n in model.pyramid.factors("default").names()]
+    assert sorted(names) == [
+        "all0",
+        "halves0",
+        "halves1",
+        "own0",
+        "own1",
+        "own2",
+        "own3",
+        "thirds0",
+        "thirds1",
+        "thirds2",
+    ]
+    layer = model.get_submodule("base_model.model.bert.encoder.layer.2.attention.self.query")
+    assert [(c.pair.split(":")[3], c.scale) for c in layer.components["default"]] == [
+        ("all0", 1.5),
+        ("halves1", 3.0),
+        ("thirds1", 1 / 3),
+        ("own2", 9.0),
+    ]
+
+
+def test_fewer_layers_than_the_default_groups() -> None:
+    """The default of three groups becomes one a layer on a shallower stack; a number that was given doesn't."""
+    base = ZOO["albert"].build()
+    model = get_peft_model(base, MSPLoraConfig(r=4, target_modules=["query"]))
+    assert [n.split(":")[3] for n in model.pyramid.factors("default").names()] == ["global0", "mid0", "layer0"]
+
+
+def test_some_layers_only() -> None:
+    model = get_peft_model(
+        ZOO["llama"].build(), MSPLoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[0, 3])
+    )
+    names = [n.split(":")[3] for n in model.pyramid.factors("default").names()]
+    assert names == ["global0", "mid0", "layer0", "mid2", "layer3"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "number"), [("all-linear", 28), (r".*\.(q|k)_proj", 8), (["q_proj"], 4), (["self_attn.v_proj"], 4)]
+)
+def test_targets(targets: list[str] | str, number: int) -> None:
+    model = get_peft_model(ZOO["llama"].build(), MSPLoraConfig(r=4, target_modules=targets))
+    assert len(model.targeted_module_names) == number
+
+
+def test_excluded_modules_and_biases() -> None:
+    config = MSPLoraConfig(r=4, target_modules=["query", "value"], exclude_modules=["value"], bias="msplora_only")
+    model = get_peft_model(ZOO["bert"].build(), config)
+    assert all(name.endswith("query") for name in model.targeted_module_names)
+    biases = [n for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")]
+    assert biases
+    assert all(n.endswith("query.base_layer.bias") for n in biases)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"r": 6}, "r=6 with rank_decay=2.*Use r=4 or 8"),
+        ({"r": 0}, "r=0: the rank must be a whole number"),
+        ({"r": 8.0}, "r=8.0"),
+        ({"rank_decay": 0}, "rank_decay"),
+        ({"ranks": [8, 4]}, "three ranks"),
+        ({"ranks": [8, 4, 0]}, "rank 0 of tier 'layer'"),
+        ({"num_groups": 0}, "groups=0 of tier 'mid'"),
+        ({"num_groups": 3, "group_starts": [0, 2]}, "give one of them"),
+        ({"group_starts": [1, 2]}, "from 0 and rising"),
+        ({"group_starts": [0, 3, 2]}, "from 0 and rising"),
+        ({"tiers": []}, "at least one tier"),
+        ({"tiers": [{"name": "a", "group": 1}]}, "unknown field 'group'"),
+        ({"tiers": [{"name": "a"}]}, "name and groups are needed"),
+        ({"tiers": [{"name": "a1", "groups": 1}]}, "tier name 'a1'"),
+        ({"tiers": [{"name": "a.b", "groups": 1}]}, "tier name 'a.b'"),
+        ({"tiers": [{"name": "a", "groups": 1}] * 2}, "used once"),
+        ({"tiers": [{"name": "a", "groups": "all"}]}, "groups='all'"),
+        ({"tiers": [{"name": "a", "groups": 1}], "num_groups": 2}, "can't be given beside it"),
+        ({"tiers": [{"name": f"t{'x' * i}", "groups": 1} for i in range(100)]}, "at most 64"),
+        ({"lora_alpha": float("nan")}, "lora_alpha nan"),
+        ({"lora_alpha": 0}, "above 0"),
+        ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
+        ({"init_weights": "kaiming"}, "init_weights='kaiming'"),
+        ({"target_modules": "(", "r": 4}, "not a regular expression"),
+        ({"target_modules": "x", "layers_to_transform": [0]}, "cannot be used when `target_modules` is a str"),
+    ],
+)
+def test_impossible_configs(fields: dict, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        MSPLoraConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "error", "says"),
+    [
+        (
+            "bert",
+            {"num_groups": 5},
+            ConfigError,
+            "num_groups=5, but the stack 'bert.encoder.layer' has 4 layers: at most 4",
+        ),
+        ("bert", {"group_starts": [0, 4]}, ConfigError, "would begin at layer 4"),
+        ("bert", {"r": 32}, ConfigError, "rank 32 of tier 'global' is above the matrix.*maps 16 to 16"),
+        ("bert", {"target_modules": ["LayerNorm"]}, ConfigError, "is a LayerNorm, which is not supported"),
+        ("no_stack", {"num_groups": 2}, AnatomyError, "no stack of layers.*layers_pattern"),
+        ("bert", {"target_modules": ["query"], "layers_pattern": "blocks"}, AnatomyError, "matches no list of layers"),
+    ],
+)
+def test_what_a_model_refuses(name: str, fields: dict, error: type[Exception], says: str) -> None:
+    base = ZOO[name].build()
+    state = {k: v.clone() for k, v in base.state_dict().items()}
+    with pytest.raises(error, match=says):
+        get_peft_model(base, MSPLoraConfig(**{"r": 4, "target_modules": ZOO[name].targets, **fields}))
+    assert list(base.state_dict()) == list(state)
+    assert all(torch.equal(v, state[k]) for k, v in base.state_dict().items())
+
+
+def test_a_refused_second_adapter_leaves_the_first(tmp_path: Path) -> None:
+    model = get_peft_model(ZOO["bert"].build(), MSPLoraConfig(r=4, target_modules=["query"]))
+    names = [n for n, _ in model.named_parameters()]
+    with pytest.raises(ConfigError, match="num_groups=9"):
+        model.add_adapter("second", MSPLoraConfig(r=4, target_modules=["query"], num_groups=9))
+    assert list(model.peft_config) == ["default"]
+    assert [n for n, _ in model.named_parameters()] == names
+    model.add_adapter("third", MSPLoraConfig(r=8, target_modules=["value"]))
+
+
+def test_weighted_adapters_of_different_structure_are_refused() -> None:
+    model = get_peft_model(ZOO["bert"].build(), MSPLoraConfig(r=4, target_modules=["query"]))
+    model.add_adapter("other", MSPLoraConfig(r=4, target_modules=["query"], num_groups=2))
+    with pytest.raises(ValueError, match="different pyramids"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    with pytest.raises(ValueError, match="does not exist"):
+        model.add_weighted_adapter(["default", "nobody"], [1.0, 1.0], "sum")
+    with pytest.raises(ValueError, match="Invalid combination_type"):
+        model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="ties")
+
+
+def test_a_config_survives_its_file(tmp_path: Path) -> None:
+    config = MSPLoraConfig(
+        r=4, tiers=[{"name": "a", "groups": [0, 2]}, {"name": "b", "groups": "layers", "r": 1}], target_modules=["q"]
+    )
+    config.save_pretrained(str(tmp_path))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "MSPLORA"
+    loaded = PeftConfig.from_pretrained(str(tmp_path))
+    assert isinstance(loaded, MSPLoraConfig)
+    assert loaded.pyramid() == config.pyramid()
+
+
+def test_a_pickle_is_not_read(tmp_path: Path) -> None:
+    model = get_peft_model(ZOO["bert"].build(), MSPLoraConfig(r=4))
+    model.save_pretrained(str(tmp_path), safe_serialization=False)
+    with pytest.raises(ConfigError, match="a pickle, which can run code"):
+        PeftModel.from_pretrained(ZOO["bert"].build(), str(tmp_path))
