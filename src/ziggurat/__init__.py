@@ -1,10 +1,24 @@
 """Multi-scale low-rank fine-tuning for Hugging Face models. Importing it registers the methods with PEFT."""
 
 from ziggurat.host.registry import register
+from ziggurat.methods.lor2c.config import LoR2CConfig
+from ziggurat.methods.lor2c.model import LoR2CModel
+from ziggurat.methods.lora2.config import LoRA2Config
+from ziggurat.methods.lora2.model import LoRA2Model
 from ziggurat.methods.msplora.config import MSPLoraConfig
 from ziggurat.methods.msplora.model import MSPLoraModel
 
 __version__ = "0.1.0"
-__all__ = ["MSPLoraConfig", "MSPLoraModel", "__version__"]
+__all__ = [
+    "LoR2CConfig",
+    "LoR2CModel",
+    "LoRA2Config",
+    "LoRA2Model",
+    "MSPLoraConfig",
+    "MSPLoraModel",
+    "__version__",
+]
 
 register(MSPLoraConfig, MSPLoraModel)
+register(LoR2CConfig, LoR2CModel)
+register(LoRA2Config, LoRA2Model)

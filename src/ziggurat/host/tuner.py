@@ -16,6 +16,7 @@ from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Anatomy
 from ziggurat.host.bank import PairBank
 from ziggurat.host.linear import AdaptedLinear, is_adaptable
+from ziggurat.host.paths import PathLayer
 from ziggurat.host.targets import DEFAULT_TARGETS, near_misses
 
 BASE = "__base__"  # PEFT's name, in adapter_names, for a sample without adapter
@@ -106,7 +107,7 @@ class LinearTuner(BaseTuner):
         self._check_adapter_names(names)
         beams = kwargs.get("num_beams") or 1
         for_decoder = [name for name in names for _ in range(beams)]
-        layers = (AdaptedLinear, AuxiliaryTrainingWrapper)
+        layers = (AdaptedLinear, PathLayer, AuxiliaryTrainingWrapper)
         encoder = _encoder(self.model) if beams > 1 else None
         # In beam search only the decoder sees every sample `num_beams` times.
         in_encoder = {id(module) for module in encoder.modules()} if encoder is not None else set()
@@ -127,7 +128,8 @@ class LinearTuner(BaseTuner):
     def _check_adapter_names(self, names: list[str]) -> None:
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode: call model.eval() first.")
-        known = {name for module in self.modules() if isinstance(module, AdaptedLinear) for name in module.adapters}
+        layers = [module for module in self.modules() if isinstance(module, AdaptedLinear | PathLayer)]
+        known = {name for module in layers for name in module.adapters}
         unknown = sorted(set(names) - known - {BASE})
         if unknown:
             raise ValueError(

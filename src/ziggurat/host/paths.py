@@ -1,0 +1,326 @@
+"""Low-rank paths around transformer layers: a tuner layer as child of the layer, and hooks on the layer.
+
+Wrapping the layer instead would hide its class from FSDP's auto-wrap, from `_no_split_modules` and from the
+hooks by which transformers records hidden states. A path over several layers is owned by the child of its
+*last* layer, which adds it; the layers before it hand their input over, and the owner multiplies it: handing
+over A x would need another layer's parameters, which FSDP2 has resharded by then.
+
+What is handed over lives as long as one forward of the module that holds the stack: hooks on that module
+open and close a frame, one a thread. So two threads on one model never mix, an aborted forward leaves
+nothing behind, and copies and pickles start empty. Gradient checkpointing recomputes `layer.forward`,
+which runs no hooks: the path itself is never recomputed, and its input is kept by the autograd graph.
+"""
+
+import threading
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.bare import bare_tree, look_through
+from ziggurat.host.linear import features, is_adaptable
+from ziggurat.lowrank.pair import FactorPair
+from ziggurat.lowrank.product import low_rank_add
+from ziggurat.lowrank.spans import Span
+
+#: The name of the child in its layer. No method's prefix may be part of it.
+CHILD = "residual_path"
+#: The name of the hand-over in the attributes of the module that holds the stack.
+HANDOVER = "_paths_in_flight"
+
+
+class Handover:
+    """The inputs of the spans whose last layer has not run yet, for the forward calls now running."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        #: Compilers can't trace thread-locals; in a trace the frame is opened and closed, so no state remains.
+        self._traced: dict[Any, Tensor] | None = None
+
+    def open(self) -> None:
+        """A forward begins in this thread: whatever an earlier one left is dropped."""
+        if torch.compiler.is_compiling():
+            self._traced = {}
+        else:
+            self._local.frame = {}
+
+    def close(self) -> None:
+        """The forward has ended, by a result or by an exception."""
+        self._traced = None
+        if not torch.compiler.is_compiling():
+            self._local.frame = None
+
+    def frame(self) -> dict[Any, Tensor] | None:
+        """What has been handed over in this forward; None outside one."""
+        if self._traced is not None or torch.compiler.is_compiling():
+            return self._traced
+        return getattr(self._local, "frame", None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Handover":
+        return Handover()
+
+    def __reduce__(self) -> Any:
+        return Handover, ()
+
+
+class Input(NamedTuple):
+    """What a path of one adapter reads: the residual stream x before the first layer of its span."""
+
+    adapter: str
+    x: Tensor
+
+
+class PathLayer(nn.Module, BaseTunerLayer):
+    """The paths that end at one layer, one an adapter: h_out = Layer(h_in) + sum of B (A dropout(x)).
+
+    x is the input of the first layer of the adapter's span. A subclass gives `effective_pair` and `dropout`,
+    and sets `covers`. It wraps nothing, so `weight` and `bias` are there to end PEFT's search for a base layer.
+    """
+
+    weight = None  # type: ignore[assignment]
+    bias = None  # type: ignore[assignment]
+
+    def __init__(self, layer: int, handover: Handover) -> None:
+        super().__init__()
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+        self.layer = layer
+        self._handover = handover
+        #: Adapter -> the span that this layer lies in; None where no path passes the layer.
+        self.covers: dict[str, Span | None] = {}
+
+    @property
+    def adapters(self) -> Collection[str]:
+        """The adapters that have a path ending at this layer."""
+        return [adapter for adapter, span in self.covers.items() if span is not None and span.last == self.layer]
+
+    def effective_pair(self, adapter: str) -> FactorPair:
+        """A (rank, d) and B (d, rank) of the path that ends here, scale folded in."""
+        raise NotImplementedError
+
+    def dropout(self, adapter: str) -> float:
+        """The probability that an input of `adapter`'s path is dropped in training."""
+        raise NotImplementedError
+
+    def hand_over(self, x: Tensor) -> None:
+        """Keep the layer's input for the spans that pass here, unless an earlier layer of theirs has done so."""
+        if self._disable_adapters:
+            return
+        for adapter, span in self.covers.items():
+            if span is not None and span.length > 1:
+                self._frame(span).setdefault((adapter, span.last), x)
+
+    def inputs(self, x: Tensor) -> list[Input]:
+        """For each adapter with a path ending here the input of its span; `x` is the layer's own."""
+        found = []
+        for adapter, span in self.covers.items():
+            if span is not None and span.last == self.layer:
+                long = span.length > 1
+                found.append(Input(adapter, self._frame(span).pop((adapter, span.last)) if long else x))
+        return found
+
+    def _frame(self, span: Span) -> dict[Any, Tensor]:
+        frame = self._handover.frame()
+        if frame is None:
+            raise RuntimeError(
+                f"the path over layers {span.first} to {span.last} needs what layer {span.first} read, but layer "
+                f"{self.layer} runs outside the forward of the module that holds the layers. Either layers were called "
+                "one by one, or a gradient checkpointing recomputes them with their hooks: checkpoint `layer.forward` "
+                "as transformers does, or use paths around single layers (no spans, no merges)."
+            )
+        return frame
+
+    def forward(self, y: Tensor, inputs: list[Input], adapter_names: list[str] | None = None) -> Tensor:
+        """`y`, the layer's output, with the paths of the active adapters added."""
+        if adapter_names is not None:
+            return self._add_by_sample(y, inputs, adapter_names)
+        for adapter, x in inputs:
+            if adapter in self.active_adapters:
+                y = self._add(y, x, adapter, self.dropout(adapter) if self.training else 0.0)
+        return y
+
+    def _add(self, y: Tensor, x: Tensor, adapter: str, dropout: float) -> Tensor:
+        if x.shape != y.shape:
+            raise ConfigError(
+                f"layer {self.layer} returns {tuple(y.shape)}, but the span of adapter {adapter!r} reads "
+                f"{tuple(x.shape)}: a path needs layers that keep the shape of what passes through them. Leave this "
+                "layer out by layers_to_transform, or end the span before it."
+            )
+        a, b = self.effective_pair(adapter)
+        return low_rank_add(y, x if x.device == y.device else x.to(y.device), a, b, dropout)
+
+    def _add_by_sample(self, y: Tensor, inputs: list[Input], adapter_names: list[str]) -> Tensor:
+        """Each sample of the batch with the adapter named for it ("__base__": none). Inference only."""
+        if len(adapter_names) != len(y):
+            raise ValueError(
+                f"adapter_names has {len(adapter_names)} names for a batch of {len(y)}: give one name a sample."
+            )
+        y = y.clone()
+        for adapter, x in inputs:
+            rows = [i for i, name in enumerate(adapter_names) if name == adapter]
+            if rows:
+                y[rows] = self._add(y[rows], x[rows], adapter, 0.0)
+        return y
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse: a path reads the residual stream, which no weight of the model multiplies."""
+        if names := [name for name in check_adapters_to_merge(self, adapter_names) or () if name in self.covers]:
+            raise ValueError(CANT_MERGE.format(adapters=", ".join(map(repr, names))))
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """No: there is no linear whose update a path could become."""
+        return False
+
+
+CANT_MERGE = (
+    "adapter {adapters} can't be merged into weights: its paths add B A h to the output of a whole transformer layer, "
+    "past its norms and its attention, so no weight of the model can absorb them. Keep the adapter beside the model "
+    "(PeftModel.from_pretrained), or write a folder that holds the model with its paths by `ziggurat merge`."
+)
+
+
+def attach(layer: nn.Module, holder: nn.Module, path: PathLayer) -> None:
+    """Make `path` a child of `layer`, and let hooks feed it. `holder` is the module that runs the stack's layers.
+
+    Raises:
+        ConfigError: `layer` runs all its children, so that another child would change it.
+    """
+    if isinstance(layer, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        raise ConfigError(
+            f"layer {path.layer} is a {type(layer).__name__}, which runs whatever children it has, so no path can be "
+            "put beside them. Wrap it in a module of its own with a forward."
+        )
+    if hasattr(layer, CHILD):
+        raise ConfigError(f"layer {path.layer} has an attribute {CHILD!r} already, the name of its path. Rename it.")
+    layer.add_module(CHILD, path)
+    layer.register_forward_pre_hook(_before, with_kwargs=True)
+    # First of all hooks, so that others (recorders of hidden states, FSDP) see the output with the path.
+    layer.register_forward_hook(_after, with_kwargs=True, prepend=True)
+    if HANDOVER not in holder.__dict__:
+        holder.__dict__[HANDOVER] = path._handover
+        holder.register_forward_pre_hook(_open)
+        holder.register_forward_hook(_close, always_call=True)
+
+
+def handover_of(holder: nn.Module) -> Handover:
+    """The hand-over of the stack that `holder` runs, a new one if it has none."""
+    return holder.__dict__.get(HANDOVER) or Handover()
+
+
+def detach(model: nn.Module, kind: type[BaseTunerLayer]) -> None:
+    """Take all paths that are of `kind` out of `model`, with their hooks."""
+    for module in list(model.modules()):
+        if isinstance(module._modules.get(CHILD), kind):
+            delattr(module, CHILD)
+            _remove_hooks(module, (_before, _after))
+    used = {id(module._handover) for module in model.modules() if isinstance(module, PathLayer)}
+    for module in model.modules():
+        if HANDOVER in module.__dict__ and id(module.__dict__[HANDOVER]) not in used:
+            del module.__dict__[HANDOVER]
+            _remove_hooks(module, (_open, _close))
+
+
+def path_of(layer: nn.Module) -> PathLayer | None:
+    """The path that is a child of `layer`, if there is one."""
+    child = layer._modules.get(CHILD)
+    return child if isinstance(child, PathLayer) else None
+
+
+def _before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    path: PathLayer = layer._modules[CHILD]  # type: ignore[assignment]
+    path.hand_over(stream(args, kwargs))
+
+
+def _after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    path: PathLayer = layer._modules[CHILD]  # type: ignore[assignment]
+    if path._disable_adapters:
+        return None
+    inputs = path.inputs(stream(args, kwargs))
+    if not inputs:
+        return None
+    if isinstance(output, Tensor):
+        return path(output, inputs)
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        first = path(output[0], inputs)
+        if hasattr(output, "_replace"):
+            return output._replace(**{output._fields[0]: first})  # type: ignore[union-attr]
+        return type(output)((first, *output[1:]))
+    raise ConfigError(
+        f"{type(layer).__name__} returns a {type(output).__name__}; a path can be added to a tensor, or to the first "
+        "tensor of a tuple or list. Leave these layers out by layers_pattern."
+    )
+
+
+def _open(holder: nn.Module, args: Any) -> None:
+    holder.__dict__[HANDOVER].open()
+
+
+def _close(holder: nn.Module, args: Any, output: Any) -> None:
+    holder.__dict__[HANDOVER].close()
+
+
+def stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The residual stream among a layer's arguments: the first one by place, or `hidden_states`, or the first tensor.
+
+    Raises:
+        ConfigError: no argument is a floating-point tensor.
+    """
+    if args and isinstance(args[0], Tensor):
+        return args[0]
+    named = kwargs.get("hidden_states")
+    if isinstance(named, Tensor):
+        return named
+    for value in kwargs.values():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise ConfigError(
+        f"no hidden states among a layer's arguments ({len(args)} by place, {', '.join(kwargs) or 'none'} by name): the "
+        "first argument, or one called hidden_states, must be a tensor."
+    )
+
+
+def stream_width(layer: nn.Module) -> int | None:
+    """d of the residual stream that `layer` reads and writes, seen from its shapes; None where they don't tell.
+
+    It is an input size of a linear and an output size of one, and the size that most norms have: attention
+    heads and inner layers of experts have other sizes on one of these counts.
+    """
+    ins: dict[int, int] = {}
+    outs: dict[int, int] = {}
+    norms: dict[int, int] = {}
+    for node in bare_tree(layer).walk():
+        module = look_through(node.module)
+        if module is None:
+            continue
+        if isinstance(module, nn.Linear | Conv1D) or is_adaptable(module):
+            d_in, d_out = features(module)
+            ins[d_in] = ins.get(d_in, 0) + 1
+            outs[d_out] = outs.get(d_out, 0) + 1
+        elif "norm" in type(module).__name__.lower():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.dim() == 1:
+                norms[len(weight)] = norms.get(len(weight), 0) + 1
+    both = ins.keys() & outs.keys()
+    if not both:
+        return None
+    return max(both, key=lambda size: (norms.get(size, 0), min(ins[size], outs[size]), ins[size], -size))
+
+
+def _remove_hooks(module: nn.Module, hooks: tuple[Any, ...]) -> None:
+    for table in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in table.items() if hook in hooks]:
+            del table[key]
+            for other in (
+                module._forward_pre_hooks_with_kwargs,
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+            ):
+                other.pop(key, None)

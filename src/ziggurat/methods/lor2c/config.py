@@ -1,0 +1,155 @@
+"""What a user says of a LoR2C adapter."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.config import LinearMethodConfig
+from ziggurat.host.registry import peft_type
+from ziggurat.methods.lor2c.draw import draw_events
+from ziggurat.methods.lor2c.plan import CRITERIA, KEEP
+
+EVENTS_FILE = "lor2c_events.json"
+PICTURE_FILE = "lor2c_events.svg"
+
+CITATION = """@article{zhao2025lor2c,
+  title   = {{LoR2C}: Low-Rank Residual Connection Adaptation for Parameter-Efficient Fine-Tuning},
+  author  = {Zhao, Jiancheng and Yu, Xingda and Zhang, Yuxiang and Yang, Zhen},
+  journal = {arXiv preprint arXiv:2503.00572},
+  year    = {2025}
+}"""
+
+
+@dataclass
+class LoR2CConfig(LinearMethodConfig):
+    """Config of LoR2C (arXiv 2503.00572): a low-rank residual path around each transformer layer.
+
+    h_out = Layer(h_in) + lora_alpha / r * B A dropout(h_in), with A (r, d) and B (d, r), B = 0 at the start. The layers
+    are found by themselves; `layers_to_transform`, `layers_pattern` and `exclude_modules` choose among them.
+
+    Args:
+        share: ShareLoR2C: all layers of a stack use one A; B stays each layer's own.
+        spans: where paths begin and end, [[first, last], ...] with both layers included, for every stack, or one such
+            list a stack: {stack: [...]}. Default: a path around every layer. Layers in no span have none.
+        merges: MergeLoR2C: how often, during training, two adjacent paths become one over both spans.
+        injections: InjectLoR2C: how often the path of one layer is given up for plain LoRA on its query and value.
+            With `merges` as well: IMLoR2C. All events are spread evenly over the first quarter of training.
+        criterion: what makes a path weak or strong: "mean" of the singular values of B A, "energy" (share of the
+            `criterion_k` largest), "sfs" (1 - that share) or "effective_rank". Merged: the adjacent pair with the
+            smallest sum. Injected: the path with the largest, by "sfs" the smallest.
+        criterion_k: the k of "energy" and "sfs" (default: r / 2).
+        keep: whose weights a merged path goes on with: the "lower" layer's, or the "richer" (larger sum of
+            singular values).
+        max_span: the most layers that a merged path may cover (default: no limit).
+        target_modules: the linears of a layer that get plain LoRA when its path is given up (default: the
+            architecture's query and value, or what it fuses them into).
+        inject_r, inject_alpha, inject_dropout: of that LoRA (default: r / 2, lora_alpha, lora_dropout).
+        injected_layers: layers that have it from the start, [3, 5] or {stack: [...]}.
+        hidden_size: width of the residual stream, where the layers' shapes don't tell it.
+        structure: what training has made of `spans` and `injected_layers`. Written when an event happens and
+            saved, so that loading builds the same paths; not for the user to set.
+
+    Raises:
+        ConfigError: values that can't work in any model; what can't work in a given model is refused
+            when the adapter is put into it, before anything there is changed.
+    """
+
+    bias: Literal["none", "all", "lor2c_only"] = field(
+        default="none", metadata={"help": "Biases to train: 'none', 'all' or 'lor2c_only'."}
+    )
+    share: bool = field(default=False, metadata={"help": "One A for all layers of a stack."})
+    spans: list[list[int]] | dict[str, list[list[int]]] | None = field(
+        default=None, metadata={"help": "First and last layer of every path (default: one path a layer)."}
+    )
+    merges: int = field(default=0, metadata={"help": "How many times two adjacent paths become one."})
+    injections: int = field(default=0, metadata={"help": "How many paths are given up for LoRA on query and value."})
+    criterion: Literal["mean", "energy", "sfs", "effective_rank"] = field(
+        default="mean", metadata={"help": "How paths are scored: mean, energy, sfs or effective_rank."}
+    )
+    criterion_k: int | None = field(default=None, metadata={"help": "The k of energy and sfs (default: r / 2)."})
+    keep: Literal["lower", "richer"] = field(default="lower", metadata={"help": "Whose weights a merged path keeps."})
+    max_span: int | None = field(default=None, metadata={"help": "The most layers a merged path may cover."})
+    inject_r: int | None = field(default=None, metadata={"help": "Rank of injected LoRA (default: r / 2)."})
+    inject_alpha: float | None = field(default=None, metadata={"help": "Its alpha (default: lora_alpha)."})
+    inject_dropout: float | None = field(default=None, metadata={"help": "Its dropout (default: lora_dropout)."})
+    injected_layers: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Layers that have LoRA instead of a path from the start."}
+    )
+    hidden_size: int | None = field(default=None, metadata={"help": "Width of the residual stream."})
+    structure: dict[str, Any] | None = field(default=None, metadata={"help": "The paths as training has left them."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type("LOR2C")
+        #: The decisions so far, with their scores; written beside the adapter.
+        self.log: list[dict[str, Any]] = []
+        for name in ("merges", "injections"):
+            self._whole(name, 0)
+        for name in ("criterion_k", "max_span", "inject_r", "hidden_size"):
+            if getattr(self, name) is not None:
+                self._whole(name, 1)
+        if self.max_span == 1 and self.merges:
+            raise ConfigError(f"max_span=1 with merges={self.merges}: a merged path covers at least 2 layers.")
+        if self.criterion not in CRITERIA:
+            raise ConfigError(f"criterion={self.criterion!r}: one of {', '.join(CRITERIA)}.")
+        if self.keep not in KEEP:
+            raise ConfigError(f"keep={self.keep!r}: 'lower' or 'richer'.")
+        if self.criterion_k is not None and self.criterion_k > self.r:
+            raise ConfigError(
+                f"criterion_k={self.criterion_k}: a path of rank r={self.r} has {self.r} singular values."
+            )
+        if not 0 < self.lora_alpha < float("inf"):
+            raise ConfigError(f"lora_alpha={self.lora_alpha!r}: a finite number above 0 is needed.")
+        if self.inject_dropout is not None and not 0 <= self.inject_dropout < 1:
+            raise ConfigError(f"inject_dropout={self.inject_dropout!r}: a probability from 0 up to, not including, 1.")
+        if self.may_inject and self.r == 1 and self.inject_r is None:
+            raise ConfigError("r=1: LoRA in place of a path has rank r / 2, a whole number; set inject_r=1, or r=2.")
+
+    @property
+    def scale(self) -> float:
+        """alpha / r of a path, or alpha / sqrt(r) with rsLoRA."""
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+    @property
+    def may_inject(self) -> bool:
+        """Whether some layer has, or may get, plain LoRA in place of its path."""
+        return bool(self.injections or self.injected_layers)
+
+    @property
+    def restructures(self) -> bool:
+        """Whether training changes which paths there are."""
+        return bool(self.merges or self.injections)
+
+    @property
+    def lora_r(self) -> int:
+        """The rank of injected LoRA."""
+        return self.inject_r or self.r // 2
+
+    @property
+    def lora_scale(self) -> float:
+        """alpha / rank of injected LoRA, or alpha / sqrt(rank) with rsLoRA."""
+        alpha = self.lora_alpha if self.inject_alpha is None else self.inject_alpha
+        return alpha / (self.lora_r**0.5 if self.use_rslora else self.lora_r)
+
+    @property
+    def k(self) -> int:
+        """How many singular values count as the large ones: r / 2 unless `criterion_k` says otherwise."""
+        return self.criterion_k or max(1, self.r // 2)
+
+    @property
+    def citation(self) -> str:
+        return CITATION
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        if self.log:
+            folder = Path(save_directory)
+            (folder / EVENTS_FILE).write_text(json.dumps(self.log, indent=1), encoding="utf-8")
+            (folder / PICTURE_FILE).write_text(draw_events(self.log), encoding="utf-8")
+
+    def _whole(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{name}={value!r}: a whole number of at least {least} is needed.")

@@ -1,0 +1,63 @@
+"""Events during training: a callback that rides along in every Trainer, and the tables it shows."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ziggurat.methods.lor2c.paths import PathBank
+
+
+def restructure(
+    model: nn.Module, step: int, total_steps: int, optimizer: Optimizer | None = None
+) -> list[dict[str, Any]]:
+    """Merge and inject what is due before optimiser step `step` (from 0) of `total_steps`, in any model with paths.
+
+    One call before every step of a loop of one's own. With the optimiser, a path that moves to another layer takes
+    its moments along; without it, it goes on with those of the path that was there.
+    """
+    banks = [module for module in model.modules() if isinstance(module, PathBank)]
+    return [record for bank in banks for record in bank.restructure(step, total_steps, optimizer)]
+
+
+class RestructureCallback(TrainerCallback):
+    """Does the events of all LoR2C adapters in a training run, and shows each decision as a table."""
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if model is not None and state.max_steps > 0:
+            records = restructure(model, state.global_step, state.max_steps, optimizer)
+            if state.is_world_process_zero and not args.disable_tqdm:
+                show(records)
+
+
+def show(records: Iterable[dict[str, Any]], console: Console | None = None) -> None:
+    """Print one table for each record of an event: all scores, what was chosen, why, and what trains now."""
+    console = console or Console(stderr=True)
+    for record in records:
+        counts = record["parameters"]
+        title = f"{record['kind']} at step {record['step']} of {record['of']}: {record['reason']}"
+        caption = f"parameters stored {counts['stored']:,}, active {counts['active']:,}, trained {counts['trained']:,}"
+        table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+        compared = "sum of the pair" if record["kind"] == "merge" else "candidate"
+        for column in ("path", record["criterion"], "compared", compared):
+            table.add_column(column, justify="left" if column in ("path", "compared") else "right")
+        scores, candidates = list(record["scores"].items()), list(record["candidates"].items())
+        for row in range(max(len(scores), len(candidates))):
+            cells = []
+            for column in (scores, candidates):
+                name, value = column[row] if row < len(column) else ("", None)
+                cells += [name, "" if value is None else f"{value:.4g}"]
+            table.add_row(*cells)
+        console.print(table)

@@ -1,0 +1,230 @@
+"""Where an adapter's paths lie in a model, and which linears may take over: found, and checked, before any change."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.anatomy import Anatomy
+from ziggurat.host.linear import is_adaptable
+from ziggurat.host.paths import stream_width
+from ziggurat.host.targets import DEFAULT_TARGETS, near_misses
+from ziggurat.lowrank.spans import Span, check_spans
+from ziggurat.methods.lor2c.config import LoR2CConfig
+from ziggurat.methods.lor2c.plan import StackState, most_events, paths
+
+
+class Site(NamedTuple):
+    """A layer that paths pass: its stack and number, the module that runs the stack, d, and whether a path ends here."""
+
+    stack: str
+    layer: int
+    holder: str
+    width: int
+    owner: bool
+
+
+@dataclass
+class Layout:
+    """`layers`: path in the model -> site. `linears`: path -> (stack, layer). `structure`: the paths at the start."""
+
+    layers: dict[str, Site] = field(default_factory=dict)
+    linears: dict[str, tuple[str, int]] = field(default_factory=dict)
+    structure: dict[str, StackState] = field(default_factory=dict)
+
+
+def lay_out(config: LoR2CConfig, model: nn.Module, anatomy: Anatomy, model_type: str | None) -> Layout:
+    """Where `config`'s paths lie in `model`. Changes nothing.
+
+    Raises:
+        ConfigError: spans that overlap or leave their stack, more events than paths allow, no linears to take over,
+            a rank above the width, a width that can't be seen, no stack of layers at all.
+    """
+    if not anatomy.stacks:
+        lists = ", ".join(
+            f"{path!r} ({len(module)} members)"
+            for path, module in model.named_modules()
+            if isinstance(module, nn.ModuleList | nn.Sequential)
+        )
+        raise ConfigError(
+            f"{type(model).__name__} has no stack of layers for paths to go around; its lists are: {lists or 'none'}. If one "
+            "of them holds the layers, set layers_pattern to the last part of its path; otherwise take a method that "
+            "adapts linears."
+        )
+    layout = Layout()
+    chosen = {stack: _chosen(config, stack, anatomy.layers(stack), model) for stack in anatomy.stacks}
+    chosen = {stack: layers for stack, layers in chosen.items() if layers}
+    _check_names(config, anatomy, chosen)
+    for stack, layers in chosen.items():
+        state = _state(config, stack, layers, anatomy.stacks[stack], one_of=len(chosen))
+        if state.spans or state.injected:
+            layout.structure[stack] = state
+    if not layout.structure:
+        raise ConfigError(
+            "no layer is left for a path: layers_to_transform, exclude_modules, spans and injected_layers leave none of "
+            f"{', '.join(f'{stack!r} ({n} layers)' for stack, n in anatomy.stacks.items())}."
+        )
+    for stack, state in layout.structure.items():
+        _add_sites(config, layout, model, stack, state, anatomy.layers(stack))
+    _check_events(config, layout)
+    if config.may_inject:
+        _add_linears(config, layout, model, anatomy, model_type)
+    return layout
+
+
+def _chosen(config: LoR2CConfig, stack: str, layers: Sequence[str], model: nn.Module) -> list[int]:
+    """The layers of `stack` that the user wants; none of a stack without linears, such as one of convolutions."""
+    if not any(is_adaptable(module) for path in layers for module in model.get_submodule(path).modules()):
+        return []
+    wanted = config.layers_to_transform
+    if wanted is not None:
+        wanted = [wanted] if isinstance(wanted, int) else list(wanted)
+    return [
+        number
+        for number, path in enumerate(layers)
+        if not (wanted and number not in wanted) and not _names(config.exclude_modules, path)
+    ]
+
+
+def _names(patterns: Any, path: str) -> bool:
+    """Whether PEFT's `target_modules` or `exclude_modules` mean the module at `path`."""
+    if not patterns:
+        return False
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in patterns)
+
+
+def _check_names(config: LoR2CConfig, anatomy: Anatomy, chosen: dict[str, list[int]]) -> None:
+    deepest = max(anatomy.stacks.values())
+    wanted = config.layers_to_transform
+    for layer in [wanted] if isinstance(wanted, int) else wanted or ():
+        if not 0 <= layer < deepest:
+            raise ConfigError(f"layers_to_transform: layer {layer} isn't in any stack; layers are 0 to {deepest - 1}.")
+    for name in ("spans", "injected_layers"):
+        given = getattr(config, name)
+        for stack in given if isinstance(given, dict) else ():
+            if stack not in chosen:
+                raise ConfigError(f"{name} speaks of the stack {stack!r}; there is {', '.join(map(repr, chosen))}.")
+
+
+def _state(config: LoR2CConfig, stack: str, layers: Sequence[int], depth: int, one_of: int) -> StackState:
+    where = f" of the stack {stack!r}"
+    hint = f" A list is for every stack; with {one_of} stacks give {{stack: [...]}}." if one_of > 1 else ""
+    injected = config.injected_layers
+    injected = sorted((injected.get(stack, []) if isinstance(injected, dict) else injected) or [])
+    if outside := [layer for layer in injected if layer not in layers]:
+        raise ConfigError(
+            f"injected_layers: {outside[0]} is no layer to adapt{where}, which has {depth} layers from 0.{hint}"
+        )
+    given = config.spans.get(stack, []) if isinstance(config.spans, dict) else config.spans
+    if given is None:
+        return StackState(tuple(Span(n, n) for n in layers if n not in injected), tuple(injected))
+    try:
+        spans = check_spans(given, depth, max_length=config.max_span)
+    except ConfigError as error:
+        raise ConfigError(f"{error} This is{where}.{hint}") from error
+    for span in spans:
+        for layer in span.layers:
+            if layer in injected or layer not in layers:
+                rival = "injected_layers" if layer in injected else "layers_to_transform or exclude_modules"
+                raise ConfigError(f"spans: {tuple(span)}{where} covers layer {layer}, which {rival} rules out.")
+    return StackState(tuple(spans), tuple(injected))
+
+
+def _add_sites(
+    config: LoR2CConfig, layout: Layout, model: nn.Module, stack: str, state: StackState, layers: Sequence[str]
+) -> None:
+    holder = _holder(model, stack)
+    covered = [(number, span) for span in state.spans for number in span.layers]
+    widths = {number: _width(config, model, layers[number]) for number, _ in covered}
+    for number, span in covered:
+        width = widths[number]
+        if config.r > width:
+            raise ConfigError(
+                f"r={config.r} is above the width of the residual stream: {layers[number]!r} passes {width} numbers a "
+                f"token, so at most rank {width} has a meaning there. Lower r."
+            )
+        if width != widths[span.first]:
+            raise ConfigError(
+                f"spans: {tuple(span)} of {stack!r} joins layers of width {widths[span.first]} and {width}; a path keeps "
+                "one width. End the span where the width changes."
+            )
+        layout.layers[layers[number]] = Site(stack, number, holder, width, owner=number == span.last)
+    if config.merges and len(set(widths.values())) > 1:
+        raise ConfigError(
+            f"merges={config.merges}: the layers of {stack!r} have widths {sorted(set(widths.values()))}, and paths of "
+            "different widths can't merge. Choose layers of one width by layers_to_transform."
+        )
+
+
+def _holder(model: nn.Module, stack: str) -> str:
+    """The path of the module whose forward runs the layers: a list's owner, or the list itself if it can run."""
+    while stack and isinstance(model.get_submodule(stack), nn.ModuleList):
+        stack = stack.rpartition(".")[0]
+    return stack
+
+
+def _width(config: LoR2CConfig, model: nn.Module, layer: str) -> int:
+    width = config.hidden_size or stream_width(model.get_submodule(layer))
+    if width is None:
+        raise ConfigError(
+            f"the width of what passes layer {layer!r} can't be seen: no linear in it reads and none writes that size. "
+            "Set hidden_size."
+        )
+    return width
+
+
+def _check_events(config: LoR2CConfig, layout: Layout) -> None:
+    count = len(paths(layout.structure))
+    merges, injections = most_events(layout.structure, config.max_span)
+    limit = "" if config.max_span is None else f" of at most max_span={config.max_span} layers together"
+    if config.merges > merges:
+        raise ConfigError(
+            f"merges={config.merges}, but {count} paths have at most {merges} merges of neighbours{limit}. Lower merges."
+        )
+    if config.injections > injections:
+        raise ConfigError(
+            f"injections={config.injections}, but only {injections} paths cover a single layer. Lower injections."
+        )
+    most = count - 1 if config.merges else count
+    if config.merges + config.injections > most:
+        raise ConfigError(
+            f"merges={config.merges} and injections={config.injections}: each takes one path away, and of {count} paths "
+            f"at most {most} can go. Lower one of them."
+        )
+
+
+def _add_linears(
+    config: LoR2CConfig, layout: Layout, model: nn.Module, anatomy: Anatomy, model_type: str | None
+) -> None:
+    targets = config.target_modules or DEFAULT_TARGETS.get(model_type or "")
+    if targets is None:
+        raise ConfigError(
+            f"injections need the query and value of a layer, and for model type {model_type!r} their names aren't "
+            "known. Give them as target_modules."
+        )
+    needed = {(stack, layer) for stack, state in layout.structure.items() for layer in state.injected}
+    if config.injections:
+        needed |= {(p.stack, p.span.first) for p in paths(layout.structure) if p.span.length == 1}
+    inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    found = set()
+    for path, module in model.named_modules():
+        place = anatomy.find(path) if path and not path.startswith(inside) and _names(targets, path) else None
+        if place is None or (place.stack, place.layer) not in needed or not is_adaptable(module):
+            continue
+        if _names(config.exclude_modules, path):
+            continue
+        layout.linears[path] = (place.stack, place.layer)
+        found.add((place.stack, place.layer))
+    if missing := sorted(needed - found):
+        near = near_misses(targets, model)
+        names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+        raise ConfigError(
+            f"layer {missing[0][1]} of {missing[0][0]!r} has no linear called {names} that could take over from its path. "
+            f"Set target_modules to the layer's query and value{f' (near: {chr(44).join(near)})' if near else ''}."
+        )

@@ -1,0 +1,216 @@
+"""LoR2C's tuner: finds the layers of a model, puts paths around them, and refuses what a path can't do."""
+
+import copy
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.anatomy import Anatomy
+from ziggurat.host.linear import AdaptedLinear
+from ziggurat.host.paths import CANT_MERGE, attach, detach, handover_of, path_of
+from ziggurat.host.trainers import ride_along
+from ziggurat.host.tuner import LinearTuner, _quantization_kwargs
+from ziggurat.methods.lor2c.config import LoR2CConfig
+from ziggurat.methods.lor2c.events import RestructureCallback
+from ziggurat.methods.lor2c.layer import LoR2CLayer, LoR2CLinear, LoR2CPath
+from ziggurat.methods.lor2c.layout import Layout, lay_out
+from ziggurat.methods.lor2c.paths import Adapter, PathBank, from_json, to_json
+
+#: Where the bank stands in the base model; must not contain the tuner's prefix.
+BANK = "path_bank"
+#: The tensor that carries structure and log beside the weights: JSON in bytes.
+STRUCTURE_KEY = "lor2c_structure"
+
+
+class LoR2CModel(LinearTuner):
+    """Puts LoR2C adapters into a model. Made by PEFT from a `LoR2CConfig`; see there."""
+
+    prefix = "lor2c_"
+    tuner_layer_cls = LoR2CLayer
+    layer_cls = LoR2CLinear
+    _layout: Layout | None = None
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # Which modules there are follows from the config alone, never from the names in a state dict.
+        kwargs.pop("state_dict", None)
+        given = self.peft_config[adapter_name]
+        # A copy, since training writes the structure into it, and the user's own may serve for another model.
+        config = copy.copy(given)
+        assert isinstance(given, LoR2CConfig) and isinstance(config, LoR2CConfig)
+        config.log = list(given.log)
+        self.peft_config[adapter_name] = config
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            assert self._layout is not None
+            bank = self._bank()
+            bank.known[adapter_name] = Adapter(config)
+            bank.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            structure, done = (self._layout.structure, 0) if config.structure is None else from_json(config.structure)
+            bank.set_structure(adapter_name, structure, done)
+        finally:
+            self._layout = None
+        if config.restructures:
+            ride_along(RestructureCallback)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Look at the whole model and raise before anything in it is changed."""
+        assert isinstance(peft_config, LoR2CConfig)
+        self.anatomy = Anatomy(model, layers_pattern=peft_config.layers_pattern)
+        self._layout = lay_out(peft_config, model, self.anatomy, self.get_model_config(model).get("model_type"))
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
+        layout = self._layout
+        if layout is None:
+            assert isinstance(peft_config, LoR2CConfig)
+            layout = lay_out(peft_config, self.model, Anatomy(self.model, peft_config.layers_pattern), None)
+        return key in layout.layers or key in layout.linears
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        assert self._layout is not None
+        if current_key in self._layout.layers:
+            self._add_path(peft_config, adapter_name, target, current_key)
+            return
+        stack, number = self._layout.linears[current_key]
+        if not isinstance(target, LoR2CLinear):
+            linear = LoR2CLinear(target, **_quantization_kwargs(self.model))
+            self._replace_module(parent, target_name, linear, target)
+            self._bank().linears.setdefault(stack, {}).setdefault(number, []).append(linear)
+            target = linear
+        self._adapt(peft_config, adapter_name, target, current_key)
+        target.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+
+    def _adapt(self, config: LoR2CConfig, adapter: str, layer: AdaptedLinear, path: str) -> None:
+        assert isinstance(layer, LoR2CLinear)
+        dropout = config.lora_dropout if config.inject_dropout is None else config.inject_dropout
+        layer.join(adapter, config.lora_r, config.lora_scale, dropout, config.init_weights)
+
+    def _add_path(self, config: LoR2CConfig, adapter: str, layer: nn.Module, key: str) -> None:
+        assert self._layout is not None
+        site, bank = self._layout.layers[key], self._bank()
+        path = path_of(layer)
+        if path is None:
+            holder = self.model.get_submodule(site.holder)
+            path = LoR2CPath(site.layer, handover_of(holder))
+            attach(layer, holder, path)
+            bank.members.setdefault(site.stack, {})[site.layer] = path
+        if not isinstance(path, LoR2CPath):
+            raise ConfigError(f"layer {key!r} has a path of another method ({type(path).__name__}) already.")
+        path.join(adapter, config.scale, config.lora_dropout, *_home(layer))
+        if site.owner:
+            if config.share:
+                name = f"{site.stack}:{site.width}".replace(".", "/")
+                path.own_up(adapter, site.width, config.r, config.init_weights, bank, name)
+            else:
+                path.own(adapter, site.width, config.r, config.init_weights)
+        path.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _bank(self) -> PathBank:
+        bank = getattr(self.model, BANK, None)
+        if bank is None:
+            bank = PathBank()
+            self.model.add_module(BANK, bank)
+        if not isinstance(bank, PathBank):
+            raise ConfigError(
+                f"the model has an attribute {BANK!r} of type {type(bank).__name__}, the name under which LoR2C "
+                "keeps what its paths share. Rename it."
+            )
+        return bank
+
+    def restructure(
+        self, step: int, total_steps: int, optimizer: Optimizer | None = None, adapter: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Merge and inject what is due before optimiser step `step` (from 0) of `total_steps`; what was done.
+
+        For a loop of one's own: call it before every step, with the optimiser, so that a path that moves takes its
+        moments along. A transformers Trainer does this by itself.
+        """
+        return self._bank().restructure(step, total_steps, optimizer, adapter)
+
+    def path_counts(self, adapter: str = "default") -> dict[str, int]:
+        """How many numbers `adapter` stores, how many act in the forward now, and how many training changes now."""
+        return self._bank().counts(adapter)
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(CANT_MERGE.format(adapters=", ".join(map(repr, self.peft_config))))
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        detach(model, LoR2CLayer)
+        return model
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        known = _bank_of(model).known[adapter_name]
+        if known.config.restructures:
+            said = json.dumps({"structure": to_json(known.structure, known.done), "log": known.config.log})
+            found[STRUCTURE_KEY] = torch.frombuffer(bytearray(said.encode()), dtype=torch.uint8).clone()
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Restore the structure that the weights belong to, then go on with the weights.
+
+        Every way to load weights into a model that has the adapter already passes here: a Trainer that
+        resumes or takes its best checkpoint back knows nothing of the config beside the weights.
+        """
+        weights = {key: value for key, value in state_dict.items() if key.rpartition(".")[2] != STRUCTURE_KEY}
+        for key in state_dict.keys() - weights.keys():
+            bank = _bank_of(model)
+            structure, done, log = _decode(state_dict[key])
+            bank.set_structure(adapter_name, structure, done)
+            bank.known[adapter_name].config.log = log
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
+
+
+def _decode(coded: Tensor) -> tuple[Mapping[str, Any], int, list[dict[str, Any]]]:
+    try:
+        said = json.loads(bytes(coded.to(device="cpu", dtype=torch.uint8).tolist()).decode())
+        log = list(said["log"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"the tensor {STRUCTURE_KEY!r} beside the adapter's weights isn't the JSON that LoR2C writes ({error}): the "
+            "file is damaged, or was converted to another dtype. Save the adapter again."
+        ) from error
+    return *from_json(said["structure"]), log
+
+
+def _bank_of(model: nn.Module) -> PathBank:
+    return next(module for module in model.modules() if isinstance(module, PathBank))
+
+
+def _home(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the layer's weights lie, and their floating dtype."""
+    inside = [module for module in layer.modules() if not isinstance(module, BaseTunerLayer)]
+    weights = [p for module in inside for p in module.parameters(recurse=False)]
+    floating = [p for p in weights if p.is_floating_point()]
+    first = (floating or weights)[0]
+    return first.device, first.dtype if floating else torch.float32

@@ -1,0 +1,246 @@
+"""All paths of a model, adapter by adapter: which there are, what happens to them, what is saved of it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ziggurat.errors import ConfigError
+from ziggurat.lowrank.spans import Span, check_spans
+from ziggurat.lowrank.spectrum import singular_values
+from ziggurat.methods.lor2c.config import LoR2CConfig
+from ziggurat.methods.lor2c.layer import LoR2CLayer, LoR2CLinear, LoR2CPath, SharedDown
+from ziggurat.methods.lor2c.plan import Decision, Path, StackState, Structure, applied, decide, paths, schedule
+
+
+@dataclass
+class Adapter:
+    """One adapter's paths: its config, its structure now, how many events are done."""
+
+    config: LoR2CConfig
+    structure: dict[str, StackState] = field(default_factory=dict)
+    done: int = 0
+
+
+class PathBank(SharedDown, LoR2CLayer):
+    """Owned once at the model's root: the shared A's, the structure of every adapter, and the one place that changes it."""
+
+    adapter_layer_names = ("lor2c_shared",)
+    other_param_names = ("known",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[str, Adapter] = {}
+        # Past nn.Module.__setattr__: these are registered in their layers, here only looked up.
+        object.__setattr__(self, "_members", {})
+        object.__setattr__(self, "_linears", {})
+
+    @property
+    def members(self) -> dict[str, dict[int, LoR2CPath]]:
+        """Stack -> layer -> its path."""
+        return self.__dict__["_members"]
+
+    @property
+    def linears(self) -> dict[str, dict[int, list[LoR2CLinear]]]:
+        """Stack -> layer -> the linears that can take over there."""
+        return self.__dict__["_linears"]
+
+    def set_structure(self, adapter: str, structure: Structure, done: int = 0) -> None:
+        """Let the forward follow `structure` from now on. Every way to change paths ends here.
+
+        Parameters that take no part any more lose their gradient, so that an optimiser passes over them.
+
+        Raises:
+            ConfigError: `structure` needs a path or a linear that this model or adapter doesn't have.
+        """
+        known = self.known[adapter]
+        self._check(adapter, structure)
+        known.structure, known.done = dict(structure), done
+        for stack, members in self.members.items():
+            state = structure.get(stack, StackState(()))
+            cover = {layer: span for span in state.spans for layer in span.layers}
+            for layer, path in members.items():
+                if adapter in path.covers:
+                    path.covers[adapter] = cover.get(layer)
+                    _forget_gradient(path, adapter, active=adapter in path.adapters)
+            for layer, linears in self.linears.get(stack, {}).items():
+                for linear in linears:
+                    if adapter in linear.awake:
+                        linear.awake[adapter] = layer in state.injected
+                        _forget_gradient(linear, adapter, active=linear.awake[adapter])
+        known.config.structure = to_json(structure, done)
+
+    def spectra(self, adapter: str) -> dict[Path, Tensor]:
+        """The singular values of B A of every path, from QR of the factors; no d x d matrix is formed."""
+        found = {}
+        for path in paths(self.known[adapter].structure):
+            a, b = self.members[path.stack][path.span.last].raw_pair(adapter)
+            found[path] = singular_values(_whole(a), _whole(b)).cpu()
+        return found
+
+    def due(self, adapter: str, step: int, total_steps: int) -> list[Any]:
+        """The events of `adapter` that should have happened before optimiser step `step`, and have not."""
+        config = self.known[adapter].config
+        events = schedule(config.merges, config.injections, total_steps)
+        return [event for event in events[self.known[adapter].done :] if event.step <= step]
+
+    def restructure(
+        self, step: int, total_steps: int, optimizer: Optimizer | None = None, adapter: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Do what is due before optimiser step `step` (from 0) of `total_steps`; what was done, with all scores."""
+        records = []
+        for name in [adapter] if adapter is not None else list(self.known):
+            known, config = self.known[name], self.known[name].config
+            for event in self.due(name, step, total_steps):
+                decision = decide(
+                    event.kind, known.structure, self.spectra(name), config.criterion, config.k, config.keep,
+                    config.max_span,
+                )  # fmt: skip
+                before = to_json(known.structure, known.done)["stacks"]
+                self.apply(name, decision, optimizer)
+                record = {"adapter": name, "step": step, "of": total_steps, "criterion": config.criterion}
+                record |= decision.to_json() | {
+                    "before": before,
+                    "after": to_json(known.structure, known.done)["stacks"],
+                    "parameters": self.counts(name),
+                }
+                config.log.append(record)
+                records.append(record)
+        return records
+
+    @torch.no_grad()
+    def apply(self, adapter: str, decision: Decision, optimizer: Optimizer | None = None) -> None:
+        """Carry out `decision`: move weights if a path moves, change the structure, count the event.
+
+        A joint path belongs to the last layer of its span. If it goes on with the lower path's weights they are copied
+        there, with their moments in `optimizer`, so that training goes on as if nothing had moved; what took part
+        before and does no more leaves nothing in the optimiser.
+        """
+        known = self.known[adapter]
+        gone: list[nn.Parameter] = []
+        if decision.merged is not None:
+            lower, upper = decision.merged
+            members = self.members[decision.stack]
+            source, owner, other = members[lower.last], members[upper.last], members[lower.last]
+            if decision.kept == lower:
+                for name, parameter in source.own_factors(adapter).items():
+                    _move(parameter, owner.own_factors(adapter)[name], optimizer)
+            gone = list(other.own_factors(adapter).values())
+        elif decision.injected is not None:
+            gone = list(self.members[decision.stack][decision.injected].own_factors(adapter).values())
+        if optimizer is not None:
+            for parameter in gone:
+                optimizer.state.pop(parameter, None)
+        self.set_structure(adapter, applied(known.structure, decision), known.done + 1)
+
+    def counts(self, adapter: str) -> dict[str, int]:
+        """Numbers that `adapter` stores, that act in its forward now, and that training changes now.
+
+        `stored` includes what a later event may need: all of it is in the optimiser, but without gradient.
+        """
+        stored: dict[int, nn.Parameter] = {}
+        active: dict[int, nn.Parameter] = {}
+        if adapter in self.stores:
+            shared = {id(p): p for p in self.factors(adapter).parameters()}
+            stored |= shared
+            if any(state.spans for state in self.known[adapter].structure.values()):
+                active |= shared
+        everyone = [path for members in self.members.values() for path in members.values()]
+        linears = [linear for layers in self.linears.values() for some in layers.values() for linear in some]
+        for module in (*everyone, *linears):
+            own = {id(p): p for p in module.own_factors(adapter).values()}
+            stored |= own
+            if adapter in module.adapters:
+                active |= own
+        trained = {key: p for key, p in active.items() if p.requires_grad}
+        sizes = {"stored": stored, "active": active, "trained": trained}
+        return {name: sum(p.numel() for p in some.values()) for name, some in sizes.items()}
+
+    def _check(self, adapter: str, structure: Structure) -> None:
+        for stack, state in structure.items():
+            members = self.members.get(stack)
+            if members is None:
+                raise ConfigError(
+                    f"the adapter's structure speaks of the stack {stack!r}, but this model has paths in "
+                    f"{', '.join(map(repr, self.members)) or 'no stack'}. Load it into the model it was trained with."
+                )
+            ends = [span.last for span in state.spans]
+            paired = [layer for layer in ends if layer in members and adapter in members[layer].lor2c_B]
+            linears = self.linears.get(stack, {})
+            ready = [n for n in state.injected if any(adapter in linear.awake for linear in linears.get(n, ()))]
+            if len(paired) < len(ends) or len(ready) < len(state.injected):
+                lack = sorted({*ends, *state.injected} - {*paired, *ready})
+                raise ConfigError(
+                    f"the structure of adapter {adapter!r} needs parameters at layers {lack} of {stack!r} that it was "
+                    "not built with. Give the config the same spans, injected_layers, merges and injections as those "
+                    "weights were trained with."
+                )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.known.pop(adapter_name, None)
+
+    def __repr__(self) -> str:
+        return f"lor2c.{super().__repr__()}"
+
+
+def to_json(structure: Structure, done: int) -> dict[str, Any]:
+    """A structure and the number of events done as plain lists and dicts."""
+    stacks = {
+        stack: {"spans": [list(span) for span in state.spans], "injected": list(state.injected)}
+        for stack, state in structure.items()
+    }
+    return {"stacks": stacks, "done": done}
+
+
+def from_json(plain: Mapping[str, Any]) -> tuple[dict[str, StackState], int]:
+    """What `to_json` was given.
+
+    Raises:
+        ConfigError: it isn't of that form, or its spans overlap.
+    """
+    try:
+        structure = {
+            stack: StackState(
+                tuple(check_spans(state["spans"], 1 + max((s[1] for s in state["spans"]), default=0))),
+                tuple(int(layer) for layer in state["injected"]),
+            )
+            for stack, state in plain["stacks"].items()
+        }
+        return structure, int(plain["done"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ConfigError(
+            f"structure={json.dumps(plain, default=str)[:200]} isn't one that LoR2C has written ({error}). Leave "
+            "structure out, and say where paths lie by spans and injected_layers."
+        ) from error
+
+
+def _forget_gradient(module: LoR2CPath | LoR2CLinear, adapter: str, active: bool) -> None:
+    if not active:
+        for parameter in module.own_factors(adapter).values():
+            parameter.grad = None
+
+
+def _move(source: nn.Parameter, target: nn.Parameter, optimizer: Optimizer | None) -> None:
+    """Copy values, and what the optimiser remembers of them, from `source` to `target`."""
+    target.copy_(source)
+    if optimizer is None:
+        return
+    optimizer.state.pop(target, None)
+    if source in optimizer.state:
+        optimizer.state[target] = {
+            key: value.clone() if isinstance(value, Tensor) else value for key, value in optimizer.state[source].items()
+        }
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that FSDP2 has sharded."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor.detach() if gather is None else gather().detach()
+
+
+__all__ = ["Adapter", "PathBank", "Span", "from_json", "to_json"]
