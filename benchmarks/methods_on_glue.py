@@ -270,7 +270,9 @@ def table(lines: list[dict[str, Any]]) -> str:
         own = [x for x in lines if x["method"] == method]
         trained, final = max(x["trainable"] for x in own), round(statistics.mean(x["final"] for x in own))
         cells = [[at[method, task, seed] for seed in seeds if (method, task, seed) in at] for task in tasks]
-        texts = [f"{statistics.mean(c):.1f} ± {statistics.stdev(c) if len(c) > 1 else 0:.1f}" if c else "" for c in cells]
+        texts = [
+            f"{statistics.mean(c):.1f} ± {statistics.stdev(c) if len(c) > 1 else 0:.1f}" if c else "" for c in cells
+        ]
         mean = f"{statistics.mean(map(statistics.mean, cells)):.2f}" if all(cells) else ""
         rows.append(f"| {method} | {trained:,} / {final:,} | {' | '.join(texts)} | {mean} |")
     rows += ["", f"Difference from `{methods[0]}`, paired by seed, with the half width of its 95% interval (t):", ""]
@@ -319,7 +321,7 @@ def main() -> None:
             own = [sys.executable, *sys.argv]
             shares = [f"{i}/{options.workers}" for i in range(options.workers)]
             children = [subprocess.Popen([*own, "--workers", "1", "--share", share]) for share in shares]
-            if any([child.wait() for child in children]):
+            if sum(child.wait() != 0 for child in children):
                 raise SystemExit("a worker failed; what is done is in the file, call again for the rest")
         else:
             work(options)

@@ -1,0 +1,1 @@
+"""LoRA²: two nested low-rank planes, pruned by importance (arXiv 2408.06854)."""

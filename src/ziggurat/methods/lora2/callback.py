@@ -1,0 +1,145 @@
+"""What a Trainer does for LoRA² by itself: pruning, the regulariser's number in the logs, resuming."""
+
+import base64
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ziggurat.methods.lora2.layer import LoRA2Linear
+from ziggurat.methods.lora2.pruning import learning_adapters, load_pruning_state, prune, pruning_state
+from ziggurat.methods.lora2.regulariser import deviation, hook_of, penalty
+
+logger = logging.getLogger(__name__)
+
+#: Where the pruning's state stands in a checkpoint's trainer_state.json, among the callbacks' states.
+STATE_KEY = "ziggurat.lora2"
+
+
+class LoRA2Callback(TrainerCallback):
+    """Prunes the LoRA² adapters that train. Rides along in every Trainer; does nothing for other models."""
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check the schedule against the length of the run; take up the averages and masks of a resumed one."""
+        adapters = learning_adapters(model) if model is not None else {}
+        for config in adapters.values():
+            config.schedule(state.max_steps)
+        if not adapters or not state.global_step:
+            return
+        assert model is not None
+        saved = state.stateful_callbacks.get(STATE_KEY) if state.stateful_callbacks else None
+        if saved is None:
+            logger.warning(
+                "resuming at step %d from a checkpoint without the averages that LoRA² prunes by: they start anew",
+                state.global_step,
+            )
+        else:
+            load_pruning_state(model, load(base64.b64decode(saved["state"])))
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Where the loss was made outside the model (label smoothing, a loss function), add the regulariser's gradient.
+
+        The same on every process, after gradients were averaged and clipped.
+        """
+        hook = hook_of(model) if model is not None else None
+        if model is None or hook is None or hook.joined:
+            return
+        with torch.enable_grad():
+            added = penalty(model)
+        if added is None or not added.requires_grad:
+            return
+        _unscale(optimizer)
+        factors = [
+            factor
+            for layer in model.modules()
+            if isinstance(layer, LoRA2Linear)
+            for adapter in layer.learning
+            for factor in layer.planes(adapter)
+        ]
+        for factor, gradient in zip(factors, torch.autograd.grad(added, factors, allow_unused=True), strict=True):
+            if gradient is not None and factor.grad is not None:
+                factor.grad.add_(gradient)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Rank and prune: gradients are summed, averaged over processes, unscaled and clipped now, and still there."""
+        for adapter in learning_adapters(model) if model is not None else {}:
+            assert model is not None
+            prune(model, state.global_step + 1, state.max_steps, adapter)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put `orthogonality`, the deviation without its weight, beside the training loss."""
+        if model is None or logs is None or "loss" not in logs or not learning_adapters(model):
+            return
+        with torch.no_grad():
+            logs["orthogonality"] = float(deviation(model))
+        # The history has a copy of its own, made before callbacks are asked.
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1]["orthogonality"] = logs["orthogonality"]
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write averages and masks into the checkpoint's trainer_state.json, from where the Trainer reads them back.
+
+        A callback isn't told which folder a run resumes from, but it is given the state read there.
+        """
+        if model is None or not learning_adapters(model) or not (tensors := pruning_state(model)):
+            return
+        state.stateful_callbacks[STATE_KEY] = {  # type: ignore[index]
+            "format": "safetensors, base64",
+            "state": base64.b64encode(save(tensors)).decode(),
+        }
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            state.save_to_json(str(folder / "trainer_state.json"))
+
+
+def _unscale(optimizer: Any) -> None:
+    """Bring the gradients back from loss scaling (fp16), if clipping hasn't done it yet."""
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is not None and scaler.is_enabled():
+        try:
+            scaler.unscale_(optimizer.optimizer)
+        except RuntimeError as error:
+            if "already been called" not in str(error):
+                raise

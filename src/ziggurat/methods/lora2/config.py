@@ -1,0 +1,136 @@
+"""What a user says of a LoRA² adapter."""
+
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Literal
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.config import LinearMethodConfig
+from ziggurat.host.registry import peft_type
+from ziggurat.methods.lora2.schedule import Schedule, check_steps
+
+CITATION = """@article{zhang2024lora2,
+  title   = {{LoRA}$^2$: Multi-Scale Low-Rank Approximations for Fine-Tuning Large Language Models},
+  author  = {Zhang, Jia-Chen and Xiong, Yu-Jie and Qiu, He-Xi and Zhu, Dong-Hai and Xia, Chun-Ming},
+  journal = {arXiv preprint arXiv:2408.06854},
+  year    = {2024}
+}"""
+
+#: The paper's k, where the matrix allows it.
+DEFAULT_OUTER_RANK = 8
+
+
+@dataclass
+class LoRA2Config(LinearMethodConfig):
+    """Config of LoRA² (arXiv 2408.06854): two nested planes, the inner one pruned by importance while training.
+
+    The update of a linear is dW = scale (u v) diag(E) (V U): U (k, d_in) goes down to the outer rank k, V (r, k) to the
+    inner rank r, E (r) weighs each of the r directions, v (k, r) goes back to k and u (d_out, k) to d_out;
+    scale = lora_alpha / r. At the start E = 0 and the others are N(0, 0.02^2), so a fresh adapter changes nothing.
+
+    Steps (`initial_warmup`, `final_warmup`, `mask_interval`) are optimiser steps if whole numbers, shares of the run
+    if fractions. A transformers Trainer prunes by itself; a loop of one's own calls `model.prune(step, total)`.
+
+    Args:
+        r: inner rank: how many directions each linear starts with.
+        outer_rank: the paper's k. None: 8, or less where a side of the matrix is smaller.
+        target_rank: directions left per linear, on average over all linears. None: half of r, rounded up.
+            Equal to r: nothing is pruned.
+        initial_warmup: how long every direction stays.
+        final_warmup: how long, at the end of the run, the final mask is trained with.
+        mask_interval: steps between two prunings.
+        beta1: weight of the past in the average of the sensitivities.
+        beta2: weight of the past in the average of their uncertainty.
+        orthogonality: weight in the loss of the factors' deviation from orthonormality. 0: none.
+        cross_plane: weight in the loss of ||(U^T V^T)(v^T u^T)||_F, the norm of the update with E = 1: it
+            shrinks the factors.
+        rank_pattern: inner rank of single linears, by path; written by `compact()`. 0: no update there.
+        init_weights: True or "gaussian": as above. False: random with E not zero, for tests.
+        bias: "none", "all", or "lora2_only" (the biases of the adapted linears).
+
+    Raises:
+        ConfigError: values that can't work in any model or run; what can't work in a given model is refused when the
+            adapter is put into it, what can't work in a given run before its first step.
+    """
+
+    bias: Literal["none", "all", "lora2_only"] = field(
+        default="none", metadata={"help": "Biases to train: 'none', 'all' or 'lora2_only'."}
+    )
+    outer_rank: int | None = field(default=None, metadata={"help": "Rank of the outer plane, the paper's k."})
+    target_rank: int | None = field(default=None, metadata={"help": "Directions left per linear, on average."})
+    initial_warmup: int | float = field(default=0.15, metadata={"help": "Steps or share before the first pruning."})
+    final_warmup: int | float = field(default=0.5, metadata={"help": "Steps or share with the final mask."})
+    mask_interval: int | float = field(default=10, metadata={"help": "Steps or share between two prunings."})
+    beta1: float = field(default=0.85, metadata={"help": "Smoothing of the sensitivities."})
+    beta2: float = field(default=0.85, metadata={"help": "Smoothing of their uncertainty."})
+    orthogonality: float = field(default=0.1, metadata={"help": "Weight of the orthogonality regulariser."})
+    cross_plane: float = field(default=0.0, metadata={"help": "Weight of the cross-plane penalty."})
+    rank_pattern: dict[str, int] | None = field(default=None, metadata={"help": "Inner rank of single linears."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type("LORA2")
+        if self.outer_rank is not None and not _is_count(self.outer_rank, 1):
+            raise ConfigError(f"outer_rank={self.outer_rank!r}: a whole number of at least 1 is needed.")
+        if self.target_rank is not None and not (_is_count(self.target_rank, 1) and self.target_rank <= self.r):
+            raise ConfigError(
+                f"target_rank={self.target_rank!r} with r={self.r}: a whole number from 1 to r is needed, since "
+                "pruning only takes away. Lower target_rank or raise r."
+            )
+        for name, lowest in (("initial_warmup", 0), ("final_warmup", 0), ("mask_interval", 1)):
+            check_steps(name, getattr(self, name), lowest)
+        shares = [share for share in (self.initial_warmup, self.final_warmup) if isinstance(share, float)]
+        if sum(shares) >= 1:
+            raise ConfigError(
+                f"initial_warmup={self.initial_warmup} and final_warmup={self.final_warmup} take the whole run: their "
+                "sum must be below 1, to leave steps to prune in."
+            )
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            if not isinstance(value, float) or not 0 < value < 1:
+                raise ConfigError(f"{name}={value!r}: a number above 0 and below 1 is needed, such as 0.85.")
+        for name in ("orthogonality", "cross_plane"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise ConfigError(f"{name}={value!r}: a weight of 0 or more is needed.")
+        for path, rank in (self.rank_pattern or {}).items():
+            if not _is_count(rank, 0):
+                raise ConfigError(f"rank_pattern[{path!r}]={rank!r}: a whole number of at least 0 is needed.")
+
+    @property
+    def scale(self) -> float:
+        """lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA; the same for all linears, pruned or not."""
+        return self.lora_alpha / (sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def target(self) -> int:
+        """Directions left per linear, on average, when training is over."""
+        return (self.r + 1) // 2 if self.target_rank is None else self.target_rank
+
+    def rank_at(self, path: str) -> int:
+        """The inner rank of the linear at `path`: as `rank_pattern` says of it or of the end of its path, or r."""
+        pattern = self.rank_pattern or {}
+        if path in pattern:
+            return pattern[path]
+        ends = [key for key in pattern if path.endswith(f".{key}") or key.endswith(f".{path}")]
+        return pattern[max(ends, key=len)] if ends else self.r
+
+    def outer_rank_at(self, d_in: int, d_out: int) -> int:
+        """The outer rank of a linear of this shape."""
+        return self.outer_rank if self.outer_rank is not None else min(DEFAULT_OUTER_RANK, d_in, d_out)
+
+    def schedule(self, total: int) -> Schedule:
+        """When to prune in a run of `total` optimiser steps.
+
+        Raises:
+            ConfigError: the warm-ups are longer than the run.
+        """
+        return Schedule.of(self.initial_warmup, self.final_warmup, self.mask_interval, total)
+
+    @property
+    def citation(self) -> str:
+        return CITATION
+
+
+def _is_count(value: object, lowest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest

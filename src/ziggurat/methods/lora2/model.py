@@ -1,0 +1,101 @@
+"""LoRA²'s tuner: puts the nested planes into a model, prunes them, and drops what was pruned."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.linear import AdaptedLinear, features
+from ziggurat.host.trainers import ride_along
+from ziggurat.host.tuner import LinearTuner
+from ziggurat.methods.lora2 import pruning
+from ziggurat.methods.lora2.callback import LoRA2Callback
+from ziggurat.methods.lora2.config import LoRA2Config
+from ziggurat.methods.lora2.layer import LoRA2Layer, LoRA2Linear, check_ranks
+from ziggurat.methods.lora2.regulariser import deviation, hook_into, penalty, unhook
+
+
+class LoRA2Model(LinearTuner):
+    """Puts LoRA² adapters into a model. Made by PEFT from a `LoRA2Config`; see there.
+
+    In a loop of one's own, `prune` is called once a step; a transformers Trainer needs nothing.
+    """
+
+    prefix = "lora2_"
+    tuner_layer_cls = LoRA2Layer
+    layer_cls = LoRA2Linear
+
+    def _check_target(self, config: LoRA2Config, path: str, module: nn.Module) -> None:
+        check_ranks(config, path, *features(module))
+
+    def _adapt(self, config: LoRA2Config, adapter: str, layer: AdaptedLinear, path: str) -> None:
+        assert isinstance(layer, LoRA2Linear)
+        layer.add(adapter, config, path)
+        hook_into(self.model)
+        ride_along(LoRA2Callback)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        unhook(model)
+        return model
+
+    def prune(self, step: int, total: int, adapter: str = "default") -> int:
+        """Take the gradients of optimiser step `step` (from 1) of `total` into account and prune if it is time.
+
+        The one call of a training loop without Trainer (AdaLoRA's `update_and_allocate`): after
+        `loss.backward()` and `optimizer.step()`, before `optimizer.zero_grad()`. Returns how many
+        directions the schedule allows at this step.
+
+        Raises:
+            ConfigError: warm-ups longer than the run, no gradients, or a step outside 1..total.
+        """
+        return pruning.prune(self.model, step, total, adapter)
+
+    def penalty(self) -> Tensor | None:
+        """What training adds to the loss. Add it to a loss that you make outside the model. None: nothing to add."""
+        return penalty(self.model)
+
+    def orthogonality(self) -> float:
+        """How far the factors that train are from orthonormal: ||G - I||_F averaged over them, without its weight."""
+        return float(deviation(self.model).detach())
+
+    def pruning_state(self) -> dict[str, Tensor]:
+        """Averages and masks, to be saved with the optimiser's state by a loop of one's own."""
+        return pruning.pruning_state(self.model)
+
+    def load_pruning_state(self, state: dict[str, Tensor]) -> None:
+        """Take up averages and masks where `pruning_state` left them.
+
+        Raises:
+            ConfigError: they are of another model or config.
+        """
+        pruning.load_pruning_state(self.model, state)
+
+    def ranks(self, adapter: str = "default") -> dict[str, int]:
+        """Path -> how many directions of `adapter` are alive there (E_i isn't 0)."""
+        return {path: int(layer.alive(adapter).sum()) for path, layer in self._layers(adapter).items()}
+
+    def compact(self, adapter: str = "default") -> dict[str, int]:
+        """Drop the pruned directions of `adapter`; path -> rank left, which the config remembers as `rank_pattern`.
+
+        The update stays what it is, and `save_pretrained` writes the smaller adapter, which loads
+        as any other. The factors are new parameters: an optimiser made before doesn't know them.
+
+        Raises:
+            ConfigError: no direction is alive, as in an adapter that was never trained.
+        """
+        layers = self._layers(adapter)
+        alive = {path: layer.alive(adapter) for path, layer in layers.items()}
+        if not any(mask.any() for mask in alive.values()):
+            raise ConfigError(
+                f"every direction of adapter {adapter!r} has E = 0, as before training: nothing would be left. Train "
+                "it, or load trained weights, before compact()."
+            )
+        pattern = {path: layer.drop(adapter, alive[path]) for path, layer in layers.items()}
+        self.peft_config[adapter].rank_pattern = pattern  # type: ignore[union-attr]
+        return pattern
+
+    def _layers(self, adapter: str) -> dict[str, LoRA2Linear]:
+        if adapter not in self.peft_config:
+            raise ValueError(f"Adapter {adapter} does not exist; there are {', '.join(self.peft_config)}.")
+        return pruning.adapted(self.model, adapter)

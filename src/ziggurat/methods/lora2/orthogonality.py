@@ -1,0 +1,74 @@
+"""How far the factors are from orthonormal, as one differentiable number."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Planes(NamedTuple):
+    """The factors of one linear: outer plane U (k, d_in) and u (d_out, k), inner plane V (r, k) and v (k, r)."""
+
+    U: Tensor
+    V: Tensor
+    v: Tensor
+    u: Tensor
+
+
+def orthogonality(linears: Sequence[Planes]) -> Tensor:
+    """||G - I||_F averaged over all factors of all linears; G is the Gram matrix of a factor's smaller side.
+
+    U (k, d_in) has rows to be orthonormal, G = U U^T; u (d_out, k) columns, G = u^T u; of V (r, k)
+    it is the rows if r <= k and the columns otherwise, of v (k, r) the other way round. The larger
+    side can't be orthonormal: its Gram matrix has a rank below its size. Factors without entries count as 0.
+    """
+    alike: dict[tuple[object, ...], list[Tensor]] = defaultdict(list)
+    for planes in linears:
+        for factor in planes:
+            wide = factor if factor.shape[0] <= factor.shape[1] else factor.mT
+            alike[(wide.shape, wide.dtype, wide.device)].append(wide)
+    number = sum(len(group) for group in alike.values())
+    parts = []
+    for group in alike.values():
+        with _full_precision(group[0]):
+            stacked = _exact(torch.stack(group))
+            gram = stacked @ stacked.mT
+            identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+            parts.append(torch.linalg.vector_norm(gram - identity, dim=(1, 2)).sum() / number)
+    return _total(parts)
+
+
+def cross_plane(linears: Sequence[Planes]) -> Tensor:
+    """||(U^T V^T)(v^T u^T)||_F averaged over the linears: the norm of (u v)(V U), the update with E = 1.
+
+    From the k x k Gram matrices alone: with C = v V, the square is tr(C^T (u^T u) C (U U^T)).
+    """
+    parts = []
+    for U, V, v, u in linears:
+        with _full_precision(U):
+            U, V, v, u = _exact(U), _exact(V), _exact(v), _exact(u)
+            core = v @ V
+            square = ((u.mT @ u @ core) * (core @ (U @ U.mT))).sum()
+            # The root has no finite slope at 0, where the smallest normal number gives it none at all.
+            tiny = torch.finfo(square.dtype).tiny
+            parts.append(torch.where(square > tiny, square.clamp(min=tiny).sqrt(), torch.zeros_like(square)))
+    return _total([part / len(linears) for part in parts])
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    if not parts:
+        return torch.zeros(())
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part.to(total.device, total.dtype)
+    return total
+
+
+def _exact(t: Tensor) -> Tensor:
+    return t if t.dtype in (torch.float32, torch.float64) else t.float()
+
+
+def _full_precision(t: Tensor) -> torch.autocast:
+    return torch.autocast(t.device.type if t.device.type != "meta" else "cpu", enabled=False)

@@ -1,0 +1,151 @@
+"""The regulariser in the loss: added by a hook on the model's root wherever the model itself returns a loss."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from ziggurat.methods.lora2.layer import LoRA2Linear
+from ziggurat.methods.lora2.orthogonality import Planes, cross_plane, orthogonality
+
+logger = logging.getLogger(__name__)
+
+#: Forwards in training without a pruning call before the user is told, once.
+PATIENCE = 1000
+
+
+def learning_planes(model: nn.Module) -> dict[str, list[Planes]]:
+    """Adapter -> the planes of every linear where it is active and trains. Rank 0 has none."""
+    found: dict[str, list[Planes]] = {}
+    for layer in model.modules():
+        if isinstance(layer, LoRA2Linear):
+            for adapter in layer.learning:
+                if layer.lora2_E[adapter].numel():
+                    found.setdefault(adapter, []).append(layer.planes(adapter))
+    return found
+
+
+def deviation(model: nn.Module) -> Tensor:
+    """The factors' deviation from orthonormality, unweighted, averaged over all that train. See `orthogonality`."""
+    return orthogonality([planes for linears in learning_planes(model).values() for planes in linears])
+
+
+def penalty(model: nn.Module) -> Tensor | None:
+    """What LoRA² adds to the loss: config.orthogonality * deviation + config.cross_plane * cross-plane norm.
+
+    Summed over the adapters that train; None where there is nothing to add. The hook adds it to a
+    loss that the model returns. Add it yourself to a loss that is made outside the model.
+    """
+    configs = {
+        a: layer.configs[a] for layer in model.modules() if isinstance(layer, LoRA2Linear) for a in layer.configs
+    }
+    total: Tensor | None = None
+    for adapter, linears in learning_planes(model).items():
+        config = configs[adapter]
+        for weight, measure in ((config.orthogonality, orthogonality), (config.cross_plane, cross_plane)):
+            if weight:
+                part = weight * measure(linears)
+                total = part if total is None else total + part
+    return total
+
+
+class Regulariser:
+    """A forward hook on the base model's root: adds `penalty` to the loss that the model returns, while training.
+
+    In evaluation, and where the output holds no loss, it changes nothing. `joined` tells whether the last forward in
+    training had a loss to join, `forwards` how many of them there were since directions were last ranked.
+    """
+
+    def __init__(self) -> None:
+        self.joined = True
+        self.forwards = 0
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not (model.training and torch.is_grad_enabled()):
+            return None
+        self._remind()
+        loss = _loss_of(output, kwargs)
+        self.joined = loss is not None
+        added = penalty(model) if loss is not None else None
+        if loss is None or added is None:
+            return None
+        share = _share(model, kwargs)
+        return _with_loss(output, loss + (added * share).to(loss.device, loss.dtype))
+
+    def _remind(self) -> None:
+        self.forwards += 1
+        if self.forwards == PATIENCE:
+            logger.warning(
+                "%d training forwards without a call of prune(step, total): LoRA² prunes nothing. Call it after "
+                "optimizer.step(), or train with a transformers Trainer, which does it by itself.",
+                PATIENCE,
+            )
+
+
+def hook_of(model: nn.Module) -> Regulariser | None:
+    """The regulariser's hook on `model` or on a module inside it."""
+    for module in model.modules():
+        for hook in module._forward_hooks.values():
+            if isinstance(hook, Regulariser):
+                return hook
+    return None
+
+
+def hook_into(model: nn.Module) -> None:
+    """Put the regulariser's hook on `model`, the root that holds the adapted linears, unless it is there."""
+    if not any(isinstance(hook, Regulariser) for hook in model._forward_hooks.values()):
+        model.register_forward_hook(Regulariser(), with_kwargs=True)
+
+
+def unhook(model: nn.Module) -> None:
+    """Take the regulariser's hook off `model`."""
+    for key, hook in list(model._forward_hooks.items()):
+        if isinstance(hook, Regulariser):
+            del model._forward_hooks[key]
+            model._forward_hooks_with_kwargs.pop(key, None)
+
+
+def _loss_of(output: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
+    loss: Any
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    elif isinstance(output, tuple) and output and kwargs.get("labels") is not None:
+        loss = output[0]
+    else:
+        loss = getattr(output, "loss", None)
+    return loss if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad else None
+
+
+def _with_loss(output: Any, loss: Tensor) -> Any:
+    if isinstance(output, tuple):
+        return (loss, *output[1:])
+    if isinstance(output, Mapping):
+        output["loss"] = loss  # type: ignore[index]
+    else:
+        output.loss = loss
+    return output
+
+
+def _share(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | float:
+    """The part of one optimiser step that this forward is, where its loss says so; else 1.
+
+    transformers' Trainer gives `num_items_in_batch`, the number of labels in all micro-batches (and
+    processes) of a step, and then *sums* their losses. So each takes the share of the labels it holds;
+    over the step they make 1. Without it the Trainer averages the losses, and 1 is right.
+    """
+    number: Any = kwargs.get("num_items_in_batch")
+    labels: Any = kwargs.get("labels")
+    if number is None or not isinstance(labels, Tensor):
+        return 1.0
+    if isinstance(kwargs.get("shift_labels"), Tensor):
+        labels = kwargs["shift_labels"]
+    elif LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss and not getattr(
+        getattr(model, "config", None), "is_encoder_decoder", False
+    ):
+        labels = labels[..., 1:]
+    here = labels.ne(-100).sum().float()
+    total = number.to(here.device).float().max() if isinstance(number, Tensor) else float(number)
+    return here / total

@@ -1,0 +1,85 @@
+"""When to prune, and how many directions may be left."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ziggurat.errors import ConfigError
+
+Phase = Literal["warm", "shrink", "final"]
+
+
+def check_steps(name: str, value: float, lowest: int) -> None:
+    """Raise ConfigError unless `value` is a number of steps (int, `lowest` or more) or a share of a run (float)."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= lowest:
+        return
+    if isinstance(value, float) and 0 <= value < 1 and (value > 0 or lowest == 0):
+        return
+    raise ConfigError(
+        f"{name}={value!r}: a number of optimiser steps (a whole number, {lowest} or more), or a share of the run (a "
+        f"fraction from 0 up to, not including, 1, such as 0.1)."
+    )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of one run, counted in optimiser steps from 1: the first step ends with step = 1.
+
+    initial: up to and including this step every direction stays. last: from this step on the
+    mask is final. interval: steps between two prunings. total: the length of the run.
+    """
+
+    initial: int
+    last: int
+    interval: int
+    total: int
+
+    @classmethod
+    def of(cls, initial_warmup: float, final_warmup: float, mask_interval: float, total: int) -> "Schedule":
+        """Shares of the run (floats) become steps of a run of `total` steps; ints are steps already.
+
+        Raises:
+            ConfigError: the two warm-ups leave no step between them.
+        """
+        if total < 1:
+            raise ConfigError(f"total={total}: the number of optimiser steps of the run, at least 1.")
+        initial, final, interval = (
+            round(value * total) if isinstance(value, float) else value
+            for value in (initial_warmup, final_warmup, mask_interval)
+        )
+        # A share is below 1 but may round up to a whole short run; a number of steps has been chosen by the user.
+        if isinstance(initial_warmup, float) and isinstance(final_warmup, float):
+            final = min(final, total - 1)
+            initial = min(initial, total - 1 - final)
+        if initial + final >= total:
+            raise ConfigError(
+                f"initial_warmup={initial_warmup} and final_warmup={final_warmup} take {initial} + {final} steps, but "
+                f"the run has {total}: nothing is left to prune in between. Lower them, or give them as shares of the "
+                "run, such as 0.15 and 0.5."
+            )
+        return cls(initial, total - final, max(1, interval), total)
+
+    def phase(self, step: int) -> Phase:
+        """Where `step` lies: every direction stays, the budget shrinks, or the mask is final."""
+        if step >= self.last:
+            return "final"
+        return "shrink" if step > self.initial else "warm"
+
+    def prunes(self, step: int) -> bool:
+        """Whether directions are ranked and pruned at `step`, before the final phase."""
+        return self.phase(step) == "shrink" and (step - self.initial) % self.interval == 0
+
+    def budget(self, step: int, full: int, target: int) -> int:
+        """How many of `full` directions survive a pruning at `step`.
+
+        `full` in the warm-up; `target + (full - target) (1 - p)^3`, rounded down, while the budget
+        shrinks, with p the share of that phase that is over (the cubic schedule of
+        AdaLoRA, arXiv 2303.10512); `target` in the final phase.
+        """
+        phase = self.phase(step)
+        if phase == "warm":
+            return full
+        if phase == "final":
+            return target
+        # In whole numbers, so that no rounding of a power decides over a direction.
+        left, span = self.last - step, self.last - self.initial
+        return target + (full - target) * left**3 // span**3
