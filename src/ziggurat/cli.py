@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ziggurat.errors import ZigguratError
+from ziggurat.errors import ExportError, ZigguratError
 
 app = typer.Typer(
     name="ziggurat",
@@ -138,10 +138,20 @@ def export(
     ] = False,
 ) -> None:
     """Write an adapter as plain LoRA, which stock PEFT loads."""
-    from ziggurat.export import export as write
+    from ziggurat import export as exporting
 
-    said = write(adapter, out, serving=serving)
-    _plain(str(said) if said is not None else f"written to {out}")
+    _free(out)
+    if _from_a_run(adapter):
+        from ziggurat.training.load import load_adapter_model
+
+        loaded = load_adapter_model(adapter)
+        written = exporting.export_model(_adapted(adapter, loaded.model), out, serving=serving)
+        loaded.tokenizer.save_pretrained(str(out))
+    else:
+        written = exporting.export(adapter, out, serving=serving)
+    _plain(f"plain LoRA of rank {written.rank} on {written.modules} linears written to {out}")
+    if serving:
+        _plain(f"serve it with --max-lora-rank {written.rank}")
 
 
 @app.command()
@@ -150,10 +160,41 @@ def merge(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
 ) -> None:
     """Merge an adapter into its model and write the whole model with its tokenizer."""
-    from ziggurat.export import merge as write
+    from ziggurat import export as exporting
 
-    said = write(adapter, out)
-    _plain(str(said) if said is not None else f"written to {out}")
+    _free(out)
+    if _from_a_run(adapter):
+        from ziggurat.host.staging import written_beside
+        from ziggurat.training.load import load_adapter_model
+        from ziggurat.training.methods import METHODS
+
+        loaded = load_adapter_model(adapter)
+        model = _adapted(adapter, loaded.model)
+        if METHODS[loaded.recipe.method["name"]].exports:
+            exporting.lora_pairs(model)  # says why, where an adapter is no update of weights
+        merged = model.merge_and_unload(safe_merge=True)
+        with written_beside(out) as folder:
+            merged.save_pretrained(str(folder))
+            loaded.tokenizer.save_pretrained(str(folder))
+    else:
+        exporting.merge(adapter, out)
+    _plain(f"merged model written to {out}")
+
+
+def _from_a_run(adapter: Path) -> bool:
+    """Whether the folder's own recipe says how to rebuild its model, head and label names included."""
+    return (adapter / "run.json").is_file() and (adapter / "recipe.yaml").is_file()
+
+
+def _adapted(adapter: Path, model: Any) -> Any:
+    if not hasattr(model, "peft_config"):
+        raise ExportError(f"'{adapter}' holds a whole model, not an adapter: there is nothing to export or merge")
+    return model
+
+
+def _free(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"'{out}' exists already; name another folder")
 
 
 def main() -> NoReturn:

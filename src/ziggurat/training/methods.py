@@ -40,12 +40,15 @@ class Method:
 
     `config` is "module:class", imported when first needed. `fixed` are fields that make the method what it is (DoRA
     is LoRA with use_dora). `trains` gets a parameter's name and says whether it trains; the head always does.
+    `exports` and `merges`: whether `ziggurat export` and `ziggurat merge` have anything to do with its adapters.
     """
 
     about: str
     config: str | None = None
     fixed: dict[str, Any] = field(default_factory=dict)
     trains: Callable[[str], bool] | None = None
+    exports: bool = False
+    merges: bool = True
 
     def config_class(self) -> type[Any] | None:
         if self.config is None:
@@ -55,14 +58,18 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "msplora": Method("a pyramid of shared and private low-rank updates (arXiv 2503.21838)", "ziggurat:MSPLoraConfig"),
+    "msplora": Method(
+        "a pyramid of shared and private low-rank updates (arXiv 2503.21838)", "ziggurat:MSPLoraConfig", exports=True
+    ),
     "lora": Method("low-rank updates, one pair a linear (arXiv 2106.09685)", "peft:LoraConfig"),
     "dora": Method("LoRA with a trained magnitude (arXiv 2402.09353)", "peft:LoraConfig", {"use_dora": True}),
     "vera": Method("shared random factors, trained vectors (arXiv 2310.11454)", "peft:VeraConfig"),
     "lily": Method("low-rank updates with shared experts (arXiv 2407.09946)", "peft:LilyConfig"),
-    "bitfit": Method("the biases of the model (arXiv 2106.10199)", trains=lambda name: name.endswith("bias")),
-    "head": Method("the head alone; the model stays as it is", trains=lambda name: False),
-    "full": Method("every weight of the model", trains=lambda name: True),
+    "bitfit": Method(
+        "the biases of the model (arXiv 2106.10199)", trains=lambda name: name.endswith("bias"), merges=False
+    ),
+    "head": Method("the head alone; the model stays as it is", trains=lambda name: False, merges=False),
+    "full": Method("every weight of the model", trains=lambda name: True, merges=False),
 }
 
 

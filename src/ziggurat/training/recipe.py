@@ -217,7 +217,7 @@ def _conflicts(good: dict[str, Any]) -> list[str]:
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as one flat mapping with every value that took effect."""
+    """The recipe as one flat mapping with every value that took effect; paths on this disk are made absolute."""
     flat: dict[str, Any] = {}
     for key, value in recipe.model_dump().items():
         if key == "method":
@@ -226,6 +226,10 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
             flat.update({f"{key}.{inner}": item for inner, item in value.items()})
         elif key not in ("resume", "overwrite"):
             flat[key] = value
+    for key in ("model", "data.train", "data.validation"):
+        value = flat.get(key)
+        if value is not None and Path(value).expanduser().exists() and value not in ("embedded", "demo"):
+            flat[key] = str(Path(value).expanduser().resolve())
     return {key: value for key, value in flat.items() if value is not None}
 
 

@@ -9,6 +9,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from .methods import METHODS
 from .metrics import lower_is_better
 from .run import Result
 from .schema import Recipe
@@ -63,8 +64,9 @@ def _next(recipe: Recipe, result: Result) -> list[str]:
     else:
         texts = '"A film that stays with you for days."'
     lines = [f"ziggurat predict {folder} {texts}"]
-    if result.counts.lora is not None:
+    if METHODS[result.method].exports:
         lines.append(f"ziggurat export {folder} {shlex.quote(_short(result.folder) + '-lora')}")
+    if METHODS[result.method].merges:
         lines.append(f"ziggurat merge {folder} {shlex.quote(_short(result.folder) + '-merged')}")
     return lines
 
