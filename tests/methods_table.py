@@ -8,7 +8,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from ziggurat import MSPLoraConfig
+from ziggurat import LoR2CConfig, LoRA2Config, MSPLoraConfig
 from zoo import ZOO, Zoo
 
 
@@ -32,8 +32,18 @@ def _msplora(zoo: Zoo, **fields: Any) -> PeftConfig:
     return MSPLoraConfig(**{"r": 4, "target_modules": zoo.targets, "task_type": zoo.task_type, **fields})
 
 
+def _lor2c(zoo: Zoo, **fields: Any) -> PeftConfig:
+    return LoR2CConfig(**{"r": 4, "task_type": zoo.task_type, **fields})
+
+
+def _lora2(zoo: Zoo, **fields: Any) -> PeftConfig:
+    return LoRA2Config(**{"r": 4, "target_modules": zoo.targets, "task_type": zoo.task_type, **fields})
+
+
 METHODS: dict[str, Method] = {
     "msplora": Method(_msplora, "msplora_", combines=True),
+    "lor2c": Method(_lor2c, "lor2c_", merges=False, takes_targets=False),
+    "lora2": Method(_lora2, "lora2_"),
 }
 
 

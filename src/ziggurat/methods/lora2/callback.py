@@ -39,7 +39,7 @@ class LoRA2Callback(TrainerCallback):
         if not adapters or not state.global_step:
             return
         assert model is not None
-        saved = state.stateful_callbacks.get(STATE_KEY) if state.stateful_callbacks else None
+        saved = _states(state).get(STATE_KEY)
         if saved is None:
             logger.warning(
                 "resuming at step %d from a checkpoint without the averages that LoRA² prunes by: they start anew",
@@ -125,13 +125,19 @@ class LoRA2Callback(TrainerCallback):
         """
         if model is None or not learning_adapters(model) or not (tensors := pruning_state(model)):
             return
-        state.stateful_callbacks[STATE_KEY] = {  # type: ignore[index]
+        _states(state)[STATE_KEY] = {
             "format": "safetensors, base64",
             "state": base64.b64encode(save(tensors)).decode(),
         }
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             state.save_to_json(str(folder / "trainer_state.json"))
+
+
+def _states(state: TrainerState) -> dict[str, Any]:
+    """The callbacks' states by name; a state that was made from a list of callbacks turns it into this dict."""
+    assert isinstance(state.stateful_callbacks, dict)
+    return state.stateful_callbacks
 
 
 def _unscale(optimizer: Any) -> None:

@@ -29,6 +29,12 @@ class LoRA2Linear(AdaptedLinear, LoRA2Layer):
     stays as it is. None of these three is a parameter or buffer: they go with the run, not with the adapter.
     """
 
+    lora2_U: nn.ParameterDict
+    lora2_V: nn.ParameterDict
+    lora2_E: nn.ParameterDict
+    lora2_v: nn.ParameterDict
+    lora2_u: nn.ParameterDict
+
     method = "lora2"
     adapter_layer_names = ("lora2_U", "lora2_V", "lora2_E", "lora2_v", "lora2_u")
     other_param_names = ("configs", "importance", "kept", "final")
