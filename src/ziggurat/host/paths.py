@@ -282,8 +282,8 @@ def stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if isinstance(value, Tensor) and value.is_floating_point():
             return value
     raise ConfigError(
-        f"no hidden states among a layer's arguments ({len(args)} by place, {', '.join(kwargs) or 'none'} by name): the "
-        "first argument, or one called hidden_states, must be a tensor."
+        f"no hidden states among a layer's arguments ({len(args)} by place, {', '.join(kwargs) or 'none'} by name): "
+        "the first argument, or one called hidden_states, must be a tensor."
     )
 
 

@@ -34,7 +34,7 @@ def draw_events(log: Sequence[dict[str, Any]]) -> str:
                 parts += _column(state[stack], x0, x1, y, depth)
         y += depth * ROW + GAP
     bottom = y - GAP
-    for step, kind in dict((record["step"], record["kind"]) for record in log).items():
+    for step, kind in {record["step"]: record["kind"] for record in log}.items():
         x = LEFT + WIDTH * step / end
         parts.append(f'<line x1="{x:.1f}" y1="{TOP - 4}" x2="{x:.1f}" y2="{bottom}" stroke="#222" stroke-width="0.6"/>')
         parts.append(_text(x, bottom + 12, f"{step}", anchor="middle"))

@@ -44,7 +44,7 @@ class RestructureCallback(TrainerCallback):
 
 def show(records: Iterable[dict[str, Any]], console: Console | None = None) -> None:
     """Print one table for each record of an event: all scores, what was chosen, why, and what trains now."""
-    console = console or Console(stderr=True)
+    console = Console(stderr=True) if console is None else console
     for record in records:
         counts = record["parameters"]
         title = f"{record['kind']} at step {record['step']} of {record['of']}: {record['reason']}"

@@ -19,7 +19,7 @@ from ziggurat.methods.lor2c.plan import StackState, most_events, paths
 
 
 class Site(NamedTuple):
-    """A layer that paths pass: its stack and number, the module that runs the stack, d, and whether a path ends here."""
+    """A layer that paths pass: stack and number, the module that runs the stack, d, and whether a path ends here."""
 
     stack: str
     layer: int
@@ -51,9 +51,9 @@ def lay_out(config: LoR2CConfig, model: nn.Module, anatomy: Anatomy, model_type:
             if isinstance(module, nn.ModuleList | nn.Sequential)
         )
         raise ConfigError(
-            f"{type(model).__name__} has no stack of layers for paths to go around; its lists are: {lists or 'none'}. If one "
-            "of them holds the layers, set layers_pattern to the last part of its path; otherwise take a method that "
-            "adapts linears."
+            f"{type(model).__name__} has no stack of layers for paths to go around; its lists are: {lists or 'none'}. "
+            "If one of them holds the layers, set layers_pattern to the last part of its path; otherwise take a method "
+            "that adapts linears."
         )
     layout = Layout()
     chosen = {stack: _chosen(config, stack, anatomy.layers(stack), model) for stack in anatomy.stacks}
@@ -65,8 +65,8 @@ def lay_out(config: LoR2CConfig, model: nn.Module, anatomy: Anatomy, model_type:
             layout.structure[stack] = state
     if not layout.structure:
         raise ConfigError(
-            "no layer is left for a path: layers_to_transform, exclude_modules, spans and injected_layers leave none of "
-            f"{', '.join(f'{stack!r} ({n} layers)' for stack, n in anatomy.stacks.items())}."
+            "no layer is left for a path: layers_to_transform, exclude_modules, spans and injected_layers leave none "
+            f"of {', '.join(f'{stack!r} ({n} layers)' for stack, n in anatomy.stacks.items())}."
         )
     for stack, state in layout.structure.items():
         _add_sites(config, layout, model, stack, state, anatomy.layers(stack))
@@ -151,8 +151,8 @@ def _add_sites(
             )
         if width != widths[span.first]:
             raise ConfigError(
-                f"spans: {tuple(span)} of {stack!r} joins layers of width {widths[span.first]} and {width}; a path keeps "
-                "one width. End the span where the width changes."
+                f"spans: {tuple(span)} of {stack!r} joins layers of width {widths[span.first]} and {width}; a path "
+                "keeps one width. End the span where the width changes."
             )
         layout.layers[layers[number]] = Site(stack, number, holder, width, owner=number == span.last)
     if config.merges and len(set(widths.values())) > 1:
@@ -185,7 +185,7 @@ def _check_events(config: LoR2CConfig, layout: Layout) -> None:
     limit = "" if config.max_span is None else f" of at most max_span={config.max_span} layers together"
     if config.merges > merges:
         raise ConfigError(
-            f"merges={config.merges}, but {count} paths have at most {merges} merges of neighbours{limit}. Lower merges."
+            f"merges={config.merges}, but {count} paths have at most {merges} merges of neighbours{limit}. Lower it."
         )
     if config.injections > injections:
         raise ConfigError(
@@ -194,8 +194,8 @@ def _check_events(config: LoR2CConfig, layout: Layout) -> None:
     most = count - 1 if config.merges else count
     if config.merges + config.injections > most:
         raise ConfigError(
-            f"merges={config.merges} and injections={config.injections}: each takes one path away, and of {count} paths "
-            f"at most {most} can go. Lower one of them."
+            f"merges={config.merges} and injections={config.injections}: each takes one path away, and of {count} "
+            f"paths at most {most} can go. Lower one of them."
         )
 
 
@@ -225,6 +225,6 @@ def _add_linears(
         near = near_misses(targets, model)
         names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
         raise ConfigError(
-            f"layer {missing[0][1]} of {missing[0][0]!r} has no linear called {names} that could take over from its path. "
-            f"Set target_modules to the layer's query and value{f' (near: {chr(44).join(near)})' if near else ''}."
+            f"layer {missing[0][1]} of {missing[0][0]!r} has no linear called {names} that could take over from its "
+            f"path. Set target_modules to its query and value{f' (near: {chr(44).join(near)})' if near else ''}."
         )

@@ -197,8 +197,8 @@ def _decode(coded: Tensor) -> tuple[Mapping[str, Any], int, list[dict[str, Any]]
         log = list(said["log"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"the tensor {STRUCTURE_KEY!r} beside the adapter's weights isn't the JSON that LoR2C writes ({error}): the "
-            "file is damaged, or was converted to another dtype. Save the adapter again."
+            f"the tensor {STRUCTURE_KEY!r} beside the adapter's weights isn't the JSON that LoR2C writes ({error}): "
+            "the file is damaged, or was converted to another dtype. Save the adapter again."
         ) from error
     return *from_json(said["structure"]), log
 

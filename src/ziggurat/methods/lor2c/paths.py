@@ -27,7 +27,7 @@ class Adapter:
 
 
 class PathBank(SharedDown, LoR2CLayer):
-    """Owned once at the model's root: the shared A's, the structure of every adapter, and the one place that changes it."""
+    """Owned once at the model's root: the shared A's, every adapter's structure, and the one place that changes it."""
 
     adapter_layer_names = ("lor2c_shared",)
     other_param_names = ("known",)

@@ -80,10 +80,12 @@ def schedule(merges: int, injections: int, total_steps: int) -> list[Event]:
 
     With both kinds, n is their sum and each kind is spread evenly among the n, merges first.
     """
-    order: list[tuple[float, int, Kind]] = [((i + 0.5) / merges, 0, "merge") for i in range(merges)]
-    order += [((i + 0.5) / injections, 1, "inject") for i in range(injections)]
-    n = len(order)
-    return [Event(round(k * total_steps / (4 * n)), kind) for k, (_, _, kind) in enumerate(sorted(order), start=1)]
+    kinds: list[Kind] = ["merge", "inject"]
+    places = [((i + 0.5) / count, which) for which, count in enumerate((merges, injections)) for i in range(count)]
+    n = len(places)
+    return [
+        Event(round(k * total_steps / (4 * n)), kinds[which]) for k, (_, which) in enumerate(sorted(places), start=1)
+    ]
 
 
 def score(spectrum: Tensor, criterion: str, k: int) -> float:
