@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-WORDS = ["the", "a", "film", "story", "actor", "scene", "music", "plot", "good", "great", "fine", "lovely", "bad", "poor", "dull", "awful", "is", "was", "and", "not", "very", "what", "colour", "sky", "grass", "blue", "green", "say", "name", "one", "two", "three", "yes", "no"]
+WORDS = [
+    *("the", "a", "film", "story", "actor", "scene", "music", "plot", "is", "was", "and", "not", "very"),
+    *("good", "great", "fine", "lovely", "bad", "poor", "dull", "awful"),
+    *("what", "colour", "sky", "grass", "blue", "green", "say", "name", "one", "two", "three", "yes", "no"),
+]
 
 
 def _save_tokenizer(folder: Path, chat: bool) -> None:

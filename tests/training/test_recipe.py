@@ -1,0 +1,220 @@
+"""A recipe is checked whole: all mistakes at once, each with the nearest right name."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ziggurat.errors import RecipeError
+from ziggurat.training.methods import METHODS, method_config, method_fields
+from ziggurat.training.recipe import load_recipe, make_recipe, resolved, shipped, to_yaml
+from ziggurat.training.schema import keys
+
+GOOD = {"model": "some/model", "data.train": "a.csv", "method.name": "lora", "method.r": 4}
+
+
+def problems(text: str, tmp_path: Path, *words: str) -> list[str]:
+    path = tmp_path / "glue.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path, words)
+    return [line.strip() for line in str(error.value).splitlines()]
+
+
+def test_all_mistakes_come_at_once_with_the_right_names(tmp_path: Path) -> None:
+    text = """
+model: some/model
+data.train: a.csv
+train:
+  lr: 4e-4
+  batch: 16.5
+head.poling: mean
+method.name: lora
+method.rank: 8
+method.use_dora: maybe
+task: clasification
+seed: -1
+"""
+    assert problems(text, tmp_path) == [
+        "glue.yaml has 7 problems:",
+        "train.lr: '4e-4' is text to YAML, write 4.0e-4",
+        "train.batch: needs a whole number, got 16.5",
+        "head.poling: unknown, did you mean head.pooling?",
+        "task: 'clasification' is not one of classification, regression, instruct, did you mean classification?",
+        "seed: must be at least 0, got -1",
+        "method.rank: unknown, did you mean method.r?",
+        "method.use_dora: needs true or false, got 'maybe'",
+    ]
+
+
+def test_the_message_of_the_design(tmp_path: Path) -> None:
+    text = "{model: m, data.train: a.csv, train.lr: 4e-4, method: {name: lora, rank: 8}}"
+    assert "\n".join(problems(text, tmp_path)) == (
+        "glue.yaml has 2 problems:\n"
+        "train.lr: '4e-4' is text to YAML, write 4.0e-4\n"
+        "method.rank: unknown, did you mean method.r?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "written"), [("1E5", "1.0e+5"), ("-2e-3", "-2.0e-3"), ("'3.5'", "3.5 without quotes")]
+)
+def test_numbers_that_yaml_reads_as_texts(text: str, written: str, tmp_path: Path) -> None:
+    found = problems(f"{{model: m, data.train: a, method.name: lora, train.weight_decay: {text}}}", tmp_path)
+    bare = text.strip("'")
+    assert found[1] == f"train.weight_decay: '{bare}' is text to YAML, write {written}"
+
+
+def test_nested_and_dotted_are_the_same(tmp_path: Path) -> None:
+    nested = tmp_path / "run.yaml"
+    nested.write_text("model: m\ndata: {train: a.csv}\nmethod: {name: lora, r: 4}\ntrain: {lr: 0.1}\n")
+    assert load_recipe(nested) == make_recipe(
+        {"name": "run", "model": "m", "data.train": "a.csv", "method.name": "lora", "method.r": 4, "train.lr": 0.1}
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["train.lr: 0.1\ntrain.lr: 0.2", "train.lr: 0.1\ntrain: {lr: 0.2}", "train: {lr: 0.1, lr: 0.2}"],
+)
+def test_a_key_given_twice_is_refused(text: str, tmp_path: Path) -> None:
+    found = problems(f"model: m\ndata.train: a\nmethod.name: lora\n{text}", tmp_path)
+    assert found[1].startswith("train.lr: given twice, in line ")
+
+
+def test_a_key_twice_inside_a_value_is_refused(tmp_path: Path) -> None:
+    text = "model: m\ndata.train: a\nmethod.name: lora\nmethod.rank_pattern: {query: 4, query: 8}"
+    assert "'query' is given twice" in problems(text, tmp_path)[1]
+
+
+def test_yaml_never_builds_objects(tmp_path: Path) -> None:
+    found = problems("model: !!python/object/apply:os.getcwd []\ndata.train: a\nmethod.name: lora", tmp_path)
+    assert found[1].startswith("model: ") and "constructor" in found[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "the recipe is empty"),
+        ("- a\n- b", "this is a list"),
+        ("model: [a", "not readable as YAML"),
+        ("train: 3", "train: needs its own keys, for example train.lr: 1.0e-3"),
+        ("model: m", "data.train: missing"),
+        ("model: m\ndata.train: a", "method.name: missing; one of msplora, lora"),
+        ("method.name: lorra", "'lorra' is not one of"),
+    ],
+)
+def test_what_is_missing_or_unreadable(text: str, said: str, tmp_path: Path) -> None:
+    assert said in "\n".join(problems(text, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"task": "instruct", "data.label": "mood"}, "data.label: has no meaning with task: instruct"),
+        ({"data.format": "alpaca"}, "data.format: has no meaning with task: classification"),
+        ({"task": "regression", "metric": "accuracy"}, "metric: accuracy does not go with task: regression"),
+        ({"train.best": True, "train.evaluate": "never"}, "train.best: needs scores"),
+        ({"train.best": True, "train.save": 5}, "train.save: must equal train.evaluate"),
+        ({"resume": True, "overwrite": True}, "overwrite: contradicts resume"),
+        ({"data.validation": "b.csv", "data.validation_rows": 5}, "data.validation_rows: has no meaning"),
+        ({"name": "a/b"}, "name: 'a/b' cannot name a folder"),
+        ({"train.evaluate": "epochs"}, "did you mean epoch?"),
+        ({"train.epochs": True}, "train.epochs: needs a number, got true"),
+        ({"train.lr": float("nan")}, "train.lr: must be"),
+        ({"data.label_names": "a"}, "data.label_names: needs a list"),
+        ({"learning_rate": 0.1}, "did you mean train.lr?"),
+        ({"method.target_moduls": ["query"]}, "did you mean method.target_modules?"),
+        ({"method.peft_type": "LORA"}, "method.peft_type: unknown"),
+    ],
+)
+def test_mistakes_that_each_say_what_to_do(more: dict[str, object], said: str) -> None:
+    with pytest.raises(RecipeError, match=r"the recipe has 1 problem:") as error:
+        make_recipe({**GOOD, **more})
+    assert said in str(error.value)
+
+
+def test_what_the_config_itself_refuses_is_told_with_the_rest() -> None:
+    with pytest.raises(RecipeError) as error:
+        make_recipe({**GOOD, "method.name": "msplora", "method.r": 6, "train.lr": "x"})
+    said = str(error.value)
+    assert "2 problems" in said and "train.lr: needs a number, got 'x'" in said
+    assert "method: msplora refuses this: " in said
+
+
+def test_overrides_are_yaml_values_checked_alike(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        "default", ["train.lr=1.0e-2", "method.r=4", "data.label_names=[bad, good]", "about=[half a list"]
+    )
+    assert (recipe.train.lr, recipe.method["r"], recipe.data.label_names) == (0.01, 4, ["bad", "good"])
+    assert recipe.about == "[half a list"
+    with pytest.raises(RecipeError) as error:
+        load_recipe(
+            "default", ["train.lr=1e-2", "oops", "method.rank=3", "method.name=lora", "train.batch=1", "train.batch=2"]
+        )
+    said = str(error.value)
+    assert "4 problems" in said
+    for part in ("write 1.0e-2", "'oops' is not of the form key=value", "method.r?", "train.batch: given twice"):
+        assert part in said
+
+
+def test_an_override_without_a_value_takes_the_key_out() -> None:
+    recipe = load_recipe("roberta-mrpc", ["method.name=lora", "method.num_groups=", "head.lr=null"])
+    assert "num_groups" not in recipe.method and recipe.head.lr is None
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_recipe_is_valid_with_msplora_and_with_lora(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.method["name"] == "msplora" and recipe.about
+    assert load_recipe(name, ["method.name=lora", "method.num_groups="]).method["name"] == "lora"
+
+
+def test_the_published_settings() -> None:
+    """What the reference scripts run: epochs, length, rate; the head at half of it."""
+    expected = {
+        "mrpc": (30, 256, 4.0e-4, "accuracy"),
+        "qnli": (25, 256, 4.0e-4, "accuracy"),
+        "rte": (80, 512, 4.0e-4, "accuracy"),
+        "sst2": (60, 256, 5.0e-4, "accuracy"),
+        "stsb": (40, 256, 4.0e-4, "pearson"),
+        "cola": (80, 256, 4.0e-4, "matthews"),
+    }
+    for task, (epochs, length, rate, metric) in expected.items():
+        recipe = load_recipe(f"roberta-{task}")
+        found = (recipe.train.epochs, recipe.data.max_length, recipe.train.lr, recipe.metric)
+        assert found == (epochs, length, rate, metric)
+        assert recipe.head.lr == pytest.approx(rate / 2)
+        config = method_config(recipe.method)
+        assert config is not None and [tier.rank for tier in config.pyramid()] == [8, 4, 2]
+
+
+def test_a_wrong_recipe_name_or_path_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"did you mean roberta-mrpc\?"):
+        load_recipe("roberta-mrcp")
+    (tmp_path / "review.yaml").touch()
+    with pytest.raises(RecipeError, match=r"nearest in .*: review\.yaml"):
+        load_recipe(tmp_path / "reviews.yaml")
+    with pytest.raises(RecipeError, match=r"folder without a recipe\.yaml"):
+        load_recipe(tmp_path)
+
+
+def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
+    recipe = load_recipe("default", ["train.lr=1.0e-5", "output=somewhere"])
+    path = tmp_path / "again.yaml"
+    path.write_text(to_yaml(recipe))
+    assert resolved(load_recipe(path)) == resolved(recipe)
+    assert yaml.safe_load(path.read_text())["train.lr"] == 1e-5
+
+
+def test_a_methods_fields_are_read_off_its_config() -> None:
+    assert {"r", "lora_alpha", "num_groups", "ranks", "tiers"} <= set(method_fields("msplora"))
+    assert "peft_type" not in method_fields("lora") and "use_dora" not in method_fields("dora")
+    for name, row in METHODS.items():
+        assert (row.config is None) != (row.trains is None), name
+
+
+def test_the_documentation_names_every_key() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    missing = [name for name in [*keys(), *METHODS, *shipped()] if f"`{name}`" not in text]
+    assert not missing

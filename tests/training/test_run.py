@@ -1,0 +1,271 @@
+"""Whole runs on tiny models: each task, each kind of method, reload, refusal to overwrite."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import AutoPeftModelForSequenceClassification
+from rich.console import Console
+
+from conftest import reviews, write_csv, write_jsonl
+from ziggurat.errors import DataError, RecipeError
+from ziggurat.training.answer import predict
+from ziggurat.training.load import load_adapter_model
+from ziggurat.training.recipe import make_recipe
+from ziggurat.training.report import report
+from ziggurat.training.run import Result, train
+from ziggurat.training.schema import Recipe
+
+
+def recipe_for(model: Path, data: Path, output: Path, **more: Any) -> Recipe:
+    values = {
+        "name": "tiny",
+        "model": str(model),
+        "data.train": str(data),
+        "data.validation_rows": 8,
+        "method.name": "msplora",
+        "method.r": 4,
+        "train.lr": 3.0e-2,
+        "train.epochs": 6,
+        "train.batch": 8,
+        "train.evaluate": "never",
+        "train.save": "never",
+        "output": str(output),
+    }
+    values.update({key.replace("__", "."): value for key, value in more.items()})
+    return make_recipe({key: value for key, value in values.items() if value is not None})
+
+
+def run_info(result: Result) -> dict[str, Any]:
+    return json.loads((result.folder / "run.json").read_text())
+
+
+@pytest.mark.parametrize("pooling", ["model", "mean"])
+def test_classification_learns_and_reloads_exactly(
+    pooling: str, tiny_bert: Path, reviews_csv: Path, tmp_path: Path
+) -> None:
+    made = recipe_for(tiny_bert, reviews_csv, tmp_path / "out", head__pooling=pooling)
+    result = train(made)
+    assert result.after["accuracy"] >= 87.5 > result.guess["accuracy"]
+    # MSPLoRA r 4 with three mid groups on query and value of 4 layers, d 32: ranks 4, 2, 1; LoRA: rank 4 everywhere.
+    assert result.counts.adapter == 2 * (32 + 32) * (4 + 3 * 2 + 4 * 1)
+    assert result.counts.lora == 2 * 4 * 4 * (32 + 32)
+    assert result.counts.total == result.counts.adapter + result.counts.head
+    assert sorted(path.name for path in (tmp_path).glob("out*")) == ["out"]
+    assert not list(result.folder.glob("*.bin"))
+
+    loaded = load_adapter_model(result.folder)
+    texts = [row["text"] for row in reviews(8)]
+    answers = predict(loaded, texts)
+    assert [found.answer for found in answers] == [row["label"] for row in reviews(8)]
+    for found in answers:
+        assert found.shares is not None and sum(found.shares.values()) == pytest.approx(1.0, abs=1e-5)
+    assert predict(result.folder, texts[:1]) == predict(loaded, texts[:1])
+
+    info, stored = run_info(result), yaml.safe_load((result.folder / "recipe.yaml").read_text())
+    assert info["after"] == result.after and info["head"]["label_names"] == ["neg", "pos"]
+    assert stored["method.r"] == 4 and stored["seed"] == 42 and "torch" in info["versions"]
+
+
+def test_stock_peft_reloads_the_stock_head(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
+    result = train(recipe_for(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=3))
+    ours = load_adapter_model(result.folder)
+    stock = AutoPeftModelForSequenceClassification.from_pretrained(str(result.folder)).eval()
+    inputs = ours.tokenizer("the film is very good", return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(stock(**inputs).logits, ours.model(**inputs).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("pooling", ["model", "mean"])
+def test_two_texts_and_regression(pooling: str, tiny_bert: Path, tmp_path: Path) -> None:
+    words = ["good", "bad", "blue", "green"]
+    rows: list[dict[str, Any]] = [
+        {"first": f"the film is {a}", "second": f"the film is {b}", "score": 5.0 * (a == b)}
+        for a in words
+        for b in (a, words[0], words[1])
+    ]
+    data = write_csv(tmp_path / "pairs.csv", rows * 3)
+    made = recipe_for(
+        tiny_bert,
+        data,
+        tmp_path / "out",
+        task="regression",
+        head__pooling=pooling,
+        data__text="first",
+        data__text_pair="second",
+        data__label="score",
+        train__max_steps=4,
+    )
+    result = train(made)
+    assert set(result.after) >= {"pearson", "spearman", "rmse"} and result.guess["pearson"] == 0.0
+    found = predict(result.folder, ["the film is good", "the film"], ["the film is bad", "story"])
+    assert all(isinstance(one.answer, float) for one in found)
+    # One pair alone gives the same number as among others: padding changes nothing.
+    alone = predict(result.folder, ["the film"], ["story"])[0].answer
+    assert alone == pytest.approx(found[1].answer, abs=1e-5)
+    with pytest.raises(DataError, match="compares two texts"):
+        predict(result.folder, ["the film is good"])
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "bitfit", "head", "full"])
+def test_baselines_run_and_reload(method: str, tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
+    rank = 4 if method in ("lora", "dora") else None
+    made = recipe_for(tiny_bert, reviews_csv, tmp_path / "out", method__name=method, method__r=rank, train__max_steps=2)
+    result = train(made)
+    assert (result.counts.lora is None) == (rank is None)
+    if method == "lora":
+        assert result.counts.adapter == result.counts.lora
+    if method == "head":
+        assert result.counts.adapter == 0 < result.counts.head
+    assert predict(result.folder, ["the film is good"])[0].answer in ("neg", "pos")
+    before = load_adapter_model(result.folder).run["after"]["accuracy"]
+    texts = [row["text"] for row in reviews(48)]
+    assert len(predict(result.folder, texts)) == 48 and 0.0 <= before <= 100.0
+
+
+def test_the_head_learns_at_its_own_rate(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    seen: list[dict[str, float]] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            seen.append({str(group["lr"]): sum(p.numel() for p in group["params"]) for group in optimizer.param_groups})
+
+    made = recipe_for(
+        tiny_bert,
+        reviews_csv,
+        tmp_path / "out",
+        train__max_steps=1,
+        train__scheduler="constant",
+        train__warmup=0.0,
+        train__lr=0.01,
+        head__lr=0.001,
+    )
+    result = train(made, callbacks=[Watch()])
+    assert seen[0]["0.01"] == result.counts.adapter and seen[0]["0.001"] == 66
+
+
+def test_instruction_tuning_lowers_the_perplexity_and_answers(tiny_llama: Path, tmp_path: Path) -> None:
+    pairs = [("what colour sky", "blue"), ("what colour grass", "green"), ("say yes", "yes"), ("say no", "no")]
+    data = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"{a} ", "completion": b} for a, b in pairs * 12])
+    made = recipe_for(
+        tiny_llama,
+        data,
+        tmp_path / "out",
+        task="instruct",
+        data__max_length=32,
+        train__max_steps=25,
+        method__r=8,
+        method__target_modules="all-linear",
+    )
+    result = train(made)
+    assert result.metric == "perplexity" and result.after["perplexity"] < 0.5 * result.before["perplexity"]
+    found = predict(result.folder, ["what colour sky "], max_new_tokens=2)[0]
+    assert isinstance(found.answer, str)
+
+
+def test_messages_and_the_whole_text(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    turn = [{"role": "user", "content": "say yes"}, {"role": "assistant", "content": "yes"}]
+    data = write_jsonl(tmp_path / "a.jsonl", [{"messages": turn}] * 16)
+    made = recipe_for(
+        tiny_llama, data, tmp_path / "out", task="instruct", data__loss="all", train__max_steps=2, train__evaluate=1
+    )
+    result = train(made)
+    assert run_info(result)["shape"] == "messages"
+    assert isinstance(predict(result.folder, ["say yes"], max_new_tokens=2)[0].answer, str)
+
+
+def test_the_same_seed_gives_the_same_adapter(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
+    first = train(recipe_for(tiny_bert, reviews_csv, tmp_path / "a", train__max_steps=3))
+    again = train(recipe_for(tiny_bert, reviews_csv, tmp_path / "b", train__max_steps=3))
+    weights = [(result.folder / "adapter_model.safetensors").read_bytes() for result in (first, again)]
+    assert weights[0] == weights[1] and first.before == again.before and first.after == again.after
+
+
+def test_the_best_checkpoint_can_be_kept(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
+    made = recipe_for(
+        tiny_bert,
+        reviews_csv,
+        tmp_path / "out",
+        train__evaluate=2,
+        train__save=2,
+        train__best=True,
+        train__max_steps=8,
+        metric="matthews",
+    )
+    result = train(made)
+    scores = [line["eval_matthews"] for line in result.history if "eval_matthews" in line]
+    assert result.after["matthews"] == max(scores[1:-1])
+
+
+def test_a_second_run_never_overwrites_in_silence(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
+    made = recipe_for(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=1)
+    first = train(made)
+    before = (first.folder / "run.json").read_bytes()
+    with pytest.raises(RecipeError, match=r"holds a finished run already.*another output=.*overwrite=true"):
+        train(made)
+    with pytest.raises(RecipeError, match="is finished"):
+        train(recipe_for(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=1, resume=True))
+    assert (first.folder / "run.json").read_bytes() == before
+    again = train(recipe_for(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=2, overwrite=True))
+    assert again.steps == 2 and run_info(again)["steps"] == 2
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
+
+
+def test_overwrite_never_touches_a_folder_of_others(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "home" / "letter.txt"
+    precious.parent.mkdir()
+    precious.write_text("dear")
+    with pytest.raises(RecipeError, match="was not written by a run"):
+        train(recipe_for(tiny_bert, reviews_csv, precious.parent, overwrite=True))
+    with pytest.raises(RecipeError, match="holds something else already"):
+        train(recipe_for(tiny_bert, reviews_csv, precious.parent))
+    assert precious.read_text() == "dear"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"method__target_modules": ["quary"]}, "quary"),
+        ({"method__num_groups": 9}, "layers"),
+        ({"train__precision": "fp16"}, "fp16 needs an accelerator"),
+        ({"resume": True}, "no checkpoint under"),
+    ],
+)
+def test_what_cannot_be_trained_leaves_nothing_behind(
+    more: dict[str, Any], said: str, tiny_bert: Path, reviews_csv: Path, tmp_path: Path
+) -> None:
+    if "fp16" in said and torch.accelerator.is_available():
+        pytest.skip("this machine can")
+    with pytest.raises(RecipeError, match=said):
+        train(recipe_for(tiny_bert, reviews_csv, tmp_path / "out", **more))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_model_that_is_not_there(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"model: .*nearest in .*tiny-bert"):
+        train(recipe_for(tiny_bert.with_name("tiny-bart"), reviews_csv, tmp_path / "out"))
+    with pytest.raises(RecipeError, match=r"model: .* is a folder without config\.json"):
+        train(recipe_for(tmp_path, reviews_csv, tmp_path / "out"))
+
+
+def test_the_table_shows_scores_cost_and_what_to_try_next(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
+    made = recipe_for(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=1)
+    result = train(made)
+    console = Console(record=True, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(report(made, result))
+    text = console.export_text()
+    for part in (
+        f"{result.before['accuracy']:.2f}",
+        "always the most frequent class",
+        f"{result.counts.adapter:,}",
+        f"{result.counts.lora:,} ",
+        f"ziggurat predict {result.folder} ",
+        f"ziggurat export {result.folder} {result.folder}-lora",
+        f"ziggurat merge {result.folder} {result.folder}-merged",
+    ):
+        assert part in text, part
