@@ -187,19 +187,19 @@ CANT_MERGE = (
 )
 
 
-def attach(layer: nn.Module, holder: nn.Module, path: PathLayer) -> None:
-    """Make `path` a child of `layer`, and let hooks feed it. `holder` is the module that runs the stack's layers.
-
-    Raises:
-        ConfigError: `layer` runs all its children, so that another child would change it.
-    """
+def check_room(layer: nn.Module, name: str) -> None:
+    """Raise ConfigError if no path can be a child of `layer`, called `name` in its model. Changes nothing."""
     if isinstance(layer, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         raise ConfigError(
-            f"layer {path.layer} is a {type(layer).__name__}, which runs whatever children it has, so no path can be "
-            "put beside them. Wrap it in a module of its own with a forward."
+            f"layer {name!r} is a {type(layer).__name__}, which runs whatever children it has, so no path can be put "
+            "beside them. Wrap it in a module of its own with a forward."
         )
-    if hasattr(layer, CHILD):
-        raise ConfigError(f"layer {path.layer} has an attribute {CHILD!r} already, the name of its path. Rename it.")
+    if hasattr(layer, CHILD) and path_of(layer) is None:
+        raise ConfigError(f"layer {name!r} has an attribute {CHILD!r} already, the name of its path. Rename it.")
+
+
+def attach(layer: nn.Module, holder: nn.Module, path: PathLayer) -> None:
+    """Make `path` a child of `layer`, and let hooks feed it. `holder` is the module that runs the stack's layers."""
     layer.add_module(CHILD, path)
     layer.register_forward_pre_hook(_before, with_kwargs=True)
     # First of all hooks, so that others (recorders of hidden states, FSDP) see the output with the path.

@@ -147,9 +147,12 @@ class LoR2CLinear(AdaptedLinear, LoR2CLayer):
             return {}
         return {"A": self.lor2c_A[adapter], "B": self.lor2c_B[adapter]}  # type: ignore[dict-item]
 
+    def raw_pair(self, adapter: str) -> FactorPair:
+        """A and B without the scale."""
+        return FactorPair(self.lor2c_A[adapter], self.lor2c_B[adapter])
+
     def effective_pair(self, adapter: str) -> FactorPair:
-        pair = FactorPair(self.lor2c_A[adapter], self.lor2c_B[adapter])
-        return stack([pair], [self.scale[adapter]])
+        return stack([self.raw_pair(adapter)], [self.scale[adapter]])
 
     def dropout(self, adapter: str) -> float:
         return self.lora_dropout[adapter]

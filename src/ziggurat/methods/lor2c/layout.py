@@ -11,7 +11,7 @@ from torch import nn
 from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Anatomy
 from ziggurat.host.linear import is_adaptable
-from ziggurat.host.paths import stream_width
+from ziggurat.host.paths import check_room, stream_width
 from ziggurat.host.targets import DEFAULT_TARGETS, near_misses
 from ziggurat.lowrank.spans import Span, check_spans
 from ziggurat.methods.lor2c.config import LoR2CConfig
@@ -143,6 +143,7 @@ def _add_sites(
     covered = [(number, span) for span in state.spans for number in span.layers]
     widths = {number: _width(config, model, layers[number]) for number, _ in covered}
     for number, span in covered:
+        check_room(model.get_submodule(layers[number]), layers[number])
         width = widths[number]
         if config.r > width:
             raise ConfigError(

@@ -1,7 +1,7 @@
 """All paths of a model, adapter by adapter: which there are, what happens to them, what is saved of it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ziggurat.errors import ConfigError
-from ziggurat.lowrank.spans import Span, check_spans
+from ziggurat.lowrank.spans import check_spans
 from ziggurat.lowrank.spectrum import singular_values
 from ziggurat.methods.lor2c.config import LoR2CConfig
 from ziggurat.methods.lor2c.layer import LoR2CLayer, LoR2CLinear, LoR2CPath, SharedDown
@@ -62,6 +62,8 @@ class PathBank(SharedDown, LoR2CLayer):
         known.structure, known.done = dict(structure), done
         for stack, members in self.members.items():
             state = structure.get(stack, StackState(()))
+            if not state.spans:
+                self._forget_shared(adapter, members.values())
             cover = {layer: span for span in state.spans for layer in span.layers}
             for layer, path in members.items():
                 if adapter in path.covers:
@@ -125,11 +127,11 @@ class PathBank(SharedDown, LoR2CLayer):
         if decision.merged is not None:
             lower, upper = decision.merged
             members = self.members[decision.stack]
-            source, owner, other = members[lower.last], members[upper.last], members[lower.last]
+            below, owner = members[lower.last], members[upper.last]
             if decision.kept == lower:
-                for name, parameter in source.own_factors(adapter).items():
+                for name, parameter in below.own_factors(adapter).items():
                     _move(parameter, owner.own_factors(adapter)[name], optimizer)
-            gone = list(other.own_factors(adapter).values())
+            gone = list(below.own_factors(adapter).values())
         elif decision.injected is not None:
             gone = list(self.members[decision.stack][decision.injected].own_factors(adapter).values())
         if optimizer is not None:
@@ -142,23 +144,24 @@ class PathBank(SharedDown, LoR2CLayer):
 
         `stored` includes what a later event may need: all of it is in the optimiser, but without gradient.
         """
-        stored: dict[int, nn.Parameter] = {}
-        active: dict[int, nn.Parameter] = {}
+        stored: dict[int, Tensor] = {}
+        active: dict[int, Tensor] = {}
         if adapter in self.stores:
-            shared = {id(p): p for p in self.factors(adapter).parameters()}
-            stored |= shared
-            if any(state.spans for state in self.known[adapter].structure.values()):
-                active |= shared
+            stored |= {id(p): p for p in self.factors(adapter).parameters()}
         everyone = [path for members in self.members.values() for path in members.values()]
         linears = [linear for layers in self.linears.values() for some in layers.values() for linear in some]
         for module in (*everyone, *linears):
             own = {id(p): p for p in module.own_factors(adapter).values()}
             stored |= own
             if adapter in module.adapters:
-                active |= own
+                active |= {id(p): p for p in module.raw_pair(adapter)}
         trained = {key: p for key, p in active.items() if p.requires_grad}
         sizes = {"stored": stored, "active": active, "trained": trained}
         return {name: sum(p.numel() for p in some.values()) for name, some in sizes.items()}
+
+    def _forget_shared(self, adapter: str, members: Iterable[LoR2CPath]) -> None:
+        for name in {path.shared[adapter] for path in members if adapter in path.shared}:
+            self(adapter, name).grad = None
 
     def _check(self, adapter: str, structure: Structure) -> None:
         for stack, state in structure.items():
@@ -241,6 +244,3 @@ def _whole(tensor: Tensor) -> Tensor:
     """All of a tensor that FSDP2 has sharded."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor.detach() if gather is None else gather().detach()
-
-
-__all__ = ["Adapter", "PathBank", "Span", "from_json", "to_json"]
