@@ -1,0 +1,184 @@
+"""Who may import whom, read from the source; and what importing the package loads."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "ziggurat"
+
+#: The floors of the house, lowest first. A file imports from its own unit and from lower floors.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("lowrank",),
+    ("host",),
+    ("methods",),
+    ("__init__",),  # the public names: importing `ziggurat` itself means having all methods
+    ("training", "evaluation", "analysis", "export", "plan", "doctor"),
+    ("compare",),
+    ("cli", "__main__"),
+)
+FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
+DATA = {"demo", "recipes"}
+
+#: What `import ziggurat` must not load, beyond what `import peft` does: none of it is needed to put an adapter in.
+HEAVY = ("datasets", "gguf", "jaxtyping", "lm_eval", "matplotlib", "pandas", "pyarrow", "pydantic", "ray", "sklearn")
+HEAVY += ("trl", "typer")
+
+
+def module_name(file: Path, root: Path) -> str:
+    parts = file.relative_to(root.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_names(file: Path, root: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything in the package that `file` imports, wherever in the file that stands."""
+    package = module_name(file, root).split(".")
+    if file.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__"):
+                names = [str(node.args[0].value)]
+        for name in names:
+            if name.split(".")[0] == root.name:
+                yield node.lineno, name
+
+
+def unit_of(name: str, root: Path) -> str:
+    """The unit that a dotted name belongs to; a name of the package's own `__init__` is of that."""
+    parts = name.split(".")
+    if len(parts) == 1 or not ((root / parts[1]).is_dir() or (root / f"{parts[1]}.py").is_file()):
+        return "__init__"
+    return parts[1]
+
+
+def method_of(name: str) -> str:
+    """The method whose folder a name in `methods` lies in."""
+    return [*name.split("."), ""][2]
+
+
+def breaches(root: Path) -> list[str]:
+    """Every import in the package at `root` that goes up, round in a circle on one floor, or across methods."""
+    found = []
+    beside: dict[tuple[str, str], str] = {}
+    for file in sorted(root.rglob("*.py")):
+        name = module_name(file, root)
+        unit = unit_of(name, root)
+        if unit not in FLOOR:
+            found.append(f"{unit}: stands on no floor")
+            continue
+        for line, target in imported_names(file, root):
+            other = unit_of(target, root)
+            where = f"{file.relative_to(root).as_posix()}:{line}: {unit} imports {target}"
+            if other not in FLOOR:
+                found.append(f"{where}, which stands on no floor")
+            elif FLOOR[other] > FLOOR[unit]:
+                found.append(f"{where}, which stands above it")
+            elif other != unit and FLOOR[other] == FLOOR[unit]:
+                beside[unit, other] = where
+            elif unit == other == "methods" and method_of(name) != method_of(target):
+                found.append(f"{where}: a method never imports another")
+    found += [f"{where}, which imports it in turn" for (a, b), where in beside.items() if _reaches(b, a, set(beside))]
+    return sorted(set(found))
+
+
+def _reaches(start: str, goal: str, edges: set[tuple[str, str]]) -> bool:
+    seen, todo = set(), [start]
+    while todo:
+        unit = todo.pop()
+        if unit not in seen:
+            seen.add(unit)
+            todo += [b for a, b in edges if a == unit]
+    return goal in seen
+
+
+def test_the_import_rule_is_kept() -> None:
+    assert breaches(SOURCE) == []
+
+
+def test_every_unit_stands_on_a_floor() -> None:
+    units = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or any(path.glob("*.py"))}
+    assert units - set(FLOOR) == set()
+    assert {path.name for path in SOURCE.iterdir() if path.is_dir()} - set(FLOOR) - {"__pycache__"} == DATA
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "breach"),
+    [
+        ("lowrank/pair.py", "from ziggurat.host import bank", "which stands above it"),
+        ("lowrank/pair.py", "def f():\n    from ..host import bank", "which stands above it"),
+        ("host/bank.py", "import ziggurat", "which stands above it"),
+        ("host/bank.py", "from ziggurat import MSPLoraConfig", "which stands above it"),
+        ("host/bank.py", "import importlib\nimportlib.import_module('ziggurat.training')", "which stands above it"),
+        ("methods/one/model.py", "from ziggurat.methods.two import layer", "never imports another"),
+        ("methods/one/model.py", "from ..two.layer import X", "never imports another"),
+        ("training/run.py", "from ziggurat import compare", "which stands above it"),
+        ("newcomer.py", "", "newcomer: stands on no floor"),
+    ],
+)
+def test_a_breach_is_seen(file: str, text: str, breach: str, tmp_path: Path) -> None:
+    root = house(tmp_path)
+    assert breaches(root) == []
+    (root / file).write_text(text)
+    found = breaches(root)
+    assert len(found) == 1
+    assert breach in found[0]
+
+
+def test_a_circle_on_one_floor_is_seen(tmp_path: Path) -> None:
+    root = house(tmp_path)
+    (root / "training" / "run.py").write_text("from ziggurat.plan import plan")
+    assert breaches(root) == []
+    (root / "plan.py").write_text("from ziggurat.training.run import run")
+    assert len(breaches(root)) == 2
+
+
+def house(folder: Path) -> Path:
+    """An empty package with every floor, and imports that are allowed."""
+    root = folder / "ziggurat"
+    for name in ("lowrank/pair.py", "host/bank.py", "methods/one/model.py", "methods/two/layer.py", "training/run.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("from ziggurat.errors import ConfigError\n")
+    (root / "methods" / "one" / "layer.py").write_text("from .model import X\nfrom ziggurat.host.bank import Y")
+    for name in ("__init__", "errors", "plan", "compare", "cli"):
+        (root / f"{name}.py").write_text("")
+    (root / "__init__.py").write_text("from ziggurat.methods.one.model import X")
+    (root / "cli.py").write_text("from ziggurat import X, compare\nfrom ziggurat.training.run import run")
+    return root
+
+
+@cache
+def loaded_after(*statements: str) -> set[str]:
+    """Top-level packages in a fresh interpreter after `statements`."""
+    code = "; ".join(
+        [*statements, "import sys, json; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"]
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    peft_alone = loaded_after("import peft")
+    assert "torch" in peft_alone
+    assert (loaded_after("import ziggurat") - peft_alone) & set(HEAVY) == set()
+
+
+def test_asking_for_help_loads_no_more_than_the_package_and_the_parser() -> None:
+    """The package registers its methods with PEFT when it is imported, so torch is there; the rest can wait."""
+    imported = loaded_after("import ziggurat")
+    call = "from ziggurat.cli import app; app(args=['--help'], standalone_mode=False)"
+    assert (loaded_after(call) - imported) & set(HEAVY) <= {"typer"}

@@ -1,0 +1,164 @@
+"""What is shipped: versions, metadata, and the contents of the wheel and of the source package."""
+
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import ziggurat
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+SOURCE = ROOT / "src" / "ziggurat"
+PAPERS = {"2503.21838": "MSPLoRA", "2503.00572": "LoR2C", "2408.06854": "LoRA²"}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the source package, built without a network."""
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> zipfile.ZipFile:
+    (path,) = built.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def shipped_files() -> set[str]:
+    """Everything in the package's source that is no by-product of running it."""
+    files = (path for path in SOURCE.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {f"ziggurat/{path.relative_to(SOURCE).as_posix()}" for path in files}
+
+
+def test_the_wheel_holds_the_whole_package(wheel: zipfile.ZipFile) -> None:
+    names = {name for name in wheel.namelist() if name.startswith("ziggurat/")}
+    assert names == shipped_files()
+    for needed in ("py.typed", "recipes/default.yaml", "demo/train.parquet", "demo/validation.parquet"):
+        assert f"ziggurat/{needed}" in names
+    for name in sorted(names - {n for n in names if n.endswith(".py")}):
+        assert wheel.read(name) == (SOURCE.parent / name).read_bytes()
+
+
+def test_the_source_package_holds_what_builds_and_tests_it(built: Path) -> None:
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {f"src/{name}" for name in shipped_files()} <= names
+    for needed in ("pyproject.toml", "LICENSE", "CITATION.cff", "constraints.txt", "tests/zoo.py", "tests/conftest.py"):
+        assert needed in names
+
+
+def test_the_wheel_carries_the_licences(wheel: zipfile.ZipFile) -> None:
+    metadata = Parser().parsestr(wheel.read(f"ziggurat-{ziggurat.__version__}.dist-info/METADATA").decode())
+    assert metadata["License-Expression"] == "Apache-2.0"
+    files = metadata.get_all("License-File") or []
+    assert "LICENSE" in files
+    assert any("vaderSentiment" in file for file in files)  # the demo data's
+    for file in files:
+        licence = f"ziggurat-{ziggurat.__version__}.dist-info/licenses/{file}"
+        assert wheel.read(licence) == (ROOT / file).read_bytes()
+
+
+def test_the_command_starts_where_the_wheel_says(wheel: zipfile.ZipFile) -> None:
+    entries = wheel.read(f"ziggurat-{ziggurat.__version__}.dist-info/entry_points.txt").decode()
+    assert re.search(r"^ziggurat\s*=\s*ziggurat\.cli:main$", entries, re.MULTILINE)
+    command = "import sys; sys.argv[1:] = ['--version']; from ziggurat.cli import main; main()"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, f"ziggurat {PROJECT['version']}")
+
+
+def test_one_version_everywhere() -> None:
+    assert ziggurat.__version__ == PROJECT["version"] == citation()["version"]
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{PROJECT['version']}]" in changes
+
+
+def dependency_lines() -> list[str]:
+    """The lines of pyproject.toml that name requirements, in all lists of dependencies."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    main = text.partition("\ndependencies = [")[2].partition("\n]")[0]
+    extras = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    return [line for line in (main + extras).splitlines() if '"' in line]
+
+
+def test_every_dependency_is_bounded() -> None:
+    extras = PROJECT["optional-dependencies"]
+    for text in [*PROJECT["dependencies"], *(one for extra in extras.values() for one in extra)]:
+        requirement = Requirement(text)
+        if requirement.name != "ziggurat":
+            assert any(s.operator in (">=", "==", "~=") for s in requirement.specifier), f"{text}: no lower bound"
+    for name in ("transformers", "peft"):  # whose private seams we use
+        (found,) = [Requirement(text) for text in PROJECT["dependencies"] if Requirement(text).name == name]
+        assert any(s.operator == "<" for s in found.specifier), f"{name}: no upper bound"
+
+
+def test_every_dependency_says_what_it_is_for() -> None:
+    main = [line for line in dependency_lines() if line.strip().startswith('"')]
+    for line in main[: len(PROJECT["dependencies"])]:
+        assert re.search(r"#\s+\w.{10,}", line), f"no reason beside {line.strip()}"
+
+
+def test_the_installed_versions_lie_in_the_bounds() -> None:
+    from importlib.metadata import version
+
+    for text in PROJECT["dependencies"]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(Version(version(requirement.name)), prereleases=True), text
+
+
+def citation() -> dict:
+    return yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+
+
+def test_the_citation_names_the_papers() -> None:
+    cff = citation()
+    for field in ("cff-version", "message", "title", "authors", "license"):
+        assert cff[field]
+    assert cff["license"] == PROJECT["license"]
+    cited = {ref["identifiers"][0]["value"].removeprefix("arXiv:"): ref for ref in cff["references"]}
+    assert set(cited) == set(PAPERS)
+    for number, name in PAPERS.items():
+        assert name in cited[number]["title"]
+        assert cited[number]["url"] == f"https://arxiv.org/abs/{number}"
+
+
+@pytest.mark.parametrize("method", ["MSPLoraConfig", "LoR2CConfig", "LoRA2Config"])
+def test_the_citation_and_the_model_cards_name_the_same_authors(method: str) -> None:
+    bibtex = getattr(ziggurat, method)().citation
+    (paper,) = [ref for ref in citation()["references"] if ref["url"].rpartition("/")[2] in bibtex]
+    authors = " and ".join(f"{one['family-names']}, {one['given-names']}" for one in paper["authors"])
+    assert f"author  = {{{authors}}}" in bibtex
+
+
+def test_no_file_names_a_place_on_one_machine() -> None:
+    """Absolute paths of a home, a temporary folder or a workplace mean nothing on another machine."""
+    place = re.compile(r"(?<![\w./:~-])/(?:" + "home|root|Users|work|tmp|opt|mnt" + r")/[\w.]+")
+    found = []
+    for path in tracked_files():
+        if path.suffix in (".parquet", ".png", ".safetensors"):
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if place.search(line):
+                found.append(f"{path.relative_to(ROOT).as_posix()}:{number}: {line.strip()[:100]}")
+    assert found == []
+
+
+def tracked_files() -> list[Path]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [path for name in listed.split("\0") if name and (path := ROOT / name).is_file()]
