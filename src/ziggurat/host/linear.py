@@ -4,22 +4,19 @@ A method subclasses `AdaptedLinear` and says how a linear's pair is composed; wh
 follows from the pair is written here, once.
 """
 
-import logging
 from abc import abstractmethod
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.quantised import backend_of, base_weight, check_changeable, replace_weight
 from ziggurat.lowrank.pair import FactorPair, delta
 from ziggurat.lowrank.product import low_rank_add
-
-logger = logging.getLogger(__name__)
 
 
 def is_adaptable(module: nn.Module) -> bool:
@@ -64,7 +61,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = features(base)
         # Conv1D keeps its weight as (d_in, d_out).
         self.fan_in_fan_out = isinstance(base, Conv1D)
-        self.quantization_backend = resolve_quantization_backend(base, **quantization_kwargs)
+        self.quantization_backend = backend_of(base, **quantization_kwargs)
+        #: After a merge into a quantised weight: ||Q(W + dW) - (W + dW)||_F / ||dW||_F, else None.
+        self.requantisation_error: float | None = None
 
     @property
     @abstractmethod
@@ -96,7 +95,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
         # A plain linear's output is fresh, and its backward doesn't read it.
-        reuse_y = type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
+        plain = type(self.base_layer) is nn.Linear and self.quantization_backend is None
+        reuse_y = plain and not self.base_layer._forward_hooks
         for adapter in self.active_adapters:
             if adapter in self.adapters:
                 a, b = self.effective_pair(adapter)
@@ -129,8 +129,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """W <- W + B A for the adapters named (default: the active ones).
 
-        A quantised weight is dequantised, added to and quantised again; the error that
-        this makes is logged, relative to the update.
+        A quantised weight is dequantised, added to and quantised again; the error that this makes is
+        kept in `requantisation_error`, and a model's merge logs it.
 
         Raises:
             ValueError: `safe_merge` and the sum is not finite; or a weight that can't be
@@ -138,49 +138,32 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """
         for adapter in check_adapters_to_merge(self, adapter_names) or ():
             if adapter in self.adapters:
-                self._check_dequantises()
-                merged = self._shifted(adapter, +1.0)
-                if safe_merge and not torch.isfinite(merged).all():
-                    raise ValueError(
-                        f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: it holds or "
-                        "makes values that are not finite. The base weights were left as they were."
-                    )
-                self._store(merged, adapter)
+                check_changeable(self.quantization_backend)
+                self._shift(adapter, +1.0, safe=safe_merge)
                 self.merged_adapters.append(adapter)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """W <- W - B A for every merged adapter, last in first out."""
+        """W <- W - B A for every merged adapter, last in first out. A quantised W comes back up to rounding."""
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
             if adapter in self.adapters:
-                self._store(self._shifted(adapter, -1.0), adapter)
+                self._shift(adapter, -1.0)
 
-    def _shifted(self, adapter: str, sign: float) -> Tensor:
-        weight = self.get_base_weight()
+    def _shift(self, adapter: str, sign: float, safe: bool = False) -> None:
+        weight = base_weight(self)
         update = self.get_delta_weight(adapter).to(weight.device)
-        return weight + sign * update.to(weight.dtype)
-
-    def _store(self, weight: Tensor, adapter: str) -> None:
-        self.set_base_weight(weight)
-        if self.quantization_backend is not None:
-            error = (self.get_base_weight().float() - weight.float()).norm() / self.get_delta_weight(
-                adapter
-            ).float().norm()
-            logger.warning(
-                "merged %r into a %s weight: quantising again changed it by %.0f%% of the update's own size",
-                adapter,
-                self.quantization_backend.backend_name,
-                100 * float(error),
-            )
-
-    def _check_dequantises(self) -> None:
-        backend = self.quantization_backend
-        if backend is not None and not backend.supports_merge:
+        shifted = weight + sign * update.to(weight.dtype)
+        if safe and not torch.isfinite(shifted).all():
             raise ValueError(
-                f"a {backend.backend_name} weight can't be dequantised, so nothing can be merged into it. Keep the "
-                "adapter beside the model, export it with ziggurat.export, or merge into the model before quantisation."
+                f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: it holds or "
+                "makes values that are not finite. The base weights were left as they were."
             )
+        if self.quantization_backend is None:
+            self.set_base_weight(shifted)
+            return
+        error, size = replace_weight(self, shifted), float(update.float().norm())
+        self.requantisation_error = error / size if size else None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from ziggurat.host.anatomy import Anatomy
 from ziggurat.host.bank import PairBank
 from ziggurat.host.linear import AdaptedLinear, is_adaptable
 from ziggurat.host.paths import PathLayer
+from ziggurat.host.quantised import changing
 from ziggurat.host.targets import DEFAULT_TARGETS, near_misses
 
 BASE = "__base__"  # PEFT's name, in adapter_names, for a sample without adapter
@@ -87,8 +88,32 @@ class LinearTuner(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        with changing(self._reached(adapter_names), "merged into"):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        merged = [(path, layer) for path, layer in self._linears() if layer.merged]
+        with changing(merged, "unmerged from"):
+            super().unmerge_adapter()
+
+    def _linears(self) -> list[tuple[str, AdaptedLinear]]:
+        return [(path, module) for path, module in self.model.named_modules() if isinstance(module, AdaptedLinear)]
+
+    def _reached(self, adapter_names: list[str] | None) -> list[tuple[str, AdaptedLinear]]:
+        """Path and layer of the linears that the adapters named (default: the active ones) reach."""
+        names = set(self.active_adapters if adapter_names is None else adapter_names)
+        return [(path, layer) for path, layer in self._linears() if names & set(layer.adapters)]
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        with changing(self._reached(adapter_names), "merged into") if merge else nullcontext():
+            model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for name, child in list(model.named_children()):
             if isinstance(child, PairBank) and isinstance(child, self.tuner_layer_cls):
                 delattr(model, name)
