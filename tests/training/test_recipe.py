@@ -186,7 +186,7 @@ def test_the_published_settings() -> None:
         assert found == (epochs, length, rate, metric)
         assert recipe.head.lr == pytest.approx(rate / 2)
         config = method_config(recipe.method)
-        assert config is not None and [tier.rank for tier in config.pyramid()] == [8, 4, 2]
+        assert config is not None and [tier.r for tier in config.pyramid()] == [8, 4, 2]
 
 
 def test_a_wrong_recipe_name_or_path_names_the_nearest(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from ziggurat.errors import RecipeError
 from .embedded import model_path
 from .methods import METHODS, method_config
 from .model import Base, freeze_all_but
+from .nearest import did_you_mean
 from .schema import Recipe
 
 
@@ -49,12 +50,31 @@ def adapt(recipe: Recipe, base: Base) -> nn.Module:
         run["modules_to_save"] = sorted({*base.head, *(recipe.method.get("modules_to_save") or [])})
     config = method_config(recipe.method, **run)
     assert config is not None
+    _check_targets(config, base.model)
     config.base_model_name_or_path = model_path(recipe.model)
     config.revision = recipe.revision
     try:
         return get_peft_model(base.model, config)
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         raise RecipeError(f"method: {recipe.method['name']} cannot adapt {recipe.model}: {error}") from error
+
+
+def _check_targets(config: Any, model: nn.Module) -> None:
+    """PEFT passes over a target that matches nothing as long as another matches; in a recipe it is a slip."""
+    targets = getattr(config, "target_modules", None)
+    if not isinstance(targets, (list, tuple, set)):
+        return
+    paths = [path for path, _ in model.named_modules() if path]
+    lost = sorted(one for one in targets if not any(path == one or path.endswith(f".{one}") for path in paths))
+    if lost:
+        leaves = dict.fromkeys(path.rpartition(".")[2] for path, module in model.named_modules() if _has_weight(module))
+        said = "; ".join(f"'{one}' matches no module{did_you_mean(one, leaves)}" for one in lost)
+        names = ", ".join(leaf for leaf in leaves if not leaf.isdigit())
+        raise RecipeError(f"method.target_modules: {said}; modules with weights: {names}")
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return getattr(module, "weight", None) is not None and module.weight.dim() == 2
 
 
 def count(recipe: Recipe, model: nn.Module, base: Base) -> Counts:

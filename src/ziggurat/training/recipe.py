@@ -197,7 +197,8 @@ def _conflicts(good: dict[str, Any]) -> list[str]:
             found.append(f"{key}: has no meaning with task: {task}")
     if value("metric") is not None and value("metric") not in _METRICS[task]:
         found.append(f"metric: {value('metric')} does not go with task: {task}; one of {', '.join(_METRICS[task])}")
-    if "data.validation_share" in good and "data.validation_rows" in good:
+    share = known["data.validation_share"].default
+    if good.get("data.validation_share", share) != share and "data.validation_rows" in good:
         found.append("data.validation_rows: given beside data.validation_share; keep one")
     if value("data.validation") is not None or value("data.validation_split") is not None:
         for key in ("data.validation_share", "data.validation_rows"):
