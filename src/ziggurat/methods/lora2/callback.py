@@ -11,9 +11,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ziggurat.methods.lora2.layer import LoRA2Linear
 from ziggurat.methods.lora2.pruning import learning_adapters, load_pruning_state, prune, pruning_state
-from ziggurat.methods.lora2.regulariser import deviation, hook_of, penalty
+from ziggurat.methods.lora2.regulariser import deviation, hook_of, learning_linears, penalty
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +68,8 @@ class LoRA2Callback(TrainerCallback):
         if added is None or not added.requires_grad:
             return
         _unscale(optimizer)
-        factors = [
-            factor
-            for layer in model.modules()
-            if isinstance(layer, LoRA2Linear)
-            for adapter in layer.learning
-            for factor in layer.planes(adapter)
-        ]
+        linears = learning_linears(model).items()
+        factors = [factor for adapter, layers in linears for layer in layers for factor in layer.planes(adapter)]
         for factor, gradient in zip(factors, torch.autograd.grad(added, factors, allow_unused=True), strict=True):
             if gradient is not None and factor.grad is not None:
                 factor.grad.add_(gradient)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ziggurat.methods.lora2.layer import LoRA2Linear
-from ziggurat.methods.lora2.orthogonality import Planes, cross_plane, orthogonality
+from ziggurat.methods.lora2.orthogonality import cross_plane, orthogonality
 
 logger = logging.getLogger(__name__)
 
@@ -17,20 +17,20 @@ logger = logging.getLogger(__name__)
 PATIENCE = 1000
 
 
-def learning_planes(model: nn.Module) -> dict[str, list[Planes]]:
-    """Adapter -> the planes of every linear where it is active and trains. Rank 0 has none."""
-    found: dict[str, list[Planes]] = {}
+def learning_linears(model: nn.Module) -> dict[str, list[LoRA2Linear]]:
+    """Adapter -> the linears where it is active, trains, and has a direction left."""
+    found: dict[str, list[LoRA2Linear]] = {}
     for layer in model.modules():
         if isinstance(layer, LoRA2Linear):
             for adapter in layer.learning:
                 if layer.lora2_E[adapter].numel():
-                    found.setdefault(adapter, []).append(layer.planes(adapter))
+                    found.setdefault(adapter, []).append(layer)
     return found
 
 
 def deviation(model: nn.Module) -> Tensor:
     """The factors' deviation from orthonormality, unweighted, averaged over all that train. See `orthogonality`."""
-    return orthogonality([planes for linears in learning_planes(model).values() for planes in linears])
+    return orthogonality([layer.planes(a) for a, layers in learning_linears(model).items() for layer in layers])
 
 
 def penalty(model: nn.Module) -> Tensor | None:
@@ -39,16 +39,13 @@ def penalty(model: nn.Module) -> Tensor | None:
     Summed over the adapters that train; None where there is nothing to add. The hook adds it to a
     loss that the model returns. Add it yourself to a loss that is made outside the model.
     """
-    configs = {
-        a: layer.configs[a] for layer in model.modules() if isinstance(layer, LoRA2Linear) for a in layer.configs
-    }
     total: Tensor | None = None
-    for adapter, linears in learning_planes(model).items():
-        config = configs[adapter]
+    for adapter, layers in learning_linears(model).items():
+        config, planes = layers[0].configs[adapter], [layer.planes(adapter) for layer in layers]
         for weight, measure in ((config.orthogonality, orthogonality), (config.cross_plane, cross_plane)):
             if weight:
-                part = weight * measure(linears)
-                total = part if total is None else total + part
+                part = weight * measure(planes)
+                total = part if total is None else total + part.to(total.device)
     return total
 
 

@@ -1,0 +1,81 @@
+"""Where the directions that survived are: the rank pattern as a table and as a heat map, layers by roles."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ziggurat.host.anatomy import Anatomy
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Role -> layer -> rank, of one stack.
+Grid = dict[str, dict[int, int]]
+
+
+def grids(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, Grid]:
+    """`ranks` (path -> rank, as `LoRA2Model.ranks` gives it) by stack, role and layer.
+
+    What lies in no stack comes last, in a grid without a name, with its path for a role and as layer 0.
+    """
+    anatomy = Anatomy(model)
+    found: dict[str, Grid] = {}
+    outside: Grid = {}
+    for path, rank in ranks.items():
+        place = anatomy.find(path)
+        if place is None:
+            outside[path] = {0: rank}
+        else:
+            found.setdefault(place.stack, {}).setdefault(place.role, {})[place.layer] = rank
+    return found | ({"": outside} if outside else {})
+
+
+def table(model: nn.Module, ranks: Mapping[str, int]) -> str:
+    """The ranks as a Markdown table a stack: one row a layer, one column a role, with the sums."""
+    parts = []
+    for stack, grid in grids(model, ranks).items():
+        layers = sorted({layer for by_layer in grid.values() for layer in by_layer})
+        rows = [f"| {stack or 'outside'} | {' | '.join(grid)} | sum |", "|---|" + "--:|" * (len(grid) + 1)]
+        for layer in layers:
+            here = [by_layer.get(layer) for by_layer in grid.values()]
+            rows.append(f"| {layer} | {' | '.join(map(_cell, here))} | {sum(rank or 0 for rank in here)} |")
+        sums = [sum(by_layer.values()) for by_layer in grid.values()]
+        rows.append(f"| sum | {' | '.join(map(str, sums))} | {sum(sums)} |")
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def heat_map(model: nn.Module, ranks: Mapping[str, int], file: str | Path | None = None) -> "Figure":
+    """The ranks as a heat map a stack, roles upwards and layers to the right; written to `file` if one is given.
+
+    Raises:
+        ImportError: matplotlib isn't installed.
+    """
+    from matplotlib.figure import Figure
+
+    found = grids(model, ranks)
+    highest = max(ranks.values(), default=1) or 1
+    columns = max((layer + 1 for grid in found.values() for at in grid.values() for layer in at), default=1)
+    rows = [len(grid) for grid in found.values()]
+    figure = Figure(figsize=(2.5 + 0.45 * columns, 1.0 + 0.45 * sum(rows) + 0.6 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows)[:, 0]
+    for axis, (stack, grid) in zip(axes, found.items(), strict=True):
+        layers = range(1 + max(layer for at in grid.values() for layer in at))
+        values = [[at.get(layer, float("nan")) for layer in layers] for at in grid.values()]
+        image = axis.imshow(values, vmin=0, vmax=highest, cmap="viridis", aspect="auto", origin="lower")
+        for y, at in enumerate(grid.values()):
+            for layer, rank in at.items():
+                axis.text(
+                    layer, y, str(rank), ha="center", va="center", color="white" if rank < highest * 0.6 else "black"
+                )
+        axis.set(title=stack, xlabel="layer", xticks=list(layers), yticks=range(len(grid)), yticklabels=list(grid))
+        figure.colorbar(image, ax=axis, label="rank")
+    if file is not None:
+        figure.savefig(str(file))
+    return figure
+
+
+def _cell(rank: int | None) -> str:
+    return "" if rank is None else str(rank)
