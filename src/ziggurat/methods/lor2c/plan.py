@@ -64,8 +64,8 @@ class Decision:
 
     def to_json(self) -> dict[str, Any]:
         """As plain lists, dicts and numbers."""
-        plain = asdict(self)
-        return {key: value for key, value in plain.items() if value not in (None, "")}
+        plain = {key: value for key, value in asdict(self).items() if value not in (None, "")}
+        return plain | {key: [*map(_list, plain[key])] for key in ("merged", "kept") if key in plain}
 
 
 class Event(NamedTuple):
@@ -203,6 +203,10 @@ def _best(values: Mapping[T, float], choose: Callable[[Iterable[float]], float])
     """The first key with the chosen value, so that ties are broken by position."""
     wanted = choose(values.values())
     return next(key for key, value in values.items() if value == wanted)
+
+
+def _list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _by_name(scores: Mapping[Path, float]) -> dict[str, float]:
