@@ -68,12 +68,12 @@ METRICS: dict[str, Callable[[Any, Any], float]] = {
 class Method:
     """A config class with the fields it is given, and what a method's own schedule has done at each step.
 
-    `after_step(model, step, total)` is called after each optimiser step (from 1), before the gradients are cleared.
+    `after_step(model, step, total, optimizer)` is called after each optimiser step (from 1), before the gradients are cleared.
     """
 
     config: Callable[..., peft.PeftConfig]
     fields: Callable[[dict[str, Any], int], dict[str, Any]] = lambda given, total: given
-    after_step: Callable[[Any, int, int], None] | None = None
+    after_step: Callable[[Any, int, int, torch.optim.Optimizer], Any] | None = None
 
 
 def _adalora_fields(given: dict[str, Any], total: int) -> dict[str, Any]:
@@ -87,13 +87,28 @@ def _ours(name: str) -> Callable[..., peft.PeftConfig]:
     return lambda **fields: getattr(ziggurat, name)(**fields)
 
 
+def _without(config: Callable[..., peft.PeftConfig], *dropped: str, **renamed: str) -> Callable[..., peft.PeftConfig]:
+    """`config` of a method that lacks some of the common fields, or calls them otherwise."""
+    return lambda **fields: config(**{renamed.get(k, k): v for k, v in fields.items() if k not in dropped})
+
+
 METHODS: dict[str, Method] = {
     "lora": Method(peft.LoraConfig),
     "adalora": Method(
-        peft.AdaLoraConfig, _adalora_fields, lambda model, step, total: model.base_model.update_and_allocate(step - 1)
+        peft.AdaLoraConfig,
+        _adalora_fields,
+        lambda model, step, total, _: model.base_model.update_and_allocate(step - 1),
     ),
     "msplora": Method(_ours("MSPLoraConfig")),
-    "lora2": Method(_ours("LoRA2Config"), after_step=lambda model, step, total: model.prune(step, total)),
+    "lora2": Method(_ours("LoRA2Config"), after_step=lambda model, step, total, _: model.prune(step, total)),
+    # What is due before step k (from 0) is done after k steps, as the Trainer's callback does it.
+    "lor2c": Method(
+        _ours("LoR2CConfig"), after_step=lambda model, step, total, optimizer: model.restructure(step, total, optimizer)
+    ),
+    "dora": Method(lambda **fields: peft.LoraConfig(use_dora=True, **fields)),
+    "pissa": Method(lambda **fields: peft.LoraConfig(init_lora_weights="pissa_niter_4", **fields)),
+    "vera": Method(_without(peft.VeraConfig, "lora_alpha", lora_dropout="vera_dropout")),
+    "lily": Method(_without(peft.LilyConfig, "lora_alpha", "lora_dropout")),
 }
 
 
@@ -169,6 +184,15 @@ class Split:
             yield batch, self.labels[here]
 
 
+def read(folder: Path, holdout: float) -> list[pd.DataFrame]:
+    """Training and validation rows. With `holdout`, both from the training split, and the same for every seed."""
+    train = pd.read_parquet(folder / "train.parquet")
+    if not holdout:
+        return [train, pd.read_parquet(folder / "validation.parquet")]
+    held_out = train.sample(frac=holdout, random_state=0)
+    return [train.drop(held_out.index), held_out]
+
+
 def run(options: argparse.Namespace, spec: str, task_name: str, seed: int) -> dict[str, Any]:
     """Train one method on one task from one seed; the line that goes into the file."""
     name, given = parse(spec)
@@ -176,7 +200,7 @@ def run(options: argparse.Namespace, spec: str, task_name: str, seed: int) -> di
     device = torch.device(options.device)
     head = options.head if options.head != "auto" else ("pair" if len(task.columns) == 2 else "mean")
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-    tables = [pd.read_parquet(Path(options.data) / task_name / f"{part}.parquet") for part in ("train", "validation")]
+    tables = read(Path(options.data) / task_name, options.holdout)
     train, validation = (Split(table, task, head, tokenizer, device) for table in tables)
     epochs = options.epochs or task.epochs
     total = epochs * -(-len(train.labels) // options.batch)
@@ -210,7 +234,7 @@ def run(options: argparse.Namespace, spec: str, task_name: str, seed: int) -> di
             scheduler.step()
             step += 1
             if method.after_step is not None:
-                method.after_step(model, step, total)
+                method.after_step(model, step, total, optimizer)
             optimizer.zero_grad()
         scores.append(score(model, validation, task, options))
     return {
@@ -307,6 +331,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="default: as each task's row says")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3, help="for methods that don't give their own")
+    parser.add_argument("--holdout", type=float, default=0.0, help="tune: score on this share of the training split")
     parser.add_argument("--head", choices=["auto", "pair", "mean", "cls"], default="auto")
     parser.add_argument("--targets", nargs="+", help="default: queries and values")
     parser.add_argument("--bf16", action="store_true", help="autocast")
