@@ -68,7 +68,8 @@ METRICS: dict[str, Callable[[Any, Any], float]] = {
 class Method:
     """A config class with the fields it is given, and what a method's own schedule has done at each step.
 
-    `after_step(model, step, total, optimizer)` is called after each optimiser step (from 1), before the gradients are cleared.
+    `after_step(model, step, total, optimizer)` is called after each optimiser step (from 1), before gradients are
+    cleared.
     """
 
     config: Callable[..., peft.PeftConfig]
@@ -184,9 +185,14 @@ class Split:
             yield batch, self.labels[here]
 
 
-def read(folder: Path, holdout: float) -> list[pd.DataFrame]:
-    """Training and validation rows. With `holdout`, both from the training split, and the same for every seed."""
+def read(folder: Path, holdout: float, rows: int | None) -> list[pd.DataFrame]:
+    """Training and validation rows, the same for every seed. With `holdout`, both are of the training split.
+
+    `rows` of the training split, drawn once, are learned from (all by default).
+    """
     train = pd.read_parquet(folder / "train.parquet")
+    if rows is not None:
+        train = train.sample(n=min(rows, len(train)), random_state=1)
     if not holdout:
         return [train, pd.read_parquet(folder / "validation.parquet")]
     held_out = train.sample(frac=holdout, random_state=0)
@@ -200,7 +206,7 @@ def run(options: argparse.Namespace, spec: str, task_name: str, seed: int) -> di
     device = torch.device(options.device)
     head = options.head if options.head != "auto" else ("pair" if len(task.columns) == 2 else "mean")
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-    tables = read(Path(options.data) / task_name, options.holdout)
+    tables = read(Path(options.data) / task_name, options.holdout, options.train_rows)
     train, validation = (Split(table, task, head, tokenizer, device) for table in tables)
     epochs = options.epochs or task.epochs
     total = epochs * -(-len(train.labels) // options.batch)
@@ -248,7 +254,12 @@ def run(options: argparse.Namespace, spec: str, task_name: str, seed: int) -> di
         "steps": total,
         "seconds": round(time.perf_counter() - start, 1),
         "setting": {"model": Path(options.model).name, "head": head, "batch": options.batch, "lr": lr}
-        | {"epochs": epochs, "bf16": options.bf16, "targets": options.targets or "query, value"},
+        | {
+            "epochs": epochs,
+            "train_rows": len(train.labels),
+            "bf16": options.bf16,
+            "targets": options.targets or "query, value",
+        },
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, ziggurat)}
         | {"device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()},
     }
@@ -332,6 +343,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3, help="for methods that don't give their own")
     parser.add_argument("--holdout", type=float, default=0.0, help="tune: score on this share of the training split")
+    parser.add_argument("--train-rows", type=int, help="learn from this many rows (default: all)")
     parser.add_argument("--head", choices=["auto", "pair", "mean", "cls"], default="auto")
     parser.add_argument("--targets", nargs="+", help="default: queries and values")
     parser.add_argument("--bf16", action="store_true", help="autocast")
