@@ -1,0 +1,126 @@
+"""The components of any adapter, from a loaded model or from a folder. The base model's weights are never needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.anatomy import Anatomy, Place
+from ziggurat.host.folder import adapter_config, load_base
+
+from .components import UPDATE, Collected, Component, span_text
+from .readers import READERS, Places, place_by_name
+
+#: What a reader of a pickled or foreign adapter is told.
+READABLE = "MSPLoRA, LoR2C, LoRA², LoRA (DoRA, rsLoRA, PiSSA, ... too) and AdaLoRA"
+
+
+def collect(source: nn.Module | str | Path, adapter: str = "default") -> Collected:
+    """Every component of an adapter: tiers, planes, paths, plain pairs, and the composed update of each linear.
+
+    `source` is a model with the adapter in it, or the adapter's folder; of the folder only config and tensors are read,
+    and for a pyramid without a private tier the base model's config, to know its depth.
+
+    Raises:
+        ConfigError: the folder is no adapter, its file is damaged, the model has no such adapter, or the method isn't
+            one whose updates are factor pairs.
+    """
+    if isinstance(source, nn.Module):
+        return _from_model(source, adapter)
+    folder = Path(source)
+    config = adapter_config(folder)
+    try:
+        state = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    except (SafetensorError, OSError) as error:
+        path = folder / SAFETENSORS_WEIGHTS_NAME
+        raise ConfigError(f"{path} can't be read as safetensors ({error}): was it cut off while copying?") from error
+    depth: dict[str, int] = {}
+    if getattr(config, "pyramid", None) and all(tier.groups != "layers" for tier in config.pyramid()):  # type: ignore[attr-defined]
+        try:
+            depth = Anatomy(load_base(folder, on_meta=True), getattr(config, "layers_pattern", None)).stacks
+        except ConfigError:
+            depth = {}
+    return collect_state(state, config, source=folder.resolve().name, depth=depth)
+
+
+def collect_state(
+    state: Mapping[str, Tensor],
+    config: Any,
+    *,
+    source: str = "adapter",
+    places: Places = place_by_name,
+    depth: Mapping[str, int] | None = None,
+) -> Collected:
+    """The same from an adapter's state dict, as PEFT saves it, and its config.
+
+    Raises:
+        ConfigError: as `collect`.
+    """
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind not in READERS:
+        raise ConfigError(f"{source} is an adapter of PEFT method {kind}; analysis reads {READABLE}.")
+    plain = {name: _plain(tensor) for name, tensor in state.items()}
+    found = list(READERS[kind](plain, config, places, depth or {}))
+    if not found:
+        raise ConfigError(f"{source} holds no factor pair of {kind}: its {len(plain)} tensors have other names.")
+    parts, stacks, roles = (list(dict.fromkeys(getattr(c, name) for c in found)) for name in ("part", "stack", "role"))
+    found.sort(
+        key=lambda c: (c.part == UPDATE, parts.index(c.part), stacks.index(c.stack), roles.index(c.role), c.layers)
+    )
+    return Collected(source, kind.lower(), tuple(found), tuple(_notes(found, config)))
+
+
+def _from_model(model: nn.Module, adapter: str) -> Collected:
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    if adapter not in configs:
+        raise ConfigError(
+            f"{type(model).__name__} has no adapter {adapter!r}; its adapters: {', '.join(configs) or 'none'}."
+        )
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    anatomy = Anatomy(base, getattr(configs[adapter], "layers_pattern", None))
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    if any(tensor.is_meta for tensor in state.values()):
+        raise ConfigError(f"adapter {adapter!r} lies on the meta device, without values: load its weights first.")
+
+    def places(path: str) -> Place:
+        return anatomy.find(path) or Place(stack=path, layer=0, role="", num_layers=1)
+
+    return collect_state(state, configs[adapter], source=adapter, places=places, depth=anatomy.stacks)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    gather = getattr(tensor, "full_tensor", None)  # FSDP2 shards
+    tensor = (tensor if gather is None else gather()).detach().cpu()
+    return tensor if tensor.dtype == torch.float64 or not tensor.is_floating_point() else tensor.float()
+
+
+def _notes(found: Iterable[Component], config: Any) -> Iterable[str]:
+    stored = [c for c in found if c.stored]
+    broken = [c for c in stored if not c.finite]
+    if broken:
+        yield (
+            f"{len(broken)} of {len(stored)} components have NaN or infinite entries ({_some(broken)}): the training "
+            "diverged or the file is damaged; their numbers are NaN"
+        )
+    zero = [c for c in stored if c.zero]
+    if zero:
+        yield f"{len(zero)} of {len(stored)} components are exactly zero ({_some(zero)}): B was never trained"
+    if any(not c.layers for c in stored):
+        yield "which layers the shared tiers reach isn't known: the base model's config was not found"
+    if getattr(config, "use_dora", False):
+        yield "DoRA rescales each row of W + B A by a trained magnitude; the numbers here are of B A before that"
+    if all(len(c.layers) == 1 for c in stored) and len({(c.stack, c.layers) for c in stored}) == 1:
+        yield f"the adapter reaches {span_text(stored[0].layers)} only, so there are no layers to compare"
+
+
+def _some(components: list[Component]) -> str:
+    return components[0].name + (", ..." if len(components) > 1 else "")

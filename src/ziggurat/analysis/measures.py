@@ -1,0 +1,251 @@
+"""Numbers about an adapter's components, as rows, numpy arrays and data frames.
+
+Symbols: a component has the update B A with singular values s_1 >= s_2 >= ...; N is the number of layers of a stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ziggurat.errors import ConfigError
+from ziggurat.lowrank.spectrum import effective_rank, principal_angles, spectrum_kl, stable_rank, top_k_share
+from ziggurat.lowrank.spectrum import factored_svd as _svd
+from ziggurat.lowrank.spectrum import numerical_rank as _numerical_rank
+
+from .components import UPDATE, Collected, Component
+
+if TYPE_CHECKING:
+    import pandas
+
+#: How many of the largest singular values M_eff-k counts where nothing else is said: half the rank of the component.
+HALF = 0
+
+
+def row(component: Component, k: int = HALF) -> dict[str, Any]:
+    """One component's numbers.
+
+    `m_eff` is M_eff-k (arXiv 2503.21838, Eq. 8) for the `m_eff_k` largest values, `norm` the Frobenius norm
+    sqrt(sum s^2), `spectral_norm` s_1, `nuclear_norm` sum s. All NaN where a factor isn't finite.
+    """
+    s = torch.from_numpy(component.singular_values)
+    take = k or max(1, component.rank // 2)
+    first, last = (component.layers[0], component.layers[-1]) if component.layers else (None, None)
+    return {
+        "part": component.part,
+        "stack": component.stack,
+        "first_layer": first,
+        "last_layer": last,
+        "role": component.role,
+        "d_out": component.shape[0],
+        "d_in": component.shape[1],
+        "rank": component.rank,
+        "parameters": component.parameters,
+        "norm": float(s.square().sum().sqrt()),
+        "spectral_norm": float(s[0]),
+        "nuclear_norm": float(s.sum()),
+        "m_eff_k": take,
+        "m_eff": float(top_k_share(s, take)),
+        "effective_rank": float(effective_rank(s)),
+        "stable_rank": float(stable_rank(s)),
+    }
+
+
+def rows(collected: Collected, k: int = HALF) -> list[dict[str, Any]]:
+    """`row` of every component, in the order of `Collected`."""
+    return [row(component, k) for component in collected.components]
+
+
+def frame(collected: Collected, k: int = HALF) -> pandas.DataFrame:
+    """`rows` as a data frame."""
+    import pandas
+
+    return pandas.DataFrame(rows(collected, k))
+
+
+def spectra(collected: Collected, part: str) -> np.ndarray:
+    """The singular values of a part's components, one a row, filled up with zeros."""
+    values = [component.singular_values for component in _some(collected, part)]
+    longest = max(len(one) for one in values)
+    return np.stack([np.pad(one, (0, longest - len(one))) for one in values])
+
+
+def mean_spectrum(collected: Collected, part: str, top: int = 8) -> np.ndarray:
+    """The `top` largest singular values of a part, (top,), averaged over its components: a column of Fig. 3.
+
+    Components that aren't finite are left out; where there are fewer values than `top`, the rest is NaN.
+    """
+    values = spectra(collected, part)
+    values = values[np.isfinite(values).all(axis=1)]
+    mean = values.mean(axis=0)[:top] if len(values) else np.full(0, np.nan)
+    return np.pad(mean, (0, top - len(mean)), constant_values=np.nan)
+
+
+def by_layer_and_role(
+    collected: Collected, part: str, value: str = "effective_rank", stack: str | None = None
+) -> tuple[np.ndarray, list[str]]:
+    """(N, roles) of one number of `row`, and the roles. A shared component stands in every layer it reaches."""
+    stack = stack_of(collected, stack)
+    chosen = [c for c in _some(collected, part) if c.stack == stack]
+    roles = list(dict.fromkeys(c.role for c in chosen))
+    grid = np.full((collected.layers[stack], len(roles)), np.nan)
+    for component in chosen:
+        grid[list(component.layers), roles.index(component.role)] = row(component)[value]
+    return grid, roles
+
+
+def energy(collected: Collected, stack: str | None = None) -> dict[str, dict[str, float]]:
+    """Part -> role -> mean over the layers of ||B A||_F^2: what each stored part adds to one linear of that role.
+
+    Parts aren't orthogonal, so these don't add up exactly to the update's own. A shared component counts in every
+    layer that it reaches. LoRA²'s planes, which multiply instead of adding, count as their update.
+    """
+    stack = stack_of(collected, stack)
+    parts = [UPDATE] if collected.method == "lora2" else collected.stored_parts
+    found: dict[str, dict[str, float]] = {}
+    for part in parts:
+        sums: dict[str, list[float]] = {}
+        for c in collected.of(part):
+            if c.stack == stack:
+                sums.setdefault(c.role, []).extend([float(np.square(c.singular_values).sum())] * max(1, len(c.layers)))
+        found[part] = {role: float(np.mean(values)) for role, values in sums.items()}
+    return found
+
+
+def kl_matrix(collected: Collected, part: str | None = None, stack: str | None = None) -> np.ndarray:
+    """(N, N): KL(P_i || P_j) of the normalised spectra of layers i and j (arXiv 2503.21838, Eq. 9 and 10).
+
+    Of the layer tier, or `part`, averaged over the roles that both layers have. NaN where a layer has no component, or
+    one of zeros.
+    """
+
+    def divergence(a: Component, b: Component) -> float:
+        return float(spectrum_kl(torch.from_numpy(a.singular_values), torch.from_numpy(b.singular_values)))
+
+    return _pairwise(collected, part, stack, divergence)
+
+
+def kl_difference(one: Collected, other: Collected, stack: str | None = None) -> np.ndarray:
+    """(N, N): `kl_matrix` of `one` minus that of `other`: the paper's Fig. 4. Positive: `one` is less redundant.
+
+    Raises:
+        ConfigError: their stacks have different numbers of layers.
+    """
+    mine = kl_matrix(one, stack=stack)
+    theirs = kl_matrix(other, stack=stack if stack in other.layers else None)
+    if mine.shape != theirs.shape:
+        raise ConfigError(
+            f"{one.source} reaches {len(mine)} layers and {other.source} {len(theirs)}: compare adapters of models of "
+            "one depth."
+        )
+    return mine - theirs
+
+
+def cosine_matrix(collected: Collected, part: str | None = None, stack: str | None = None) -> np.ndarray:
+    """(N, N): <D_i, D_j>_F / (||D_i|| ||D_j||) of the updates D = B A of layers i and j, mean over roles.
+
+    <D_i, D_j>_F = tr(A_j A_i^T B_i^T B_j), without a d x d matrix.
+    """
+    return _pairwise(collected, part, stack, cosine)
+
+
+def overlap_matrix(
+    collected: Collected, part: str | None = None, stack: str | None = None, side: str = "input"
+) -> np.ndarray:
+    """(N, N): how far layers i and j work in one subspace, mean cos^2 of the principal angles, mean over roles.
+
+    `side`: "input" compares the row spaces of B A (what is read), "output" the column spaces (what is written). 1: one
+    space contains the other; two random spaces of rank r in d dimensions give about r / d.
+    """
+    return _pairwise(collected, part, stack, lambda a, b: overlap(a, b, side))
+
+
+def tier_overlap(collected: Collected, stack: str | None = None, side: str = "input") -> tuple[np.ndarray, list[str]]:
+    """(parts, parts): `overlap` of two parts that act on the same linear, mean over linears; and the parts."""
+    stack = stack_of(collected, stack)
+    parts = collected.stored_parts
+    grid = np.full((len(parts), len(parts)), np.nan)
+    for i, one in enumerate(parts):
+        for j, other in enumerate(parts):
+            found = [
+                overlap(a, b, side)
+                for a in collected.of(one)
+                for b in collected.of(other)
+                if a.stack == b.stack == stack and a.role == b.role and set(a.layers) & set(b.layers)
+                if a.A.shape[1] == b.A.shape[1] and a.B.shape[0] == b.B.shape[0]
+                if (a is b) == (one == other)
+            ]
+            grid[i, j] = _mean(found)
+    return grid, parts
+
+
+def cosine(a: Component, b: Component) -> float:
+    """<D_a, D_b>_F / (||D_a|| ||D_b||); NaN for zeros, for what isn't finite, and for different shapes."""
+    if a.shape != b.shape or not (a.finite and b.finite):
+        return float("nan")
+    inner = float(((b.A @ a.A.T).double() * (b.B.T @ a.B).double()).sum())
+    norms = float(np.linalg.norm(a.singular_values) * np.linalg.norm(b.singular_values))
+    return inner / norms if norms else float("nan")
+
+
+def overlap(a: Component, b: Component, side: str = "input") -> float:
+    """Mean of cos^2 over the principal angles between the row ("input") or column ("output") spaces; NaN for zeros."""
+    if a.shape != b.shape or not (a.finite and b.finite):
+        return float("nan")
+    spaces = [_space(c, side) for c in (a, b)]
+    angles = principal_angles(*spaces) if all(space.shape[1] for space in spaces) else torch.zeros(0)
+    return float(angles.cos().square().mean()) if len(angles) else float("nan")
+
+
+def stack_of(collected: Collected, stack: str | None) -> str:
+    """The stack meant: the one named, else the only one or the one with most components.
+
+    Raises:
+        ConfigError: the adapter doesn't reach a stack of that name.
+    """
+    if stack is None:
+        count = {name: sum(c.stack == name for c in collected.components) for name in collected.layers}
+        return max(count, key=lambda name: count[name])
+    if stack not in collected.layers:
+        raise ConfigError(
+            f"{collected.source} reaches no stack {stack!r}; it reaches {', '.join(map(repr, collected.layers))}."
+        )
+    return stack
+
+
+def _space(component: Component, side: str) -> torch.Tensor:
+    U, s, V = _svd(*component.pair)
+    return (V if side == "input" else U)[:, : _numerical_rank(s)]
+
+
+def _pairwise(
+    collected: Collected, part: str | None, stack: str | None, measure: Callable[[Component, Component], float]
+) -> np.ndarray:
+    stack = stack_of(collected, stack)
+    number = collected.layers[stack]
+    at: dict[int, dict[str, Component]] = {}
+    for component in _some(collected, part or collected.by_layer):
+        if component.stack == stack:
+            for layer in component.layers:
+                at.setdefault(layer, {})[component.role] = component
+    grid = np.full((number, number), np.nan)
+    for i in at:
+        for j in at:
+            both = at[i].keys() & at[j].keys()
+            grid[i, j] = _mean(measure(at[i][role], at[j][role]) for role in sorted(both))
+    return grid
+
+
+def _some(collected: Collected, part: str) -> list[Component]:
+    found = collected.of(part)
+    if not found:
+        raise ConfigError(f"{collected.source} has no part {part!r}; its parts: {', '.join(collected.parts)}.")
+    return found
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = [value for value in values if np.isfinite(value)]
+    return float(np.mean(numbers)) if numbers else float("nan")
