@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.quantised import backend_of, base_weight, check_changeable, replace_weight
+from ziggurat.host.quantised import FLOATS, backend_of, base_weight, check_changeable, replace_weight
 from ziggurat.lowrank.pair import FactorPair, delta
 from ziggurat.lowrank.product import low_rank_add
 
@@ -77,6 +77,11 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     @abstractmethod
     def dropout(self, adapter: str) -> float:
         """The probability that an input of `adapter`'s path is dropped in training."""
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        """Device and dtype of the base; no dtype where numbers are packed or of 8 bits, which no factor can have."""
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        return device, dtype if dtype in FLOATS else None
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.adapters)
