@@ -1,0 +1,97 @@
+"""The pytest plugin of the runner: our config for the template's, local models, and the named exclusions.
+
+What to run comes in the environment variable PEFT_SUITE, as JSON (see `__main__`).
+"""
+
+import importlib.util
+import json
+import os
+import sys
+import types
+from collections import Counter
+from typing import Any
+
+import peft
+import pytest
+
+import ziggurat
+
+from .exclusions import Exclusion, read_exclusions
+from .rewrite import Rewriter, parts
+
+ASKED = json.loads(os.environ["PEFT_SUITE"])
+CONFIG = getattr(ziggurat, ASKED["config"])
+REWRITER = Rewriter(CONFIG, tuple(getattr(peft, name) for name in ASKED["templates"]), ASKED["rename"])
+USED: Counter[Exclusion] = Counter()
+
+if importlib.util.find_spec("diffusers") is None:
+    # Imported at the top of PEFT's test files, used only by tests of Stable Diffusion, which never run here.
+    stand_in: Any = types.ModuleType("diffusers")
+    stand_in.__version__, stand_in.StableDiffusionPipeline = "0.0.0", type("StableDiffusionPipeline", (), {})
+    sys.modules["diffusers"] = stand_in
+
+
+class EveryModelIsCached(dict):
+    """PEFT's tests go online for a model's first use; to them, every model has been used before."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> int:
+        return 1
+
+
+def quotes() -> Any:
+    """In the place of the one data set that the tests ask the hub for."""
+    from datasets import Dataset, DatasetDict
+
+    texts = ["be yourself everyone else is already taken", "the quick brown fox", "w1 w2 w3 w4 w5 w6 w7"] * 20
+    return DatasetDict(train=Dataset.from_dict({"quote": texts, "author": texts, "tags": [[text] for text in texts]}))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name in ("regression", "single_gpu_tests", "multi_gpu_tests", "bitsandbytes"):
+        config.addinivalue_line("markers", name)
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    if not isinstance(collector, pytest.Module):
+        return
+    module = collector.obj
+    for name, value in list(vars(module).items()):
+        if isinstance(value, type) and name.startswith("Test"):
+            for cls in value.__mro__[:-1]:
+                for function in vars(cls).values():
+                    if callable(function):
+                        REWRITER.function(function)
+            REWRITER.function(value)
+        elif callable(value) and name.startswith("test_"):
+            REWRITER.function(value)
+    if hasattr(module, "load_dataset_english_quotes"):
+        module.load_dataset_english_quotes = quotes
+    helpers: Any = sys.modules.get(f"{module.__package__}.testing_utils")
+    if helpers is not None:
+        helpers._HUB_MODEL_ACCESSES = EveryModelIsCached()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests that run on our config; those excluded have to fail, or the exclusion is out of date."""
+    exclusions = read_exclusions(ASKED["config"])
+    kept, dropped = [], []
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        ours = any(part is CONFIG or isinstance(part, CONFIG) for value in params.values() for part in parts(value))
+        (kept if ours else dropped).append(item)
+    for item in kept:
+        for exclusion in exclusions:
+            if exclusion.matches(item.nodeid):
+                USED[exclusion] += 1
+                item.add_marker(pytest.mark.xfail(reason=exclusion.reason, strict=True))
+                break
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for exclusion, count in USED.items():
+        terminalreporter.write_line(f"excluded {count:3d} x {exclusion.test}: {exclusion.reason}")
