@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ziggurat.errors import DataError
 
+from .glue import PREFIX, glue_name, glue_splits
 from .schema import Recipe
 from .tables import draw, is_hub_name, read_table, require_column
 
@@ -64,11 +65,16 @@ def load_examples(recipe: Recipe) -> Examples:
 
 def _splits(recipe: Recipe, notes: list[str]) -> tuple[Dataset, Dataset]:
     data = recipe.data
-    train = read_table(data.train, subset=data.subset, split=data.train_split)
+    train, validation = glue_splits(data) or (None, None)
+    if validation is not None:
+        assert train is not None
+        return train, validation
+    if train is None:
+        train = read_table(data.train, subset=data.subset, split=data.train_split)
     if data.validation is not None:
         split = data.validation_split or ("validation" if is_hub_name(data.validation) else "train")
         return train, read_table(data.validation, subset=data.subset, split=split, demo="validation")
-    if data.validation_split is not None:
+    if data.validation_split is not None and not data.train.startswith(PREFIX):
         if not is_hub_name(data.train):
             raise DataError(
                 f"data.validation_split: '{data.train}' is a file and has no splits; "
@@ -95,7 +101,8 @@ def _labelled(recipe: Recipe, train: Dataset, validation: Dataset) -> tuple[Data
     for table, source in sources:
         for key, column in columns:
             require_column(table, column, key, source)
-        for key, column in columns[:-1]:
+        # GLUE is scored as it was published, and a few questions of QQP are empty.
+        for key, column in columns[:-1] if glue_name(data.train, data.subset) is None else ():
             _check_texts(table[column], key, column, source)
     if recipe.task == "regression":
         labels = [_numbers(table[data.label], data.label, source) for table, source in sources]

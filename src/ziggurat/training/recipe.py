@@ -11,6 +11,7 @@ import yaml
 
 from ziggurat.errors import RecipeError
 
+from .glue import fill_in, glue_name
 from .methods import SYNONYMS, method_problems
 from .nearest import did_you_mean, missing_path, nearest
 from .schema import CLASSIFICATION_METRICS, INSTRUCT_METRICS, REGRESSION_METRICS, Recipe, keys
@@ -127,6 +128,7 @@ def make_recipe(values: Mapping[str, Any], overrides: Iterable[str] = (), label:
 def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: list[str]) -> Recipe:
     # An override with no value takes the key out, back to its default: the only way to drop a method's field.
     flat = {key: value for key, value in {**flat, **extra}.items() if key not in extra or value is not None}
+    problems += fill_in(flat)
     known = keys()
     choice = {key.removeprefix("method."): value for key, value in flat.items() if key.startswith("method.")}
     good: dict[str, Any] = {}
@@ -227,9 +229,10 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
             flat.update({f"{key}.{inner}": item for inner, item in value.items()})
         elif key not in ("resume", "overwrite"):
             flat[key] = value
-    for key in ("model", "data.train", "data.validation"):
+    for key in ("model", "data.train", "data.validation", "data.folder"):
         value = flat.get(key)
-        if value is not None and Path(value).expanduser().exists() and value not in ("embedded", "demo"):
+        named = value in ("embedded", "demo") or glue_name(value) is not None
+        if value is not None and not named and Path(value).expanduser().exists():
             flat[key] = str(Path(value).expanduser().resolve())
     return {key: value for key, value in flat.items() if value is not None}
 

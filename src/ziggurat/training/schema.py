@@ -25,7 +25,10 @@ class Part(BaseModel):
 class DataPart(Part):
     """Where the examples come from and which columns mean what."""
 
-    train: str = Field(description="csv, tsv, json, jsonl or parquet file, hub data set, or `demo`")
+    train: str = Field(description="csv, tsv, json, jsonl or parquet file, hub data set, `glue/<task>`, or `demo`")
+    folder: str | None = Field(
+        default=None, description="for `glue/<task>`: folder with <task>/train.parquet and so on, instead of the hub"
+    )
     validation: str | None = Field(
         default=None, description="the same for the scores; without it a part of `train` is split off with the seed"
     )

@@ -1,0 +1,135 @@
+"""GLUE's eight tasks: columns, classes, splits and metrics, from the hub or from a folder of parquet files.
+
+Names, columns and splits are those of the hub data set `nyu-mll/glue` (Wang et al., ICLR 2019).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ziggurat.errors import DataError
+
+from .nearest import did_you_mean, missing_path
+from .tables import read_table
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .schema import DataPart
+
+HUB = "nyu-mll/glue"
+PREFIX = "glue/"
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """One task. `classes` are named as on the hub, in the order of the labels 0, 1, ...; none: a number from 0 to 5.
+
+    `server` maps a test split to the file that GLUE's server expects; `says_names`: the file names the
+    classes instead of counting them.
+    """
+
+    columns: tuple[str, ...]
+    classes: tuple[str, ...]
+    metric: str
+    server: dict[str, str]
+    says_names: bool = False
+    validation: str = "validation"
+
+
+GLUE: dict[str, GlueTask] = {
+    "cola": GlueTask(("sentence",), ("unacceptable", "acceptable"), "matthews", {"test": "CoLA.tsv"}),
+    "sst2": GlueTask(("sentence",), ("negative", "positive"), "accuracy", {"test": "SST-2.tsv"}),
+    "mrpc": GlueTask(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), "accuracy", {"test": "MRPC.tsv"}),
+    "stsb": GlueTask(("sentence1", "sentence2"), (), "pearson", {"test": "STS-B.tsv"}),
+    "qqp": GlueTask(("question1", "question2"), ("not_duplicate", "duplicate"), "accuracy", {"test": "QQP.tsv"}),
+    "mnli": GlueTask(
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        "accuracy",
+        {"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
+        says_names=True,
+        validation="validation_matched",
+    ),
+    "qnli": GlueTask(
+        ("question", "sentence"), ("entailment", "not_entailment"), "accuracy", {"test": "QNLI.tsv"}, says_names=True
+    ),
+    "rte": GlueTask(
+        ("sentence1", "sentence2"), ("entailment", "not_entailment"), "accuracy", {"test": "RTE.tsv"}, says_names=True
+    ),
+}
+
+
+def glue_name(train: Any, subset: Any = None) -> str | None:
+    """The GLUE task that `data.train` (with `data.subset`) names, as `glue/mrpc` or as the hub does; else None."""
+    if not isinstance(train, str):
+        return None
+    if train.startswith(PREFIX) and "." not in train:
+        return train.removeprefix(PREFIX)
+    return subset if train == HUB and subset in GLUE else None
+
+
+def fill_in(flat: dict[str, Any]) -> list[str]:
+    """Add to a flat recipe what its GLUE task says (columns, classes, task, metric) where it says nothing itself.
+
+    Returns what is wrong: a task that there isn't, a subset beside it, a folder for other data.
+    """
+    train, subset = flat.get("data.train"), flat.get("data.subset")
+    name = glue_name(train, subset)
+    if name is None:
+        if flat.get("data.folder") is not None:
+            return ["data.folder: is for GLUE's tasks; set data.train to glue/<task>, or name the file itself there"]
+        return []
+    if name not in GLUE:
+        return [f"data.train: 'glue/{name}' is not one of glue/{', glue/'.join(GLUE)}{did_you_mean(name, GLUE)}"]
+    if train != HUB and subset is not None:
+        return [f"data.subset: has no meaning with data.train: {train}, which names the task itself"]
+    task = GLUE[name]
+    values = {"task": "classification" if task.classes else "regression", "metric": task.metric}
+    values["data.text"] = task.columns[0]
+    if len(task.columns) > 1:
+        values["data.text_pair"] = task.columns[1]
+    for key, value in values.items():
+        flat.setdefault(key, value)
+    if task.classes and flat["task"] == "classification":
+        flat.setdefault("data.label_names", list(task.classes))
+    return []
+
+
+def glue_splits(data: DataPart) -> tuple[Dataset, Dataset | None] | None:
+    """The training and validation rows of a GLUE task; None for other data, or where a plain hub read will do.
+
+    `data.validation_rows` asks for a part of the training rows instead (to tune on): then the second is None.
+    """
+    name = glue_name(data.train, data.subset)
+    if name is None or (data.folder is None and not data.train.startswith(PREFIX)):
+        return None
+    train = read_glue(name, data.train_split, data.folder)
+    if data.validation is not None or data.validation_rows is not None:
+        return train, None
+    return train, read_glue(name, data.validation_split or GLUE[name].validation, data.folder)
+
+
+def read_glue(name: str, split: str, folder: str | None = None) -> Dataset:
+    """The rows of one split, from the hub or from `folder`: `<folder>/<task>/<split>.parquet`, or the hub's file names.
+
+    Raises DataError that says which files were looked for.
+    """
+    if folder is None:
+        return read_table(HUB, subset=name, split=split)
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise DataError(f"data.folder: {missing_path(root)}")
+    home = root if root.name == name and not (root / name).is_dir() else root / name
+    found = sorted([*home.glob(f"{split}.parquet"), *home.glob(f"{split}-*-of-*.parquet")])
+    if not found:
+        there = sorted(file.name for file in home.glob("*.parquet")) if home.is_dir() else []
+        held = f"it holds {', '.join(there)}" if there else "there is no parquet file"
+        raise DataError(f"data.folder: '{home}' has no {split}.parquet (or {split}-00000-of-00001.parquet): {held}")
+    if len(found) == 1:
+        return read_table(str(found[0]))
+    import datasets
+
+    return datasets.concatenate_datasets([read_table(str(file)) for file in found])

@@ -1,0 +1,163 @@
+"""GLUE's tasks as a recipe's data: every task trains from a local folder, is scored, and writes the server's file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from glue_folder import rows_of, write_glue
+
+from ziggurat.errors import DataError, RecipeError
+from ziggurat.evaluation.glue import glue_scores, task_of, write_server_files
+from ziggurat.training.data import load_examples
+from ziggurat.training.glue import GLUE, HUB, glue_name, read_glue
+from ziggurat.training.load import load_adapter_model
+from ziggurat.training.recipe import load_recipe, make_recipe, resolved, to_yaml
+from ziggurat.training.run import train
+from ziggurat.training.schema import Recipe
+
+EXPECTED = {
+    "cola": ("classification", "matthews"),
+    "sst2": ("classification", "accuracy"),
+    "mrpc": ("classification", "accuracy"),
+    "stsb": ("regression", "pearson"),
+    "qqp": ("classification", "accuracy"),
+    "mnli": ("classification", "accuracy"),
+    "qnli": ("classification", "accuracy"),
+    "rte": ("classification", "accuracy"),
+}
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_glue(tmp_path_factory.mktemp("data") / "glue")
+
+
+def recipe_for(name: str, folder: Path, **more: Any) -> Recipe:
+    values = {"model": "embedded", "data.train": f"glue/{name}", "data.folder": str(folder), "method.name": "lora"}
+    return make_recipe({**values, **{key.replace("__", "."): value for key, value in more.items()}})
+
+
+def test_the_eight_tasks_say_their_columns_classes_and_metric(glue: Path) -> None:
+    assert set(GLUE) == set(EXPECTED)
+    for name, (task, metric) in EXPECTED.items():
+        recipe = recipe_for(name, glue)
+        assert (recipe.task, recipe.main_metric) == (task, metric)
+        examples = load_examples(recipe)
+        assert (len(examples.train), len(examples.validation)) == (24, 6)
+        assert examples.label_names == list(GLUE[name].classes)
+        assert ("text_pair" in examples.train.column_names) == (name not in ("cola", "sst2"))
+        assert examples.train["text"][0] == ("the film is good" if name in ("cola", "sst2") else "the film")
+        assert resolved(make_recipe(resolved(recipe))) == resolved(recipe)
+
+
+def test_the_hubs_name_and_subset_read_the_folder_too(glue: Path) -> None:
+    recipe = load_recipe("roberta-mrpc", [f"data.folder={glue}"])
+    assert recipe.data.train == HUB
+    examples = load_examples(recipe)
+    assert examples.label_names == ["not_equivalent", "equivalent"] and len(examples.validation) == 6
+
+
+def test_rows_split_off_to_tune_on_leave_the_validation_set_alone(glue: Path) -> None:
+    examples = load_examples(recipe_for("rte", glue, data__validation_rows=5))
+    assert (len(examples.train), len(examples.validation)) == (19, 5)
+
+
+def test_what_the_recipe_says_itself_stands(glue: Path) -> None:
+    recipe = recipe_for("mrpc", glue, metric="f1", data__label_names=["no", "yes"], data__max_train=7)
+    assert recipe.main_metric == "f1" and load_examples(recipe).label_names == ["no", "yes"]
+    assert len(load_examples(recipe).train) == 7
+    assert "glue/mrpc" in to_yaml(recipe)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"data.train": "glue/mrcp"}, r"'glue/mrcp' is not one of glue/cola, .*did you mean mrpc\?"),
+        ({"data.train": "glue/rte", "data.subset": "rte"}, "data.subset: has no meaning"),
+        ({"data.train": "x.csv", "data.folder": "y"}, "data.folder: is for GLUE's tasks"),
+        ({"data.train": "glue/stsb", "metric": "accuracy"}, "accuracy does not go with task: regression"),
+    ],
+)
+def test_a_recipe_that_misnames_glue(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        make_recipe({"model": "embedded", "method.name": "lora", **values})
+
+
+def test_a_folder_without_the_split_says_what_it_holds(glue: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no validation_matched\.parquet .*it holds train\.parquet"):
+        (tmp_path / "mnli").mkdir()
+        pq.write_table(pa.Table.from_pylist(rows_of("mnli", 3, False)), tmp_path / "mnli" / "train.parquet")
+        read_glue("mnli", "validation_matched", str(tmp_path))
+    with pytest.raises(DataError, match="does not exist"):
+        read_glue("mnli", "train", str(tmp_path / "nowhere"))
+    assert len(read_glue("rte", "train", str(glue / "rte"))) == 24
+    with pytest.raises(DataError, match=r"no train\.parquet"):
+        read_glue("rte", "train", str(glue / "mrpc"))
+
+
+def test_names_that_are_no_task() -> None:
+    assert glue_name("glue/rte") == "rte" and glue_name(HUB, "rte") == "rte"
+    assert glue_name(HUB, "ax") is None and glue_name("my/glue") is None and glue_name("glue/rte.csv") is None
+
+
+@pytest.mark.parametrize("name", ["mnli", "stsb", "mrpc"])
+def test_train_score_and_write_the_servers_files(name: str, glue: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(
+        name,
+        glue,
+        model=str(tiny_bert),
+        method__r=4,
+        train__lr=4.0e-2,
+        train__epochs=8 if name == "mnli" else 3,
+        head__pooling="mean" if name == "mnli" else "model",
+        train__batch=8,
+        train__evaluate="never",
+        train__save="never",
+        output=str(tmp_path / "out"),
+    )
+    result = train(recipe)
+    loaded = load_adapter_model(result.folder)
+    assert task_of(loaded) == name
+    scores = glue_scores(loaded, name, str(glue))
+    main = recipe.main_metric
+    assert scores[main] == pytest.approx(result.after[main], abs=1e-4) and scores["rows"] == 6
+    assert ("mismatched_accuracy" in scores) == (name == "mnli")
+    files = write_server_files(loaded, name, tmp_path / "server", str(glue))
+    wanted = {"mnli": ["MNLI-m.tsv", "MNLI-mm.tsv"], "stsb": ["STS-B.tsv"], "mrpc": ["MRPC.tsv"]}[name]
+    assert [file.name for file in files] == wanted
+    lines = files[0].read_text().splitlines()
+    assert lines[0] == "index\tprediction" and [line.split("\t")[0] for line in lines[1:]] == [
+        str(100 + index) for index in range(6)
+    ]
+    said = [line.split("\t")[1] for line in lines[1:]]
+    if name == "mnli":
+        assert scores["accuracy"] > 60 and set(said) <= set(GLUE["mnli"].classes)
+        # The test rows are the validation rows: what the file says is what was scored.
+        right = sum(GLUE["mnli"].classes[index % 3] == one for index, one in enumerate(said))
+        assert 100 * right / 6 == pytest.approx(scores["accuracy"])
+    elif name == "stsb":
+        assert all(0 <= float(one) <= 5 and len(one.split(".")[1]) == 3 for one in said)
+    else:
+        assert set(said) <= {"0", "1"}
+        assert json.loads((result.folder / "run.json").read_text())["head"]["label_names"] == list(GLUE["mrpc"].classes)
+
+
+def test_an_adapter_of_other_data_is_refused(glue: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    made = recipe_for(
+        "cola", glue, model=str(tiny_bert), train__max_steps=1, output=str(tmp_path / "out"), train__save="never"
+    )
+    loaded = load_adapter_model(train(made).folder)
+    assert task_of(loaded, "sst2") == "sst2"
+    with pytest.raises(DataError, match=r"3 classes and 2 texts a row; this adapter .* answers with 2 classes to 1"):
+        task_of(loaded, "mnli")
+    (glue / "cola" / "test.parquet").rename(glue / "cola" / "away.parquet")
+    with pytest.raises(DataError, match=r"no test.parquet"):
+        write_server_files(loaded, "cola", tmp_path / "server", str(glue))
+    assert not (tmp_path / "server").exists()
+    with pytest.raises(DataError, match="labels of split"):
+        (glue / "cola" / "validation.parquet").unlink()
+        (glue / "cola" / "away.parquet").rename(glue / "cola" / "validation.parquet")
+        glue_scores(loaded, "cola", str(glue))
