@@ -82,12 +82,12 @@ def _indices(table: object) -> list[int]:
 
 def _number(answer: Prediction, loaded: Loaded) -> float:
     value = answer.answer
-    return value if isinstance(value, float) else float(loaded.head.label_names.index(value))
+    return float(loaded.head.label_names.index(value)) if isinstance(value, str) else value
 
 
 def _as_server(answer: Prediction, loaded: Loaded, task: GlueTask) -> str:
     value = answer.answer
-    if isinstance(value, float):
+    if not isinstance(value, str):
         return f"{min(max(value, 0.0), 5.0):.3f}"
     place = loaded.head.label_names.index(value)
     return task.classes[place] if task.says_names else str(place)
