@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from training_tables import reviews, write_csv, write_jsonl
 
-from conftest import reviews, write_csv, write_jsonl
 from ziggurat.errors import DataError
 from ziggurat.training.data import load_examples
 from ziggurat.training.instruct import alpaca_prompt

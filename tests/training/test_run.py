@@ -1,6 +1,8 @@
 """Whole runs on tiny models: each task, each kind of method, reload, refusal to overwrite."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,11 @@ import torch
 import yaml
 from peft import AutoPeftModelForSequenceClassification
 from rich.console import Console
+from training_tables import reviews, write_csv, write_jsonl
 
-from conftest import reviews, write_csv, write_jsonl
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.training.answer import predict
+from ziggurat.training.interrupt import Interrupted
 from ziggurat.training.load import load_adapter_model
 from ziggurat.training.recipe import make_recipe
 from ziggurat.training.report import report
@@ -29,7 +32,7 @@ def recipe_for(model: Path, data: Path, output: Path, **more: Any) -> Recipe:
         "method.name": "msplora",
         "method.r": 4,
         "train.lr": 3.0e-2,
-        "train.epochs": 6,
+        "train.epochs": 5,
         "train.batch": 8,
         "train.evaluate": "never",
         "train.save": "never",
@@ -203,6 +206,30 @@ def test_the_best_checkpoint_can_be_kept(tiny_bert: Path, reviews_csv: Path, tmp
     result = train(made)
     scores = [line["eval_matthews"] for line in result.history if "eval_matthews" in line]
     assert result.after["matthews"] == max(scores[1:-1])
+
+
+def test_sigterm_leaves_a_checkpoint_and_gives_the_signals_back(
+    tiny_bert: Path, reviews_csv: Path, tmp_path: Path
+) -> None:
+    from transformers import TrainerCallback
+
+    class Terminate(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    made = recipe_for(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=6)
+    with pytest.raises(Interrupted, match="stopped at step 3 of 6") as stopped:
+        train(made, callbacks=[Terminate()])
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert stopped.value.signal == signal.SIGTERM
+    assert stopped.value.checkpoint is not None and stopped.value.checkpoint.endswith("checkpoint-3")
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.unfinished"]
+    with pytest.raises(RecipeError, match="is an unfinished run"):
+        load_adapter_model(tmp_path / "out.unfinished")
+    resumed = train(recipe_for(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=6, resume=True))
+    assert resumed.steps == 6 and [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
 def test_a_second_run_never_overwrites_in_silence(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:

@@ -1,0 +1,101 @@
+"""Tiny models with their own tokenizers, and small tables to learn from."""
+
+import csv
+import json
+from pathlib import Path
+
+import torch
+
+WORDS = [
+    *("the", "a", "film", "story", "actor", "scene", "music", "plot", "is", "was", "and", "not", "very"),
+    *("good", "great", "fine", "lovely", "bad", "poor", "dull", "awful"),
+    *("what", "colour", "sky", "grass", "blue", "green", "say", "name", "one", "two", "three", "yes", "no"),
+]
+
+
+def _save_tokenizer(folder: Path, chat: bool) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>"]
+    vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if not chat:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        eos_token="</s>",
+        model_max_length=64,
+    )
+    if chat:
+        fast.chat_template = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
+    fast.save_pretrained(str(folder))
+
+
+def save_tiny_bert(folder: Path) -> None:
+    """An untrained BERT of four layers, saved without a head: as published encoders are."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS) + 5,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(str(folder))
+    _save_tokenizer(folder, chat=False)
+
+
+def save_tiny_llama(folder: Path) -> None:
+    """An untrained Llama of four layers whose tokenizer has a chat template."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS) + 5,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=4,
+        initializer_range=0.3,  # the frozen output layer must be able to prefer one word
+    )
+    LlamaForCausalLM(config).save_pretrained(str(folder))
+    _save_tokenizer(folder, chat=True)
+
+
+def reviews(count: int) -> list[dict[str, str]]:
+    """Sentences whose class one word decides, so that a few steps learn them."""
+    good, bad, nouns = ["good", "great", "fine", "lovely"], ["bad", "poor", "dull", "awful"], WORDS[2:8]
+    rows = []
+    for index in range(count):
+        words, label = (good, "pos") if index % 2 == 0 else (bad, "neg")
+        rows.append({"text": f"the {nouns[index % 6]} is very {words[(index // 2) % 4]}", "label": label})
+    return rows
+
+
+def write_csv(path: Path, rows: list[dict[str, object]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
