@@ -56,12 +56,16 @@ class LoRA2Callback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Where the loss was made outside the model (label smoothing, a loss function), add the regulariser's gradient.
+        """Where the step's loss was not the model's own, add the regulariser's gradient here.
 
-        The same on every process, after gradients were averaged and clipped.
+        Label smoothing, loss functions and TRL's trainers make the loss from the model's other outputs.
+        The gradient is the same on every process, and comes after gradients were averaged and clipped.
         """
         hook = hook_of(model) if model is not None else None
-        if model is None or hook is None or hook.joined:
+        if model is None or hook is None:
+            return
+        joined, hook.joined = hook.joined, False
+        if joined:
             return
         with torch.enable_grad():
             added = penalty(model)

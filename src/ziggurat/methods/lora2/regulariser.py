@@ -52,12 +52,13 @@ def penalty(model: nn.Module) -> Tensor | None:
 class Regulariser:
     """A forward hook on the base model's root: adds `penalty` to the loss that the model returns, while training.
 
-    In evaluation, and where the output holds no loss, it changes nothing. `joined` tells whether the last forward in
-    training had a loss to join, `forwards` how many of them there were since directions were last ranked.
+    In evaluation, and where the output holds no loss, it changes nothing. `joined` tells whether a backward has gone
+    through a penalty since it was last set to False: TRL and label smoothing make a loss of their own and leave the
+    model's aside. `forwards` counts the forwards in training since directions were last ranked.
     """
 
     def __init__(self) -> None:
-        self.joined = True
+        self.joined = False
         self.forwards = 0
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -65,12 +66,18 @@ class Regulariser:
             return None
         self._remind()
         loss = _loss_of(output, kwargs)
-        self.joined = loss is not None
         added = penalty(model) if loss is not None else None
         if loss is None or added is None:
             return None
-        share = _share(model, kwargs)
-        return _with_loss(output, loss + (added * share).to(loss.device, loss.dtype))
+        added = added * _share(model, kwargs)
+        if torch.compiler.is_compiling():
+            self.joined = True  # a hook on a tensor would break the graph
+        else:
+            added.register_hook(self._note)
+        return _with_loss(output, loss + added.to(loss.device, loss.dtype))
+
+    def _note(self, gradient: Tensor) -> None:
+        self.joined = True
 
     def _remind(self) -> None:
         self.forwards += 1
