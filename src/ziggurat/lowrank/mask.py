@@ -15,12 +15,17 @@ _STEPS = 1 << 16  # the probability is a multiple of 1 / _STEPS
 _BLOCK = 1 << 17  # entries drawn at a time: their random bits stay in the processor's cache
 
 
+def threshold(p: float) -> int:
+    """An entry is dropped if its 16 random bits are below this."""
+    return round(p * _STEPS)
+
+
 def keep_scale(p: float) -> float:
     """What the kept entries are multiplied by, ``1 / (1 - p)``, for p as it is really drawn; 0 for p = 1.
 
     p is rounded to a multiple of 2^-16, so the expectation of dropout(x) is x exactly.
     """
-    kept = _STEPS - _threshold(p)
+    kept = _STEPS - threshold(p)
     return _STEPS / kept if kept else 0.0
 
 
@@ -30,14 +35,14 @@ def draw(x: Tensor, p: float) -> Tensor:
     On the CPU one bit per entry, elsewhere one byte. Advances torch's default generator of x's device.
     """
     if x.device.type != "cpu":
-        return torch.empty(x.numel(), dtype=torch.bool, device=x.device).bernoulli_(1 - _threshold(p) / _STEPS)
+        return torch.empty(x.numel(), dtype=torch.bool, device=x.device).bernoulli_(1 - threshold(p) / _STEPS)
     generator = np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_()))
-    size, threshold = x.numel(), _threshold(p)
+    size, below = x.numel(), threshold(p)
     bits = np.empty((size + 7) // 8, dtype=np.uint8)
     for start in range(0, size, _BLOCK):
         count = min(_BLOCK, size - start)
         words = generator.random_raw((count + 3) // 4).view(np.uint16)[:count]
-        bits[start // 8 : (start + count + 7) // 8] = np.packbits(words >= threshold)
+        bits[start // 8 : (start + count + 7) // 8] = np.packbits(words >= below)
     return torch.from_numpy(bits)
 
 
@@ -53,7 +58,3 @@ def apply(x: Tensor, mask: Tensor, *, start: int = 0, in_place: bool = False) ->
     else:
         kept = mask[start:stop]
     return x.mul_(kept.view(x.shape)) if in_place else x * kept.view(x.shape)
-
-
-def _threshold(p: float) -> int:
-    return round(p * _STEPS)

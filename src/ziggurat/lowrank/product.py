@@ -6,7 +6,10 @@ one autograd operation that keeps x itself (every linear that reads the same x k
 in parts that fit a processor's cache.
 """
 
+import os
 from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,8 +38,9 @@ def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.
 
     As in PEFT, x is converted to A's dtype and the sum is rounded to y's; under autocast the products
     are in autocast's dtype, as `torch.nn.functional.linear` has them. Gradients go to y, x, A and B, twice
-    if asked. When compiling, and for tensor subclasses (DTensor, FakeTensor), it is composed of plain
-    operations with torch's own dropout: a compiler fuses them itself.
+    if asked. Where Triton is installed and the GPU and the dtypes suit, Triton kernels do it
+    (ZIGGURAT_TRITON=0 in the environment turns them off). When compiling, and for tensor subclasses (DTensor,
+    FakeTensor), it is composed of plain operations with torch's own dropout: a compiler fuses them itself.
 
     Raises ConfigError if the shapes do not fit each other or dropout is outside 0..1.
     """
@@ -44,10 +48,12 @@ def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.
     tensors = (y, x, A, B)
     if torch.compiler.is_compiling() or not all(type(t) in _PLAIN for t in tensors):
         return composed(y, x, A, B, dropout)
+    dtype = _product_dtype(x, A)
+    if x.is_cuda and (fused := _fused()) and fused.runs_on(x.device) and fused.suits(*tensors, dtype):
+        return fused.fused_low_rank_add(y, x, A, B, dropout, dtype, reuse_y)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _LowRankAdd.apply(y, x, A, B, dropout, reuse_y)  # type: ignore[no-any-return]
     mask = masks.draw(x, dropout) if dropout else None
-    dtype = _product_dtype(x, A)
     h = _down(x, mask, _scaled(A, masks.keep_scale(dropout), dtype))
     return _up_add(y, h, B.to(dtype), reuse_y)
 
@@ -72,6 +78,17 @@ def owns_output(module: nn.Module) -> bool:
         and "forward" not in module.__dict__
         and not (module._forward_hooks or nn.modules.module._global_forward_hooks)
     )
+
+
+@cache
+def _fused() -> ModuleType | None:
+    if os.environ.get("ZIGGURAT_TRITON", "1") == "0":
+        return None
+    try:
+        from ziggurat.lowrank import triton_product
+    except ImportError:
+        return None
+    return triton_product
 
 
 class _LowRankAdd(torch.autograd.Function):
