@@ -83,6 +83,12 @@ class PathLayer(nn.Module, BaseTunerLayer):
 
     weight = None  # type: ignore[assignment]
     bias = None  # type: ignore[assignment]
+    #: Why `ziggurat.export` refuses, and what works.
+    cannot_export = (
+        "a path goes around a whole layer, and no update of a linear can say that. Keep the adapter beside the model, "
+        "write a model folder with its paths by `ziggurat merge`, or write the injected LoRA alone by "
+        "ziggurat.methods.lor2c.serve.write_injected_lora"
+    )
 
     def __init__(self, layer: int, handover: Handover) -> None:
         super().__init__()

@@ -58,7 +58,7 @@ def lay_out(config: LoR2CConfig, model: nn.Module, anatomy: Anatomy, model_type:
     layout = Layout()
     chosen = {stack: _chosen(config, stack, anatomy.layers(stack), model) for stack in anatomy.stacks}
     chosen = {stack: layers for stack, layers in chosen.items() if layers}
-    _check_names(config, anatomy, chosen)
+    _check_stacks(config, anatomy, chosen)
     for stack, layers in chosen.items():
         state = _state(config, stack, layers, anatomy.stacks[stack], one_of=len(chosen))
         if state.spans or state.injected:
@@ -86,11 +86,11 @@ def _chosen(config: LoR2CConfig, stack: str, layers: Sequence[str], model: nn.Mo
     return [
         number
         for number, path in enumerate(layers)
-        if not (wanted and number not in wanted) and not _names(config.exclude_modules, path)
+        if not (wanted and number not in wanted) and not means(config.exclude_modules, path)
     ]
 
 
-def _names(patterns: Any, path: str) -> bool:
+def means(patterns: Any, path: str) -> bool:
     """Whether PEFT's `target_modules` or `exclude_modules` mean the module at `path`."""
     if not patterns:
         return False
@@ -99,7 +99,7 @@ def _names(patterns: Any, path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in patterns)
 
 
-def _check_names(config: LoR2CConfig, anatomy: Anatomy, chosen: dict[str, list[int]]) -> None:
+def _check_stacks(config: LoR2CConfig, anatomy: Anatomy, chosen: dict[str, list[int]]) -> None:
     deepest = max(anatomy.stacks.values())
     wanted = config.layers_to_transform
     for layer in [wanted] if isinstance(wanted, int) else wanted or ():
@@ -139,7 +139,7 @@ def _state(config: LoR2CConfig, stack: str, layers: Sequence[int], depth: int, o
 def _add_sites(
     config: LoR2CConfig, layout: Layout, model: nn.Module, stack: str, state: StackState, layers: Sequence[str]
 ) -> None:
-    holder = _holder(model, stack)
+    holder = holder_of(model, stack)
     covered = [(number, span) for span in state.spans for number in span.layers]
     widths = {number: _width(config, model, layers[number]) for number, _ in covered}
     for number, span in covered:
@@ -163,7 +163,7 @@ def _add_sites(
         )
 
 
-def _holder(model: nn.Module, stack: str) -> str:
+def holder_of(model: nn.Module, stack: str) -> str:
     """The path of the module whose forward runs the layers: a list's owner, or the list itself if it can run."""
     while stack and isinstance(model.get_submodule(stack), nn.ModuleList):
         stack = stack.rpartition(".")[0]
@@ -215,10 +215,10 @@ def _add_linears(
     inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     found = set()
     for path, module in model.named_modules():
-        place = anatomy.find(path) if path and not path.startswith(inside) and _names(targets, path) else None
+        place = anatomy.find(path) if path and not path.startswith(inside) and means(targets, path) else None
         if place is None or (place.stack, place.layer) not in needed or not is_adaptable(module):
             continue
-        if _names(config.exclude_modules, path):
+        if means(config.exclude_modules, path):
             continue
         layout.linears[path] = (place.stack, place.layer)
         found.add((place.stack, place.layer))

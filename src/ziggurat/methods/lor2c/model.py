@@ -3,11 +3,12 @@
 import copy
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,7 +21,7 @@ from ziggurat.host.tuner import LinearTuner, _quantization_kwargs
 from ziggurat.methods.lor2c.config import LoR2CConfig
 from ziggurat.methods.lor2c.events import RestructureCallback
 from ziggurat.methods.lor2c.layer import LoR2CLayer, LoR2CLinear, LoR2CPath
-from ziggurat.methods.lor2c.layout import Layout, lay_out
+from ziggurat.methods.lor2c.layout import Layout, lay_out, means
 from ziggurat.methods.lor2c.paths import Adapter, PathBank, from_json, to_json
 
 #: Where the bank stands in the base model; must not contain the tuner's prefix.
@@ -40,12 +41,13 @@ class LoR2CModel(LinearTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # Which modules there are follows from the config alone, never from the names in a state dict.
         kwargs.pop("state_dict", None)
-        given = self.peft_config[adapter_name]
-        # A copy, since training writes the structure into it, and the user's own may serve for another model.
-        config = copy.copy(given)
-        assert isinstance(given, LoR2CConfig) and isinstance(config, LoR2CConfig)
-        config.log = list(given.log)
-        self.peft_config[adapter_name] = config
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, LoR2CConfig)
+        if config.restructures:
+            # A copy, since training writes the structure into it, and the user's own may serve for another model.
+            config = copy.copy(config)
+            config.log = list(config.log)
+            self.peft_config[adapter_name] = config
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             assert self._layout is not None
@@ -68,10 +70,12 @@ class LoR2CModel(LinearTuner):
         self.anatomy = Anatomy(model, layers_pattern=peft_config.layers_pattern)
         self._layout = lay_out(peft_config, model, self.anatomy, self.get_model_config(model).get("model_type"))
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
+        assert isinstance(peft_config, LoR2CConfig)
+        if means(peft_config.exclude_modules, key):
+            return _ExcludedModule()
         layout = self._layout
         if layout is None:
-            assert isinstance(peft_config, LoR2CConfig)
             layout = lay_out(peft_config, self.model, Anatomy(self.model, peft_config.layers_pattern), None)
         return key in layout.layers or key in layout.linears
 
@@ -148,6 +152,12 @@ class LoR2CModel(LinearTuner):
     def path_counts(self, adapter: str = "default") -> dict[str, int]:
         """How many numbers `adapter` stores, how many act in the forward now, and how many training changes now."""
         return self._bank().counts(adapter)
+
+    def write_self_contained(self, out: str | Path, tokenizer: Any = None, adapter: str | None = None) -> Path:
+        """Write a model folder that needs transformers alone: see `serve.write_remote_code_model`."""
+        from ziggurat.methods.lor2c.serve import write_remote_code_model
+
+        return write_remote_code_model(self.model, tokenizer, out, adapter)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANT_MERGE.format(adapters=", ".join(map(repr, self.peft_config))))

@@ -74,7 +74,8 @@ class PathBank(SharedDown, LoR2CLayer):
                     if adapter in linear.awake:
                         linear.awake[adapter] = layer in state.injected
                         _forget_gradient(linear, adapter, active=linear.awake[adapter])
-        known.config.structure = to_json(structure, done)
+        if known.config.restructures:
+            known.config.structure = to_json(structure, done)
 
     def spectra(self, adapter: str) -> dict[Path, Tensor]:
         """The singular values of B A of every path, from QR of the factors; no d x d matrix is formed."""
