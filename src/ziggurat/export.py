@@ -7,30 +7,35 @@ so W + B A is plain LoRA with lora_A = A, lora_B = B and lora_alpha = r.
 from __future__ import annotations
 
 import json
+import logging
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
 from ziggurat.errors import ExportError
 from ziggurat.host.bank import PairBank
-from ziggurat.host.folder import adapter_config, load_adapter, load_base
-from ziggurat.host.linear import AdaptedLinear, is_adaptable
+from ziggurat.host.folder import adapter_config, load_adapter, load_base, tensor_shapes
+from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.staging import written_beside
 from ziggurat.lowrank.pair import FactorPair, pad
+
+logger = logging.getLogger(__name__)
 
 #: The ranks that vLLM's --max-lora-rank accepts.
 SERVING_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 PREFIX = "base_model.model."
 #: Files of a tokenizer that belong beside an adapter.
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "chat_template*")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
+TOKENIZER_FILES += ("chat_template*", "preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ def lora_pairs(model: nn.Module, adapter: str = "default") -> dict[str, FactorPa
     Raises:
         ExportError: the adapter has a part that no low-rank update of a weight can express; or it isn't there.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = _bare(model)
     pairs: dict[str, FactorPair] = {}
     for path, module in base.named_modules():
         if isinstance(module, AdaptedLinear):
@@ -57,8 +62,7 @@ def lora_pairs(model: nn.Module, adapter: str = "default") -> dict[str, FactorPa
                 a, b = module.effective_pair(adapter)
                 pairs[path] = FactorPair(a.detach(), b.detach())
         elif isinstance(module, BaseTunerLayer) and not isinstance(module, PairBank):
-            reason = getattr(module, "cannot_export", f"{type(module).__name__} is no update of a linear's weight")
-            raise ExportError(f"{path}: {reason}")
+            raise ExportError(f"{path}: {_refusal(model, module, adapter)}")
     if not pairs:
         names = ", ".join(getattr(model, "peft_config", {})) or "none"
         raise ExportError(f"adapter {adapter!r} adapts no linear of this model; its adapters: {names}.")
@@ -75,8 +79,8 @@ def export_model(model: nn.Module, out: str | Path, adapter: str = "default", *,
         ExportError: the method isn't an update of linears; or, for serving, the rank is above 512 or
             the adapter holds more than factor pairs (modules_to_save, biases).
     """
-    config = model.peft_config[adapter]  # type: ignore[index]
     pairs = lora_pairs(model, adapter)
+    config = model.peft_config[adapter]  # type: ignore[index]
     rest = _other_tensors(model, adapter)
     if serving and rest:
         raise ExportError(
@@ -99,7 +103,7 @@ def export_model(model: nn.Module, out: str | Path, adapter: str = "default", *,
             metadata={"format": "pt"},
         )
         lora.save_pretrained(str(folder))
-        (folder / "README.md").write_text(_card(config, rank, serving), encoding="utf-8")
+        (folder / "README.md").write_text(_card(_bare(model), config, rank, serving), encoding="utf-8")
     return Exported(Path(out), rank, len(pairs), serving)
 
 
@@ -108,9 +112,15 @@ def export(adapter: str | Path, out: str | Path, *, serving: bool = False, base_
 
     Raises:
         ConfigError: `adapter` is no adapter's folder, or its base model's config can't be found.
-        ExportError: as `export_model`.
+        ExportError: as `export_model`; or the adapter's file doesn't hold just what its config says.
     """
+    config = adapter_config(adapter)
+    if config.peft_type == PeftType.LORA:
+        raise ExportError(f"{adapter} is a plain LoRA adapter already: use it as it is.")
     model = load_adapter(adapter, load_base(adapter, base_model, on_meta=True))
+    unused = _check_complete(adapter, model)
+    if unused:
+        raise ExportError(f"{adapter} also holds {len(unused)} tensors with no place in its model ({unused[0]}, ...).")
     written = export_model(model, out, serving=serving)
     _copy_tokenizer(Path(adapter), written.folder)
     return written
@@ -119,28 +129,63 @@ def export(adapter: str | Path, out: str | Path, *, serving: bool = False, base_
 def merge(adapter: str | Path, out: str | Path, *, base_model: str | None = None) -> Path:
     """Write the base model with the adapter in the folder `adapter` merged in, and its tokenizer, to `out`.
 
+    The model keeps its dtype and generation settings; a classifier takes the names of the labels
+    from the adapter's run.json, if `ziggurat train` wrote one.
+
     Raises:
         ConfigError: `adapter` is no adapter's folder, or its base model can't be loaded.
-        ExportError: the method can't be merged into weights.
+        ExportError: `out` is taken, the method can't be merged into weights, or the adapter's file lacks tensors.
     """
-    from transformers import AutoTokenizer
-
-    model = load_adapter(adapter, load_base(adapter, base_model))
-    lora_pairs(model)  # refuses, with the reason, what is no update of weights
-    merged: Any = model.merge_and_unload(safe_merge=True)
+    source = Path(adapter)
     with written_beside(Path(out)) as folder:
+        model = load_adapter(source, load_base(source, base_model))
+        _check_complete(source, model)
+        if any(isinstance(module, AdaptedLinear) or hasattr(module, "cannot_export") for module in model.modules()):
+            lora_pairs(model)  # refuses, with the reason, what is no update of weights
+        merged: Any = model.merge_and_unload(safe_merge=True)
+        _name_labels(source, merged.config)
         merged.save_pretrained(str(folder))
-        _copy_tokenizer(Path(adapter), folder)
+        _copy_tokenizer(source, folder)
         if not any(folder.glob("tokenizer*")):
-            name = base_model or str(adapter_config(adapter).base_model_name_or_path)
-            AutoTokenizer.from_pretrained(name).save_pretrained(str(folder))
+            _save_tokenizer(base_model or str(adapter_config(source).base_model_name_or_path), folder)
     return Path(out)
 
 
+def _bare(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _refusal(model: nn.Module, module: BaseTunerLayer, adapter: str) -> str:
+    """Why a tuner layer that is no adapted linear can't become plain LoRA."""
+    config = getattr(model, "peft_config", {}).get(adapter)
+    if getattr(config, "peft_type", None) == PeftType.LORA:
+        return "this is a plain LoRA adapter already: use it as it is."
+    return getattr(module, "cannot_export", f"{type(module).__name__} is no update of a linear's weight")
+
+
+def _check_complete(folder: str | Path, model: PeftModel) -> list[str]:
+    """Names in the adapter's file that the model has no place for.
+
+    Raises:
+        ExportError: the file lacks a tensor of the adapter, which PEFT would have left as it was made.
+    """
+    held = set(tensor_shapes(folder))
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    lacking = sorted(wanted - held)
+    if lacking:
+        raise ExportError(
+            f"{folder} lacks {len(lacking)} of the {len(wanted)} tensors its config asks for ({lacking[0]}, ...): is "
+            "its adapter_config.json another adapter's?"
+        )
+    return sorted(held - wanted)
+
+
 def _other_tensors(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
-    """What PEFT saves of the adapter beside the method's own factors: modules_to_save and biases."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    layers = {path: m for path, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
+    """What PEFT saves of the adapter beside the method's own factors: modules_to_save and biases.
+
+    With bias="all" PEFT names the biases of modules_to_save twice, once by where they stand in the wrapper.
+    """
+    layers: dict[str, Any] = {path: m for path, m in _bare(model).named_modules() if isinstance(m, BaseTunerLayer)}
     own = tuple(
         f"{PREFIX}{path}.{name}"
         for path, module in layers.items()
@@ -149,7 +194,11 @@ def _other_tensors(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
     )
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     prefixed = {name if name.startswith(PREFIX) else PREFIX + name: tensor for name, tensor in state.items()}
-    return {name: tensor for name, tensor in prefixed.items() if not name.startswith(own)}
+    return {
+        name: tensor
+        for name, tensor in prefixed.items()
+        if not name.startswith(own) and ".modules_to_save." not in name and ".original_module." not in name
+    }
 
 
 def _serving_rank(rank: int) -> int:
@@ -162,15 +211,15 @@ def _serving_rank(rank: int) -> int:
 
 
 def _lora_config(model: nn.Module, config: Any, pairs: dict[str, FactorPair], rank: int) -> LoraConfig:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = _bare(model)
     ranks = {path: pair.A.shape[0] for path, pair in pairs.items()}
     different = {path: r for path, r in ranks.items() if r != rank}
-    bias = getattr(config, "bias", "none")
+    bias: Any = getattr(config, "bias", "none")
     first = base.get_submodule(next(iter(pairs)))
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=_targets(base, pairs),
+        target_modules=_targets(base, pairs, getattr(config, "modules_to_save", None)),
         rank_pattern=dict(different),
         alpha_pattern=dict(different),
         bias="lora_only" if bias.endswith("_only") else bias,
@@ -179,20 +228,47 @@ def _lora_config(model: nn.Module, config: Any, pairs: dict[str, FactorPair], ra
         task_type=config.task_type,
         auto_mapping=config.auto_mapping,
         base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
         inference_mode=True,
     )
 
 
-def _targets(base: nn.Module, pairs: dict[str, FactorPair]) -> list[str]:
-    """Names that mean exactly the adapted linears: last names where they suffice, else whole paths."""
-    names = {path.rpartition(".")[2] for path in pairs}
-    meant = {
-        path
-        for path, module in base.named_modules()
-        if path.rpartition(".")[2] in names and is_adaptable(module) and ".base_layer" not in path
-    }
-    numbered = any(name.isdigit() for name in names)
-    return sorted(names) if meant == set(pairs) and not numbered else sorted(pairs)
+def _targets(base: nn.Module, pairs: dict[str, FactorPair], whole: list[str] | None) -> list[str] | str:
+    """What means exactly the adapted linears: their last names where they suffice, else whole paths, else a regex.
+
+    `whole`: the modules_to_save, in which PEFT looks for no targets.
+    """
+    paths = [path for path, _ in base.named_modules() if path and ".base_layer" not in path]
+    names = sorted({path.rpartition(".")[2] for path in pairs})
+    for targets in (names, sorted(pairs)):
+        lora = LoraConfig(target_modules=targets, modules_to_save=whole)
+        if {path for path in paths if check_target_module_exists(lora, path)} == set(pairs):
+            return targets
+    return "|".join(re.escape(path) for path in sorted(pairs))
+
+
+def _name_labels(adapter: Path, config: Any) -> None:
+    """Give a classifier's config the label names that a training run noted beside its adapter."""
+    try:
+        names = json.loads((adapter / "run.json").read_text(encoding="utf-8"))["head"]["label_names"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if names and len(names) == config.num_labels:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
+
+
+def _save_tokenizer(name: str, folder: Path) -> None:
+    """The base model's tokenizer, if it has one: models of images have none."""
+    from transformers import AutoTokenizer
+
+    if Path(name).is_dir():
+        _copy_tokenizer(Path(name), folder)
+        return
+    try:
+        AutoTokenizer.from_pretrained(name).save_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("no tokenizer was found beside the adapter nor for %s: %s", name, error)
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
@@ -202,12 +278,18 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
-def _card(config: Any, rank: int, serving: bool) -> str:
-    method = json.dumps(str(getattr(config.peft_type, "value", config.peft_type)))
+def _card(model: nn.Module, config: Any, rank: int, serving: bool) -> str:
+    method = str(getattr(config.peft_type, "value", config.peft_type))
     base = config.base_model_name_or_path or "the base model"
+    load = "`peft.PeftModel.from_pretrained`; no other package is needed."
+    owner, name = type(model).__module__, type(model).__qualname__
+    if owner.partition(".")[0] == "ziggurat":
+        load = f"`peft.PeftModel.from_pretrained` on a `{owner}.{name}`, whose head no other package has."
     serve = (
-        f"\nAll modules have rank {rank} and lora_alpha {rank}. Serve with vLLM: "
-        f"`--enable-lora --max-lora-rank {rank}`.\n"
+        f"""
+All modules have rank {rank} and lora_alpha {rank}, so that every reader scales them alike. vLLM: `--enable-lora
+--max-lora-rank {rank}`. llama.cpp: convert_lora_to_gguf.py.
+"""
         if serving
         else ""
     )
@@ -217,6 +299,6 @@ base_model: {json.dumps(str(base))}
 tags: [lora]
 ---
 
-A plain LoRA adapter for {base}, exported exactly from an adapter of the PEFT method {method}. Load it with
-`peft.PeftModel.from_pretrained`; no other package is needed.
+A plain LoRA adapter for {base}, exported exactly from an adapter of the method {method}. Load it with
+{load}
 {serve}"""
