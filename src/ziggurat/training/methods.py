@@ -61,6 +61,7 @@ METHODS: dict[str, Method] = {
     "msplora": Method(
         "a pyramid of shared and private low-rank updates (arXiv 2503.21838)", "ziggurat:MSPLoraConfig", exports=True
     ),
+    "lora2": Method("two nested planes, pruned by importance (arXiv 2408.06854)", "ziggurat:LoRA2Config", exports=True),
     "lora": Method("low-rank updates, one pair a linear (arXiv 2106.09685)", "peft:LoraConfig"),
     "dora": Method("LoRA with a trained magnitude (arXiv 2402.09353)", "peft:LoraConfig", {"use_dora": True}),
     "vera": Method("shared random factors, trained vectors (arXiv 2310.11454)", "peft:VeraConfig"),
