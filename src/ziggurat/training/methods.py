@@ -23,6 +23,7 @@ _NOT_IN_A_RECIPE = {
     "revision",
     "inference_mode",
     "runtime_config",
+    "structure",
 }
 
 SYNONYMS = {
@@ -62,6 +63,9 @@ METHODS: dict[str, Method] = {
         "a pyramid of shared and private low-rank updates (arXiv 2503.21838)", "ziggurat:MSPLoraConfig", exports=True
     ),
     "lora2": Method("two nested planes, pruned by importance (arXiv 2408.06854)", "ziggurat:LoRA2Config", exports=True),
+    "lor2c": Method(
+        "low-rank residual paths that share, merge and inject (arXiv 2503.00572)", "ziggurat:LoR2CConfig", exports=True
+    ),
     "lora": Method("low-rank updates, one pair a linear (arXiv 2106.09685)", "peft:LoraConfig"),
     "dora": Method("LoRA with a trained magnitude (arXiv 2402.09353)", "peft:LoraConfig", {"use_dora": True}),
     "vera": Method("shared random factors, trained vectors (arXiv 2310.11454)", "peft:VeraConfig"),
