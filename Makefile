@@ -19,7 +19,7 @@ setup:           ## a virtual environment with the package and all that developi
 check:           ## linter, formatter and type checker
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
-	$(RUN)pyright
+	$(RUN)pyright --pythonpath $(RUN)python
 
 format:          ## put the source into its form
 	$(RUN)ruff check --fix .

@@ -55,7 +55,7 @@ def imported_names(file: Path, root: Path) -> Iterator[tuple[int, str]]:
                 names = [str(node.args[0].value)]
         for name in names:
             if name.split(".")[0] == root.name:
-                yield node.lineno, name
+                yield getattr(node, "lineno", 0), name
 
 
 def unit_of(name: str, root: Path) -> str:

@@ -46,7 +46,8 @@ def quotes() -> Any:
     from datasets import Dataset, DatasetDict
 
     texts = ["be yourself everyone else is already taken", "the quick brown fox", "w1 w2 w3 w4 w5 w6 w7"] * 20
-    return DatasetDict(train=Dataset.from_dict({"quote": texts, "author": texts, "tags": [[text] for text in texts]}))
+    rows = {"quote": texts, "author": texts, "tags": [[text] for text in texts]}
+    return DatasetDict({"train": Dataset.from_dict(rows)})
 
 
 def pytest_configure(config: pytest.Config) -> None:

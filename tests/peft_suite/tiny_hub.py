@@ -1,7 +1,6 @@
 """A Hugging Face cache of tiny random models under the names that PEFT's tests ask the hub for."""
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,56 +61,60 @@ BART: dict[str, Any] = {
 T5: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 5, "num_heads": 4}
 T5 |= {"decoder_start_token_id": 0}
 
-#: What each name on the hub stands for: a model class of transformers, and its config.
-MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "peft-internal-testing/tiny-random-OPTForCausalLM": ("OPTForCausalLM", lambda: T.OPTConfig(**OPT)),
-    "peft-internal-testing/opt-125m": ("OPTForCausalLM", lambda: T.OPTConfig(**OPT)),
-    "peft-internal-testing/tiny-random-GPT2LMHeadModel": ("GPT2LMHeadModel", lambda: T.GPT2Config(**GPT)),
-    "hf-internal-testing/tiny-random-gpt2": ("GPT2LMHeadModel", lambda: T.GPT2Config(**GPT)),
-    "peft-internal-testing/tiny-random-GPTJForCausalLM": (
-        "GPTJForCausalLM",
-        lambda: T.GPTJConfig(**GPT, rotary_dim=4),
-    ),
-    "peft-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", lambda: T.LlamaConfig(**LLAMA)),
-    "trl-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", lambda: T.LlamaConfig(**LLAMA)),
-    "peft-internal-testing/tiny-dummy-qwen2": ("Qwen2ForCausalLM", lambda: T.Qwen2Config(**GROUPED)),
+#: A class of transformers, the class of its config, and the config's fields.
+Model = tuple[str, str, dict[str, Any]]
+
+_OPT = ("OPTForCausalLM", "OPTConfig", OPT)
+_GPT2 = ("GPT2LMHeadModel", "GPT2Config", GPT)
+_LLAMA = ("LlamaForCausalLM", "LlamaConfig", LLAMA)
+_T5 = ("T5ForConditionalGeneration", "T5Config", T5)
+
+#: What each name on the hub stands for.
+MODELS: dict[str, Model] = {
+    "google/flan-t5-small": _T5,
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": (
         "Gemma3ForCausalLM",
-        lambda: T.Gemma3TextConfig(**GROUPED, head_dim=8),
+        "Gemma3TextConfig",
+        {**GROUPED, "head_dim": 8},
     ),
-    "hf-internal-testing/tiny-random-MistralForCausalLM": ("MistralForCausalLM", lambda: T.MistralConfig(**GROUPED)),
-    "peft-internal-testing/tiny-random-BloomForCausalLM": ("BloomForCausalLM", lambda: T.BloomConfig(**BLOOM)),
-    "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": ("GPTNeoXForCausalLM", lambda: T.GPTNeoXConfig(**NEOX)),
+    "hf-internal-testing/tiny-random-MistralForCausalLM": ("MistralForCausalLM", "MistralConfig", GROUPED),
+    "hf-internal-testing/tiny-random-gpt2": _GPT2,
+    "peft-internal-testing/opt-125m": _OPT,
+    "peft-internal-testing/tiny-dummy-qwen2": ("Qwen2ForCausalLM", "Qwen2Config", GROUPED),
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": (
         "BartForConditionalGeneration",
-        lambda: T.BartConfig(**BART),
+        "BartConfig",
+        BART,
     ),
-    "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": (
-        "T5ForConditionalGeneration",
-        lambda: T.T5Config(**T5),
-    ),
-    "peft-internal-testing/tiny-random-T5ForConditionalGeneration": (
-        "T5ForConditionalGeneration",
-        lambda: T.T5Config(**T5),
-    ),
-    "peft-internal-testing/tiny-random-t5": ("T5ForConditionalGeneration", lambda: T.T5Config(**T5)),
-    "google/flan-t5-small": ("T5ForConditionalGeneration", lambda: T.T5Config(**T5)),
-    "peft-internal-testing/tiny-random-BertModel": ("BertModel", lambda: T.BertConfig(**BERT)),
-    "peft-internal-testing/tiny-random-RobertaModel": ("RobertaModel", lambda: T.RobertaConfig(**BERT)),
-    "peft-internal-testing/tiny-random-DebertaModel": ("DebertaModel", lambda: T.DebertaConfig(**BERT)),
-    "peft-internal-testing/tiny-random-DebertaV2Model": ("DebertaV2Model", lambda: T.DebertaV2Config(**BERT)),
     "peft-internal-testing/tiny-random-BertForSequenceClassification": (
         "BertForSequenceClassification",
-        lambda: T.BertConfig(**BERT),
+        "BertConfig",
+        BERT,
     ),
+    "peft-internal-testing/tiny-random-BertModel": ("BertModel", "BertConfig", BERT),
+    "peft-internal-testing/tiny-random-BloomForCausalLM": ("BloomForCausalLM", "BloomConfig", BLOOM),
+    "peft-internal-testing/tiny-random-DebertaModel": ("DebertaModel", "DebertaConfig", BERT),
+    "peft-internal-testing/tiny-random-DebertaV2Model": ("DebertaV2Model", "DebertaV2Config", BERT),
+    "peft-internal-testing/tiny-random-GPT2LMHeadModel": _GPT2,
+    "peft-internal-testing/tiny-random-GPTJForCausalLM": ("GPTJForCausalLM", "GPTJConfig", {**GPT, "rotary_dim": 4}),
+    "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": ("GPTNeoXForCausalLM", "GPTNeoXConfig", NEOX),
+    "peft-internal-testing/tiny-random-LlamaForCausalLM": _LLAMA,
+    "peft-internal-testing/tiny-random-OPTForCausalLM": _OPT,
     "peft-internal-testing/tiny-random-RobertaForSequenceClassification": (
         "RobertaForSequenceClassification",
-        lambda: T.RobertaConfig(**BERT),
+        "RobertaConfig",
+        BERT,
     ),
+    "peft-internal-testing/tiny-random-RobertaModel": ("RobertaModel", "RobertaConfig", BERT),
+    "peft-internal-testing/tiny-random-T5ForConditionalGeneration": _T5,
+    "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": _T5,
+    "peft-internal-testing/tiny-random-t5": _T5,
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": (
         "LlamaForSequenceClassification",
-        lambda: T.LlamaConfig(**LLAMA, pad_token_id=0, num_labels=2),
+        "LlamaConfig",
+        {**LLAMA, "pad_token_id": 0, "num_labels": 2},
     ),
+    "trl-internal-testing/tiny-random-LlamaForCausalLM": _LLAMA,
 }
 
 
@@ -123,10 +126,9 @@ def spread(name: str) -> float:
     return 0.1 if "calibrated" in name else 0.25
 
 
-def build(name: str) -> PreTrainedModel:
-    cls, config = MODELS[name]
+def build(name: str, model_class: str, config_class: str, fields: dict[str, Any]) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = getattr(T, cls)(config())
+    model = getattr(T, model_class)(getattr(T, config_class)(**fields))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -151,17 +153,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def furnish(cache: Path) -> int:
+def furnish(cache: Path, models: dict[str, Model] = MODELS) -> int:
     """Put what is missing into the hub cache `cache`, laid out as huggingface_hub does; how many were made."""
     made = 0
-    for name in MODELS:
+    for name, model in models.items():
         repository = cache / f"models--{name.replace('/', '--')}"
         revision = hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()
         snapshot = repository / "snapshots" / revision
         if (repository / "refs" / "main").is_file():
             continue
         snapshot.mkdir(parents=True, exist_ok=True)
-        build(name).save_pretrained(snapshot)
+        build(name, *model).save_pretrained(snapshot)
         tokenizer().save_pretrained(snapshot)
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / "main").write_text(revision)

@@ -1,0 +1,91 @@
+"""The Python in README.md and docs/ runs as written, offline.
+
+A file's ```python blocks run in order in one interpreter, in an empty folder. Names of models on the hub stand for tiny
+random ones there (`MODELS`). A block that can't run (it needs a GPU, or shows a fragment) is marked ```python no-run.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peft_suite.tiny_hub import BERT, GROUPED, furnish
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python(?P<marks>[^\n]*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
+
+_BERT = {**BERT, "num_hidden_layers": 12, "hidden_size": 32}
+#: What each model that a page names is here: a class of transformers, its config's class and fields.
+MODELS = {
+    "FacebookAI/roberta-base": ("RobertaForSequenceClassification", "RobertaConfig", _BERT),
+    "microsoft/deberta-v3-base": ("DebertaV2ForSequenceClassification", "DebertaV2Config", _BERT),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ("LlamaForCausalLM", "LlamaConfig", GROUPED),
+    "meta-llama/Llama-2-7b-hf": ("LlamaForCausalLM", "LlamaConfig", GROUPED),
+}
+
+
+def runnable(page: Path) -> str:
+    """The page's blocks as one program whose line numbers are the page's."""
+    text = page.read_text(encoding="utf-8")
+    lines: list[str] = []
+    for block in BLOCK.finditer(text):
+        if "no-run" not in block["marks"].split():
+            first = text[: block.start("code")].count("\n")
+            lines += [""] * (first - len(lines))
+            lines += block["code"].splitlines()
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = tmp_path_factory.mktemp("hub")
+    furnish(cache, MODELS)
+    return cache
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if runnable(page).strip()], ids=lambda page: page.name)
+def test_the_code_of_a_page_runs(page: Path, hub: Path, tmp_path: Path) -> None:
+    program = tmp_path / page.name
+    program.write_text(runnable(page), encoding="utf-8")
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    offline = {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(program)]
+    done = subprocess.run(command, cwd=folder, env={**os.environ, **offline}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_pages_have_code_to_run() -> None:
+    assert sum(bool(runnable(page).strip()) for page in PAGES) >= 1
+    assert runnable(ROOT / "docs" / "msplora.md").count("MSPLoraConfig(") >= 5
+
+
+def test_a_marked_block_does_not_run_and_lines_are_kept(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "text\n```python\na = 1\n```\n\n```python no-run\nfail()\n```\n```python\nb = a\n```\n```bash\nx\n```\n"
+    )
+    assert runnable(page) == "\n\na = 1\n\n\n\n\n\n\nb = a\n"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_inside_the_repository_lead_somewhere(page: Path) -> None:
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        if re.match(r"[a-z]+:", target):
+            continue
+        goal = page.parent / path if path else page
+        if not goal.exists() or (anchor and goal.suffix == ".md" and anchor not in anchors(goal)):
+            broken.append(target)
+    assert broken == []
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that a page's headings get: lower case, spaces as hyphens, no punctuation."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
