@@ -164,10 +164,12 @@ def test_an_override_without_a_value_takes_the_key_out() -> None:
 
 
 @pytest.mark.parametrize("name", shipped())
-def test_every_shipped_recipe_is_valid_with_msplora_and_with_lora(name: str) -> None:
+def test_every_shipped_recipe_is_valid(name: str) -> None:
     recipe = load_recipe(name)
-    assert recipe.method["name"] == "msplora" and recipe.about
-    assert load_recipe(name, ["method.name=lora", "method.num_groups="]).method["name"] == "lora"
+    assert recipe.about
+    if recipe.method["name"] == "msplora":
+        # The baseline of the same run is one override away, two where the recipe speaks of the pyramid.
+        assert load_recipe(name, ["method.name=lora", "method.num_groups="]).method["name"] == "lora"
 
 
 def test_the_published_settings() -> None:
@@ -216,5 +218,5 @@ def test_a_methods_fields_are_read_off_its_config() -> None:
 
 def test_the_documentation_names_every_key() -> None:
     text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
-    missing = [name for name in [*keys(), *METHODS, *shipped()] if f"`{name}`" not in text]
+    missing = [name for name in [*keys(), *METHODS] if f"`{name}`" not in text]
     assert not missing
