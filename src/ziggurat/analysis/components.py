@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ziggurat.lowrank.pair import FactorPair
-from ziggurat.lowrank.spectrum import singular_values
+from ziggurat.lowrank.spectrum import factored_svd, numerical_rank, singular_values
 
 #: The part that a linear's composed update has where a method builds it of several components.
 UPDATE = "update"
@@ -67,6 +67,16 @@ class Component:
         if not self.finite:
             return np.full(min(self.rank, *self.shape), np.nan)
         return singular_values(self.A, self.B).double().numpy()
+
+    @cached_property
+    def spaces(self) -> tuple[Tensor, Tensor]:
+        """Orthonormal bases of the column space (d_out, n) and the row space (d_in, n) of B A; n = 0 for zeros.
+
+        Only directions with a singular value above rounding count.
+        """
+        U, s, V = factored_svd(self.A, self.B)
+        n = numerical_rank(s)
+        return U[:, :n], V[:, :n]
 
     @property
     def zero(self) -> bool:

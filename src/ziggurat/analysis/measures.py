@@ -12,9 +12,7 @@ import numpy as np
 import torch
 
 from ziggurat.errors import ConfigError
-from ziggurat.lowrank.spectrum import effective_rank, principal_angles, spectrum_kl, stable_rank, top_k_share
-from ziggurat.lowrank.spectrum import factored_svd as _svd
-from ziggurat.lowrank.spectrum import numerical_rank as _numerical_rank
+from ziggurat.lowrank.spectrum import effective_rank, spectrum_kl, stable_rank, top_k_share
 
 from .components import UPDATE, Collected, Component
 
@@ -192,12 +190,15 @@ def cosine(a: Component, b: Component) -> float:
 
 
 def overlap(a: Component, b: Component, side: str = "input") -> float:
-    """Mean of cos^2 over the principal angles between the row ("input") or column ("output") spaces; NaN for zeros."""
+    """Mean of cos^2 over the principal angles between the row ("input") or column ("output") spaces; NaN for zeros.
+
+    With orthonormal bases Q_a and Q_b that is ||Q_a^T Q_b||_F^2 / min(n_a, n_b).
+    """
     if a.shape != b.shape or not (a.finite and b.finite):
         return float("nan")
-    spaces = [_space(c, side) for c in (a, b)]
-    angles = principal_angles(*spaces) if all(space.shape[1] for space in spaces) else torch.zeros(0)
-    return float(angles.cos().square().mean()) if len(angles) else float("nan")
+    one, other = (c.spaces[0 if side == "output" else 1] for c in (a, b))
+    directions = min(one.shape[1], other.shape[1])
+    return float((one.T @ other).square().sum()) / directions if directions else float("nan")
 
 
 def stack_of(collected: Collected, stack: str | None) -> str:
@@ -214,11 +215,6 @@ def stack_of(collected: Collected, stack: str | None) -> str:
             f"{collected.source} reaches no stack {stack!r}; it reaches {', '.join(map(repr, collected.layers))}."
         )
     return stack
-
-
-def _space(component: Component, side: str) -> torch.Tensor:
-    U, s, V = _svd(*component.pair)
-    return (V if side == "input" else U)[:, : _numerical_rank(s)]
 
 
 def _pairwise(

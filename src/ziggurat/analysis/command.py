@@ -1,0 +1,43 @@
+"""`ziggurat analyze`: what the command takes and prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def analyze(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder: any method of ours, or PEFT's LoRA family.")],
+    against: Annotated[
+        Path | None, typer.Option(help="A second adapter to compare its layers with (the paper's Fig. 4).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for tables (CSV, JSON) and figures.")] = None,
+    k: Annotated[
+        int, typer.Option("-k", min=0, help="Largest singular values that M_eff-k counts; 0: half of each rank.")
+    ] = 0,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print everything as one JSON object instead of tables.")
+    ] = False,
+) -> None:
+    """Look inside an adapter: spectra, effective ranks, norms, how alike its layers are."""
+    from rich.console import Console
+
+    from . import write
+    from .collect import collect
+
+    first = collect(adapter)
+    second = collect(against) if against is not None else None
+    if json:
+        typer.echo(write.json_text(first, second, k=k))
+    else:
+        console = Console()
+        for one in (first, second):
+            if one is not None:
+                console.print(write.table(one, k))
+        if second is not None:
+            console.print(write.against(first, second), highlight=False)
+    if out is not None:
+        paths = write.write(first, out, second, k=k)
+        typer.echo(f"{len(paths)} files written to {out}: {', '.join(path.name for path in paths)}", err=json)

@@ -1,0 +1,198 @@
+"""The figures, each on matplotlib axes that come in (or are made) and go out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import measures
+from .components import Collected, short_roles
+from .style import heat_map, new_axes, part_colour
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def _numbers(count: int) -> list[str]:
+    return [str(n) for n in range(count)]
+
+
+def role_map(
+    collected: Collected,
+    part: str | None = None,
+    value: str = "effective_rank",
+    stack: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Heat map, layers down and roles across, of one number of `measures.row`."""
+    part = part or collected.by_layer
+    grid, roles = measures.by_layer_and_role(collected, part, value, stack)
+    short = short_roles(roles)
+    ax = ax or new_axes(2.6 + 0.8 * len(roles), 1.4 + 0.27 * max(4, len(grid)))
+    words = value.replace("_", " ")
+    digits = 1 if np.nanmax(grid, initial=0) < 1000 else 0
+    heat_map(ax, grid, _numbers(len(grid)), [short[r] for r in roles], label=words, digits=digits)
+    ax.set_ylabel("layer")
+    ax.set_title(f"{words[0].upper()}{words[1:]} of {_part_words(part)}")
+    return ax
+
+
+def layer_map(
+    grid: np.ndarray,
+    title: str,
+    label: str,
+    ax: Axes | None = None,
+    *,
+    centred: bool = False,
+    digits: int = 2,
+    diagonal: bool = True,
+) -> Axes:
+    """Heat map of a (N, N) matrix over pairs of layers: KL divergence, its difference, cosine, overlap.
+
+    `diagonal` False: a layer beside itself is left grey, where its 1 would take up the whole scale.
+    """
+    grid = np.where(np.eye(len(grid), dtype=bool) & (not diagonal), np.nan, grid)
+    side = 2.2 + 0.34 * max(5, min(len(grid), 24))
+    ax = ax or new_axes(side + 0.8, side)
+    colours = "RdBu_r" if centred else "magma"
+    heat_map(ax, grid, *[_numbers(len(grid))] * 2, colours=colours, centred=centred, label=label, digits=digits)
+    ax.set_aspect("equal")
+    ax.set_xlabel("layer j")
+    ax.set_ylabel("layer i")
+    ax.set_title(title)
+    return ax
+
+
+def energy_bars(collected: Collected, stack: str | None = None, ax: Axes | None = None) -> Axes:
+    """What each part adds to a linear of each role, ||B A||_F^2 averaged over layers, stacked by part."""
+    found = measures.energy(collected, stack)
+    roles = list(dict.fromkeys(role for by_role in found.values() for role in by_role))
+    short = short_roles(roles)
+    ax = ax or new_axes(5.2, 1.5 + 0.42 * max(2, len(roles)))
+    left = np.zeros(len(roles))
+    totals = np.array([sum(by_role.get(role, 0.0) for by_role in found.values()) for role in roles])
+    for part, by_role in found.items():
+        width = np.array([by_role.get(role, 0.0) for role in roles])
+        ax.barh(range(len(roles)), width, left=left, height=0.62, color=part_colour(part, list(found)), label=part)
+        for n, (start, one, whole) in enumerate(zip(left, width, totals, strict=True)):
+            if whole and one / totals.max() > 0.08:
+                ax.text(start + one / 2, n, f"{one / whole:.0%}", ha="center", va="center", color="white", fontsize=8)
+        left += width
+    ax.set_yticks(range(len(roles)), [short[role] for role in roles])
+    ax.invert_yaxis()
+    ax.set_xlabel("mean squared norm of the update, summed over parts")
+    ax.set_title("Energy by part", pad=22)
+    ax.legend(frameon=False, ncols=len(found), loc="lower left", bbox_to_anchor=(-0.02, 0.97), handlelength=1)
+    return ax
+
+
+def pyramid(collected: Collected, stack: str | None = None, role: str | None = None, ax: Axes | None = None) -> Axes:
+    """The parts as rows of boxes over the layers they reach; colour and number: effective rank of the allocated rank.
+
+    A box is averaged over the roles, or of `role` alone. Widest on top: for MSPLoRA that is the pyramid itself.
+    """
+    import matplotlib
+    from matplotlib.patches import FancyBboxPatch
+
+    stack = measures.stack_of(collected, stack)
+    parts = collected.stored_parts
+    depth = collected.layers[stack]
+    ax = ax or new_axes(2.0 + 0.55 * max(8, min(depth, 32)), 1.0 + 0.8 * len(parts))
+    colours = matplotlib.colormaps["YlGnBu"]
+    for level, part in enumerate(parts):
+        boxes: dict[tuple[int, ...], list[tuple[float, int]]] = {}
+        for c in collected.of(part):
+            if c.stack == stack and c.layers and role in (None, c.role):
+                boxes.setdefault(c.layers, []).append((measures.row(c)["effective_rank"], c.rank))
+        for layers, values in boxes.items():
+            erank, rank = (float(np.mean([v[i] for v in values])) for i in (0, 1))
+            share = erank / rank if np.isfinite(erank) and rank else 0.0
+            width = layers[-1] - layers[0] + 1
+            ax.add_patch(
+                FancyBboxPatch(
+                    (layers[0] - 0.44, level - 0.36),
+                    width - 0.12,
+                    0.72,
+                    boxstyle="round,pad=0,rounding_size=0.08",
+                    facecolor=colours(0.12 + 0.75 * share),
+                    edgecolor="#33415c",
+                    linewidth=0.6,
+                )
+            )
+            words = f"{erank:.1f} of {rank:g}" if width > 2 else f"{erank:.1f}"
+            if depth <= 40 or width > 1:
+                colour = "white" if share > 0.55 else "#1d2733"
+                ax.text(
+                    (layers[0] + layers[-1]) / 2, level, words, ha="center", va="center", fontsize=7.5, color=colour
+                )
+    ax.set_xlim(-0.6, depth - 0.4)
+    ax.set_ylim(len(parts) - 0.5, -0.5)
+    step = -(-depth // 32)
+    ax.set_xticks(range(0, depth, step))
+    ax.set_yticks(range(len(parts)), [_rank_words(collected, part) for part in parts])
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    ax.set_xlabel("layer")
+    ax.set_title(f"Effective rank, {'mean over roles' if role is None else role} (darker: more of the rank is used)")
+    return ax
+
+
+def spectrum_lines(collected: Collected, ax: Axes | None = None) -> Axes:
+    """Mean singular values of each part, largest to smallest, in shares of their sum."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax = ax or new_axes(4.6, 3.0)
+    for part in collected.stored_parts:
+        values = measures.spectra(collected, part)
+        values = values[np.isfinite(values).all(axis=1) & (values.sum(axis=1) > 0)]
+        if len(values):
+            shares = (values / values.sum(axis=1, keepdims=True)).mean(axis=0)
+            colour = part_colour(part, collected.stored_parts)
+            ax.plot(range(1, len(shares) + 1), shares, marker="o", markersize=3.5, color=colour, label=part)
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("singular value, from the largest")
+    ax.set_ylabel("share of the sum")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_title("Spectra")
+    if ax.lines:
+        ax.legend(frameon=False)
+    return ax
+
+
+def spectra_over_epochs(
+    top: np.ndarray, epochs: Sequence[float], part: str, ax: Axes | None = None, limit: float | None = None
+) -> Axes:
+    """The paper's Fig. 3: the largest singular values (rows) of a part over the epochs (columns).
+
+    `top`: (values, epochs), from `trace.top_values`. `limit`: the upper end of the colours, where tiers share it.
+    """
+    ax = ax or new_axes(2.4 + 0.42 * max(5, min(len(epochs), 24)), 1.3 + 0.3 * len(top))
+    names = [f"{epoch:g}" for epoch in epochs]
+    high = limit if limit is not None else float(np.nanmax(top, initial=0.0))
+    rows = [str(n + 1) for n in range(len(top))]
+    heat_map(ax, top, rows, names, limits=(0.0, high or 1.0), label="singular value", digits=2, colours="viridis")
+    ax.set_xlabel("epoch")
+    ax.set_ylabel("singular value")
+    ax.set_title(_part_words(part)[0].upper() + _part_words(part)[1:])
+    return ax
+
+
+def tier_map(collected: Collected, stack: str | None = None, side: str = "input", ax: Axes | None = None) -> Axes:
+    """Heat map of `measures.tier_overlap`."""
+    grid, parts = measures.tier_overlap(collected, stack, side)
+    ax = ax or new_axes(2.4 + 0.7 * len(parts), 1.6 + 0.6 * len(parts))
+    heat_map(ax, grid, parts, parts, limits=(0, 1), label=f"overlap of {side} spaces", digits=2, colours="magma")
+    ax.set_title("Overlap between parts")
+    return ax
+
+
+def _part_words(part: str) -> str:
+    words: Mapping[str, str] = {"update": "the whole update", "path": "the paths", "injected": "the injected pairs"}
+    return words.get(part, f"the {part} tier" if part in ("global", "mid", "layer") else f"part {part}")
+
+
+def _rank_words(collected: Collected, part: str) -> str:
+    ranks = sorted({c.rank for c in collected.of(part)})
+    return f"{part}\nrank {ranks[0]}" + (f"-{ranks[-1]}" if len(ranks) > 1 else "")

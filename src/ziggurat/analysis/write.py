@@ -1,0 +1,212 @@
+"""What `ziggurat analyze` leaves: tables on the screen, CSV and JSON, figures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ziggurat.errors import ConfigError
+
+from . import figures, measures
+from .components import Collected, short_roles
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+MAPS = {
+    "kl": (measures.kl_matrix, "KL divergence between spectra", "KL(i || j)"),
+    "cosine": (measures.cosine_matrix, "Cosine of the updates", "cosine"),
+    "overlap_input": (measures.overlap_matrix, "Overlap of what is read", "mean cos² of the angles"),
+    "overlap_output": (
+        lambda c, stack=None: measures.overlap_matrix(c, stack=stack, side="output"),
+        "Overlap of what is written",
+        "mean cos² of the angles",
+    ),
+}
+
+
+def summary(collected: Collected, k: int = measures.HALF) -> list[dict[str, Any]]:
+    """One line a part, role and stack: how many components, and the means of their numbers."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for line in measures.rows(collected, k):
+        found.setdefault((line["part"], line["stack"], line["role"]), []).append(line)
+    lines = []
+    for (part, stack, role), some in found.items():
+        means = {
+            name: _mean([line[name] for line in some])
+            for name in ("norm", "m_eff", "effective_rank", "stable_rank", "rank", "m_eff_k")
+        }
+        own = sum(line["parameters"] for line in some)
+        lines.append({"part": part, "stack": stack, "role": role, "components": len(some), "parameters": own, **means})
+    return lines
+
+
+def table(collected: Collected, k: int = measures.HALF) -> RenderableType:
+    """The summary for the terminal."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    lines = summary(collected, k)
+    stacks = list(dict.fromkeys(line["stack"] for line in lines))
+    short = short_roles(collected.roles)
+    shown = Table(title=f"{collected.source} ({collected.method})", title_justify="left")
+    names = ["part", *(["stack"] if len(stacks) > 1 else []), "role"]
+    for name in names:
+        shown.add_column(name, overflow="fold")
+    for name in ("pairs", "rank", "norm", "M_eff-k", "eff. rank", "stable rank"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for number, line in enumerate(lines):
+        words = [line["part"], *([line["stack"]] if len(stacks) > 1 else []), short[line["role"]]]
+        numbers = [str(line["components"]), f"{line['rank']:g}", _number(line["norm"], 3)]
+        numbers += [f"{_number(line['m_eff'], 2)} (k {line['m_eff_k']:g})"]
+        numbers += [_number(line["effective_rank"], 2), _number(line["stable_rank"], 2)]
+        new_part = number + 1 == len(lines) or lines[number + 1]["part"] != line["part"]
+        shown.add_row(*words, *numbers, end_section=new_part)
+    return Group(shown, *(Text(f"note: {note}", style="yellow") for note in collected.notes))
+
+
+def write(
+    collected: Collected,
+    out: str | Path,
+    other: Collected | None = None,
+    *,
+    k: int = measures.HALF,
+    pictures: bool = True,
+) -> list[Path]:
+    """Write components.csv, analysis.json (all numbers, spectra and matrices) and the figures to the folder `out`.
+
+    Raises:
+        ConfigError: `out` is a file; `other` has another depth; matplotlib isn't installed.
+    """
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file: name a folder to write the analysis to.")
+    text = json_text(collected, other, k=k)
+    drawn = dict(pictures_of(collected, other)) if pictures else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "components.csv", folder / "analysis.json"]
+    lines = measures.rows(collected, k)
+    with paths[0].open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    paths[1].write_text(text + "\n", encoding="utf-8")
+    from .style import styled
+
+    for name, draw in drawn.items():
+        with styled():
+            path = folder / f"{name}.png"
+            draw().figure.savefig(path)
+            paths.append(path)
+    return paths
+
+
+def as_json(collected: Collected, other: Collected | None = None, *, k: int = measures.HALF) -> dict[str, Any]:
+    """Everything as plain values: components with spectra, matrices by stack, energies. NaN stays NaN."""
+    lines = [
+        {
+            **measures.row(c, k),
+            "group": c.group,
+            "layers": list(c.layers),
+            "singular_values": c.singular_values.tolist(),
+        }
+        for c in collected.components
+    ]
+    stacks = {
+        stack: {
+            **{name: measure(collected, stack=stack).tolist() for name, (measure, _, _) in MAPS.items()},
+            "energy": measures.energy(collected, stack),
+            **({"kl_difference": measures.kl_difference(collected, other, stack).tolist()} if other else {}),
+        }
+        for stack in collected.layers
+        if any(c.stack == stack and c.layers for c in collected.of(collected.by_layer))
+    }
+    return {
+        "source": collected.source,
+        "method": collected.method,
+        "against": other.source if other else None,
+        "compared_by": collected.by_layer,
+        "notes": list(collected.notes),
+        "components": lines,
+        "stacks": stacks,
+    }
+
+
+def json_text(collected: Collected, other: Collected | None = None, *, k: int = measures.HALF) -> str:
+    """`as_json` as text; NaN, which JSON lacks, as null."""
+    return json.dumps(_plain(as_json(collected, other, k=k)), indent=1, allow_nan=False)
+
+
+def against(one: Collected, other: Collected) -> str:
+    """In words: which of two adapters has layers whose spectra differ more.
+
+    Raises:
+        ConfigError: they have different depths.
+    """
+    difference = measures.kl_difference(one, other)
+    off = difference[~np.eye(len(difference), dtype=bool)]
+    off = off[np.isfinite(off)]
+    if not len(off):
+        return "There are no two layers with spectra to compare."
+    more = one if off.mean() > 0 else other
+    return (
+        f"KL between layers, {one.source} minus {other.source}: mean {off.mean():+.4f}, positive in "
+        f"{(off > 0).mean():.0%} of the pairs of layers: {more.source} repeats itself less from layer to layer."
+    )
+
+
+def pictures_of(collected: Collected, other: Collected | None = None) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Name -> what draws it, for the figures that say something of this adapter."""
+    depths = {s: n for s, n in collected.layers.items() if any(c.stack == s and c.layers for c in collected.components)}
+    for stack, depth in depths.items():
+        tail = f"-{stack.replace('.', '_')}" if len(depths) > 1 else ""
+        yield f"pyramid{tail}", lambda stack=stack: figures.pyramid(collected, stack)
+        yield f"energy{tail}", lambda stack=stack: figures.energy_bars(collected, stack)
+        for value in ("effective_rank", "norm"):
+            yield f"{value}{tail}", lambda stack=stack, value=value: figures.role_map(collected, None, value, stack)
+        if depth < 2:
+            continue
+        for name, (measure, title, label) in MAPS.items():
+            yield (
+                f"{name}{tail}",
+                lambda stack=stack, m=measure, t=title, w=label: figures.layer_map(m(collected, stack=stack), t, w),
+            )
+        if other is not None:
+            title = f"KL of {collected.source} minus {other.source}"
+            yield (
+                f"kl_difference{tail}",
+                lambda stack=stack, title=title: figures.layer_map(
+                    measures.kl_difference(collected, other, stack),
+                    title,
+                    "positive: less redundant",
+                    centred=True,
+                ),
+            )
+        if len(collected.stored_parts) > 1 and collected.method != "lora2":
+            yield f"tiers{tail}", lambda stack=stack: figures.tier_map(collected, stack)
+    yield "spectra", lambda: figures.spectrum_lines(collected)
+
+
+def _number(value: float, digits: int) -> str:
+    return "NaN" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _mean(values: list[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return float(np.mean(finite)) if finite else float("nan")
+
+
+def _plain(value: Any) -> Any:
+    """For JSON, which has no NaN: None instead."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

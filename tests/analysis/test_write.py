@@ -1,0 +1,135 @@
+"""The command, its files and its figures, on real adapters and on bad ones."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from analysis_configs import CONFIGS
+from peft import LoraConfig, PeftModel
+from rich.console import Console
+from typer.testing import CliRunner
+
+from ziggurat.analysis import collect, figures, measures
+from ziggurat.analysis.components import short_roles, span_text
+from ziggurat.analysis.style import heat_map, new_axes
+from ziggurat.analysis.write import MAPS, against, as_json, pictures_of, table, write
+from ziggurat.cli import app
+from ziggurat.errors import ConfigError
+
+Saved = Callable[..., Path]
+
+
+def text_of(shown: Any) -> str:
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(shown)
+    return " ".join(console.export_text().split())
+
+
+def test_the_command_writes_tables_and_figures(saved: Saved, tmp_path: Path) -> None:
+    one, other = saved(CONFIGS["msplora"](), "mine"), saved(CONFIGS["lora"](), "theirs")
+    done = CliRunner().invoke(app, ["analyze", str(one), "--against", str(other), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "mine (msplora)" in done.output and "theirs (lora)" in done.output
+    assert "KL between layers, mine minus theirs" in done.output
+    with (tmp_path / "out" / "components.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 2 * (1 + 3 + 4 + 4)
+    rows = measures.rows(collect(one))
+    assert [float(line["effective_rank"]) for line in lines] == [row["effective_rank"] for row in rows]
+    found = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    difference = np.array(found["stacks"]["bert.encoder.layer"]["kl_difference"])
+    np.testing.assert_allclose(difference, measures.kl_difference(collect(one), collect(other)), atol=1e-12)
+    drawn = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    assert drawn == {"pyramid", "energy", "effective_rank", "norm", "spectra", "tiers", "kl_difference", *MAPS}
+
+
+def test_json_is_all_there_is_on_the_output(saved: Saved) -> None:
+    done = CliRunner().invoke(app, ["analyze", str(saved(CONFIGS["lora2"]())), "--json", "-k", "2"])
+    found = json.loads(done.stdout)
+    assert found["method"] == "lora2" and {line["m_eff_k"] for line in found["components"]} == {2}
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_every_figure_is_drawn_and_named(method: str, saved: Saved) -> None:
+    collected = collect(saved(CONFIGS[method]()))
+    for name, draw in pictures_of(collected):
+        ax = draw()
+        assert ax.get_title(loc="left") or ax.get_title(), name
+        assert all(label.get_text() for label in ax.get_yticklabels()), name
+        ax.figure.draw_without_rendering()
+
+
+def test_axes_come_in_and_go_out(saved: Saved) -> None:
+    collected = collect(saved(CONFIGS["msplora"]()))
+    ax = new_axes(4, 3)
+    assert figures.pyramid(collected, ax=ax) is ax
+    boxes = list(ax.patches)
+    assert len(boxes) == 1 + 3 + 4
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["global\nrank 4", "mid\nrank 2", "layer\nrank 1"]
+
+
+def test_a_heat_map_says_its_numbers_and_greys_what_is_missing() -> None:
+    ax = heat_map(new_axes(4, 3), np.array([[1.0, np.nan], [2.5, 3.0]]), ["0", "1"], ["q", "v"])
+    assert sorted(text.get_text() for text in ax.texts) == ["1.0", "2.5", "3.0"]
+    assert ax.images[0].get_array().mask.tolist() == [[False, True], [False, False]]
+
+
+def test_fig_3_has_epochs_across_and_values_down() -> None:
+    ax = figures.spectra_over_epochs(np.arange(6.0).reshape(3, 2), [1, 2], "global")
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "2"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["1", "2", "3"]
+    assert ax.get_title(loc="left") == "The global tier" or ax.get_title() == "The global tier"
+
+
+def test_zeros_and_nan_pass_through_to_every_output(saved: Saved, adapted: Callable[[Any], PeftModel]) -> None:
+    fresh = collect(saved(LoraConfig(r=4, target_modules=["query"])))
+    assert "B was never trained" in text_of(table(fresh))
+    model = adapted(CONFIGS["msplora"]())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "query" in name and name.endswith(":B"):
+                parameter.fill_(math.nan)
+    broken = collect(model)
+    assert "NaN" in text_of(table(broken)) and "diverged" in text_of(table(broken))
+    for collected in (fresh, broken):
+        assert as_json(collected)["notes"]
+        for _, draw in pictures_of(collected):
+            draw().figure.draw_without_rendering()
+
+
+def test_zeros_are_null_in_the_file_where_they_have_no_number(saved: Saved, tmp_path: Path) -> None:
+    write(collect(saved(LoraConfig(r=4, target_modules=["query"]))), tmp_path / "out", pictures=False)
+    found = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert found["stacks"]["bert.encoder.layer"]["kl"] == [[None] * 4] * 4
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_one_layer_has_no_pairs_of_layers(saved: Saved) -> None:
+    config = LoraConfig(
+        r=2, target_modules=["query"], layers_to_transform=[0], layers_pattern="layer", init_lora_weights=False
+    )
+    collected = collect(saved(config))
+    assert not {name for name, _ in pictures_of(collected)} & {"kl", "cosine"}
+    assert against(collected, collected) == "There are no two layers with spectra to compare."
+
+
+def test_bad_input_is_one_clean_error(tmp_path: Path, saved: Saved) -> None:
+    (tmp_path / "empty").mkdir()
+    done = CliRunner().invoke(app, ["analyze", str(tmp_path / "empty")])
+    assert isinstance(done.exception, ConfigError) and "is no adapter" in str(done.exception)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file: name a folder"):
+        write(collect(saved(CONFIGS["lora"]())), tmp_path / "file", pictures=False)
+
+
+def test_words() -> None:
+    roles = ["attention.self.query", "attention.output.dense", "output.dense", ""]
+    assert list(short_roles(roles).values()) == ["query", "attention.output.dense", "output.dense", "layer"]
+    assert [span_text(n) for n in ([], [3], [0, 1, 2], [0, 2])] == ["no layer", "layer 3", "layers 0-2", "layers 0, 2"]
