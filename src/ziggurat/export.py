@@ -130,7 +130,8 @@ def merge(adapter: str | Path, out: str | Path, *, base_model: str | None = None
     """Write the base model with the adapter in the folder `adapter` merged in, and its tokenizer, to `out`.
 
     The model keeps its dtype and generation settings; a classifier takes the names of the labels
-    from the adapter's run.json, if `ziggurat train` wrote one.
+    from the adapter's run.json, if `ziggurat train` wrote one. LoR2C's paths can't be merged into weights: the
+    folder then brings their code along, and loads with `trust_remote_code=True`, without ziggurat.
 
     Raises:
         ConfigError: `adapter` is no adapter's folder, or its base model can't be loaded.
@@ -140,11 +141,15 @@ def merge(adapter: str | Path, out: str | Path, *, base_model: str | None = None
     with written_beside(Path(out)) as folder:
         model = load_adapter(source, load_base(source, base_model))
         _check_complete(source, model)
-        if any(isinstance(module, AdaptedLinear) or hasattr(module, "cannot_export") for module in model.modules()):
-            lora_pairs(model)  # refuses, with the reason, what is no update of weights
-        merged: Any = model.merge_and_unload(safe_merge=True)
-        _name_labels(source, merged.config)
-        merged.save_pretrained(str(folder))
+        if hasattr(model, "write_self_contained"):  # what no weight can absorb brings its code along
+            _name_labels(source, _bare(model).config)  # type: ignore[arg-type]
+            model.write_self_contained(folder)
+        else:
+            if any(isinstance(module, AdaptedLinear) or hasattr(module, "cannot_export") for module in model.modules()):
+                lora_pairs(model)  # refuses, with the reason, what is no update of weights
+            merged: Any = model.merge_and_unload(safe_merge=True)
+            _name_labels(source, merged.config)
+            merged.save_pretrained(str(folder))
         _copy_tokenizer(source, folder)
         if not any(folder.glob("tokenizer*")):
             _save_tokenizer(base_model or str(adapter_config(source).base_model_name_or_path), folder)

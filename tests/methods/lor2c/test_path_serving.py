@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from methods_table import logits
 from ziggurat import LoR2CConfig, MSPLoraConfig
 from ziggurat.errors import ExportError
+from ziggurat.export import export, merge
 from ziggurat.methods.lor2c.serve import write_injected_lora, write_remote_code_model
 from zoo import ZOO
 
@@ -105,3 +106,20 @@ def test_the_injected_lora_alone_loads_as_plain_lora(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded, inputs), logits(peft, inputs), rtol=1e-5, atol=1e-6)
     with pytest.raises(ExportError, match="all of it are paths"):
         write_injected_lora(adapted("llama", merges=0, injections=0), tmp_path / "none")
+
+
+def test_the_command_writes_such_a_folder_from_an_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    base = ZOO["llama"].build()
+    base.save_pretrained(str(tmp_path / "base"))
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    peft, inputs = adapted("llama"), ZOO["llama"].inputs()
+    peft.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    peft.save_pretrained(str(tmp_path / "adapter"))
+    (tmp_path / "adapter" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ExportError, match="goes around a whole layer"):
+        export(tmp_path / "adapter", tmp_path / "lora")
+    merge(tmp_path / "adapter", tmp_path / "served")
+    served = AutoModelForCausalLM.from_pretrained(str(tmp_path / "served"), trust_remote_code=True).eval()
+    torch.testing.assert_close(logits(served, inputs), logits(peft, inputs), rtol=1e-4, atol=1e-5)
+    assert (tmp_path / "served" / "tokenizer.json").is_file()
