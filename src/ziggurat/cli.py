@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from ziggurat.analysis.command import analyze
 from ziggurat.errors import ExportError, ZigguratError
+from ziggurat.plan.command import plan
 
 app = typer.Typer(
     name="ziggurat",
@@ -184,7 +185,7 @@ def merge(
     _plain(f"merged model written to {out}")
 
 
-for command in (analyze,):
+for command in (analyze, plan):
     app.command()(command)
 
 

@@ -1,0 +1,20 @@
+"""Count before training: what a method adapts, shares, trains, stores and needs (`plan`), and ranks for a budget."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bare import bare_model as bare_model
+    from .planner import Plan as Plan
+    from .planner import plan as plan
+    from .planner import plan_recipe as plan_recipe
+
+__all__ = ["Plan", "bare_model", "plan", "plan_recipe"]
+
+
+def __getattr__(name: str) -> Any:
+    """The command line reads this package's `command` alone: the rest is imported when first used."""
+    from importlib import import_module
+
+    if name in __all__:
+        return getattr(import_module(f"{__name__}.{'bare' if name == 'bare_model' else 'planner'}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,57 @@
+"""A model without weights: built on the meta device from its config alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ziggurat.errors import ConfigError
+
+
+def bare_model(model: str | Path, task: str | None = None, dtype: str = "auto", **changes: Any) -> nn.Module:
+    """The architecture of `model` (a folder, a config.json, a hub name, or "embedded") on the meta device.
+
+    `task`: "classification", "regression" or "instruct" choose the head; without one it's the class that the config
+    itself names. `changes` replace fields of the config.
+
+    Raises:
+        ConfigError: there is no such model, or transformers can't build it from a config.
+    """
+    import transformers
+    from transformers import AutoConfig
+
+    from ziggurat.training.embedded import model_path
+
+    try:
+        config = AutoConfig.from_pretrained(model_path(str(model)))
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"no config of a model in {str(model)!r}: {first} Give a folder that holds a config.json, the file itself, "
+            "or the name of a model on the hub that is in the cache."
+        ) from error
+    for name, value in changes.items():
+        setattr(config, name, value)
+    numbers = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    auto: Any = {
+        "instruct": transformers.AutoModelForCausalLM,
+        "classification": transformers.AutoModelForSequenceClassification,
+        "regression": transformers.AutoModelForSequenceClassification,
+    }.get(task or "")
+    own = getattr(transformers, next(iter(config.architectures or []), ""), None)
+    try:
+        with torch.device("meta"):
+            if auto is not None:
+                return auto.from_config(config, dtype=numbers)
+            return own._from_config(config, dtype=numbers) if own else transformers.AutoModel.from_config(config)
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
+        raise ConfigError(f"{model} can't be built from its config: {error}") from error
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """The children beside the encoder that have weights of their own: what a task's fresh head trains whole."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]

@@ -1,0 +1,70 @@
+"""`ziggurat plan`: what the command takes and prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="Model folder, config.json, hub name in the cache, or embedded.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RECIPE KEY=VALUE", help="A recipe, and values that replace its own (method.r=16)."),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Find the largest rank for a share of the model (0.1%) or a number (300k).")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples a step, for the memory.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Tokens a sample, for the memory.")] = None,
+    memory: Annotated[bool, typer.Option(help="Estimate the training memory; traces the model once.")] = True,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+) -> None:
+    """Count before training what a method adapts, shares, trains, stores and needs, from the model's config alone."""
+    from ziggurat.training.recipe import load_recipe
+    from ziggurat.training.source import read_overrides
+
+    from .planner import plan_recipe
+    from .show import show, to_json
+
+    given = list(words or [])
+    names = [word for word in given if "=" not in word or Path(word).is_file()]
+    if len(names) > 1:
+        raise typer.BadParameter(f"one recipe at a time, not {' and '.join(names)}")
+    rest = [word for word in given if word not in names]
+    if names:
+        recipe = load_recipe(names[0], rest)
+        found = plan_recipe(model, recipe, budget=budget, batch=batch, length=length, measure_memory=memory)
+    else:
+        found = plan_recipe(
+            model,
+            None,
+            _choice(*read_overrides(rest)),
+            budget=budget,
+            batch=batch,
+            length=length,
+            measure_memory=memory,
+        )
+    if json:
+        typer.echo(to_json(found))
+        return
+    from rich.console import Console
+
+    Console().print(show(found), highlight=False)
+
+
+def _choice(values: dict[str, object], problems: list[str]) -> dict[str, object]:
+    """`method.*` words without a recipe, checked as a recipe's are."""
+    from ziggurat.errors import RecipeError
+    from ziggurat.training.methods import method_problems
+
+    problems = problems + [
+        f"{key}: without a recipe only method.* can be given" for key in values if not key.startswith("method.")
+    ]
+    choice = {"name": "msplora", "r": 8} | {k.removeprefix("method."): v for k, v in values.items()}
+    problems += [] if problems else method_problems(choice)
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return choice

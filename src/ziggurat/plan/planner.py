@@ -1,0 +1,234 @@
+"""What a method would do to a model, counted before there are any weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model, get_peft_model_state_dict
+from torch import nn
+
+from ziggurat.analysis.components import UPDATE, Component
+from ziggurat.analysis.readers import READERS, place_by_name
+from ziggurat.errors import ConfigError
+from ziggurat.host.anatomy import Anatomy, Place
+
+from .budget import BESIDE, largest_rank
+from .closed_form import count
+from .disk import file_bytes
+from .memory import Memory, memory
+
+LABELS = {"instruct": "tokens", "classification": "classes", "regression": "values"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """The components of one part on one role: how many, of what rank, each shared by how many layers at most."""
+
+    part: str
+    stack: str
+    role: str
+    pairs: int
+    rank: int
+    shared_by: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Another method: "r" beside the plan's at the same rank, "budget" at the most rank that the same budget pays."""
+
+    method: str
+    kind: str
+    r: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of it. Counts are exact; `memory` says itself what it leaves out.
+
+    `adapter` counts the method's own numbers, `head` those of modules trained whole; `file` is the size of
+    adapter_model.safetensors in bytes.
+    """
+
+    model: str
+    method: str
+    r: int | None
+    base: int
+    adapter: int
+    head: int
+    file: int
+    modules: list[str]
+    parts: list[Part]
+    beside: list[Beside]
+    memory: Memory | None
+    notes: list[str] = field(default_factory=list)
+
+
+def plan(
+    model: nn.Module,
+    config: Any,
+    *,
+    name: str = "model",
+    method: str = "",
+    task: str | None = None,
+    batch: int = 16,
+    length: int = 256,
+    measure_memory: bool = True,
+) -> Plan:
+    """Count what `config` trains in `model`, which lies on the meta device and comes back as it was.
+
+    Raises:
+        ConfigError: the config doesn't fit the model, with what the method says of it.
+    """
+    base = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    anatomy = Anatomy(model, getattr(config, "layers_pattern", None))
+    beside, notes = _beside(model, config, method)
+    requires = {id(p): p.requires_grad for p in model.parameters()}
+    try:
+        with torch.device("meta"):
+            adapted = get_peft_model(model, _without_values(config))  # type: ignore[arg-type]
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise ConfigError(f"{method or 'the method'} doesn't fit {name}: {error}") from error
+    try:
+        trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+        head = [n for n in trained if ".modules_to_save." in n]
+        state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        parts = _parts(state, adapted.peft_config["default"], anatomy)
+        modules = list(getattr(adapted, "targeted_module_names", None) or adapted.base_model.targeted_module_names)
+        estimate = memory(adapted, batch, length, labels=LABELS.get(task or "")) if measure_memory else None
+        if estimate is not None and estimate.activations is None:
+            notes.append("this model's forward looks at values, so its activations can't be counted without weights")
+    finally:
+        adapted.unload()
+        for parameter in model.parameters():
+            parameter.requires_grad_(requires.get(id(parameter), True))
+    total = sum(p.numel() for p in trained.values())
+    in_head = sum(trained[n].numel() for n in head)
+    rank = getattr(config, "r", None)
+    return Plan(
+        model=name,
+        method=method,
+        r=rank if isinstance(rank, int) else None,
+        base=base,
+        adapter=total - in_head,
+        head=in_head,
+        file=file_bytes(state),
+        modules=modules,
+        parts=parts,
+        beside=beside,
+        memory=estimate,
+        notes=notes,
+    )
+
+
+def _without_values(config: Any) -> Any:
+    """The config with an initialisation that needs no weights; how many numbers there are doesn't change."""
+    config = copy.deepcopy(config)
+    if isinstance(getattr(config, "init_lora_weights", None), str):
+        config.init_lora_weights = True
+    return config
+
+
+def _parts(state: Mapping[str, Any], config: Any, anatomy: Anatomy) -> list[Part]:
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind not in READERS:
+        return []
+
+    def places(path: str) -> Place:
+        return anatomy.find(path) or place_by_name(path)
+
+    found: dict[tuple[str, str, str, int], list[Component]] = {}
+    for c in READERS[kind](state, config, places, anatomy.stacks):
+        if c.part != UPDATE:
+            found.setdefault((c.part, c.stack, c.role, c.rank), []).append(c)
+    parts = []
+    for (part, stack, role, rank), some in found.items():
+        numbers = sum(_stored(c) for c in some) + (some[0].A.numel() if some[0].shared_A else 0)
+        parts.append(Part(part, stack, role, len(some), rank, max(len(c.layers) for c in some), numbers))
+    order = list(dict.fromkeys(p.part for p in parts))
+    return sorted(parts, key=lambda p: (order.index(p.part), p.stack, p.role))
+
+
+def _stored(component: Component) -> int:
+    if component.shared_A:
+        return component.B.numel()
+    return component.parameters + (component.rank if component.part == "inner" else 0)
+
+
+def _beside(model: nn.Module, config: Any, method: str) -> tuple[list[Beside], list[str]]:
+    same = {
+        name: copy.deepcopy(value)
+        for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+        if (value := getattr(config, name, None)) is not None
+    }
+    try:
+        mine, rank = count(model, config), getattr(config, "r", None)
+    except ConfigError as error:
+        return [], [f"nothing is put beside it: {error}"]
+    found, notes = [], []
+    for other, at in BESIDE.items():
+        if other == method:
+            continue
+        try:
+            if isinstance(rank, int):
+                found.append(Beside(other, "r", rank, count(model, at(rank, same))))
+            r, _, cost = largest_rank(lambda r, at=at: at(r, same), model, mine)
+            found.append(Beside(other, "budget", r, cost))
+        except ConfigError as error:
+            notes.append(f"{other}: {error}")
+    return found, notes
+
+
+def plan_recipe(
+    model: str | Path,
+    recipe: Any = None,
+    choice: Mapping[str, Any] | None = None,
+    *,
+    budget: str | None = None,
+    batch: int | None = None,
+    length: int | None = None,
+    measure_memory: bool = True,
+) -> Plan:
+    """The plan of a recipe's method, or of `choice` (method.* as in a recipe), for `model`, by its config alone.
+
+    `budget` ("0.1%" of the model, "300k"): instead of the recipe's rank the largest that it pays for.
+
+    Raises:
+        ConfigError: no such model, a method without an adapter, or a budget below the smallest one.
+        RecipeError: `choice` isn't one of a method.
+    """
+    from ziggurat.training.methods import METHODS, method_config
+
+    from .bare import bare_model, head_modules
+    from .budget import read_budget
+
+    chosen = dict(choice or (recipe.method if recipe is not None else {"name": "msplora", "r": 8}))
+    task = recipe.task if recipe is not None else None
+    bare = bare_model(model, task, recipe.dtype if recipe is not None else "auto")
+    extra = {"modules_to_save": head_modules(bare)} if task in ("classification", "regression") else {}
+    if METHODS[chosen["name"]].config is None:
+        raise ConfigError(f"method {chosen['name']} trains weights of the model itself; there is no adapter to plan.")
+    config = method_config(chosen, **extra)
+    if budget is not None:
+        base = sum(p.numel() for p in bare.parameters())
+
+        def at(r: int) -> Any:
+            return method_config({**chosen, "r": r}, **extra)
+
+        config = largest_rank(at, bare, read_budget(budget, base))[1]
+    return plan(
+        bare,
+        config,
+        name=str(model),
+        method=chosen["name"],
+        task=task,
+        batch=batch or (recipe.train.batch if recipe is not None else 16),
+        length=length or (recipe.data.max_length if recipe is not None else 256),
+        measure_memory=measure_memory,
+    )

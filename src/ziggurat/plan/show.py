@@ -1,0 +1,84 @@
+"""A plan on the screen and as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from ziggurat.analysis.components import short_roles
+
+from .planner import Plan
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_SHOWN = {"msplora": "MSPLoRA", "lora": "LoRA", "dora": "DoRA", "lora2": "LoRA²", "lor2c": "LoR2C"}
+_SHOWN["sharelor2c"] = "ShareLoR2C"
+
+
+def size(count: float) -> str:
+    """Bytes in words: 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def to_json(plan: Plan) -> str:
+    """The whole plan, with the memory's total."""
+    values = asdict(plan)
+    if plan.memory is not None:
+        values["memory"] |= {"total": plan.memory.total, "formula": plan.memory.formula}
+    return json.dumps(values, indent=1)
+
+
+def show(plan: Plan) -> RenderableType:
+    """Parts, comparison, disk and memory as tables."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    named = _SHOWN.get(plan.method, plan.method) + (f" r {plan.r}" if plan.r else "")
+    parts = Table(title=f"{named} in {plan.model}: {len(plan.modules)} modules", title_justify="left")
+    for name in ("part", "role"):
+        parts.add_column(name, overflow="fold")
+    for name in ("pairs", "rank", "layers a pair", "parameters"):
+        parts.add_column(name, justify="right")
+    short = short_roles(part.role for part in plan.parts)
+    stacks = {part.stack for part in plan.parts}
+    for number, part in enumerate(plan.parts):
+        last = number + 1 == len(plan.parts) or plan.parts[number + 1].part != part.part
+        role = short[part.role] + (f" of {part.stack}" if len(stacks) > 1 else "")
+        cells = (part.part, role, str(part.pairs), str(part.rank), str(part.shared_by), f"{part.parameters:,}")
+        parts.add_row(*cells, end_section=last)
+    parts.add_row("adapter", "", "", "", "", f"{plan.adapter:,}", style="bold")
+    beside = Table(title="Beside it", title_justify="left")
+    for name in ("method", "rank", "parameters", "share of the model", "of this plan"):
+        beside.add_column(name, justify="left" if name == "method" else "right")
+    rows = [(named, plan.r, plan.adapter), *_rows(plan)]
+    for method, r, parameters in rows:
+        share = f"{parameters / plan.base:.3%}" if plan.base else ""
+        beside.add_row(method, str(r or ""), f"{parameters:,}", share, f"{parameters / plan.adapter:.0%}")
+    lines = [f"base model: {plan.base:,} parameters; the adapter's file: {plan.file:,} bytes ({size(plan.file)})"]
+    if plan.head:
+        lines.append(f"trained whole beside the adapter (head): {plan.head:,}")
+    m = plan.memory
+    if m is not None:
+        activations = size(m.activations) if m.activations is not None else "unknown"
+        lines += [
+            f"training memory at batch {m.batch}, length {m.length}: {size(m.total)} = weights {size(m.weights)} + "
+            f"trained {size(m.trained)} + gradients {size(m.gradients)} + AdamW {size(m.optimizer)} + activations "
+            f"{activations}",
+            f"activations: {m.formula}; not in it: the device's context, workspaces, fragmentation",
+        ]
+    lines += [f"note: {note}" for note in plan.notes]
+    return Group(*([parts] if plan.parts else []), beside, *(Text(line) for line in lines))
+
+
+def _rows(plan: Plan) -> list[tuple[str, int, int]]:
+    same = [b for b in plan.beside if b.kind == "r"]
+    budget = [b for b in plan.beside if b.kind == "budget"]
+    rows = [(f"{_SHOWN[b.method]}, same r", b.r, b.parameters) for b in same]
+    return rows + [(f"{_SHOWN[b.method]}, same budget", b.r, b.parameters) for b in budget]

@@ -1,0 +1,252 @@
+"""Plans against the real thing: built models, written files, tensors that autograd keeps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import BertConfig, LlamaConfig, RobertaConfig
+from typer.testing import CliRunner
+
+from methods_table import METHODS
+from ziggurat import LoR2CConfig, LoRA2Config, MSPLoraConfig
+from ziggurat.cli import app
+from ziggurat.errors import ConfigError, RecipeError
+from ziggurat.plan import bare_model, plan, plan_recipe
+from ziggurat.plan.budget import largest_rank, read_budget
+from ziggurat.plan.closed_form import count
+from ziggurat.plan.memory import saved_bytes
+from ziggurat.training.recipe import make_recipe
+from zoo import ZOO
+
+ARCHITECTURES = ["bert", "gpt2", "llama", "t5", "swin", "mixtral", "modernbert"]
+
+
+def config_folder(folder: Path, config: Any, architecture: str) -> Path:
+    config.architectures = [architecture]
+    config.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture
+def roberta(tmp_path: Path) -> Path:
+    """RoBERTa-base's config, no weights."""
+    return config_folder(
+        tmp_path / "roberta",
+        RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
+        "RobertaForMaskedLM",
+    )
+
+
+@pytest.fixture
+def llama_70b(tmp_path: Path) -> Path:
+    config = LlamaConfig(
+        hidden_size=8192,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        intermediate_size=28672,
+        vocab_size=32000,
+        dtype="bfloat16",
+    )
+    return config_folder(tmp_path / "llama", config, "LlamaForCausalLM")
+
+
+def trained(model: Any) -> int:
+    return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in n)
+
+
+def configs(name: str) -> dict[str, Any]:
+    targets = ZOO[name].targets
+    return {
+        "msplora": MSPLoraConfig(r=4, target_modules=targets),
+        "groups": MSPLoraConfig(ranks=[3, 2, 1], target_modules=targets, num_groups=2),
+        "lora": LoraConfig(r=3, target_modules=targets),
+        "dora": LoraConfig(r=3, target_modules=targets, use_dora=True),
+        "lora2": LoRA2Config(r=3, outer_rank=5, target_modules=targets),
+        "lor2c": LoR2CConfig(r=4),
+        "share": LoR2CConfig(r=4, share=True),
+    }
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("method", configs("bert"))
+def test_the_formulas_count_what_peft_builds(name: str, method: str) -> None:
+    if name == "swin" and method == "share":
+        pytest.skip("one A of one width for stages of several widths is refused by the method")
+    config = configs(name)[method]
+    counted = count(ZOO[name].build(), config)
+    assert counted == trained(get_peft_model(ZOO[name].build(), config))
+
+
+def test_lora_injected_into_layers_is_counted() -> None:
+    config = LoR2CConfig(r=4, injections=1, spans=[[0, 1], [2, 2], [3, 3]])
+    assert count(ZOO["bert"].build(), config) == trained(get_peft_model(ZOO["bert"].build(), config))
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        ({"name": "msplora", "r": 8}, 135_168),
+        ({"name": "lora", "r": 8, "target_modules": ["query", "value"]}, 294_912),
+        ({"name": "lor2c", "r": 8}, 147_456),
+        ({"name": "lor2c", "r": 8, "share": True}, 79_872),
+    ],
+)
+def test_the_papers_counts(config: dict[str, Any], parameters: int, roberta: Path) -> None:
+    assert plan_recipe(roberta, choice=config, measure_memory=False).adapter == parameters
+
+
+@pytest.mark.parametrize("method", ["msplora", "lora2", "lor2c"])
+def test_a_plan_is_the_adapter_that_is_then_written(method: str, tmp_path: Path) -> None:
+    zoo = ZOO["bert"]
+    config = METHODS[method].config(zoo, modules_to_save=["classifier"])
+    with torch.device("meta"):
+        bare = zoo.build()
+    before = {name: p.requires_grad for name, p in bare.named_parameters()}
+    found = plan(bare, config, method=method, measure_memory=False)
+    assert {name: p.requires_grad for name, p in bare.named_parameters()} == before
+    model = get_peft_model(zoo.build(), METHODS[method].config(zoo, modules_to_save=["classifier"]))
+    model.save_pretrained(str(tmp_path))
+    assert found.file == (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert found.adapter == trained(model) == sum(part.parameters for part in found.parts)
+    assert found.head == 3 * 16 + 3
+    assert sorted(found.modules) == sorted(model.targeted_module_names)
+
+
+def test_parts_say_who_shares() -> None:
+    with torch.device("meta"):
+        bare = ZOO["bert"].build()
+    parts = plan(bare, MSPLoraConfig(r=4, target_modules=["query"]), measure_memory=False).parts
+    assert [(p.part, p.pairs, p.rank, p.shared_by, p.parameters) for p in parts] == [
+        ("global", 1, 4, 4, 128),
+        ("mid", 3, 2, 2, 192),
+        ("layer", 4, 1, 1, 128),
+    ]
+
+
+def test_others_stand_beside_it_at_the_same_rank_and_budget(roberta: Path) -> None:
+    found = plan_recipe(roberta, choice={"name": "msplora", "r": 8}, measure_memory=False)
+    beside = {(b.method, b.kind): (b.r, b.parameters) for b in found.beside}
+    assert beside["lora", "r"] == (8, 294_912)
+    # 36,864 numbers a rank: 3 ranks are 110,592, 4 would be above 135,168.
+    assert beside["lora", "budget"] == (3, 110_592)
+    assert beside["lor2c", "budget"] == (7, 129_024)
+    assert all(cost <= 135_168 for (_, kind), (_, cost) in beside.items() if kind == "budget")
+
+
+def test_a_budget_finds_the_largest_rank(roberta: Path) -> None:
+    found = plan_recipe(roberta, choice={"name": "msplora", "r": 8}, budget="0.25%", measure_memory=False)
+    # 16,896 numbers a rank, ranks in steps of 4 (r/4 is whole): 16 fits into 0.25% of the model, 20 doesn't.
+    assert found.r == 16 and found.adapter == 270_336 <= 0.0025 * found.base < 20 * 16_896
+    with pytest.raises(ConfigError, match="below the smallest adapter of this kind, which has"):
+        plan_recipe(roberta, choice={"name": "msplora", "r": 8}, budget="100", measure_memory=False)
+
+
+def test_the_largest_rank_is_that_of_a_search_through_all() -> None:
+    model = ZOO["bert"].build()
+
+    def at(r: int) -> MSPLoraConfig:
+        return MSPLoraConfig(r=r, target_modules=["query", "value"])
+
+    for budget in (500, 900, 1500, 5000):
+        costs = {}
+        for r in range(1, 17):
+            try:
+                costs[r] = count(model, at(r))
+            except ConfigError:
+                continue
+        expected = max((r for r, cost in costs.items() if cost <= budget), default=None)
+        if expected is None:
+            with pytest.raises(ConfigError, match="below the smallest"):
+                largest_rank(at, model, budget, most=16)
+        else:
+            assert largest_rank(at, model, budget, most=16)[::2] == (expected, costs[expected])
+
+
+def test_budgets_are_read() -> None:
+    assert [read_budget(t, 1_000_000) for t in ("0.1%", "300k", "1.2M", "12_000", "1B")] == [
+        1000,
+        300_000,
+        1_200_000,
+        12_000,
+        1_000_000_000,
+    ]
+    for text in ("", "0", "-5", "many", "5%%"):
+        with pytest.raises(ConfigError, match="a share of the model's"):
+            read_budget(text, 1_000_000)
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("method", ["msplora", "lor2c"])
+def test_activations_counted_without_weights_are_those_autograd_keeps(name: str, method: str) -> None:
+    zoo = ZOO[name]
+    config = METHODS[method].config(zoo)
+    with torch.device("meta"):
+        bare = zoo.build()
+    task = "classification" if name == "bert" else "instruct"
+    without_dropout(bare)  # with dropout, attention on a CPU isn't fused
+    found = plan(bare, config, task=task, batch=3, length=32).memory
+    assert found is not None and found.activations is not None
+    model = get_peft_model(without_dropout(zoo.build()), METHODS[method].config(zoo)).train()
+    ids = torch.full((3, 32), 7)
+    labels = torch.tensor([0, 1, 2]) if name == "bert" else ids
+    real = saved_bytes(model, {"input_ids": ids, "labels": labels})
+    assert found.activations == pytest.approx(real, rel=0.1)
+    assert found.a * 3 * 32 + found.c * 3 * 32**2 == pytest.approx(found.activations, rel=1e-6)
+    weights = sum(p.numel() * p.itemsize for p in model.parameters() if not p.requires_grad)
+    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (found.weights, found.trained, found.optimizer) == (weights, 4 * numbers, 8 * numbers)
+    assert found.total == weights + 16 * numbers + found.activations
+
+
+def test_llama_70b_is_planned_from_its_config(llama_70b: Path) -> None:
+    choice = {"name": "msplora", "r": 64, "target_modules": ["q_proj", "v_proj"]}
+    found = plan_recipe(llama_70b, choice=choice, measure_memory=False)
+    assert found.base == 68_976_648_192
+    # (64 + 3 x 32 + 80 x 16) ranks of queries (8192 + 8192) and of values (8192 + 1024).
+    assert found.adapter == (64 + 3 * 32 + 80 * 16) * (2 * 8192 + 8192 + 1024) == 36_864_000
+    assert len(found.modules) == 160
+
+
+def test_the_command_prints_and_speaks_json(roberta: Path) -> None:
+    done = CliRunner().invoke(app, ["plan", str(roberta), "method.r=8", "--no-memory"])
+    assert done.exit_code == 0, done.output
+    assert "135,168" in done.output and "LoRA, same budget" in done.output
+    recipe = CliRunner().invoke(app, ["plan", str(roberta), "roberta-mrpc", "--json", "--batch", "2", "--length", "16"])
+    assert recipe.exit_code == 0, recipe.output
+    found = json.loads(recipe.stdout)
+    assert found["adapter"] == 135_168 and found["head"] == 768 * 768 + 768 + 2 * 768 + 2
+    assert found["memory"]["batch"] == 2 and found["memory"]["total"] > 4 * found["base"]
+
+
+def test_bad_input_is_refused(tmp_path: Path, roberta: Path) -> None:
+    with pytest.raises(ConfigError, match="no config of a model in"):
+        bare_model(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="msplora doesn't fit"):
+        plan_recipe(roberta, choice={"name": "msplora", "r": 8, "target_modules": ["nothing"]}, measure_memory=False)
+    with pytest.raises(ConfigError, match="there is no adapter to plan"):
+        plan_recipe(roberta, choice={"name": "bitfit"}, measure_memory=False)
+    bad = CliRunner().invoke(app, ["plan", str(roberta), "train.lr=1", "method.rank=4"])
+    assert isinstance(bad.exception, RecipeError)
+
+
+def test_a_recipe_chooses_head_batch_and_length(tmp_path: Path) -> None:
+    recipe = make_recipe(
+        {"model": "x", "data": {"train": "demo", "max_length": 12}, "train": {"batch": 3}, "method": {"name": "lora"}}
+    )
+    config = BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    config.save_pretrained(str(tmp_path))
+    found = plan_recipe(tmp_path, recipe)
+    assert found.memory is not None and (found.memory.batch, found.memory.length) == (3, 12)
+    assert found.head == 2 * 16 + 2
