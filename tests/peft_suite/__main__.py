@@ -47,7 +47,10 @@ def main(words: list[str]) -> int:
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
         "PEFT_SUITE": json.dumps({"config": asked.config, "templates": asked.templates, "rename": RENAME}),
     }
-    furnish = "import sys, pathlib, peft_suite.tiny_hub as hub; hub.furnish(pathlib.Path(sys.argv[1]))"
+    furnish = (
+        "import sys, pathlib, peft_suite.tiny_hub as hub; hub.T.logging.disable_progress_bar(); "
+        "hub.furnish(pathlib.Path(sys.argv[1]))"
+    )
     cache = str(folder / "hub" / "hub")
     subprocess.run([sys.executable, "-W", "ignore", "-c", furnish, cache], env=environment, check=True)
     tests = [f"tests/{name.removesuffix('.py')}.py" for name in asked.files or FILES]
