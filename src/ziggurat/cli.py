@@ -138,19 +138,22 @@ def export(
     serving: Annotated[
         bool, typer.Option("--serving", help="The form that PEFT, vLLM and llama.cpp all scale alike.")
     ] = False,
+    base: Annotated[
+        str | None, typer.Option(help="The base model, where the adapter's own note of it is wrong.")
+    ] = None,
 ) -> None:
     """Write an adapter as plain LoRA, which stock PEFT loads."""
     from ziggurat import export as exporting
 
     _free(out)
-    if _from_a_run(adapter):
+    if base is None and _from_a_run(adapter):
         from ziggurat.training.load import load_adapter_model
 
         loaded = load_adapter_model(adapter)
         written = exporting.export_model(_adapted(adapter, loaded.model), out, serving=serving)
         loaded.tokenizer.save_pretrained(str(out))
     else:
-        written = exporting.export(adapter, out, serving=serving)
+        written = exporting.export(adapter, out, serving=serving, base_model=base)
     _plain(f"plain LoRA of rank {written.rank} on {written.modules} linears written to {out}")
     if serving:
         _plain(f"serve it with --max-lora-rank {written.rank}")
@@ -160,29 +163,25 @@ def export(
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base model, where the adapter's own note of it is wrong.")
+    ] = None,
 ) -> None:
     """Merge an adapter into its model and write the whole model with its tokenizer."""
     from ziggurat import export as exporting
 
     _free(out)
-    if _from_a_run(adapter):
-        from ziggurat.host.staging import written_beside
+    if base is None and _from_a_run(adapter):
         from ziggurat.training.load import load_adapter_model
-        from ziggurat.training.methods import METHODS
 
         loaded = load_adapter_model(adapter)
-        model = _adapted(adapter, loaded.model)
-        with written_beside(out) as folder:
-            if hasattr(model, "write_self_contained"):  # what no weight can absorb brings its code along
-                model.write_self_contained(folder)
-            else:
-                if METHODS[loaded.recipe.method["name"]].exports:
-                    exporting.lora_pairs(model)  # says why, where an adapter is no update of weights
-                model.merge_and_unload(safe_merge=True).save_pretrained(str(folder))
-            loaded.tokenizer.save_pretrained(str(folder))
+        exporting.merge_model(_adapted(adapter, loaded.model), out, loaded.tokenizer)
     else:
-        exporting.merge(adapter, out)
-    _plain(f"merged model written to {out}")
+        exporting.merge(adapter, out, base_model=base)
+    if any(out.glob("modeling_*.py")):
+        _plain(f"model with its paths written to {out}: load it with trust_remote_code=True, after reading its code")
+    else:
+        _plain(f"merged model written to {out}")
 
 
 for command in (analyze, plan):

@@ -141,19 +141,36 @@ def merge(adapter: str | Path, out: str | Path, *, base_model: str | None = None
     with written_beside(Path(out)) as folder:
         model = load_adapter(source, load_base(source, base_model))
         _check_complete(source, model)
-        if hasattr(model, "write_self_contained"):  # what no weight can absorb brings its code along
-            _name_labels(source, _bare(model).config)  # type: ignore[arg-type]
-            model.write_self_contained(folder)
-        else:
-            if any(isinstance(module, AdaptedLinear) or hasattr(module, "cannot_export") for module in model.modules()):
-                lora_pairs(model)  # refuses, with the reason, what is no update of weights
-            merged: Any = model.merge_and_unload(safe_merge=True)
-            _name_labels(source, merged.config)
-            merged.save_pretrained(str(folder))
+        _name_labels(source, _bare(model).config)  # type: ignore[arg-type]
+        _write_merged(model, folder)
         _copy_tokenizer(source, folder)
         if not any(folder.glob("tokenizer*")):
             _save_tokenizer(base_model or str(adapter_config(source).base_model_name_or_path), folder)
     return Path(out)
+
+
+def merge_model(model: nn.Module, out: str | Path, tokenizer: Any = None) -> Path:
+    """Write `model` with its active adapter merged in, and `tokenizer`, to the folder `out`. As `merge`, in memory.
+
+    The adapter is gone from `model` afterwards, unless its method can't be merged into weights.
+
+    Raises:
+        ExportError: `out` is taken, or the method can't be merged into weights.
+    """
+    with written_beside(Path(out)) as folder:
+        _write_merged(model, folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
+    return Path(out)
+
+
+def _write_merged(model: Any, folder: Path) -> None:
+    if hasattr(model, "write_self_contained"):  # what no weight can absorb brings its code along
+        model.write_self_contained(folder)
+        return
+    if any(isinstance(module, AdaptedLinear) or hasattr(module, "cannot_export") for module in model.modules()):
+        lora_pairs(model)  # refuses, with the reason, what is no update of weights
+    model.merge_and_unload(safe_merge=True).save_pretrained(str(folder))
 
 
 def _bare(model: nn.Module) -> nn.Module:

@@ -21,6 +21,10 @@ class MethodConfig(PeftConfig):
         """BibTeX of the method's paper."""
         raise NotImplementedError
 
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's, with sets in alphabetical order, so that equal adapters have equal files."""
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
         write_card(Path(save_directory), type(self).__name__, str(self.base_model_name_or_path or ""), self.citation)
