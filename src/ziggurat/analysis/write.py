@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,10 +175,7 @@ def pictures_of(collected: Collected, other: Collected | None = None) -> Iterato
         if depth < 2:
             continue
         for name, (measure, title, label) in MAPS.items():
-            yield (
-                f"{name}{tail}",
-                lambda stack=stack, m=measure, t=title, w=label: figures.layer_map(m(collected, stack=stack), t, w),
-            )
+            yield f"{name}{tail}", partial(_layer_map, measure, collected, stack, title, label, name == "kl")
         if other is not None:
             title = f"KL of {collected.source} minus {other.source}"
             yield (
@@ -192,6 +190,10 @@ def pictures_of(collected: Collected, other: Collected | None = None) -> Iterato
         if len(collected.stored_parts) > 1 and collected.method != "lora2":
             yield f"tiers{tail}", lambda stack=stack: figures.tier_map(collected, stack)
     yield "spectra", lambda: figures.spectrum_lines(collected)
+
+
+def _layer_map(measure: Callable[..., Any], collected: Collected, stack: str, title: str, label: str, kl: bool) -> Any:
+    return figures.layer_map(measure(collected, stack=stack), title, label, diagonal=kl)
 
 
 def _number(value: float, digits: int) -> str:

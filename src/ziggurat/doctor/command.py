@@ -1,0 +1,48 @@
+"""`ziggurat doctor`: what the command takes and prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def doctor(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RECIPE-OR-ADAPTER KEY=VALUE", help="Recipe, or adapter folder; nothing: this machine."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a finding and line.")] = False,
+) -> None:
+    """Say what will not work together and why, before it fails. Exit code 1 if something surely won't."""
+    import json as text
+    from dataclasses import asdict
+
+    from .checks import LEVELS, adapter, environment, recipe
+
+    given = list(words or [])
+    found = list(environment())
+    if given and (Path(given[0]) / "adapter_config.json").is_file():
+        found += adapter(given[0])
+    elif given and Path(given[0]).is_dir() and not (Path(given[0]) / "recipe.yaml").is_file():
+        from ziggurat.host.folder import adapter_config
+
+        adapter_config(given[0])  # raises, and says what the folder lacks
+    elif given:
+        from ziggurat.training.recipe import load_recipe
+
+        found += recipe(load_recipe(given[0], given[1:]))
+    found = sorted(dict.fromkeys(found), key=lambda one: LEVELS.index(one.level))
+    for one in found:
+        if json:
+            typer.echo(text.dumps(asdict(one)))
+            continue
+        typer.secho(f"{one.level}: {one.what}", fg={"error": "red", "warning": "yellow"}.get(one.level), bold=True)
+        typer.echo(f"  {one.why}")
+        if one.do:
+            typer.echo(f"  -> {one.do}")
+    if not found and not json:
+        typer.echo("nothing found that would not work")
+    if any(one.level == "error" for one in found):
+        raise typer.Exit(1)

@@ -1,0 +1,156 @@
+"""Findings on real adapters and recipes; the table's evidence exists, and the docs say the same."""
+
+import re
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig
+from typer.testing import CliRunner
+
+from methods_table import METHODS
+from ziggurat import LoR2CConfig, MSPLoraConfig
+from ziggurat.cli import app
+from ziggurat.doctor import checks
+from ziggurat.doctor.checks import Finding
+from ziggurat.doctor.facts import FACTS, SECTIONS, STATUS, markdown, written_into
+from ziggurat.doctor.facts import METHODS as NAMED
+from ziggurat.errors import ConfigError
+from ziggurat.training.recipe import make_recipe
+from zoo import ZOO
+
+ROOT = Path(__file__).parents[1]
+
+
+def saved(folder: Path, config: Any) -> Path:
+    model = get_peft_model(ZOO["bert"].build(), config)
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def whats(findings: Iterator[Finding]) -> dict[str, str]:
+    return {one.what: one.level for one in findings}
+
+
+def test_the_page_has_the_table_of_the_data() -> None:
+    page = (ROOT / "docs" / "combinations.md").read_text(encoding="utf-8")
+    assert written_into(page) == page
+    assert markdown() in page
+
+
+def test_every_row_is_whole_and_every_yes_has_a_test_that_exists() -> None:
+    assert len({row.key for row in FACTS}) == len(FACTS)
+    for row in FACTS:
+        assert row.section in SECTIONS and set(row.cells) == set(NAMED), row.key
+        assert set(row.cells.values()) <= set(STATUS), row.key
+        assert row.why or set(row.cells.values()) == {"yes"}, row.key
+        if "yes" in row.cells.values():
+            assert row.evidence, row.key
+        for test in row.evidence:
+            path, _, name = test.partition("::")
+            source = (ROOT / path).read_text(encoding="utf-8")
+            assert not name or re.search(rf"^def {name}\(", source, re.MULTILINE), test
+
+
+def test_every_method_of_the_contracts_with_a_paper_has_a_column() -> None:
+    assert set(NAMED) <= set(METHODS)
+
+
+def test_what_the_table_says_of_merging_is_so() -> None:
+    merges = next(row for row in FACTS if row.key == "merge").cells
+    assert {method: status == "yes" for method, status in merges.items()} == {m: METHODS[m].merges for m in NAMED}
+    weighted = next(row for row in FACTS if row.key == "weighted").cells
+    assert {method: status == "yes" for method, status in weighted.items()} == {m: METHODS[m].combines for m in NAMED}
+
+
+def test_this_machine_has_what_was_tested() -> None:
+    assert list(checks.environment()) == []
+
+
+def test_an_untested_version_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.17.0" if name == "peft" else real(name))
+    (found,) = checks.environment()
+    assert found.level == "error" and found.what == "peft 0.17.0" and "pip install 'peft" in found.do
+
+
+@pytest.mark.parametrize(
+    ("variables", "what"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}, "MSPLoRA with DeepSpeed ZeRO: untested"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "MSPLoRA with FSDP1: untested"),
+        ({"WORLD_SIZE": "2"}, "MSPLoRA with DDP: untested"),
+    ],
+)
+def test_the_launcher_is_told_from_its_variables(variables: dict[str, str], what: str) -> None:
+    assert whats(checks.distributed("msplora", variables)) == {what: "warning"}
+    assert whats(checks.distributed("msplora", {"WORLD_SIZE": "1"})) == {}
+
+
+def test_a_quantised_base_is_told_from_its_config(tmp_path: Path) -> None:
+    config = BertConfig(quantization_config={"quant_method": "gptq", "bits": 4})
+    config.save_pretrained(str(tmp_path))
+    (found,) = checks.base_model(str(tmp_path), "msplora")
+    assert found.what == "MSPLoRA with base quantised by gptq: works with limits" and found.level == "note"
+    assert "keep the adapter beside the model" in found.do
+
+
+def test_an_untrained_and_a_diverged_adapter(tmp_path: Path) -> None:
+    fresh = saved(tmp_path / "fresh", MSPLoraConfig(r=4, target_modules=["query"]))
+    assert whats(checks.adapter(fresh, {}))["the adapter's numbers"] == "warning"
+    model = get_peft_model(ZOO["bert"].build(), LoraConfig(r=4, target_modules=["query"], init_lora_weights=False))
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_A" in n).fill_(float("nan"))
+    model.save_pretrained(str(tmp_path / "nan"))
+    assert whats(checks.adapter(tmp_path / "nan", {}))["the adapter's numbers"] == "error"
+
+
+def test_what_servers_refuse_is_said(tmp_path: Path) -> None:
+    fields = {
+        "target_modules": ["query"],
+        "init_lora_weights": False,
+        "rank_pattern": {"layer.1.attention.self.query": 3},
+    }
+    lora = LoraConfig(r=4, use_rslora=True, modules_to_save=["classifier"], **fields)
+    found = whats(checks.adapter(saved(tmp_path / "lora", lora), {}))
+    assert found["rank_pattern and use_rslora"] == "warning" and found["ranks [3, 4]"] == "note"
+    assert any(what.startswith("2 tensors that are no factor pairs") for what in found)
+    paths = whats(checks.adapter(saved(tmp_path / "paths", LoR2CConfig(r=4, init_weights=False)), {}))
+    assert paths["LoR2C with vLLM: doesn't work"] == "error"
+    pyramid = MSPLoraConfig(r=4, target_modules=["query"], init_weights=False)
+    assert "served as rank 8" in whats(checks.adapter(saved(tmp_path / "pyramid", pyramid), {}))
+
+
+def test_a_path_of_this_machine_is_no_name_for_a_base(tmp_path: Path) -> None:
+    config = MSPLoraConfig(r=4, target_modules=["query"], init_weights=False)
+    config.base_model_name_or_path = str(tmp_path / "gone")
+    model = get_peft_model(ZOO["bert"].build(), config)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "gone")
+    model.save_pretrained(str(tmp_path / "adapter"))
+    found = [one for one in checks.adapter(tmp_path / "adapter", {}) if one.what.startswith("base model")]
+    assert [one.level for one in found] == ["warning", "warning"]
+    assert "a path of one machine" in found[0].why and "config was not found" in found[1].why
+
+
+def test_a_recipe_that_cannot_fit_its_model(tmp_path: Path) -> None:
+    BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32).save_pretrained(
+        str(tmp_path)
+    )
+    values = {"model": str(tmp_path), "data": {"train": "demo"}, "method": {"name": "msplora", "r": 8}}
+    assert list(checks.recipe(make_recipe(values), {})) == []
+    values["method"] = {"name": "msplora", "r": 8, "target_modules": ["nothing"]}
+    (found,) = checks.recipe(make_recipe(values), {})
+    assert found.level == "error" and "matches no linear" in found.why
+
+
+def test_the_command(tmp_path: Path) -> None:
+    run = CliRunner()
+    assert "nothing found" in run.invoke(app, ["doctor"]).output
+    bad = run.invoke(app, ["doctor", str(saved(tmp_path / "paths", LoR2CConfig(r=4, init_weights=False))), "--json"])
+    assert bad.exit_code == 1 and '"level": "error"' in bad.stdout.splitlines()[0]
+    (tmp_path / "empty").mkdir()
+    assert isinstance(run.invoke(app, ["doctor", str(tmp_path / "empty")]).exception, ConfigError)
