@@ -8,7 +8,8 @@ from torch import nn
 
 from ziggurat import LoR2CConfig
 from ziggurat.errors import ConfigError
-from ziggurat.host.paths import path_of, stream_width
+from ziggurat.host.paths import path_of
+from ziggurat.host.stream import stream_width
 from zoo import ZOO
 
 

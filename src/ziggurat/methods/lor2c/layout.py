@@ -11,7 +11,8 @@ from torch import nn
 from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Anatomy
 from ziggurat.host.linear import is_adaptable
-from ziggurat.host.paths import check_room, stream_width
+from ziggurat.host.paths import check_room
+from ziggurat.host.stream import stream_width
 from ziggurat.host.targets import DEFAULT_TARGETS, near_misses
 from ziggurat.lowrank.spans import Span, check_spans
 from ziggurat.methods.lor2c.config import LoR2CConfig

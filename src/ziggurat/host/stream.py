@@ -1,0 +1,57 @@
+"""The residual stream: which argument of a transformer layer it is, and how wide."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.bare import bare_tree, look_through
+from ziggurat.host.linear import features, is_adaptable
+
+
+def stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The residual stream among a layer's arguments: the first one by place, or `hidden_states`, or the first tensor.
+
+    Raises:
+        ConfigError: no argument is a floating-point tensor.
+    """
+    if args and isinstance(args[0], Tensor):
+        return args[0]
+    named = kwargs.get("hidden_states")
+    if isinstance(named, Tensor):
+        return named
+    for value in kwargs.values():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise ConfigError(
+        f"no hidden states among a layer's arguments ({len(args)} by place, {', '.join(kwargs) or 'none'} by name): "
+        "the first argument, or one called hidden_states, must be a tensor."
+    )
+
+
+def stream_width(layer: nn.Module) -> int | None:
+    """d of the residual stream that `layer` reads and writes, seen from its shapes; None where they don't tell.
+
+    It is an input size of a linear and an output size of one, and the size that most norms have: attention
+    heads and inner layers of experts have other sizes on one of these counts.
+    """
+    ins: dict[int, int] = {}
+    outs: dict[int, int] = {}
+    norms: dict[int, int] = {}
+    for node in bare_tree(layer).walk():
+        module = look_through(node.module)
+        if module is None:
+            continue
+        if isinstance(module, nn.Linear | Conv1D) or is_adaptable(module):
+            d_in, d_out = features(module)
+            ins[d_in] = ins.get(d_in, 0) + 1
+            outs[d_out] = outs.get(d_out, 0) + 1
+        elif "norm" in type(module).__name__.lower():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.dim() == 1:
+                norms[len(weight)] = norms.get(len(weight), 0) + 1
+    both = ins.keys() & outs.keys()
+    if not both:
+        return None
+    return max(both, key=lambda size: (norms.get(size, 0), min(ins[size], outs[size]), ins[size], -size))
