@@ -24,8 +24,8 @@ from .readers import READERS, Places, place_by_name
 READABLE = "MSPLoRA, LoR2C, LoRA², LoRA (DoRA, rsLoRA, PiSSA, ... too) and AdaLoRA"
 
 
-def collect(source: nn.Module | str | Path, adapter: str = "default") -> Collected:
-    """Every component of an adapter: tiers, planes, paths, plain pairs, and the composed update of each linear.
+def collect(source: nn.Module | str | Path, adapter: str = "default", *, composed: bool = True) -> Collected:
+    """Every component of an adapter: tiers, planes, paths, plain pairs, and (`composed`) the update of each linear.
 
     `source` is a model with the adapter in it, or the adapter's folder; of the folder only config and tensors are read,
     and for a pyramid without a private tier the base model's config, to know its depth.
@@ -35,7 +35,7 @@ def collect(source: nn.Module | str | Path, adapter: str = "default") -> Collect
             one whose updates are factor pairs.
     """
     if isinstance(source, nn.Module):
-        return _from_model(source, adapter)
+        return _from_model(source, adapter, composed)
     folder = Path(source)
     config = adapter_config(folder)
     try:
@@ -49,7 +49,7 @@ def collect(source: nn.Module | str | Path, adapter: str = "default") -> Collect
             depth = Anatomy(load_base(folder, on_meta=True), getattr(config, "layers_pattern", None)).stacks
         except ConfigError:
             depth = {}
-    return collect_state(state, config, source=folder.resolve().name, depth=depth)
+    return collect_state(state, config, source=folder.resolve().name, depth=depth, composed=composed)
 
 
 def collect_state(
@@ -59,17 +59,16 @@ def collect_state(
     source: str = "adapter",
     places: Places = place_by_name,
     depth: Mapping[str, int] | None = None,
+    composed: bool = True,
 ) -> Collected:
     """The same from an adapter's state dict, as PEFT saves it, and its config.
 
     Raises:
         ConfigError: as `collect`.
     """
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind not in READERS:
-        raise ConfigError(f"{source} is an adapter of PEFT method {kind}; analysis reads {READABLE}.")
+    kind = _kind(config, source)
     plain = {name: _plain(tensor) for name, tensor in state.items()}
-    found = list(READERS[kind](plain, config, places, depth or {}))
+    found = [c for c in READERS[kind](plain, config, places, depth or {}) if composed or c.stored]
     if not found:
         raise ConfigError(f"{source} holds no factor pair of {kind}: its {len(plain)} tensors have other names.")
     parts, stacks, roles = (list(dict.fromkeys(getattr(c, name) for c in found)) for name in ("part", "stack", "role"))
@@ -79,14 +78,32 @@ def collect_state(
     return Collected(source, kind.lower(), tuple(found), tuple(_notes(found, config)))
 
 
-def _from_model(model: nn.Module, adapter: str) -> Collected:
+def check_readable(model: nn.Module, adapter: str = "default") -> Any:
+    """The config of an adapter of `model`.
+
+    Raises:
+        ConfigError: there is no such adapter, or its method isn't one that analysis reads.
+    """
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     if adapter not in configs:
         raise ConfigError(
             f"{type(model).__name__} has no adapter {adapter!r}; its adapters: {', '.join(configs) or 'none'}."
         )
+    _kind(configs[adapter], adapter)
+    return configs[adapter]
+
+
+def _kind(config: Any, source: str) -> str:
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind not in READERS:
+        raise ConfigError(f"{source} is an adapter of PEFT method {kind}; analysis reads {READABLE}.")
+    return kind
+
+
+def _from_model(model: nn.Module, adapter: str, composed: bool) -> Collected:
+    config = check_readable(model, adapter)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    anatomy = Anatomy(base, getattr(configs[adapter], "layers_pattern", None))
+    anatomy = Anatomy(base, getattr(config, "layers_pattern", None))
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     if any(tensor.is_meta for tensor in state.values()):
         raise ConfigError(f"adapter {adapter!r} lies on the meta device, without values: load its weights first.")
@@ -94,7 +111,7 @@ def _from_model(model: nn.Module, adapter: str) -> Collected:
     def places(path: str) -> Place:
         return anatomy.find(path) or Place(stack=path, layer=0, role="", num_layers=1)
 
-    return collect_state(state, configs[adapter], source=adapter, places=places, depth=anatomy.stacks)
+    return collect_state(state, config, source=adapter, places=places, depth=anatomy.stacks, composed=composed)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback, set_seed
 
+from ziggurat.analysis.trace import record_spectra
+
 from .adapt import Counts, adapt, count
 from .callbacks import callbacks_for
 from .data import Examples, load_examples
@@ -92,6 +94,8 @@ def _train(
     extra = [*callbacks_for(peft_config), *callbacks, progress, stop]
     task = make_trainer(recipe, base, model, examples, folder.checkpoints, extra)
     trainer = task.trainer
+    if recipe.spectra != "never":
+        record_spectra(trainer, recipe.spectra)
     notes = [*examples.notes, *task.notes]
     for line in notes:
         say.print(f"note: {line}", style="dim", highlight=False)

@@ -125,6 +125,9 @@ class Recipe(Part):
         default=42, description="seeds the split, the fresh weights and the order"
     )
     output: str | None = Field(default=None, description="folder of the adapter; without it ziggurat-runs/<name>")
+    spectra: Every = Field(
+        default="never", description="record the adapter's singular values after each epoch, every N steps, or never"
+    )
     resume: bool = Field(default=False, description="go on from the last checkpoint of an interrupted run")
     overwrite: bool = Field(default=False, description="replace what an earlier run left in the output folder")
     data: DataPart
