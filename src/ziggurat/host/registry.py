@@ -20,7 +20,7 @@ def peft_type(name: str) -> PeftType:
         member = str.__new__(PeftType, name)
         member._name_ = name
         member._value_ = name
-        member._sort_order_ = len(members)
+        member._sort_order_ = len(members)  # pyright: ignore[reportAttributeAccessIssue]
         members[name] = member
         PeftType._member_names_.append(name)
         PeftType._value2member_map_[name] = member

@@ -15,5 +15,6 @@ def ride_along(callback: "type[TrainerCallback]") -> None:
     """
     from transformers import trainer
 
-    if callback not in trainer.DEFAULT_CALLBACKS:
-        trainer.DEFAULT_CALLBACKS.append(callback)
+    defaults: list[type[TrainerCallback]] = trainer.DEFAULT_CALLBACKS  # type: ignore[assignment]
+    if callback not in defaults:
+        defaults.append(callback)

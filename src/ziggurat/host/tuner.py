@@ -32,7 +32,7 @@ class LinearTuner(BaseTuner):
     """
 
     layer_cls: type[AdaptedLinear]
-    target_module_mapping = DEFAULT_TARGETS
+    target_module_mapping = DEFAULT_TARGETS  # type: ignore[assignment]
     anatomy: Anatomy | None = None
 
     def _check_target(self, config: Any, path: str, module: nn.Module) -> None:
@@ -61,7 +61,7 @@ class LinearTuner(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
-            near = near_misses(self.peft_config[adapter_name].target_modules or (), model)
+            near = near_misses(getattr(self.peft_config[adapter_name], "target_modules", None) or (), model)
             hint = f" Nearest names in this model: {', '.join(near)}." if near else ""
             raise NoMatchingPeftModuleError(f"{error}{hint}") from error
         finally:
