@@ -8,7 +8,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from ziggurat import LoR2CConfig, LoRA2Config, MSPLoraConfig
+from ziggurat import AdapterDropConfig, DyLoRAConfig, LoR2CConfig, LoRA2Config, MSPLoraConfig
 from zoo import ZOO, Zoo
 
 
@@ -40,10 +40,20 @@ def _lora2(zoo: Zoo, **fields: Any) -> PeftConfig:
     return LoRA2Config(**{"r": 4, "target_modules": zoo.targets, "task_type": zoo.task_type, **fields})
 
 
+def _dylora(zoo: Zoo, **fields: Any) -> PeftConfig:
+    return DyLoRAConfig(**{"r": 4, "target_modules": zoo.targets, "task_type": zoo.task_type, **fields})
+
+
+def _adapterdrop(zoo: Zoo, **fields: Any) -> PeftConfig:
+    return AdapterDropConfig(**{"r": 4, "target_modules": zoo.targets, "task_type": zoo.task_type, **fields})
+
+
 METHODS: dict[str, Method] = {
     "msplora": Method(_msplora, "msplora_", combines=True),
     "lor2c": Method(_lor2c, "lor2c_", merges=False, takes_targets=False),
     "lora2": Method(_lora2, "lora2_"),
+    "dylora": Method(_dylora, "dylora_"),
+    "adapterdrop": Method(_adapterdrop, "adapterdrop_", merges=False),
 }
 
 

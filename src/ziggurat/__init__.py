@@ -1,6 +1,10 @@
 """Multi-scale low-rank fine-tuning for Hugging Face models. Importing it registers the methods with PEFT."""
 
 from ziggurat.host.registry import register
+from ziggurat.methods.adapterdrop.config import AdapterDropConfig
+from ziggurat.methods.adapterdrop.model import AdapterDropModel
+from ziggurat.methods.dylora.config import DyLoRAConfig
+from ziggurat.methods.dylora.model import DyLoRAModel
 from ziggurat.methods.lor2c.config import LoR2CConfig
 from ziggurat.methods.lor2c.model import LoR2CModel
 from ziggurat.methods.lora2.config import LoRA2Config
@@ -10,6 +14,10 @@ from ziggurat.methods.msplora.model import MSPLoraModel
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterDropConfig",
+    "AdapterDropModel",
+    "DyLoRAConfig",
+    "DyLoRAModel",
     "LoR2CConfig",
     "LoR2CModel",
     "LoRA2Config",
@@ -22,3 +30,5 @@ __all__ = [
 register(MSPLoraConfig, MSPLoraModel)
 register(LoR2CConfig, LoR2CModel)
 register(LoRA2Config, LoRA2Model)
+register(DyLoRAConfig, DyLoRAModel)
+register(AdapterDropConfig, AdapterDropModel)
