@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
 from ziggurat.errors import RecipeError
@@ -42,8 +42,9 @@ def adapt(recipe: Recipe, base: Base) -> nn.Module:
     if method.config is None:
         assert method.trains is not None
         freeze_all_but(base.model, method.trains, base.head)
-        if not any(parameter.requires_grad for parameter in base.model.parameters()):
-            raise RecipeError(f"method.name: {recipe.method['name']} leaves nothing to train with task: {recipe.task}")
+        names = [name for name, parameter in base.model.named_parameters() if parameter.requires_grad]
+        if not names or (recipe.method["name"] != "head" and all(_in_head(name, base.head) for name in names)):
+            raise RecipeError(f"method.name: {recipe.method['name']} finds nothing to train in {recipe.model}")
         return base.model
     run: dict[str, Any] = {"task_type": _task_type(recipe)}
     if base.head:
@@ -51,6 +52,12 @@ def adapt(recipe: Recipe, base: Base) -> nn.Module:
     config = method_config(recipe.method, **run)
     assert config is not None
     _check_targets(config, base.model)
+    if method.four_bits:
+        prepare_model_for_kbit_training(base.model, use_gradient_checkpointing=recipe.train.gradient_checkpointing)
+        for module in base.model.modules():
+            # On some processors the first scoring would repack the weights for a kernel that has no gradient.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     config.base_model_name_or_path = model_path(recipe.model)
     config.revision = recipe.revision
     try:
@@ -74,7 +81,8 @@ def _check_targets(config: Any, model: nn.Module) -> None:
 
 
 def _has_weight(module: nn.Module) -> bool:
-    return getattr(module, "weight", None) is not None and module.weight.dim() == 2
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() == 2
 
 
 def count(recipe: Recipe, model: nn.Module, base: Base) -> Counts:
@@ -96,7 +104,7 @@ def _lora_count(recipe: Recipe, model: nn.Module, base: Base) -> int | None:
     if not isinstance(model, PeftModel):
         return None
     config = model.peft_config["default"]
-    rank = getattr(config, "r", None)
+    rank = getattr(config, "init_r", None) or getattr(config, "r", None)
     if not isinstance(rank, int) or rank <= 0:
         return None
     same = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft import AdaLoraConfig
 from transformers import TrainerCallback
+
+from .allocation import AdaLoRAAllocation
 
 
 def callbacks_for(peft_config: Any) -> list[TrainerCallback]:
@@ -13,5 +16,7 @@ def callbacks_for(peft_config: Any) -> list[TrainerCallback]:
     A config that doesn't define it, such as LoraConfig, asks for none. Callbacks that a tuner lets ride along in every
     Trainer need no mention here.
     """
+    if isinstance(peft_config, AdaLoraConfig):
+        return [AdaLoRAAllocation(peft_config)]
     own: Any = getattr(peft_config, "trainer_callbacks", None)
     return [] if own is None else list(own())

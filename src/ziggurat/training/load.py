@@ -16,6 +16,7 @@ from ziggurat.errors import RecipeError
 
 from .folders import RECIPE, RUN
 from .heads import MeanPooledClassifier
+from .methods import METHODS
 from .model import HeadSpec, device, load_base
 from .nearest import missing_path
 from .recipe import make_recipe
@@ -52,6 +53,7 @@ def load_adapter_model(folder: str | Path) -> Loaded:
                 revision=recipe.revision,
                 dtype=recipe.dtype,
                 tokenizer_from=str(path),
+                four_bits=METHODS[recipe.method["name"]].four_bits,
             )
             try:
                 model: nn.Module = PeftModel.from_pretrained(base.model, str(path))
@@ -63,7 +65,9 @@ def load_adapter_model(folder: str | Path) -> Loaded:
 
             model = _whole_class(spec).from_pretrained(str(path), dtype=recipe.dtype)
             tokenizer = AutoTokenizer.from_pretrained(str(path))
-    return Loaded(model.to(device()).eval(), tokenizer, recipe, spec, run)
+    if not getattr(model, "is_quantized", False) and not METHODS[recipe.method["name"]].four_bits:
+        model = model.to(device())
+    return Loaded(model.eval(), tokenizer, recipe, spec, run)
 
 
 def read_run(path: Path) -> tuple[Recipe, dict[str, Any]]:

@@ -26,6 +26,9 @@ _NOT_IN_A_RECIPE = {
     "structure",
 }
 
+#: The key that picks the rank instead of naming it; see `budget.py`.
+BUDGET = "budget"
+
 SYNONYMS = {
     "rank": "method.r",
     "alpha": "method.lora_alpha",
@@ -42,6 +45,8 @@ class Method:
     `config` is "module:class", imported when first needed. `fixed` are fields that make the method what it is (DoRA
     is LoRA with use_dora). `trains` gets a parameter's name and says whether it trains; the head always does.
     `exports` and `merges`: whether `ziggurat export` and `ziggurat merge` have anything to do with its adapters.
+    `ranks` gives the fields that make an adapter of a rank, by which a parameter budget is met. `run` are fields of the
+    config that only the run knows, with what stands in until then. `four_bits`: the base weights are quantised.
     """
 
     about: str
@@ -50,6 +55,9 @@ class Method:
     trains: Callable[[str], bool] | None = None
     exports: bool = False
     merges: bool = True
+    ranks: Callable[[int], dict[str, Any]] | None = None
+    run: dict[str, Any] = field(default_factory=dict)
+    four_bits: bool = False
 
     def config_class(self) -> type[Any] | None:
         if self.config is None:
@@ -58,18 +66,70 @@ class Method:
         return getattr(importlib.import_module(module), name)
 
 
+def _rank(rank: int) -> dict[str, Any]:
+    return {"r": rank}
+
+
+def _adalora_ranks(rank: int) -> dict[str, Any]:
+    # PEFT's own default is 12 directions of which 8 stay.
+    return {"init_r": rank, "target_r": rank * 2 // 3}
+
+
+def _lora2_ranks(rank: int) -> dict[str, Any]:
+    # The paper's sizes: k = r = 8 in full, k = r = 1 as the smallest.
+    return {"r": rank, "outer_rank": rank}
+
+
 METHODS: dict[str, Method] = {
     "msplora": Method(
-        "a pyramid of shared and private low-rank updates (arXiv 2503.21838)", "ziggurat:MSPLoraConfig", exports=True
+        "a pyramid of shared and private low-rank updates (arXiv 2503.21838)",
+        "ziggurat:MSPLoraConfig",
+        exports=True,
+        ranks=_rank,
     ),
-    "lora2": Method("two nested planes, pruned by importance (arXiv 2408.06854)", "ziggurat:LoRA2Config", exports=True),
     "lor2c": Method(
-        "low-rank residual paths that share, merge and inject (arXiv 2503.00572)", "ziggurat:LoR2CConfig", exports=True
+        "low-rank paths around layers; shared, merged, injected by its fields (arXiv 2503.00572)",
+        "ziggurat:LoR2CConfig",
+        merges=False,
+        ranks=_rank,
     ),
-    "lora": Method("low-rank updates, one pair a linear (arXiv 2106.09685)", "peft:LoraConfig"),
-    "dora": Method("LoRA with a trained magnitude (arXiv 2402.09353)", "peft:LoraConfig", {"use_dora": True}),
-    "vera": Method("shared random factors, trained vectors (arXiv 2310.11454)", "peft:VeraConfig"),
-    "lily": Method("low-rank updates with shared experts (arXiv 2407.09946)", "peft:LilyConfig"),
+    "lora2": Method(
+        "two nested planes, pruned by importance (arXiv 2408.06854)",
+        "ziggurat:LoRA2Config",
+        exports=True,
+        ranks=_lora2_ranks,
+    ),
+    "lora": Method("low-rank updates, one pair a linear (arXiv 2106.09685)", "peft:LoraConfig", ranks=_rank),
+    "adalora": Method(
+        "LoRA as singular values, pruned by importance (arXiv 2303.10512)",
+        "peft:AdaLoraConfig",
+        ranks=_adalora_ranks,
+        # The number of steps is known when the Trainer is; `AdaLoRAAllocation` puts it in.
+        run={"total_step": 2**62},
+    ),
+    "dylora": Method(
+        "LoRA whose every leading rank works (arXiv 2210.07558)", "ziggurat:DyLoRAConfig", exports=True, ranks=_rank
+    ),
+    "pissa": Method(
+        "LoRA started at the largest singular vectors (arXiv 2404.02948)",
+        "peft:LoraConfig",
+        {"init_lora_weights": "pissa"},
+        ranks=_rank,
+    ),
+    "qlora": Method(
+        "LoRA on a base in 4 bits, NF4 (arXiv 2305.14314)", "peft:LoraConfig", merges=False, ranks=_rank, four_bits=True
+    ),
+    "dora": Method(
+        "LoRA with a trained magnitude (arXiv 2402.09353)", "peft:LoraConfig", {"use_dora": True}, ranks=_rank
+    ),
+    "vera": Method("shared random factors, trained vectors (arXiv 2310.11454)", "peft:VeraConfig", ranks=_rank),
+    "lily": Method("low-rank updates with shared experts (arXiv 2407.09946)", "peft:LilyConfig", ranks=_rank),
+    "adapter": Method(
+        "bottlenecks after the layers' feed-forward part, with AdapterDrop by its fields (arXiv 2010.11918)",
+        "ziggurat:AdapterDropConfig",
+        merges=False,
+        ranks=_rank,
+    ),
     "bitfit": Method(
         "the biases of the model (arXiv 2106.10199)", trains=lambda name: name.endswith("bias"), merges=False
     ),
@@ -91,7 +151,7 @@ def method_fields(name: str) -> dict[str, Any]:
     return {
         item.name: hints.get(item.name, Any)
         for item in dataclasses.fields(cls)
-        if item.init and item.name not in _NOT_IN_A_RECIPE and item.name not in method.fixed
+        if item.init and item.name not in {*_NOT_IN_A_RECIPE, *method.fixed, *method.run}
     }
 
 
@@ -110,7 +170,9 @@ def method_problems(choice: dict[str, Any]) -> list[str]:
     for key, value in choice.items():
         if key == "name":
             continue
-        if key in METHODS[name].fixed:
+        if key == BUDGET:
+            problems += budget_problems(name, choice)
+        elif key in {**METHODS[name].fixed, **METHODS[name].run}:
             problems.append(f"method.{key}: '{name}' sets this itself")
         elif key not in fields:
             hint = did_you_mean(f"method.{key}", [f"method.{other}" for other in fields], SYNONYMS)
@@ -138,8 +200,20 @@ def method_config(choice: dict[str, Any], **run: Any) -> Any | None:
     if cls is None:
         return None
     hints = method_fields(choice["name"])
-    values = {key: convert(hints[key], value) for key, value in choice.items() if key != "name"}
-    return cls(**{**values, **method.fixed, **run})
+    values = {key: convert(hints[key], value) for key, value in choice.items() if key not in ("name", BUDGET)}
+    if values.get("init_r", 12) <= values.get("target_r", 8) and "total_step" in method.run:
+        raise ValueError("target_r must be below init_r, else there is nothing to allocate")
+    return cls(**{**values, **method.fixed, **method.run, **run})
+
+
+def budget_problems(name: str, choice: dict[str, Any]) -> list[str]:
+    """What is wrong with `method.budget`: the most trainable numbers that the method's own part may have."""
+    ranks, value = METHODS[name].ranks, choice[BUDGET]
+    if ranks is None:
+        return [f"method.budget: {name} has no rank to meet a budget with"]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        return [f"method.budget: needs a whole number of parameters, at least 1, got {value!r}"]
+    return [f"method.{key}: is what method.budget picks; keep one of them" for key in ranks(8) if key in choice]
 
 
 def convert(hint: Any, value: Any) -> Any:

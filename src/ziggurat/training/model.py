@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -56,10 +57,13 @@ def load_base(
     revision: str | None = None,
     dtype: str = "float32",
     tokenizer_from: str | None = None,
+    four_bits: bool = False,
 ) -> Base:
     """Load the base model of a task with its head.
 
-    Raises RecipeError when the model can't be found or read, or has no head for the task.
+    `four_bits`: all linears but those of the head become NF4 with doubly quantised constants (QLoRA).
+
+    Raises RecipeError when the model can't be found or read, has no head for the task, or can't be quantised here.
     """
     path = model_path(model)
     gguf_file = _gguf(path, gguf_file)
@@ -69,7 +73,8 @@ def load_base(
     try:
         tokenizer = _tokenizer(tokenizer_from or path, {} if tokenizer_from else where)
         config = AutoConfig.from_pretrained(path, **where)
-        built, fresh = _build(path, spec, config, {**where, "dtype": dtype})
+        how = {**where, "dtype": dtype} | ({"quantization_config": _nf4(dtype)} if four_bits else {})
+        built, fresh = _build(path, spec, config, how)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise RecipeError(f"model: {_reason(model, path, error)}") from error
     if tokenizer.pad_token_id is None:
@@ -101,6 +106,21 @@ def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tup
         )
     model, info = loaded
     return model, fresh_modules(model, info["missing_keys"])
+
+
+def _nf4(dtype: str) -> BitsAndBytesConfig:
+    compute = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        # Fresh modules train whole, which 4 bits can't.
+        llm_int8_skip_modules=list(_HEAD_NAMES),
+    )
+
+
+_HEAD_NAMES = ("classifier", "pre_classifier", "score", "pooler", "lm_head", "qa_outputs", "summary")
 
 
 def fresh_modules(model: PreTrainedModel, missing: set[str] | list[str]) -> list[str]:

@@ -18,10 +18,13 @@ from transformers import TrainerCallback, set_seed
 from ziggurat.analysis.trace import record_spectra
 
 from .adapt import Counts, adapt, count
+from .budget import Fit, settle_budget
 from .callbacks import callbacks_for
 from .data import Examples, load_examples
 from .folders import RECIPE, RunFolder
 from .interrupt import Interrupted, StopSignals
+from .meter import Meter, peak_memory, stored_bytes
+from .methods import METHODS
 from .model import Base, HeadSpec, load_base
 from .progress import LiveProgress
 from .recipe import to_yaml
@@ -47,6 +50,7 @@ class Result:
     seconds: float
     steps: int
     peak_mb: float | None
+    step_seconds: float | None = None
     notes: list[str] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     shape: str | None = None
@@ -62,12 +66,13 @@ def train(recipe: Recipe, *, console: Console | None = None, callbacks: Sequence
         DataError: the data aren't as the recipe says.
         Interrupted: Ctrl-C or SIGTERM; says which checkpoint there is.
     """
+    recipe, fit = settle_budget(recipe)
     folder = RunFolder(recipe)
     folder.check()
     say = console or Console(quiet=True)
     with StopSignals() as stop:
         try:
-            return _train(recipe, folder, stop, say, callbacks)
+            return _train(recipe, folder, stop, say, callbacks, fit)
         except KeyboardInterrupt:
             checkpoint = folder.last_checkpoint()
             step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
@@ -81,7 +86,12 @@ def train(recipe: Recipe, *, console: Console | None = None, callbacks: Sequence
 
 
 def _train(
-    recipe: Recipe, folder: RunFolder, stop: StopSignals, say: Console, callbacks: Sequence[TrainerCallback]
+    recipe: Recipe,
+    folder: RunFolder,
+    stop: StopSignals,
+    say: Console,
+    callbacks: Sequence[TrainerCallback],
+    fit: Fit | None,
 ) -> Result:
     with say.status("reading the data") if say.is_terminal else quiet(), quiet():
         examples = load_examples(recipe)
@@ -91,12 +101,15 @@ def _train(
     noted = folder.open()
     progress = LiveProgress(say, recipe.main_metric)
     peft_config = getattr(model, "peft_config", {}).get("default")
-    extra = [*callbacks_for(peft_config), *callbacks, progress, stop]
+    meter = Meter()
+    extra = [*callbacks_for(peft_config), *callbacks, progress, stop, meter]
     task = make_trainer(recipe, base, model, examples, folder.checkpoints, extra)
     trainer = task.trainer
     if recipe.spectra != "never":
         record_spectra(trainer, recipe.spectra)
     notes = [*examples.notes, *task.notes]
+    if fit is not None:
+        notes.append(f"rank {fit.rank} meets the budget with {fit.parameters:,} numbers")
     for line in notes:
         say.print(f"note: {line}", style="dim", highlight=False)
     begun = time.monotonic()
@@ -129,6 +142,7 @@ def _train(
         seconds=seconds,
         steps=trainer.state.global_step,
         peak_mb=peak_memory(),
+        step_seconds=meter.step_seconds,
         notes=notes,
         history=[line for line in trainer.state.log_history if line],
         shape=examples.shape,
@@ -147,7 +161,14 @@ def _model(recipe: Recipe, examples: Examples) -> tuple[Base, nn.Module, HeadSpe
     )
     # The head is seeded apart from the method, so that every method starts from the same head.
     set_seed(recipe.seed)
-    base = load_base(recipe.model, spec, gguf_file=recipe.gguf_file, revision=recipe.revision, dtype=recipe.dtype)
+    base = load_base(
+        recipe.model,
+        spec,
+        gguf_file=recipe.gguf_file,
+        revision=recipe.revision,
+        dtype=recipe.dtype,
+        four_bits=METHODS[recipe.method["name"]].four_bits,
+    )
     set_seed(recipe.seed)
     return base, adapt(recipe, base), spec
 
@@ -189,6 +210,8 @@ def _save(folder: RunFolder, recipe: Recipe, base: Base, model: nn.Module, spec:
             "steps": result.steps,
             "seconds": round(result.seconds, 2),
             "peak_mb": result.peak_mb,
+            "step_seconds": result.step_seconds,
+            "stored_bytes": stored_bytes(ready),
             "seed": recipe.seed,
             "notes": result.notes,
             "versions": versions(),
@@ -210,16 +233,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def peak_memory() -> float | None:
-    """Highest resident memory of this process so far, in MiB; None where the system doesn't tell."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if platform.system() == "Darwin" else 2**10), 1)
 
 
 def resume_command(words: Sequence[str]) -> str:

@@ -1,0 +1,66 @@
+"""What a run costs: time a step, peak memory, bytes stored."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+#: Steps left out at the start: caches fill, kernels are chosen.
+WARM = 2
+
+
+class Meter(TrainerCallback):
+    """Times the optimiser steps, from the first batch of a step to the update; scoring and saving don't count."""
+
+    def __init__(self) -> None:
+        self._begun = 0.0
+        self._steps: list[float] = []
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Median seconds of a step, the first two left out where there are more."""
+        steps = self._steps[WARM:] or self._steps
+        return statistics.median(steps) if steps else None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._begun = _now()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._steps.append(_now() - self._begun)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory() -> float | None:
+    """MiB at most in use: on the GPU since training began, else resident in this process. None if nobody knows."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if platform.system() == "Darwin" else 2**10), 1)
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes of the weights in an adapter's (or a whole model's) folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

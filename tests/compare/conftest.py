@@ -1,0 +1,31 @@
+"""Tiny models, written once a session."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
+from training_tables import save_tiny_bert, save_tiny_llama
+
+
+@pytest.fixture(scope="session")
+def wide_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny BERT at width 64, the smallest that four-bit blocks divide."""
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("models") / "wide-bert"
+    save_tiny_bert(folder)
+    torch.manual_seed(0)
+    config = BertConfig.from_pretrained(str(folder), hidden_size=64, intermediate_size=64)
+    BertModel(config).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    save_tiny_llama(folder)
+    return folder
