@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ziggurat.analysis.command import analyze
+from ziggurat.analysis.command import analyze, report
 from ziggurat.doctor.command import doctor
 from ziggurat.errors import ExportError, ZigguratError
 from ziggurat.plan.command import plan
@@ -63,7 +63,7 @@ def train(
         raise typer.BadParameter(f"one recipe at a time, not {' and '.join(names)}; values are written key=value")
     recipe = load_recipe(names[0] if names else "default", [word for word in given if word not in names])
 
-    from ziggurat.training import report
+    from ziggurat.training.report import show
     from ziggurat.training.interrupt import Interrupted
     from ziggurat.training.run import resume_command
     from ziggurat.training.run import train as run
@@ -83,7 +83,7 @@ def train(
             _plain(f"The checkpoint lies in {stopped.checkpoint}")
             _plain(f"Go on with: {resume_command(given)}")
         raise typer.Exit(128 + stopped.signal) from None
-    report.show(console, recipe, result)
+    show(console, recipe, result)
 
 
 @app.command()
@@ -185,7 +185,7 @@ def merge(
         _plain(f"merged model written to {out}")
 
 
-for command in (analyze, doctor, plan):
+for command in (analyze, report, doctor, plan):
     app.command()(command)
 
 

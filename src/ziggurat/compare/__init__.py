@@ -1,0 +1,1 @@
+"""Methods by tasks by seeds: runs that are never repeated, a live table, paired differences, plots."""

@@ -1,0 +1,130 @@
+"""Fill a table: run what hasn't been done, note each result at once, write the reports."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ziggurat.errors import RecipeError
+
+from .live import LiveTable
+from .local import Outcome, run_locally
+from .plot import draw
+from .report import markdown, table_csv
+from .results import Results, failed_line, line_of
+from .summary import Summary, summarise
+from .table import Run, Table
+
+Engine = Callable[[list[Run], Path, int | None, Callable[[Run], None]], Iterator[Outcome]]
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What became of a table: its numbers, runs that were taken now, those that failed, and the files written."""
+
+    summary: Summary
+    taken: int
+    failed: list[dict[str, Any]]
+    files: list[Path]
+    stopped: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def fill(table: Table, *, engine: str = "local", workers: int | None = None, console: Console | None = None) -> Filled:
+    """Run what the table lacks; then write table.md, table.csv and the plots into its folder.
+
+    A run that has been done, by the key of its resolved recipe, is never done again; one that failed is tried again.
+    Ctrl-C stops the running ones with a checkpoint, and the same call goes on from there.
+
+    Raises RecipeError if another program is filling the folder, or the engine isn't installed.
+    """
+    say = console or Console(quiet=True)
+    table.folder.mkdir(parents=True, exist_ok=True)
+    with _alone(table.folder):
+        results = Results(table.folder)
+        todo = [run for run in table.runs if not results.done(run.key)]
+        # Two cells of a table may be the same run; it is taken once.
+        todo = list({run.key: run for run in todo}.values())
+        taken, stopped = 0, False
+        with LiveTable(table, results, say) as live:
+            outcomes = _engine(engine)(todo, table.folder, workers, live.started)
+            try:
+                for outcome in outcomes:
+                    _note(table, results, outcome)
+                    taken += outcome.status == "done"
+                    stopped = stopped or outcome.status == "stopped"
+                    live.ended(outcome)
+                    if stopped:
+                        break
+            except KeyboardInterrupt:
+                stopped = True
+            finally:
+                close = getattr(outcomes, "close", None)
+                if close is not None:
+                    close()
+        return _written(table, results, taken, stopped)
+
+
+def report(table: Table) -> Filled:
+    """Write the reports of what has been done so far; runs nothing."""
+    return _written(table, Results(table.folder), 0, False)
+
+
+def _written(table: Table, results: Results, taken: int, stopped: bool) -> Filled:
+    summary = summarise(table, results.of(table))
+    lines = [results.lines.get(run.key, {}) for run in table.runs]
+    failed = [line for line in lines if line.get("status") == "failed"]
+    table.folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, text in (("table.md", markdown(summary, failed)), ("table.csv", table_csv(summary))):
+        beside = table.folder / f"{name}.tmp"
+        beside.write_text(text, encoding="utf-8")
+        files.append(beside.replace(table.folder / name))
+    notes = []
+    try:
+        files += draw(summary, table.folder)
+    except RecipeError as error:
+        notes.append(str(error))
+    return Filled(summary, taken, failed, files, stopped, notes)
+
+
+def _note(table: Table, results: Results, outcome: Outcome) -> None:
+    if outcome.status == "done":
+        assert outcome.info is not None
+        results.add(line_of(outcome.run, outcome.info))
+        if not table.keep_adapters:
+            shutil.rmtree(outcome.run.recipe.folder, ignore_errors=True)
+    elif outcome.status == "failed":
+        results.add(failed_line(outcome.run, outcome.error, outcome.log))
+
+
+def _engine(name: str) -> Engine:
+    if name == "local":
+        return run_locally
+    if name == "ray":
+        from .on_ray import run_on_ray
+
+        return run_on_ray
+    raise RecipeError(f"engine: '{name}' is not one of local, ray")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock: two programs at once would train the same runs into the same folders."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RecipeError(f"another program is filling '{folder}'; wait for it, or name another --out") from error
+        yield

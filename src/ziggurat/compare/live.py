@@ -1,0 +1,82 @@
+"""The table while it fills."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table as Grid
+
+from .local import Outcome
+from .results import Results
+from .table import Run, Table
+
+
+class LiveTable:
+    """Methods by tasks: mean so far, seeds done, running and failed. Plain lines where nobody watches."""
+
+    def __init__(self, table: Table, results: Results, console: Console) -> None:
+        self.table, self.results, self.console = table, results, console
+        self.running: dict[str, float] = {}
+        self.failed: dict[str, str] = {}
+        self._live: Live | None = None
+
+    def __enter__(self) -> LiveTable:
+        if self.console.is_terminal:
+            self._live = Live(self, console=self.console, refresh_per_second=1, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def started(self, run: Run) -> None:
+        self.running[run.key] = time.monotonic()
+
+    def ended(self, outcome: Outcome) -> None:
+        """Note an ended run; a failed one is told at once, with where its output lies."""
+        begun = self.running.pop(outcome.run.key, time.monotonic())
+        run = outcome.run
+        where = f"{run.method} on {run.task}, seed {run.seed}"
+        done = sum(self.results.done(one.key) for one in self.table.runs)
+        count = f"[{done} of {len(self.table.runs)}]"
+        if outcome.status == "done":
+            line = self.results.lines[run.key]
+            if self._live is None:
+                took = time.monotonic() - begun
+                self._say(f"{count} {where}: {line['metric']} {line['score']:.2f} ({took:.0f} s)")
+        elif outcome.status == "failed":
+            self.failed[run.key] = outcome.error
+            self._say(f"{count} {where} FAILED: {outcome.error} ({outcome.log})")
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def __rich__(self) -> Grid:
+        done = sum(self.results.done(run.key) for run in self.table.runs)
+        title = f"{self.table.name}: {done} of {len(self.table.runs)} runs done, {len(self.running)} running"
+        grid = Grid(title=escape(title), title_justify="left")
+        grid.add_column("method")
+        for task in self.table.tasks:
+            grid.add_column(escape(f"{task} ({self.table.metrics[task]})"), justify="right")
+        for method in self.table.methods:
+            grid.add_row(escape(method), *(self._cell(method, task) for task in self.table.tasks))
+        return grid
+
+    def _cell(self, method: str, task: str) -> str:
+        runs = [run for run in self.table.runs if (run.method, run.task) == (method, task)]
+        scores = [self.results.lines[run.key]["score"] for run in runs if self.results.done(run.key)]
+        parts = [f"{statistics.fmean(scores):.2f}"] if scores else []
+        parts.append(f"[dim]{len(scores)}/{len(runs)}[/]")
+        begun = [self.running[run.key] for run in runs if run.key in self.running]
+        if begun:
+            parts.append(f"[cyan]running {time.monotonic() - min(begun):.0f} s[/]")
+        failed = sum(run.key in self.failed for run in runs)
+        if failed:
+            parts.append(f"[red]{failed} failed[/]")
+        return " ".join(parts)

@@ -1,0 +1,57 @@
+"""Score against trainable parameters, one panel a task, with error bars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ziggurat.errors import RecipeError
+
+from .summary import Summary
+
+
+def draw(summary: Summary, folder: Path) -> list[Path]:
+    """Write scores.png and scores.svg into `folder`. Error bars are the standard deviation over the seeds.
+
+    Raises RecipeError where matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RecipeError("plots need matplotlib; pip install 'ziggurat[compare]'") from error
+    columns = [column for column in summary.columns if any(key[1] == column for key in summary.cells)]
+    if not columns:
+        return []
+    across = min(3, len(columns))
+    down = -(-len(columns) // across)
+    figure = Figure(figsize=(4.2 * across, 3.4 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).ravel()
+    for column, axis in zip(columns, axes, strict=False):
+        for index, method in enumerate(summary.table.methods):
+            cell, cost = summary.cells.get((method, column)), summary.costs.get(method)
+            if cell is not None and cost is not None:
+                axis.errorbar(
+                    cost.parameters,
+                    cell.mean,
+                    yerr=cell.spread or 0.0,
+                    fmt="osD^vP*X"[index % 8],
+                    color=f"C{index % 10}",
+                    capsize=3,
+                    label=method,
+                )
+        # Training the head alone has no parameters of its own; a logarithm has no zero.
+        axis.set_xscale("symlog", linthresh=100)
+        axis.set_title(column)
+        axis.set_xlabel("trainable parameters, without the head")
+        axis.set_ylabel(summary.table.metrics.get(column, "mean of the tasks"))
+        axis.grid(alpha=0.3)
+    for axis in axes[len(columns) :]:
+        axis.set_axis_off()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=8)
+    figure.suptitle(f"{summary.table.name}: mean and standard deviation over seeds", fontsize=10)
+    paths = [folder / "scores.png", folder / "scores.svg"]
+    for path, canvas in zip(paths, (FigureCanvasAgg, FigureCanvasSVG), strict=True):
+        canvas(figure).print_figure(str(path), dpi=150)
+    return paths

@@ -1,0 +1,43 @@
+"""Published figures, to be printed beside measured ones and marked as such."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+import yaml
+
+PUBLISHED = ("roberta-glue", "llama2-alpaca")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One row of a published table. `method` is the name in a recipe, `scores` are by task."""
+
+    method: str
+    label: str
+    parameters: str
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published table: which paper, which model, and how its scores came about."""
+
+    source: str
+    model: str
+    note: str
+    rows: list[Figure]
+
+
+@cache
+def published(name: str) -> Published:
+    """The published table called `name`, one of `PUBLISHED`."""
+    text = (files("ziggurat") / "compare" / "published.yaml").read_text(encoding="utf-8")
+    found = yaml.safe_load(text)[name]
+    rows = [
+        Figure(method, label, parameters, dict(zip(found["columns"], scores, strict=True)))
+        for method, label, parameters, *scores in found["rows"]
+    ]
+    return Published(found["source"], found["model"], found["note"], rows)

@@ -1,0 +1,72 @@
+"""Means, spreads, and differences to a baseline that are paired by seed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Scores of one method on one task, by seed."""
+
+    scores: dict[int, float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.scores.values())
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the seeds (n - 1); None with one seed."""
+        return statistics.stdev(self.scores.values()) if len(self.scores) > 1 else None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of the differences of the pairs, and half the width of its interval; None with one pair."""
+
+    pairs: int
+    mean: float
+    half: float | None
+
+    @property
+    def low(self) -> float:
+        return -math.inf if self.half is None else self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        return math.inf if self.half is None else self.mean + self.half
+
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float], confidence: float) -> Difference | None:
+    r"""ours - theirs over the seeds that both have: mean d, and t_{n-1} s_d / sqrt(n) (Student).
+
+    The same seed means the same split, head and order of the data, so the seeds' common part drops out.
+    `confidence` in per cent. None where no seed is shared. Differences without any spread have an interval of no width.
+    """
+    gaps = [ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs))]
+    if not gaps:
+        return None
+    if len(gaps) == 1:
+        return Difference(1, gaps[0], None)
+    from scipy.stats import t
+
+    quantile = float(t.ppf(0.5 + confidence / 200, len(gaps) - 1))
+    return Difference(len(gaps), statistics.fmean(gaps), quantile * statistics.stdev(gaps) / math.sqrt(len(gaps)))
+
+
+def averages(cells: Sequence[Cell | None]) -> Cell | None:
+    """The mean over the tasks, by seed, of the seeds that every task has; None where there is no such seed."""
+    if not cells or any(cell is None for cell in cells):
+        return None
+    whole = [cell for cell in cells if cell is not None]
+    shared = set.intersection(*(set(cell.scores) for cell in whole))
+    if not shared:
+        return None
+    return Cell({seed: statistics.fmean(cell.scores[seed] for cell in whole) for seed in sorted(shared)})

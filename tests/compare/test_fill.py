@@ -1,0 +1,110 @@
+"""A table filled in processes: never twice, failures shown, stopped and gone on, killed and taken up again."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from glue_folder import write_glue
+
+from ziggurat.compare.fill import fill, report
+from ziggurat.compare.local import run_locally
+from ziggurat.compare.table import Table, make_table
+from ziggurat.errors import RecipeError
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_glue(tmp_path_factory.mktemp("data") / "glue", 8)
+
+
+def small(model: Path, glue: Path, out: Path, **more: Any) -> Table:
+    train = {"max_steps": 2, "batch": 4, "evaluate": "never", "save": "never"}
+    values = {
+        "set": {"model": str(model), "data.folder": str(glue), "train": train, "method.target_modules": ["query"]},
+        "methods": {"LoRA": {"method.name": "lora", "method.r": 2}},
+        "tasks": ["rte"],
+        "seeds": [1, 2],
+        **more,
+    }
+    return make_table(values, "small", out)
+
+
+def test_a_table_is_filled_once_and_a_failed_run_is_shown(wide_bert: Path, glue: Path, tmp_path: Path) -> None:
+    methods = {
+        "LoRA": {"method.name": "lora", "method.r": 2},
+        "too many groups": {"method.name": "msplora", "method.num_groups": 9},
+    }
+    table = small(wide_bert, glue, tmp_path / "out", methods=methods, seeds=[1])
+    filled = fill(table, workers=2)
+    assert (filled.taken, len(filled.failed), filled.stopped) == (1, 1, False)
+    assert "num_groups=9" in filled.failed[0]["error"] and Path(filled.failed[0]["log"]).is_file()
+    names = {path.name for path in filled.files}
+    assert {"table.md", "table.csv", "scores.png", "scores.svg"} == names
+    assert "too many groups on rte, seed 1: RecipeError" in (tmp_path / "out" / "table.md").read_text()
+
+    lines = [json.loads(text) for text in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    done = next(line for line in lines if line["status"] == "done")
+    assert done["seed"] == 1 and done["recipe"]["data.train"] == "glue/rte" and done["hardware"]["cores"]
+    assert done["score"] == done["after"]["accuracy"] and done["step_seconds"] > 0 and done["stored_bytes"] > 0
+    assert done["versions"]["torch"] and "commit" in done
+
+    good = small(wide_bert, glue, tmp_path / "out", seeds=[1])
+    again = fill(good)
+    assert (again.taken, len(again.summary.lines)) == (0, 1)
+    assert report(good).summary.lines == again.summary.lines
+
+
+def test_a_killed_run_is_told_and_taken_up_again(wide_bert: Path, glue: Path, tmp_path: Path) -> None:
+    table = small(wide_bert, glue, tmp_path / "out", seeds=[1])
+    import multiprocessing
+
+    def kill_it(run: object) -> None:
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)  # type: ignore[arg-type]
+
+    outcomes = list(run_locally(table.runs, tmp_path / "out", 1, kill_it))
+    assert [outcome.status for outcome in outcomes] == ["failed"] and "killed by SIGKILL" in outcomes[0].error
+    assert fill(table).taken == 1
+
+
+def test_a_stopped_run_goes_on_from_its_checkpoint(wide_bert: Path, glue: Path, tmp_path: Path) -> None:
+    train = {"max_steps": 4000, "batch": 4, "evaluate": "never", "save": "never"}
+    shared = {"model": str(wide_bert), "data.folder": str(glue), "method.target_modules": ["query"], "train": train}
+    table = small(wide_bert, glue, tmp_path / "out", set=shared, seeds=[1])
+    folder = Path(table.runs[0].recipe.folder)
+    import multiprocessing
+    import threading
+
+    def stop_soon(run: object) -> None:
+        child = multiprocessing.active_children()[0]
+
+        def stop() -> None:
+            deadline = time.monotonic() + 200
+            while not (folder.with_name(folder.name + ".unfinished") / "run.json").is_file():
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.2)
+            time.sleep(3.0)
+            os.kill(child.pid, signal.SIGTERM)  # type: ignore[arg-type]
+
+        threading.Thread(target=stop, daemon=True).start()
+
+    outcome = next(iter(run_locally(table.runs, tmp_path / "out", 1, stop_soon)))
+    assert outcome.status == "stopped" and "stopped" in outcome.error
+
+
+def test_two_programs_do_not_fill_one_folder(wide_bert: Path, glue: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    table = small(wide_bert, glue, tmp_path / "out")
+    table.folder.mkdir(parents=True)
+    with (table.folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(RecipeError, match="another program is filling"):
+            fill(table)
+    with pytest.raises(RecipeError, match="'slurm' is not one of local, ray"):
+        fill(table, engine="slurm")

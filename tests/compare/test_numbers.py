@@ -1,0 +1,129 @@
+"""Paired differences against their definition, what is bold, and the tables that are written."""
+
+import csv
+import io
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from test_table import values
+
+from ziggurat.compare.published import PUBLISHED, published
+from ziggurat.compare.report import markdown, table_csv
+from ziggurat.compare.results import Results
+from ziggurat.compare.statistics import Cell, averages, paired
+from ziggurat.compare.summary import summarise
+from ziggurat.compare.table import Table, make_table
+
+scores = st.floats(0, 100, allow_nan=False)
+
+
+@given(st.lists(st.tuples(scores, scores), min_size=2, max_size=8), st.sampled_from([80.0, 95.0, 99.0]))
+def test_the_interval_is_that_of_the_paired_t_test(pairs: list[tuple[float, float]], confidence: float) -> None:
+    ours, theirs = ({seed: pair[side] for seed, pair in enumerate(pairs)} for side in (0, 1))
+    gap = paired(ours, theirs, confidence)
+    assert gap is not None and gap.pairs == len(pairs)
+    assert gap.mean == pytest.approx(statistics.fmean(a - b for a, b in pairs), abs=1e-9)
+    back = paired(theirs, ours, confidence)
+    assert back is not None and (back.low, back.high) == pytest.approx((-gap.high, -gap.low), abs=1e-9)
+    spread = statistics.stdev(a - b for a, b in pairs)
+    if spread > 1e-6:
+        test = stats.ttest_rel(list(ours.values()), list(theirs.values()))
+        low, high = test.confidence_interval(confidence / 100)
+        assert (gap.low, gap.high) == pytest.approx((low, high), abs=1e-6)
+        if abs(test.pvalue - (1 - confidence / 100)) > 1e-9:
+            assert gap.excludes_zero() == (test.pvalue < 1 - confidence / 100)
+
+
+def test_only_seeds_that_both_have_are_paired() -> None:
+    gap = paired({1: 10.0, 2: 20.0, 3: 99.0}, {2: 18.0, 1: 9.0, 4: 0.0}, 95)
+    assert gap is not None and gap.pairs == 2 and gap.mean == 1.5
+    one = paired({1: 10.0}, {1: 9.0}, 95)
+    assert one is not None and one.half is None and not one.excludes_zero()
+    assert paired({1: 10.0}, {2: 9.0}, 95) is None
+
+
+def test_the_average_is_taken_seed_by_seed() -> None:
+    whole = averages([Cell({1: 10.0, 2: 20.0}), Cell({1: 30.0, 2: 50.0, 3: 7.0})])
+    assert whole is not None and whole.scores == {1: 20.0, 2: 35.0}
+    assert averages([Cell({1: 1.0}), None]) is None and averages([Cell({1: 1.0}), Cell({2: 1.0})]) is None
+
+
+def line(table: Table, method: str, task: str, seed: int, score: float) -> dict[str, Any]:
+    run = next(run for run in table.runs if (run.method, run.task, run.seed) == (method, task, seed))
+    return {
+        "key": run.key,
+        "method": method,
+        "task": task,
+        "seed": seed,
+        "status": "done",
+        "metric": run.recipe.main_metric,
+        "score": score,
+        "parameters": {"adapter": 1000 + len(method)},
+        "stored_bytes": 2**20,
+        "peak_mb": 512.0,
+        "step_seconds": 0.25,
+        "versions": {"torch": "2"},
+        "hardware": {"processor": "a chip"},
+        "commit": None,
+    }
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Table:
+    methods = {"LoRA": {"method.name": "lora"}, "pyramid": {"method.name": "msplora"}}
+    whole = values(seeds=[1, 2, 3], published="roberta-glue", tasks=["rte", "cola"], methods=methods)
+    return make_table(whole, "mine", tmp_path)
+
+
+def test_bold_only_where_the_interval_excludes_zero(table: Table) -> None:
+    lines = []
+    for seed, wobble in ((1, 0.0), (2, 0.3), (3, -0.2)):
+        lines += [line(table, "LoRA", "rte", seed, 60 + wobble), line(table, "LoRA", "cola", seed, 50 + wobble)]
+        # On rte always about 3 better; on cola better on the mean, but by anything between -4 and 9.
+        lines += [line(table, "pyramid", "rte", seed, 63 + 1.2 * wobble)]
+        lines += [line(table, "pyramid", "cola", seed, 50 + {1: 9, 2: -4, 3: 2}[seed])]
+    text = markdown(summarise(table, lines))
+    row = next(one for one in text.splitlines() if one.startswith("| pyramid | 1,007"))
+    assert row.startswith("| pyramid | 1,007 | **63.04 ± 0.30** | 52.33 ± 6.51 | 57.69")
+    assert "**+3.01 [+2.88, +3.13]**" in text and "| +2.30 [-14.22, +18.82] |" in text
+    assert text.count("**") == 4
+    assert "| *published: MSPLoRA* | *0.135M* | *81.7* | *65.6* |" in text and "are not measured here" in text
+    assert "60.03 ± 0.25" in text and "not run yet" not in text
+
+
+def test_unfinished_tables_say_so(table: Table) -> None:
+    lines = [line(table, "LoRA", "rte", 1, 60.0), line(table, "pyramid", "rte", 1, 70.0)]
+    failed = [{"method": "pyramid", "task": "cola", "seed": 2, "error": "RuntimeError: no | memory"}]
+    text = markdown(summarise(table, lines), failed)
+    assert "60.00 (1 of 3 seeds)" in text and "+10.00 (1 pair)" in text and "**" not in text
+    assert "pyramid on cola, seed 2: RuntimeError: no | memory" in text and "not run yet: 9 of 12" in text
+    rows = list(csv.DictReader(io.StringIO(table_csv(summarise(table, lines)))))
+    assert [(row["method"], row["task"], row["mean"], row["sd"], row["low"]) for row in rows] == [
+        ("LoRA", "rte", "60.0", "", ""),
+        ("pyramid", "rte", "70.0", "", ""),
+    ]
+    assert rows[1]["difference"] == "10.0" and rows[1]["parameters"] == "1007"
+
+
+def test_published_figures_are_the_papers() -> None:
+    glue, llama = (published(name) for name in PUBLISHED)
+    means = {row.label + row.parameters: statistics.fmean(row.scores.values()) for row in glue.rows}
+    assert means["MSPLoRA0.135M"] == pytest.approx(86.2, abs=0.1) and means["Lily0.3M"] == pytest.approx(86.0, abs=0.1)
+    assert [len(row.scores) for row in glue.rows] == [6] * 9 and [len(row.scores) for row in llama.rows] == [4] * 6
+    assert llama.rows[-1].scores["humaneval"] == 17.23
+
+
+def test_the_last_line_of_a_killed_program_is_passed_over(tmp_path: Path, table: Table) -> None:
+    results = Results(tmp_path / "out")
+    results.add(line(table, "LoRA", "rte", 1, 60.0))
+    with results.path.open("a") as file:
+        file.write('{"key": "torn')
+    again = Results(tmp_path / "out")
+    assert again.done(table.runs[0].key) and len(again.lines) == 1
+    again.add(line(table, "LoRA", "rte", 2, 61.0))
+    assert len(Results(tmp_path / "out").lines) == 2
