@@ -63,8 +63,8 @@ def train(
         raise typer.BadParameter(f"one recipe at a time, not {' and '.join(names)}; values are written key=value")
     recipe = load_recipe(names[0] if names else "default", [word for word in given if word not in names])
 
-    from ziggurat.training.report import show
     from ziggurat.training.interrupt import Interrupted
+    from ziggurat.training.report import show
     from ziggurat.training.run import resume_command
     from ziggurat.training.run import train as run
 

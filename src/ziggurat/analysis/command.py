@@ -1,4 +1,4 @@
-"""`ziggurat analyze`: what the command takes and prints."""
+"""`ziggurat analyze` and `ziggurat report`: what the commands take and print."""
 
 from __future__ import annotations
 
@@ -41,3 +41,16 @@ def analyze(
     if out is not None:
         paths = write.write(first, out, second, k=k)
         typer.echo(f"{len(paths)} files written to {out}: {', '.join(path.name for path in paths)}", err=json)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("report.html"),
+) -> None:
+    """Write one HTML page, without network, about one run or several."""
+    from .page import report as page
+
+    text = page(runs)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    typer.echo(f"{out}: {len(text.encode()) // 1024 + 1} KiB")

@@ -1,8 +1,8 @@
 """Spectra while training: recorded by a callback, logged like any other number, read back as arrays.
 
 The numbers go through the Trainer's own logging, so TensorBoard, W&B and trackio get them, checkpoints and run.json
-keep them, and a resumed run goes on where it was. Names: `spectra/<part>/s1` ... `s8`, the mean singular values from the
-largest (arXiv 2503.21838, Fig. 3), and `spectra/<part>/effective_rank`, `m_eff`, `norm`, means over a part's components.
+keep them, and a resumed run goes on where it was. Names: `spectra/<part>/s1` ... `s8`, the mean singular values from
+the largest (arXiv 2503.21838, Fig. 3), and `spectra/<part>/effective_rank`, `m_eff`, `norm`, means over components.
 """
 
 from __future__ import annotations

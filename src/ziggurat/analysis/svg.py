@@ -1,0 +1,162 @@
+"""Charts as SVG text that takes its colours from the page around it, so that light and dark both fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import numpy as np
+
+from . import measures
+from .components import Collected
+
+#: All charts are as wide as a phone; a page with more room puts several in a row.
+WIDTH = 360
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 30, 34
+
+
+def line_chart(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_name: str) -> str:
+    """Lines over a common axis, at most eight colours; points that aren't finite are left out."""
+    height = 220
+    kept = {name: _finite(x, y) for name, (x, y) in series.items()}
+    kept = {name: points for name, points in kept.items() if points}
+    if not kept:
+        return ""
+    xs = [x for points in kept.values() for x, _ in points]
+    ys = [y for points in kept.values() for _, y in points]
+    (x0, x1), (y0, y1) = _padded(min(xs), max(xs), 0.0), _padded(min(ys), max(ys), 0.06)
+    legend = 16 * len(kept) if len(kept) > 1 else 0
+    total = height + legend
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = _LEFT + (x - x0) / (x1 - x0) * (WIDTH - _LEFT - _RIGHT)
+        return across, height - _BOTTOM - (y - y0) / (y1 - y0) * (height - _TOP - _BOTTOM)
+
+    parts = [_text(_LEFT, 16, title, "t")]
+    for value in np.linspace(y0, y1, 4):
+        _, y = at(x0, value)
+        parts.append(f'<line class="g" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(_LEFT - 6, y + 4, _short(value), "n e"))
+    for value in np.linspace(x0, x1, 3):
+        anchor = {x0: "n", x1: "n e"}.get(value, "n m")
+        parts.append(_text(at(value, y0)[0], height - _BOTTOM + 14, _short(value), anchor))
+    parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, height - 4, x_name, "n m"))
+    for number, (name, points) in enumerate(kept.items()):
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
+        parts.append(f'<polyline class="l c{number % 8}" points="{path}"/>')
+        if len(points) < 30:
+            parts += [
+                f'<circle class="p c{number % 8}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>'
+                for x, y in (at(*p) for p in points)
+            ]
+        if legend:
+            y = height + 12 + 16 * number
+            parts.append(f'<rect class="b c{number % 8}" x="{_LEFT}" y="{y - 9}" width="12" height="9"/>')
+            parts.append(_text(_LEFT + 18, y, _cut(name, 44), "n"))
+    return _svg(total, title, parts)
+
+
+def heat_map(
+    title: str, grid: np.ndarray, rows: Sequence[str], columns: Sequence[str], x_name: str = "", digits: int = 2
+) -> str:
+    """A matrix as cells, with its numbers where they fit; NaN is hatched by its own colour."""
+    count = max(1, len(columns))
+    left = min(120, 14 + int(6.2 * max(len(_cut(name, 17)) for name in rows)))
+    side = (WIDTH - left - _RIGHT) / count
+    tall = min(max(side, 15.0), 26.0)
+    slanted = max(len(name) for name in columns) * 6.2 > side
+    foot = (10 + 4.6 * max(len(_cut(name, 14)) for name in columns) if slanted else 18) + (16 if x_name else 0)
+    known = grid[np.isfinite(grid)]
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+    parts = [_text(12, 16, title, "t"), _text(WIDTH - _RIGHT, 30, f"{_short(low)} to {_short(high)}", "n e")]
+    top = 38
+    for (i, j), value in np.ndenumerate(grid):
+        x, y = left + j * side, top + i * tall
+        share = (value - low) / (high - low) if high > low else 0.5
+        fill = f' style="--v:{100 * share:.0f}%"' if np.isfinite(value) else ""
+        kind = "h" if np.isfinite(value) else "x"
+        parts.append(f'<rect class="{kind}"{fill} x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{tall:.1f}"/>')
+        words = f"{value:.{digits}f}"
+        if np.isfinite(value) and 5.6 * len(words) < side - 2:
+            shade = "n m w" if share > 0.55 else "n m k"
+            parts.append(_text(x + side / 2, y + tall / 2 + 3.5, words, shade))
+    every = max(1, -(-len(rows) * 12 // max(1, int(tall * len(rows)))))
+    for i in range(0, len(rows), every):
+        parts.append(_text(left - 5, top + (i + 0.5) * tall + 4, _cut(rows[i], 17), "n e"))
+    bottom = top + tall * len(rows)
+    step = 1 if slanted and side > 12 else max(1, -(-22 // max(1, int(side))))
+    for j in range(0, count, step):
+        x = left + (j + 0.5) * side
+        name = _cut(columns[j], 14)
+        turn = f' transform="rotate(-40 {x:.1f} {bottom + 12:.1f})"' if slanted and len(name) > 3 else ""
+        parts.append(_text(x + (4 if turn else 0), bottom + 12, name, "n e" if turn else "n m", turn))
+    if x_name:
+        parts.append(_text(left + (WIDTH - left - _RIGHT) / 2, bottom + foot - 4, x_name, "n m"))
+    return _svg(bottom + foot + 4, title, parts)
+
+
+def pyramid(collected: Collected, stack: str | None = None) -> str:
+    """The parts as rows of boxes over the layers they reach; number and shade: effective rank of the allocated rank."""
+    stack = measures.stack_of(collected, stack)
+    depth, left, tall = collected.layers[stack], 66, 34
+    side = (WIDTH - left - _RIGHT) / depth
+    parts = [_text(12, 16, "Effective rank by part, mean over roles", "t")]
+    for level, part in enumerate(collected.stored_parts):
+        boxes: dict[tuple[int, ...], list[tuple[float, int]]] = {}
+        for c in collected.of(part):
+            if c.stack == stack and c.layers:
+                boxes.setdefault(c.layers, []).append((measures.row(c)["effective_rank"], c.rank))
+        y = 30 + level * (tall + 6)
+        ranks = sorted({c.rank for c in collected.of(part)})
+        parts.append(_text(left - 8, y + 15, _cut(part, 9), "n e"))
+        parts.append(_text(left - 8, y + 28, f"rank {ranks[-1]}", "n e"))
+        for layers, values in boxes.items():
+            erank, rank = (float(np.mean([value[i] for value in values])) for i in (0, 1))
+            share = erank / rank if np.isfinite(erank) and rank else 0.0
+            x, wide = left + layers[0] * side, (layers[-1] - layers[0] + 1) * side - 1.5
+            parts.append(
+                f'<rect class="h" style="--v:{100 * share:.0f}%" rx="3" x="{x:.1f}" y="{y}" width="{wide:.1f}" '
+                f'height="{tall}"/>'
+            )
+            if wide > 17.4:
+                shade = "n m w" if share > 0.55 else "n m k"
+                parts.append(_text(x + wide / 2, y + tall / 2 + 4, f"{erank:.1f}", shade))
+    bottom = 30 + len(collected.stored_parts) * (tall + 6)
+    step = max(1, -(-22 // max(1, int(side))))
+    parts += [_text(left + (n + 0.5) * side, bottom + 8, str(n), "n m") for n in range(0, depth, step)]
+    parts.append(_text((left + WIDTH) / 2, bottom + 24, "layer", "n m"))
+    return _svg(bottom + 30, "effective ranks of all parts", parts)
+
+
+def _svg(height: float, label: str, parts: Sequence[str]) -> str:
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label, quote=True)}">'
+        + "".join(parts)
+        + "</svg>"
+    )
+
+
+def _text(x: float, y: float, words: str, kind: str, more: str = "") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}"{more}>{escape(words)}</text>'
+
+
+def _finite(x: Sequence[float], y: Sequence[float]) -> list[tuple[float, float]]:
+    return [(float(a), float(b)) for a, b in zip(x, y, strict=True) if np.isfinite(a) and np.isfinite(b)]
+
+
+def _padded(low: float, high: float, share: float) -> tuple[float, float]:
+    if high <= low:
+        return low - 0.5, low + 0.5
+    room = share * (high - low)
+    return low - room, high + room
+
+
+def _short(value: float) -> str:
+    size = abs(value)
+    if size and not 1e-2 <= size < 1e5:
+        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.3g}"
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else "…" + text[-(most - 1) :]

@@ -1,0 +1,174 @@
+"""The report in a real headless browser: no errors, nothing from elsewhere, every figure there, no text overflowing."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from analysis_configs import CONFIGS
+from typer.testing import CliRunner
+
+from ziggurat import LoR2CConfig
+from ziggurat.analysis import svg
+from ziggurat.analysis.page import read_run, report
+from ziggurat.cli import app
+from ziggurat.errors import ConfigError
+
+Saved = Callable[..., Path]
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+in_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium here: apt-get install chromium")
+
+#: Runs inside the page: texts that leave their chart, what is wider than the page, which colours are in force.
+_LOOK = """
+const frame = document.getElementById('page'), page = frame.contentDocument, root = page.documentElement;
+const out = [];
+for (const chart of page.querySelectorAll('svg')) {
+  const box = chart.getBoundingClientRect();
+  for (const text of chart.querySelectorAll('text')) {
+    const b = text.getBoundingClientRect();
+    if (b.left < box.left - 1 || b.right > box.right + 1 || b.top < box.top - 1 || b.bottom > box.bottom + 1)
+      out.push(chart.getAttribute('aria-label') + ': ' + text.textContent);
+  }
+}
+const wide = [...page.querySelectorAll('body *')].filter(one => !one.closest('.s, pre, svg')
+  && one.getBoundingClientRect().right > root.clientWidth + 1).map(one => one.tagName + ' ' + one.className);
+document.getElementById('found').textContent = JSON.stringify({out, wide, charts: page.querySelectorAll('svg').length,
+  scroll: root.scrollWidth, width: root.clientWidth, paper: getComputedStyle(page.body).backgroundColor});
+"""
+
+
+def run_folder(folder: Path, name: str, *, spectra: bool = True) -> Path:
+    """What `ziggurat train` leaves beside an adapter."""
+    history: list[dict[str, Any]] = []
+    for epoch in (1.0, 2.0, 3.0):
+        history.append({"loss": 0.7 / epoch, "learning_rate": 1e-3 / epoch, "epoch": epoch - 0.5, "step": 1})
+        history.append({"eval_loss": 0.6 / epoch, "eval_accuracy": 70 + 4 * epoch, "epoch": epoch, "step": 2})
+        if spectra:
+            values = {f"spectra/global/s{n}": epoch / n for n in range(1, 9)}
+            history.append({**values, "spectra/global/effective_rank": 3.0 + epoch, "epoch": epoch, "step": 3})
+    values = {
+        "metric": "accuracy", "before": {"accuracy": 50.0}, "after": {"accuracy": 82.0, "loss": 0.2}, "guess": {},
+        "parameters": {"adapter": 448, "head": 51, "lora": None, "total": 499}, "steps": 12, "seconds": 3.4,
+        "peak_mb": None, "versions": {"ziggurat": "0.1.0"}, "history": history,
+    }  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(values))
+    (folder / "recipe.yaml").write_text(f"name: {name}\nabout: <b>not markup</b> & so on\n")
+    return folder
+
+
+def look(html: str, folder: Path, width: int, dark: bool = False) -> dict[str, Any]:
+    """Load the page in a frame of `width` pixels (a window can't be narrower than about 500) and look at it."""
+    assert BROWSER is not None
+    frame = (
+        f'<iframe id="page" style="width:{width}px;height:900px;border:0" srcdoc="{escape(html, quote=True)}"></iframe>'
+    )
+    script = f"<pre id=found></pre><script>onload=()=>{{{_LOOK}}}</script>"
+    (folder / "look.html").write_text(f"<!doctype html><meta charset=utf-8>{frame}{script}", encoding="utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    command += [
+        "--enable-logging=stderr",
+        "--virtual-time-budget=3000",
+        "--hide-scrollbars",
+        "--window-size=1400,1000",
+        "--dump-dom",
+    ]
+    command += ["--blink-settings=preferredColorScheme=0"] if dark else []
+    done = subprocess.run([*command, (folder / "look.html").as_uri()], capture_output=True, text=True, timeout=120)
+    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert not said, said
+    found = re.search(r"<pre id=\"found\">(.*?)</pre>", done.stdout, re.DOTALL)
+    assert found is not None and found[1], done.stderr[-2000:]
+    return json.loads(found[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+
+
+@pytest.fixture
+def runs(saved: Saved) -> list[Path]:
+    first = run_folder(saved(CONFIGS["msplora"](), "a-run-with-a-rather-long-name-of-its-own"), "one")
+    second = run_folder(saved(CONFIGS["lor2c"](), "paths"), "two", spectra=False)
+    (second / "lor2c_events.json").write_text(json.dumps([{"step": 4, "kind": "merge", "reason": "smallest sum"}]))
+    return [first, second]
+
+
+@in_browser
+@pytest.mark.parametrize("width", [360, 1200])
+def test_nothing_overflows_on_a_phone_or_a_desk(width: int, runs: list[Path], tmp_path: Path) -> None:
+    found = look(report(runs), tmp_path, width)
+    assert found["width"] == width
+    assert (found["out"], found["wide"]) == ([], [])
+    assert found["scroll"] <= width
+    # 4 curves; a pyramid, two role maps and a KL map a run; the spectra and their ranks of the first.
+    assert found["charts"] == 4 + 2 * 4 + 2
+
+
+@in_browser
+def test_it_follows_light_and_dark(runs: list[Path], tmp_path: Path) -> None:
+    page = report(runs[:1])
+    assert look(page, tmp_path, 800)["paper"] == "rgb(255, 255, 255)"
+    assert look(page, tmp_path, 800, dark=True)["paper"] == "rgb(18, 22, 27)"
+
+
+def test_the_page_needs_nothing_from_elsewhere(runs: list[Path]) -> None:
+    page = report(runs)
+    assert not re.search(r"https?://|<script|@import|url\(|<link(?![^>]*data:,)|<img", page)
+
+
+def test_the_page_says_what_the_run_says(runs: list[Path]) -> None:
+    page = report(runs)
+    for words in ("82.00", "448", "smallest sum", "ziggurat 0.1.0", "&lt;b&gt;not markup&lt;/b&gt; &amp; so on"):
+        assert words in page, words
+    assert "<b>not markup" not in page
+
+
+def test_a_run_without_a_readable_adapter_says_why(tmp_path: Path) -> None:
+    folder = tmp_path / "full"
+    folder.mkdir()
+    assert "is no adapter" in report([run_folder(folder, "full")])
+
+
+def test_bad_folders_are_refused(tmp_path: Path, saved: Saved) -> None:
+    with pytest.raises(ConfigError, match="there is no folder"):
+        read_run(tmp_path / "nowhere")
+    adapter = saved(CONFIGS["lora"](), "plain")
+    with pytest.raises(ConfigError, match=r"holds no run of `ziggurat train`: it has no run\.json"):
+        read_run(adapter)
+    run_folder(adapter, "plain")
+    with pytest.raises(ConfigError, match=r"Runs lie in .*plain"):
+        read_run(tmp_path)
+    (adapter / "run.json").write_text("{")
+    with pytest.raises(ConfigError, match="is no JSON"):
+        read_run(adapter)
+    (adapter / "run.json").write_text('{"before": {}}')
+    with pytest.raises(ConfigError, match="unfinished run"):
+        read_run(adapter)
+
+
+def test_the_command_writes_the_file(runs: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "page.html"
+    done = CliRunner().invoke(app, ["report", str(runs[0]), "--out", str(out)])
+    assert done.exit_code == 0 and out.read_text().startswith("<!doctype html>")
+
+
+def test_charts_bear_what_is_not_there() -> None:
+    assert svg.line_chart("empty", {"a": ([1.0], [float("nan")])}, "epoch") == ""
+    assert "<polyline" in svg.line_chart("one point", {"a": ([1.0], [2.0])}, "epoch")
+    assert svg.heat_map("NaN", np.full((2, 2), np.nan), ["0", "1"], ["q", "v"]).count('class="x"') == 4
+
+
+def test_a_deep_narrow_map_has_names_that_do_not_collide() -> None:
+    numbers = [str(n) for n in range(80)]
+    drawn = svg.heat_map("KL", np.random.default_rng(0).random((80, 80)), numbers, numbers, "layer")
+    across = [float(x) for x in re.findall(r'<text class="n m" x="([\d.]+)" y="[\d.]+">\d+</text>', drawn)]
+    assert all(b - a > 14 for a, b in pairwise(across))
+
+
+def test_structure_of_spans_is_drawn(saved: Saved) -> None:
+    config = LoR2CConfig(r=4, spans=[[0, 1], [2, 3]], init_weights=False)
+    page = report([run_folder(saved(config), "spans")])
+    assert page.count("<svg") >= 4
