@@ -13,7 +13,7 @@ from rich.markup import escape
 from ziggurat.analysis.command import analyze, report
 from ziggurat.doctor.command import doctor
 from ziggurat.errors import ExportError, ZigguratError
-from ziggurat.plan.command import plan
+from ziggurat.plan.command import plan, suggest
 
 app = typer.Typer(
     name="ziggurat",
@@ -185,7 +185,7 @@ def merge(
         _plain(f"merged model written to {out}")
 
 
-for command in (analyze, report, doctor, plan):
+for command in (analyze, report, doctor, plan, suggest):
     app.command()(command)
 
 

@@ -1,4 +1,4 @@
-"""`ziggurat plan`: what the command takes and prints."""
+"""`ziggurat plan` and `ziggurat suggest`: what the commands take and print."""
 
 from __future__ import annotations
 
@@ -68,3 +68,40 @@ def _choice(values: dict[str, object], problems: list[str]) -> dict[str, object]
     if problems:
         raise RecipeError("\n".join(problems))
     return choice
+
+
+def suggest(
+    words: Annotated[list[str], typer.Argument(metavar="RECIPE KEY=VALUE", help="A recipe with method msplora.")],
+    budget: Annotated[
+        str | None, typer.Option(help="A share of the model (0.1%) or a number (300k); without it the recipe's own.")
+    ] = None,
+    criterion: Annotated[str, typer.Option(help="energy, sensitivity, effective_rank or stable_rank.")] = "energy",
+    probe_rank: Annotated[int, typer.Option(min=2, help="Rank of every tier in the probe.")] = 16,
+    probe_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the probe.")] = 200,
+    out: Annotated[Path, typer.Option(help="Recipe file to write.")] = Path("suggested.yaml"),
+) -> None:
+    """Find a pyramid's ranks and groups for a budget by a short probe run, and write them as a recipe."""
+    from rich.console import Console
+
+    from .suggest import suggest as run
+
+    if out.exists():
+        raise typer.BadParameter(f"{out} exists already; name another file by --out")
+    found, text = run(
+        words[0],
+        words[1:],
+        budget=budget,
+        criterion=criterion,
+        probe_rank=probe_rank,
+        probe_steps=probe_steps,
+        console=Console(),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    ranks = ", ".join(f"{tier} {rank}" for tier, rank in found.ranks.items())
+    typer.echo(f"ranks by {found.criterion}: {ranks}; {found.spent:,} of {found.budget:,} parameters")
+    if found.group_starts is not None:
+        typer.echo(f"mid groups begin at layers {', '.join(map(str, found.group_starts))}")
+    for note in found.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"train it with: ziggurat train {out}")

@@ -1,0 +1,141 @@
+"""How many ranks each tier deserves, and where the groups should end: pure functions of measured numbers.
+
+Symbols: tier t holds P_t pairs, so one rank of it costs c_t = sum over its pairs of (d_in + d_out); gain g_t[k] is what
+its k-th direction is worth, over all linears that it reaches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from ziggurat.analysis import Collected, measures
+from ziggurat.analysis.measures import kl_matrix
+from ziggurat.errors import ConfigError
+from ziggurat.methods.msplora.layer import Pyramid
+from ziggurat.methods.msplora.pyramid import tier_of
+
+CRITERIA = ("energy", "sensitivity", "effective_rank", "stable_rank")
+
+
+def costs(collected: Collected) -> dict[str, int]:
+    """Tier -> parameters of one rank of all its pairs."""
+    return {part: sum(sum(c.shape) for c in collected.of(part)) for part in collected.stored_parts}
+
+
+def energies(collected: Collected) -> dict[str, np.ndarray]:
+    """Tier -> (rank,) sum over the linears it reaches of s_k^2: the squared norm that its k-th directions add."""
+    found = {}
+    for part in collected.stored_parts:
+        some = collected.of(part)
+        gains = np.zeros(max(c.rank for c in some))
+        for c in some:
+            values = np.square(np.nan_to_num(c.singular_values))
+            gains[: len(values)] += values * max(1, len(c.layers))
+        found[part] = gains
+    return found
+
+
+def widths(collected: Collected, criterion: str) -> dict[str, float]:
+    """Tier -> mean "effective_rank" or "stable_rank" of its components that aren't zero."""
+    found = {}
+    for part in collected.stored_parts:
+        values = [measures.row(c)[criterion] for c in collected.of(part) if c.finite and not c.zero]
+        found[part] = float(np.mean(values)) if values else 0.0
+    return found
+
+
+@torch.no_grad()
+def sensitivities(model: nn.Module, adapter: str = "default") -> dict[str, np.ndarray]:
+    """Tier -> (rank,) sum over its pairs of the mean |w dL/dw| of each direction's entries, largest first.
+
+    LoRA²'s and AdaLoRA's sensitivity, from the gradients that lie in the pyramid now; averages over steps are the
+    caller's. A shared pair's gradient holds all layers that read it.
+    """
+    found: dict[str, np.ndarray] = {}
+    for bank in (module for module in model.modules() if isinstance(module, Pyramid)):
+        for name in bank.factors(adapter).names():
+            A, B = bank.factors(adapter).pair(name)
+            if A.grad is None or B.grad is None:
+                continue
+            score = (A * A.grad).abs().mean(1) + (B * B.grad).abs().mean(0)
+            values = score.sort(descending=True).values.double().cpu().numpy()
+            tier = tier_of(name)
+            found[tier] = found.get(tier, np.zeros(len(values))) + values
+    return found
+
+
+def by_gain(gains: Mapping[str, np.ndarray], cost: Mapping[str, int], budget: int) -> dict[str, int]:
+    """Ranks by greed: each tier gets one, then the direction with the largest gain per parameter that still fits.
+
+    Raises:
+        ConfigError: one rank for each tier is above the budget.
+    """
+    ranks = dict.fromkeys(gains, 1)
+    spent = _least(cost, budget)
+    while True:
+        open_ = [t for t in ranks if ranks[t] < len(gains[t]) and spent + cost[t] <= budget]
+        if not open_:
+            return ranks
+        best = max(open_, key=lambda t: float(gains[t][ranks[t]]) / cost[t])
+        ranks[best] += 1
+        spent += cost[best]
+
+
+def by_width(width: Mapping[str, float], cost: Mapping[str, int], budget: int, most: int) -> dict[str, int]:
+    """Ranks in proportion to `width`, at least 1 and at most `most`, as large as the budget allows.
+
+    Raises:
+        ConfigError: one rank for each tier is above the budget.
+    """
+    ranks = dict.fromkeys(width, 1)
+    spent = _least(cost, budget)
+    while True:
+        open_ = [t for t in ranks if ranks[t] < most and spent + cost[t] <= budget and width[t] > 0]
+        if not open_:
+            return ranks
+        poorest = min(open_, key=lambda t: ranks[t] / width[t])
+        ranks[poorest] += 1
+        spent += cost[poorest]
+
+
+def boundaries(distance: Sequence[float], groups: int, shortest: int = 1) -> list[int]:
+    """First layers of `groups` contiguous groups, cut where neighbouring layers differ most.
+
+    `distance[n]` lies between layers n and n + 1. Of all cuts that leave every group `shortest` layers the one with the
+    largest sum; the earliest of equals. NaN counts as 0.
+
+    Raises:
+        ConfigError: there are fewer layers than groups x shortest.
+    """
+    layers = len(distance) + 1
+    if groups * shortest > layers:
+        raise ConfigError(f"{groups} groups of at least {shortest} layers, but there are {layers} layers.")
+    values = np.nan_to_num(np.asarray(distance, dtype=float))
+    best: dict[tuple[int, int], tuple[float, list[int]]] = {(1, 0): (0.0, [0])}
+    for count in range(2, groups + 1):
+        for start in range(shortest * (count - 1), layers - shortest * (groups - count + 1) + 1):
+            before = [best[count - 1, s] for s in range(start - shortest + 1) if (count - 1, s) in best]
+            total, starts = max(before, key=lambda item: item[0])
+            best[count, start] = (total + float(values[start - 1]), [*starts, start])
+    ends = [value for (count, _), value in best.items() if count == groups]
+    return max(ends, key=lambda item: item[0])[1]
+
+
+def layer_distance(collected: Collected) -> np.ndarray:
+    """(N - 1,) KL(P_n || P_n+1) + KL(P_n+1 || P_n) of the layer tier's spectra (Eq. 9 and 10), mean over roles.
+
+    Of the private tier alone: shared tiers are equal inside the probe's own groups, and would repeat its boundaries.
+    """
+    grid = kl_matrix(collected)
+    return np.diagonal(grid, 1) + np.diagonal(grid, -1)
+
+
+def _least(cost: Mapping[str, int], budget: int) -> int:
+    least = sum(cost.values())
+    if least > budget:
+        raise ConfigError(f"a budget of {budget:,} parameters, but one rank for each tier takes {least:,}. Raise it.")
+    return least

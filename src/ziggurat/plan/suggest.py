@@ -1,0 +1,155 @@
+"""Ranks and groups from evidence: a short run at one high rank for every tier, then a budget laid out by it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback
+
+from ziggurat.analysis import Collected, collect
+from ziggurat.errors import ConfigError
+
+from . import allocate
+
+
+class SensitivityCallback(TrainerCallback):
+    """Averages `allocate.sensitivities` over the steps of a run."""
+
+    def __init__(self) -> None:
+        self.gains: dict[str, np.ndarray] = {}
+        self.steps = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps += 1
+        for tier, values in allocate.sensitivities(kwargs["model"]).items():
+            old = self.gains.get(tier, np.zeros(len(values)))
+            self.gains[tier] = old + (values - old) / self.steps
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """`ranks` by tier, coarse to fine; `group_starts` of the mid tier, None where they can't be told.
+
+    `spent` of `budget` parameters; `gains` (or widths) by tier are what the choice rests on.
+    """
+
+    ranks: dict[str, int]
+    group_starts: list[int] | None
+    budget: int
+    spent: int
+    criterion: str
+    gains: dict[str, list[float]]
+    notes: list[str]
+
+
+def suggestion(
+    probe: Collected,
+    budget: int,
+    criterion: str = "energy",
+    *,
+    groups: int = 3,
+    sensitivity: dict[str, np.ndarray] | None = None,
+) -> Suggestion:
+    """What a probe of MSPLoRA, all tiers at one high rank, suggests for a budget of parameters.
+
+    Raises:
+        ConfigError: the probe isn't one of MSPLoRA or was never trained, or the budget is too small.
+    """
+    if probe.method != "msplora":
+        raise ConfigError(f"{probe.source} is an adapter of {probe.method}: a probe is one of msplora.")
+    if criterion not in allocate.CRITERIA:
+        raise ConfigError(f"criterion {criterion!r}: one of {', '.join(allocate.CRITERIA)}.")
+    if all(c.zero or not c.finite for c in probe.components):
+        raise ConfigError(f"{probe.source} holds nothing but zeros or NaN: train the probe first, or longer.")
+    cost = allocate.costs(probe)
+    most = max(c.rank for c in probe.components if c.stored)
+    if criterion in ("energy", "sensitivity"):
+        gains = allocate.energies(probe) if criterion == "energy" else dict(sensitivity or {})
+        if set(gains) != set(cost):
+            raise ConfigError(
+                "criterion 'sensitivity' needs the gradients of a probe run: record them while it trains."
+            )
+        ranks = allocate.by_gain(gains, cost, budget)
+        shown = {tier: values.tolist() for tier, values in gains.items()}
+    else:
+        width = allocate.widths(probe, criterion)
+        ranks = allocate.by_width(width, cost, budget, most)
+        shown = {tier: [value] for tier, value in width.items()}
+    notes, starts = [], None
+    depths = set(probe.layers.values())
+    if len(depths) != 1:
+        notes.append(f"stacks of {' and '.join(map(str, sorted(depths)))} layers: their groups stay equal parts")
+    elif probe.by_layer == "update":
+        notes.append("no private tier, so no layers to compare: the groups stay equal parts")
+    elif (depth := depths.pop()) >= 2 * groups:
+        starts = allocate.boundaries(allocate.layer_distance(probe), groups, shortest=max(1, depth // (2 * groups)))
+    for tier, rank in ranks.items():
+        if rank == most:
+            notes.append(f"tier {tier} takes all {most} ranks of the probe: a probe of higher rank may give it more")
+    spent = sum(cost[tier] * rank for tier, rank in ranks.items())
+    return Suggestion(ranks, starts, budget, spent, criterion, shown, notes)
+
+
+def suggest(
+    source: str | Path,
+    words: Sequence[str] = (),
+    *,
+    budget: str | None = None,
+    criterion: str = "energy",
+    probe_rank: int = 16,
+    probe_steps: int = 200,
+    console: Any = None,
+) -> tuple[Suggestion, str]:
+    """Probe a recipe's model on its data, and return the suggestion and the recipe's text with it.
+
+    `budget`: "0.1%" of the model or "300k"; without one, what the recipe's own pyramid has.
+
+    Raises:
+        ConfigError: the recipe's method isn't msplora, the budget is too small, or the probe learned nothing.
+        RecipeError: as for `ziggurat train`.
+    """
+    from ziggurat.training.recipe import load_recipe, to_yaml
+    from ziggurat.training.run import train
+
+    recipe = load_recipe(source, words)
+    if recipe.method["name"] != "msplora":
+        raise ConfigError(f"suggest lays out a pyramid: method.name must be msplora, not {recipe.method['name']}.")
+    callback = SensitivityCallback()
+    dropped = [f"method.{name}=" for name in ("group_starts", "tiers") if name in recipe.method]
+    shaped = [word for word in words if word.partition("=")[0] not in _SHAPE]
+    with tempfile.TemporaryDirectory() as folder:
+        tiers = f"[{', '.join([str(probe_rank)] * 3)}]"
+        probe = [f"method.ranks={tiers}", f"train.max_steps={probe_steps}", f"output={folder}/probe"]
+        quick = ["train.save=never", "train.evaluate=never", "train.best=false"]
+        own = {word.partition("=")[0] for word in [*probe, *quick]}
+        rest = [word for word in shaped if word.partition("=")[0] not in own]
+        result = train(load_recipe(source, [*rest, *dropped, *probe, *quick]), console=console, callbacks=[callback])
+        collected = collect(result.folder)
+        total = _budget(recipe, budget)
+    groups = recipe.method.get("num_groups") or 3
+    found = suggestion(collected, total, criterion, groups=groups, sensitivity=callback.gains)
+    final = [f"method.ranks={list(found.ranks.values())}", *(w for w in dropped if "tiers" in w)]
+    if found.group_starts is not None:
+        final += [f"method.group_starts={found.group_starts}", "method.num_groups="]
+    return found, to_yaml(load_recipe(source, [*shaped, *final]))
+
+
+_SHAPE = {"method.ranks", "method.group_starts", "method.num_groups", "method.tiers"}
+
+
+def _budget(recipe: Any, budget: str | None) -> int:
+    from ziggurat.training.methods import method_config
+
+    from .bare import bare_model
+    from .budget import read_budget
+    from .closed_form import count
+
+    bare = bare_model(recipe.model, recipe.task)
+    if budget is not None:
+        return read_budget(budget, sum(p.numel() for p in bare.parameters()))
+    return count(bare, method_config(recipe.method))

@@ -1,0 +1,180 @@
+"""Suggestions: the allocation against a search through all, and whole probes on a tiny model."""
+
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+from typer.testing import CliRunner
+
+from ziggurat import MSPLoraConfig
+from ziggurat.analysis import collect
+from ziggurat.cli import app
+from ziggurat.errors import ConfigError
+from ziggurat.plan.allocate import boundaries, by_gain, by_width, costs, energies, sensitivities
+from ziggurat.plan.suggest import suggestion
+from ziggurat.training.recipe import load_recipe
+from zoo import ZOO
+
+
+def probe(**fields: Any) -> PeftModel:
+    torch.manual_seed(0)
+    config = MSPLoraConfig(ranks=[4, 4, 4], target_modules=["query", "value"], init_weights=False, **fields)
+    return get_peft_model(ZOO["bert"].build(), config)
+
+
+def test_a_rank_costs_what_the_adapter_grows_by() -> None:
+    def parameters(ranks: list[int]) -> int:
+        config = MSPLoraConfig(ranks=ranks, target_modules=["query", "value"])
+        model = get_peft_model(ZOO["bert"].build(), config)
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    found = costs(collect(probe()))
+    for tier, (name, cost) in enumerate(found.items()):
+        more = [4 + (n == tier) for n in range(3)]
+        assert parameters(more) - parameters([4, 4, 4]) == cost, name
+
+
+def test_energies_count_every_linear() -> None:
+    collected = collect(probe())
+    found = energies(collected)
+    for part in ("global", "mid", "layer"):
+        expected = sum(len(c.layers) * c.singular_values**2 for c in collected.of(part))
+        np.testing.assert_allclose(found[part], expected)
+
+
+@given(
+    st.lists(st.lists(st.floats(0, 10), min_size=4, max_size=4), min_size=3, max_size=3),
+    st.lists(st.integers(1, 5), min_size=3, max_size=3),
+    st.integers(15, 60),
+)
+def test_greed_stays_in_the_budget_and_leaves_nothing_affordable(
+    gains: list[list[float]], cost: list[int], budget: int
+) -> None:
+    tiers = ["a", "b", "c"]
+    curves = {t: np.sort(g)[::-1] for t, g in zip(tiers, gains, strict=True)}
+    price = dict(zip(tiers, cost, strict=True))
+    ranks = by_gain(curves, price, budget)
+    spent = sum(price[t] * ranks[t] for t in tiers)
+    assert spent <= budget and all(1 <= r <= 4 for r in ranks.values())
+    assert all(ranks[t] == 4 or spent + price[t] > budget for t in tiers)
+
+
+def test_greed_is_the_best_choice_at_equal_prices() -> None:
+    curves = {t: np.sort(np.random.default_rng(n).random(4))[::-1] for n, t in enumerate("abc")}
+    ranks = by_gain(curves, dict.fromkeys("abc", 2), 14)
+    worth = {r: sum(curves[t][:k].sum() for t, k in zip("abc", r, strict=True)) for r in product(range(1, 5), repeat=3)}
+    assert tuple(ranks.values()) == max((r for r in worth if sum(r) <= 7), key=lambda r: worth[r])
+
+
+def test_widths_are_kept_in_proportion() -> None:
+    ranks = by_width({"a": 8.0, "b": 4.0, "c": 2.0}, dict.fromkeys("abc", 1), 28, most=32)
+    assert ranks == {"a": 16, "b": 8, "c": 4}
+
+
+@given(st.lists(st.floats(0, 1), min_size=5, max_size=8), st.integers(1, 3), st.integers(1, 2))
+def test_boundaries_are_the_best_of_all(distance: list[float], groups: int, shortest: int) -> None:
+    layers = len(distance) + 1
+    if groups * shortest > layers:
+        with pytest.raises(ConfigError, match="but there are"):
+            boundaries(distance, groups, shortest)
+        return
+    found = boundaries(distance, groups, shortest)
+    allowed = [
+        [0, *cut]
+        for cut in combinations(range(1, layers), groups - 1)
+        if all(b - a >= shortest for a, b in zip([0, *cut], [*cut, layers], strict=True))
+    ]
+    assert found in allowed
+
+    def worth(starts: list[int]) -> float:
+        return sum(distance[s - 1] for s in starts[1:])
+
+    assert worth(found) == pytest.approx(max(map(worth, allowed)))
+
+
+def test_sensitivities_are_those_of_the_definition() -> None:
+    model = probe().train()
+    inputs = ZOO["bert"].inputs()
+    model(**inputs, labels=torch.tensor([0, 1])).loss.backward()
+    found = sensitivities(model)
+    pairs = {n.rsplit(":", 1)[0]: p for n, p in model.named_parameters() if ":global0:A" in n}
+    expected = np.zeros(4)
+    for name, A in pairs.items():
+        B = dict(model.named_parameters())[f"{name}:B"]
+        score = (A * A.grad).abs().mean(1) + (B * B.grad).abs().mean(0)
+        expected += np.sort(score.detach().numpy())[::-1]
+    np.testing.assert_allclose(found["global"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("criterion", ["energy", "effective_rank", "stable_rank"])
+def test_a_suggestion_can_be_trained_and_has_the_size_it_says(criterion: str) -> None:
+    found = suggestion(collect(probe()), 2000, criterion, groups=2)
+    assert found.spent <= 2000
+    config = MSPLoraConfig(
+        ranks=list(found.ranks.values()), group_starts=found.group_starts, target_modules=["query", "value"]
+    )
+    model = get_peft_model(ZOO["bert"].build(), config)
+    built = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # The probe had three mid groups and the suggestion has two: one mid pair a role less.
+    assert built == found.spent - 2 * 32 * found.ranks["mid"]
+
+
+def test_bad_probes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="a probe is one of msplora"):
+        lora = get_peft_model(ZOO["bert"].build(), LoraConfig(r=2, target_modules=["query"]))
+        suggestion(collect(lora), 1000)
+    fresh = get_peft_model(ZOO["bert"].build(), MSPLoraConfig(ranks=[4, 4, 4], target_modules=["query"]))
+    with pytest.raises(ConfigError, match="nothing but zeros or NaN"):
+        suggestion(collect(fresh), 1000)
+    trained = collect(probe())
+    with pytest.raises(ConfigError, match="one rank for each tier takes"):
+        suggestion(trained, 10)
+    with pytest.raises(ConfigError, match="needs the gradients of a probe run"):
+        suggestion(trained, 2000, "sensitivity")
+    with pytest.raises(ConfigError, match="criterion 'luck': one of energy"):
+        suggestion(trained, 2000, "luck")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "story"]
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words))
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=6, num_attention_heads=2, intermediate_size=32
+    )
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).save_pretrained(str(folder))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("criterion", ["energy", "sensitivity"])
+def test_the_command_probes_and_writes_a_recipe(criterion: str, tiny: Path, tmp_path: Path) -> None:
+    lines = ["text,label", *(f"{'good' if n % 2 else 'bad'} film,{n % 2}" for n in range(24))]
+    (tmp_path / "data.csv").write_text("\n".join(lines))
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {tiny}\ndata.train: {tmp_path / 'data.csv'}\nmethod.name: msplora\nmethod.r: 4\n"
+        "method.target_modules: [query, value]\ntrain.lr: 1.0e-2\ntrain.batch: 4\n"
+    )
+    out = tmp_path / "suggested.yaml"
+    arguments = ["suggest", str(tmp_path / "recipe.yaml"), "--out", str(out), "--probe-rank", "4", "--probe-steps", "4"]
+    done = CliRunner().invoke(app, [*arguments, "--criterion", criterion])
+    assert done.exit_code == 0, (done.output, done.exception)
+    recipe = load_recipe(out)
+    # r 4 gives ranks 4, 2, 1: (4 + 3 x 2 + 6 x 1) x 32 x 2 roles.
+    assert "of 1,024 parameters" in done.output
+    whole, mid, layer = recipe.method["ranks"]
+    assert (whole + 3 * mid + 6 * layer) * 64 <= 1024
+    assert len(recipe.method["group_starts"]) == 3 and recipe.method["group_starts"][0] == 0
+    assert recipe.train.max_steps is None and recipe.train.lr == 1e-2
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 2 and "exists already" in again.output
