@@ -12,6 +12,7 @@ import yaml
 from peft import AutoPeftModelForSequenceClassification
 from rich.console import Console
 from training_tables import reviews, write_csv, write_jsonl
+from transformers import TrainerCallback
 
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.training.answer import predict
@@ -283,10 +284,35 @@ def test_a_model_that_is_not_there(tiny_bert: Path, reviews_csv: Path, tmp_path:
         train(recipe_for(tmp_path, reviews_csv, tmp_path / "out"))
 
 
+class StopAt(TrainerCallback):
+    """Ctrl-C in the middle of the step after which it is asked for."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(("stop", "evaluate"), [(3, 3), (4, 3), (4, "epoch")])
+def test_a_stop_at_a_scoring_step_changes_nothing(
+    stop: int, evaluate: Any, tiny_bert: Path, reviews_csv: Path, tmp_path: Path
+) -> None:
+    """Scoring draws random numbers; the resumed run has dropout, and must see the same ones."""
+    settings = {"train__max_steps": 8, "train__evaluate": evaluate, "method__lora_dropout": 0.3}
+    with pytest.raises(Interrupted, match=f"stopped at step {stop} of 8"):
+        train(recipe_for(tiny_bert, reviews_csv, tmp_path / "out", **settings), callbacks=[StopAt(stop)])
+    train(recipe_for(tiny_bert, reviews_csv, tmp_path / "out", **settings, resume=True))
+    train(recipe_for(tiny_bert, reviews_csv, tmp_path / "straight", **settings))
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "straight")]
+    assert files[0] == files[1]
+
+
 def test_the_table_shows_scores_cost_and_what_to_try_next(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
     made = recipe_for(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=1)
     result = train(made)
-    console = Console(record=True, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(record=True, width=1000, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(report(made, result))
     text = console.export_text()
     for part in (

@@ -74,8 +74,11 @@ class StopSignals(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         if self.number is not None:
-            # The step's own stop has saved already, and nobody waits for a score.
-            control.should_evaluate = control.should_save = False
+            # A Trainer that was stopped in the middle of an epoch calls this too. At the real end of one, a scoring
+            # that is due is made and the checkpoint written again: see `_stop`.
+            ended = state.epoch is not None and float(state.epoch).is_integer()
+            control.should_evaluate = control.should_evaluate and ended
+            control.should_save = control.should_evaluate
         return control
 
     def on_train_end(
@@ -84,7 +87,8 @@ class StopSignals(TrainerCallback):
         self.learning = False
 
     def _stop(self, control: TrainerControl) -> TrainerControl:
+        # A scoring that is due at this very step is still made, before the checkpoint: it draws random numbers, and
+        # without them the resumed run would not be the uninterrupted one.
         if self.number is not None:
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
         return control
