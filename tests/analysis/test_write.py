@@ -133,3 +133,11 @@ def test_words() -> None:
     roles = ["attention.self.query", "attention.output.dense", "output.dense", ""]
     assert list(short_roles(roles).values()) == ["query", "attention.output.dense", "output.dense", "layer"]
     assert [span_text(n) for n in ([], [3], [0, 1, 2], [0, 2])] == ["no layer", "layer 3", "layers 0-2", "layers 0, 2"]
+
+
+def test_spectra_that_a_run_recorded_are_drawn(saved: Saved, tmp_path: Path) -> None:
+    folder = saved(CONFIGS["msplora"]())
+    history = [{**{f"spectra/mid/s{n}": e / n for n in (1, 2)}, "epoch": e} for e in (1.0, 2.0)]
+    (folder / "run.json").write_text(json.dumps({"history": history}))
+    done = CliRunner().invoke(app, ["analyze", str(folder), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0 and (tmp_path / "out" / "epochs-mid.png").is_file()

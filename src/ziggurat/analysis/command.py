@@ -22,6 +22,8 @@ def analyze(
     ] = False,
 ) -> None:
     """Look inside an adapter: spectra, effective ranks, norms, how alike its layers are."""
+    from json import loads as parse
+
     from rich.console import Console
 
     from . import write
@@ -39,7 +41,9 @@ def analyze(
         if second is not None:
             console.print(write.against(first, second), highlight=False)
     if out is not None:
-        paths = write.write(first, out, second, k=k)
+        run = adapter / "run.json"
+        history = parse(run.read_text(encoding="utf-8")).get("history") or [] if run.is_file() else []
+        paths = write.write(first, out, second, k=k, history=history)
         typer.echo(f"{len(paths)} files written to {out}: {', '.join(path.name for path in paths)}", err=json)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ import numpy as np
 
 from ziggurat.errors import ConfigError
 
-from . import figures, measures
+from . import figures, measures, trace
 from .components import Collected, short_roles
 
 if TYPE_CHECKING:
@@ -80,8 +80,11 @@ def write(
     *,
     k: int = measures.HALF,
     pictures: bool = True,
+    history: Sequence[Mapping[str, Any]] = (),
 ) -> list[Path]:
     """Write components.csv, analysis.json (all numbers, spectra and matrices) and the figures to the folder `out`.
+
+    `history`: the log of the run that made it; where it recorded spectra, they are drawn over the epochs.
 
     Raises:
         ConfigError: `out` is a file; `other` has another depth; matplotlib isn't installed.
@@ -90,7 +93,7 @@ def write(
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file: name a folder to write the analysis to.")
     text = json_text(collected, other, k=k)
-    drawn = dict(pictures_of(collected, other)) if pictures else {}
+    drawn = dict([*pictures_of(collected, other), *pictures_over_epochs(history)]) if pictures else {}
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "components.csv", folder / "analysis.json"]
     lines = measures.rows(collected, k)
@@ -190,6 +193,15 @@ def pictures_of(collected: Collected, other: Collected | None = None) -> Iterato
         if len(collected.stored_parts) > 1 and collected.method != "lora2":
             yield f"tiers{tail}", lambda stack=stack: figures.tier_map(collected, stack)
     yield "spectra", lambda: figures.spectrum_lines(collected)
+
+
+def pictures_over_epochs(history: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The paper's Fig. 3 of a run that recorded spectra, one figure a part on a common scale."""
+    found = trace.top_values(history)
+    limit = max((float(np.nanmax(values, initial=0.0)) for _, values in found.values()), default=0.0)
+    for part, (epochs, values) in found.items():
+        names = [round(float(epoch), 2) for epoch in epochs]
+        yield f"epochs-{part}", partial(figures.spectra_over_epochs, values, names, part, limit=limit)
 
 
 def _layer_map(measure: Callable[..., Any], collected: Collected, stack: str, title: str, label: str, kl: bool) -> Any:

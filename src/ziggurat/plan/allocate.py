@@ -102,7 +102,7 @@ def by_width(width: Mapping[str, float], cost: Mapping[str, int], budget: int, m
         spent += cost[poorest]
 
 
-def boundaries(distance: Sequence[float], groups: int, shortest: int = 1) -> list[int]:
+def boundaries(distance: Sequence[float] | np.ndarray, groups: int, shortest: int = 1) -> list[int]:
     """First layers of `groups` contiguous groups, cut where neighbouring layers differ most.
 
     `distance[n]` lies between layers n and n + 1. Of all cuts that leave every group `shortest` layers the one with the
