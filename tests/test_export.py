@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from methods_table import logits, zoo_config
+from ziggurat import LoRA2Config
 from ziggurat.errors import ConfigError, ExportError
 from ziggurat.export import SERVING_RANKS, export, export_model, merge
 from zoo import ZOO
@@ -134,6 +135,21 @@ def test_ranks_that_differ_are_patterns_or_zeros(tmp_path: Path) -> None:
         assert found == ranks
         loaded = PeftModel.from_pretrained(ZOO["llama"].build(), str(folder)).eval()
         torch.testing.assert_close(logits(loaded, ZOO["llama"].inputs()), expected, **TOLERANCE)
+
+
+def test_linears_pruned_to_nothing_are_left_out(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LoRA2Config(r=4, target_modules=ZOO["llama"].targets, task_type="CAUSAL_LM", init_weights=False)
+    made = get_peft_model(ZOO["llama"].build(), config).eval()
+    first = next(m for m in made.modules() if hasattr(m, "lora2_E"))
+    with torch.no_grad():
+        first.lora2_E["default"].zero_()
+    pruned = made.base_model.compact()
+    expected = logits(made, ZOO["llama"].inputs())
+    written = export_model(made, tmp_path / "out")
+    assert written.modules == sum(rank > 0 for rank in pruned.values()) == len(pruned) - 1
+    loaded = PeftModel.from_pretrained(ZOO["llama"].build(), str(tmp_path / "out")).eval()
+    torch.testing.assert_close(logits(loaded, ZOO["llama"].inputs()), expected, **TOLERANCE)
 
 
 def test_several_adapters_are_exported_one_by_one(tmp_path: Path) -> None:

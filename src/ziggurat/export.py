@@ -79,7 +79,10 @@ def export_model(model: nn.Module, out: str | Path, adapter: str = "default", *,
         ExportError: the method isn't an update of linears; or, for serving, the rank is above 512 or
             the adapter holds more than factor pairs (modules_to_save, biases).
     """
-    pairs = lora_pairs(model, adapter)
+    # A pair of rank 0 (LoRA² has pruned all of it) changes nothing, and LoRA knows no rank 0.
+    pairs = {path: pair for path, pair in lora_pairs(model, adapter).items() if pair.A.shape[0]}
+    if not pairs:
+        raise ExportError(f"adapter {adapter!r} has rank 0 everywhere: there is no update to write.")
     config = model.peft_config[adapter]  # type: ignore[index]
     rest = _other_tensors(model, adapter)
     if serving and rest:

@@ -96,8 +96,17 @@ class LinearMethodConfig(MethodConfig):
             raise ConfigError(f"r={self.r!r}: the rank must be a whole number of at least 1.")
         if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout={self.lora_dropout!r}: a probability from 0 up to, not including, 1.")
+        layers = self.layers_to_transform
+        numbers = [] if layers is None else [layers] if isinstance(layers, int) else layers
+        if isinstance(numbers, str) or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+            raise ConfigError(f"layers_to_transform={layers!r}: a layer's number, counted from 0, or a list of such.")
         if self.init_weights not in (True, False, "gaussian"):
             raise ConfigError(f"init_weights={self.init_weights!r}: True, False or 'gaussian'.")
+
+    def _check_above_zero(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ConfigError(f"{name}={value!r}: a finite number above 0 is needed.")
 
     def _check_pattern(self, name: str) -> None:
         pattern = getattr(self, name)

@@ -32,6 +32,10 @@ from zoo import ZOO
         ({"mask_interval": 0.0}, r"mask_interval=0\.0"),
         ({"orthogonality": -0.1}, r"orthogonality=-0\.1: a weight of 0 or more"),
         ({"cross_plane": float("inf")}, "cross_plane=inf"),
+        ({"lora_alpha": 0}, "lora_alpha=0: a finite number above 0"),
+        ({"lora_alpha": "16"}, "lora_alpha='16'"),
+        ({"layers_to_transform": "0"}, "layers_to_transform='0': a layer's number"),
+        ({"rank_pattern": [4]}, r"rank_pattern=\[4\]: paths with ranks"),
         ({"rank_pattern": {"a": -1}}, r"rank_pattern\['a'\]=-1"),
     ],
 )

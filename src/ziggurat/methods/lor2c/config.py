@@ -100,10 +100,13 @@ class LoR2CConfig(LinearMethodConfig):
             raise ConfigError(
                 f"criterion_k={self.criterion_k}: a path of rank r={self.r} has {self.r} singular values."
             )
-        if not 0 < self.lora_alpha < float("inf"):
-            raise ConfigError(f"lora_alpha={self.lora_alpha!r}: a finite number above 0 is needed.")
-        if self.inject_dropout is not None and not 0 <= self.inject_dropout < 1:
-            raise ConfigError(f"inject_dropout={self.inject_dropout!r}: a probability from 0 up to, not including, 1.")
+        self._check_above_zero("lora_alpha")
+        if self.inject_alpha is not None:
+            self._check_above_zero("inject_alpha")
+        dropout = self.inject_dropout
+        if dropout is not None and not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+            raise ConfigError(f"inject_dropout={dropout!r}: a probability from 0 up to, not including, 1.")
+        self._check_injected()
         if self.may_inject and self.r == 1 and self.inject_r is None:
             raise ConfigError("r=1: LoRA in place of a path has rank r / 2, a whole number; set inject_r=1, or r=2.")
 
@@ -148,6 +151,15 @@ class LoR2CConfig(LinearMethodConfig):
             folder = Path(save_directory)
             (folder / EVENTS_FILE).write_text(json.dumps(self.log, indent=1), encoding="utf-8")
             (folder / PICTURE_FILE).write_text(draw_events(self.log), encoding="utf-8")
+
+    def _check_injected(self) -> None:
+        given = self.injected_layers
+        for layers in given.values() if isinstance(given, dict) else () if given is None else (given,):
+            whole = isinstance(layers, list | tuple) and all(type(layer) is int for layer in layers)
+            if not whole or len(set(layers)) < len(layers):
+                raise ConfigError(
+                    f"injected_layers={given!r}: layers' numbers, each once, such as [3, 5] or {{stack: [3, 5]}}."
+                )
 
     def _whole(self, name: str, least: int) -> None:
         value = getattr(self, name)

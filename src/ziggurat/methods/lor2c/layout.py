@@ -10,7 +10,7 @@ from torch import nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Anatomy
-from ziggurat.host.linear import is_adaptable
+from ziggurat.host.linear import features, is_adaptable
 from ziggurat.host.paths import check_room
 from ziggurat.host.stream import stream_width
 from ziggurat.host.targets import DEFAULT_TARGETS, near_misses
@@ -221,6 +221,11 @@ def _add_linears(
             continue
         if means(config.exclude_modules, path):
             continue
+        if config.lora_r > (most := min(features(module))):
+            raise ConfigError(
+                f"LoRA in place of a path would have rank {config.lora_r}, but {path!r} has room for {most} at most. "
+                "Set inject_r (default: r / 2)."
+            )
         layout.linears[path] = (place.stack, place.layer)
         found.add((place.stack, place.layer))
     if missing := sorted(needed - found):

@@ -70,6 +70,7 @@ class LoRA2Config(LinearMethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type("LORA2")
+        self._check_above_zero("lora_alpha")
         if self.outer_rank is not None and not _is_count(self.outer_rank, 1):
             raise ConfigError(f"outer_rank={self.outer_rank!r}: a whole number of at least 1 is needed.")
         if self.target_rank is not None and not (_is_count(self.target_rank, 1) and self.target_rank <= self.r):
@@ -93,6 +94,8 @@ class LoRA2Config(LinearMethodConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise ConfigError(f"{name}={value!r}: a weight of 0 or more is needed.")
+        if self.rank_pattern is not None and not isinstance(self.rank_pattern, dict):
+            raise ConfigError(f"rank_pattern={self.rank_pattern!r}: paths with ranks, such as {{'layer.0.query': 4}}.")
         for path, rank in (self.rank_pattern or {}).items():
             if not _is_count(rank, 0):
                 raise ConfigError(f"rank_pattern[{path!r}]={rank!r}: a whole number of at least 0 is needed.")
