@@ -16,7 +16,7 @@ from methods_table import logits
 from ziggurat import LoR2CConfig
 from ziggurat.errors import ConfigError
 from ziggurat.lowrank.spans import Span
-from ziggurat.methods.lor2c.events import restructure, show
+from ziggurat.methods.lor2c.events import restructure
 from ziggurat.methods.lor2c.paths import PathBank
 from ziggurat.methods.lor2c.plan import StackState, schedule
 from zoo import ZOO
@@ -170,9 +170,14 @@ def test_counts_are_honest() -> None:
     assert model.path_counts()["trained"] == 0
 
 
-def test_the_trainer_does_all_events_by_itself_and_logs_them(tmp_path: Path) -> None:
+def test_the_trainer_does_all_events_by_itself_and_logs_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = trainer(tmp_path, save_steps=12)
     run.train()
+    shown = " ".join(capsys.readouterr().err.split())
+    for event in ("merge at step 1 of 12", "inject at step 2 of 12", "merge at step 3 of 12"):
+        assert shown.count(event) == 1
     saved = tmp_path / "checkpoint-12"
     log = json.loads((saved / "lor2c_events.json").read_text())
     assert [(r["step"], r["kind"]) for r in log] == [(1, "merge"), (2, "inject"), (3, "merge")]
@@ -186,7 +191,6 @@ def test_the_trainer_does_all_events_by_itself_and_logs_them(tmp_path: Path) -> 
     inputs = ZOO["bert"].inputs()
     assert state(loaded) == state(run.model)
     assert torch.equal(logits(loaded, inputs), logits(run.model.eval(), inputs))
-    show(log)
 
 
 @pytest.fixture(scope="module")

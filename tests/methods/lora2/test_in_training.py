@@ -22,6 +22,7 @@ from ziggurat.errors import ConfigError
 from ziggurat.export import export_model
 from ziggurat.methods.lora2.callback import LoRA2Callback
 from ziggurat.methods.lora2.pruning import adapted
+from ziggurat.methods.lora2.ranks import table
 from ziggurat.methods.lora2.regulariser import deviation, penalty
 from zoo import ZOO
 
@@ -181,7 +182,9 @@ def test_the_deviation_is_a_number_of_its_own_in_the_logs(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("warmups", [(3, 4), (0.2, 0.4)])
-def test_a_trainer_prunes_by_itself(warmups: tuple[float, float], tmp_path: Path) -> None:
+def test_a_trainer_prunes_by_itself(
+    warmups: tuple[float, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = model_of("bert", initial_warmup=warmups[0], final_warmup=warmups[1])
     run = trainer(
         model, "bert", tmp_path, max_steps=12, gradient_accumulation_steps=2, max_grad_norm=1.0, weight_decay=0.1
@@ -189,6 +192,7 @@ def test_a_trainer_prunes_by_itself(warmups: tuple[float, float], tmp_path: Path
     assert sum(isinstance(callback, LoRA2Callback) for callback in run.callback_handler.callbacks) == 1
     run.train()
     assert sum(model.base_model.ranks().values()) == 2 * 8
+    assert table(model.get_base_model(), model.base_model.ranks()) in capsys.readouterr().err
 
 
 def test_warmups_longer_than_the_run_stop_before_the_first_step(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Events during training: a callback that rides along in every Trainer, and the tables it shows."""
 
+import sys
 from collections.abc import Iterable
+from io import StringIO
 from typing import Any
 
 from rich.console import Console
@@ -38,13 +40,18 @@ class RestructureCallback(TrainerCallback):
     ) -> None:
         if model is not None and state.max_steps > 0:
             records = restructure(model, state.global_step, state.max_steps, optimizer)
-            if state.is_world_process_zero and not args.disable_tqdm:
+            if state.is_world_process_zero:
                 show(records)
 
 
 def show(records: Iterable[dict[str, Any]], console: Console | None = None) -> None:
     """Print one table for each record of an event: all scores, what was chosen, why, and what trains now."""
-    console = Console(stderr=True) if console is None else console
+    if console is None:
+        # By sys.stderr as it is now: a live progress bar puts itself there, to keep its line below what is printed.
+        screen, text = Console(stderr=True), StringIO()
+        show(records, Console(file=text, width=screen.width, force_terminal=screen.is_terminal))
+        sys.stderr.write(text.getvalue())
+        return
     for record in records:
         counts = record["parameters"]
         title = f"{record['kind']} at step {record['step']} of {record['of']}: {record['reason']}"

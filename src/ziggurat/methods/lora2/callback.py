@@ -2,6 +2,7 @@
 
 import base64
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ziggurat.methods.lora2.pruning import learning_adapters, load_pruning_state, prune, pruning_state
+from ziggurat.host.bare import unwrap
+from ziggurat.methods.lora2.pruning import adapted, learning_adapters, load_pruning_state, prune, pruning_state
+from ziggurat.methods.lora2.ranks import table
 from ziggurat.methods.lora2.regulariser import deviation, hook_of, learning_linears, penalty
 
 logger = logging.getLogger(__name__)
@@ -130,6 +133,24 @@ class LoRA2Callback(TrainerCallback):
         folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             state.save_to_json(str(folder / "trainer_state.json"))
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show where the directions that survived are, one row a layer, one column a role."""
+        if model is None or not state.is_world_process_zero:
+            return
+        for adapter in learning_adapters(model):
+            layers = adapted(model, adapter)
+            if any(adapter in layer.kept for layer in layers.values()):
+                ranks = {path: int(layer.alive(adapter).sum()) for path, layer in layers.items()}
+                shown = table(unwrap(model)[0], ranks)
+                sys.stderr.write(f"directions left of the adapter {adapter!r}:\n{shown}\n")
 
 
 def _states(state: TrainerState) -> dict[str, Any]:
