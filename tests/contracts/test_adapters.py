@@ -2,10 +2,18 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
@@ -99,6 +107,20 @@ def test_transformers_own_calls(method: str, tmp_path: Path) -> None:
     assert torch.equal(logits(model, inputs), expected)
     model.delete_adapter("second")
     assert torch.equal(logits(model, inputs), expected)
+
+
+@every_method
+@pytest.mark.parametrize(
+    ("model", "auto", "fields"),
+    [("bert", AutoPeftModelForSequenceClassification, {"num_labels": 3}), ("llama", AutoPeftModelForCausalLM, {})],
+)
+def test_pefts_auto_classes(method: str, model: str, auto: Any, fields: dict[str, int], tmp_path: Path) -> None:
+    ZOO[model].build().save_pretrained(str(tmp_path / "base"))
+    base = auto._target_class.from_pretrained(str(tmp_path / "base"))
+    adapted, inputs = get_peft_model(base, zoo_config(method, model, init_weights=False)).eval(), ZOO[model].inputs()
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    loaded = auto.from_pretrained(str(tmp_path / "adapter"), **fields).eval()
+    assert torch.equal(logits(loaded, inputs), logits(adapted, inputs))
 
 
 @every_method
@@ -252,7 +274,7 @@ def test_a_broken_adapter_is_not_merged(method: str) -> None:
     assert all(torch.equal(p, before[n]) for n, p in adapted.named_parameters() if "base_layer" in n)
 
 
-@merging
+@every_method
 def test_each_sample_with_its_own_adapter(method: str) -> None:
     adapted, inputs = active(method, "bert")
     adapted.add_adapter("second", zoo_config(method, "bert", init_weights=False))
@@ -268,7 +290,7 @@ def test_each_sample_with_its_own_adapter(method: str) -> None:
         torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-6)
 
 
-@merging
+@every_method
 def test_mixed_batches_refuse_what_cannot_be(method: str) -> None:
     adapted, inputs = active(method, "bert")
     with pytest.raises(ValueError, match="non-existing adapter"):
