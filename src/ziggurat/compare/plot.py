@@ -19,7 +19,7 @@ def draw(summary: Summary, folder: Path) -> list[Path]:
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise RecipeError("plots need matplotlib; pip install 'ziggurat[compare]'") from error
+        raise RecipeError("plots need matplotlib; pip install 'ziggurat[plots]'") from error
     columns = [column for column in summary.columns if any(key[1] == column for key in summary.cells)]
     if not columns:
         return []
