@@ -1,0 +1,69 @@
+"""Runs on a local Ray cluster of two nodes: a failing one is told, a killed worker's run is taken up again."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from glue_folder import write_glue
+from test_fill import small
+
+from ziggurat.compare.fill import fill
+from ziggurat.compare.on_ray import run_on_ray
+
+ray: Any = pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    # Workers must import the tests' environment as it is, and write nothing about this machine anywhere.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+    made = Cluster(initialize_head=True, head_node_args=node)
+    made.add_node(num_cpus=1, num_gpus=0, object_store_memory=80 * 2**20)
+    ray.init(address=made.address, log_to_driver=False)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def test_a_killed_workers_run_is_taken_up_again(wide_bert: Path, cluster: Any, tmp_path: Path) -> None:
+    glue = write_glue(tmp_path / "glue", 8)
+    methods = {
+        "LoRA": {"method.name": "lora", "method.r": 2},
+        "too many groups": {"method.name": "msplora", "method.num_groups": 9},
+    }
+    table = small(wide_bert, glue, tmp_path / "out", methods=methods, seeds=[1])
+    good = next(run for run in table.runs if run.method == "LoRA")
+    log = tmp_path / "out" / "logs" / f"{Path(good.recipe.folder).name}.log"
+    killed: list[int] = []
+
+    def kill_first_worker() -> None:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            if log.is_file() and "on worker" in (text := log.read_text()):
+                killed.append(int(text.split()[2]))
+                os.kill(killed[0], signal.SIGKILL)
+                return
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill_first_worker, daemon=True)
+    killer.start()
+    outcomes = {one.run.method: one for one in run_on_ray(table.runs, tmp_path / "out")}
+    killer.join(10)
+    assert len(killed) == 1
+    assert outcomes["LoRA"].status == "done" and outcomes["LoRA"].info is not None
+    workers = [int(line.split()[2]) for line in log.read_text().splitlines() if line.startswith("on worker")]
+    assert len(workers) == 2 and workers[0] == killed[0] != workers[1]
+    failed = outcomes["too many groups"]
+    assert failed.status == "failed" and "num_groups=9" in failed.error
+
+    # What Ray has done is done for every engine.
+    filled = fill(small(wide_bert, glue, tmp_path / "out", seeds=[1]), engine="ray")
+    assert len(filled.summary.lines) == 1 and not filled.failed
