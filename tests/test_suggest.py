@@ -1,5 +1,6 @@
 """Suggestions: the allocation against a search through all, and whole probes on a tiny model."""
 
+import json
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 from typer.testing import CliRunner
 
 from ziggurat import MSPLoraConfig
-from ziggurat.analysis import collect
+from ziggurat.analysis import collect, measures
+from ziggurat.analysis.page import report
+from ziggurat.analysis.trace import top_values
 from ziggurat.cli import app
 from ziggurat.errors import ConfigError
 from ziggurat.plan.allocate import boundaries, by_gain, by_width, costs, energies, sensitivities
 from ziggurat.plan.suggest import suggestion
 from ziggurat.training.recipe import load_recipe
+from ziggurat.training.run import train
 from zoo import ZOO
 
 
@@ -157,16 +161,30 @@ def tiny(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("criterion", ["energy", "sensitivity"])
-def test_the_command_probes_and_writes_a_recipe(criterion: str, tiny: Path, tmp_path: Path) -> None:
+def written(tiny: Path, folder: Path) -> Path:
     lines = ["text,label", *(f"{'good' if n % 2 else 'bad'} film,{n % 2}" for n in range(24))]
-    (tmp_path / "data.csv").write_text("\n".join(lines))
-    (tmp_path / "recipe.yaml").write_text(
-        f"model: {tiny}\ndata.train: {tmp_path / 'data.csv'}\nmethod.name: msplora\nmethod.r: 4\n"
+    (folder / "data.csv").write_text("\n".join(lines))
+    (folder / "recipe.yaml").write_text(
+        f"model: {tiny}\ndata.train: {folder / 'data.csv'}\nmethod.name: msplora\nmethod.r: 4\n"
         "method.target_modules: [query, value]\ntrain.lr: 1.0e-2\ntrain.batch: 4\n"
     )
+    return folder / "recipe.yaml"
+
+
+def test_a_recipe_asks_for_spectra_and_the_report_draws_them(tiny: Path, tmp_path: Path) -> None:
+    words = ["spectra=epoch", "train.epochs=2", "train.save=never", f"output={tmp_path / 'run'}"]
+    train(load_recipe(written(tiny, tmp_path), words))
+    epochs, values = top_values(json.loads((tmp_path / "run" / "run.json").read_text())["history"])["layer"]
+    assert list(epochs) == [1, 2] and values.shape == (1, 2)
+    expected = measures.mean_spectrum(collect(tmp_path / "run"), "layer", top=1)
+    np.testing.assert_allclose(values[:, -1], expected, rtol=1e-5)
+    assert "Singular values of part layer" in report([tmp_path / "run"])
+
+
+@pytest.mark.parametrize("criterion", ["energy", "sensitivity"])
+def test_the_command_probes_and_writes_a_recipe(criterion: str, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "suggested.yaml"
-    arguments = ["suggest", str(tmp_path / "recipe.yaml"), "--out", str(out), "--probe-rank", "4", "--probe-steps", "4"]
+    arguments = ["suggest", str(written(tiny, tmp_path)), "--out", str(out), "--probe-rank", "4", "--probe-steps", "4"]
     done = CliRunner().invoke(app, [*arguments, "--criterion", criterion])
     assert done.exit_code == 0, (done.output, done.exception)
     recipe = load_recipe(out)
