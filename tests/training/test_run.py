@@ -284,6 +284,24 @@ def test_a_model_that_is_not_there(tiny_bert: Path, reviews_csv: Path, tmp_path:
         train(recipe_for(tmp_path, reviews_csv, tmp_path / "out"))
 
 
+def test_pruned_directions_are_dropped_before_saving(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
+    fields = {"method__name": "lora2", "method__target_rank": 1, "method__initial_warmup": 2, "method__final_warmup": 2}
+    result = train(recipe_for(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=10, **fields))
+    ranks = json.loads((result.folder / "adapter_config.json").read_text())["rank_pattern"]
+    assert sum(ranks.values()) == 8  # one direction for each of 8 linears, wherever they went
+    assert run_info(result)["left"]["active"] < result.counts.adapter
+    loaded = load_adapter_model(result.folder)
+    assert sum(p.numel() for n, p in loaded.model.named_parameters() if "lora2_" in n) == result.left["active"]
+    assert len(predict(loaded, ["a good film", "a dull plot"])) == 2
+
+
+def test_paths_are_counted_as_stored_and_active(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
+    fields = {"method__name": "lor2c", "method__target_modules": None, "method__merges": 2}
+    result = train(recipe_for(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=8, **fields))
+    assert result.left == {"stored": 4 * 2 * 4 * 32, "active": 2 * 2 * 4 * 32, "trained": 2 * 2 * 4 * 32}
+    assert run_info(result)["left"] == result.left
+
+
 class StopAt(TrainerCallback):
     """Ctrl-C in the middle of the step after which it is asked for."""
 

@@ -38,6 +38,8 @@ def report(recipe: Recipe, result: Result) -> Group:
     table.add_section()
     counts = result.counts
     table.add_row(f"trainable numbers, {named}", f"{counts.adapter:,}")
+    if "active" in result.left:
+        table.add_row("of these acting at the end", f"{result.left['active']:,}")
     if counts.lora is not None and result.method != "lora":
         share = f" ({counts.adapter / counts.lora:.0%} of it)" if counts.lora else ""
         table.add_row(f"LoRA r {rank if rank is not None else ''} on the same linears", f"{counts.lora:,}{share}")

@@ -21,6 +21,7 @@ from .adapt import Counts, adapt, count
 from .budget import Fit, settle_budget
 from .callbacks import callbacks_for
 from .data import Examples, load_examples
+from .finish import draw_ranks, settle
 from .folders import RECIPE, RunFolder
 from .interrupt import Interrupted, StopSignals
 from .meter import Meter, peak_memory, stored_bytes
@@ -37,7 +38,7 @@ class Result:
     """What a run gave: where the adapter lies, scores by name, trainable numbers, cost.
 
     `before`, `after` and `guess` (of the majority class, or the mean) are scores of the validation data; `shape` is the
-    shape that instruction data had.
+    shape that instruction data had; `left` is what acts at the end, for methods that restructure or prune.
     """
 
     folder: Path
@@ -54,6 +55,7 @@ class Result:
     notes: list[str] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     shape: str | None = None
+    left: dict[str, int] = field(default_factory=dict)
 
 
 def train(recipe: Recipe, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Result:
@@ -146,6 +148,7 @@ def _train(
         notes=notes,
         history=[line for line in trainer.state.log_history if line],
         shape=examples.shape,
+        left=settle(trainer.model),
     )
     _save(folder, recipe, base, trainer.model, spec, result)  # type: ignore[arg-type]
     return result
@@ -195,6 +198,7 @@ def _save(folder: RunFolder, recipe: Recipe, base: Base, model: nn.Module, spec:
     ready.mkdir()
     with quiet():
         model.save_pretrained(str(ready))  # type: ignore[operator]
+        draw_ranks(model, ready)
         base.tokenizer.save_pretrained(str(ready))
     (ready / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
     folder.note(
@@ -207,6 +211,7 @@ def _save(folder: RunFolder, recipe: Recipe, base: Base, model: nn.Module, spec:
             "after": result.after,
             "guess": result.guess,
             "parameters": asdict(result.counts),
+            "left": result.left,
             "steps": result.steps,
             "seconds": round(result.seconds, 2),
             "peak_mb": result.peak_mb,
