@@ -1,8 +1,10 @@
 """A table filled in processes: never twice, failures shown, stopped and gone on, killed and taken up again."""
 
 import json
+import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from ziggurat.compare.fill import fill, report
 from ziggurat.compare.local import run_locally
 from ziggurat.compare.table import Table, make_table
 from ziggurat.errors import RecipeError
+from ziggurat.training.folders import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,6 @@ def test_a_table_is_filled_once_and_a_failed_run_is_shown(wide_bert: Path, glue:
 
 def test_a_killed_run_is_told_and_taken_up_again(wide_bert: Path, glue: Path, tmp_path: Path) -> None:
     table = small(wide_bert, glue, tmp_path / "out", seeds=[1])
-    import multiprocessing
 
     def kill_it(run: object) -> None:
         for child in multiprocessing.active_children():
@@ -72,29 +74,31 @@ def test_a_killed_run_is_told_and_taken_up_again(wide_bert: Path, glue: Path, tm
 
 
 def test_a_stopped_run_goes_on_from_its_checkpoint(wide_bert: Path, glue: Path, tmp_path: Path) -> None:
-    train = {"max_steps": 4000, "batch": 4, "evaluate": "never", "save": "never"}
+    train = {"max_steps": 150, "batch": 4, "evaluate": "never", "save": 20}
     shared = {"model": str(wide_bert), "data.folder": str(glue), "method.target_modules": ["query"], "train": train}
     table = small(wide_bert, glue, tmp_path / "out", set=shared, seeds=[1])
-    folder = Path(table.runs[0].recipe.folder)
-    import multiprocessing
-    import threading
+    folder = RunFolder(table.runs[0].recipe)
 
     def stop_soon(run: object) -> None:
         child = multiprocessing.active_children()[0]
 
         def stop() -> None:
             deadline = time.monotonic() + 200
-            while not (folder.with_name(folder.name + ".unfinished") / "run.json").is_file():
-                if time.monotonic() > deadline:
-                    return
-                time.sleep(0.2)
-            time.sleep(3.0)
+            while folder.last_checkpoint() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
             os.kill(child.pid, signal.SIGTERM)  # type: ignore[arg-type]
 
         threading.Thread(target=stop, daemon=True).start()
 
     outcome = next(iter(run_locally(table.runs, tmp_path / "out", 1, stop_soon)))
-    assert outcome.status == "stopped" and "stopped" in outcome.error
+    assert outcome.status == "stopped" and "of 150" in outcome.error
+    checkpoint = folder.last_checkpoint()
+    assert checkpoint is not None and 20 <= int(checkpoint.name.rpartition("-")[2]) < 150
+    filled = fill(table)
+    assert filled.taken == 1 and filled.summary.lines[0]["steps"] == 150
+    # One history over both programs: the second took up the first one's.
+    history = json.loads((folder.final / "run.json").read_text())["history"]
+    assert [line["step"] for line in history if "loss" in line][:2] == [10, 20]
 
 
 def test_two_programs_do_not_fill_one_folder(wide_bert: Path, glue: Path, tmp_path: Path) -> None:
