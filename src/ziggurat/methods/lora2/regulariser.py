@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ziggurat.methods.lora2.layer import LoRA2Linear
-from ziggurat.methods.lora2.orthogonality import cross_plane, orthogonality
+from ziggurat.methods.lora2.orthogonality import Planes, cross_plane, orthogonality
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def learning_linears(model: nn.Module) -> dict[str, list[LoRA2Linear]]:
 
 def deviation(model: nn.Module) -> Tensor:
     """The factors' deviation from orthonormality, unweighted, averaged over all that train. See `orthogonality`."""
-    return orthogonality([layer.planes(a) for a, layers in learning_linears(model).items() for layer in layers])
+    return orthogonality([_whole_planes(layer, a) for a, layers in learning_linears(model).items() for layer in layers])
 
 
 def penalty(model: nn.Module) -> Tensor | None:
@@ -41,12 +41,17 @@ def penalty(model: nn.Module) -> Tensor | None:
     """
     total: Tensor | None = None
     for adapter, layers in learning_linears(model).items():
-        config, planes = layers[0].configs[adapter], [layer.planes(adapter) for layer in layers]
+        config, planes = layers[0].configs[adapter], [_whole_planes(layer, adapter) for layer in layers]
         for weight, measure in ((config.orthogonality, orthogonality), (config.cross_plane, cross_plane)):
             if weight:
                 part = weight * measure(planes)
                 total = part if total is None else total + part.to(total.device)
     return total
+
+
+def _whole_planes(layer: LoRA2Linear, adapter: str) -> Planes:
+    """The factors in one piece: outside a layer's forward FSDP2 leaves them in shards, as it wants their gradients."""
+    return Planes(*(getattr(factor, "full_tensor", lambda own=factor: own)() for factor in layer.planes(adapter)))
 
 
 class Regulariser:

@@ -1,0 +1,42 @@
+"""DDP and FSDP2 on two gloo processes: the losses of one process, and adapters that one process reloads."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import multiprocessing
+from two_processes import METHODS, STRATEGIES, build, steps, work
+
+from methods_table import logits
+from zoo import ZOO
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(work, (port, str(out)), nprocs=2)  # type: ignore[no-untyped-call]
+    return out
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_train_what_one_trains(method: str, strategy: str, trained: Path) -> None:
+    alone = build(method)
+    expected = steps(alone, slice(None))
+    found = json.loads((trained / "losses.json").read_text())[f"{method}-{strategy}"]
+    assert found == pytest.approx(expected, rel=1e-5) and len(set(found)) == 3
+
+    folder = trained / f"{method}-{strategy}"
+    held = load_file(folder / "adapter_model.safetensors")
+    own = sum(parameter.numel() for parameter in alone.parameters() if parameter.requires_grad)
+    assert sum(tensor.numel() for tensor in held.values()) == own
+    again = PeftModel.from_pretrained(ZOO["llama"].build(), str(folder)).eval()
+    inputs = ZOO["llama"].inputs()
+    torch.testing.assert_close(logits(again, inputs), logits(alone.eval(), inputs), rtol=1e-4, atol=1e-5)

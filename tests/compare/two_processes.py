@@ -1,0 +1,80 @@
+"""What each of two gloo processes does in `test_two_processes`: train all methods under DDP and FSDP2, and save."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from ziggurat import LoR2CConfig, LoRA2Config, MSPLoraConfig
+from zoo import ZOO
+
+TARGETS = ["q_proj", "v_proj"]
+METHODS: dict[str, Any] = {
+    "msplora": lambda: MSPLoraConfig(r=4, target_modules=TARGETS, init_weights=False),
+    "lor2c": lambda: LoR2CConfig(r=4, init_weights=False),
+    "lora2": lambda: LoRA2Config(r=4, target_rank=4, target_modules=TARGETS, init_weights=False),
+}
+STRATEGIES = ("ddp", "fsdp2")
+STEPS = 3
+
+
+def build(method: str) -> PeftModel:
+    torch.manual_seed(0)
+    return get_peft_model(ZOO["llama"].build(), METHODS[method]()).train()  # type: ignore[arg-type]
+
+
+def batch(step: int) -> Tensor:
+    """Four texts of one length, so that the mean over all is the mean of the two halves' means."""
+    return torch.randint(5, 100, (4, 6), generator=torch.Generator().manual_seed(step))
+
+
+def steps(model: nn.Module, rows: slice) -> list[float]:
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-2)
+    losses = []
+    for step in range(STEPS):
+        ids = batch(step)[rows]
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def sharded(model: PeftModel) -> PeftModel:
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
+def work(rank: int, port: int, out: str) -> None:
+    """Train all, and have rank 0 write the adapters and the losses, averaged over the ranks."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    found: dict[str, list[float]] = {}
+    for method in METHODS:
+        for strategy in STRATEGIES:
+            model = build(method)
+            whole: Any = DistributedDataParallel(model) if strategy == "ddp" else sharded(model)
+            losses = torch.tensor(steps(whole, slice(2 * rank, 2 * rank + 2)))
+            dist.all_reduce(losses)
+            found[f"{method}-{strategy}"] = (losses / 2).tolist()
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state = get_model_state_dict(model, options=options) if strategy == "fsdp2" else model.state_dict()
+            if rank == 0:
+                model.save_pretrained(str(Path(out) / f"{method}-{strategy}"), state_dict=state)
+            dist.barrier()
+    if rank == 0:
+        (Path(out) / "losses.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
