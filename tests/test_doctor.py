@@ -79,15 +79,16 @@ def test_an_untested_version_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("variables", "what"),
+    ("variables", "what", "level"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}, "MSPLoRA with DeepSpeed ZeRO: untested"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "MSPLoRA with FSDP1: untested"),
-        ({"WORLD_SIZE": "2"}, "MSPLoRA with DDP: untested"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}, "MSPLoRA with DeepSpeed ZeRO: untested", "warning"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "MSPLoRA with FSDP1: untested", "warning"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "MSPLoRA with FSDP2: works with limits", "note"),
+        ({"WORLD_SIZE": "2"}, "MSPLoRA with DDP: works with limits", "note"),
     ],
 )
-def test_the_launcher_is_told_from_its_variables(variables: dict[str, str], what: str) -> None:
-    assert whats(checks.distributed("msplora", variables)) == {what: "warning"}
+def test_the_launcher_is_told_from_its_variables(variables: dict[str, str], what: str, level: str) -> None:
+    assert whats(checks.distributed("msplora", variables)) == {what: level}
     assert whats(checks.distributed("msplora", {"WORLD_SIZE": "1"})) == {}
 
 

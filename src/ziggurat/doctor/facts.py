@@ -36,9 +36,10 @@ def _row(msplora: str, lora2: str | None = None, lor2c: str | None = None) -> di
 
 _REQUANTISE = "dequantises, adds and quantises again; the error is logged"
 _UNMERGEABLE = "the quantised format can't be written again"
-_DESIGN = (
-    "pairs owned and paths handed over in this way were equal to one process up to 4e-8 when the design was tried, "
-    "with two gloo processes on a CPU; the code itself has no such test"
+_TWO_PROCESSES = ("tests/compare/test_two_processes.py::test_two_processes_train_what_one_trains",)
+_ONES_OWN_LOOP = (
+    "two gloo processes on a CPU give the losses of one, and one process reloads the adapter; in a loop of one's own, "
+    "while `ziggurat train` runs on one process"
 )
 
 FACTS: tuple[Fact, ...] = (
@@ -118,7 +119,7 @@ FACTS: tuple[Fact, ...] = (
         _row("yes"),
         evidence=(_TRAINING + "test_compile_without_graph_breaks",),
     ),
-    Fact("ddp", "distributed", "DDP", _row("untested"), _DESIGN),
+    Fact("ddp", "distributed", "DDP", _row("limited"), _ONES_OWN_LOOP, evidence=_TWO_PROCESSES),
     Fact(
         "ddp_reentrant",
         "distributed",
@@ -130,9 +131,10 @@ FACTS: tuple[Fact, ...] = (
     Fact(
         "fsdp2",
         "distributed",
-        "FSDP2, with and without checkpointing",
-        _row("untested"),
-        _DESIGN,
+        "FSDP2",
+        _row("limited"),
+        f"{_ONES_OWN_LOOP}; with checkpointing, and LoRA²'s pruning on sharded factors, untested",
+        evidence=_TWO_PROCESSES,
     ),
     Fact("fsdp1", "distributed", "FSDP1", _row("untested"), "nobody has tried", "use FSDP2 (fsdp_version: 2)"),
     Fact("deepspeed", "distributed", "DeepSpeed ZeRO", _row("untested"), "nobody has tried", "use DDP or FSDP2"),
