@@ -1,0 +1,83 @@
+"""The `ziggurat` command: its commands stand in the modules beside this one, or in the package that does their work."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from ziggurat.analysis.command import analyze, report
+from ziggurat.doctor.command import doctor
+from ziggurat.errors import ZigguratError
+from ziggurat.plan.command import plan, suggest
+
+from .compare import compare
+from .evaluate import evaluate
+from .train import predict, recipes, train
+from .write import export, merge
+
+app = typer.Typer(
+    name="ziggurat",
+    help="Multi-scale low-rank fine-tuning: train by a recipe, predict, export, merge.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+_DEBUG = "--debug"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"ziggurat {version('ziggurat')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+    debug: Annotated[bool, typer.Option(_DEBUG, help="Show the whole traceback of an error.")] = False,
+) -> None:
+    pass
+
+
+for command in (train, predict, recipes, export, merge, analyze, report, doctor, plan, suggest):
+    app.command()(command)
+app.command(name="eval")(evaluate)
+app.command()(compare)
+
+
+def main() -> NoReturn:
+    """Entry point: mistakes of the user end in one clean line and exit code 2, faults of ours in exit code 1."""
+    words = sys.argv[1:]
+    debug = _DEBUG in words
+    if not debug:
+        import warnings
+
+        # What the libraries will change in later versions is no news to somebody who trains a model.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+    try:
+        app(args=[word for word in words if word != _DEBUG], prog_name="ziggurat")
+    except ZigguratError as error:
+        if debug:
+            raise
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("stopped", 130)
+    except Exception as error:
+        if debug:
+            raise
+        first = str(error).strip().splitlines()
+        _fail(f"{type(error).__name__}: {first[0] if first else ''} (--debug shows where)", 1)
+    raise SystemExit(0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise SystemExit(code)

@@ -1,0 +1,5 @@
+"""`python -m ziggurat.cli`: the same as `ziggurat`."""
+
+from . import main
+
+main()

@@ -1,0 +1,40 @@
+"""`ziggurat compare`: a table of runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def compare(
+    table: Annotated[Path, typer.Argument(metavar="TABLE.yaml", help="Methods, tasks and seeds.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of runs and results.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time (default: one a GPU, or one).")] = None,
+    engine: Annotated[str, typer.Option(help="local: processes of this machine; ray: a Ray cluster.")] = "local",
+    only_report: Annotated[
+        bool, typer.Option("--only-report", help="Run nothing; write the tables and plots of what has been done.")
+    ] = False,
+) -> None:
+    """Run methods by tasks by seeds, what is done never again, and write the table with differences and plots."""
+    from ziggurat.compare.table import load_table
+
+    read = load_table(table, out)
+
+    from ziggurat.compare.fill import fill
+    from ziggurat.compare.fill import report as write
+
+    console = Console()
+    filled = write(read) if only_report else fill(read, engine=engine, workers=workers, console=console)
+    for line in filled.notes:
+        typer.echo(f"note: {line}")
+    done, total = len(filled.summary.lines), len(read.runs)
+    typer.echo(f"{done} of {total} runs are done, {filled.taken} of them now; {len(filled.failed)} failed")
+    typer.echo(f"written: {', '.join(str(path) for path in filled.files)}")
+    if filled.stopped:
+        typer.echo("stopped; the same command goes on from here")
+        raise typer.Exit(130)
+    if filled.failed:
+        raise typer.Exit(1)

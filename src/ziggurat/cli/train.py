@@ -1,0 +1,95 @@
+"""`ziggurat train`, `predict` and `recipes`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+
+def train(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RECIPE KEY=VALUE",
+            help="A recipe file or the name of one that ships, and values that replace its own.",
+        ),
+    ] = None,
+) -> None:
+    """Fine-tune a model. Without an argument: the embedded model on the embedded data, in a few minutes, offline."""
+    from ziggurat.training.recipe import load_recipe
+
+    given = list(words or [])
+    names = [word for word in given if "=" not in word or Path(word).is_file()]
+    if len(names) > 1:
+        raise typer.BadParameter(f"one recipe at a time, not {' and '.join(names)}; values are written key=value")
+    recipe = load_recipe(names[0] if names else "default", [word for word in given if word not in names])
+
+    from ziggurat.training.interrupt import Interrupted
+    from ziggurat.training.report import show
+    from ziggurat.training.run import resume_command
+    from ziggurat.training.run import train as run
+
+    console = Console()
+    console.print(
+        f"[bold]{escape(recipe.name)}[/]: {recipe.task} with {recipe.method['name']} on {escape(recipe.model)}",
+        highlight=False,
+    )
+    try:
+        result = run(recipe, console=console)
+    except Interrupted as stopped:
+        typer.echo(f"{stopped}.")
+        if stopped.checkpoint is None:
+            typer.echo("There is no checkpoint to go on from; the same command starts afresh.")
+        else:
+            typer.echo(f"The checkpoint lies in {stopped.checkpoint}")
+            typer.echo(f"Go on with: {resume_command(given)}")
+        raise typer.Exit(128 + stopped.signal) from None
+    show(console, recipe, result)
+
+
+def predict(
+    adapter: Annotated[Path, typer.Argument(help="Folder that `ziggurat train` wrote.")],
+    text: Annotated[str | None, typer.Argument(help="The text (or instruction).")] = None,
+    second: Annotated[str | None, typer.Argument(help="The second text, for adapters that compare two.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="A .txt file with a text a line, or a table with the columns the adapter was trained on."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="Longest answer of an instruction-tuned model.")] = 256,
+) -> None:
+    """Ask a trained adapter."""
+    if (text is None) == (file is None):
+        raise typer.BadParameter("give either a text or --file")
+
+    from ziggurat.training.answer import predict as answer
+    from ziggurat.training.answer import read_texts
+    from ziggurat.training.load import load_adapter_model
+
+    loaded = load_adapter_model(adapter)
+    if file is not None:
+        firsts, seconds = read_texts(file, loaded)
+    else:
+        firsts, seconds = [str(text)], [second] if second is not None else None
+    for found in answer(loaded, firsts, seconds, max_new_tokens=tokens):
+        typer.echo(found.to_json() if json else found.to_line(alone=file is None))
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe, to save and change it.")] = None,
+) -> None:
+    """List the recipes that ship, or print one."""
+    from ziggurat.training.recipe import find_recipe, shipped
+    from ziggurat.training.source import read_yaml
+
+    if name is not None:
+        typer.echo(find_recipe(name)[1].rstrip("\n"))
+        return
+    texts = shipped()
+    width = max(len(one) for one in texts)
+    for one, content in texts.items():
+        typer.echo(f"{one:<{width}}  {read_yaml(content)[0].get('about', '')}")

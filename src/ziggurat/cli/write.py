@@ -1,0 +1,55 @@
+"""`ziggurat export` and `merge`: an adapter in another form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .folder import adapter_of_a_run, refuse_taken
+
+Adapter = Annotated[Path, typer.Argument(help="Adapter folder.")]
+Out = Annotated[Path, typer.Argument(help="Folder to write.")]
+Base = Annotated[str | None, typer.Option(help="The base model, where the adapter's own note of it is wrong.")]
+
+
+def export(
+    adapter: Adapter,
+    out: Out,
+    serving: Annotated[
+        bool, typer.Option("--serving", help="The form that PEFT, vLLM and llama.cpp all scale alike.")
+    ] = False,
+    base: Base = None,
+) -> None:
+    """Write an adapter as plain LoRA, which stock PEFT loads."""
+    from ziggurat import export as exporting
+
+    refuse_taken(out)
+    loaded = adapter_of_a_run(adapter, base)
+    if loaded is not None:
+        written = exporting.export_model(loaded.model, out, serving=serving)
+        loaded.tokenizer.save_pretrained(str(out))
+    else:
+        written = exporting.export(adapter, out, serving=serving, base_model=base)
+    typer.echo(f"plain LoRA of rank {written.rank} on {written.modules} linears written to {out}")
+    if serving:
+        typer.echo(f"serve it with --max-lora-rank {written.rank}")
+
+
+def merge(adapter: Adapter, out: Out, base: Base = None) -> None:
+    """Merge an adapter into its model and write the whole model with its tokenizer."""
+    from ziggurat import export as exporting
+
+    refuse_taken(out)
+    loaded = adapter_of_a_run(adapter, base)
+    if loaded is not None:
+        exporting.merge_model(loaded.model, out, loaded.tokenizer)
+    else:
+        exporting.merge(adapter, out, base_model=base)
+    if any(out.glob("modeling_*.py")):
+        typer.echo(
+            f"model with its paths written to {out}: load it with trust_remote_code=True, after reading its code"
+        )
+    else:
+        typer.echo(f"merged model written to {out}")
