@@ -23,3 +23,11 @@ class ExportError(ZigguratError, ValueError):
 
 class DataError(ZigguratError, ValueError):
     """A data file or hub data set cannot be read as the recipe says."""
+
+
+class ProcessError(ZigguratError, RuntimeError):
+    """A run on several processes has lost one of them."""
+
+
+class StorageError(ZigguratError, OSError):
+    """A disk did not take what was to be written: full, read-only or forbidden."""

@@ -12,23 +12,33 @@ import yaml
 
 from ziggurat.errors import RecipeError
 
+from .processes import Processes
 from .recipe import differences, resolved, to_yaml
 from .schema import Recipe
 
 RECIPE, RUN = "recipe.yaml", "run.json"
+#: How a run without a launcher was launched.
+ONE = "1 process"
 
 
 class RunFolder:
-    """`output` appears whole at the end of a run; until then all lies in `output.unfinished` beside it."""
+    """`output` appears whole at the end of a run; until then all lies in `output.unfinished` beside it.
 
-    def __init__(self, recipe: Recipe) -> None:
+    Of several processes the main one alone looks and writes; what it finds, or its error, goes to all.
+    """
+
+    def __init__(self, recipe: Recipe, processes: Processes | None = None) -> None:
         self.recipe = recipe
+        self.processes = processes or Processes()
         self.final = Path(recipe.folder).expanduser().resolve()
         self.work = self.final.with_name(self.final.name + ".unfinished")
         self.checkpoints = self.work / "checkpoints"
 
     def check(self) -> None:
         """Refuse, before anything is loaded, what would lose an earlier run's work. Raises RecipeError."""
+        self.processes.first(self._check)
+
+    def _check(self) -> None:
         shown = self.recipe.folder
         if self.recipe.overwrite:
             for folder in (self.final, self.work):
@@ -68,11 +78,12 @@ class RunFolder:
             raise RecipeError(f"resume: there is no checkpoint under '{shown}.unfinished'; start without resume=true")
         changed = differences(self._stored_recipe(), resolved(self.recipe))
         changed = [line for line in changed if line.split(":")[0] not in ("about", "output", "name")]
+        changed += differences({"launched": self._noted().get("launched", ONE)}, {"launched": self._launched()})
         if changed:
             raise RecipeError(
                 "resume: the recipe differs from the interrupted run's:\n"
                 + "\n".join(f"  {line}" for line in changed)
-                + "\nGive the same recipe, or start afresh with overwrite=true"
+                + "\nGive the same recipe, launched in the same way, or start afresh with overwrite=true"
             )
 
     def _stored_recipe(self) -> dict[str, Any]:
@@ -85,11 +96,11 @@ class RunFolder:
 
     def open(self) -> dict[str, Any]:
         """Make the working folder. Returns what an interrupted run noted, or an empty mapping."""
+        return self.processes.first(self._open)
+
+    def _open(self) -> dict[str, Any]:
         if self.recipe.resume:
-            try:
-                return json.loads((self.work / RUN).read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                return {}
+            return self._noted()
         if self.work.exists():
             shutil.rmtree(self.work)
         self.work.mkdir(parents=True)
@@ -97,8 +108,20 @@ class RunFolder:
         self.note({})
         return {}
 
+    def _noted(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.work / RUN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def _launched(self) -> str:
+        return launched(self.processes)
+
     def note(self, run: dict[str, Any], folder: Path | None = None) -> None:
-        """Write run.json whole or not at all."""
+        """Write run.json whole or not at all, with how the run was launched."""
+        if not self.processes.main:
+            return
+        run = {**run, "launched": self._launched()}
         target = (folder or self.work) / RUN
         beside = target.with_suffix(".tmp")
         beside.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -130,8 +153,13 @@ class RunFolder:
 
     def abandon(self) -> None:
         """After an error: leave nothing behind unless there is a checkpoint worth keeping."""
-        if self.work.exists() and self.last_checkpoint() is None and not self.recipe.resume:
+        if self.processes.main and self.work.exists() and self.last_checkpoint() is None and not self.recipe.resume:
             shutil.rmtree(self.work, ignore_errors=True)
+
+
+def launched(processes: Processes) -> str:
+    """How many processes, trained in which way: a checkpoint fits only the same."""
+    return ONE if processes.way == "one" else f"{processes.size} processes, {processes.way}"
 
 
 def _ours(folder: Path) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .processes import Processes
+
 
 class Interrupted(Exception):
     """A run was stopped from outside. `checkpoint` is what it left (None before the first step), `signal` by what."""
@@ -30,10 +32,15 @@ class StopSignals(TrainerCallback):
 
     Outside the training loop (loading, scoring before training) there is nothing to save and the signal raises
     KeyboardInterrupt right away. Signals reach only the main thread: elsewhere this does nothing.
+
+    Of several processes each asks the others after every step: whichever the signal has reached, all stop at the same
+    step. `number` is the signal that came here, `agreed` the one that all stop for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes | None = None) -> None:
+        self.processes = processes or Processes()
         self.number: int | None = None
+        self.agreed: int | None = None
         self.learning = False
         self._before: dict[int, Any] = {}
 
@@ -73,7 +80,7 @@ class StopSignals(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if self.number is not None:
+        if self.agreed is not None:
             # A Trainer that was stopped in the middle of an epoch calls this too. At the real end of one, a scoring
             # that is due is made and the checkpoint written again: see `_stop`.
             ended = state.epoch is not None and float(state.epoch).is_integer()
@@ -89,6 +96,7 @@ class StopSignals(TrainerCallback):
     def _stop(self, control: TrainerControl) -> TrainerControl:
         # A scoring that is due at this very step is still made, before the checkpoint: it draws random numbers, and
         # without them the resumed run would not be the uninterrupted one.
-        if self.number is not None:
+        self.agreed = self.processes.most(self.number or 0) or None
+        if self.agreed is not None:
             control.should_save = control.should_training_stop = True
         return control

@@ -39,6 +39,24 @@ def score(recipe: Recipe, predictions: np.ndarray, labels: np.ndarray) -> dict[s
     }
 
 
+def outputs_of(predictions: Any) -> np.ndarray:
+    """The model's scores among what it returned: (rows, classes) or (rows, 1)."""
+    return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
+
+
+def mean_loss(predictions: Any, labels: Any) -> float:
+    """The mean over all rows of the loss that training lowers: cross-entropy, or squared error of a single output.
+
+    L = mean_i (ln sum_c exp z_ic - z_iy), or mean_i (z_i - y_i)^2.
+    """
+    scores, truth = outputs_of(predictions).astype(np.float64), np.asarray(labels)
+    if scores.ndim == 1 or scores.shape[-1] == 1:
+        return float(np.mean((scores.reshape(-1) - truth) ** 2))
+    top = scores.max(-1, keepdims=True)
+    logs = np.log(np.exp(scores - top).sum(-1)) + top[:, 0]
+    return float(np.mean(logs - scores[np.arange(len(truth)), truth.astype(np.int64)]))
+
+
 def guessing(recipe: Recipe, train_labels: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Scores of always answering the training data's most frequent class, or their mean (regression)."""
     if recipe.task == "regression":

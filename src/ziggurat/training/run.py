@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback, set_seed
@@ -21,12 +22,13 @@ from .adapt import Counts, adapt, count
 from .budget import Fit, settle_budget
 from .callbacks import callbacks_for
 from .data import Examples, load_examples
-from .finish import draw_ranks, settle
-from .folders import RECIPE, RunFolder
+from .finish import draw_ranks, make_whole, settle
+from .folders import RECIPE, RunFolder, launched
 from .interrupt import Interrupted, StopSignals
 from .meter import Meter, peak_memory, stored_bytes
 from .methods import METHODS
 from .model import Base, HeadSpec, load_base
+from .processes import Processes, join
 from .progress import LiveProgress
 from .recipe import to_yaml
 from .schema import Recipe
@@ -61,20 +63,24 @@ class Result:
 def train(recipe: Recipe, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Result:
     """Train as the recipe says; the folder `recipe.folder` appears when all is done.
 
-    `callbacks` are added to the Trainer's. `console` shows the progress (none: silence).
+    `callbacks` are added to the Trainer's. `console` shows the progress (none: silence). Started by `accelerate launch`
+    or `torchrun`, each of their processes calls this; all get the result, one prints and writes.
 
     Raises:
         RecipeError: the folder is taken, the model can't be loaded, or the method doesn't fit it.
         DataError: the data aren't as the recipe says.
         Interrupted: Ctrl-C or SIGTERM; says which checkpoint there is.
+        ProcessError: another process of the run has gone.
     """
+    processes = join()
     recipe, fit = settle_budget(recipe)
-    folder = RunFolder(recipe)
+    folder = RunFolder(recipe, processes)
     folder.check()
-    say = console or Console(quiet=True)
-    with StopSignals() as stop:
+    say = console if console is not None and processes.main else Console(quiet=True)
+    with StopSignals(processes) as stop:
         try:
-            return _train(recipe, folder, stop, say, callbacks, fit)
+            with processes.noticing_losses():
+                return _train(recipe, folder, stop, say, callbacks, fit)
         except KeyboardInterrupt:
             checkpoint = folder.last_checkpoint()
             step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
@@ -95,7 +101,8 @@ def _train(
     callbacks: Sequence[TrainerCallback],
     fit: Fit | None,
 ) -> Result:
-    with say.status("reading the data") if say.is_terminal else quiet(), quiet():
+    processes = folder.processes
+    with say.status("reading the data") if say.is_terminal else quiet(), quiet(), processes.one_a_machine_first():
         examples = load_examples(recipe)
     with say.status(f"loading {recipe.model}") if say.is_terminal else quiet(), quiet():
         base, model, spec = _model(recipe, examples)
@@ -110,6 +117,12 @@ def _train(
     if recipe.spectra != "never":
         record_spectra(trainer, recipe.spectra)
     notes = [*examples.notes, *task.notes]
+    if processes.way != "one":
+        a_step = processes.size * recipe.train.batch * recipe.train.accumulate
+        notes.append(
+            f"{launched(processes)}: {processes.size} x train.batch {recipe.train.batch} x train.accumulate "
+            f"{recipe.train.accumulate} = {a_step} examples a step"
+        )
     if fit is not None:
         notes.append(f"rank {fit.rank} meets the budget with {fit.parameters:,} numbers")
     for line in notes:
@@ -117,22 +130,28 @@ def _train(
     begun = time.monotonic()
     try:
         before = noted.get("before")
-        if before is None:
+        if before is None and processes.sharded:
+            # Models are put in pieces together with their optimiser, which only training makes.
+            trainer.args.eval_on_start = not recipe.resume
+            trainer.add_callback(NoteFirst(folder))
+        elif before is None:
             with say.status("scoring before training") if say.is_terminal else quiet():
                 before = _scores(trainer.evaluate())
             folder.note({"before": before})
         trainer.train(resume_from_checkpoint=str(folder.last_checkpoint()) if recipe.resume else None)
     finally:
         progress.close()
+    before = before or _scores(next((line for line in trainer.state.log_history if _first_scores(line)), {}))
     seconds = time.monotonic() - begun + float(noted.get("seconds", 0.0))
-    if stop.number is not None:
+    if stop.agreed is not None:
         checkpoint = folder.last_checkpoint()
         folder.note({"before": before, "seconds": seconds})
         step, total = trainer.state.global_step, trainer.state.max_steps
-        raise Interrupted(recipe.folder, str(checkpoint) if checkpoint else None, step, total, stop.number)
+        raise Interrupted(recipe.folder, str(checkpoint) if checkpoint else None, step, total, stop.agreed)
     # From here on a signal would only cost what has been learned: it ends the program after the folder is there.
     after = _final_scores(task, recipe)
     seconds = time.monotonic() - begun + float(noted.get("seconds", 0.0))
+    state = whole_state(task, processes)
     result = Result(
         folder=folder.final,
         method=recipe.method["name"],
@@ -150,8 +169,37 @@ def _train(
         shape=examples.shape,
         left=settle(trainer.model),
     )
-    _save(folder, recipe, base, trainer.model, spec, result)  # type: ignore[arg-type]
+    processes.first(lambda: _save(folder, recipe, base, trainer.model, state, spec, result))  # type: ignore[arg-type]
     return result
+
+
+class NoteFirst(TrainerCallback):
+    """Notes the scores before training in the run's folder, where a resumed run finds them."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            self.folder.note({"before": _scores(metrics or {})})
+
+
+def _first_scores(line: dict[str, Any]) -> bool:
+    return line.get("step") == 0 and any(name.startswith("eval_") for name in line)
+
+
+def whole_state(task: Task, processes: Processes) -> dict[str, Any] | None:
+    """Put what training has changed together, on all processes; a whole model's weights come back, to the main one."""
+    if not processes.sharded:
+        return None
+    trainer = task.trainer
+    trainer.model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(trainer.model, PeftModel):
+        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    make_whole(trainer.model)
+    return None
 
 
 def _model(recipe: Recipe, examples: Examples) -> tuple[Base, nn.Module, HeadSpec]:
@@ -193,11 +241,19 @@ def _final_scores(task: Task, recipe: Recipe) -> dict[str, float]:
     return _scores(trainer.evaluate())
 
 
-def _save(folder: RunFolder, recipe: Recipe, base: Base, model: nn.Module, spec: HeadSpec, result: Result) -> None:
+def _save(
+    folder: RunFolder,
+    recipe: Recipe,
+    base: Base,
+    model: nn.Module,
+    state: dict[str, Any] | None,
+    spec: HeadSpec,
+    result: Result,
+) -> None:
     ready = folder.work / "ready"
     ready.mkdir()
     with quiet():
-        model.save_pretrained(str(ready))  # type: ignore[operator]
+        model.save_pretrained(str(ready), **({} if state is None else {"state_dict": state}))  # type: ignore[operator]
         draw_ranks(model, ready)
         base.tokenizer.save_pretrained(str(ready))
     (ready / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")

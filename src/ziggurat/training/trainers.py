@@ -28,10 +28,43 @@ if TYPE_CHECKING:
 
 
 class HeadLrTrainer(Trainer):
-    """Trainer whose head may learn at its own rate."""
+    """Trainer whose head may learn at its own rate, and whose loss is the mean over a step's examples, however split.
+
+    Over the micro-batches of all processes L = sum_b (n_b / N) L_b: a batch of n_b examples with the mean loss L_b
+    counts by its share of the N of its step. Scores and the loss of the validation data are of each row once.
+    """
 
     head: tuple[str, ...] = ()
     head_lr: float | None = None
+    # Left to transformers, a model that takes any keyword is believed to divide by `num_items_in_batch` by itself.
+    # BERT doesn't: its loss would be added up over processes and micro-batches.
+    loss_is_scaled_for_ga = True
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        self.model_accepts_loss_kwargs = False
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        number = sum(len(batch["labels"]) for batch in batches)
+        if self.args.world_size > 1:
+            number = self.accelerator.gather(torch.tensor([number], device=device)).sum()  # type: ignore[union-attr]
+        return batches, number
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs)
+        loss = outputs["loss"]
+        if num_items_in_batch is not None:
+            # The processes' gradients are averaged: their number gives back the sum.
+            loss = loss * (len(inputs["labels"]) * self.args.world_size / num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if output.metrics is not None and f"{prefix}_loss" in output.metrics:
+            # Several processes fill the last batch up with rows from the front, which its mean loss counts again.
+            output.metrics[f"{prefix}_loss"] = metrics.mean_loss(output.predictions, output.label_ids)
+        return output
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -107,8 +140,7 @@ def _scored(
     guess = metrics.guessing(recipe, np.asarray(examples.train["label"]), truth)
 
     def compute(result: Any) -> dict[str, float]:
-        scores = result.predictions[0] if isinstance(result.predictions, tuple) else result.predictions
-        return metrics.score(recipe, np.asarray(scores), np.asarray(result.label_ids))
+        return metrics.score(recipe, metrics.outputs_of(result.predictions), np.asarray(result.label_ids))
 
     arguments = TrainingArguments(
         **_arguments(recipe, checkpoints), label_names=["labels"], remove_unused_columns=False
