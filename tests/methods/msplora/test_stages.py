@@ -13,9 +13,9 @@ from ziggurat.methods.msplora.pyramid import tier_of
 from zoo import ZOO
 
 
-def model_in_stages():
+def model_in_stages(train_in_stages: bool = True):
     torch.manual_seed(0)
-    config = MSPLoraConfig(r=4, target_modules=["query"], train_in_stages=True, init_weights=False)
+    config = MSPLoraConfig(r=4, target_modules=["query"], train_in_stages=train_in_stages, init_weights=False)
     return get_peft_model(ZOO["bert"].build(), config)
 
 
@@ -37,10 +37,25 @@ class Recorder(TrainerCallback):
         self.moved.append({tier_of(n[:-2]) for n, p in after.items() if not torch.equal(p, self.before[n])})
 
 
+def rows() -> Dataset:
+    ids = torch.randint(5, 100, (24, 7), generator=torch.Generator().manual_seed(0))
+    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] % 3).tolist()})
+
+
+def test_all_tiers_learn_where_no_stages_are_asked_for(tmp_path: Path) -> None:
+    """Also in a process where an adapter in stages has been made, whose callback rides along ever since."""
+    model_in_stages()
+    model, recorder = model_in_stages(train_in_stages=False), Recorder()
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[], use_cpu=True
+    )
+    Trainer(model, arguments, train_dataset=rows(), callbacks=[recorder]).train()
+    assert recorder.moved == [{"global", "mid", "layer"}] * 3
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_trainer_moves_one_tier_at_a_time(tmp_path: Path, resume: bool) -> None:
-    ids = torch.randint(5, 100, (24, 7), generator=torch.Generator().manual_seed(0))
-    data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] % 3).tolist()})
+    data = rows()
 
     def run(folder: Path) -> tuple[Trainer, Recorder]:
         recorder = Recorder()

@@ -20,9 +20,8 @@ class StageCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if model is not None and state.max_steps > 0:
-            for bank in _banks(model):
-                for adapter in bank.staged:
-                    bank.set_stage(state.global_step / state.max_steps, adapter)
+            for bank, adapter in _staged(model):
+                bank.set_stage(state.global_step / state.max_steps, adapter)
 
     def on_train_end(
         self,
@@ -32,10 +31,11 @@ class StageCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        for bank in _banks(model) if model is not None else ():
-            for adapter in bank.staged:
-                bank.end_stages(adapter)
+        for bank, adapter in _staged(model) if model is not None else ():
+            bank.end_stages(adapter)
 
 
-def _banks(model: nn.Module) -> list[Pyramid]:
-    return [module for module in model.modules() if isinstance(module, Pyramid)]
+def _staged(model: nn.Module) -> list[tuple[Pyramid, str]]:
+    """The adapters whose config asks for stages. The callback rides along in every Trainer, so most don't."""
+    banks = [module for module in model.modules() if isinstance(module, Pyramid)]
+    return [(bank, adapter) for bank in banks for adapter, wanted in bank.staged.items() if wanted]
