@@ -42,8 +42,9 @@ class LoR2CPath(PathLayer, LoR2CLayer):
     adapter_layer_names = ("lor2c_A", "lor2c_B")
     other_param_names = ("covers", "scale", "lora_dropout", "shared")
 
-    def __init__(self, layer: int, handover: Handover) -> None:
+    def __init__(self, layer: int, handover: Handover, width: int) -> None:
         super().__init__(layer, handover)
+        self.in_features = self.out_features = width
         self.lor2c_A = nn.ParameterDict()
         self.lor2c_B = nn.ParameterDict()
         self.scale: dict[str, float] = {}

@@ -113,7 +113,7 @@ class LoR2CModel(LinearTuner):
         path = path_of(layer)
         if path is None:
             holder = self.model.get_submodule(site.holder)
-            path = LoR2CPath(site.layer, handover_of(holder))
+            path = LoR2CPath(site.layer, handover_of(holder), site.width)
             attach(layer, holder, path)
             bank.members.setdefault(site.stack, {})[site.layer] = path
         if not isinstance(path, LoR2CPath):
