@@ -1,20 +1,34 @@
 """The fields that every method on linears shares, with PEFT's names and meanings."""
 
-import re
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
-from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.card import write_card
+from ziggurat.host.untrusted import check_factors, check_folder, read_json
+from ziggurat.host.values import (
+    check_above_zero,
+    check_flag,
+    check_layers,
+    check_names,
+    check_pattern,
+    check_probability,
+    check_rank,
+    shown,
+)
 
 
 @dataclass
 class MethodConfig(PeftConfig):
     """A method's config: saved with a model card, loaded only beside safetensors."""
+
+    #: Last parts of the names of tensors in the adapter's file that are no factors.
+    no_factors: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def citation(self) -> str:
@@ -31,13 +45,46 @@ class MethodConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As PEFT's. In a folder on this machine config and weights are looked at before anything is built from them.
+
+        Raises:
+            ConfigError: a value that can't be; weights that are a pickle, or no safetensors; files that are links out
+                of the folder, or too large to be what they are called.
+        """
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
-        if (folder / WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-            raise ConfigError(
-                f"{folder} holds its weights as {WEIGHTS_NAME}, a pickle, which can run code when it is read. Only "
-                f"{SAFETENSORS_WEIGHTS_NAME} is loaded: ask for the adapter saved with safe_serialization=True."
-            )
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        here = (folder / CONFIG_NAME).exists()
+        if here:
+            check_folder(folder)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if here and isinstance(config, MethodConfig) and (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+            config.stored_numbers = check_factors(folder, f"{config.peft_type.value.lower()}_", cls.no_factors)
+        return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """As PEFT's, of a file whose size and depth are sane.
+
+        Raises:
+            ConfigError: they aren't, or the file holds no mapping.
+        """
+        path = Path(path_json_file)
+        said = read_json(path.parent, path.name)
+        if not isinstance(said, dict):
+            raise ConfigError(f"{path} holds a {type(said).__name__}; a config is a mapping of its fields.")
+        said.pop("runtime_config", None)
+        return said
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        #: How many numbers the file beside this config holds, where it was read from a folder on this machine.
+        self.stored_numbers: int | None = None
+        for name in ("base_model_name_or_path", "revision", "peft_version"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str | os.PathLike):
+                raise ConfigError(f"{name}={shown(value)}: text, or nothing, is needed.")
+        if self.auto_mapping is not None and not isinstance(self.auto_mapping, dict):
+            raise ConfigError(f"auto_mapping={shown(self.auto_mapping)}: a mapping, or nothing, is needed.")
+        check_flag("inference_mode", self.inference_mode)
 
 
 @dataclass
@@ -77,12 +124,12 @@ class LinearMethodConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            check_pattern(name, getattr(self, name))
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        for name in ("target_modules", "exclude_modules"):
-            self._check_pattern(name)
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -90,28 +137,20 @@ class LinearMethodConfig(MethodConfig):
                         f"`{name}` cannot be used when `target_modules` is a str: put the layers into the regular "
                         "expression, or give target_modules as a list."
                     )
-        if self.layers_pattern and self.layers_to_transform is None and isinstance(self.target_modules, str):
-            raise ConfigError("layers_pattern needs target_modules as a list.")
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
-            raise ConfigError(f"r={self.r!r}: the rank must be a whole number of at least 1.")
-        if not isinstance(self.lora_dropout, int | float) or not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout={self.lora_dropout!r}: a probability from 0 up to, not including, 1.")
-        layers = self.layers_to_transform
-        numbers = [] if layers is None else [layers] if isinstance(layers, int) else layers
-        if isinstance(numbers, str) or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
-            raise ConfigError(f"layers_to_transform={layers!r}: a layer's number, counted from 0, or a list of such.")
-        if self.init_weights not in (True, False, "gaussian"):
-            raise ConfigError(f"init_weights={self.init_weights!r}: True, False or 'gaussian'.")
+        check_rank("r", self.r)
+        check_above_zero("lora_alpha", self.lora_alpha)
+        check_probability("lora_dropout", self.lora_dropout)
+        check_flag("use_rslora", self.use_rslora)
+        check_flag("fan_in_fan_out", self.fan_in_fan_out)
+        check_names("modules_to_save", self.modules_to_save)
+        check_layers("layers_to_transform", self.layers_to_transform)
+        if not (isinstance(self.init_weights, bool) or self.init_weights == "gaussian"):
+            raise ConfigError(f"init_weights={shown(self.init_weights)}: True, False or 'gaussian'.")
 
-    def _check_above_zero(self, name: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise ConfigError(f"{name}={value!r}: a finite number above 0 is needed.")
-
-    def _check_pattern(self, name: str) -> None:
-        pattern = getattr(self, name)
-        if isinstance(pattern, str):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(f"{name}={pattern!r} is not a regular expression: {error}.") from error
+    def _check_bias(self) -> None:
+        """Raise ConfigError unless `bias` is one of the three values that this method knows."""
+        allowed = ("none", "all", f"{self.peft_type.value.lower()}_only")  # type: ignore[union-attr]
+        if self.bias not in allowed:
+            raise ConfigError(
+                f"bias={shown(self.bias)}: 'none', 'all' or '{allowed[2]}' (the biases of the adapted linears)."
+            )

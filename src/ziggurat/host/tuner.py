@@ -10,16 +10,20 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Anatomy
 from ziggurat.host.bank import PairBank
-from ziggurat.host.linear import AdaptedLinear, is_adaptable
+from ziggurat.host.linear import AdaptedLinear, features, is_adaptable
 from ziggurat.host.paths import PathLayer
 from ziggurat.host.quantised import changing
 from ziggurat.host.targets import DEFAULT_TARGETS, near_misses
 
+#: An adapter may ask for this many numbers whatever its file holds: 256 MiB in float32.
+UNCHECKED = 2**26
+#: A rank that is no burden however small the matrix is.
+FREE_RANK = 256
 BASE = "__base__"  # PEFT's name, in adapter_names, for a sample without adapter
 
 
@@ -27,8 +31,8 @@ class LinearTuner(BaseTuner):
     """A tuner that puts `layer_cls` in the place of targeted linears. Subclasses give:
 
     prefix, tuner_layer_cls (the marker base of all their tuner layers), layer_cls,
-    `_check_target` (the method's own demands on one linear) and `_adapt` (add an
-    adapter to an adapted linear).
+    `_check_target` (the method's own demands on one linear), `_adapt` (add an
+    adapter to an adapted linear) and `_makes` (how many numbers that takes).
     """
 
     layer_cls: type[AdaptedLinear]
@@ -42,11 +46,16 @@ class LinearTuner(BaseTuner):
         """Add `adapter` to the adapted linear at `path`."""
         raise NotImplementedError
 
+    def _makes(self, config: Any, path: str, module: nn.Module) -> dict[str, int]:
+        """Name -> size of what `_adapt` makes for the linear at `path`. What is shared has the same name everywhere."""
+        raise NotImplementedError
+
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Look at the whole model and raise before anything in it is changed."""
         self.anatomy = Anatomy(model, layers_pattern=getattr(peft_config, "layers_pattern", None))
         peft_config = _maybe_include_all_linear_layers(peft_config, model)
         inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        made: dict[str, int] = {}
         for path, module in model.named_modules():
             if path and not path.startswith(inside) and self._check_target_module_exists(peft_config, path):
                 if not is_adaptable(module):
@@ -56,6 +65,8 @@ class LinearTuner(BaseTuner):
                         "leave this module out by exclude_modules."
                     )
                 self._check_target(peft_config, path, module)
+                made |= self._makes(peft_config, path, module)
+        check_stored(peft_config, sum(made.values()))
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         try:
@@ -87,6 +98,32 @@ class LinearTuner(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As PEFT's; but an adapter of which tensors are missing is refused, since what is left of it is another one.
+
+        Raises:
+            ConfigError: `state_dict` lacks tensors of the adapter.
+        """
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        given = {_bare_name(name) for name in found}
+        # The adapter's name is the last part of a parameter's name, or the last but one.
+        wanted = [
+            name
+            for name, _ in model.named_parameters()
+            if cls.prefix in name and adapter_name in name.rsplit(".", 2)[1:]
+        ]
+        lacking = [name for name in wanted if _bare_name(name) not in given]
+        if lacking:
+            raise ConfigError(
+                f"the weights lack {len(lacking)} of the {len(wanted)} tensors of adapter {adapter_name!r}: "
+                f"{', '.join(map(_bare_name, lacking[:3]))}{', ...' if len(lacking) > 3 else ''}. Was the file cut, or "
+                "is its adapter_config.json another adapter's?"
+            )
+        return found
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         with changing(self._reached(adapter_names), "merged into"):
@@ -161,6 +198,34 @@ class LinearTuner(BaseTuner):
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
                 f"The model has {', '.join(sorted(known))}; {BASE} means no adapter."
             )
+
+
+def check_stored(config: Any, numbers: int) -> None:
+    """Raise ConfigError if an adapter from a folder would take far more room than its file fills."""
+    stored = config.stored_numbers
+    if stored is not None and numbers > max(stored, UNCHECKED):
+        raise ConfigError(
+            f"the adapter's config asks for {numbers:,} numbers in this model, and its file holds {stored:,}: they "
+            "don't belong together, or belong to another base model. To train such an adapter afresh, make a new "
+            "config."
+        )
+
+
+def check_rank_here(name: str, rank: int, path: str, module: nn.Module) -> None:
+    """Raise ConfigError if `rank` is above both what the linear at `path` has a use for and what costs nothing."""
+    d_in, d_out = features(module)
+    if rank > max(d_in, d_out, FREE_RANK):
+        raise ConfigError(
+            f"{name}={rank} is above the matrix: {path!r} maps {d_in} to {d_out}. Lower it to at most "
+            f"{max(d_in, d_out)}, or leave the module out by exclude_modules."
+        )
+
+
+def _bare_name(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
+    for part in ("_fsdp_wrapped_module.", "_orig_mod."):
+        name = name.replace(part, "")
+    return name.removeprefix("base_model.model.")
 
 
 def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> tuple[Any, dict[str, Any]]:

@@ -110,7 +110,7 @@ def test_excluded_modules_and_biases() -> None:
         ({"tiers": [{"name": "a", "groups": "all"}]}, "groups='all'"),
         ({"tiers": [{"name": "a", "groups": 1}], "num_groups": 2}, "can't be given beside it"),
         ({"tiers": [{"name": f"t{'x' * i}", "groups": 1} for i in range(100)]}, "at most 64"),
-        ({"lora_alpha": float("nan")}, "lora_alpha nan"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan: a finite number above 0"),
         ({"lora_alpha": 0}, "above 0"),
         ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
         ({"init_weights": "kaiming"}, "init_weights='kaiming'"),

@@ -6,6 +6,7 @@ from typing import Literal
 from ziggurat.errors import ConfigError
 from ziggurat.host.config import LinearMethodConfig
 from ziggurat.host.registry import peft_type
+from ziggurat.host.values import MOST_ENTRIES, is_whole, shown
 
 CITATION = """@article{ruckle2021adapterdrop,
   title     = {{AdapterDrop}: On the Efficiency of Adapters in Transformers},
@@ -54,16 +55,17 @@ class AdapterDropConfig(LinearMethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type("ADAPTERDROP")
+        self._check_bias()
         if self.target_modules is None:
             self.target_modules = FEED_FORWARD_OUTPUT
         for name in ("drop_layers", "robust_drop"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ConfigError(f"{name}={value!r}: a number of layers, at least 0, is needed.")
+            if not is_whole(value, 0, MOST_ENTRIES):
+                raise ConfigError(f"{name}={shown(value)}: a number of layers, at least 0, is needed.")
         if self.drop_layers and self.robust_drop:
             raise ConfigError("drop_layers and robust_drop are the two variants of AdapterDrop: give one of them.")
         if self.activation not in ("relu", "gelu", "silu"):
-            raise ConfigError(f"activation={self.activation!r}: 'relu', 'gelu' or 'silu'.")
+            raise ConfigError(f"activation={shown(self.activation)}: 'relu', 'gelu' or 'silu'.")
         if self.use_rslora or self.lora_alpha != 16:
             raise ConfigError("lora_alpha and use_rslora have no meaning here: a bottleneck isn't scaled by its width.")
 

@@ -5,9 +5,9 @@ from typing import Any
 from torch import nn
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.linear import AdaptedLinear
+from ziggurat.host.linear import AdaptedLinear, features
 from ziggurat.host.root_hook import hook_into, unhook
-from ziggurat.host.tuner import LinearTuner
+from ziggurat.host.tuner import LinearTuner, check_rank_here
 from ziggurat.methods.adapterdrop.config import AdapterDropConfig
 from ziggurat.methods.adapterdrop.layer import AdapterDropLayer, BottleneckLinear, draw_depths
 
@@ -20,6 +20,7 @@ class AdapterDropModel(LinearTuner):
     layer_cls = BottleneckLinear
 
     def _check_target(self, config: AdapterDropConfig, path: str, module: nn.Module) -> None:
+        check_rank_here("r", config.r, path, module)
         if config.drop_layers or config.robust_drop:
             assert self.anatomy is not None
             layers = self.anatomy.place(path).num_layers  # raises where the path lies in no stack
@@ -29,6 +30,10 @@ class AdapterDropModel(LinearTuner):
                         f"{name}={getattr(config, name)} leaves none of the {layers} layers around {path!r} an "
                         f"adapter; at most {layers - 1}."
                     )
+
+    def _makes(self, config: AdapterDropConfig, path: str, module: nn.Module) -> dict[str, int]:
+        _, d_out = features(module)
+        return {path: 2 * config.r * d_out + config.r + d_out if self._depth(path) >= config.drop_layers else 0}
 
     def _depth(self, path: str) -> int:
         assert self.anatomy is not None

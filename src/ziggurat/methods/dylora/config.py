@@ -6,6 +6,7 @@ from typing import Literal
 from ziggurat.errors import ConfigError
 from ziggurat.host.config import LinearMethodConfig
 from ziggurat.host.registry import peft_type
+from ziggurat.host.values import check_flag, is_whole, shown
 
 CITATION = """@article{valipour2023dylora,
   title     = {{DyLoRA}: Parameter-Efficient Tuning of Pre-trained Models using Dynamic Search-Free Low-Rank
@@ -45,11 +46,12 @@ class DyLoRAConfig(LinearMethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type("DYLORA")
+        self._check_bias()
+        check_flag("frozen", self.frozen)
         for name in ("min_rank", "inference_rank"):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (whole and 1 <= value <= self.r):
-                raise ConfigError(f"{name}={value!r}: a whole number from 1 to r={self.r} is needed.")
+            if not is_whole(value, 1, self.r) and not (value is None and name == "inference_rank"):
+                raise ConfigError(f"{name}={shown(value)}: a whole number from 1 to r={self.r} is needed.")
 
     def scale(self, rank: int) -> float:
         """alpha / b, or alpha / sqrt(b) with rsLoRA."""

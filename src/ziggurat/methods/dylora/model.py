@@ -27,6 +27,9 @@ class DyLoRAModel(LinearTuner):
                 f"{min(d_in, d_out)}, or leave the module out by exclude_modules."
             )
 
+    def _makes(self, config: DyLoRAConfig, path: str, module: nn.Module) -> dict[str, int]:
+        return {path: config.r * sum(features(module))}
+
     def _adapt(self, config: DyLoRAConfig, adapter: str, layer: AdaptedLinear, path: str) -> None:
         assert isinstance(layer, DyLoRALinear)
         layer.add(adapter, config)

@@ -8,11 +8,25 @@ from typing import Any, Literal
 from ziggurat.errors import ConfigError
 from ziggurat.host.config import LinearMethodConfig
 from ziggurat.host.registry import peft_type
+from ziggurat.host.values import (
+    MOST_ENTRIES,
+    MOST_RANK,
+    check_above_zero,
+    check_flag,
+    check_probability,
+    check_rank,
+    is_whole,
+    shown,
+)
 from ziggurat.methods.lor2c.draw import draw_events
 from ziggurat.methods.lor2c.plan import CRITERIA, KEEP
 
 EVENTS_FILE = "lor2c_events.json"
 PICTURE_FILE = "lor2c_events.svg"
+#: The tensor that carries structure and log beside the weights: JSON in bytes.
+STRUCTURE_KEY = "lor2c_structure"
+#: Above any number of layers, events or features that a model has.
+MOST_WHOLE = 2**24
 
 CITATION = """@article{zhao2025lor2c,
   title   = {{LoR2C}: Low-Rank Residual Connection Adaptation for Parameter-Efficient Fine-Tuning},
@@ -56,6 +70,8 @@ class LoR2CConfig(LinearMethodConfig):
             when the adapter is put into it, before anything there is changed.
     """
 
+    no_factors = frozenset({STRUCTURE_KEY})
+
     bias: Literal["none", "all", "lor2c_only"] = field(
         default="none", metadata={"help": "Biases to train: 'none', 'all' or 'lor2c_only'."}
     )
@@ -83,6 +99,8 @@ class LoR2CConfig(LinearMethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type("LOR2C")
+        self._check_bias()
+        check_flag("share", self.share)
         #: The decisions so far, with their scores; written beside the adapter.
         self.log: list[dict[str, Any]] = []
         for name in ("merges", "injections"):
@@ -90,23 +108,29 @@ class LoR2CConfig(LinearMethodConfig):
         for name in ("criterion_k", "max_span", "inject_r", "hidden_size"):
             if getattr(self, name) is not None:
                 self._whole(name, 1)
+        if self.inject_r is not None:
+            check_rank("inject_r", self.inject_r)
         if self.max_span == 1 and self.merges:
             raise ConfigError(f"max_span=1 with merges={self.merges}: a merged path covers at least 2 layers.")
         if self.criterion not in CRITERIA:
-            raise ConfigError(f"criterion={self.criterion!r}: one of {', '.join(CRITERIA)}.")
+            raise ConfigError(f"criterion={shown(self.criterion)}: one of {', '.join(CRITERIA)}.")
         if self.keep not in KEEP:
-            raise ConfigError(f"keep={self.keep!r}: 'lower' or 'richer'.")
+            raise ConfigError(f"keep={shown(self.keep)}: 'lower' or 'richer'.")
         if self.criterion_k is not None and self.criterion_k > self.r:
             raise ConfigError(
                 f"criterion_k={self.criterion_k}: a path of rank r={self.r} has {self.r} singular values."
             )
-        self._check_above_zero("lora_alpha")
         if self.inject_alpha is not None:
-            self._check_above_zero("inject_alpha")
-        dropout = self.inject_dropout
-        if dropout is not None and not (isinstance(dropout, int | float) and 0 <= dropout < 1):
-            raise ConfigError(f"inject_dropout={dropout!r}: a probability from 0 up to, not including, 1.")
+            check_above_zero("inject_alpha", self.inject_alpha)
+        if self.inject_dropout is not None:
+            check_probability("inject_dropout", self.inject_dropout)
+        self._check_spans()
         self._check_injected()
+        if self.structure is not None and not isinstance(self.structure, dict):
+            raise ConfigError(
+                f"structure={shown(self.structure)}: a mapping that LoR2C has written. Leave it out, and say where "
+                "paths lie by spans and injected_layers."
+            )
         if self.may_inject and self.r == 1 and self.inject_r is None:
             raise ConfigError("r=1: LoRA in place of a path has rank r / 2, a whole number; set inject_r=1, or r=2.")
 
@@ -152,16 +176,27 @@ class LoR2CConfig(LinearMethodConfig):
             (folder / EVENTS_FILE).write_text(json.dumps(self.log, indent=1), encoding="utf-8")
             (folder / PICTURE_FILE).write_text(draw_events(self.log), encoding="utf-8")
 
+    def _check_spans(self) -> None:
+        given = self.spans
+        for spans in given.values() if isinstance(given, dict) else () if given is None else (given,):
+            if not isinstance(spans, list | tuple) or len(spans) > MOST_ENTRIES:
+                raise ConfigError(
+                    f"spans={shown(given)}: a list of first and last layers such as [[0, 1], [2, 5]], or one such list "
+                    "a stack, {stack: [...]}."
+                )
+
     def _check_injected(self) -> None:
         given = self.injected_layers
         for layers in given.values() if isinstance(given, dict) else () if given is None else (given,):
-            whole = isinstance(layers, list | tuple) and all(type(layer) is int for layer in layers)
+            whole = isinstance(layers, list | tuple) and all(is_whole(layer, -MOST_RANK, MOST_RANK) for layer in layers)
             if not whole or len(set(layers)) < len(layers):
                 raise ConfigError(
-                    f"injected_layers={given!r}: layers' numbers, each once, such as [3, 5] or {{stack: [3, 5]}}."
+                    f"injected_layers={shown(given)}: layers' numbers, each once, such as [3, 5] or {{stack: [3, 5]}}."
                 )
 
     def _whole(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"{name}={value!r}: a whole number of at least {least} is needed.")
+        if not is_whole(value, least, MOST_WHOLE):
+            raise ConfigError(
+                f"{name}={shown(value)}: a whole number of at least {least} is needed (at most {MOST_WHOLE:,})."
+            )

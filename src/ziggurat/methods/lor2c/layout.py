@@ -37,6 +37,13 @@ class Layout:
     linears: dict[str, tuple[str, int]] = field(default_factory=dict)
     structure: dict[str, StackState] = field(default_factory=dict)
 
+    def numbers(self, config: LoR2CConfig, model: nn.Module) -> int:
+        """How many numbers the adapter has: B of every path and its A, or one A a stack, and the LoRA in waiting."""
+        owners = [site for site in self.layers.values() if site.owner]
+        downs = {(site.stack, site.width) if config.share else site: site.width for site in owners}
+        waiting = [sum(features(model.get_submodule(path))) for path in self.linears]
+        return config.r * (sum(site.width for site in owners) + sum(downs.values())) + config.lora_r * sum(waiting)
+
 
 def lay_out(config: LoR2CConfig, model: nn.Module, anatomy: Anatomy, model_type: str | None) -> Layout:
     """Where `config`'s paths lie in `model`. Changes nothing.
@@ -173,6 +180,14 @@ def holder_of(model: nn.Module, stack: str) -> str:
 
 def _width(config: LoR2CConfig, model: nn.Module, layer: str) -> int:
     width = config.hidden_size or stream_width(model.get_submodule(layer))
+    if config.hidden_size is not None:
+        sides = {side for weight in model.get_submodule(layer).parameters() for side in weight.shape}
+        if sides and config.hidden_size not in sides:
+            raise ConfigError(
+                f"hidden_size={config.hidden_size}, but no weight in layer {layer!r} has such a side; its sides are "
+                f"{', '.join(map(str, sorted(sides)[:8]))}. Leave hidden_size out, or give the width of the residual "
+                "stream."
+            )
     if width is None:
         raise ConfigError(
             f"the width of what passes layer {layer!r} can't be seen: no linear in it reads and none writes that size. "

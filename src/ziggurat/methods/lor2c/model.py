@@ -17,8 +17,9 @@ from ziggurat.host.anatomy import Anatomy
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.paths import CANT_MERGE, attach, detach, handover_of, path_of
 from ziggurat.host.trainers import ride_along
-from ziggurat.host.tuner import LinearTuner, _quantization_kwargs
-from ziggurat.methods.lor2c.config import LoR2CConfig
+from ziggurat.host.tuner import LinearTuner, _quantization_kwargs, check_stored
+from ziggurat.host.untrusted import check_depth
+from ziggurat.methods.lor2c.config import STRUCTURE_KEY, LoR2CConfig
 from ziggurat.methods.lor2c.events import RestructureCallback
 from ziggurat.methods.lor2c.layer import LoR2CLayer, LoR2CLinear, LoR2CPath
 from ziggurat.methods.lor2c.layout import Layout, lay_out, means
@@ -26,8 +27,6 @@ from ziggurat.methods.lor2c.paths import Adapter, PathBank, from_json, to_json
 
 #: Where the bank stands in the base model; must not contain the tuner's prefix.
 BANK = "path_bank"
-#: The tensor that carries structure and log beside the weights: JSON in bytes.
-STRUCTURE_KEY = "lor2c_structure"
 
 
 class LoR2CModel(LinearTuner):
@@ -69,6 +68,7 @@ class LoR2CModel(LinearTuner):
         assert isinstance(peft_config, LoR2CConfig)
         self.anatomy = Anatomy(model, layers_pattern=peft_config.layers_pattern)
         self._layout = lay_out(peft_config, model, self.anatomy, self.get_model_config(model).get("model_type"))
+        check_stored(peft_config, self._layout.numbers(peft_config, model))
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
         assert isinstance(peft_config, LoR2CConfig)
@@ -204,8 +204,9 @@ class LoR2CModel(LinearTuner):
 def _decode(coded: Tensor) -> tuple[Mapping[str, Any], int, list[dict[str, Any]]]:
     try:
         said = json.loads(bytes(coded.to(device="cpu", dtype=torch.uint8).tolist()).decode())
-        log = list(said["log"])
-    except (ValueError, KeyError, TypeError) as error:
+        check_depth(said, STRUCTURE_KEY)
+        log = [dict(entry) for entry in said["log"]]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"the tensor {STRUCTURE_KEY!r} beside the adapter's weights isn't the JSON that LoR2C writes ({error}): "
             "the file is damaged, or was converted to another dtype. Save the adapter again."

@@ -1,6 +1,5 @@
 """All paths of a model, adapter by adapter: which there are, what happens to them, what is saved of it."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.values import is_whole, shown
 from ziggurat.lowrank.spans import check_spans
 from ziggurat.lowrank.spectrum import singular_values
 from ziggurat.methods.lor2c.config import LoR2CConfig
@@ -211,16 +211,22 @@ def from_json(plain: Mapping[str, Any]) -> tuple[dict[str, StackState], int]:
         structure = {
             stack: StackState(
                 tuple(check_spans(state["spans"], 1 + max((s[1] for s in state["spans"]), default=0))),
-                tuple(int(layer) for layer in state["injected"]),
+                tuple(_count(layer) for layer in state["injected"]),
             )
             for stack, state in plain["stacks"].items()
         }
-        return structure, int(plain["done"])
+        return structure, _count(plain["done"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ConfigError(
-            f"structure={json.dumps(plain, default=str)[:200]} isn't one that LoR2C has written ({error}). Leave "
+            f"structure={shown(plain)} isn't one that LoR2C has written ({error}). Leave "
             "structure out, and say where paths lie by spans and injected_layers."
         ) from error
+
+
+def _count(value: Any) -> int:
+    if not is_whole(value, 0):
+        raise ValueError(f"{shown(value)} is no number of layers or events")
+    return value
 
 
 def _forget_gradient(module: LoR2CPath | LoR2CLinear, adapter: str, active: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 from ziggurat.errors import ConfigError
 from ziggurat.host.config import LinearMethodConfig
 from ziggurat.host.registry import peft_type
+from ziggurat.host.values import MOST_ALPHA, MOST_ENTRIES, MOST_RANK, is_number, is_whole, shown
 from ziggurat.methods.lora2.schedule import Schedule, check_steps
 
 CITATION = """@article{zhang2024lora2,
@@ -70,12 +71,14 @@ class LoRA2Config(LinearMethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type("LORA2")
-        self._check_above_zero("lora_alpha")
-        if self.outer_rank is not None and not _is_count(self.outer_rank, 1):
-            raise ConfigError(f"outer_rank={self.outer_rank!r}: a whole number of at least 1 is needed.")
-        if self.target_rank is not None and not (_is_count(self.target_rank, 1) and self.target_rank <= self.r):
+        self._check_bias()
+        if self.outer_rank is not None and not is_whole(self.outer_rank, 1, MOST_RANK):
             raise ConfigError(
-                f"target_rank={self.target_rank!r} with r={self.r}: a whole number from 1 to r is needed, since "
+                f"outer_rank={shown(self.outer_rank)}: a whole number of at least 1 is needed (at most {MOST_RANK:,})."
+            )
+        if self.target_rank is not None and not is_whole(self.target_rank, 1, self.r):
+            raise ConfigError(
+                f"target_rank={shown(self.target_rank)} with r={self.r}: a whole number from 1 to r is needed, since "
                 "pruning only takes away. Lower target_rank or raise r."
             )
         for name, lowest in (("initial_warmup", 0), ("final_warmup", 0), ("mask_interval", 1)):
@@ -89,16 +92,24 @@ class LoRA2Config(LinearMethodConfig):
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             if not isinstance(value, float) or not 0 < value < 1:
-                raise ConfigError(f"{name}={value!r}: a number above 0 and below 1 is needed, such as 0.85.")
+                raise ConfigError(f"{name}={shown(value)}: a number above 0 and below 1 is needed, such as 0.85.")
         for name in ("orthogonality", "cross_plane"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise ConfigError(f"{name}={value!r}: a weight of 0 or more is needed.")
-        if self.rank_pattern is not None and not isinstance(self.rank_pattern, dict):
-            raise ConfigError(f"rank_pattern={self.rank_pattern!r}: paths with ranks, such as {{'layer.0.query': 4}}.")
-        for path, rank in (self.rank_pattern or {}).items():
-            if not _is_count(rank, 0):
-                raise ConfigError(f"rank_pattern[{path!r}]={rank!r}: a whole number of at least 0 is needed.")
+            if not is_number(value) or not 0 <= value <= MOST_ALPHA:
+                raise ConfigError(
+                    f"{name}={shown(value)}: a weight of 0 or more is needed (a finite one, at most {MOST_ALPHA:g})."
+                )
+        pattern = {} if self.rank_pattern is None else self.rank_pattern
+        if not isinstance(pattern, dict) or len(pattern) > MOST_ENTRIES or not all(isinstance(p, str) for p in pattern):
+            raise ConfigError(
+                f"rank_pattern={shown(pattern)}: paths with ranks, such as {{'layer.0.query': 4}}, is needed."
+            )
+        for path, rank in pattern.items():
+            if not is_whole(rank, 0, MOST_RANK):
+                raise ConfigError(
+                    f"rank_pattern[{shown(path)}]={shown(rank)}: a whole number of at least 0 is needed (at most "
+                    f"{MOST_RANK:,})."
+                )
 
     @property
     def scale(self) -> float:
@@ -133,7 +144,3 @@ class LoRA2Config(LinearMethodConfig):
     @property
     def citation(self) -> str:
         return CITATION
-
-
-def _is_count(value: object, lowest: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ziggurat.errors import ConfigError
 from ziggurat.host.linear import AdaptedLinear, features
 from ziggurat.host.trainers import ride_along
-from ziggurat.host.tuner import LinearTuner
+from ziggurat.host.tuner import LinearTuner, check_rank_here
 from ziggurat.methods.lora2 import pruning
 from ziggurat.methods.lora2.callback import LoRA2Callback
 from ziggurat.methods.lora2.config import LoRA2Config
@@ -27,6 +27,12 @@ class LoRA2Model(LinearTuner):
 
     def _check_target(self, config: LoRA2Config, path: str, module: nn.Module) -> None:
         check_ranks(config, path, *features(module))
+        check_rank_here("r", config.rank_at(path), path, module)
+
+    def _makes(self, config: LoRA2Config, path: str, module: nn.Module) -> dict[str, int]:
+        d_in, d_out = features(module)
+        r, k = config.rank_at(path), config.outer_rank_at(d_in, d_out)
+        return {path: k * (d_in + d_out) + 2 * k * r + r if r else 0}
 
     def _adapt(self, config: LoRA2Config, adapter: str, layer: AdaptedLinear, path: str) -> None:
         assert isinstance(layer, LoRA2Linear)

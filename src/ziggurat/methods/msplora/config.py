@@ -6,6 +6,7 @@ from typing import Any, Literal
 from ziggurat.errors import ConfigError
 from ziggurat.host.config import LinearMethodConfig
 from ziggurat.host.registry import peft_type
+from ziggurat.host.values import MOST_RANK, check_flag, is_whole, shown
 from ziggurat.methods.msplora.pyramid import Tier, check_tiers, halved_tiers, listed_tiers
 
 CITATION = """@article{zhao2025msplora,
@@ -55,14 +56,20 @@ class MSPLoraConfig(LinearMethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type("MSPLORA")
+        self._check_bias()
+        check_flag("train_in_stages", self.train_in_stages)
+        for name in ("group_starts", "ranks", "tiers"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, list | tuple):
+                raise ConfigError(f"{name}={shown(value)}: a list is needed.")
         if self.tiers is not None:
             given = [name for name in ("num_groups", "group_starts", "ranks") if getattr(self, name) is not None]
             if given:
                 raise ConfigError(f"tiers=[...] says all of the pyramid; {given[0]} can't be given beside it.")
         if self.num_groups is not None and self.group_starts is not None:
             raise ConfigError("num_groups and group_starts both say where the mid groups lie: give one of them.")
-        if not isinstance(self.rank_decay, int) or isinstance(self.rank_decay, bool):
-            raise ConfigError(f"rank_decay={self.rank_decay!r}: a whole number of at least 1 is needed.")
+        if not is_whole(self.rank_decay, -MOST_RANK, MOST_RANK):
+            raise ConfigError(f"rank_decay={shown(self.rank_decay)}: a whole number of at least 1 is needed.")
         check_tiers(self.pyramid())
 
     def pyramid(self) -> tuple[Tier, ...]:

@@ -10,7 +10,7 @@ from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Place
 from ziggurat.host.linear import AdaptedLinear, features
 from ziggurat.host.trainers import ride_along
-from ziggurat.host.tuner import LinearTuner
+from ziggurat.host.tuner import LinearTuner, check_rank_here
 from ziggurat.methods.msplora.config import MSPLoraConfig
 from ziggurat.methods.msplora.layer import MSPLoraLayer, MSPLoraLinear, Pyramid
 from ziggurat.methods.msplora.pyramid import Tier, components, tier_of
@@ -38,6 +38,8 @@ class MSPLoraModel(LinearTuner):
             self.anatomy.place(path)  # raises: the config speaks of layers, and there are none
         place, (d_in, d_out) = self._place(config, path), features(module)
         if not place.role:
+            for tier in config.pyramid():
+                check_rank_here(f"rank of tier {tier.name!r}", tier.r, path, module)
             return
         for tier in config.pyramid():
             tier.check(place)
@@ -47,6 +49,12 @@ class MSPLoraModel(LinearTuner):
                     f"most rank {min(d_in, d_out)} has a meaning there. Lower r, or leave the module out by "
                     "exclude_modules."
                 )
+
+    def _makes(self, config: MSPLoraConfig, path: str, module: nn.Module) -> dict[str, int]:
+        d_in, d_out = features(module)
+        tiers = config.pyramid()
+        parts = components(tiers, self._place(config, path), d_in, d_out)
+        return {part.pair: tier.r * (d_in + d_out) for tier, part in zip(tiers, parts, strict=True)}
 
     def _adapt(self, config: MSPLoraConfig, adapter: str, layer: AdaptedLinear, path: str) -> None:
         assert isinstance(layer, MSPLoraLinear)

@@ -14,10 +14,13 @@ from typing import Any
 from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Place
 from ziggurat.host.bank import Component
+from ziggurat.host.values import MOST_RANK, check_above_zero, is_whole, shown
 
 #: One group per layer: nobody shares.
 EVERY_LAYER = "layers"
 TIER_FIELDS = ("name", "groups", "r", "lora_alpha")
+#: The most tiers a pyramid may have, and letters a tier's name.
+MOST_TIERS = 64
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,8 @@ def halved_tiers(
         ranks = tuple(_divided(r, rank_decay, step) for step in range(3))
     if len(ranks) != 3:
         raise ConfigError(
-            f"ranks={list(ranks)}: three ranks are needed, for the global, mid and layer tier. For more or fewer "
-            "tiers give tiers=[...]."
+            f"ranks={shown(list(ranks))}: three ranks are needed, for the global, mid and layer tier. For more or "
+            "fewer tiers give tiers=[...]."
         )
     mid = tuple(group_starts) if group_starts is not None else (3 if num_groups is None else num_groups)
     at_most = group_starts is None and num_groups is None
@@ -136,18 +139,20 @@ def listed_tiers(entries: Sequence[dict[str, Any]], r: int, lora_alpha: float, u
         ConfigError: an unknown or missing field, or two tiers of one name.
     """
     tiers = []
+    if len(entries) > MOST_TIERS:
+        raise ConfigError(f"tiers has {len(entries):,} entries: at most {MOST_TIERS}.")
     for position, entry in enumerate(entries):
-        unknown = sorted(set(entry) - set(TIER_FIELDS))
-        if unknown or "name" not in entry or "groups" not in entry:
-            problem = f"unknown field {unknown[0]!r}" if unknown else "name and groups are needed"
+        unknown = sorted(map(str, set(entry) - set(TIER_FIELDS))) if isinstance(entry, dict) else []
+        if not isinstance(entry, dict) or unknown or not isinstance(entry.get("name"), str) or "groups" not in entry:
+            problem = f"unknown field {shown(unknown[0])}" if unknown else "name and groups are needed"
             raise ConfigError(
-                f"tiers[{position}]={dict(entry)!r}: {problem}. A tier has the fields {', '.join(TIER_FIELDS)}; "
+                f"tiers[{position}]={shown(entry)}: {problem}. A tier has the fields {', '.join(TIER_FIELDS)}; "
                 'groups is a number, a list of first layers, or "layers".'
             )
         groups = entry["groups"]
         tiers.append(
             Tier(
-                str(entry["name"]),
+                entry["name"],
                 tuple(groups) if isinstance(groups, list | tuple) else groups,
                 entry.get("r", r),
                 entry.get("lora_alpha", lora_alpha),
@@ -161,40 +166,36 @@ def check_tiers(tiers: Sequence[Tier]) -> None:
     """Raise ConfigError unless names, ranks, groups and alphas are possible in any model."""
     if not tiers:
         raise ConfigError('tiers=[]: at least one tier is needed, for example {"name": "global", "groups": 1}.')
-    if len(tiers) > 64:
-        raise ConfigError(f"tiers has {len(tiers)} entries: at most 64.")
     names = [tier.name for tier in tiers]
     for tier in tiers:
-        if not tier.name.isidentifier() or tier.name[-1].isdigit() or names.count(tier.name) > 1:
+        fits = tier.name.isidentifier() and not tier.name[-1].isdigit() and len(tier.name) <= MOST_TIERS
+        if not fits or names.count(tier.name) > 1:
             raise ConfigError(
-                f"tier name {tier.name!r}: a name is letters and underscores, doesn't end in a digit, and is used once."
+                f"tier name {shown(tier.name)}: a name is letters and underscores, at most {MOST_TIERS}, doesn't end "
+                "in a digit, and is used once."
             )
-        if not _is_count(tier.r):
-            raise ConfigError(f"rank {tier.r!r} of tier {tier.name!r}: a whole number of at least 1 is needed.")
-        if not isinstance(tier.lora_alpha, int | float) or not 0 < tier.lora_alpha < float("inf"):
+        if not is_whole(tier.r, 1, MOST_RANK):
             raise ConfigError(
-                f"lora_alpha {tier.lora_alpha!r} of tier {tier.name!r}: a finite number above 0 is needed."
+                f"rank {shown(tier.r)} of tier {tier.name!r}: a whole number of at least 1 is needed (at most "
+                f"{MOST_RANK:,})."
             )
+        check_above_zero(f"lora_alpha of tier {tier.name!r}", tier.lora_alpha)
         _check_groups(tier)
 
 
 def _check_groups(tier: Tier) -> None:
     groups = tier.groups
-    if groups == EVERY_LAYER or _is_count(groups):
+    if groups == EVERY_LAYER or is_whole(groups, 1):
         return
-    if isinstance(groups, tuple) and groups and all(isinstance(g, int) for g in groups):
+    if isinstance(groups, tuple) and groups and all(is_whole(g, -MOST_RANK, MOST_RANK) for g in groups):
         rising = all(a < b for a, b in pairwise(groups))
         if groups[0] == 0 and rising:
             return
         raise ConfigError(
-            f"group_starts={list(groups)} (tier {tier.name!r}): the first layer of each group, from 0 and rising, "
-            "for example [0, 4, 8]."
+            f"group_starts={shown(list(groups))} (tier {tier.name!r}): the first layer of each group, from 0 and "
+            "rising, for example [0, 4, 8]."
         )
     raise ConfigError(
-        f"groups={groups!r} of tier {tier.name!r}: a number of groups of at least 1, a list of first layers such as "
-        '[0, 4, 8], or "layers" for one group a layer.'
+        f"groups={shown(groups)} of tier {tier.name!r}: a number of groups of at least 1, a list of first layers such "
+        'as [0, 4, 8], or "layers" for one group a layer.'
     )
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

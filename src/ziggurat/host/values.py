@@ -1,0 +1,137 @@
+"""Checks of single values in a config, each with an error that says what was given and what is allowed."""
+
+import re
+from re import _constants as op  # pyright: ignore[reportAttributeAccessIssue]
+from re import _parser  # pyright: ignore[reportAttributeAccessIssue]
+from typing import Any
+
+from ziggurat.errors import ConfigError
+
+#: No matrix in use has more rows; a rank above is a slip or an attack.
+MOST_RANK = 2**16
+#: What a list or dict in a config may hold.
+MOST_ENTRIES = 100_000
+MOST_ALPHA = 1e9
+#: Repeats without end in one regular expression; matching takes the length of a path to that power.
+MOST_REPEATS = 4
+
+
+def is_whole(value: Any, least: int, most: float = float("inf")) -> bool:
+    """Whether `value` is an int, and no bool, from `least` to `most`."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is an int or a float, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def shown(value: Any) -> str:
+    """`value` for an error: its beginning, where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of more digits than Python prints, or a list within itself
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def check_rank(name: str, value: Any) -> None:
+    """Raise ConfigError unless `value` can be a rank."""
+    if not is_whole(value, 1):
+        raise ConfigError(f"{name}={shown(value)}: the rank must be a whole number of at least 1.")
+    if value > MOST_RANK:
+        raise ConfigError(f"{name}={shown(value)}: no matrix has room for such a rank; at most {MOST_RANK:,}.")
+
+
+def check_above_zero(name: str, value: Any) -> None:
+    """Raise ConfigError unless `value` is a number above 0 that a scale can be made of."""
+    if not is_number(value) or not 0 < value <= MOST_ALPHA:
+        raise ConfigError(f"{name}={shown(value)}: a finite number above 0 is needed (at most {MOST_ALPHA:g}).")
+
+
+def check_probability(name: str, value: Any) -> None:
+    """Raise ConfigError unless `value` is a number from 0 up to, not including, 1."""
+    if not is_number(value) or not 0 <= value < 1:
+        raise ConfigError(f"{name}={shown(value)}: a probability from 0 up to, not including, 1.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise ConfigError unless `value` is True or False: "no" and 0 would count as one of them in silence."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={shown(value)}: True or False is needed.")
+
+
+def check_names(name: str, value: Any) -> None:
+    """Raise ConfigError unless `value` is None or a list of strings."""
+    if value is None:
+        return
+    if not isinstance(value, list | tuple | set | frozenset) or not all(isinstance(one, str) for one in value):
+        raise ConfigError(f"{name}={shown(value)}: a list of names is needed, such as ['classifier'].")
+    _check_length(name, value)
+
+
+def check_pattern(name: str, value: Any) -> None:
+    """Raise ConfigError unless `value` is None, a list of names, or a regular expression that can't take for ever."""
+    if not isinstance(value, str):
+        if value is not None and not isinstance(value, list | tuple | set | frozenset):
+            raise ConfigError(f"{name}={shown(value)}: a list of names, or one regular expression, is needed.")
+        check_names(name, value)
+        return
+    try:
+        tree = _parser.parse(value)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{name}={shown(value)} is not a regular expression: {error}.") from error
+    if _endless(tree) > MOST_REPEATS:
+        raise ConfigError(
+            f"{name}={shown(value)}: matching this can take for ever. A regular expression here has at most "
+            f"{MOST_REPEATS} repeats without end (such as .* and \\w+) in a row, and no repeat or choice inside "
+            "another such repeat. Say it with fewer, or as a list of names."
+        )
+
+
+def check_layers(name: str, value: Any) -> None:
+    """Raise ConfigError unless `value` is None, a layer's number, or a list of such."""
+    numbers = [] if value is None else [value] if isinstance(value, int) else value
+    whole = isinstance(numbers, list | tuple | set | range) and all(is_whole(n, -MOST_RANK, MOST_RANK) for n in numbers)
+    if not whole:
+        raise ConfigError(f"{name}={shown(value)}: a layer's number, counted from 0, or a list of such.")
+    _check_length(name, numbers)
+
+
+def _check_length(name: str, value: Any) -> None:
+    if len(value) > MOST_ENTRIES:
+        raise ConfigError(f"{name} has {len(value):,} entries; at most {MOST_ENTRIES:,}.")
+
+
+def _endless(tree: Any) -> int:
+    """How many repeats without end stand in a row; one with a repeat or a choice inside counts as too many."""
+    count = 0
+    for what, argument in tree:
+        if what in (op.MAX_REPEAT, op.MIN_REPEAT):
+            _, most, body = argument
+            inside = _endless(body)
+            if most > MOST_RANK or most == op.MAXREPEAT:
+                count += MOST_REPEATS + 1 if inside or _chooses(body) else 1
+            else:
+                count += inside * min(most, MOST_REPEATS + 1)
+        elif what is op.BRANCH:
+            count += max(map(_endless, argument[1]), default=0)
+        elif what is op.SUBPATTERN:
+            count += _endless(argument[-1])
+        elif what in (op.ASSERT, op.ASSERT_NOT):
+            count += _endless(argument[1])
+        elif what is op.GROUPREF_EXISTS:
+            count += max(_endless(part) for part in argument[1:] if part is not None)
+        elif hasattr(op, "ATOMIC_GROUP") and what is op.ATOMIC_GROUP:
+            count += _endless(argument)
+    return count
+
+
+def _chooses(tree: Any) -> bool:
+    """Whether there is more than one way to match a text with `tree`: a choice or a repeat of any kind."""
+    for what, argument in tree:
+        if what in (op.BRANCH, op.MAX_REPEAT, op.MIN_REPEAT, op.GROUPREF_EXISTS):
+            return True
+        if what is op.SUBPATTERN and _chooses(argument[-1]):
+            return True
+    return False
