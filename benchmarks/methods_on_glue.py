@@ -229,7 +229,7 @@ def run(options: argparse.Namespace, spec: str, task_name: str, seed: int) -> di
     )
     shuffle = torch.Generator().manual_seed(seed)
     step, scores, start = 0, [], time.perf_counter()
-    for _ in range(epochs):
+    for epoch in range(1, epochs + 1):
         model.train()
         for batch, labels in train.batches(torch.randperm(len(train.labels), generator=shuffle), options.batch):
             with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
@@ -242,7 +242,8 @@ def run(options: argparse.Namespace, spec: str, task_name: str, seed: int) -> di
             if method.after_step is not None:
                 method.after_step(model, step, total, optimizer)
             optimizer.zero_grad()
-        scores.append(score(model, validation, task, options))
+        if epoch == epochs or not options.score_last:
+            scores.append(score(model, validation, task, options))
     return {
         "method": spec,
         "task": task_name,
@@ -344,6 +345,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="for methods that don't give their own")
     parser.add_argument("--holdout", type=float, default=0.0, help="tune: score on this share of the training split")
     parser.add_argument("--train-rows", type=int, help="learn from this many rows (default: all)")
+    parser.add_argument("--score-last", action="store_true", help="score after the last epoch only")
     parser.add_argument("--head", choices=["auto", "pair", "mean", "cls"], default="auto")
     parser.add_argument("--targets", nargs="+", help="default: queries and values")
     parser.add_argument("--bf16", action="store_true", help="autocast")

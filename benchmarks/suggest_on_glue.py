@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--holdout", type=float, default=0.0)
+    parser.add_argument("--score-last", action="store_true", help="score after the last epoch only")
     parser.add_argument("--head", choices=["auto", "pair", "mean", "cls"], default="auto")
     parser.add_argument("--targets", nargs="+", help="default: queries and values")
     parser.add_argument("--bf16", action="store_true", help="autocast")

@@ -23,6 +23,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         init_lora_weights=False,
     ),
     "dora": lambda: LoraConfig(r=4, use_dora=True, target_modules=["query", "value"], init_lora_weights=False),
+    "pissa": lambda: LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights="pissa"),
+    "dylora": lambda: METHODS["dylora"].config(ZOO["bert"], init_weights=False, lora_alpha=5, inference_rank=3),
     "adalora": lambda: AdaLoraConfig(
         init_r=6, target_r=4, total_step=10, lora_alpha=5, target_modules=["query", "value"], init_lora_weights=False
     ),

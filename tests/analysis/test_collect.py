@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from analysis_configs import CONFIGS
-from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
+from peft import LilyConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from methods_table import METHODS
-from ziggurat import LoR2CConfig, MSPLoraConfig
+from ziggurat import AdapterDropConfig, LoR2CConfig, MSPLoraConfig
 from ziggurat.analysis import Collected, Component, collect
 from ziggurat.errors import ConfigError
 from ziggurat.export import lora_pairs
@@ -30,7 +30,7 @@ def composed(collected: Collected) -> dict[tuple[int, str], Tensor]:
     return {(c.layers[0], c.role): delta(c.pair) for c in collected.of(part)}
 
 
-@pytest.mark.parametrize("method", ["msplora", "lora2"])
+@pytest.mark.parametrize("method", ["msplora", "lora2", "dylora"])
 def test_the_update_of_a_linear_is_what_its_module_adds(method: str, adapted: Adapted) -> None:
     model = adapted(CONFIGS[method]())
     found = composed(collect(model))
@@ -41,7 +41,7 @@ def test_the_update_of_a_linear_is_what_its_module_adds(method: str, adapted: Ad
         torch.testing.assert_close(update, delta(pair), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "adalora"])
 def test_the_update_of_a_foreign_linear_is_its_delta(method: str, adapted: Adapted) -> None:
     model = adapted(CONFIGS[method]())
     found = composed(collect(model))
@@ -171,9 +171,40 @@ def test_bad_folders_are_refused(tmp_path: Path, saved: Saved) -> None:
         collect(folder)
 
 
-def test_other_methods_are_refused_with_what_is_readable(adapted: Adapted) -> None:
-    with pytest.raises(ConfigError, match="PEFT method VERA; analysis reads MSPLoRA"):
-        collect(adapted(VeraConfig(r=4, target_modules=["query"])))
+def test_a_start_from_the_weights_is_noted(adapted: Adapted) -> None:
+    assert collect(adapted(CONFIGS["pissa"]())).notes[0].startswith("the pairs began as a part of W (pissa)")
+
+
+@pytest.mark.filterwarnings("ignore:Adapter .default.*invalid shape")
+def test_a_pruned_adalora_is_read_with_the_ranks_that_are_left(adapted: Adapted, tmp_path: Path) -> None:
+    model = adapted(CONFIGS["adalora"]())
+    for n, (_, E) in enumerate(p for p in model.named_parameters() if "lora_E" in p[0]):
+        E.data[n % 5 :] = 0
+    keep = {n.replace("lora_E.default", "lora_E"): (E.flatten() != 0).tolist()
+            for n, E in model.named_parameters() if "lora_E" in n}  # fmt: skip
+    model.peft_config["default"].rank_pattern = {n.replace("base_model.model.", ""): v for n, v in keep.items()}
+    live = collect(model)
+    model.save_pretrained(str(tmp_path / "pruned"))
+    stored = {c.name: c for c in collect(tmp_path / "pruned").components}
+    assert {c.rank for c in stored.values()} > {1, 2}
+    for one in live.components:
+        torch.testing.assert_close(delta(stored[one.name].pair), delta(one.pair), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (VeraConfig(r=4, target_modules=["query"]), "VERA"),
+        (LilyConfig(r=4, target_modules=["query"]), "LILY"),
+        (AdapterDropConfig(r=4), "ADAPTERDROP"),
+    ],
+)
+def test_other_methods_are_refused_with_what_is_readable(config: Any, name: str, adapted: Adapted) -> None:
+    with pytest.raises(ConfigError, match=f"PEFT method {name}; analysis reads MSPLoRA"):
+        collect(adapted(config))
+
+
+def test_a_model_without_an_adapter_is_refused() -> None:
     with pytest.raises(ConfigError, match="has no adapter 'default'; its adapters: none"):
         collect(ZOO["bert"].build())
 

@@ -25,6 +25,10 @@ Saved = Callable[..., Path]
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 in_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium here: apt-get install chromium")
 
+#: Nothing of the browser's own on the network; no sandbox, since CI's user is root.
+_QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+_QUIET += ["--disable-background-networking", "--disable-component-update"]
+
 #: Runs inside the page: texts that leave their chart, what is wider than the page, which colours are in force.
 _LOOK = """
 const frame = document.getElementById('page'), page = frame.contentDocument, root = page.documentElement;
@@ -71,14 +75,14 @@ def look(html: str, folder: Path, width: int, dark: bool = False) -> dict[str, A
     )
     script = f"<pre id=found></pre><script>onload=()=>{{{_LOOK}}}</script>"
     (folder / "look.html").write_text(f"<!doctype html><meta charset=utf-8>{frame}{script}", encoding="utf-8")
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
-    command += [
+    command = [
+        BROWSER,
+        f"--user-data-dir={folder / 'profile'}",
+        *_QUIET,
         "--enable-logging=stderr",
-        "--virtual-time-budget=3000",
         "--hide-scrollbars",
-        "--window-size=1400,1000",
-        "--dump-dom",
     ]
+    command += ["--virtual-time-budget=3000", "--window-size=1400,1000", "--dump-dom"]
     command += ["--blink-settings=preferredColorScheme=0"] if dark else []
     done = subprocess.run([*command, (folder / "look.html").as_uri()], capture_output=True, text=True, timeout=120)
     said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
@@ -96,6 +100,48 @@ def runs(saved: Saved) -> list[Path]:
     return [first, second]
 
 
+def pruned_run(saved: Saved) -> Path:
+    """LoRA² with its ranks cut, and a role without any direction in one layer."""
+    config = CONFIGS["lora2"]()
+    paths = [f"bert.encoder.layer.{n}.attention.self.{role}" for n in range(4) for role in ("query", "value")]
+    config.rank_pattern = dict(zip(paths, [4, 3, 2, 1, 0, 4, 1, 2], strict=True))
+    return run_folder(saved(config, "pruned"), "pruned", spectra=False)
+
+
+def test_what_was_pruned_is_told_and_drawn(saved: Saved) -> None:
+    run = read_run(pruned_run(saved))
+    assert run.most == 4 and sum(run.left.values()) == 17
+    page = report([pruned_run(saved)])
+    assert "17 of 32 directions are left, 15 were pruned." in page
+    drawn = page[page.index("Directions left, of 4") :].split("</svg>")[0]
+    found = [int(word) for word in re.findall(r">(\d)</text>", drawn)]
+    assert found[-8:] == [4, 3, 2, 1, 0, 4, 1, 2]
+
+
+def test_an_unpruned_run_says_nothing_of_pruning(saved: Saved) -> None:
+    assert "were pruned" not in report([run_folder(saved(CONFIGS["lora2"]()), "whole")])
+
+
+def test_two_runs_of_one_depth_are_compared(saved: Saved) -> None:
+    one, other = (run_folder(saved(CONFIGS[name](), name), name) for name in ("msplora", "lora"))
+    page = report([one, other])
+    assert "minus that of lora" in page and "minus that of" not in report([one])
+
+
+def test_runs_stand_side_by_side_until_they_are_many(runs: list[Path]) -> None:
+    few, many = report(runs), report(runs * 2)
+    assert "<th>run</th><th>a-run-with" in few and "<th>run</th><th>metric</th>" in many
+
+
+def test_one_point_is_no_curve(saved: Saved) -> None:
+    folder = run_folder(saved(CONFIGS["lora"]()), "short")
+    values = json.loads((folder / "run.json").read_text())
+    values["history"] = values["history"][:3]
+    (folder / "run.json").write_text(json.dumps(values))
+    page = report([folder])
+    assert "Training loss" not in page and "Singular values of part" not in page
+
+
 @in_browser
 @pytest.mark.parametrize("width", [360, 1200])
 def test_nothing_overflows_on_a_phone_or_a_desk(width: int, runs: list[Path], tmp_path: Path) -> None:
@@ -103,8 +149,8 @@ def test_nothing_overflows_on_a_phone_or_a_desk(width: int, runs: list[Path], tm
     assert found["width"] == width
     assert (found["out"], found["wide"]) == ([], [])
     assert found["scroll"] <= width
-    # 4 curves; a pyramid, two role maps and a KL map a run; the spectra and their ranks of the first.
-    assert found["charts"] == 4 + 2 * 4 + 2
+    # 4 curves; a pyramid, two role maps and a KL map a run; the first's energy, spectra and ranks; one compared.
+    assert found["charts"] == 4 + 2 * 4 + 3 + 1
 
 
 @in_browser
@@ -159,6 +205,26 @@ def test_charts_bear_what_is_not_there() -> None:
     assert svg.line_chart("empty", {"a": ([1.0], [float("nan")])}, "epoch") == ""
     assert "<polyline" in svg.line_chart("one point", {"a": ([1.0], [2.0])}, "epoch")
     assert svg.heat_map("NaN", np.full((2, 2), np.nan), ["0", "1"], ["q", "v"]).count('class="x"') == 4
+
+
+def test_ticks_are_round_and_reach_over_all() -> None:
+    assert svg.ticks(0.669, 0.707, 4) == [0.66, 0.67, 0.68, 0.69, 0.7, 0.71]
+    assert svg.ticks(0, 10, 4) == [0, 5, 10] and svg.ticks(3, 3, 4) == [3]
+    assert svg.ticks(-1.2e-5, 2e-5, 4)[0] <= -1.2e-5
+
+
+def test_bars_show_shares_of_each_row() -> None:
+    drawn = svg.bars("energy", {"global": {"q": 1.0, "v": 0.0}, "layer": {"q": 3.0, "v": 2.0}}, "x")
+    assert re.findall(r">(\d+%)<", drawn) == ["25%", "75%", "100%"]
+    wide = [float(w) for w in re.findall(r'width="([\d.]+)" height="22"', drawn)]
+    assert wide[1] + 1 == pytest.approx(3 * (wide[0] + 1), rel=1e-2) and wide[2] == 0
+    assert svg.bars("zeros", {"lora": {"q": 0.0}}, "x") == "" == svg.bars("none", {}, "x")
+
+
+def test_two_hues_meet_at_zero() -> None:
+    drawn = svg.heat_map("d", np.array([[-2.0, 0.0], [1.0, np.nan]]), ["0", "1"], ["0", "1"], centred=True)
+    cells = re.findall(r'class="([hiyx])"(?: style="--v:(\d+)%")? x', drawn)
+    assert cells == [("y", "100"), ("h", "0"), ("h", "100"), ("x", "")]
 
 
 def test_a_deep_narrow_map_has_names_that_do_not_collide() -> None:

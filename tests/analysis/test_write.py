@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from ziggurat.analysis import collect, figures, measures
 from ziggurat.analysis.components import short_roles, span_text
-from ziggurat.analysis.style import heat_map, new_axes
+from ziggurat.analysis.style import digits_for, heat_map, new_axes
+from ziggurat.analysis.trace import top_values
 from ziggurat.analysis.write import MAPS, against, as_json, pictures_of, table, write
 from ziggurat.cli import app
 from ziggurat.errors import ConfigError
@@ -77,7 +78,10 @@ def test_axes_come_in_and_go_out(saved: Saved) -> None:
 
 def test_a_heat_map_says_its_numbers_and_greys_what_is_missing() -> None:
     ax = heat_map(new_axes(4, 3), np.array([[1.0, np.nan], [2.5, 3.0]]), ["0", "1"], ["q", "v"])
-    assert sorted(text.get_text() for text in ax.texts) == ["1.0", "2.5", "3.0"]
+    assert sorted(text.get_text() for text in ax.texts) == ["1.00", "2.50", "3.00"]
+    assert [digits_for(np.array(v)) for v in ([0.004], [-0.2, 1.0], [12.0], [340.0], [])] == [3, 2, 1, 0, 2]
+    close = heat_map(new_axes(4, 3), np.array([[-0.0001, 0.004]]), ["0"], ["q", "v"], centred=True)
+    assert [text.get_text() for text in close.texts] == ["0.000", "0.004"]
     assert ax.images[0].get_array().mask.tolist() == [[False, True], [False, False]]
 
 
@@ -137,7 +141,23 @@ def test_words() -> None:
 
 def test_spectra_that_a_run_recorded_are_drawn(saved: Saved, tmp_path: Path) -> None:
     folder = saved(CONFIGS["msplora"]())
-    history = [{**{f"spectra/mid/s{n}": e / n for n in (1, 2)}, "epoch": e} for e in (1.0, 2.0)]
+    history = [
+        {f"spectra/{part}/s{n}": e / n for part, most in (("global", 4), ("mid", 2)) for n in range(1, most + 1)}
+        | {"epoch": e}
+        for e in (1.0, 2.0)
+    ]
     (folder / "run.json").write_text(json.dumps({"history": history}))
     done = CliRunner().invoke(app, ["analyze", str(folder), "--out", str(tmp_path / "out")])
-    assert done.exit_code == 0 and (tmp_path / "out" / "epochs-mid.png").is_file()
+    assert done.exit_code == 0 and (tmp_path / "out" / "epochs.png").is_file()
+    whole, mid = figures.figure_3(top_values(history))
+    # One scale for all tiers, cells of one height, and one colour bar.
+    assert {ax.images[0].norm.vmax for ax in (whole, mid)} == {2.0}
+    assert whole.get_ylim() == mid.get_ylim() == (3.5, -0.5) and len(whole.figure.axes) == 3
+    whole.figure.draw_without_rendering()
+
+
+def test_what_is_near_nothing_looks_like_nothing(saved: Saved) -> None:
+    """Cosines of independent updates are noise; a scale that ended at the largest would paint it as structure."""
+    ax = figures.layer_map(np.array([[1.0, 0.003], [-0.002, 1.0]]), "t", "l", centred=True, diagonal=False, least=0.1)
+    assert ax.images[0].get_clim() == (-0.1, 0.1)
+    assert ax.images[0].get_array().mask.tolist() == [[True, False], [False, True]]

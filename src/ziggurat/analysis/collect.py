@@ -21,7 +21,9 @@ from .components import UPDATE, Collected, Component, span_text
 from .readers import READERS, Places, place_by_name
 
 #: What a reader of a pickled or foreign adapter is told.
-READABLE = "MSPLoRA, LoR2C, LoRA², LoRA (DoRA, rsLoRA, PiSSA, ... too) and AdaLoRA"
+READABLE = "MSPLoRA, LoR2C, LoRA², DyLoRA, LoRA (DoRA, rsLoRA, PiSSA, ... too) and AdaLoRA"
+#: Starts of LoRA that take a part out of W and give it to the pair.
+_FROM_WEIGHTS = ("pissa", "olora", "corda", "loftq")
 
 
 def collect(source: nn.Module | str | Path, adapter: str = "default", *, composed: bool = True) -> Collected:
@@ -135,6 +137,9 @@ def _notes(found: Iterable[Component], config: Any) -> Iterable[str]:
         yield "which layers the shared tiers reach isn't known: the base model's config was not found"
     if getattr(config, "use_dora", False):
         yield "DoRA rescales each row of W + B A by a trained magnitude; the numbers here are of B A before that"
+    start = str(getattr(config, "init_lora_weights", "")).lower()
+    if start.startswith(_FROM_WEIGHTS):
+        yield f"the pairs began as a part of W ({start}); the numbers are of B A, which still holds that part"
     if all(len(c.layers) == 1 for c in stored) and len({(c.stack, c.layers) for c in stored}) == 1:
         yield f"the adapter reaches {span_text(stored[0].layers)} only, so there are no layers to compare"
 

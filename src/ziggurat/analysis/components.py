@@ -21,10 +21,10 @@ class Component:
     """One low-rank update B A, with its scale in B.
 
     `part` says what it is in its method: a tier's name ("global", "mid", "layer"), a plane ("outer", "inner"), "path",
-    "injected", "lora", "adalora" or "dora", or "update" for the composed update of one linear. `stack`, `role` and
-    `layers` say where it acts (role "": around the layer itself); `group` numbers the pairs of a shared tier. A is
-    (rank, d_in), B (d_out, rank), both on the CPU in float32 or float64. `stored`: whether the adapter's file holds it;
-    composed updates are made of others.
+    "injected", "lora", "adalora", "dylora" or "dora", or "update" for the composed update of one linear. `stack`,
+    `role` and `layers` say where it acts (role "": around the layer itself); `group` numbers the pairs of a shared
+    tier. A is (rank, d_in), B (d_out, rank), both on the CPU in float32 or float64. `stored`: whether the adapter's
+    file holds it; composed updates are made of others.
     """
 
     part: str

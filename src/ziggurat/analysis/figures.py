@@ -9,7 +9,7 @@ import numpy as np
 
 from . import measures
 from .components import Collected, short_roles
-from .style import heat_map, new_axes, part_colour
+from .style import colour_bar, heat_map, new_axes, new_row, part_colour, scale, text_colour
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,10 +32,15 @@ def role_map(
     short = short_roles(roles)
     ax = ax or new_axes(2.6 + 0.8 * len(roles), 1.4 + 0.27 * max(4, len(grid)))
     words = value.replace("_", " ")
-    digits = 1 if np.nanmax(grid, initial=0) < 1000 else 0
-    heat_map(ax, grid, _numbers(len(grid)), [short[r] for r in roles], label=words, digits=digits)
+    title = f"{words[0].upper()}{words[1:]} of {_part_words(part)}"
+    limits = None
+    if value in ("effective_rank", "stable_rank"):
+        # Neither can be below 1 or above the rank, so colours mean the same in every figure of that rank.
+        most = max(c.rank for c in collected.of(part))
+        limits, title = (1.0, float(max(most, 2))), f"{title}, of {most}"
+    heat_map(ax, grid, _numbers(len(grid)), [short[r] for r in roles], label=words, limits=limits)
     ax.set_ylabel("layer")
-    ax.set_title(f"{words[0].upper()}{words[1:]} of {_part_words(part)}")
+    ax.set_title(title)
     return ax
 
 
@@ -46,18 +51,20 @@ def layer_map(
     ax: Axes | None = None,
     *,
     centred: bool = False,
-    digits: int = 2,
     diagonal: bool = True,
+    least: float = 0.0,
 ) -> Axes:
     """Heat map of a (N, N) matrix over pairs of layers: KL divergence, its difference, cosine, overlap.
 
-    `diagonal` False: a layer beside itself is left grey, where its 1 would take up the whole scale.
+    `centred`: negative and positive in two hues. `diagonal` False: a layer beside itself is left grey, where its 1
+    would take up the whole scale. `least`: the colours reach at least that far, so that noise looks like noise.
     """
     grid = np.where(np.eye(len(grid), dtype=bool) & (not diagonal), np.nan, grid)
     side = 2.2 + 0.34 * max(5, min(len(grid), 24))
     ax = ax or new_axes(side + 0.8, side)
-    colours = "RdBu_r" if centred else "magma"
-    heat_map(ax, grid, *[_numbers(len(grid))] * 2, colours=colours, centred=centred, label=label, digits=digits)
+    most = max(least, float(np.nanmax(np.abs(grid), initial=0.0))) or 1.0
+    limits = (-most if centred else 0.0, most)
+    heat_map(ax, grid, *[_numbers(len(grid))] * 2, centred=centred, limits=limits, label=label)
     ax.set_aspect("equal")
     ax.set_xlabel("layer j")
     ax.set_ylabel("layer i")
@@ -67,6 +74,8 @@ def layer_map(
 
 def energy_bars(collected: Collected, stack: str | None = None, ax: Axes | None = None) -> Axes:
     """What each part adds to a linear of each role, ||B A||_F^2 averaged over layers, stacked by part."""
+    from matplotlib.colors import to_rgb
+
     found = measures.energy(collected, stack)
     roles = list(dict.fromkeys(role for by_role in found.values() for role in by_role))
     short = short_roles(roles)
@@ -75,10 +84,12 @@ def energy_bars(collected: Collected, stack: str | None = None, ax: Axes | None 
     totals = np.array([sum(by_role.get(role, 0.0) for by_role in found.values()) for role in roles])
     for part, by_role in found.items():
         width = np.array([by_role.get(role, 0.0) for role in roles])
-        ax.barh(range(len(roles)), width, left=left, height=0.62, color=part_colour(part, list(found)), label=part)
+        colour = part_colour(part, list(found))
+        ax.barh(range(len(roles)), width, left=left, height=0.62, color=colour, label=part, edgecolor="white")
         for n, (start, one, whole) in enumerate(zip(left, width, totals, strict=True)):
             if whole and one / totals.max() > 0.08:
-                ax.text(start + one / 2, n, f"{one / whole:.0%}", ha="center", va="center", color="white", fontsize=8)
+                ink = text_colour(to_rgb(colour))
+                ax.text(start + one / 2, n, f"{one / whole:.0%}", ha="center", va="center", color=ink, fontsize=8)
         left += width
     ax.set_yticks(range(len(roles)), [short[role] for role in roles])
     ax.invert_yaxis()
@@ -93,14 +104,13 @@ def pyramid(collected: Collected, stack: str | None = None, role: str | None = N
 
     A box is averaged over the roles, or of `role` alone. Widest on top: for MSPLoRA that is the pyramid itself.
     """
-    import matplotlib
     from matplotlib.patches import FancyBboxPatch
 
     stack = measures.stack_of(collected, stack)
     parts = collected.stored_parts
     depth = collected.layers[stack]
     ax = ax or new_axes(2.0 + 0.55 * max(8, min(depth, 32)), 1.0 + 0.8 * len(parts))
-    colours = matplotlib.colormaps["YlGnBu"]
+    colours = scale()
     for level, part in enumerate(parts):
         boxes: dict[tuple[int, ...], list[tuple[float, int]]] = {}
         for c in collected.of(part):
@@ -109,24 +119,22 @@ def pyramid(collected: Collected, stack: str | None = None, role: str | None = N
         for layers, values in boxes.items():
             erank, rank = (float(np.mean([v[i] for v in values])) for i in (0, 1))
             share = erank / rank if np.isfinite(erank) and rank else 0.0
-            width = layers[-1] - layers[0] + 1
+            width, fill = layers[-1] - layers[0] + 1, colours(0.08 + 0.8 * share)
             ax.add_patch(
                 FancyBboxPatch(
                     (layers[0] - 0.44, level - 0.36),
                     width - 0.12,
                     0.72,
                     boxstyle="round,pad=0,rounding_size=0.08",
-                    facecolor=colours(0.12 + 0.75 * share),
-                    edgecolor="#33415c",
-                    linewidth=0.6,
+                    facecolor=fill,
+                    edgecolor="none",
                 )
             )
             words = f"{erank:.1f} of {rank:g}" if width > 2 else f"{erank:.1f}"
             if depth <= 40 or width > 1:
-                colour = "white" if share > 0.55 else "#1d2733"
-                ax.text(
-                    (layers[0] + layers[-1]) / 2, level, words, ha="center", va="center", fontsize=7.5, color=colour
-                )
+                middle = (layers[0] + layers[-1]) / 2
+                ink = text_colour(fill)
+                ax.text(middle, level, words, ha="center", va="center", fontsize=9 if width > 1 else 8, color=ink)
     ax.set_xlim(-0.6, depth - 0.4)
     ax.set_ylim(len(parts) - 0.5, -0.5)
     step = -(-depth // 32)
@@ -135,7 +143,7 @@ def pyramid(collected: Collected, stack: str | None = None, role: str | None = N
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     ax.set_xlabel("layer")
-    ax.set_title(f"Effective rank, {'mean over roles' if role is None else role} (darker: more of the rank is used)")
+    ax.set_title(f"Effective rank, {'mean over roles' if role is None else role}; darker: more of the rank is used")
     return ax
 
 
@@ -162,9 +170,14 @@ def spectrum_lines(collected: Collected, ax: Axes | None = None) -> Axes:
 
 
 def spectra_over_epochs(
-    top: np.ndarray, epochs: Sequence[float], part: str, ax: Axes | None = None, limit: float | None = None
+    top: np.ndarray,
+    epochs: Sequence[float],
+    part: str,
+    ax: Axes | None = None,
+    limit: float | None = None,
+    bar: bool = True,
 ) -> Axes:
-    """The paper's Fig. 3: the largest singular values (rows) of a part over the epochs (columns).
+    """One tier of the paper's Fig. 3: the largest singular values (rows) of a part over the epochs (columns).
 
     `top`: (values, epochs), from `trace.top_values`. `limit`: the upper end of the colours, where tiers share it.
     """
@@ -172,18 +185,39 @@ def spectra_over_epochs(
     names = [f"{epoch:g}" for epoch in epochs]
     high = limit if limit is not None else float(np.nanmax(top, initial=0.0))
     rows = [str(n + 1) for n in range(len(top))]
-    heat_map(ax, top, rows, names, limits=(0.0, high or 1.0), label="singular value", digits=2, colours="viridis")
+    heat_map(ax, top, rows, names, limits=(0.0, high or 1.0), label="singular value", bar=bar)
     ax.set_xlabel("epoch")
-    ax.set_ylabel("singular value")
+    ax.set_ylabel("singular value, from the largest")
     ax.set_title(_part_words(part)[0].upper() + _part_words(part)[1:])
     return ax
 
 
+def figure_3(found: Mapping[str, tuple[np.ndarray, np.ndarray]], axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
+    """The paper's Fig. 3 whole: `spectra_over_epochs` of every part side by side, on one scale with one colour bar.
+
+    `found`: part -> (epochs, values), from `trace.top_values`.
+    """
+    limit = max((float(np.nanmax(values, initial=0.0)) for _, values in found.values()), default=0.0)
+    tall = max(len(values) for _, values in found.values())
+    if axes is None:
+        wide = [max(3, min(len(epochs), 24)) for epochs, _ in found.values()]
+        axes = new_row(1.6 + 0.42 * sum(wide) + 0.5 * len(wide), 1.4 + 0.3 * tall, [float(w) for w in wide])
+    for ax, (part, (epochs, values)) in zip(axes, found.items(), strict=True):
+        spectra_over_epochs(values, [round(float(e), 2) for e in epochs], part, ax, limit, bar=False)
+        ax.set_ylim(tall - 0.5, -0.5)  # cells of one height, where a tier has fewer values
+        if ax is not axes[0]:
+            ax.set_ylabel("")
+    colour_bar(axes[0].images[0], axes, "singular value, mean over the tier's pairs")
+    return axes
+
+
 def tier_map(collected: Collected, stack: str | None = None, side: str = "input", ax: Axes | None = None) -> Axes:
-    """Heat map of `measures.tier_overlap`."""
+    """Heat map of `measures.tier_overlap`; a part beside itself, which is 1, is left grey."""
     grid, parts = measures.tier_overlap(collected, stack, side)
+    np.fill_diagonal(grid, np.nan)
     ax = ax or new_axes(2.4 + 0.7 * len(parts), 1.6 + 0.6 * len(parts))
-    heat_map(ax, grid, parts, parts, limits=(0, 1), label=f"overlap of {side} spaces", digits=2, colours="magma")
+    high = max(0.1, float(np.nanmax(grid, initial=0.0)))
+    heat_map(ax, grid, parts, parts, limits=(0.0, high), label=f"mean cos² of the angles, {side}s")
     ax.set_title("Overlap between parts")
     return ax
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,56 +12,11 @@ import numpy as np
 from ziggurat.errors import ConfigError
 
 from . import measures, svg, trace
-from .collect import collect
 from .components import Collected, short_roles
+from .page_style import STYLE
+from .runs import Run, read_run
 
-RUN, RECIPE = "run.json", "recipe.yaml"
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """What a finished run's folder says. `collected` is None where there is no adapter to read; `why` says so."""
-
-    name: str
-    values: dict[str, Any]
-    recipe: str
-    collected: Collected | None
-    why: str
-    events: list[dict[str, Any]]
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        return self.values.get("history") or []
-
-
-def read_run(folder: str | Path) -> Run:
-    """The run in `folder`.
-
-    Raises:
-        ConfigError: there is no finished run of `ziggurat train` in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ConfigError(f"there is no folder {folder}.")
-    for name in (RUN, RECIPE):
-        if not (folder / name).is_file():
-            inside = sorted(str(path.parent) for path in folder.glob(f"*/{RUN}"))
-            hint = f" Runs lie in {', '.join(inside)}." if inside else ""
-            raise ConfigError(f"{folder} holds no run of `ziggurat train`: it has no {name}.{hint}")
-    try:
-        values = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{folder / RUN} is no JSON: {error}.") from error
-    if "after" not in values:
-        raise ConfigError(f"{folder} is an unfinished run: go on with resume=true first.")
-    try:
-        collected, why = collect(folder), ""
-    except ConfigError as error:
-        collected, why = None, str(error)
-    events_file = folder / "lor2c_events.json"
-    events = json.loads(events_file.read_text(encoding="utf-8")) if events_file.is_file() else []
-    recipe = (folder / RECIPE).read_text(encoding="utf-8")
-    return Run(folder.resolve().name, values, recipe, collected, why, events)
+ACROSS = "layer j across, i down"
 
 
 def report(folders: Sequence[str | Path]) -> str:
@@ -76,13 +29,15 @@ def report(folders: Sequence[str | Path]) -> str:
         raise ConfigError("name one run folder or more.")
     runs = [read_run(folder) for folder in folders]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    body = [f"<h1>{escape(title)}</h1>", _scores(runs), _cost(runs), _section("Curves", _curves(runs))]
+    tables = f'<div class="two"><section>{_scores(runs)}</section><section>{_cost(runs)}</section></div>'
+    body = [f"<h1>{escape(title)}</h1>", tables, _section("Curves", _curves(runs))]
+    body.append(_section("Compared", _against(runs)))
     for run in runs:
         body += [_section(f"{run.name}: inside the adapter", _inside(run)), _decisions(run), _recipe(run)]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>'
+        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{STYLE}</style></head><body><main>'
         + "".join(body)
         + "</main></body></html>\n"
     )
@@ -94,6 +49,13 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="s"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def _by_run(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """One row a run, its name first; up to three runs stand side by side instead, which fits on a phone."""
+    if len(rows) <= 3:
+        head, *rows = zip(*[head, *rows], strict=True)
+    return _table(head, rows)
+
+
 def _scores(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
@@ -101,28 +63,28 @@ def _scores(runs: Sequence[Run]) -> str:
         others = {n: v for n, v in values["after"].items() if n not in (metric, "loss", "entropy")}
         also = ", ".join(f"{name} {_number(value)}" for name, value in others.items())
         cells = [_number(values[when].get(metric)) for when in ("before", "after", "guess")]
-        rows.append([run.name, metric, *cells, also])
-    return "<h2>Scores</h2>" + _table(["run", "metric", "before", "after", "by guessing", "after, also"], rows)
+        rows.append([run.name, metric, *cells, also or "-"])
+    return "<h2>Scores</h2>" + _by_run(["run", "metric", "before", "after", "by guessing", "after, also"], rows)
 
 
 def _cost(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
-        counts = run.values.get("parameters", {})
+        counts, said = run.values.get("parameters", {}), run.settings
         numbers = [counts.get(name) for name in ("adapter", "lora", "head")]
-        cells = [f"{n:,}" if isinstance(n, int) else "-" for n in numbers]
-        peak = run.values.get("peak_mb")
-        rows.append(
-            [
-                run.name,
-                *cells,
-                f"{run.values.get('seconds', 0):,.0f}",
-                f"{run.values.get('steps', 0):,}",
-                f"{peak:,.0f}" if peak is not None else "-",
-            ]
-        )
-    names = ["run", "adapter's parameters", "LoRA of that rank", "head", "seconds", "steps", "peak memory, MiB"]
-    return "<h2>Parameters and memory</h2>" + _table(names, rows)
+        peak, stored = run.values.get("peak_mb"), run.values.get("stored_bytes")
+        cells = [
+            str(said.get("model", "-")),
+            str(said.get("method.name", "-")),
+            *(f"{n:,}" if isinstance(n, int) else "-" for n in numbers),
+            f"{stored / 1024:,.0f} KiB" if stored is not None else "-",
+            f"{run.values.get('seconds', 0):,.0f}",
+            f"{run.values.get('steps', 0):,}",
+            f"{peak:,.0f} MiB" if peak is not None else "-",
+        ]
+        rows.append([run.name, *cells])
+    names = ["run", "model", "method", "adapter's parameters", "LoRA of that rank", "head", "stored"]
+    return "<h2>Parameters and memory</h2>" + _by_run([*names, "seconds", "steps", "peak memory"], rows)
 
 
 def _curves(runs: Sequence[Run]) -> list[str]:
@@ -136,8 +98,10 @@ def _curves(runs: Sequence[Run]) -> list[str]:
             if points:
                 x, y = zip(*points, strict=True)
                 series[run.name] = (x, y)
-        title = titles.get(name, f"Validation {name.removeprefix('eval_')}")
-        charts.append(svg.line_chart(title, series, "epoch") if series else "")
+        # One point a run is no curve; the tables say it.
+        if any(len(x) > 1 for x, _ in series.values()):
+            title = titles.get(name, f"Validation {name.removeprefix('eval_')}")
+            charts.append(svg.line_chart(title, series, "epoch"))
     return [chart for chart in charts if chart]
 
 
@@ -146,45 +110,88 @@ def _inside(run: Run) -> list[str]:
     if collected is None:
         return [f"<p>{escape(run.why)}</p>"]
     charts = [f'<p class="note">{escape(note)}</p>' for note in collected.notes]
+    part = collected.by_layer
+    short = short_roles(collected.roles)
     for stack, depth in collected.layers.items():
         if not any(c.stack == stack and c.layers for c in collected.components):
             continue
         charts.append(svg.pyramid(collected, stack))
+        energy = {
+            name: {short[role]: value for role, value in by_role.items()}
+            for name, by_role in measures.energy(collected, stack).items()
+        }
+        if len(energy) > 1:
+            charts.append(svg.bars("Energy by part, share of its role", energy, "mean ‖B A‖²"))
         numbers = [str(n) for n in range(depth)]
-        for value in ("effective_rank", "norm"):
-            grid, roles = measures.by_layer_and_role(collected, collected.by_layer, value, stack)
-            short = short_roles(roles)
-            words = value.replace("_", " ").capitalize()
-            part = collected.by_layer
-            charts.append(
-                svg.heat_map(f"{words}, {part}: layers x roles", grid, numbers, [short[r] for r in roles], digits=1)
-            )
+        rows, most = [f"layer {n}" for n in numbers], float(max(2, *(c.rank for c in collected.of(part))))
+        # An effective rank lies between 1 and the rank, so its colours mean the same in every run of that rank.
+        for value, words, limits in (("effective_rank", "Effective rank", (1.0, most)), ("norm", "Norm", None)):
+            grid, roles = measures.by_layer_and_role(collected, part, value, stack)
+            names = [short[r] for r in roles]
+            charts.append(svg.heat_map(f"{words} of part {part}", grid, rows, names, limits=limits))
         if depth > 1:
             grid = measures.kl_matrix(collected, stack=stack)
-            charts.append(svg.heat_map("KL between layers' spectra", grid, numbers, numbers, "layer"))
-    top = trace.top_values(run.history)
-    for part, (epochs, values) in top.items():
-        rows = [str(n + 1) for n in range(len(values))]
-        names = [f"{epoch:g}" for epoch in np.round(epochs, 2)]
-        charts.append(svg.heat_map(f"Singular values of part {part}", values, rows, names, "epoch"))
-    ranks = {part: (list(x), list(y)) for part, (x, y) in trace.series(run.history, "effective_rank").items()}
-    if ranks:
+            charts.append(svg.heat_map("KL between layers' spectra", grid, numbers, numbers, ACROSS))
+    top = {name: found for name, found in trace.top_values(run.history).items() if len(found[0]) > 1}
+    limit = max((float(np.nanmax(values, initial=0.0)) for _, values in top.values()), default=0.0)
+    for name, (epochs, values) in top.items():
+        rows = [f"s{n + 1}" for n in range(len(values))]
+        columns = [f"{epoch:g}" for epoch in np.round(epochs, 2)]
+        title = f"Singular values of part {name}"
+        charts.append(svg.heat_map(title, values, rows, columns, "epoch", limits=(0.0, limit)))
+    ranks = {name: (list(x), list(y)) for name, (x, y) in trace.series(run.history, "effective_rank").items()}
+    if any(len(x) > 1 for x, _ in ranks.values()):
         charts.append(svg.line_chart("Effective rank while training", ranks, "epoch"))
+    return [chart for chart in charts if chart]
+
+
+def _against(runs: Sequence[Run]) -> list[str]:
+    """The paper's Fig. 4 of the first run against each other one that has the same layers."""
+    first, charts = runs[0].collected, []
+    for run in runs[1:]:
+        if first is None or run.collected is None:
+            continue
+        try:
+            grid = measures.kl_difference(first, run.collected)
+        except ConfigError:
+            continue
+        if len(grid) > 1:
+            numbers = [str(n) for n in range(len(grid))]
+            title = f"{runs[0].name} minus {run.name}"
+            charts.append(svg.heat_map(title, grid, numbers, numbers, ACROSS, centred=True))
+    if charts:
+        charts.insert(
+            0, f"<p>KL between layers' spectra; positive: {escape(runs[0].name)} is less redundant there.</p>"
+        )
     return charts
 
 
 def _decisions(run: Run) -> str:
-    if not run.events:
-        return ""
-    rows = [
-        [
-            str(event.get("step", "")),
-            str(event.get("kind", "")),
-            str(event.get("reason", "")),
-        ]
-        for event in run.events
-    ]
-    return f"<h2>{escape(run.name)}: decisions</h2>" + _table(["step", "what", "why"], rows)
+    name = escape(run.name)
+    found = ""
+    if run.events:
+        rows = [[str(event.get(key, "")) for key in ("step", "kind", "reason")] for event in run.events]
+        found += f"<h2>{name}: decisions</h2>" + _table(["step", "what", "why"], rows)
+    if run.left:
+        total, most = sum(run.left.values()), run.most * len(run.left)
+        charts = [f"<p>{total:,} of {most:,} directions are left, {most - total:,} were pruned.</p>"]
+        if run.collected is not None:
+            charts += list(_left(run, run.collected))
+        found += _section(f"{run.name}: pruned", charts)
+    return found
+
+
+def _left(run: Run, collected: Collected) -> Iterator[str]:
+    part, limits = collected.stored_parts[-1], (0.0, float(run.most))
+    for stack in collected.layers:
+        grid, roles = measures.by_layer_and_role(collected, part, "rank", stack)
+        short = short_roles(collected.roles)
+        rows = [f"layer {n}" for n in range(len(grid))]
+        # A linear that lost all its directions has no component.
+        grid = np.nan_to_num(grid)
+        yield svg.heat_map(
+            f"Directions left, of {run.most}", grid, rows, [short[r] for r in roles], digits=0, limits=limits
+        )
 
 
 def _recipe(run: Run) -> str:
@@ -204,30 +211,3 @@ def _section(title: str, charts: Sequence[str]) -> str:
 
 def _number(value: Any) -> str:
     return f"{value:,.2f}" if isinstance(value, int | float) else "-"
-
-
-_STYLE = """
-:root{--ink:#1d2733;--soft:#5b6775;--paper:#fff;--card:#f6f7f9;--line:#dde1e6;--hot:#12456b;--cold:#d8ecec;
---none:#cfcfcf;--c0:#1b6ca8;--c1:#d1495b;--c2:#2a9d8f;--c3:#b7791f;--c4:#7b5ea7;--c5:#5c6b73;--c6:#0b7a4b;--c7:#a33b8f;
-color-scheme:light dark}
-@media (prefers-color-scheme:dark){:root{--ink:#e7ebf0;--soft:#a3adb9;--paper:#12161b;--card:#1b2128;--line:#323b45;
---hot:#7fd1e8;--cold:#1d3540;--none:#3b3f45;--c0:#6db7ee;--c1:#f28a97;--c2:#5fd3c4;--c3:#e8b45a;--c4:#b79fe0;
---c5:#a9b7bf;--c6:#58cf98;--c7:#e58ad4}}
-*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
-main{max-width:1180px;margin:0 auto;padding:16px}h1{font-size:1.5rem;margin:.2em 0;overflow-wrap:anywhere}
-h2{font-size:1.1rem;margin:1.6em 0 .5em;overflow-wrap:anywhere}.s{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{text-align:left;padding:5px 14px 5px 0;
-border-bottom:1px solid var(--line);vertical-align:top}th{color:var(--soft);font-weight:600}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:12px;align-items:start}
-.grid p{grid-column:1/-1;margin:0;overflow-wrap:anywhere}.note{color:var(--c1)}
-figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:6px}
-svg{display:block;width:100%;height:auto;font:11px system-ui,sans-serif}text{fill:var(--ink)}
-.t{font-weight:700;font-size:12.5px}
-.n{fill:var(--soft)}.e{text-anchor:end}.m{text-anchor:middle}.w{fill:var(--paper)}.k{fill:var(--ink)}
-.g{stroke:var(--line)}.l{fill:none;stroke:var(--c);stroke-width:2}.p,.b{fill:var(--c)}
-.h{fill:color-mix(in oklab,var(--hot) var(--v),var(--cold));stroke:var(--card);stroke-width:.6}.x{fill:var(--none)}
-.c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}.c5{--c:var(--c5)}
-.c6{--c:var(--c6)}.c7{--c:var(--c7)}details{margin:1.2em 0}summary{cursor:pointer}
-pre{overflow-x:auto;background:var(--card);padding:10px;border-radius:8px}
-details p{color:var(--soft);overflow-wrap:anywhere}
-""".replace("\n", "")

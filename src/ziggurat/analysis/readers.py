@@ -128,6 +128,15 @@ def adalora(state: State, config: Any, places: Places, depth: Mapping[str, int])
         yield Component("adalora", place.stack, place.role, (place.layer,), f["A"], f["B"] * (f["E"].flatten() * scale))
 
 
+def dylora(state: State, config: Any, places: Places, depth: Mapping[str, int]) -> Iterator[Component]:
+    """DyLoRA cut to the rank b that acts outside training: alpha / b times B[:, :b] A[:b]. The rest takes no part."""
+    b = config.kept_rank
+    for path, f in _grouped(state, r"(.*)\.dylora_([AB])$").items():
+        place = places(path)
+        cut = stack([FactorPair(f["A"][:b], f["B"][:, :b])], [config.scale(b)])
+        yield Component("dylora", place.stack, place.role, (place.layer,), *cut)
+
+
 #: PEFT type -> its reader.
 READERS: dict[str, Callable[[State, Any, Places, Mapping[str, int]], Iterator[Component]]] = {
     "MSPLORA": msplora,
@@ -135,6 +144,7 @@ READERS: dict[str, Callable[[State, Any, Places, Mapping[str, int]], Iterator[Co
     "LOR2C": lor2c,
     "LORA": lora,
     "ADALORA": adalora,
+    "DYLORA": dylora,
 }
 
 

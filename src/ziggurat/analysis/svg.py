@@ -24,7 +24,11 @@ def line_chart(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[
         return ""
     xs = [x for points in kept.values() for x, _ in points]
     ys = [y for points in kept.values() for _, y in points]
-    (x0, x1), (y0, y1) = _padded(min(xs), max(xs), 0.0), _padded(min(ys), max(ys), 0.06)
+    across_at, up_at = ticks(min(xs), max(xs), 4), ticks(min(ys), max(ys), 4)
+    x0, x1 = min(min(xs), across_at[0]), max(max(xs), across_at[-1])
+    y0, y1 = min(min(ys), up_at[0]), max(max(ys), up_at[-1])
+    x0, x1 = (x0, x1) if x1 > x0 else (x0 - 0.5, x1 + 0.5)
+    y0, y1 = (y0, y1) if y1 > y0 else (y0 - 0.5, y1 + 0.5)
     legend = 16 * len(kept) if len(kept) > 1 else 0
     total = height + legend
 
@@ -32,14 +36,14 @@ def line_chart(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[
         across = _LEFT + (x - x0) / (x1 - x0) * (WIDTH - _LEFT - _RIGHT)
         return across, height - _BOTTOM - (y - y0) / (y1 - y0) * (height - _TOP - _BOTTOM)
 
-    parts = [_text(_LEFT, 16, title, "t")]
-    for value in np.linspace(y0, y1, 4):
+    parts = [_text(12, 16, _cut(title, 44), "t")]
+    for value in up_at:
         _, y = at(x0, value)
         parts.append(f'<line class="g" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(_text(_LEFT - 6, y + 4, _short(value), "n e"))
-    for value in np.linspace(x0, x1, 3):
-        anchor = {x0: "n", x1: "n e"}.get(value, "n m")
-        parts.append(_text(at(value, y0)[0], height - _BOTTOM + 14, _short(value), anchor))
+    for value in across_at:
+        place = at(value, y0)[0]
+        parts.append(_text(place, height - _BOTTOM + 14, _short(value), "n e" if place > WIDTH - 30 else "n m"))
     parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, height - 4, x_name, "n m"))
     for number, (name, points) in enumerate(kept.items()):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
@@ -56,10 +60,56 @@ def line_chart(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[
     return _svg(total, title, parts)
 
 
+def bars(title: str, found: Mapping[str, Mapping[str, float]], x_name: str) -> str:
+    """Stacked horizontal bars: part -> row -> length. The share of its row stands in each piece that has room."""
+    rows = list(dict.fromkeys(row for by_row in found.values() for row in by_row))
+    totals = {row: sum(by_row.get(row, 0.0) for by_row in found.values()) for row in rows}
+    longest = max(totals.values(), default=0.0)
+    if not rows or not np.isfinite(longest) or longest <= 0:
+        return ""
+    left = min(120, 18 + int(6.2 * max(len(_cut(row, 17)) for row in rows)))
+    room = WIDTH - left - _RIGHT
+    parts = [_text(12, 16, _cut(title, 44), "t")]
+    x, y = left, 26
+    for number, part in enumerate(found):
+        wide = 20 + 6.4 * len(_cut(part, 16))
+        if x + wide > WIDTH - _RIGHT:
+            x, y = left, y + 16
+        parts.append(f'<rect class="b c{number % 8}" x="{x:.1f}" y="{y}" width="10" height="9"/>')
+        parts.append(_text(x + 14, y + 9, _cut(part, 16), "n"))
+        x += wide
+    top = y + 18
+    for line, row in enumerate(rows):
+        start, y = float(left), top + 30 * line
+        parts.append(_text(left - 6, y + 15, _cut(row, 17), "n e"))
+        for number, by_row in enumerate(found.values()):
+            wide = by_row.get(row, 0.0) / longest * room
+            parts.append(
+                f'<rect class="b c{number % 8}" x="{start:.1f}" y="{y}" width="{max(wide - 1, 0):.1f}" height="22" '
+                'rx="2"/>'
+            )
+            if wide > 34:
+                parts.append(_text(start + wide / 2, y + 15, f"{by_row.get(row, 0.0) / totals[row]:.0%}", "n m w"))
+            start += wide
+    bottom = top + 30 * len(rows)
+    parts.append(_text(left + room, bottom + 10, f"{x_name}; longest {_short(longest)}", "n e"))
+    return _svg(bottom + 20, title, parts)
+
+
 def heat_map(
-    title: str, grid: np.ndarray, rows: Sequence[str], columns: Sequence[str], x_name: str = "", digits: int = 2
+    title: str,
+    grid: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    x_name: str = "",
+    digits: int = 2,
+    limits: tuple[float, float] | None = None,
+    centred: bool = False,
 ) -> str:
-    """A matrix as cells, with its numbers where they fit; NaN is hatched by its own colour."""
+    """A matrix as cells, with its numbers where they fit; NaN has its own colour.
+
+    `limits`: the ends of the colours, where several maps share them. `centred`: two hues that meet at 0.
+    """
     count = max(1, len(columns))
     left = min(120, 14 + int(6.2 * max(len(_cut(name, 17)) for name in rows)))
     side = (WIDTH - left - _RIGHT) / count
@@ -67,18 +117,21 @@ def heat_map(
     slanted = max(len(name) for name in columns) * 6.2 > side
     foot = (10 + 4.6 * max(len(_cut(name, 14)) for name in columns) if slanted else 18) + (16 if x_name else 0)
     known = grid[np.isfinite(grid)]
-    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
-    parts = [_text(12, 16, title, "t"), _text(WIDTH - _RIGHT, 30, f"{_short(low)} to {_short(high)}", "n e")]
-    top = 38
+    low, high = limits or ((float(known.min()), float(known.max())) if known.size else (0.0, 1.0))
+    if centred:
+        high = max(abs(low), abs(high)) or 1.0
+        low = -high
+    top = 44
+    parts = [_text(12, 16, _cut(title, 44), "t"), *_legend(low, high, centred)]
     for (i, j), value in np.ndenumerate(grid):
         x, y = left + j * side, top + i * tall
-        share = (value - low) / (high - low) if high > low else 0.5
-        fill = f' style="--v:{100 * share:.0f}%"' if np.isfinite(value) else ""
-        kind = "h" if np.isfinite(value) else "x"
+        kind, share = _shade(value, low, high, centred)
+        fill = f' style="--v:{100 * share:.0f}%"' if kind != "x" else ""
         parts.append(f'<rect class="{kind}"{fill} x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{tall:.1f}"/>')
         words = f"{value:.{digits}f}"
+        words = words if float(words) else words.lstrip("-")
         if np.isfinite(value) and 5.6 * len(words) < side - 2:
-            shade = "n m w" if share > 0.55 else "n m k"
+            shade = "n m w" if kind == "i" or share > 0.85 else "n m k"
             parts.append(_text(x + side / 2, y + tall / 2 + 3.5, words, shade))
     every = max(1, -(-len(rows) * 12 // max(1, int(tall * len(rows)))))
     for i in range(0, len(rows), every):
@@ -114,18 +167,56 @@ def pyramid(collected: Collected, stack: str | None = None) -> str:
             erank, rank = (float(np.mean([value[i] for value in values])) for i in (0, 1))
             share = erank / rank if np.isfinite(erank) and rank else 0.0
             x, wide = left + layers[0] * side, (layers[-1] - layers[0] + 1) * side - 1.5
+            kind, depth_of = _shade(share, 0.0, 1.0)
             parts.append(
-                f'<rect class="h" style="--v:{100 * share:.0f}%" rx="3" x="{x:.1f}" y="{y}" width="{wide:.1f}" '
+                f'<rect class="{kind}" style="--v:{100 * depth_of:.0f}%" rx="3" x="{x:.1f}" y="{y}" width="{wide:.1f}" '
                 f'height="{tall}"/>'
             )
             if wide > 17.4:
-                shade = "n m w" if share > 0.55 else "n m k"
+                shade = "n m w" if kind == "i" else "n m k"
                 parts.append(_text(x + wide / 2, y + tall / 2 + 4, f"{erank:.1f}", shade))
     bottom = 30 + len(collected.stored_parts) * (tall + 6)
     step = max(1, -(-22 // max(1, int(side))))
     parts += [_text(left + (n + 0.5) * side, bottom + 8, str(n), "n m") for n in range(0, depth, step)]
     parts.append(_text((left + WIDTH) / 2, bottom + 24, "layer", "n m"))
     return _svg(bottom + 30, "effective ranks of all parts", parts)
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers, 1, 2 or 5 times a power of ten apart, that reach over low to high; about `most` of them."""
+    if high <= low:
+        return [low]
+    rough = (high - low) / most
+    power = 10.0 ** np.floor(np.log10(rough))
+    step = next(float(power * n) for n in (1, 2, 5, 10) if power * n >= rough * 0.999)
+    first, last = int(np.floor(low / step + 1e-6)), int(np.ceil(high / step - 1e-6))
+    return [round(n * step, 12) for n in range(first, last + 1)]
+
+
+def _shade(value: float, low: float, high: float, centred: bool = False) -> tuple[str, float]:
+    """The class of a cell and how far its colour goes, 0 to 1: h up to the middle, i beyond, y below 0, x for NaN."""
+    if not np.isfinite(value):
+        return "x", 0.0
+    if centred and value < 0:
+        return "y", min(value / low, 1.0)
+    low = 0.0 if centred else low
+    share = min(max((value - low) / (high - low), 0.0), 1.0) if high > low else 0.5
+    return ("h", 2 * share) if share <= 0.5 else ("i", 2 * share - 1)
+
+
+def _legend(low: float, high: float, centred: bool) -> list[str]:
+    """The scale of a heat map: its ends, and the colours between them."""
+    cells = 16
+    wide = 7.0
+    start = WIDTH - _RIGHT - 40 - cells * wide
+    parts = [_text(start - 4, 33, _short(low), "n e"), _text(start + cells * wide + 4, 33, _short(high), "n")]
+    for n in range(cells):
+        kind, share = _shade(low + (high - low) * n / (cells - 1), low, high, centred)
+        parts.append(
+            f'<rect class="{kind} q" style="--v:{100 * share:.0f}%" x="{start + n * wide:.1f}" y="25" '
+            f'width="{wide + 0.5:.1f}" height="8"/>'
+        )
+    return parts
 
 
 def _svg(height: float, label: str, parts: Sequence[str]) -> str:
@@ -142,13 +233,6 @@ def _text(x: float, y: float, words: str, kind: str, more: str = "") -> str:
 
 def _finite(x: Sequence[float], y: Sequence[float]) -> list[tuple[float, float]]:
     return [(float(a), float(b)) for a, b in zip(x, y, strict=True) if np.isfinite(a) and np.isfinite(b)]
-
-
-def _padded(low: float, high: float, share: float) -> tuple[float, float]:
-    if high <= low:
-        return low - 0.5, low + 0.5
-    room = share * (high - low)
-    return low - room, high + room
 
 
 def _short(value: float) -> str:

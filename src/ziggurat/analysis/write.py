@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +21,26 @@ from .components import Collected, short_roles
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+
+@dataclass(frozen=True)
+class Map:
+    """A matrix over pairs of layers and how it is drawn; the fields are those of `figures.layer_map`."""
+
+    measure: Callable[..., np.ndarray]
+    title: str
+    label: str
+    centred: bool = False
+    diagonal: bool = False
+    least: float = 0.0
+
+
+_OVERLAP = "mean cos² of the angles"
 MAPS = {
-    "kl": (measures.kl_matrix, "KL divergence between spectra", "KL(i || j)"),
-    "cosine": (measures.cosine_matrix, "Cosine of the updates", "cosine"),
-    "overlap_input": (measures.overlap_matrix, "Overlap of what is read", "mean cos² of the angles"),
-    "overlap_output": (
-        lambda c, stack=None: measures.overlap_matrix(c, stack=stack, side="output"),
-        "Overlap of what is written",
-        "mean cos² of the angles",
+    "kl": Map(measures.kl_matrix, "KL divergence between spectra", "KL(i || j)", diagonal=True),
+    "cosine": Map(measures.cosine_matrix, "Cosine of the updates", "cosine", centred=True, least=0.1),
+    "overlap_input": Map(measures.overlap_matrix, "Overlap of what is read", _OVERLAP, least=0.1),
+    "overlap_output": Map(
+        partial(measures.overlap_matrix, side="output"), "Overlap of what is written", _OVERLAP, least=0.1
     ),
 }
 
@@ -125,7 +138,7 @@ def as_json(collected: Collected, other: Collected | None = None, *, k: int = me
     ]
     stacks = {
         stack: {
-            **{name: measure(collected, stack=stack).tolist() for name, (measure, _, _) in MAPS.items()},
+            **{name: one.measure(collected, stack=stack).tolist() for name, one in MAPS.items()},
             "energy": measures.energy(collected, stack),
             **({"kl_difference": measures.kl_difference(collected, other, stack).tolist()} if other else {}),
         }
@@ -177,8 +190,8 @@ def pictures_of(collected: Collected, other: Collected | None = None) -> Iterato
             yield f"{value}{tail}", lambda stack=stack, value=value: figures.role_map(collected, None, value, stack)
         if depth < 2:
             continue
-        for name, (measure, title, label) in MAPS.items():
-            yield f"{name}{tail}", partial(_layer_map, measure, collected, stack, title, label, name == "kl")
+        for name, one in MAPS.items():
+            yield f"{name}{tail}", partial(_layer_map, one, collected, stack)
         if other is not None:
             title = f"KL of {collected.source} minus {other.source}"
             yield (
@@ -186,7 +199,7 @@ def pictures_of(collected: Collected, other: Collected | None = None) -> Iterato
                 lambda stack=stack, title=title: figures.layer_map(
                     measures.kl_difference(collected, other, stack),
                     title,
-                    "positive: less redundant",
+                    f"positive: {collected.source} is less redundant",
                     centred=True,
                 ),
             )
@@ -196,16 +209,16 @@ def pictures_of(collected: Collected, other: Collected | None = None) -> Iterato
 
 
 def pictures_over_epochs(history: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The paper's Fig. 3 of a run that recorded spectra, one figure a part on a common scale."""
+    """The paper's Fig. 3 of a run that recorded spectra."""
     found = trace.top_values(history)
-    limit = max((float(np.nanmax(values, initial=0.0)) for _, values in found.values()), default=0.0)
-    for part, (epochs, values) in found.items():
-        names = [round(float(epoch), 2) for epoch in epochs]
-        yield f"epochs-{part}", partial(figures.spectra_over_epochs, values, names, part, limit=limit)
+    if found:
+        yield "epochs", lambda: figures.figure_3(found)[0]
 
 
-def _layer_map(measure: Callable[..., Any], collected: Collected, stack: str, title: str, label: str, kl: bool) -> Any:
-    return figures.layer_map(measure(collected, stack=stack), title, label, diagonal=kl)
+def _layer_map(one: Map, collected: Collected, stack: str) -> Any:
+    grid = one.measure(collected, stack=stack)
+    drawn = {"centred": one.centred, "diagonal": one.diagonal, "least": one.least}
+    return figures.layer_map(grid, one.title, one.label, **drawn)
 
 
 def _number(value: float, digits: int) -> str:

@@ -1,0 +1,87 @@
+"""A finished run's folder, read for the report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ziggurat.errors import ConfigError
+
+from .collect import collect
+from .components import Collected
+
+RUN, RECIPE, EVENTS = "run.json", "recipe.yaml", "lor2c_events.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a finished run's folder says. `collected` is None where there is no adapter to read; `why` says so.
+
+    `events`: LoR2C's merges and injections. `left`: path -> directions left of a method that prunes (LoRA², AdaLoRA),
+    of `most` at the start; empty where nothing was pruned.
+    """
+
+    name: str
+    values: dict[str, Any]
+    recipe: str
+    collected: Collected | None
+    why: str
+    events: list[dict[str, Any]]
+    left: dict[str, int]
+    most: int
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        return self.values.get("history") or []
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The recipe's values by dotted key."""
+        import yaml
+
+        found = yaml.safe_load(self.recipe)
+        return found if isinstance(found, dict) else {}
+
+
+def read_run(folder: str | Path) -> Run:
+    """The run in `folder`.
+
+    Raises:
+        ConfigError: there is no finished run of `ziggurat train` in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder {folder}.")
+    for name in (RUN, RECIPE):
+        if not (folder / name).is_file():
+            inside = sorted(str(path.parent) for path in folder.glob(f"*/{RUN}"))
+            hint = f" Runs lie in {', '.join(inside)}." if inside else ""
+            raise ConfigError(f"{folder} holds no run of `ziggurat train`: it has no {name}.{hint}")
+    try:
+        values = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{folder / RUN} is no JSON: {error}.") from error
+    if "after" not in values:
+        raise ConfigError(f"{folder} is an unfinished run: go on with resume=true first.")
+    try:
+        collected, why = collect(folder), ""
+    except ConfigError as error:
+        collected, why = None, str(error)
+    events = json.loads((folder / EVENTS).read_text(encoding="utf-8")) if (folder / EVENTS).is_file() else []
+    recipe = (folder / RECIPE).read_text(encoding="utf-8")
+    return Run(folder.resolve().name, values, recipe, collected, why, events, *_pruned(folder, collected))
+
+
+def _pruned(folder: Path, collected: Collected | None) -> tuple[dict[str, int], int]:
+    from ziggurat.host.folder import adapter_config
+
+    if collected is None or collected.method not in ("lora2", "adalora"):
+        return {}, 0
+    config: Any = adapter_config(folder)
+    most = config.r if collected.method == "lora2" else config.init_r
+    # LoRA² writes how many are left, AdaLoRA which.
+    left = {path: kept if isinstance(kept, int) else sum(kept) for path, kept in (config.rank_pattern or {}).items()}
+    return (left, most) if sum(left.values()) < most * len(left) else ({}, most)
