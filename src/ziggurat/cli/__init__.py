@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, NoReturn
 
@@ -79,5 +80,12 @@ def main() -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
+    where, size = "", os.environ.get("WORLD_SIZE", "1")
+    if size not in ("", "1"):
+        from ziggurat.training.processes import speaks
+
+        if not speaks():
+            raise SystemExit(code)
+        where = f" in process {os.environ.get('RANK', '?')} of {size}"
+    typer.echo(f"error{where}: {message}", err=True)
     raise SystemExit(code)

@@ -29,11 +29,12 @@ def train(
     recipe = load_recipe(names[0] if names else "default", [word for word in given if word not in names])
 
     from ziggurat.training.interrupt import Interrupted
+    from ziggurat.training.processes import is_main, speaks
     from ziggurat.training.report import show
     from ziggurat.training.run import resume_command
     from ziggurat.training.run import train as run
 
-    console = Console()
+    console = Console(quiet=not is_main())
     console.print(
         f"[bold]{escape(recipe.name)}[/]: {recipe.task} with {recipe.method['name']} on {escape(recipe.model)}",
         highlight=False,
@@ -41,12 +42,13 @@ def train(
     try:
         result = run(recipe, console=console)
     except Interrupted as stopped:
-        typer.echo(f"{stopped}.")
-        if stopped.checkpoint is None:
-            typer.echo("There is no checkpoint to go on from; the same command starts afresh.")
-        else:
-            typer.echo(f"The checkpoint lies in {stopped.checkpoint}")
-            typer.echo(f"Go on with: {resume_command(given)}")
+        if speaks():
+            typer.echo(f"{stopped}.")
+            if stopped.checkpoint is None:
+                typer.echo("There is no checkpoint to go on from; the same command starts afresh.")
+            else:
+                typer.echo(f"The checkpoint lies in {stopped.checkpoint}")
+                typer.echo(f"Go on with: {resume_command(given)}")
         raise typer.Exit(128 + stopped.signal) from None
     show(console, recipe, result)
 

@@ -103,13 +103,23 @@ class Processes:
             ) from error
 
 
+def is_main() -> bool:
+    """Whether this is the main process, told before `join` by what the launcher has set."""
+    return launched_size() == 1 or os.environ.get("RANK", "0") == "0"
+
+
+def launched_size() -> int:
+    """How many processes the launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1") or 1)
+
+
 def join() -> Processes:
     """The processes that a launcher started this one with, connected; without a launcher: one.
 
     Raises:
         ProcessError: they can't be connected over this machine's device.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1") or 1)
+    size = launched_size()
     way = next((way for key, way in _ASKED if os.environ.get(key, "").lower() == "true"), "ddp")
     if size == 1:
         return Processes(way=way if way != "ddp" else "one")
@@ -132,7 +142,7 @@ def speaks() -> bool:
 
     Each process that fails, or is stopped, asks before it ends; what fails next because of it stays silent.
     """
-    if int(os.environ.get("WORLD_SIZE", "1") or 1) == 1:
+    if launched_size() == 1:
         return True
     rank = os.environ.get("RANK", "0")
     try:
