@@ -20,6 +20,7 @@ from ziggurat.errors import DataError, RecipeError
 from . import metrics
 from .data import Examples
 from .encode import Collator, encode, longest
+from .exact import ExactTrainer, exact_sft
 from .model import Base
 from .schema import Recipe
 
@@ -27,44 +28,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class HeadLrTrainer(Trainer):
-    """Trainer whose head may learn at its own rate, and whose loss is the mean over a step's examples, however split.
-
-    Over the micro-batches of all processes L = sum_b (n_b / N) L_b: a batch of n_b examples with the mean loss L_b
-    counts by its share of the N of its step. Scores and the loss of the validation data are of each row once.
-    """
+class HeadLrTrainer(ExactTrainer):
+    """Trainer whose head may learn at its own rate."""
 
     head: tuple[str, ...] = ()
     head_lr: float | None = None
-    # Left to transformers, a model that takes any keyword is believed to divide by `num_items_in_batch` by itself.
-    # BERT doesn't: its loss would be added up over processes and micro-batches.
-    loss_is_scaled_for_ga = True
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        self.model_accepts_loss_kwargs = False
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        number = sum(len(batch["labels"]) for batch in batches)
-        if self.args.world_size > 1:
-            number = self.accelerator.gather(torch.tensor([number], device=device)).sum()  # type: ignore[union-attr]
-        return batches, number
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        outputs = model(**inputs)
-        loss = outputs["loss"]
-        if num_items_in_batch is not None:
-            # The processes' gradients are averaged: their number gives back the sum.
-            loss = loss * (len(inputs["labels"]) * self.args.world_size / num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        if output.metrics is not None and f"{prefix}_loss" in output.metrics:
-            # Several processes fill the last batch up with rows from the front, which its mean loss counts again.
-            output.metrics[f"{prefix}_loss"] = metrics.mean_loss(output.predictions, output.label_ids)
-        return output
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -184,7 +152,7 @@ def _instruct(
         completion_only_loss=recipe.data.loss == "answer",
         pad_token=str(base.tokenizer.pad_token),
     )
-    trainer = _sft_class(SFTTrainer)(
+    trainer = exact_sft(SFTTrainer)(
         model=model,
         args=arguments,
         train_dataset=examples.train,
@@ -195,21 +163,6 @@ def _instruct(
     cut = sum(len(ids) >= length for ids in trainer.train_dataset["input_ids"])
     notes = [f"{cut} of {len(examples.train)} training texts fill all {length} tokens and may be cut"] if cut else []
     return Task(trainer, {}, notes)
-
-
-def _sft_class(base: type) -> type:
-    class PerplexitySFTTrainer(base):
-        """SFTTrainer that reports the perplexity beside the loss, so that it can be watched and chosen by."""
-
-        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-            output = super().evaluation_loop(*args, **kwargs)
-            prefix = kwargs.get("metric_key_prefix", "eval")
-            loss = output.metrics.get(f"{prefix}_loss")
-            if loss is not None:
-                output.metrics[f"{prefix}_perplexity"] = metrics.perplexity(float(loss))
-            return output
-
-    return PerplexitySFTTrainer
 
 
 def _arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
@@ -232,7 +185,6 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
         "fp16": train.precision == "fp16",
         "activation_checkpointing": train.gradient_checkpointing,
         "train_sampling_strategy": "group_by_length" if train.group_by_length else "random",
-        "save_total_limit": train.keep,
         "load_best_model_at_end": train.best,
         "metric_for_best_model": recipe.main_metric if train.best else None,
         "greater_is_better": not metrics.lower_is_better(recipe.main_metric) if train.best else None,
