@@ -1,49 +1,133 @@
-"""Writing a folder so that nobody ever sees half of it."""
+"""Writing so that nobody ever sees half of it, and saying plainly what keeps a disk from taking it."""
 
+import contextlib
+import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ziggurat.errors import ExportError
+from ziggurat.errors import ExportError, StorageError
+
+#: What the system calls say when a disk does not take what is written.
+_TROUBLE = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "the file is larger than the file system or a limit allows",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "writing there is not allowed",
+    errno.EPERM: "writing there is not allowed",
+    errno.ENOTDIR: "a file stands where a folder should be",
+    errno.EIO: "the disk reports an error",
+}
+#: Rust's words for the same numbers, as safetensors passes them on.
+_RUST = re.compile(r"os error (\d+)|\bcode: (\d+)")
+#: torch's writer keeps the number to itself; "unexpected pos" is what closing such a file says.
+_TORCH = ("PytorchStreamWriter failed writing", "unexpected pos")
 
 
 @contextmanager
 def written_beside(target: Path) -> Iterator[Path]:
     """A new empty folder beside `target` that takes its name when the block ends well, and vanishes otherwise.
 
+    All of it is on the disk before it takes the name. A program killed on the way leaves a folder `.target.*`.
+
     Raises:
         ExportError: `target` exists and isn't an empty folder. Nothing is overwritten.
+        StorageError: the disk is full, read-only or forbidden.
     """
     target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ExportError(f"{target} exists and isn't an empty folder: name another, or remove it first.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield folder
-        for file in folder.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        folder.chmod(0o777 & ~_umask())
-        if target.is_dir():
-            target.rmdir()
-        folder.rename(target)
-        _sync(target.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with told_of_storage(target):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ExportError(f"{target} exists and isn't an empty folder: name another, or remove it first.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            yield folder
+            folder.chmod(0o777 & ~_umask())
+            sync_tree(folder)
+            if os.name == "nt" and target.is_dir():  # elsewhere a rename replaces an empty folder
+                target.rmdir()
+            folder.rename(target)
+            sync(target.parent)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
-def _sync(path: Path) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file: the old content or the new one is there, never a part.
+
+    Raises:
+        StorageError: the disk is full, read-only or forbidden; what was there before still is.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with told_of_storage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            beside.write_text(text, encoding="utf-8")
+            sync(beside)
+            beside.replace(path)
+            sync(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+            raise
+
+
+def sync_tree(folder: Path) -> None:
+    """Make the disk hold the folder and all in it."""
+    for path in folder.rglob("*"):
+        if not path.is_symlink() and (path.is_file() or path.is_dir()):
+            sync(path)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
     """Make the disk hold what was written; a rename before that can leave an empty file after a power cut."""
+    if os.name == "nt":  # knows no fsync of folders, nor of files opened for reading
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def told_of_storage(place: Path | str, then: str = "") -> Iterator[None]:
+    """Say StorageError, with the place, for what a full, read-only or forbidden disk raises in the block.
+
+    `then`: what is left and what to do, a sentence.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        trouble = storage_trouble(error)
+        if trouble is None:
+            raise
+        what = trouble[0].upper() + trouble[1:]
+        raise StorageError(f"{what}: '{place}' could not be written. {then or 'Nothing was changed there.'}") from error
+
+
+def storage_trouble(error: BaseException | None) -> str | None:
+    """What a disk had against a write, in words; None where the error is of another kind."""
+    if error is None:
+        return None
+    found = None
+    if isinstance(error, OSError) and error.errno is not None:
+        found = _TROUBLE.get(error.errno)
+    elif numbers := _RUST.search(str(error)):
+        found = _TROUBLE.get(int(numbers[1] or numbers[2]))
+    elif any(sign in str(error) for sign in _TORCH):
+        found = "the disk took only a part, as a full one does"
+    return found or storage_trouble(error.__cause__ or error.__context__)
 
 
 def _umask() -> int:

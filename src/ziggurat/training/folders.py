@@ -11,12 +11,15 @@ from typing import Any
 import yaml
 
 from ziggurat.errors import RecipeError
+from ziggurat.host.staging import write_whole
 
+from . import workplace
+from .checkpoints import is_whole, newest
 from .processes import Processes
 from .recipe import differences, resolved, to_yaml
 from .schema import Recipe
+from .workplace import MAY_REPLACE, RECIPE, RUN
 
-RECIPE, RUN = "recipe.yaml", "run.json"
 #: How a run without a launcher was launched.
 ONE = "1 process"
 
@@ -32,14 +35,24 @@ class RunFolder:
         self.processes = processes or Processes()
         self.final = Path(recipe.folder).expanduser().resolve()
         self.work = self.final.with_name(self.final.name + ".unfinished")
-        self.checkpoints = self.work / "checkpoints"
+        self.checkpoints = self.work / workplace.CHECKPOINTS
+        self.lock = workplace.Lock(self.work)
 
     def check(self) -> None:
-        """Refuse, before anything is loaded, what would lose an earlier run's work. Raises RecipeError."""
+        """Refuse, before anything is loaded, what would lose an earlier run's work.
+
+        A finished result that a killed run left beside its place is put there first.
+
+        Raises:
+            RecipeError: the place is taken, can't be written to, or another program is training into it.
+            StorageError: a finished result can't be put in its place.
+        """
         self.processes.first(self._check)
 
     def _check(self) -> None:
         shown = self.recipe.folder
+        self._check_parent()
+        self.settle()
         if self.recipe.overwrite:
             for folder in (self.final, self.work):
                 if folder.exists() and not _ours(folder):
@@ -49,7 +62,7 @@ class RunFolder:
                     )
         elif self.recipe.resume:
             self._check_resume(shown)
-        elif self.final.exists() and (not self.final.is_dir() or any(self.final.iterdir())):
+        elif workplace.filled(self.final):
             finished = " a finished run" if _ours(self.final) else " something else"
             raise RecipeError(
                 f"output: '{shown}' holds{finished} already. Choose another output=..."
@@ -63,6 +76,8 @@ class RunFolder:
                 f"output: '{shown}.unfinished' holds {left}. {go_on}tart afresh with overwrite=true, "
                 "or choose another output=..."
             )
+
+    def _check_parent(self) -> None:
         parent = self.final.parent
         while not parent.exists():
             parent = parent.parent
@@ -76,6 +91,10 @@ class RunFolder:
                     f"resume: the run in '{shown}' is finished. To train again use overwrite=true or another output=..."
                 )
             raise RecipeError(f"resume: there is no checkpoint under '{shown}.unfinished'; start without resume=true")
+        if workplace.filled(self.final) and not self._may_replace(self.final):
+            raise RecipeError(
+                f"output: '{shown}' was filled by something else since the run began; move that away, and resume then"
+            )
         changed = differences(self._stored_recipe(), resolved(self.recipe))
         changed = [line for line in changed if line.split(":")[0] not in ("about", "output", "name")]
         changed += differences({"launched": self._noted().get("launched", ONE)}, {"launched": self._launched()})
@@ -100,13 +119,31 @@ class RunFolder:
 
     def _open(self) -> dict[str, Any]:
         if self.recipe.resume:
+            self._take_lock()
+            self._drop_broken()
             return self._noted()
-        if self.work.exists():
-            shutil.rmtree(self.work)
-        self.work.mkdir(parents=True)
-        (self.work / RECIPE).write_text(to_yaml(self.recipe), encoding="utf-8")
-        self.note({})
+        if self.lock.is_taken():
+            raise self._company()
+        workplace.discard(self.work)
+        files = {RECIPE: to_yaml(self.recipe), RUN: self._as_json({})}
+        workplace.make(self.work, files | ({MAY_REPLACE: ""} if workplace.filled(self.final) else {}))
+        self._take_lock()
         return {}
+
+    def _take_lock(self) -> None:
+        if not self.lock.take():
+            raise self._company()
+
+    def _company(self) -> RecipeError:
+        return RecipeError(
+            f"output: another program is training into '{self.recipe.folder}'; wait for it, or choose another output=..."
+        )
+
+    def _drop_broken(self) -> None:
+        """Clear away the checkpoints that a killed program, or a full disk, has left in parts."""
+        for folder in self.checkpoints.iterdir() if self.checkpoints.is_dir() else []:
+            if not is_whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _noted(self) -> dict[str, Any]:
         try:
@@ -121,40 +158,48 @@ class RunFolder:
         """Write run.json whole or not at all, with how the run was launched."""
         if not self.processes.main:
             return
-        run = {**run, "launched": self._launched()}
-        target = (folder or self.work) / RUN
-        beside = target.with_suffix(".tmp")
-        beside.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(beside, target)
+        write_whole((folder or self.work) / RUN, self._as_json(run))
+
+    def _as_json(self, run: dict[str, Any]) -> str:
+        return json.dumps({**run, "launched": self._launched()}, indent=2, ensure_ascii=False) + "\n"
 
     def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint: Trainer writes its state file last."""
-        found = []
-        for folder in self.checkpoints.glob("checkpoint-*") if self.checkpoints.is_dir() else []:
-            step = folder.name.rpartition("-")[2]
-            if step.isdigit() and (folder / "trainer_state.json").is_file():
-                found.append((int(step), folder))
-        return max(found)[1] if found else None
+        """The newest checkpoint that is whole."""
+        return newest(self.checkpoints)
 
     def publish(self, ready: Path) -> None:
-        """Put the complete folder `ready` (inside the working folder) in the place of `output`."""
-        if self.final.exists() and any(self.final.iterdir()):
-            if not (self.recipe.overwrite and _ours(self.final)):
-                raise RecipeError(
-                    f"output: '{self.recipe.folder}' was filled by something else meanwhile; "
-                    f"the result lies in '{ready}'"
-                )
-            old = self.work / "replaced"
-            os.replace(self.final, old)
-        elif self.final.exists():
-            self.final.rmdir()
-        os.replace(ready, self.final)
-        shutil.rmtree(self.work, ignore_errors=True)
+        """Put the complete folder `ready`, made by `workplace.new_result`, in the place of `output`.
+
+        Raises:
+            RecipeError: something else has filled it meanwhile; the result waits beside it.
+            StorageError: the disk doesn't take it.
+        """
+        workplace.finish(self.work, ready)
+        self.settle()
+
+    def settle(self) -> None:
+        """Put a finished result that lies beside its place there, and clear up after a program that was killed then.
+
+        Raises:
+            RecipeError: something else has filled the place, or another program is at work there.
+            StorageError: the disk doesn't take it.
+        """
+        if self.lock.is_taken():
+            raise self._company()
+        workplace.settle(self.work, self.final, self._may_replace)
+
+    def _may_replace(self, place: Path) -> bool:
+        return _ours(place) and (self.recipe.overwrite or (self.work / MAY_REPLACE).exists())
 
     def abandon(self) -> None:
-        """After an error: leave nothing behind unless there is a checkpoint worth keeping."""
-        if self.processes.main and self.work.exists() and self.last_checkpoint() is None and not self.recipe.resume:
-            shutil.rmtree(self.work, ignore_errors=True)
+        """After an error: leave nothing behind unless a checkpoint, or a result on its way, is worth keeping."""
+        if not (self.processes.main and self.lock.held):
+            return
+        workplace.release(self.work)
+        self._drop_broken()
+        kept = self.last_checkpoint() is not None or (self.work / workplace.DONE).exists()
+        if not (kept or self.recipe.resume):
+            workplace.discard(self.work)
 
 
 def launched(processes: Processes) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 #: Steps left out at the start: caches fill, kernels are chosen.
@@ -64,3 +65,12 @@ def peak_memory() -> float | None:
 def stored_bytes(folder: Path) -> int:
     """Bytes of the weights in an adapter's (or a whole model's) folder."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def expected_bytes(model: nn.Module, tokenizer: Any) -> int:
+    """Bytes that a run's folder will take at most: what trains (all, where the whole model is saved), the tokenizer,
+    and a MiB for its texts."""
+    whole = not hasattr(model, "peft_config")
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if whole or p.requires_grad)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return weights + (len(backend.to_str().encode()) if backend is not None else 0) + 2**20

@@ -17,18 +17,21 @@ from torch import nn
 from transformers import TrainerCallback, set_seed
 
 from ziggurat.analysis.trace import record_spectra
+from ziggurat.host.staging import told_of_storage
 
+from . import workplace
 from .adapt import Counts, adapt, count
 from .budget import Fit, settle_budget
 from .callbacks import callbacks_for
+from .checkpoints import WholeCheckpoints
 from .data import Examples, load_examples
 from .finish import draw_ranks, make_whole, settle
 from .folders import RECIPE, RunFolder, launched
 from .interrupt import Interrupted, StopSignals
-from .meter import Meter, peak_memory, stored_bytes
+from .meter import Meter, expected_bytes, peak_memory, stored_bytes
 from .methods import METHODS
 from .model import Base, HeadSpec, load_base
-from .processes import Processes, join
+from .processes import Processes, join, launched_size
 from .progress import LiveProgress
 from .recipe import to_yaml
 from .schema import Recipe
@@ -91,6 +94,8 @@ def train(recipe: Recipe, *, console: Console | None = None, callbacks: Sequence
             if not isinstance(error, Interrupted):
                 folder.abandon()
             raise
+        finally:
+            folder.lock.release()
 
 
 def _train(
@@ -108,6 +113,7 @@ def _train(
         base, model, spec = _model(recipe, examples)
     counts = count(recipe, model, base)
     noted = folder.open()
+    processes.first(lambda: workplace.reserve(folder.work, expected_bytes(model, base.tokenizer)))
     progress = LiveProgress(say, recipe.main_metric)
     peft_config = getattr(model, "peft_config", {}).get("default")
     meter = Meter()
@@ -116,6 +122,7 @@ def _train(
     trainer = task.trainer
     if recipe.spectra != "never":
         record_spectra(trainer, recipe.spectra)
+    trainer.add_callback(WholeCheckpoints(recipe.train.keep))
     notes = [*examples.notes, *task.notes]
     if processes.way != "one":
         a_step = processes.size * recipe.train.batch * recipe.train.accumulate
@@ -130,15 +137,17 @@ def _train(
     begun = time.monotonic()
     try:
         before = noted.get("before")
-        if before is None and processes.sharded:
-            # Models are put in pieces together with their optimiser, which only training makes.
+        if before is None and processes.way != "one":
+            # A model is spread over processes together with its optimiser, which only training makes; one that was
+            # scored before, accelerate takes for ready, and its gradients would stay where they are.
             trainer.args.eval_on_start = not recipe.resume
             trainer.add_callback(NoteFirst(folder))
         elif before is None:
             with say.status("scoring before training") if say.is_terminal else quiet():
                 before = _scores(trainer.evaluate())
             folder.note({"before": before})
-        trainer.train(resume_from_checkpoint=str(folder.last_checkpoint()) if recipe.resume else None)
+        with told_of_storage(folder.checkpoints, "Make room; where there is a checkpoint, go on with resume=true."):
+            trainer.train(resume_from_checkpoint=str(folder.last_checkpoint()) if recipe.resume else None)
     finally:
         progress.close()
     before = before or _scores(next((line for line in trainer.state.log_history if _first_scores(line)), {}))
@@ -169,7 +178,10 @@ def _train(
         shape=examples.shape,
         left=settle(trainer.model),
     )
-    processes.first(lambda: _save(folder, recipe, base, trainer.model, state, spec, result))  # type: ignore[arg-type]
+    last = folder.last_checkpoint()
+    left = f"The checkpoint {last} is whole; make room and go on with resume=true." if last else "No checkpoint is left."
+    with told_of_storage(folder.final, left):
+        processes.first(lambda: _save(folder, recipe, base, trainer.model, state, spec, result))  # type: ignore[arg-type]
     return result
 
 
@@ -250,8 +262,7 @@ def _save(
     spec: HeadSpec,
     result: Result,
 ) -> None:
-    ready = folder.work / "ready"
-    ready.mkdir()
+    ready = workplace.new_result(folder.work)
     with quiet():
         model.save_pretrained(str(ready), **({} if state is None else {"state_dict": state}))  # type: ignore[operator]
         draw_ranks(model, ready)
@@ -297,6 +308,7 @@ def versions() -> dict[str, str]:
 
 
 def resume_command(words: Sequence[str]) -> str:
-    """The user's own `ziggurat train` words with resume=true, ready to paste into a shell."""
+    """The user's own `ziggurat train` words with resume=true, ready to paste into a shell, or behind the launcher's."""
     kept = [word for word in words if not word.startswith(("overwrite=", "resume="))]
-    return "ziggurat train " + shlex.join([*kept, "resume=true"])
+    start = "ziggurat" if launched_size() == 1 else "the launcher, as before, -m ziggurat"
+    return f"{start} train " + shlex.join([*kept, "resume=true"])
