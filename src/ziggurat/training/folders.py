@@ -136,7 +136,7 @@ class RunFolder:
 
     def _company(self) -> RecipeError:
         return RecipeError(
-            f"output: another program is training into '{self.recipe.folder}'; wait for it, or choose another output=..."
+            f"output: another program is training into '{self.recipe.folder}'; wait for it, or choose another output"
         )
 
     def _drop_broken(self) -> None:

@@ -179,7 +179,9 @@ def _train(
         left=settle(trainer.model),
     )
     last = folder.last_checkpoint()
-    left = f"The checkpoint {last} is whole; make room and go on with resume=true." if last else "No checkpoint is left."
+    left = (
+        f"The checkpoint {last} is whole; make room and go on with resume=true." if last else "There is no checkpoint."
+    )
     with told_of_storage(folder.final, left):
         processes.first(lambda: _save(folder, recipe, base, trainer.model, state, spec, result))  # type: ignore[arg-type]
     return result
