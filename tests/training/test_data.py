@@ -191,6 +191,14 @@ def test_the_shapes_of_instruction_data(shape: str, tmp_path: Path) -> None:
     assert found.train[0] == {"prompt": prompt, "completion": completion}
 
 
+def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [{"instruction": "say", "input": "", "output": text} for text in ("one", "", "two", " ", None)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    found = load_examples(recipe(path, task="instruct", data__validation=str(path)))
+    assert list(found.train["completion"]) == list(found.validation["completion"]) == ["one", "two"]
+    assert found.notes == [f"left out 3 of 5 rows of {path}: their answer is empty"] * 2
+
+
 def test_the_alpaca_prompt_has_an_input_section_only_with_an_input() -> None:
     assert "### Input:\nx\n\n### Response:\n" in alpaca_prompt("do", "x")
     assert alpaca_prompt("do", " ") == alpaca_prompt("do") and "Input" not in alpaca_prompt("do")
@@ -200,7 +208,7 @@ def test_the_alpaca_prompt_has_an_input_section_only_with_an_input() -> None:
     ("row", "said"),
     [
         ({"question": "a", "answer": "b"}, "needs one of: prompt + completion; instruction + output; messages"),
-        ({"prompt": "a", "completion": " "}, "row 1: the answer is empty"),
+        ({"prompt": "a", "completion": " "}, "the answer is empty in every row"),
         ({"messages": [{"role": "user", "content": "a"}]}, "must end with a message of the assistant"),
         ({"messages": [{"role": "user"}]}, "each message needs role and content"),
     ],

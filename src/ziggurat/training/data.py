@@ -43,8 +43,9 @@ def load_examples(recipe: Recipe) -> Examples:
 
         shape = shape_of(recipe, train, recipe.data.train)
         names: list[str] = []
-        train = to_prompts(recipe, train, recipe.data.train)
-        validation = to_prompts(recipe, validation, recipe.data.validation or recipe.data.train)
+        train, less = to_prompts(recipe, train, recipe.data.train)
+        validation, fewer = to_prompts(recipe, validation, recipe.data.validation or recipe.data.train)
+        notes += [note for note in (less, fewer) if note is not None]
     else:
         train, validation, names = _labelled(recipe, train, validation)
     data = recipe.data
