@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ziggurat.host.staging import told_of_storage, write_whole
+
 
 def analyze(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder: any method of ours, or PEFT's LoRA family.")],
@@ -43,7 +45,8 @@ def analyze(
     if out is not None:
         run = adapter / "run.json"
         history = parse(run.read_text(encoding="utf-8")).get("history") or [] if run.is_file() else []
-        paths = write.write(first, out, second, k=k, history=history)
+        with told_of_storage(out):
+            paths = write.write(first, out, second, k=k, history=history)
         typer.echo(f"{len(paths)} files written to {out}: {', '.join(path.name for path in paths)}", err=json)
 
 
@@ -55,6 +58,5 @@ def report(
     from .page import report as page
 
     text = page(runs)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    write_whole(out, text)
     typer.echo(f"{out}: {len(text.encode()) // 1024 + 1} KiB")

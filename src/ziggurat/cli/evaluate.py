@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ziggurat.host.staging import check_writable, write_whole
+
 from .folder import from_a_run
 
 
@@ -37,6 +39,8 @@ def evaluate(
     rest = [name for name in names if name not in glue]
     if predictions is not None and not glue:
         raise typer.BadParameter("--predictions is for glue/<task>")
+    if out is not None:
+        check_writable(out)  # scoring takes hours; a place that takes no file is to be known before
     model, tokenizer, loaded = _for_evaluation(adapter, wants_run=bool(glue))
     found: dict[str, dict[str, float]] = {}
     if glue:
@@ -60,7 +64,7 @@ def evaluate(
             found[score.task] = {**score.scores, "rows": float(score.rows)}
             typer.echo(_scores(score.task, found[score.task]))
     if out is not None:
-        out.write_text(json.dumps({"adapter": str(adapter), "scores": found}, indent=2) + "\n", encoding="utf-8")
+        write_whole(out, json.dumps({"adapter": str(adapter), "scores": found}, indent=2) + "\n")
 
 
 def _scores(task: str, scores: dict[str, float]) -> str:
@@ -81,4 +85,4 @@ def _for_evaluation(adapter: Path, *, wants_run: bool) -> tuple[Any, Any, Any]:
 
     model = load_adapter(adapter, load_base(adapter)).eval()
     home = adapter if (adapter / "tokenizer_config.json").is_file() else adapter_config(adapter).base_model_name_or_path
-    return model, AutoTokenizer.from_pretrained(str(home)), None
+    return model, AutoTokenizer.from_pretrained(str(home), trust_remote_code=False), None

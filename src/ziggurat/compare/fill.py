@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from ziggurat.errors import RecipeError
+from ziggurat.host.staging import told_of_storage, write_whole
 
 from .live import LiveTable
 from .local import Outcome, run_locally
@@ -45,8 +46,8 @@ def fill(table: Table, *, engine: str = "local", workers: int | None = None, con
     Raises RecipeError if another program is filling the folder, or the engine isn't installed.
     """
     say = console or Console(quiet=True)
-    table.folder.mkdir(parents=True, exist_ok=True)
-    with _alone(table.folder):
+    left = "Finished runs lie in their folders; make room, and the same command goes on from there."
+    with told_of_storage(table.folder, left), _alone(table.folder):
         results = Results(table.folder)
         todo = [run for run in table.runs if not results.done(run.key)]
         # Two cells of a table may be the same run; it is taken once.
@@ -80,15 +81,13 @@ def _written(table: Table, results: Results, taken: int, stopped: bool) -> Fille
     summary = summarise(table, results.of(table))
     lines = [results.lines.get(run.key, {}) for run in table.runs]
     failed = [line for line in lines if line.get("status") == "failed"]
-    table.folder.mkdir(parents=True, exist_ok=True)
-    files = []
+    files, notes = [], []
     for name, text in (("table.md", markdown(summary, failed)), ("table.csv", table_csv(summary))):
-        beside = table.folder / f"{name}.tmp"
-        beside.write_text(text, encoding="utf-8")
-        files.append(beside.replace(table.folder / name))
-    notes = []
+        files.append(table.folder / name)
+        write_whole(files[-1], text)
     try:
-        files += draw(summary, table.folder)
+        with told_of_storage(table.folder):
+            files += draw(summary, table.folder)
     except RecipeError as error:
         notes.append(str(error))
     return Filled(summary, taken, failed, files, stopped, notes)
@@ -117,6 +116,7 @@ def _engine(name: str) -> Engine:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock: two programs at once would train the same runs into the same folders."""
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ziggurat.errors import DataError
+from ziggurat.host.staging import write_whole
 from ziggurat.training.answer import Prediction, predict
 from ziggurat.training.glue import GLUE, GlueTask, glue_name, read_glue
 from ziggurat.training.load import Loaded
@@ -63,11 +64,8 @@ def write_server_files(loaded: Loaded, name: str, out: Path, folder: str | None 
         for index, answer in zip(_indices(table), _answers(loaded, task, table), strict=True):
             lines.append(f"{index}\t{_as_server(answer, loaded, task)}")
         texts[file] = "\n".join(lines) + "\n"
-    out.mkdir(parents=True, exist_ok=True)
     for file, text in texts.items():
-        beside = out / f"{file}.tmp"
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(out / file)
+        write_whole(out / file, text)
     return [out / file for file in texts]
 
 

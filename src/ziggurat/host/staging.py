@@ -79,6 +79,21 @@ def write_whole(path: Path, text: str) -> None:
             raise
 
 
+def check_writable(path: Path) -> None:
+    """See, before hours of work, whether a file could be written to `path`. Nothing stays there.
+
+    Raises:
+        StorageError: it can't, or it is a folder.
+    """
+    path = Path(path)
+    with told_of_storage(path):
+        if path.is_dir():
+            raise StorageError(f"'{path}' is a folder: name a file in it.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+
+
 def sync_tree(folder: Path) -> None:
     """Make the disk hold the folder and all in it."""
     for path in folder.rglob("*"):

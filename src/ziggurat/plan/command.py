@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ziggurat.host.staging import write_whole
+
 
 def plan(
     model: Annotated[str, typer.Argument(help="Model folder, config.json, hub name in the cache, or embedded.")],
@@ -96,8 +98,7 @@ def suggest(
         probe_steps=probe_steps,
         console=Console(),
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    write_whole(out, text)
     ranks = ", ".join(f"{tier} {rank}" for tier, rank in found.ranks.items())
     typer.echo(f"ranks by {found.criterion}: {ranks}; {found.spent:,} of {found.budget:,} parameters")
     if found.group_starts is not None:
