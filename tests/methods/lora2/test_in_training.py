@@ -359,3 +359,38 @@ def test_two_processes_prune_the_same(tmp_path: Path) -> None:
     assert first.keys() == second.keys()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     assert sum(int(mask.sum()) for name, mask in first.items() if name.startswith("mask.")) == 16
+
+
+def test_only_models_within_the_budget_compete_for_the_best(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = model_of("bert", initial_warmup=1, final_warmup=3)
+    falling = iter(range(0, -99, -1))
+    every_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
+    settings = {"per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True, "report_to": [], "seed": 3}
+    run = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), max_steps=6, **settings, **every_step, **best),
+        train_dataset=examples("bert"),
+        eval_dataset=examples("bert", 4),
+        compute_metrics=lambda _: {"score": float(next(falling))},
+    )
+    run.train()
+    # The score falls from the first step on, and steps 1 and 2 hold more than the mask of step 3.
+    assert run.state.best_global_step == 3
+    assert str(run.state.best_model_checkpoint).endswith("checkpoint-3")
+    assert "best model is chosen from here on" in caplog.text
+    ranks = model.base_model.ranks()
+    assert sum(ranks.values()) == 2 * len(ranks)
+    first = PeftModel.from_pretrained(ZOO["bert"].build(), str(tmp_path / "checkpoint-2"))
+    assert sum(first.base_model.ranks().values()) > 2 * len(ranks)
+
+
+def test_a_run_that_ends_before_the_final_mask_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step == 2
+
+    run = trainer(model_of("bert", initial_warmup=1, final_warmup=3), "bert", tmp_path, max_steps=6)
+    run.add_callback(Stop())
+    run.train()
+    assert "training ended at step 2, before the mask of adapter 'default' is final (step 3)" in caplog.text

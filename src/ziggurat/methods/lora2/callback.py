@@ -89,10 +89,23 @@ class LoRA2Callback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Rank and prune: gradients are summed, averaged over processes, unscaled and clipped now, and still there."""
-        for adapter in learning_adapters(model) if model is not None else {}:
+        """Rank and prune: gradients are summed, averaged over processes, unscaled and clipped now, and still there.
+
+        The checkpoints of before the final mask hold more directions than the target: from that mask on they no longer
+        compete for the best model.
+        """
+        step = state.global_step + 1
+        for adapter, config in learning_adapters(model).items() if model is not None else ():
             assert model is not None
-            prune(model, state.global_step + 1, state.max_steps, adapter)
+            prune(model, step, state.max_steps, adapter)
+            if config.target < config.r and step == config.schedule(state.max_steps).last:
+                if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                    logger.warning(
+                        "the mask of adapter %r is final from step %d on; the best model is chosen from here on, since "
+                        "earlier checkpoints hold more than target_rank=%d directions a linear",
+                        *(adapter, step, config.target),
+                    )
+                state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def on_log(
         self,
@@ -145,8 +158,15 @@ class LoRA2Callback(TrainerCallback):
         """Show where the directions that survived are, one row a layer, one column a role."""
         if model is None or not state.is_world_process_zero:
             return
-        for adapter in learning_adapters(model):
+        for adapter, config in learning_adapters(model).items():
             layers = adapted(model, adapter)
+            last = config.schedule(state.max_steps).last
+            if config.target < config.r and state.global_step < last:
+                logger.warning(
+                    "training ended at step %d, before the mask of adapter %r is final (step %d): it holds more than "
+                    "target_rank=%d directions a linear",
+                    *(state.global_step, adapter, last, config.target),
+                )
             if any(adapter in layer.kept for layer in layers.values()):
                 ranks = {path: int(layer.alive(adapter).sum()) for path, layer in layers.items()}
                 shown = table(unwrap(model)[0], ranks)
