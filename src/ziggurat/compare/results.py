@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ziggurat.host.staging import told_of_storage
 from ziggurat.training.recipe import resolved
 
 from .table import Run, Table
@@ -36,14 +37,15 @@ class Results:
         return self.lines.get(key, {}).get("status") == "done"
 
     def add(self, line: dict[str, Any]) -> None:
-        """Append a line, whole and on the disk before this returns."""
-        self.lines[line["key"]] = line
+        """Append a line, whole and on the disk before this returns. Raises StorageError if the disk doesn't take it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         torn = self.path.is_file() and self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n")
-        with self.path.open("a", encoding="utf-8") as file:
+        left = "The finished run lies in its folder; make room, and the same command notes it."
+        with told_of_storage(self.path, left), self.path.open("a", encoding="utf-8") as file:
             file.write(("\n" if torn else "") + json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self.lines[line["key"]] = line
 
     def of(self, table: Table) -> list[dict[str, Any]]:
         """The finished lines of a table's runs, under the labels that the table now gives them."""

@@ -25,6 +25,7 @@ def take(recipe: Recipe) -> dict[str, Any]:
     A checkpoint that an interrupted run left is gone on from; what left none is started afresh.
     """
     folder = RunFolder(recipe)
+    folder.settle()  # an earlier worker may have been killed with its result ready
     info = folder.final / RUN
     if not info.is_file():
         resume = folder.last_checkpoint() is not None
