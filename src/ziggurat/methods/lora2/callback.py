@@ -156,10 +156,13 @@ class LoRA2Callback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Show where the directions that survived are, one row a layer, one column a role."""
-        if model is None or not state.is_world_process_zero:
+        if model is None:
             return
         for adapter, config in learning_adapters(model).items():
             layers = adapted(model, adapter)
+            ranks = {path: int(layer.alive(adapter).sum()) for path, layer in layers.items()}
+            if not state.is_world_process_zero:
+                continue
             last = config.schedule(state.max_steps).last
             if config.target < config.r and state.global_step < last:
                 logger.warning(
@@ -168,7 +171,6 @@ class LoRA2Callback(TrainerCallback):
                     *(state.global_step, adapter, last, config.target),
                 )
             if any(adapter in layer.kept for layer in layers.values()):
-                ranks = {path: int(layer.alive(adapter).sum()) for path, layer in layers.items()}
                 shown = table(unwrap(model)[0], ranks)
                 sys.stderr.write(f"directions left of the adapter {adapter!r}:\n{shown}\n")
 

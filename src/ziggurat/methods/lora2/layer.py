@@ -92,11 +92,12 @@ class LoRA2Linear(AdaptedLinear, LoRA2Layer):
         if adapter in self.kept:
             E = self.lora2_E[adapter]
             kept = self.kept[adapter] = self.kept[adapter].to(E.device)
-            E.masked_fill_(~kept, 0)
+            E.masked_fill_(_laid_out_as(E, ~kept), 0)
 
     def alive(self, adapter: str) -> Tensor:
-        """Which directions do something, (r): those whose E_i isn't 0."""
-        return self.lora2_E[adapter].detach() != 0
+        """Which directions do something, (r): those whose E_i isn't 0. Where FSDP2 shards E, all processes must ask."""
+        E = self.lora2_E[adapter].detach()
+        return (E.full_tensor() if hasattr(E, "full_tensor") else E) != 0  # type: ignore[operator]
 
     @torch.no_grad()
     def drop(self, adapter: str, alive: Tensor) -> int:
@@ -112,6 +113,17 @@ class LoRA2Linear(AdaptedLinear, LoRA2Layer):
             state.pop(adapter, None)
         self.final[adapter] = False
         return left
+
+
+def _laid_out_as(E: Tensor, mask: Tensor) -> Tensor:
+    """`mask`, which every process has whole, in the pieces in which FSDP2 may have laid out E."""
+    if not hasattr(E, "full_tensor"):
+        return mask
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(E, DTensor)
+    everywhere = [Replicate()] * E.device_mesh.ndim
+    return DTensor.from_local(mask, E.device_mesh, everywhere, run_check=False).redistribute(placements=E.placements)
 
 
 def check_ranks(config: LoRA2Config, path: str, d_in: int, d_out: int) -> None:
