@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.offload import runs_on
 from ziggurat.host.quantised import FLOATS, backend_of, base_weight, check_changeable, replace_weight
 from ziggurat.lowrank.pair import FactorPair, delta
 from ziggurat.lowrank.product import low_rank_add
@@ -81,6 +82,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         """Device and dtype of the base; no dtype where numbers are packed or of 8 bits, which no factor can have."""
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        if device is not None and device.type == "meta":
+            device = runs_on(base_layer) or device
         return device, dtype if dtype in FLOATS else None
 
     def _get_available_adapters(self) -> set[str]:
