@@ -31,3 +31,11 @@ class ProcessError(ZigguratError, RuntimeError):
 
 class StorageError(ZigguratError, OSError):
     """A disk did not take what was to be written: full, read-only or forbidden."""
+
+
+class DivergedError(ZigguratError, ArithmeticError):
+    """Training came to a loss or a weight that is NaN or infinite; the text says at which step and what is left."""
+
+
+class VersionError(ZigguratError, ImportError):
+    """PEFT or transformers is installed in a version that this package doesn't work with."""

@@ -62,10 +62,13 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_names(name: str, value: Any) -> None:
-    """Raise ConfigError unless `value` is None or a list of strings."""
+    """Raise ConfigError unless `value` is None or a list of names.
+
+    An empty name ends every path: PEFT would save every module whole, and the modules in it again.
+    """
     if value is None:
         return
-    if not isinstance(value, list | tuple | set | frozenset) or not all(isinstance(one, str) for one in value):
+    if not isinstance(value, list | tuple | set | frozenset) or not all(isinstance(n, str) and n for n in value):
         raise ConfigError(f"{name}={shown(value)}: a list of names is needed, such as ['classifier'].")
     _check_length(name, value)
 

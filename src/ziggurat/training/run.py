@@ -25,6 +25,7 @@ from .budget import Fit, settle_budget
 from .callbacks import callbacks_for
 from .checkpoints import WholeCheckpoints
 from .data import Examples, load_examples
+from .divergence import StopAtNaN
 from .finish import draw_ranks, make_whole, settle
 from .folders import RECIPE, RunFolder, launched
 from .interrupt import Interrupted, StopSignals
@@ -72,6 +73,7 @@ def train(recipe: Recipe, *, console: Console | None = None, callbacks: Sequence
     Raises:
         RecipeError: the folder is taken, the model can't be loaded, or the method doesn't fit it.
         DataError: the data aren't as the recipe says.
+        DivergedError: a loss or a weight became NaN or infinite; says at which step and which checkpoint is good.
         Interrupted: Ctrl-C or SIGTERM; says which checkpoint there is.
         ProcessError: another process of the run has gone.
     """
@@ -117,7 +119,7 @@ def _train(
     progress = LiveProgress(say, recipe.main_metric)
     peft_config = getattr(model, "peft_config", {}).get("default")
     meter = Meter()
-    extra = [*callbacks_for(peft_config), *callbacks, progress, stop, meter]
+    extra = [*callbacks_for(peft_config), *callbacks, progress, stop, meter, StopAtNaN(folder.last_checkpoint)]
     task = make_trainer(recipe, base, model, examples, folder.checkpoints, extra)
     trainer = task.trainer
     if recipe.spectra != "never":
