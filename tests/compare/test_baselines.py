@@ -11,7 +11,7 @@ from training_tables import reviews, write_csv
 from transformers import AutoModel, TrainerCallback
 
 from ziggurat.errors import RecipeError
-from ziggurat.training.budget import bare_model, count_of, fit_rank, settle_budget
+from ziggurat.training.budget import count_of, fit_rank, recipe_model, settle_budget
 from ziggurat.training.load import load_adapter_model
 from ziggurat.training.methods import METHODS
 from ziggurat.training.recipe import make_recipe
@@ -154,7 +154,7 @@ def test_a_budget_picks_the_largest_rank_below_it(name: str, wide_bert: Path, tm
     assert fit is not None and "budget" not in settled.method
     ranks = METHODS[name].ranks
     assert ranks is not None and settled.method.items() >= ranks(fit.rank).items()
-    model = bare_model(made)
+    model = recipe_model(made)
     assert count_of(model, settled.method) == fit.parameters <= budget
     more = count_of(model, {**settled.method, **ranks(fit.rank + 1)})
     assert more is None or more > budget
@@ -168,7 +168,7 @@ def test_a_budget_that_cannot_be_met(wide_bert: Path, tmp_path: Path) -> None:
         recipe_for(wide_bert, tmp_path / "x.csv", tmp_path / "out", "bitfit", budget=100)
     with pytest.raises(RecipeError, match=r"method\.r: is what method.budget picks"):
         recipe_for(wide_bert, tmp_path / "x.csv", tmp_path / "out", "lora", budget=100, r=3)
-    assert fit_rank(bare_model(made), {"name": "lora", "target_modules": ["query"]}, 1024).rank == 2
+    assert fit_rank(recipe_model(made), {"name": "lora", "target_modules": ["query"]}, 1024).rank == 2
 
 
 def test_bitfit_of_a_model_without_biases_says_so(tiny_llama: Path, tmp_path: Path) -> None:

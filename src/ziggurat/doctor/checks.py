@@ -68,7 +68,7 @@ def base_model(name: str, method: str) -> Iterator[Finding]:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         yield Finding(
@@ -89,8 +89,8 @@ def recipe(value: Any, variables: Mapping[str, str] | None = None) -> Iterator[F
 
     import torch
 
-    from ziggurat.plan.bare import bare_model
-    from ziggurat.plan.closed_form import count
+    from ziggurat.training.bare import bare_model
+    from ziggurat.training.closed_form import count
     from ziggurat.training.embedded import model_path
     from ziggurat.training.methods import method_config
 

@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bare import bare_model as bare_model
+    from ziggurat.training.bare import bare_model as bare_model
+
     from .planner import Plan as Plan
     from .planner import plan as plan
     from .planner import plan_recipe as plan_recipe
@@ -16,5 +17,6 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     if name in __all__:
-        return getattr(import_module(f"{__name__}.{'bare' if name == 'bare_model' else 'planner'}"), name)
+        where = "ziggurat.training.bare" if name == "bare_model" else f"{__name__}.planner"
+        return getattr(import_module(where), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,11 +17,24 @@ from ziggurat.analysis.readers import READERS, place_by_name
 from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Anatomy, Place
 
-from .budget import BESIDE, largest_rank
-from .closed_form import count
 from .disk import file_bytes
 from .memory import Memory, memory
 
+#: Shown name -> the method's fields beside its rank. PiSSA, QLoRA and DyLoRA train as many numbers as LoRA.
+BESIDE: dict[str, dict[str, Any]] = {
+    "msplora": {"name": "msplora"},
+    "lora": {"name": "lora"},
+    "dora": {"name": "dora"},
+    "adalora": {"name": "adalora"},
+    "lora2": {"name": "lora2"},
+    "lor2c": {"name": "lor2c"},
+    "sharelor2c": {"name": "lor2c", "share": True},
+    "lily": {"name": "lily"},
+    "vera": {"name": "vera"},
+    "adapter": {"name": "adapter"},
+}
+#: They choose their own places: around layers, behind the feed-forward part.
+_OWN_PLACES = ("lor2c", "sharelor2c", "adapter")
 LABELS = {"instruct": "tokens", "classification": "classes", "regression": "values"}
 
 
@@ -88,7 +101,6 @@ def plan(
     """
     base = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     anatomy = Anatomy(model, getattr(config, "layers_pattern", None))
-    beside, notes = _beside(model, config, method)
     requires = {id(p): p.requires_grad for p in model.parameters()}
     try:
         with torch.device("meta"):
@@ -102,6 +114,7 @@ def plan(
         parts = _parts(state, adapted.peft_config["default"], anatomy)
         modules = list(getattr(adapted, "targeted_module_names", None) or adapted.base_model.targeted_module_names)
         estimate = memory(adapted, batch, length, labels=LABELS.get(task or "")) if measure_memory else None
+        notes = []
         if estimate is not None and estimate.activations is None:
             notes.append("this model's forward looks at values, so its activations can't be counted without weights")
     finally:
@@ -110,11 +123,11 @@ def plan(
             parameter.requires_grad_(requires.get(id(parameter), True))
     total = sum(p.numel() for p in trained.values())
     in_head = sum(trained[n].numel() for n in head)
-    rank = getattr(config, "r", None)
+    beside, refused = _beside(model, config, method, total - in_head)
     return Plan(
         model=name,
         method=method,
-        r=rank if isinstance(rank, int) else None,
+        r=_rank(config),
         base=base,
         adapter=total - in_head,
         head=in_head,
@@ -123,7 +136,7 @@ def plan(
         parts=parts,
         beside=beside,
         memory=estimate,
-        notes=notes,
+        notes=[*notes, *refused],
     )
 
 
@@ -161,28 +174,41 @@ def _stored(component: Component) -> int:
     return component.parameters + (component.rank if component.part == "inner" else 0)
 
 
-def _beside(model: nn.Module, config: Any, method: str) -> tuple[list[Beside], list[str]]:
+def _beside(model: nn.Module, config: Any, method: str, mine: int) -> tuple[list[Beside], list[str]]:
+    """Other methods on the same linears, at the plan's rank and at the most that its `mine` numbers pay, by formula."""
+    from ziggurat.training.budget import fit_rank, rank_fields
+    from ziggurat.training.closed_form import count
+    from ziggurat.training.methods import method_config
+
     same = {
-        name: copy.deepcopy(value)
+        name: value
         for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
         if (value := getattr(config, name, None)) is not None
     }
-    try:
-        mine, rank = count(model, config), getattr(config, "r", None)
-    except ConfigError as error:
-        return [], [f"nothing is put beside it: {error}"]
+    rank = _rank(config)
     found, notes = [], []
-    for other, at in BESIDE.items():
+    for other, fields in BESIDE.items():
         if other == method:
             continue
+        choice = fields if other in _OWN_PLACES or method in _OWN_PLACES else {**fields, **same}
         try:
-            if isinstance(rank, int):
-                found.append(Beside(other, "r", rank, count(model, at(rank, same))))
-            r, _, cost = largest_rank(lambda r, at=at: at(r, same), model, mine)
-            found.append(Beside(other, "budget", r, cost))
+            if rank is not None:
+                number = count(model, method_config({**choice, **rank_fields(choice, rank)}))
+                found.append(Beside(other, "r", rank, number))
+        except (ValueError, TypeError) as error:
+            notes.append(f"{other}, same r: {error}")
+        try:
+            fit = fit_rank(model, choice, mine, build=False)
+            found.append(Beside(other, "budget", fit.rank, fit.parameters))
         except ConfigError as error:
-            notes.append(f"{other}: {error}")
+            notes.append(f"{other}, same budget: {error}")
     return found, notes
+
+
+def _rank(config: Any) -> int | None:
+    """The rank of a config; AdaLoRA's is the one that it begins with."""
+    rank = getattr(config, "init_r", None) or getattr(config, "r", None)
+    return rank if isinstance(rank, int) else None
 
 
 def plan_recipe(
@@ -197,16 +223,16 @@ def plan_recipe(
 ) -> Plan:
     """The plan of a recipe's method, or of `choice` (method.* as in a recipe), for `model`, by its config alone.
 
-    `budget` ("0.1%" of the model, "300k"): instead of the recipe's rank the largest that it pays for.
+    `budget` ("0.1%" of the model, "300k"): instead of the recipe's rank the largest that it pays for; a recipe's own
+    `method.budget` is met as `ziggurat train` meets it.
 
     Raises:
         ConfigError: no such model, a method without an adapter, or a budget below the smallest one.
         RecipeError: `choice` isn't one of a method.
     """
-    from ziggurat.training.methods import METHODS, method_config
-
-    from .bare import bare_model, head_modules
-    from .budget import read_budget
+    from ziggurat.training.bare import bare_model, head_modules
+    from ziggurat.training.budget import fit_rank, rank_fields, read_budget
+    from ziggurat.training.methods import BUDGET, METHODS, method_config
 
     chosen = dict(choice or (recipe.method if recipe is not None else {"name": "msplora", "r": 8}))
     task = recipe.task if recipe is not None else None
@@ -214,14 +240,13 @@ def plan_recipe(
     extra = {"modules_to_save": head_modules(bare)} if task in ("classification", "regression") else {}
     if METHODS[chosen["name"]].config is None:
         raise ConfigError(f"method {chosen['name']} trains weights of the model itself; there is no adapter to plan.")
-    config = method_config(chosen, **extra)
+    pays = chosen.pop(BUDGET, None)
     if budget is not None:
-        base = sum(p.numel() for p in bare.parameters())
-
-        def at(r: int) -> Any:
-            return method_config({**chosen, "r": r}, **extra)
-
-        config = largest_rank(at, bare, read_budget(budget, base))[1]
+        pays = read_budget(budget, sum(p.numel() for p in bare.parameters()))
+    if pays is not None:
+        chosen = {key: value for key, value in chosen.items() if key not in ("ranks", *rank_fields(chosen, 8))}
+        chosen |= rank_fields(chosen, fit_rank(bare, chosen, pays).rank)
+    config = method_config(chosen, **extra)
     return plan(
         bare,
         config,

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _SHOWN = {"msplora": "MSPLoRA", "lora": "LoRA", "dora": "DoRA", "lora2": "LoRA²", "lor2c": "LoR2C"}
-_SHOWN["sharelor2c"] = "ShareLoR2C"
+_SHOWN |= {"sharelor2c": "ShareLoR2C", "adalora": "AdaLoRA", "vera": "VeRA", "lily": "Lily", "adapter": "bottlenecks"}
+_SHOWN |= {"dylora": "DyLoRA", "pissa": "PiSSA", "qlora": "QLoRA"}
 
 
 def size(count: float) -> str:
@@ -55,12 +56,17 @@ def show(plan: Plan) -> RenderableType:
         parts.add_row(*cells, end_section=last)
     parts.add_row("adapter", "", "", "", "", f"{plan.adapter:,}", style="bold")
     beside = Table(title="Beside it", title_justify="left")
-    for name in ("method", "rank", "parameters", "share of the model", "of this plan"):
-        beside.add_column(name, justify="left" if name == "method" else "right")
-    rows = [(named, plan.r, plan.adapter), *_rows(plan)]
-    for method, r, parameters in rows:
-        share = f"{parameters / plan.base:.3%}" if plan.base else ""
-        beside.add_row(method, str(r or ""), f"{parameters:,}", share, f"{parameters / plan.adapter:.0%}")
+    beside.add_column("method")
+    for name in (f"at r {plan.r}" if plan.r else "", "of this plan", "rank for its parameters", "which are"):
+        beside.add_column(name, justify="right")
+    whole = f"{plan.adapter / plan.base:.3%} of the model" if plan.base else ""
+    beside.add_row(named, f"{plan.adapter:,}", "100%", "", whole, style="bold", end_section=True)
+    for method in dict.fromkeys(b.method for b in plan.beside):
+        at = {b.kind: b for b in plan.beside if b.method == method}
+        same, paid = at.get("r"), at.get("budget")
+        cells = [f"{same.parameters:,}", f"{same.parameters / plan.adapter:.0%}"] if same else ["", ""]
+        cells += [str(paid.r), f"{paid.parameters:,}"] if paid else ["too dear", ""]
+        beside.add_row(_SHOWN[method], *cells)
     lines = [f"base model: {plan.base:,} parameters; the adapter's file: {plan.file:,} bytes ({size(plan.file)})"]
     if plan.head:
         lines.append(f"trained whole beside the adapter (head): {plan.head:,}")
@@ -75,10 +81,3 @@ def show(plan: Plan) -> RenderableType:
         ]
     lines += [f"note: {note}" for note in plan.notes]
     return Group(*([parts] if plan.parts else []), beside, *(Text(line) for line in lines))
-
-
-def _rows(plan: Plan) -> list[tuple[str, int, int]]:
-    same = [b for b in plan.beside if b.kind == "r"]
-    budget = [b for b in plan.beside if b.kind == "budget"]
-    rows = [(f"{_SHOWN[b.method]}, same r", b.r, b.parameters) for b in same]
-    return rows + [(f"{_SHOWN[b.method]}, same budget", b.r, b.parameters) for b in budget]

@@ -143,11 +143,10 @@ _SHAPE = {"method.ranks", "method.group_starts", "method.num_groups", "method.ti
 
 
 def _budget(recipe: Any, budget: str | None) -> int:
+    from ziggurat.training.bare import bare_model
+    from ziggurat.training.budget import read_budget
+    from ziggurat.training.closed_form import count
     from ziggurat.training.methods import method_config
-
-    from .bare import bare_model
-    from .budget import read_budget
-    from .closed_form import count
 
     bare = bare_model(recipe.model, recipe.task)
     if budget is not None:

@@ -1,10 +1,11 @@
-"""`method.budget`: the largest rank whose adapter has no more trainable numbers than the budget."""
+"""The largest rank that a budget of parameters pays for: `method.budget` of a recipe, and `ziggurat plan --budget`."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +13,18 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from ziggurat.errors import RecipeError
+from ziggurat.errors import ConfigError, RecipeError
 
-from .embedded import model_path
+from .bare import bare_model
+from .closed_form import count
 from .methods import BUDGET, METHODS, method_config
 from .schema import Recipe
 
 #: No adapter of this rank is worth training; where even this one is below the budget (VeRA), it is what is picked.
 HIGHEST = 4096
+
+_REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -43,81 +46,128 @@ def settle_budget(recipe: Recipe) -> tuple[Recipe, Fit | None]:
         return recipe, None
     budget = recipe.method[BUDGET]
     rest = {key: value for key, value in recipe.method.items() if key != BUDGET}
-    fit = fit_rank(bare_model(recipe), rest, budget)
-    ranks = METHODS[rest["name"]].ranks
-    assert ranks is not None
-    return recipe.model_copy(update={"method": {**rest, **ranks(fit.rank)}}), fit
-
-
-def bare_model(recipe: Recipe) -> nn.Module:
-    """The recipe's model with its shapes but no numbers, on the meta device. Raises RecipeError without a config."""
-    where: dict[str, Any] = {"revision": recipe.revision or "main"}
-    if recipe.gguf_file is not None:
-        where["gguf_file"] = recipe.gguf_file
     try:
-        config = AutoConfig.from_pretrained(model_path(recipe.model), **where)
-        if recipe.task == "instruct":
-            kind: Any = AutoModelForCausalLM
-        else:
-            kind = AutoModel if recipe.head.pooling == "mean" else AutoModelForSequenceClassification
-        with torch.device("meta"):
-            return kind.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise RecipeError(f"model: '{recipe.model}' has no config to count by: {str(error).splitlines()[0]}") from error
+        fit = fit_rank(recipe_model(recipe), rest, budget)
+    except ConfigError as error:
+        raise RecipeError(f"method.budget: {error}") from error
+    return recipe.model_copy(update={"method": {**rest, **rank_fields(rest, fit.rank)}}), fit
 
 
-def fit_rank(model: nn.Module, choice: dict[str, Any], budget: int) -> Fit:
-    """The largest rank of the method `choice` on `model` with at most `budget` trainable numbers, found by bisection.
+def recipe_model(recipe: Recipe) -> nn.Module:
+    """The recipe's model on the meta device. Raises RecipeError without a config to build it by."""
+    task = "encoder" if recipe.task != "instruct" and recipe.head.pooling == "mean" else recipe.task
+    try:
+        return bare_model(recipe.model, task, revision=recipe.revision, gguf_file=recipe.gguf_file)
+    except ConfigError as error:
+        raise RecipeError(f"model: {error}") from error
 
-    Raises RecipeError that says what the smallest rank has.
+
+def read_budget(text: str, base: int) -> int:
+    """A number of parameters from "0.1%" of `base`, "300k", "1.2M", "1B" or a whole number.
+
+    Raises:
+        ConfigError: it is none of these, or not above 0.
+    """
+    found = re.fullmatch(r"\s*([\d_,]*\.?\d+)\s*(%|k|m|b)?\s*", text, re.IGNORECASE)
+    size = 0
+    if found:
+        unit = {"%": base / 100, "k": 1e3, "m": 1e6, "b": 1e9}.get((found[2] or "").lower(), 1)
+        size = int(float(found[1].replace(",", "").replace("_", "")) * unit)
+    if size < 1:
+        raise ConfigError(
+            f"budget {text!r}: a share of the model's {base:,} parameters such as 0.1%, or a number such as 300k."
+        )
+    return size
+
+
+def rank_fields(choice: dict[str, Any], rank: int) -> dict[str, Any]:
+    """The fields of `method.*` that give the method of `choice` this rank.
+
+    Raises:
+        ConfigError: it has no rank.
     """
     ranks = METHODS[choice["name"]].ranks
-    assert ranks is not None
-    counts: dict[int, int | None] = {}
+    if ranks is None:
+        raise ConfigError(f"{choice['name']} has no rank to meet a budget with.")
+    return ranks(rank)
+
+
+def fit_rank(model: nn.Module, choice: dict[str, Any], budget: int, *, build: bool = True) -> Fit:
+    """The largest rank of the method `choice` (`method.*` of a recipe) on `model` with at most `budget` numbers.
+
+    The search counts by formula. With `build` what it finds is built and counted, too, and if the method refuses it or
+    the numbers differ, the search is done again by building.
+
+    Raises:
+        ConfigError: even the smallest rank has more, with how many it has; or the method refuses every rank.
+    """
+
+    def by_formula(rank: int) -> int | None:
+        try:
+            return count(model, method_config({**choice, **rank_fields(choice, rank)}))
+        except _REFUSALS:
+            return None
+
+    def by_building(rank: int) -> int | None:
+        return count_of(model, {**choice, **rank_fields(choice, rank)})
+
+    found = largest_rank(by_formula, budget)
+    if build and (found is None or by_building(found.rank) != found.parameters):
+        found = largest_rank(by_building, budget)
+    if found is not None:
+        return found
+    counted = ((rank, by_building(rank) if build else by_formula(rank)) for rank in (1, 2, 3, 4))
+    least = next(((rank, number) for rank, number in counted if number is not None), None)
+    if least is None:
+        count_of(model, {**choice, **rank_fields(choice, 4)}, refuse=True)
+        raise ConfigError(f"{choice['name']} refuses every rank up to 4 on this model")
+    raise ConfigError(
+        f"{budget:,} numbers are too few for {choice['name']}: rank {least[0]} has {least[1]:,} on this model; raise "
+        "the budget or adapt fewer modules"
+    )
+
+
+def largest_rank(count: Callable[[int], int | None], budget: int, most: int = HIGHEST) -> Fit | None:
+    """The largest rank up to `most` with `count(rank)` at most `budget`; None if even the smallest has more.
+
+    `count` grows with the rank. It gives None for ranks that a method can't take: all above some rank, and fewer than
+    eight in a row below it (a pyramid's r / 4 must be whole).
+    """
+
+    def nearest(rank: int) -> Fit | None:
+        counted = ((r, count(r)) for r in range(rank, max(0, rank - 8), -1))
+        return next((Fit(r, number) for r, number in counted if number is not None), None)
 
     def fits(rank: int) -> bool:
-        if rank not in counts:
-            counts[rank] = count_of(model, {**choice, **ranks(rank)})
-        found = counts[rank]
-        return found is not None and found <= budget
+        found = nearest(rank)
+        return found.parameters <= budget if found is not None else rank < 8
 
-    low = next((rank for rank in (1, 2, 3, 4) if fits(rank)), None)
-    if low is None:
-        least = next(((rank, count) for rank, count in counts.items() if count is not None), None)
-        if least is None:
-            count_of(model, {**choice, **ranks(4)}, refuse=True)
-            raise RecipeError(f"method.budget: {choice['name']} refuses every rank up to 4 on this model")
-        raise RecipeError(
-            f"method.budget: {budget:,} numbers are too few for {choice['name']}: rank {least[0]} has {least[1]:,} on "
-            "this model; raise the budget or adapt fewer modules"
-        )
-    high = low
-    while high < HIGHEST and fits(min(2 * high, HIGHEST)):
-        high = min(2 * high, HIGHEST)
-    low, beyond = high, min(2 * high, HIGHEST + 1)
+    low, beyond = 0, 8
+    while beyond <= most and fits(beyond):
+        low, beyond = beyond, 2 * beyond
+    beyond = min(beyond, most + 1)
     while beyond - low > 1:
         middle = (low + beyond) // 2
         low, beyond = (middle, beyond) if fits(middle) else (low, middle)
-    found = counts[low]
-    assert found is not None
-    return Fit(low, found)
+    found = nearest(low)
+    return found if found is not None and found.parameters <= budget else None
 
 
 def count_of(model: nn.Module, choice: dict[str, Any], *, refuse: bool = False) -> int | None:
-    """Trainable numbers of the method's own part on `model`, each counted once; None where the method refuses.
+    """Trainable numbers of the method's own part on `model`, built and each counted once; None where it refuses.
 
-    With `refuse` its refusal is raised as RecipeError.
+    With `refuse` its refusal is raised as ConfigError.
     """
     try:
         config = method_config(choice)
         assert config is not None
         if getattr(config, "init_lora_weights", None) == "pissa":
             config.init_lora_weights = True  # the same shapes without a singular value decomposition of nothing
-        with _quiet():
+        with torch.device("meta"), _quiet():
             adapted = get_peft_model(copy.deepcopy(model), config)  # type: ignore[arg-type]
-    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+    except _REFUSALS as error:
         if refuse:
-            raise RecipeError(f"method: {choice['name']} cannot adapt this model: {error}") from error
+            raise ConfigError(f"{choice['name']} cannot adapt this model: {error}") from error
         return None
     unique = {id(parameter): parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad}
     return sum(unique.values())

@@ -6,11 +6,12 @@ Symbols: a linear maps d_in to d_out; r is the rank, k LoRA²'s outer rank, d th
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ziggurat.errors import ConfigError
@@ -53,14 +54,58 @@ def targets(model: nn.Module, config: Any, anatomy: Anatomy | None = None) -> li
     return found
 
 
-def lora(some: Iterable[Target], r: int) -> int:
-    """sum r (d_in + d_out)."""
-    return sum(r * (t.d_in + t.d_out) for t in some)
+def lora(some: Iterable[Target], config: Any) -> int:
+    """sum r (d_in + d_out), r as the rank pattern says it; DoRA: and a magnitude for each output, d_out."""
+    pattern = config.rank_pattern or {}
+    total = 0
+    for t in some:
+        r = pattern.get(get_pattern_key(list(pattern), t.path), config.r)
+        total += r * (t.d_in + t.d_out) + (t.d_out if config.use_dora else 0)
+    return total
 
 
-def dora(some: Iterable[Target], r: int) -> int:
-    """LoRA's, and a magnitude for each output: sum r (d_in + d_out) + d_out."""
-    return sum(r * (t.d_in + t.d_out) + t.d_out for t in some)
+def dylora(some: Iterable[Target], config: Any) -> int:
+    """sum r (d_in + d_out), r the largest rank that is drawn."""
+    return sum(config.r * (t.d_in + t.d_out) for t in some)
+
+
+def adalora(some: Iterable[Target], config: Any) -> int:
+    """sum r (d_in + d_out) + r, r the rank that training begins with."""
+    return sum(config.init_r * (t.d_in + t.d_out + 1) for t in some)
+
+
+def vera(some: Iterable[Target], config: Any) -> int:
+    """sum r + d_out: the two vectors of each linear; the random factors aren't trained."""
+    return sum(config.r + t.d_out for t in some)
+
+
+def lily(some: Iterable[Target], config: Any) -> int:
+    """sum over groups of num_B r d_out + ceil(n / stride_A) r d_in + n num_B r.
+
+    A group is the n linears of one target and one shape: they share their experts B, `stride_A` neighbours share one A,
+    and each has a router of its own.
+    """
+    named = config.target_modules
+    groups: dict[tuple[str, int, int], int] = {}
+    for t in some:
+        if named is None or named == "all-linear":
+            ends = [t.path.rpartition(".")[2]]
+        else:
+            ends = [named] if isinstance(named, str) else [name for name in named if t.path.endswith(name)]
+        if ends:
+            key = (ends[-1], t.d_in, t.d_out)
+            groups[key] = groups.get(key, 0) + 1
+    r, experts = config.r, config.num_B
+    return sum(
+        experts * r * d_out + -(-n // config.stride_A) * r * d_in + n * experts * r
+        for (_, d_in, d_out), n in groups.items()
+    )
+
+
+def adapter(some: Iterable[Target], config: Any) -> int:
+    """sum 2 r d_out + r + d_out over the linears whose layer isn't dropped: down, up and their biases."""
+    kept = [t for t in some if t.place.layer >= config.drop_layers]
+    return sum(2 * config.r * t.d_out + config.r + t.d_out for t in kept)
 
 
 def msplora(some: Iterable[Target], config: Any) -> int:
@@ -104,11 +149,19 @@ def count(model: nn.Module, config: Any) -> int:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind == "LOR2C":
         return lor2c(model, config)
-    some = targets(model, config)
-    if kind == "MSPLORA":
-        return msplora(some, config)
-    if kind == "LORA2":
-        return lora2(some, config)
-    if kind == "LORA" and not config.rank_pattern:
-        return dora(some, config.r) if config.use_dora else lora(some, config.r)
-    raise ConfigError(f"no formula for an adapter of PEFT method {kind}: it has to be built to be counted.")
+    if kind not in FORMULAS:
+        raise ConfigError(f"no formula for an adapter of PEFT method {kind}: it has to be built to be counted.")
+    return FORMULAS[kind](targets(model, config), config)
+
+
+#: PEFT type -> the formula. LoR2C's asks for the model itself.
+FORMULAS: dict[str, Callable[[Iterable[Target], Any], int]] = {
+    "MSPLORA": msplora,
+    "LORA2": lora2,
+    "LORA": lora,
+    "DYLORA": dylora,
+    "ADALORA": adalora,
+    "VERA": vera,
+    "LILY": lily,
+    "ADAPTERDROP": adapter,
+}

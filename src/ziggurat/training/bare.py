@@ -11,11 +11,19 @@ from torch import nn
 from ziggurat.errors import ConfigError
 
 
-def bare_model(model: str | Path, task: str | None = None, dtype: str = "auto", **changes: Any) -> nn.Module:
+def bare_model(
+    model: str | Path,
+    task: str | None = None,
+    dtype: str = "auto",
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    **changes: Any,
+) -> nn.Module:
     """The architecture of `model` (a folder, a config.json, a hub name, or "embedded") on the meta device.
 
-    `task`: "classification", "regression" or "instruct" choose the head; without one it's the class that the config
-    itself names. `changes` replace fields of the config.
+    `task`: "classification", "regression", "instruct" or "encoder" (no head) choose the class; without one it's the
+    one that the config itself names. `changes` replace fields of the config.
 
     Raises:
         ConfigError: there is no such model, or transformers can't build it from a config.
@@ -23,11 +31,14 @@ def bare_model(model: str | Path, task: str | None = None, dtype: str = "auto", 
     import transformers
     from transformers import AutoConfig
 
-    from ziggurat.training.embedded import model_path
+    from .embedded import model_path
 
     try:
-        config = AutoConfig.from_pretrained(model_path(str(model)))
-    except (OSError, ValueError) as error:
+        where: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
+        if gguf_file is not None:
+            where["gguf_file"] = gguf_file
+        config = AutoConfig.from_pretrained(model_path(str(model)), **where)
+    except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"no config of a model in {str(model)!r}: {first} Give a folder that holds a config.json, the file itself, "
@@ -38,6 +49,7 @@ def bare_model(model: str | Path, task: str | None = None, dtype: str = "auto", 
     numbers = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
     auto: Any = {
         "instruct": transformers.AutoModelForCausalLM,
+        "encoder": transformers.AutoModel,
         "classification": transformers.AutoModelForSequenceClassification,
         "regression": transformers.AutoModelForSequenceClassification,
     }.get(task or "")
