@@ -57,12 +57,16 @@ def run(options: argparse.Namespace, method: str) -> None:
     print(method, scores, f"{result.seconds:.0f} s", flush=True)
 
 
+def save(ax: Any, out: Path) -> None:
+    ax.figure.savefig(out)
+
+
 def fig_3(folder: Path, out: Path) -> dict[str, Any]:
     """Draw it; returns how the largest singular value and the effective rank of each tier went."""
     history = json.loads((folder / "run.json").read_text())["history"]
     found = trace.top_values(history)
     with styled():
-        figures.figure_3(found)[0].figure.savefig(out)
+        save(figures.figure_3(found)[0], out)
     ranks = trace.series(history, "effective_rank")
     return {
         part: {
@@ -86,8 +90,7 @@ def fig_4(one: Collected, other: Collected, out: Path) -> dict[str, Any]:
             figures.layer_map(grid, f"KL between layers: {name}", "KL(i || j)", ax, least=high)
         label = "positive: MSPLoRA is less redundant"
         figures.layer_map(difference, "MSPLoRA minus LoRA", label, axes[2], centred=True)
-        axes[0].figure.tight_layout()
-        axes[0].figure.savefig(out)
+        save(axes[0], out)
     off = ~np.eye(len(difference), dtype=bool)
     return {
         "mean KL": {name: round(float(grid[off].mean()), 4) for name, grid in zip(RUNS, grids, strict=True)},

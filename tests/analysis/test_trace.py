@@ -22,7 +22,7 @@ def trainer_of(model: Any, folder: Path, **fields: Any) -> Trainer:
     rows = [{"input_ids": [5, 6, 7 + n % 3], "attention_mask": [1, 1, 1], "labels": n % 3} for n in range(12)]
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=4, num_train_epochs=2, learning_rate=1e-2,
-        report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=1000, seed=0, **fields,
+        disable_tqdm=True, save_strategy="no", logging_steps=1000, seed=0, **{"report_to": "none", **fields},
     )  # fmt: skip
     return Trainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows))
 
@@ -59,6 +59,24 @@ def test_every_epoch_is_recorded_and_the_last_is_the_adapter(method: str, tmp_pa
         np.testing.assert_allclose(values[:, -1], expected, rtol=1e-6)
     assert {f"spectra/{part}/effective_rank" for part in found} <= reporter.names
     assert set(series(trainer.state.log_history, "norm")) == set(found)
+
+
+def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
+    """Its event files, as written by the Trainer's own reporter and read by TensorBoard itself."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = adapted("msplora")
+    trainer = trainer_of(model, tmp_path, report_to="tensorboard")
+    record_spectra(trainer)
+    trainer.train()
+    (file,) = tmp_path.rglob("events.out.tfevents.*")
+    read = EventAccumulator(str(file.parent)).Reload()
+    logged = {name.removeprefix("train/"): read.Scalars(name) for name in read.Tags()["scalars"]}
+    expected = scalars(collect(model))
+    assert {name for name in logged if name.startswith("spectra/")} == set(expected)
+    for name, value in expected.items():
+        assert [event.step for event in logged[name]] == [3, 6]
+        assert logged[name][-1].value == pytest.approx(value, rel=1e-5), name
 
 
 def test_every_n_steps(tmp_path: Path) -> None:

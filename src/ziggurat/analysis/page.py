@@ -157,12 +157,10 @@ def _against(runs: Sequence[Run]) -> list[str]:
             continue
         if len(grid) > 1:
             numbers = [str(n) for n in range(len(grid))]
-            title = f"{runs[0].name} minus {run.name}"
-            charts.append(svg.heat_map(title, grid, numbers, numbers, ACROSS, centred=True))
+            charts.append(svg.heat_map(f"minus that of {run.name}", grid, numbers, numbers, ACROSS, centred=True))
     if charts:
-        charts.insert(
-            0, f"<p>KL between layers' spectra; positive: {escape(runs[0].name)} is less redundant there.</p>"
-        )
+        name = escape(runs[0].name)
+        charts.insert(0, f"<p>KL between layers' spectra of {name}; positive: {name} is less redundant there.</p>")
     return charts
 
 

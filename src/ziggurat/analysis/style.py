@@ -62,7 +62,8 @@ def new_row(width: float, height: float, widths: Sequence[float]) -> list[Axes]:
         from matplotlib.figure import Figure
 
         grid = {"width_ratios": list(widths)}
-        found = Figure(figsize=(width, height)).subplots(1, len(widths), squeeze=False, gridspec_kw=grid)
+        layout = "constrained" if len(widths) > 1 else None  # room for each one's colour bar
+        found = Figure(figsize=(width, height), layout=layout).subplots(1, len(widths), squeeze=False, gridspec_kw=grid)
         return list(found[0])
 
 
