@@ -67,14 +67,16 @@ def load_base(
     """
     path = model_path(model)
     gguf_file = _gguf(path, gguf_file)
-    where: dict[str, Any] = {"revision": revision or "main"}
+    where: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
     if gguf_file is not None:
         where["gguf_file"] = gguf_file
     try:
-        tokenizer = _tokenizer(tokenizer_from or path, {} if tokenizer_from else where)
+        tokenizer = _tokenizer(tokenizer_from or path, {"trust_remote_code": False} if tokenizer_from else where)
         config = AutoConfig.from_pretrained(path, **where)
         how = {**where, "dtype": dtype} | ({"quantization_config": _nf4(dtype)} if four_bits else {})
         built, fresh = _build(path, spec, config, how)
+        if gguf_file is not None:
+            _forget_gguf(built)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise RecipeError(f"model: {_reason(model, path, error)}") from error
     if tokenizer.pad_token_id is None:
@@ -165,6 +167,19 @@ def _gguf(path: str, gguf_file: str | None) -> str | None:
     if len(found) > 1:
         raise RecipeError(f"gguf_file: '{path}' holds several, name one: {', '.join(found)}")
     return found[0]
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """Let a model read from llama.cpp's format be what it now is, a plain one: its weights were unpacked to floats.
+
+    transformers goes on calling it quantised, refuses to train it, and would save it with that mark.
+    """
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+    model.is_quantized = False  # type: ignore[assignment]
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 def _reason(model: str, path: str, error: Exception) -> str:

@@ -1,0 +1,85 @@
+"""A base model in llama.cpp's format: read, trained beside, loaded again."""
+
+import string
+from pathlib import Path
+
+import gguf
+import torch
+from training_tables import write_jsonl
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from ziggurat.training.load import load_adapter_model
+from ziggurat.training.recipe import make_recipe
+from ziggurat.training.run import train
+
+#: Ours -> llama.cpp's names of a Llama's tensors.
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.layers.": "blk.",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "post_attention_layernorm": "ffn_norm",
+    "input_layernorm": "attn_norm",
+    "self_attn.o_proj": "attn_output",
+    **{f"self_attn.{role}_proj": f"attn_{role}" for role in "qkv"},
+    **{f"mlp.{role}_proj": f"ffn_{role}" for role in ("gate", "up", "down")},
+}
+
+
+def write_gguf(source: Path, target: Path) -> None:
+    """The weights of the tiny Llama in `source` as floats, with a vocabulary of letters."""
+    model = LlamaForCausalLM.from_pretrained(source)
+    config = model.config
+    special = AutoTokenizer.from_pretrained(source).convert_ids_to_tokens(range(5))
+    tokens = [*special, *string.ascii_lowercase, "Ġ", "th"]
+    tokens += [f"<{index}>" for index in range(config.vocab_size - len(tokens))]
+    writer = gguf.GGUFWriter(str(target), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+    writer.add_token_merges(["t h"])
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(4)
+    writer.add_pad_token_id(0)
+    for name, tensor in model.state_dict().items():
+        for ours, theirs in NAMES.items():
+            name = name.replace(ours, theirs)
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_base_from_llama_cpp_trains_and_is_no_longer_called_quantised(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    write_gguf(tiny_llama, tmp_path / "base" / "tiny.gguf")
+    rows = [{"prompt": "the", "completion": "fine"}, {"prompt": "a", "completion": "bad"}] * 6
+    made = make_recipe(
+        {
+            "model": str(tmp_path / "base"),
+            "task": "instruct",
+            "data.train": str(write_jsonl(tmp_path / "rows.jsonl", rows)),
+            "method.name": "msplora",
+            "method.r": 2,
+            "train.max_steps": 2,
+            "train.evaluate": "never",
+            "train.save": "never",
+            "output": str(tmp_path / "out"),
+        }
+    )
+    result = train(made)
+    assert result.after["loss"] < result.before["loss"]
+    loaded = load_adapter_model(result.folder)
+    assert getattr(loaded.model.config, "quantization_config", None) is None
+    weights = LlamaForCausalLM.from_pretrained(tiny_llama).model.embed_tokens.weight
+    torch.testing.assert_close(loaded.model.get_input_embeddings().weight, weights, rtol=0, atol=0)
