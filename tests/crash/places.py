@@ -1,0 +1,37 @@
+"""Where a tiny model and its table lie, and recipes that train it."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from ziggurat.training.recipe import make_recipe
+from ziggurat.training.schema import Recipe
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+from training_tables import reviews, save_tiny_bert, write_csv
+
+
+class Place:
+    """A folder with a tiny model and a table to learn from; makes recipes with them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        save_tiny_bert(folder / "tiny-bert")
+        write_csv(folder / "reviews.csv", [dict(row) for row in reviews(48)])
+
+    def recipe(self, output: Path, **more: Any) -> Recipe:
+        values = {
+            "name": "tiny",
+            "model": str(self.folder / "tiny-bert"),
+            "data.train": str(self.folder / "reviews.csv"),
+            "data.validation_rows": 8,
+            "method.name": "msplora",
+            "method.r": 4,
+            "method.lora_dropout": 0.1,
+            "train.batch": 8,
+            "train.max_steps": 6,
+            "train.evaluate": "never",
+            "train.save": 2,
+            "output": str(output),
+        }
+        return make_recipe({**values, **{key.replace("__", "."): value for key, value in more.items()}})
