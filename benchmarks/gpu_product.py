@@ -1,6 +1,7 @@
 """The low-rank addition on a CUDA GPU: checked first, then timed. Needs torch, triton and src/ziggurat/lowrank only.
 
     python benchmarks/gpu_product.py | tee gpu_product.txt
+    python benchmarks/gpu_product.py --interpret    # the checks alone, small shapes, without a GPU
 
 Forward and backward of one linear, bf16 activations and base weight, gradients to x, A and B. The ways take
 turns, the L2 cache is cleared between them, and what is printed are medians of CUDA-event times over the
@@ -10,11 +11,15 @@ way from a CUDA graph instead.
 """
 
 import argparse
+import os
 import statistics
 import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+
+if "--interpret" in sys.argv:  # read when Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from torch import Tensor
@@ -27,29 +32,29 @@ sys.modules.setdefault("ziggurat", package)
 
 from ziggurat.lowrank import mask as masks  # noqa: E402
 from ziggurat.lowrank import triton_product  # noqa: E402
-from ziggurat.lowrank.product import _LowRankAdd, composed, low_rank_add  # noqa: E402
+from ziggurat.lowrank.product import composed, down, low_rank_add, up_add  # noqa: E402
+
+SHAPES = ((1000, 768, 768, 14), (3, 200, 136, 1), (513, 2048, 1000, 112), (64, 72, 3072, 33))
+INTERPRETED = ((33, 72, 40, 14), (3, 136, 72, 1), (17, 48, 136, 33))
 
 
 def check(device: torch.device) -> None:
     """Values and gradients of the kernels against float64 with the same mask; raises where they differ."""
-    worst = 0.0
-    for tokens, d_in, d_out, rank in (
-        (1000, 768, 768, 14),
-        (3, 200, 136, 1),
-        (513, 2048, 1000, 112),
-        (64, 72, 3072, 33),
-    ):
-        for dtype in (torch.bfloat16, torch.float16):
+    worst, interpreted = 0.0, device.type == "cpu"
+    for tokens, d_in, d_out, rank in INTERPRETED if interpreted else SHAPES:
+        # The interpreter multiplies bf16 numbers as if their codes were integers.
+        for dtype in (torch.float16,) if interpreted else (torch.bfloat16, torch.float16):
             for factor_dtype in (dtype, torch.float32):
                 for p in (0.0, 0.1):
                     worst = max(worst, error(tokens, d_in, d_out, rank, dtype, factor_dtype, p, device))
-    x = torch.empty(4096, 4096, device=device)
+    x = torch.empty((64, 512) if interpreted else (4096, 4096), device=device)
     seed = torch.tensor([7], device=device)
     for p in (0.05, 0.5):
         found = 1 - triton_product.keep_mask(x, p, seed).float().mean().item()
         if abs(found - p) > 5 * (p * (1 - p) / x.numel()) ** 0.5 + 1e-5:
             raise AssertionError(f"dropout {p} dropped {found}")
-    print(f"checked: worst error {worst:.1e} of the norm (bf16 and fp16; allowed 2e-2)")
+    dtypes = "fp16 in the interpreter" if interpreted else "bf16 and fp16"
+    print(f"checked: worst error {worst:.1e} of the norm ({dtypes}; allowed 2e-2)")
 
 
 def error(
@@ -73,8 +78,11 @@ def error(
     kept = triton_product.keep_mask(x, p, seed) * masks.keep_scale(p) if p else 1.0
     wanted = y + ((x * kept) @ A.T) @ B.T
     torch.manual_seed(1)
-    with torch.autocast("cuda", dtype):
-        out = low_rank_add(*inputs, p)
+    if device.type == "cpu":  # Triton's interpreter; low_rank_add takes the kernels on a GPU only
+        out = triton_product.fused_low_rank_add(*inputs, p, dtype, False)
+    else:
+        with torch.autocast("cuda", dtype):
+            out = low_rank_add(*inputs, p)
     if "_FusedLowRankAdd" not in type(out.grad_fn).__name__:
         raise AssertionError(f"the kernels were not chosen: {type(out.grad_fn).__name__}")
     g = torch.randn_like(out)
@@ -92,8 +100,9 @@ def lora(y: Tensor, x: Tensor, A: Tensor, B: Tensor, p: float) -> Tensor:
     return y + F.linear(F.linear(F.dropout(x, p) if p else x, A), B) * 2.0
 
 
-def one_operation(y: Tensor, x: Tensor, A: Tensor, B: Tensor, p: float) -> Tensor:
-    return _LowRankAdd.apply(y, x, A, B, p, True)  # type: ignore[no-any-return]
+def down_and_up(y: Tensor, x: Tensor, A: Tensor, B: Tensor, p: float) -> Tensor:
+    (h,) = down(x, [A], p)
+    return up_add(y, h, B, reuse_y=True)
 
 
 def kernels(y: Tensor, x: Tensor, A: Tensor, B: Tensor, p: float) -> Tensor:
@@ -125,7 +134,7 @@ def steps(d: int, tokens: int, rank: int, p: float, device: torch.device) -> dic
         f"LoRA r {rank}": step(lora, rank),
         f"LoRA r {rank}, compiled": step(compiled, rank),
         f"composed r {rank}": step(composed, rank),
-        f"one operation r {rank}": step(one_operation, rank),
+        f"down and up r {rank}": step(down_and_up, rank),
         f"Triton r {rank}": step(kernels, rank),
     }
 
@@ -170,9 +179,13 @@ def main() -> None:
     parser.add_argument("--graph", action="store_true", help="replay each way from a CUDA graph")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--check-only", action="store_true")
+    parser.add_argument("--interpret", action="store_true", help="check in Triton's interpreter, without a GPU")
     args = parser.parse_args()
+    if args.interpret:
+        check(torch.device("cpu"))
+        return
     if not torch.cuda.is_available():
-        parser.error("no CUDA device here; tests/lowrank runs the same kernels in Triton's interpreter")
+        parser.error("no CUDA device here; --interpret checks the kernels without one")
     device = torch.device("cuda")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton_product.triton.__version__}")
     check(device)

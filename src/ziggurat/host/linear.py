@@ -16,8 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from ziggurat.errors import ConfigError
 from ziggurat.host.offload import runs_on
 from ziggurat.host.quantised import FLOATS, backend_of, base_weight, check_changeable, replace_weight
+from ziggurat.host.siblings import SIBLINGS
 from ziggurat.lowrank.pair import FactorPair, delta
-from ziggurat.lowrank.product import low_rank_add
+from ziggurat.lowrank.product import low_rank_add, up_add
 
 
 def is_adaptable(module: nn.Module) -> bool:
@@ -107,9 +108,15 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         reuse_y = plain and not self.base_layer._forward_hooks
         for adapter in self.active_adapters:
             if adapter in self.adapters:
-                a, b = self.effective_pair(adapter)
-                y = low_rank_add(y, x, a, b, self.dropout(adapter) if self.training else 0.0, reuse_y=reuse_y)
+                y = self._add(y, x, adapter, reuse_y)
         return y
+
+    def _add(self, y: Tensor, x: Tensor, adapter: str, reuse_y: bool) -> Tensor:
+        siblings = self.__dict__.get(SIBLINGS) if self.training and not torch.compiler.is_compiling() else None
+        if siblings is not None and (shared := siblings.down(self, x, adapter, self.dropout(adapter))) is not None:
+            return up_add(y, shared.h, shared.B, reuse_y=reuse_y)
+        a, b = self.effective_pair(adapter)
+        return low_rank_add(y, x, a, b, self.dropout(adapter) if self.training else 0.0, reuse_y=reuse_y)
 
     def _add_by_sample(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         """Each sample of the batch with the adapter named for it ("__base__": none). Inference only."""

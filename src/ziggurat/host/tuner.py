@@ -18,6 +18,7 @@ from ziggurat.host.bank import PairBank
 from ziggurat.host.linear import AdaptedLinear, features, is_adaptable
 from ziggurat.host.paths import PathLayer
 from ziggurat.host.quantised import changing
+from ziggurat.host.siblings import introduce
 from ziggurat.host.targets import DEFAULT_TARGETS, near_misses
 
 #: An adapter may ask for this many numbers whatever its file holds: 256 MiB in float32.
@@ -98,6 +99,8 @@ class LinearTuner(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+        if self.layer_cls.forward is AdaptedLinear.forward:  # another forward may prepare what its pair depends on
+            introduce(parent, current_key, self.layer_cls)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -46,15 +46,18 @@ def draw(x: Tensor, p: float) -> Tensor:
     return torch.from_numpy(bits)
 
 
+def kept(mask: Tensor, start: int, count: int) -> Tensor:
+    """1 for each of ``count`` entries that is kept and 0 for each dropped, from entry ``start``, a multiple of 8."""
+    if mask.device.type != "cpu":
+        return mask[start : start + count]
+    packed = mask.numpy()[start // 8 : (start + count + 7) // 8]
+    return torch.from_numpy(np.unpackbits(packed, count=count))
+
+
 def apply(x: Tensor, mask: Tensor, *, start: int = 0, in_place: bool = False) -> Tensor:
     """x with the dropped entries set to zero, the others as they are: multiply by `keep_scale` elsewhere.
 
     x may be a part of what the mask was drawn for, from its entry number ``start``, a multiple of 8.
     """
-    stop = start + x.numel()
-    if x.device.type == "cpu":
-        packed = mask.numpy()[start // 8 : (stop + 7) // 8]
-        kept = torch.from_numpy(np.unpackbits(packed, count=x.numel()))
-    else:
-        kept = mask[start:stop]
-    return x.mul_(kept.view(x.shape)) if in_place else x * kept.view(x.shape)
+    ones = kept(mask, start, x.numel()).view(x.shape)
+    return x.mul_(ones) if in_place else x * ones

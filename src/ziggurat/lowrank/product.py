@@ -1,13 +1,13 @@
 """y + (dropout(x) A^T) B^T: what every adapted linear computes besides its frozen weight.
 
-The two thin products are cheap; what costs is passing over (tokens, d) and keeping copies of it. So this is
-one autograd operation that keeps x itself (every linear that reads the same x keeps the same tensor), the
-(rank, tokens) product and the dropout mask as bits; a dropped-out copy of x is made again in the backward,
-in parts that fit a processor's cache.
+The two thin products are cheap; what costs is passing over (tokens, d) and keeping copies of it. So one autograd
+operation goes down and one goes up into the base output. They keep x itself (every linear that reads the same x
+keeps the same tensor), the (tokens, rank) product and the dropout mask as bits; a dropped-out copy of x is made
+again in the backward, in parts that fit a processor's cache. Linears that read one x can go down together.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -48,14 +48,19 @@ def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.
     tensors = (y, x, A, B)
     if torch.compiler.is_compiling() or not all(type(t) in _PLAIN for t in tensors):
         return composed(y, x, A, B, dropout)
-    dtype = _product_dtype(x, A)
-    if x.is_cuda and (fused := _fused()) and fused.runs_on(x.device) and fused.suits(*tensors, dtype):
-        return fused.fused_low_rank_add(y, x, A, B, dropout, dtype, reuse_y)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _LowRankAdd.apply(y, x, A, B, dropout, reuse_y)  # type: ignore[no-any-return]
-    mask = masks.draw(x, dropout) if dropout else None
-    h = _down(x, mask, _scaled(A, masks.keep_scale(dropout), dtype))
-    return _up_add(y, h, B.to(dtype), reuse_y)
+    if fused := _fused_for(*tensors):
+        return fused.fused_low_rank_add(y, x, A, B, dropout, _product_dtype(x, A), reuse_y)
+    (h,) = down(x, [A], dropout)
+    return up_add(y, h, B, reuse_y=reuse_y)
+
+
+def can_share(x: Tensor, A: Tensor) -> bool:
+    """Whether linears that read this x should take `down` together, and then `up_add` each.
+
+    Not when compiling, nor for tensor subclasses, nor where a Triton kernel does all of `low_rank_add` at once.
+    """
+    plain = not torch.compiler.is_compiling() and type(x) in _PLAIN and type(A) in _PLAIN
+    return plain and not x.is_inference() and _fused_for(x, x, A, A) is None
 
 
 def composed(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.0) -> Tensor:
@@ -80,6 +85,12 @@ def owns_output(module: nn.Module) -> bool:
     )
 
 
+def _fused_for(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> ModuleType | None:
+    if x.is_cuda and (fused := _fused()) and fused.runs_on(x.device) and fused.suits(y, x, A, B, _product_dtype(x, A)):
+        return fused
+    return None
+
+
 @cache
 def _fused() -> ModuleType | None:
     if os.environ.get("ZIGGURAT_TRITON", "1") == "0":
@@ -91,83 +102,139 @@ def _fused() -> ModuleType | None:
     return triton_product
 
 
-class _LowRankAdd(torch.autograd.Function):
-    """out = y + h^T B^T with h = s A (x * m)^T, m the mask, s its scale; g = dL/dout, (tokens, d_out).
+def down(x: Tensor, As: Sequence[Tensor], dropout: float = 0.0) -> tuple[Tensor, ...]:
+    """``dropout(x) A_i^T`` for each A_i (rank_i, d_in), as (tokens, rank_i): x is dropped out once, and read once.
 
-    dL/dy = g;  dL/dB = (h g)^T;  dL/dh = (g B)^T;  dL/dA = s dL/dh (x * m);  dL/dx = (dL/dh^T s A) * m.
+    The dtypes are those of `low_rank_add`. The As have one dtype and go to linears that read the same x: its mask is
+    drawn and kept once, and dL/dx is made once, where each linear alone would do so for itself.
+    """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *As)):
+        return _Down.apply(x, dropout, *As)  # type: ignore[no-any-return]
+    mask = masks.draw(x, dropout) if dropout else None
+    return _down(x, mask, _joined(As, masks.keep_scale(dropout), _product_dtype(x, As[0]))).split(_ranks(As), dim=1)
+
+
+def up_add(y: Tensor, h: Tensor, B: Tensor, *, reuse_y: bool = False) -> Tensor:
+    """``y + h B^T`` for h (tokens, rank) from `down`, in y's dtype and shape."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (y, h, B)):
+        return _UpAdd.apply(y, h, B, reuse_y)  # type: ignore[no-any-return]
+    return _up_add(y, h, B.to(h.dtype), reuse_y)
+
+
+class _Down(torch.autograd.Function):
+    """h = s (x * m) A^T with A = [A_1; ...; A_n], m the mask, s its scale; h is handed out in n parts.
+
+    With dh = dL/dh, (tokens, rank):  dL/dA = s dh^T (x * m);  dL/dx = (dh s A) * m.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float, reuse_y: bool
-    ) -> Tensor:
-        _, need_x, need_A, need_B = ctx.needs_input_grad[:4]
-        ctx.dtype, ctx.scale = _product_dtype(x, A), masks.keep_scale(dropout)
-        ctx.x_dtype, ctx.A_dtype, ctx.B_dtype = x.dtype, A.dtype, B.dtype
+    def forward(ctx: Any, x: Tensor, dropout: float, *As: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        need_x, need_A = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:])
+        ctx.dtype, ctx.scale = _product_dtype(x, As[0]), masks.keep_scale(dropout)
+        ctx.x_like, ctx.A_dtype, ctx.ranks = (x.shape, x.dtype), As[0].dtype, _ranks(As)
+        ctx.set_materialize_grads(False)
         mask = masks.draw(x, dropout) if dropout else None
-        h = _down(x, mask, _scaled(A, ctx.scale, ctx.dtype))
-        ctx.save_for_backward(
-            x if need_A or need_B else None,
-            h if need_B else None,
-            mask if need_x or need_A or need_B else None,
-            A if need_x or need_B else None,
-            B if need_x or need_A else None,
-        )
-        return _up_add(y, h, B.to(ctx.dtype), reuse_y)
+        ctx.save_for_backward(x if need_A else None, mask, *(A if need_x else None for A in As))
+        return _down(x, mask, _joined(As, ctx.scale, ctx.dtype)).split(ctx.ranks, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, mask, *As = ctx.saved_tensors
+        need_x, need_A = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
+        asked = [i for i, dh in enumerate(dhs) if dh is not None]  # linears that did run
+        if not asked:
+            return (None,) * (2 + len(As))
+        dh = _cat([dhs[i] for i in asked], dim=1)  # type: ignore[misc]
+        A = _joined([As[i] for i in asked], ctx.scale, ctx.dtype) if need_x else None
+        need_dA = any(need_A[i] for i in asked)
+        # With grad mode on, this backward is itself differentiated: nothing in place.
+        slopes = _slopes_twice if torch.is_grad_enabled() else _slopes
+        dA, dx = slopes(dh, x if need_dA else None, A, mask, ctx)
+        dAs: list[Tensor | None] = [None] * len(As)
+        if dA is not None:
+            dA = dA.to(ctx.A_dtype) if mask is None else dA.to(ctx.A_dtype) * ctx.scale
+            for i, part in zip(asked, dA.split([ctx.ranks[i] for i in asked]), strict=True):
+                dAs[i] = part if need_A[i] else None
+        return dx, None, *dAs
+
+
+class _UpAdd(torch.autograd.Function):
+    """out = y + h B^T; with g = dL/dout, (tokens, d_out):  dL/dy = g;  dL/dh = g B;  dL/dB = (h^T g)^T."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, reuse_y: bool) -> Tensor:  # type: ignore[override]
+        _, need_h, need_B, _ = ctx.needs_input_grad
+        ctx.dtype, ctx.B_dtype = h.dtype, B.dtype
+        ctx.save_for_backward(h if need_B else None, B if need_h else None)
+        return _up_add(y, h, B.to(h.dtype), reuse_y)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        need_y, need_x, need_A, need_B = ctx.needs_input_grad[:4]
-        x, h, mask, A, B = ctx.saved_tensors
-        # With grad mode on, this backward is itself differentiated: nothing in place, and h comes from x and A.
-        once = not torch.is_grad_enabled()
-        dA = dB = dx = None
+        need_y, need_h, need_B, _ = ctx.needs_input_grad
+        h, B = ctx.saved_tensors
         rows = _flat(g).to(ctx.dtype)
-        if need_B:
-            if not once:
-                h = _scaled(A, ctx.scale, ctx.dtype) @ _dropped(x, mask, ctx.dtype).T
-            dB = (h @ rows).T.to(ctx.B_dtype)
-        if need_x or need_A:
-            dh = rows @ B.to(ctx.dtype)
-            if need_A:
-                dA = _dA(dh, x, mask) if once else dh.T @ _dropped(x, mask, ctx.dtype)
-                dA = dA.to(ctx.A_dtype) if mask is None else dA.to(ctx.A_dtype) * ctx.scale
-            if need_x:
-                dx = (dh @ _scaled(A, ctx.scale, ctx.dtype)).view(*g.shape[:-1], A.shape[1])
-                dx = (dx if mask is None else masks.apply(dx, mask, in_place=once)).to(ctx.x_dtype)
-        return g if need_y else None, dx, dA, dB, None, None
+        dh = rows @ B.to(ctx.dtype) if need_h else None
+        dB = (h.T @ rows).T.to(ctx.B_dtype) if need_B else None
+        return g if need_y else None, dh, dB, None
 
 
 def _down(x: Tensor, mask: Tensor | None, A: Tensor) -> Tensor:
-    """A (x * m)^T, (rank, tokens), in A's dtype."""
+    """(x * m) A^T, (tokens, rank), in A's dtype."""
     if _fits_one_part(x, mask, A.dtype):
-        return A @ _dropped(x, mask, A.dtype).T
-    h = A.new_empty(A.shape[0], x.numel() // x.shape[-1])
-    for start, part in _parts(x, mask, A.dtype):
-        torch.mm(A, part.T, out=h[:, start : start + part.shape[0]])
+        return _dropped(x, mask, A.dtype) @ A.T
+    h = A.new_empty(x.numel() // x.shape[-1], A.shape[0])
+    for rows, part, _ in _parts(x, mask, A.dtype):
+        torch.mm(part, A.T, out=h[rows])
     return h
 
 
 def _up_add(y: Tensor, h: Tensor, B: Tensor, reuse_y: bool) -> Tensor:
-    """y + h^T B^T in y's dtype and shape."""
+    """y + h B^T in y's dtype and shape."""
     if y.dtype != B.dtype:
-        return (_flat(y) + h.T @ B.T).to(y.dtype).view(y.shape)
+        return (_flat(y) + h @ B.T).to(y.dtype).view(y.shape)
     if reuse_y and y.is_contiguous():
         # detach() shares y's version counter: had somebody saved y for a backward, that would raise there.
         out = y.detach()
-        _flat(out).addmm_(h.T, B.T)
+        _flat(out).addmm_(h, B.T)
         return out
-    return torch.addmm(_flat(y), h.T, B.T).view(y.shape)
+    return torch.addmm(_flat(y), h, B.T).view(y.shape)
 
 
-def _dA(dh: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-    """dh^T (x * m), (rank, d_in), for dh (tokens, rank)."""
-    if _fits_one_part(x, mask, dh.dtype):
-        return dh.T @ _dropped(x, mask, dh.dtype)
-    total = dh.new_zeros(dh.shape[1], x.shape[-1])
-    for start, part in _parts(x, mask, dh.dtype):
-        total.addmm_(dh[start : start + part.shape[0]].T, part)
-    return total
+def _slopes(
+    dh: Tensor, x: Tensor | None, A: Tensor | None, mask: Tensor | None, ctx: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """dh^T (x * m), (rank, d_in), and (dh A) * m in x's shape and dtype; None for the one whose factor is None."""
+    shape, dtype = ctx.x_like
+    if mask is None or x is None or A is None or _fits_one_part(x, mask, dh.dtype):
+        dA = None
+        if x is not None and not _fits_one_part(x, mask, dh.dtype):
+            dA = dh.new_zeros(dh.shape[1], shape[-1])
+            for rows, part, _ in _parts(x, mask, dh.dtype):
+                dA.addmm_(dh[rows].T, part)
+        elif x is not None:
+            dA = dh.T @ _dropped(x, mask, dh.dtype)
+        if A is None:
+            return dA, None
+        dx = dh @ A
+        return dA, (dx if mask is None else masks.apply(dx, mask, in_place=True)).view(shape).to(dtype)
+    # Both in one pass, so that a part of the mask is unpacked once and a part of dL/dx is masked in the cache.
+    dA, dx = dh.new_zeros(dh.shape[1], shape[-1]), dh.new_empty(dh.shape[0], shape[-1])
+    for rows, part, kept in _parts(x, mask, dh.dtype):
+        dA.addmm_(dh[rows].T, part)
+        torch.mm(dh[rows], A, out=dx[rows]).mul_(kept)
+    return dA, dx.view(shape).to(dtype)
+
+
+def _slopes_twice(
+    dh: Tensor, x: Tensor | None, A: Tensor | None, mask: Tensor | None, ctx: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    """`_slopes` from differentiable operations."""
+    shape, dtype = ctx.x_like
+    dA = None if x is None else dh.T @ _dropped(x, mask, dh.dtype)
+    if A is None:
+        return dA, None
+    dx = dh @ A
+    return dA, (dx if mask is None else masks.apply(dx, mask)).view(shape).to(dtype)
 
 
 def _fits_one_part(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> bool:
@@ -178,13 +245,19 @@ def _fits_one_part(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> bool:
     return no_copy or not exact or x.device.type != "cpu" or x.numel() * dtype.itemsize <= _PART
 
 
-def _parts(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """x * m in ``dtype``, some rows at a time, each with the number of its first row."""
+def _parts(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """x * m in ``dtype``, some rows at a time: which rows, their part of it (until the next is asked for), and of m."""
     x = _flat(x)
     rows = max(1, _PART // (8 * x.shape[-1] * dtype.itemsize)) * 8  # whole bytes of the mask
+    buffer = x.new_empty(rows, x.shape[-1], dtype=dtype)
     for start in range(0, x.shape[0], rows):
         part = x[start : start + rows].to(dtype)
-        yield start, part if mask is None else masks.apply(part, mask, start=start * x.shape[-1])
+        kept = None if mask is None else masks.kept(mask, start * x.shape[-1], part.numel()).view(part.shape)
+        yield (
+            slice(start, start + rows),
+            part if kept is None else torch.mul(part, kept, out=buffer[: part.shape[0]]),
+            kept,
+        )
 
 
 def _dropped(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -192,9 +265,18 @@ def _dropped(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x if mask is None else masks.apply(x, mask)
 
 
-def _scaled(A: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    # The scale goes to the small factor, not to (tokens, d), and before rounding to a shorter dtype.
+def _joined(As: Sequence[Tensor], scale: float, dtype: torch.dtype) -> Tensor:
+    """[A_1; ...; A_n] times the scale, which goes to the small factor, before rounding to a shorter dtype."""
+    A = _cat(As)
     return (A if scale == 1 else A * scale).to(dtype)
+
+
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+
+
+def _ranks(As: Sequence[Tensor]) -> list[int]:
+    return [A.shape[0] for A in As]
 
 
 def _flat(t: Tensor) -> Tensor:

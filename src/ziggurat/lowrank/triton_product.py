@@ -54,7 +54,7 @@ def keep_mask(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
 
 
 class _FusedLowRankAdd(torch.autograd.Function):
-    """As `product._LowRankAdd`, with h = (x * m) (s A)^T as (tokens, rank) and the mask m as its seed."""
+    """As `product.down` and `up_add` in one, with h = (x * m) (s A)^T as (tokens, rank) and the mask m as its seed."""
 
     @staticmethod
     def forward(  # type: ignore[override]

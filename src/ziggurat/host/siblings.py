@@ -1,0 +1,129 @@
+"""Adapted linears of one parent that read the same input, such as queries, keys and values: they go down together.
+
+The first one called multiplies the input by the A factors of all of them and keeps the others' products for their
+calls, a moment later. So one dropout mask serves them all, x is dropped out once in the forward and once in the
+backward, and one dL/dx comes back instead of one a linear. Whether the input really is the same tensor, unchanged, is
+looked at in every call; where it isn't, a linear goes down alone.
+"""
+
+import re
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ziggurat.lowrank.pair import FactorPair
+from ziggurat.lowrank.product import can_share, down
+
+if TYPE_CHECKING:
+    from ziggurat.host.linear import AdaptedLinear
+
+#: Names of linears in one module that read one input. A name that is missing here costs the saving, nothing else.
+READ_THE_SAME = (
+    ("q", "k", "v"),
+    ("query", "key", "value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("wq", "wk", "wv"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+#: Attention whose keys and values come from elsewhere than its queries.
+_ACROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
+#: The name of the siblings in a linear's attributes.
+SIBLINGS = "_siblings"
+
+
+class Down(NamedTuple):
+    """What one linear adds to its output: h B^T, for h = dropout(x) A^T, (tokens, rank)."""
+
+    h: Tensor
+    B: Tensor
+
+
+class _InFlight:
+    """Products that wait for their linears' calls: for one x of one adapter, one set a thread. Copies are empty."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def put(self, adapter: str, x: Tensor, waiting: dict[int, Down]) -> None:
+        self._local.__dict__[adapter] = (weakref.ref(x), x._version, waiting)
+
+    def take(self, adapter: str, x: Tensor, linear: nn.Module) -> Down | None:
+        """What waits for `linear`, if it was made from this very x, unchanged since."""
+        of, version, waiting = self._local.__dict__.get(adapter, (lambda: None, 0, {}))
+        if of() is not x or version != x._version:
+            self._local.__dict__.pop(adapter, None)
+            return None
+        found = waiting.pop(id(linear), None)
+        if not waiting:
+            del self._local.__dict__[adapter]
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_InFlight":
+        return _InFlight()
+
+    def __reduce__(self) -> Any:
+        return _InFlight, ()
+
+
+class Siblings:
+    """The adapted linears of one parent whose names stand in one row of `READ_THE_SAME`."""
+
+    def __init__(self) -> None:
+        self.members: list[AdaptedLinear] = []
+        self._in_flight = _InFlight()
+
+    def down(self, linear: "AdaptedLinear", x: Tensor, adapter: str, dropout: float) -> Down | None:
+        """h and B of `linear`; None if it has to work alone, by `low_rank_add`."""
+        if (ready := self._in_flight.take(adapter, x, linear)) is not None:
+            return ready
+        A, B = linear.effective_pair(adapter)
+        if not can_share(x, A):
+            return None
+        others = [(other, other.effective_pair(adapter)) for other in self._others(linear, adapter, dropout)]
+        others = [(other, pair) for other, pair in others if _fits(pair, A)]
+        if not others:
+            return None
+        first, *rest = down(x, [A, *(pair.A for _, pair in others)], dropout)
+        waiting = {id(other): Down(h, pair.B) for h, (other, pair) in zip(rest, others, strict=True)}
+        self._in_flight.put(adapter, x, waiting)
+        return Down(first, B)
+
+    def _others(self, linear: "AdaptedLinear", adapter: str, dropout: float) -> "Iterator[AdaptedLinear]":
+        """The other members that would add this adapter with this dropout if they were called now."""
+        if not any(member is linear for member in self.members):  # a replica, whose siblings are others
+            return
+        for other in self.members:
+            adds = not (other.disable_adapters or other.merged) and adapter in other.active_adapters
+            if other is linear or not (other.training and adds and adapter in other.adapters):
+                continue
+            # A hook may have to fetch the factors first, as those of FSDP, DeepSpeed and accelerate do.
+            hooked = other._forward_pre_hooks or "forward" in other.__dict__
+            if not hooked and other.dropout(adapter) == dropout:
+                yield other
+
+
+def introduce(parent: nn.Module, path: str, kind: "type[AdaptedLinear]") -> None:
+    """Let the linears of `kind` in `parent` share, where their names say so; `path` is that of one of them."""
+    if _ACROSS.search(path):
+        return
+    for row in READ_THE_SAME:
+        members = [child for name in row if isinstance(child := parent._modules.get(name), kind)]
+        if len(members) > 1:
+            group = Siblings()
+            group.members = members
+            for member in members:
+                # Past nn.Module.__setattr__: no linear owns another.
+                object.__setattr__(member, SIBLINGS, group)
+
+
+def _fits(pair: FactorPair, A: Tensor) -> bool:
+    other = pair.A
+    return (type(other), other.dtype, other.device, other.shape[1]) == (type(A), A.dtype, A.device, A.shape[1])

@@ -1,0 +1,215 @@
+"""Linears that read one input go down together: the same numbers, one mask, and nobody is bound to it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from ziggurat import DyLoRAConfig, LoRA2Config, MSPLoraConfig
+from ziggurat.host.linear import AdaptedLinear
+from ziggurat.host.siblings import SIBLINGS, Siblings
+from ziggurat.lowrank import mask as masks
+
+DOUBLE = {"rtol": 1e-10, "atol": 1e-10}
+CONFIGS = [MSPLoraConfig, LoRA2Config]
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+class Attention(nn.Module):
+    """Three linears that read x, or the keys and values another input; `o_proj` reads what comes of them."""
+
+    def __init__(self, d: int = 12) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(d, d) for _ in "qkvo")
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        other = x if other is None else other
+        return self.o_proj(self.q_proj(x).tanh() * self.k_proj(other) + self.v_proj(other))
+
+
+class Model(nn.Module):
+    def __init__(self, name: str = "self_attn") -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, Attention())
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        return getattr(self, self.name)(x, other)
+
+
+def adapted(config: type = MSPLoraConfig, p: float = 0.0, name: str = "self_attn") -> PeftModel:
+    torch.manual_seed(0)
+    settings = {"r": 4, "lora_dropout": p, "target_modules": [*QKV, "o_proj"], "init_weights": False}
+    return get_peft_model(Model(name).double(), config(**settings)).train()
+
+
+def linears(model: nn.Module) -> dict[str, AdaptedLinear]:
+    return {path.split(".")[-1]: m for path, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+
+
+def alone(model: PeftModel) -> PeftModel:
+    """A copy of the model whose linears share nothing."""
+    model = copy.deepcopy(model)
+    for linear in linears(model).values():
+        linear.__dict__.pop(SIBLINGS, None)
+    return model
+
+
+def step(model: nn.Module, *inputs: Tensor) -> list[Tensor | None]:
+    """The output and all gradients, the inputs' first."""
+    inputs = tuple(x.detach().requires_grad_() for x in inputs)
+    model.zero_grad()
+    torch.manual_seed(1)
+    out = model(*(x * 1.0 for x in inputs))
+    out.square().sum().backward()
+    learning = [p for p in model.parameters() if p.requires_grad]
+    return [out.detach(), *(x.grad for x in inputs), *(None if p.grad is None else p.grad.clone() for p in learning)]
+
+
+def assert_equal(got: list[Tensor | None], wanted: list[Tensor | None]) -> None:
+    for a, b in zip(got, wanted, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, **DOUBLE)
+
+
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many linears go down together, call by call."""
+    from ziggurat.host import siblings
+
+    seen: list[int] = []
+    original = siblings.down
+    monkeypatch.setattr(siblings, "down", lambda x, As, p: seen.append(len(As)) or original(x, As, p))
+    return seen
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_together_and_alone_are_the_same_numbers(config: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = adapted(config), torch.randn(2, 5, 12, dtype=torch.float64)
+    seen = calls(monkeypatch)
+    together = step(model, x)
+    assert seen == [3]
+    assert_equal(together, step(alone(model), x))
+    assert seen == [3]
+
+
+def test_one_mask_for_all_three() -> None:
+    """By the formula, with the mask drawn once: queries, keys and values of dropout(x) with the same entries zero."""
+    p = 0.4
+    model, x = adapted(p=p), torch.randn(2, 5, 12, dtype=torch.float64)
+    parts = linears(model)
+    out = step(model, x)[0]
+    torch.manual_seed(1)
+    ones = torch.ones_like(x)
+    kept = masks.apply(ones, masks.draw(x, p)) * masks.keep_scale(p)
+
+    def full(name: str, of: Tensor, kept: Tensor) -> Tensor:
+        A, B = parts[name].effective_pair("default")
+        return parts[name].base_layer(of) + (of * kept) @ A.T @ B.T
+
+    inner = full("q_proj", x, kept).tanh() * full("k_proj", x, kept) + full("v_proj", x, kept)
+    own = masks.apply(ones, masks.draw(x, p)) * masks.keep_scale(p)
+    torch.testing.assert_close(out, full("o_proj", inner, own).detach(), **DOUBLE)
+
+
+@pytest.mark.parametrize("name", ["self_attn", "cross_attn"])
+def test_another_input_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values of another input, also where the name doesn't tell: each linear works on its own input."""
+    model = adapted(name=name)
+    x, other = torch.randn(2, 2, 5, 12, dtype=torch.float64)
+    seen = calls(monkeypatch)
+    got = step(model, x, other)
+    assert seen == ([] if name == "cross_attn" else [3, 3])
+    assert_equal(got, step(alone(model), x, other))
+
+
+def test_an_input_changed_in_between_is_seen() -> None:
+    model = adapted()
+    parts, x = linears(model), torch.randn(3, 12, dtype=torch.float64)
+    parts["q_proj"](x)
+    x.mul_(2)
+    A, B = parts["v_proj"].effective_pair("default")
+    wanted = parts["v_proj"].base_layer(x) + x @ A.T @ B.T
+    torch.testing.assert_close(parts["v_proj"](x), wanted, **DOUBLE)
+
+
+def test_a_linear_that_is_not_called_gets_no_gradient() -> None:
+    model = adapted(LoRA2Config)
+    parts = linears(model)
+    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    (parts["q_proj"](x * 1.0)).sum().backward()
+    assert parts["q_proj"].lora2_u["default"].grad is not None
+    assert all(p.grad is None for p in parts["v_proj"].parameters())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_computes_the_same_again(use_reentrant: bool) -> None:
+    model, x = adapted(p=0.3), torch.randn(2, 5, 12, dtype=torch.float64)
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=use_reentrant)  # type: ignore
+
+    for got, wanted in zip(step(Checkpointed(), x), step(model, x), strict=True):
+        assert got is not None and wanted is not None
+        assert torch.equal(got, wanted)
+
+
+def test_the_mask_is_kept_once() -> None:
+    def kept(model: nn.Module) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            if t.dtype == torch.uint8:
+                sizes[t.untyped_storage().data_ptr()] = t.nbytes
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            alive = model(torch.randn(4, 8, 12, dtype=torch.float64, requires_grad=True))
+        del alive
+        return sum(sizes.values())
+
+    model, bits = adapted(p=0.3), 4 * 8 * 12 // 8
+    assert kept(model) == 2 * bits  # one for q, k and v, one for o
+    assert kept(alone(model)) == 4 * bits
+
+
+def test_hooks_on_a_sibling_keep_it_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hook may have to fetch the factors before the call, as sharding does."""
+    model, x = adapted(), torch.randn(2, 5, 12, dtype=torch.float64)
+    linears(model)["k_proj"].register_forward_pre_hook(lambda module, args: None)
+    seen = calls(monkeypatch)
+    step(model, x)
+    assert seen == [2, 3]  # q and v; then k, hooked itself, with the two others, in vain
+
+
+def test_other_adapters_and_dropouts() -> None:
+    model = adapted()
+    model.add_adapter("wet", MSPLoraConfig(r=4, lora_dropout=0.5, target_modules=["v_proj"], init_weights=False))
+    model.base_model.set_adapter(["default", "wet"])
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    assert_equal(step(model, x), step(alone(model), x))
+
+
+def test_copies_and_pickles_share_among_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = adapted(), torch.randn(2, 5, 12, dtype=torch.float64)
+    linears(model)["q_proj"](x * 1.0)  # its siblings' products are in flight
+    seen = calls(monkeypatch)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        own = linears(other)
+        group: Siblings = own["q_proj"].__dict__[SIBLINGS]
+        assert all(any(member is mine for mine in own.values()) for member in group.members)
+        seen.clear()
+        assert_equal(step(other, x), step(alone(model), x))
+        assert seen == [3]
+
+
+def test_a_method_with_a_forward_of_its_own_shares_nothing() -> None:
+    assert not any(SIBLINGS in linear.__dict__ for linear in linears(adapted(DyLoRAConfig)).values())
