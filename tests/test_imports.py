@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli", "__main__"),
 )
 FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
-DATA = {"demo", "recipes"}
+DATA = {"demo", "launch", "recipes"}
 
 #: What `import ziggurat` must not load, beyond what `import peft` does: none of it is needed to put an adapter in.
 HEAVY = ("datasets", "gguf", "jaxtyping", "lm_eval", "matplotlib", "pandas", "pyarrow", "pydantic", "ray", "sklearn")

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +40,12 @@ def _save_tokenizer(folder: Path, chat: bool) -> None:
     fast.save_pretrained(str(folder))
 
 
-def save_tiny_bert(folder: Path) -> None:
+def save_still_bert(folder: Path) -> None:
+    """`save_tiny_bert` without dropout, so that its run doesn't depend on who draws which numbers."""
+    save_tiny_bert(folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def save_tiny_bert(folder: Path, **config_fields: Any) -> None:
     """An untrained BERT of four layers, saved without a head: as published encoders are."""
     from transformers import BertConfig, BertModel
 
@@ -51,6 +57,7 @@ def save_tiny_bert(folder: Path) -> None:
         num_attention_heads=2,
         intermediate_size=48,
         max_position_embeddings=64,
+        **config_fields,
     )
     BertModel(config).save_pretrained(str(folder))
     _save_tokenizer(folder, chat=False)

@@ -15,6 +15,7 @@ from ziggurat.plan.command import plan, suggest
 
 from .compare import compare
 from .evaluate import evaluate
+from .launch import launch_config
 from .train import predict, recipes, train
 from .write import export, merge
 
@@ -51,6 +52,7 @@ for command in (train, predict, recipes, export, merge, analyze, report, doctor,
     app.command()(command)
 app.command(name="eval")(evaluate)
 app.command()(compare)
+app.command(name="launch-config")(launch_config)
 
 
 def main() -> NoReturn:

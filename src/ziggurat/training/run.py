@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback, set_seed
@@ -19,20 +18,20 @@ from transformers import TrainerCallback, set_seed
 from ziggurat.analysis.trace import record_spectra
 from ziggurat.host.staging import told_of_storage
 
-from . import workplace
+from . import spread, workplace
 from .adapt import Counts, adapt, count
 from .budget import Fit, settle_budget
 from .callbacks import callbacks_for
 from .checkpoints import WholeCheckpoints
 from .data import Examples, load_examples
 from .divergence import StopAtNaN
-from .finish import draw_ranks, make_whole, settle
+from .finish import draw_ranks, settle
 from .folders import RECIPE, RunFolder, launched
 from .interrupt import Interrupted, StopSignals
 from .meter import Meter, expected_bytes, peak_memory, stored_bytes
 from .methods import METHODS
 from .model import Base, HeadSpec, load_base
-from .processes import Processes, join, launched_size
+from .processes import join, launched_size
 from .progress import LiveProgress
 from .recipe import to_yaml
 from .schema import Recipe
@@ -122,6 +121,7 @@ def _train(
     extra = [*callbacks_for(peft_config), *callbacks, progress, stop, meter, StopAtNaN(folder.last_checkpoint)]
     task = make_trainer(recipe, base, model, examples, folder.checkpoints, extra)
     trainer = task.trainer
+    spread.prepare(trainer, processes)
     if recipe.spectra != "never":
         record_spectra(trainer, recipe.spectra)
     trainer.add_callback(WholeCheckpoints(recipe.train.keep))
@@ -162,7 +162,7 @@ def _train(
     # From here on a signal would only cost what has been learned: it ends the program after the folder is there.
     after = _final_scores(task, recipe)
     seconds = time.monotonic() - begun + float(noted.get("seconds", 0.0))
-    state = whole_state(task, processes)
+    state = spread.whole_state(trainer, processes)
     result = Result(
         folder=folder.final,
         method=recipe.method["name"],
@@ -204,18 +204,6 @@ class NoteFirst(TrainerCallback):
 
 def _first_scores(line: dict[str, Any]) -> bool:
     return line.get("step") == 0 and any(name.startswith("eval_") for name in line)
-
-
-def whole_state(task: Task, processes: Processes) -> dict[str, Any] | None:
-    """Put what training has changed together, on all processes; a whole model's weights come back, to the main one."""
-    if not processes.sharded:
-        return None
-    trainer = task.trainer
-    trainer.model = trainer.accelerator.unwrap_model(trainer.model)
-    if not isinstance(trainer.model, PeftModel):
-        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    make_whole(trainer.model)
-    return None
 
 
 def _model(recipe: Recipe, examples: Examples) -> tuple[Base, nn.Module, HeadSpec]:

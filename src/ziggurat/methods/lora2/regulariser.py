@@ -51,7 +51,21 @@ def penalty(model: nn.Module) -> Tensor | None:
 
 def _whole_planes(layer: LoRA2Linear, adapter: str) -> Planes:
     """The factors in one piece: outside a layer's forward FSDP2 leaves them in shards, as it wants their gradients."""
-    return Planes(*(getattr(factor, "full_tensor", lambda own=factor: own)() for factor in layer.planes(adapter)))
+    return Planes(*(_whole(factor) for factor in layer.planes(adapter)))
+
+
+def _whole(factor: Tensor) -> Tensor:
+    """All of a factor. The gradient that comes back is averaged over the processes, as FSDP2 does with all others."""
+    if not hasattr(factor, "full_tensor"):
+        return factor
+    from torch.distributed.tensor import DTensor, Partial
+
+    assert isinstance(factor, DTensor)
+    whole = factor.full_tensor(grad_placements=[Partial()] * factor.device_mesh.ndim)
+    if whole.requires_grad:
+        processes = factor.device_mesh.size()
+        whole.register_hook(lambda gradient: gradient / processes)
+    return whole
 
 
 class Regulariser:

@@ -1,0 +1,35 @@
+"""`ziggurat launch-config`: the config files for `accelerate launch`, one a way to train on several devices."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ziggurat.errors import ConfigError
+
+NAMES = ("ddp", "fsdp2", "zero2", "zero3")
+
+
+def config_file(name: str) -> Path:
+    """The file of the way called `name`. Raises ConfigError for a name that isn't one of `NAMES`."""
+    if name not in NAMES:
+        raise ConfigError(f"launch config {name!r} does not exist; there are {', '.join(NAMES)}")
+    return Path(str(files("ziggurat") / "launch" / f"{name}.yaml"))
+
+
+def launch_config(
+    name: Annotated[str | None, typer.Argument(help="Print the path of this one.")] = None,
+) -> None:
+    """List the configs for `accelerate launch` that ship, or print the path of one."""
+    if name is not None:
+        typer.echo(str(config_file(name)))
+        return
+    for one in NAMES:
+        about = config_file(one).read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        typer.echo(f"{one:<6} {about}")
+    typer.echo(
+        'accelerate launch --config_file "$(ziggurat launch-config ddp)" --num_processes 2 -m ziggurat train ...'
+    )

@@ -1,0 +1,95 @@
+"""A model over several processes: in which units FSDP2 cuts it, and how what it has learned comes back in one piece."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainerCallback
+
+from ziggurat.errors import ProcessError
+from ziggurat.host.anatomy import Anatomy
+
+from .processes import Processes
+
+
+def prepare(trainer: Trainer, processes: Processes) -> None:
+    """What the ways of several processes need of `trainer` before it trains; nothing in one process.
+
+    FSDP2 gets the classes of the model's layers as its units. accelerate would take `_no_split_modules`, in which some
+    models name a module around the embedding that accelerate then cuts again, and others none.
+    """
+    if processes.way == "one":
+        return
+    trainer.add_callback(SeeSpread(trainer, processes))
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+        anatomy = Anatomy(trainer.model)  # type: ignore[arg-type]
+        layers = (path for stack in anatomy.stacks for path in anatomy.layers(stack))
+        base = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
+        plugin.transformer_cls_names_to_wrap = sorted({type(base.get_submodule(path)).__name__ for path in layers})  # type: ignore[union-attr]
+
+
+class SeeSpread(TrainerCallback):
+    """Stops a run whose processes would each train for themselves.
+
+    A library that takes a model for prepared leaves its gradients unshared, and nothing else tells of it.
+    """
+
+    def __init__(self, trainer: Trainer, processes: Processes) -> None:
+        self.trainer = trainer
+        self.processes = processes
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raises ProcessError."""
+        model = self.trainer.model_wrapped
+        if self.processes.way == "ddp" and not isinstance(model, DistributedDataParallel):
+            raise ProcessError(
+                f"the {self.processes.size} processes would train apart: the model is a {type(model).__name__} instead "
+                "of one that shares gradients. Report this with the versions that `ziggurat doctor` shows"
+            )
+
+
+def whole_state(trainer: Trainer, processes: Processes) -> dict[str, Any] | None:
+    """Put what training has changed together, on all processes; a whole model's weights come back, to the main one.
+
+    The model takes part in no forward afterwards: what its strategy knows of the pieces is left behind.
+    """
+    if not processes.sharded:
+        return None
+    trainer.model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(trainer.model, PeftModel):
+        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    make_whole(trainer.model)
+    return None
+
+
+def make_whole(model: nn.Module) -> None:
+    """Give `model` each trained parameter in one piece where FSDP2 or ZeRO-3 keeps a piece of it on every process.
+
+    All processes call it. A parameter that many layers share is owned, and so put together, once.
+    """
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # type: ignore[operator]
+    trained = {id(parameter): parameter for parameter in model.parameters() if parameter.requires_grad}
+    whole = {key: _whole(parameter) for key, parameter in trained.items()}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            tensor = whole.get(id(parameter))
+            if tensor is not None and tensor is not parameter:
+                module._parameters[name] = nn.Parameter(tensor)
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    if hasattr(parameter, "full_tensor"):
+        return parameter.full_tensor().detach()  # type: ignore[operator]
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found]
+
+        with GatheredParameters([parameter]), torch.no_grad():
+            return parameter.detach().clone()
+    return parameter
