@@ -17,6 +17,7 @@ from ziggurat.host.anatomy import Anatomy
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.offload import runs_on
 from ziggurat.host.paths import CANT_MERGE, attach, detach, handover_of, path_of
+from ziggurat.host.quantised import FLOATS
 from ziggurat.host.trainers import ride_along
 from ziggurat.host.tuner import LinearTuner, _quantization_kwargs, check_stored
 from ziggurat.host.untrusted import check_depth
@@ -220,10 +221,10 @@ def _bank_of(model: nn.Module) -> PathBank:
 
 
 def _home(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where the layer computes, and the floating dtype of its weights."""
+    """Where the layer computes, and the floating dtype of its weights; none of 8 bits, which no factor can have."""
     inside = [module for module in layer.modules() if not isinstance(module, BaseTunerLayer)]
     weights = [p for module in inside for p in module.parameters(recurse=False)]
-    floating = [p for p in weights if p.is_floating_point()]
+    floating = [p for p in weights if p.dtype in FLOATS]
     first = (floating or weights)[0]
     device = runs_on(layer) or first.device if first.is_meta else first.device
     return device, first.dtype if floating else torch.float32
