@@ -275,6 +275,12 @@ def test_the_command_prints_and_speaks_json(roberta: Path) -> None:
     done = CliRunner().invoke(app, ["plan", str(roberta), "method.r=8", "--no-memory"])
     assert done.exit_code == 0, done.output
     assert "135,168" in done.output and "110,592" in done.output and "AdaLoRA" in done.output
+    paid = CliRunner().invoke(
+        app, ["plan", str(roberta), "method.budget=300000", "method.name=lora", "--no-memory", "--json"]
+    )
+    assert paid.exit_code == 0 and json.loads(paid.stdout)["r"] == 8, paid.output
+    none = CliRunner().invoke(app, ["plan", str(roberta), "method.name=bitfit"])
+    assert isinstance(none.exception, ConfigError) and "no adapter to plan" in str(none.exception)
     recipe = CliRunner().invoke(app, ["plan", str(roberta), "roberta-mrpc", "--json", "--batch", "2", "--length", "16"])
     assert recipe.exit_code == 0, recipe.output
     found = json.loads(recipe.stdout)

@@ -60,12 +60,15 @@ def plan(
 def _choice(values: dict[str, object], problems: list[str]) -> dict[str, object]:
     """`method.*` words without a recipe, checked as a recipe's are."""
     from ziggurat.errors import RecipeError
-    from ziggurat.training.methods import method_problems
+    from ziggurat.training.methods import BUDGET, METHODS, method_problems
 
     problems = problems + [
         f"{key}: without a recipe only method.* can be given" for key in values if not key.startswith("method.")
     ]
-    choice = {"name": "msplora", "r": 8} | {k.removeprefix("method."): v for k, v in values.items()}
+    choice = {"name": "msplora"} | {k.removeprefix("method."): v for k, v in values.items()}
+    row = METHODS.get(str(choice["name"]))
+    if row is not None and row.ranks is not None and "r" in row.ranks(8) and BUDGET not in choice:
+        choice = {"r": 8, **choice}
     problems += [] if problems else method_problems(choice)
     if problems:
         raise RecipeError("\n".join(problems))
