@@ -9,19 +9,24 @@ import os
 import sys
 import types
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import peft
 import pytest
+import torch
 
 import ziggurat
 
-from .exclusions import Exclusion, read_exclusions
+from .exclusions import Exclusion, fits, read_exclusions, read_needs
 from .rewrite import Rewriter, parts
+from .toys import add_layers
 
 ASKED = json.loads(os.environ["PEFT_SUITE"])
 CONFIG = getattr(ziggurat, ASKED["config"])
-REWRITER = Rewriter(CONFIG, tuple(getattr(peft, name) for name in ASKED["templates"]), ASKED["rename"])
+NEEDS = read_needs(ASKED["config"])
+TEMPLATES = tuple(getattr(peft, name) for name in ASKED["templates"])
+REWRITER = Rewriter(CONFIG, TEMPLATES, ASKED["rename"], NEEDS.without, NEEDS.variants, NEEDS.not_on)
 USED: Counter[Exclusion] = Counter()
 
 if importlib.util.find_spec("diffusers") is None:
@@ -50,6 +55,11 @@ def quotes() -> Any:
     return DatasetDict({"train": Dataset.from_dict(rows)})
 
 
+def skip_merging(*_: Any) -> None:
+    """In the place of the question with which PEFT's tests pass over its own methods that can't merge."""
+    pytest.skip(NEEDS.cannot_merge)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     for name in ("regression", "single_gpu_tests", "multi_gpu_tests", "bitsandbytes"):
         config.addinivalue_line("markers", name)
@@ -70,6 +80,12 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
             REWRITER.function(value)
     if hasattr(module, "load_dataset_english_quotes"):
         module.load_dataset_english_quotes = quotes
+    if NEEDS.layers:
+        add_layers(module)
+    if NEEDS.cannot_merge:
+        for asked in (module, sys.modules.get(f"{module.__package__}.testing_common")):
+            if hasattr(asked, "_skip_if_merging_not_supported"):
+                asked._skip_if_merging_not_supported = skip_merging  # type: ignore[union-attr]
     helpers: Any = sys.modules.get(f"{module.__package__}.testing_utils")
     if helpers is not None:
         helpers._HUB_MODEL_ACCESSES = EveryModelIsCached()
@@ -91,6 +107,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 break
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    """Let the optimisers that a test makes go faster where the method needs it."""
+    factors = [factor for pattern, factor in NEEDS.rates if fits(item.name, pattern)]
+    if not factors:
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (torch.optim.SGD, torch.optim.Adam):
+            patch.setattr(torch.optim, kind.__name__, partial(faster, kind, factors[-1]))
+        return (yield)
+
+
+def faster(kind: type[torch.optim.Optimizer], factor: float, parameters: Any, *, lr: float, **rest: Any) -> Any:
+    """An optimiser of `kind` with `factor` times the rate."""
+    return kind(parameters, lr=factor * lr, **rest)  # type: ignore[call-arg]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
