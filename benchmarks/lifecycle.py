@@ -153,7 +153,7 @@ def importing(seconds: float) -> None:
     code = "import time; c = time.{clock}; b = c(); {statement}; print(c() - b)"
     inside: list[float] = []
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(inside) < 5:
+    while time.perf_counter() < end or len(inside) < 3:
         for statement in took:
             took[statement].append(timed_in_process(code.format(clock="process_time", statement=statement)))
         second = "import time, peft; c = time.process_time; b = c(); import ziggurat; print(c() - b)"

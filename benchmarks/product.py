@@ -1,38 +1,28 @@
-"""Time and saved memory of one adapted linear on a CPU: the one operation against its composition and PEFT's LoRA.
+"""Time and saved memory of a query and a value that read one input, on a CPU: the operation, alternatives, PEFT's LoRA.
 
-    OMP_NUM_THREADS=1 python benchmarks/product.py
+    python benchmarks/product.py
 
 Every way runs forward and backward on the same tensors, in turns, in a random order each round; what is
 printed are medians over rounds of *ratios within a round* of processor time, so a busy machine disturbs both
-sides alike. With more than one thread, processor time counts waiting threads too: --wall takes wall clock.
-"extra" is what the adapter adds to the frozen linear, where the frozen linear's own gradient goes to x.
+sides alike. "extra" is what the adapter adds to the two frozen linears, whose own gradient goes to x.
 """
 
 import argparse
-import platform
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from ziggurat.lowrank.product import composed, low_rank_add
+from ziggurat.lowrank.product import composed, down, low_rank_add, up_add
 
-
-class Pair(nn.Module):
-    """A frozen linear with one factor pair added by ``add``."""
-
-    def __init__(self, base: nn.Linear, rank: int, dropout: float, add: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.base, self.dropout, self.add = base, dropout, add
-        self.A = nn.Parameter(torch.randn(rank, base.in_features) / base.in_features**0.5)
-        self.B = nn.Parameter(torch.randn(base.out_features, rank) * 0.01)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.add(self.base(x), x, self.A, self.B, self.dropout)
+Way = Callable[[Tensor], list[Tensor]]
 
 
 def frozen(d: int) -> nn.Linear:
@@ -40,84 +30,101 @@ def frozen(d: int) -> nn.Linear:
     return nn.Linear(d, d).requires_grad_(False)
 
 
-def peft_lora(d: int, rank: int, dropout: float) -> nn.Module:
-    config = LoraConfig(r=rank, lora_dropout=dropout, target_modules=["0"])
-    return get_peft_model(nn.Sequential(frozen(d)), config).base_model.model[0]
+def peft_lora(d: int, rank: int, dropout: float) -> Way:
+    def linear() -> nn.Module:
+        config = LoraConfig(r=rank, lora_dropout=dropout, target_modules=["0"])
+        return get_peft_model(nn.Sequential(frozen(d)), config).base_model.model[0]  # type: ignore[union-attr, return-value]
+
+    query, value = linear(), linear()
+    return lambda x: [query(x), value(x)]
 
 
-def ways(d: int, rank: int, dropout: float) -> dict[str, nn.Module]:
+def ways(d: int, rank: int, dropout: float) -> dict[str, Way]:
+    query, value = frozen(d), frozen(d)
+    pairs = [(nn.Parameter(torch.randn(rank, d) / d**0.5), nn.Parameter(torch.randn(d, rank) * 0.01)) for _ in range(2)]
+
+    def each(add: Callable[..., Tensor]) -> Way:
+        return lambda x: [add(W(x), x, *pair, dropout) for W, pair in zip((query, value), pairs, strict=True)]
+
     def reuse(y: Tensor, x: Tensor, A: Tensor, B: Tensor, p: float) -> Tensor:
         return low_rank_add(y, x, A, B, p, reuse_y=True)
 
+    def together(x: Tensor) -> list[Tensor]:
+        hs = down(x, [A for A, _ in pairs], dropout)
+        return [up_add(W(x), h, B, reuse_y=True) for W, h, (_, B) in zip((query, value), hs, pairs, strict=True)]
+
     return {
-        "frozen": frozen(d),
+        "frozen": lambda x: [query(x), value(x)],
         "PEFT LoRA r 8": peft_lora(d, 8, dropout),
         f"PEFT LoRA r {rank}": peft_lora(d, rank, dropout),
-        f"composed r {rank}": Pair(frozen(d), rank, dropout, composed),
-        f"one operation r {rank}": Pair(frozen(d), rank, dropout, low_rank_add),
-        f"one operation r {rank}, reusing y": Pair(frozen(d), rank, dropout, reuse),
+        f"composed of plain operations, r {rank}": each(composed),
+        f"low_rank_add, r {rank}": each(low_rank_add),
+        f"low_rank_add, r {rank}, reusing y": each(reuse),
+        f"down together, up_add each, r {rank}, reusing y": together,
     }
 
 
-def seconds(linear: nn.Module, x: Tensor, g: Tensor, clock: Callable[[], float]) -> float:
-    begin = clock()
-    linear(x).backward(g)
-    return clock() - begin
+def seconds(way: Way, x: Tensor, g: Tensor) -> float:
+    begin = time.process_time()
+    torch.autograd.backward(way(x * 1.0), [g, g])
+    return time.process_time() - begin
 
 
-def saved_bytes(linears: list[nn.Module], x: Tensor) -> int:
-    """Bytes autograd keeps for these linears, all reading x; storage counted once, parameters not at all."""
+def saved_bytes(way: Way, x: Tensor) -> int:
+    """Bytes autograd keeps for both linears; storage counted once, parameters (leaves) not at all."""
     storages: dict[int, int] = {}
-    parameters = {p.untyped_storage().data_ptr() for linear in linears for p in linear.parameters()}
 
     def pack(t: Tensor) -> Tensor:
-        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        if t is x or not t.is_leaf or not t.requires_grad:
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        outputs = [linear(x) for linear in linears]
+        outputs = way(x)
     del outputs
-    return sum(n for at, n in storages.items() if at not in parameters)
+    return sum(storages.values())
 
 
-def measure(tokens: tuple[int, ...], d: int, rank: int, dropout: float, limit_s: float, wall: bool) -> None:
-    clock = time.perf_counter if wall else time.process_time
+def measure(tokens: tuple[int, ...], d: int, rank: int, dropout: float, limit_s: float) -> None:
     torch.manual_seed(1)
-    linears = ways(d, rank, dropout)
-    # x comes from a layer that trains below, as in a model: its gradient is needed, but not a leaf's.
+    found = ways(d, rank, dropout)
     x = torch.randn(*tokens, d).requires_grad_()
     g = torch.randn(*tokens, d)
-    times: dict[str, list[float]] = {name: [] for name in linears}
-    for linear in linears.values():
-        seconds(linear, x, g, clock)
-    order = list(linears)
+    frozen_kept = saved_bytes(found["frozen"], x)
+    kept = {name: saved_bytes(way, x) - frozen_kept for name, way in found.items()}
+    times: dict[str, list[float]] = {name: [] for name in found}
+    order = list(found)
     end = time.perf_counter() + limit_s
-    while time.perf_counter() < end:
+    while time.perf_counter() < end or len(times["frozen"]) < 10:
         random.shuffle(order)
         for name in order:
             x.grad = None
-            times[name].append(seconds(linears[name], x, g, clock))
+            times[name].append(seconds(found[name], x, g))
+    times = {name: took[1:] for name, took in times.items()}  # the first round warms up
     base, lora = times["frozen"], times["PEFT LoRA r 8"]
+    of_lora = statistics.median(t - b for t, b in zip(lora, base, strict=True))
     print(f"\ntokens {'x'.join(map(str, tokens))}, d {d}, dropout {dropout}: {len(base)} rounds\n")
-    print("| | step / frozen | extra / LoRA r 8's extra | saved by q and v, MiB |\n|---|--:|--:|--:|")
-    for name, linear in linears.items():
+    print("| | step / frozen | extra, ms | extra / LoRA r 8's | saved, MiB |\n|---|--:|--:|--:|--:|")
+    for name in found:
         ratio = statistics.median(t / b for t, b in zip(times[name], base, strict=True))
         extra = statistics.median(t - b for t, b in zip(times[name], base, strict=True))
-        extra /= statistics.median(t - b for t, b in zip(lora, base, strict=True))
-        kept = saved_bytes([linear, ways(d, rank, dropout)[name]], x) / 2**20
-        print(f"| {name} | {ratio:.2f} | {extra:.2f} | {kept:.2f} |")
+        print(
+            f"| {name} | {ratio:.2f} | {1e3 * extra:.1f} | {extra / of_lora:.2f} | {kept[name] / 2**20:.2f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seconds", type=float, default=12, help="time for each of the settings")
-    parser.add_argument("--wall", action="store_true", help="wall clock instead of processor time")
     parser.add_argument("--d", type=int, default=768)
     parser.add_argument("--rank", type=int, default=14)
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
-    for dropout in (0.0, 0.05, 0.1):
-        measure((16, 64), args.d, args.rank, dropout, args.seconds, args.wall)
+    torch.set_num_threads(1)
+    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
+    print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, one thread, {os.cpu_count()} cores, load {load}")
+    for dropout in (0.05, 0.0):
+        measure((16, 64), args.d, args.rank, dropout, args.seconds)
 
 
 if __name__ == "__main__":
