@@ -36,10 +36,13 @@ def _row(msplora: str, lora2: str | None = None, lor2c: str | None = None) -> di
 
 _REQUANTISE = "dequantises, adds and quantises again; the error is logged"
 _UNMERGEABLE = "the quantised format can't be written again"
-_TWO_PROCESSES = ("tests/compare/test_two_processes.py::test_two_processes_train_what_one_trains",)
-_ONES_OWN_LOOP = (
-    "two gloo processes on a CPU give the losses of one, and one process reloads the adapter; in a loop of one's own, "
-    "while `ziggurat train` runs on one process"
+_TWO_PROCESSES = (
+    "tests/training/test_launch.py::test_two_processes_learn_what_one_learns",
+    "tests/compare/test_two_processes.py::test_two_processes_train_what_one_trains",
+)
+_ON_PROCESSORS = (
+    "two gloo processes on a CPU, by `ziggurat train` and in a loop of one's own, give the losses of one, and one "
+    "process reloads the adapter; on GPUs untested; see docs/distributed.md"
 )
 
 FACTS: tuple[Fact, ...] = (
@@ -119,7 +122,7 @@ FACTS: tuple[Fact, ...] = (
         _row("yes"),
         evidence=(_TRAINING + "test_compile_without_graph_breaks",),
     ),
-    Fact("ddp", "distributed", "DDP", _row("limited"), _ONES_OWN_LOOP, evidence=_TWO_PROCESSES),
+    Fact("ddp", "distributed", "DDP", _row("limited"), _ON_PROCESSORS, evidence=_TWO_PROCESSES),
     Fact(
         "ddp_reentrant",
         "distributed",
@@ -133,11 +136,19 @@ FACTS: tuple[Fact, ...] = (
         "distributed",
         "FSDP2",
         _row("limited"),
-        f"{_ONES_OWN_LOOP}; with checkpointing, and LoRA²'s pruning on sharded factors, untested",
+        f"{_ON_PROCESSORS}; in a loop of one's own shard the layers and then the root",
         evidence=_TWO_PROCESSES,
     ),
     Fact("fsdp1", "distributed", "FSDP1", _row("untested"), "nobody has tried", "use FSDP2 (fsdp_version: 2)"),
-    Fact("deepspeed", "distributed", "DeepSpeed ZeRO", _row("untested"), "nobody has tried", "use DDP or FSDP2"),
+    Fact(
+        "deepspeed",
+        "distributed",
+        "DeepSpeed ZeRO",
+        _row("untested", "no", "untested"),
+        "it frees gradients, by which LoRA² prunes, and holds weights that LoR2C's events would move (refused)",
+        "use DDP or FSDP2",
+        evidence=("tests/training/test_launch.py::test_deepspeed_is_refused_what_it_cannot_do",),
+    ),
     Fact(
         "tensor_parallel", "distributed", "tensor parallelism", _row("untested"), "nobody has tried", "use DDP or FSDP2"
     ),

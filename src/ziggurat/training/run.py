@@ -112,6 +112,7 @@ def _train(
         examples = load_examples(recipe)
     with say.status(f"loading {recipe.model}") if say.is_terminal else quiet(), quiet():
         base, model, spec = _model(recipe, examples)
+    spread.check(model, processes)
     counts = count(recipe, model, base)
     noted = folder.open()
     processes.first(lambda: workplace.reserve(folder.work, expected_bytes(model, base.tokenizer)))

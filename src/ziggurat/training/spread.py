@@ -5,15 +5,37 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import AdaLoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
-from ziggurat.errors import ProcessError
+from ziggurat.errors import ProcessError, RecipeError
 from ziggurat.host.anatomy import Anatomy
 
 from .processes import Processes
+
+
+def check(model: nn.Module, processes: Processes) -> None:
+    """Refuse what DeepSpeed leaves no way to do.
+
+    It steps on pieces of its own and frees the gradients in the same call. So nobody can rank directions by gradients
+    after the step (LoRA², AdaLoRA), nor move weights from one path to another (LoR2C's events).
+
+    Raises:
+        RecipeError: the model has an adapter that needs one of these.
+    """
+    if processes.way != "deepspeed" or not isinstance(model, PeftModel):
+        return
+    config = model.peft_config["default"]
+    needs = "moves weights during training" if getattr(config, "restructures", False) else None
+    if hasattr(model, "pruning_state") or isinstance(config, AdaLoraConfig):
+        needs = "ranks directions by their gradients"
+    if needs is not None:
+        raise RecipeError(
+            f"method: {type(config).__name__.removesuffix('Config')} {needs}, which DeepSpeed keeps to itself; launch "
+            "with ddp or fsdp2 (`ziggurat launch-config`)"
+        )
 
 
 def prepare(trainer: Trainer, processes: Processes) -> None:

@@ -1,0 +1,237 @@
+"""`ziggurat train` on two gloo processes of a processor: the run of one process, by DDP and FSDP2, whatever happens."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import get_peft_model
+from safetensors.torch import load_file
+from training_tables import reviews, save_still_bert, save_tiny_llama, write_csv, write_jsonl
+
+from ziggurat import LoR2CConfig, LoRA2Config, MSPLoraConfig, cli
+from ziggurat.cli.launch import NAMES, config_file
+from ziggurat.errors import RecipeError
+from ziggurat.training.answer import predict
+from ziggurat.training.load import load_adapter_model
+from ziggurat.training.processes import Processes
+from ziggurat.training.recipe import load_recipe
+from ziggurat.training.run import train
+from ziggurat.training.spread import check
+from zoo import ZOO
+
+#: One launch makes eleven runs, on a machine that may have other things to do.
+pytestmark = pytest.mark.timeout(1200)
+
+METHODS: dict[str, list[str]] = {
+    "msplora": ["method.name=msplora"],
+    "lor2c": ["method.name=lor2c", "method.merges=1", "method.injections=1"],
+    "lora2": ["method.name=lora2", "method.target_rank=1", "method.initial_warmup=2", "method.final_warmup=2"],
+}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with a recipe for 36 training rows: by 8 a step the fifth step of an epoch has 4, its halves 4 and 0."""
+
+    folder: Path
+
+    def words(self, output: str, *more: str, recipe: str = "reviews") -> list[str]:
+        return [str(self.folder / f"{recipe}.yaml"), f"output={self.folder / output}", *more]
+
+    def run(self, output: str) -> dict[str, Any]:
+        return json.loads((self.folder / output / "run.json").read_text())
+
+    def weights(self, output: str) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / output / "adapter_model.safetensors")
+
+    def alone(self, output: str, *more: str, recipe: str = "reviews") -> dict[str, Any]:
+        """The same in this process, with the batches of both."""
+        first, *rest = self.words(output, *more, "train.batch=8", recipe=recipe)
+        train(load_recipe(first, rest))
+        return self.run(output)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("launched")
+    save_still_bert(folder / "bert")
+    save_tiny_llama(folder / "llama")
+    write_csv(folder / "reviews.csv", reviews(43))
+    pairs = [("what colour sky", "blue"), ("what colour grass", "green green"), ("say yes", "yes yes yes")]
+    write_jsonl(folder / "pairs.jsonl", [{"prompt": f"{a} ", "completion": b} for a, b in pairs * 15])
+    shared = {"method.name": "msplora", "method.r": 4, "train.lr": 3.0e-2, "train.batch": 4, "train.save": "never"}
+    recipe = shared | {"model": str(folder / "bert"), "data.train": str(folder / "reviews.csv")}
+    recipe |= {"data.validation_rows": 7, "train.max_steps": 12, "train.eval_batch": 2, "train.evaluate": 10}
+    (folder / "reviews.yaml").write_text(yaml.safe_dump(recipe))
+    recipe = shared | {"model": str(folder / "llama"), "data.train": str(folder / "pairs.jsonl"), "task": "instruct"}
+    recipe |= {"data.validation_rows": 9, "train.max_steps": 10, "train.eval_batch": 2, "train.evaluate": "never"}
+    (folder / "pairs.yaml").write_text(yaml.safe_dump(recipe | {"method.target_modules": "all-linear"}))
+    return Place(folder)
+
+
+def launch(launcher: list[str], *words: str) -> tuple[int, str]:
+    """Exit code and output of both processes."""
+    before = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment = before | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*launcher, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1000
+    )
+    return done.returncode, done.stdout
+
+
+def jobs(place: Place, name: str, listed: list[dict[str, Any]]) -> list[str]:
+    file = place.folder / f"{name}.json"
+    file.write_text(json.dumps([{"way": "ddp", "trouble": None, **job} for job in listed]))
+    return [str(Path(__file__).with_name("launched.py")), str(file)]
+
+
+@pytest.fixture(scope="module")
+def launched(place: Place) -> Place:
+    """All runs on two processes, in one launch."""
+    stop = place.words("stopped", "method.lora_dropout=0.3")
+    listed: list[dict[str, Any]] = [
+        {"way": way, "words": place.words(f"{way}-{method}", *words)}
+        for way in ("ddp", "fsdp")
+        for method, words in METHODS.items()
+    ]
+    listed += [
+        {"words": place.words("accumulated", "train.batch=2", "train.accumulate=2")},
+        {"words": place.words("instructed", recipe="pairs")},
+        {"words": place.words("straight", "method.lora_dropout=0.3")},
+        {"words": stop, "trouble": ["SIGTERM", 1, 5], "code": 143},
+        {"words": [*stop, "resume=true"]},
+    ]
+    code, output = launch(TORCHRUN, *jobs(place, "all", listed))
+    (place.folder / "log").write_text(output)
+    assert code == 0, output
+    return place
+
+
+def curve(run: dict[str, Any]) -> list[float]:
+    return [line["loss"] for line in run["history"] if "loss" in line]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_learn_what_one_learns(method: str, launched: Place) -> None:
+    alone = launched.alone(f"one-{method}", *METHODS[method])
+    mine = launched.weights(f"one-{method}")
+    inputs = [row["text"] for row in reviews(43)]
+    expected = predict(load_adapter_model(launched.folder / f"one-{method}"), inputs)
+    for way in ("ddp", "fsdp"):
+        run = launched.run(f"{way}-{method}")
+        assert curve(run) == pytest.approx(curve(alone), rel=1e-4) and len(curve(alone)) == 1
+        for scores in ("before", "after"):
+            assert run[scores] == pytest.approx(alone[scores], rel=1e-3)
+        assert run["left"] == alone["left"] and run["parameters"] == alone["parameters"]
+        held = launched.weights(f"{way}-{method}")
+        assert {name: tensor.shape for name, tensor in held.items()} == {n: t.shape for n, t in mine.items()}
+        again = load_adapter_model(launched.folder / f"{way}-{method}")
+        for one, two in zip(expected, predict(again, inputs), strict=True):
+            assert two.shares == pytest.approx(one.shares, abs=1e-3)
+
+
+def test_accumulated_batches_are_one_batch(launched: Place) -> None:
+    alone = launched.alone("one-accumulated")
+    run = launched.run("accumulated")
+    assert curve(run) == pytest.approx(curve(alone), rel=1e-4)
+    assert run["after"] == pytest.approx(alone["after"], rel=1e-3)
+    assert any("2 x train.batch 2 x train.accumulate 2 = 8 examples a step" in note for note in run["notes"])
+
+
+def test_every_token_counts_once(launched: Place) -> None:
+    """Nine validation texts by two a process: the last round fills three of its four places again."""
+    alone, run = launched.alone("one-instructed", recipe="pairs"), launched.run("instructed")
+    assert curve(run) == pytest.approx(curve(alone), rel=1e-3)
+    assert run["before"]["perplexity"] == pytest.approx(alone["before"]["perplexity"], rel=1e-5)
+    assert run["after"]["perplexity"] == pytest.approx(alone["after"]["perplexity"], rel=1e-2)
+
+
+def test_a_signal_to_one_stops_both_and_the_run_goes_on_as_if_nothing_had_been(launched: Place) -> None:
+    output = (launched.folder / "log").read_text()
+    assert output.count("stopped at step 6 of 12.") == 1
+    assert output.count("Go on with: the launcher, as before, -m ziggurat train") == 1
+    resumed, straight = (launched.folder / name / "adapter_model.safetensors" for name in ("stopped", "straight"))
+    assert resumed.read_bytes() == straight.read_bytes()
+
+
+def test_one_process_speaks_for_all(launched: Place) -> None:
+    output = (launched.folder / "log").read_text()
+    assert output.count("note: 2 processes") == output.count("seconds  ") > 0
+    assert not list(launched.folder.glob("*.unfinished"))
+
+
+def test_a_failed_process_ends_the_job_and_spoils_nothing(place: Place) -> None:
+    words = place.words("kept", "train.max_steps=2")
+    train(load_recipe(words[0], words[1:]))
+    before = {path.name: path.read_bytes() for path in (place.folder / "kept").iterdir()}
+    job = {"words": place.words("kept", "overwrite=true", "train.save=2"), "trouble": ["error", 1, 5]}
+    code, output = launch(TORCHRUN, *jobs(place, "failing", [job]))
+    assert code != 0
+    said = [line for line in output.splitlines() if line.startswith("error")]
+    assert said == [
+        "error in process 1 of 2: ValueError: a batch that only this process has seen (--debug shows where)"
+    ]
+    assert {path.name: path.read_bytes() for path in (place.folder / "kept").iterdir()} == before
+    assert (place.folder / "kept.unfinished" / "checkpoints" / "checkpoint-4").is_dir()
+
+
+def test_a_killed_process_is_told_of(place: Place) -> None:
+    job = {"words": place.words("killed"), "trouble": ["SIGKILL", 1, 5]}
+    code, output = launch(TORCHRUN, *jobs(place, "killing", [job]))
+    said = [line for line in output.splitlines() if line.startswith("error")]
+    assert code != 0 and len(said) == 1 and said[0].startswith("error in process 0 of 2: process 0 of 2 has lost")
+    assert not list(place.folder.glob("killed*"))
+
+
+def test_accelerate_launches_the_command_with_a_shipped_config(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the first mistake, which both processes find and one tells."""
+    monkeypatch.setattr(sys, "argv", ["ziggurat", "launch-config", "ddp"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    config = capsys.readouterr().out.strip()
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--cpu"]
+    taken = place.folder / "taken"
+    (taken / "letter").mkdir(parents=True)
+    code, output = launch([*launcher, "--num_processes", "2", "-m", "ziggurat"], "train", *place.words("taken"))
+    said = [line for line in output.splitlines() if line.startswith("error")]
+    assert code != 0 and len(said) == 1 and "holds something else already" in said[0]
+    assert [path.name for path in taken.iterdir()] == ["letter"]
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (LoRA2Config(r=4, target_rank=2), "LoRA2 ranks directions by their gradients"),
+        (LoR2CConfig(r=4, merges=1), "LoR2C moves weights during training"),
+        (LoR2CConfig(r=4), None),
+        (MSPLoraConfig(r=4, target_modules=["q_proj"]), None),
+    ],
+)
+def test_deepspeed_is_refused_what_it_cannot_do(config: Any, said: str | None) -> None:
+    model = get_peft_model(ZOO["llama"].build(), config)  # type: ignore[arg-type]
+    check(model, Processes(way="ddp", size=2))
+    refusal = pytest.raises(RecipeError, match=said) if said else nullcontext()
+    with refusal:
+        check(model, Processes(way="deepspeed", size=2))
+
+
+def test_every_shipped_config_is_read_by_accelerate() -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    assert set(NAMES) == set(kinds)
+    for name in NAMES:
+        config = load_config_from_file(str(config_file(name)))
+        assert config.distributed_type.value == kinds[name]  # type: ignore[union-attr]
+        assert config.fsdp_config.get("fsdp_version", 2) == 2  # type: ignore[union-attr]
