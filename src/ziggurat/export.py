@@ -21,11 +21,12 @@ from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
-from ziggurat.errors import ExportError
+from ziggurat.errors import ConfigError, ExportError
 from ziggurat.host.bank import PairBank
 from ziggurat.host.folder import adapter_config, load_adapter, load_base, tensor_shapes
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.staging import written_beside
+from ziggurat.host.untrusted import MOST_RUN, own_file, read_json
 from ziggurat.lowrank.pair import FactorPair, pad
 
 logger = logging.getLogger(__name__)
@@ -275,10 +276,10 @@ def _targets(base: nn.Module, pairs: dict[str, FactorPair], whole: list[str] | N
 def _name_labels(adapter: Path, config: Any) -> None:
     """Give a classifier's config the label names that a training run noted beside its adapter."""
     try:
-        names = json.loads((adapter / "run.json").read_text(encoding="utf-8"))["head"]["label_names"]
-    except (OSError, ValueError, KeyError, TypeError):
+        names = read_json(adapter, "run.json", MOST_RUN)["head"]["label_names"]
+    except (ConfigError, KeyError, TypeError):
         return
-    if names and len(names) == config.num_labels:
+    if isinstance(names, list) and len(names) == config.num_labels:
         config.id2label = dict(enumerate(names))
         config.label2id = {name: number for number, name in enumerate(names)}
 
@@ -291,7 +292,7 @@ def _save_tokenizer(name: str, folder: Path) -> None:
         _copy_tokenizer(Path(name), folder)
         return
     try:
-        AutoTokenizer.from_pretrained(name).save_pretrained(str(folder))
+        AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(str(folder))
     except (OSError, ValueError, KeyError) as error:
         logger.warning("no tokenizer was found beside the adapter nor for %s: %s", name, error)
 
@@ -300,7 +301,8 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
     for pattern in TOKENIZER_FILES:
         for file in source.glob(pattern):
             if file.is_file() and not (target / file.name).exists():
-                shutil.copyfile(file, target / file.name)
+                # What is copied is handed on: a link out of the folder must not carry a private file along.
+                shutil.copyfile(own_file(source, file.name), target / file.name)
 
 
 def _card(model: nn.Module, config: Any, rank: int, serving: bool) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.untrusted import MOST_RUN, own_file, read_json
 
 from .collect import collect
 from .components import Collected
@@ -42,7 +42,10 @@ class Run:
         """The recipe's values by dotted key."""
         import yaml
 
-        found = yaml.safe_load(self.recipe)
+        try:
+            found = yaml.safe_load(self.recipe)
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+            raise ConfigError(f"{self.name}: its {RECIPE} is no YAML: {error}.") from error
         return found if isinstance(found, dict) else {}
 
 
@@ -60,18 +63,15 @@ def read_run(folder: str | Path) -> Run:
             inside = sorted(str(path.parent) for path in folder.glob(f"*/{RUN}"))
             hint = f" Runs lie in {', '.join(inside)}." if inside else ""
             raise ConfigError(f"{folder} holds no run of `ziggurat train`: it has no {name}.{hint}")
-    try:
-        values = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{folder / RUN} is no JSON: {error}.") from error
-    if "after" not in values:
+    values = read_json(folder, RUN, MOST_RUN)
+    if not isinstance(values, dict) or "after" not in values:
         raise ConfigError(f"{folder} is an unfinished run: go on with resume=true first.")
     try:
         collected, why = collect(folder), ""
     except ConfigError as error:
         collected, why = None, str(error)
-    events = json.loads((folder / EVENTS).read_text(encoding="utf-8")) if (folder / EVENTS).is_file() else []
-    recipe = (folder / RECIPE).read_text(encoding="utf-8")
+    events = read_json(folder, EVENTS, MOST_RUN) if (folder / EVENTS).is_file() else []
+    recipe = own_file(folder, RECIPE).read_text(encoding="utf-8")
     return Run(folder.resolve().name, values, recipe, collected, why, events, *_pruned(folder, collected))
 
 

@@ -1,17 +1,18 @@
 """Reading an adapter's folder: its config, what its file holds, and the base model it belongs to."""
 
 import difflib
-import importlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType
+from peft import PeftConfig, PeftModel, PeftType, TaskType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.untrusted import check_folder, own_file, read_json, stored_tensors
+from ziggurat.host.values import shown
 
 #: What the last linear of a classification head is called in transformers' models.
 HEAD_WEIGHTS = ("classifier.weight", "classifier.out_proj.weight", "score.weight", "head.weight")
@@ -30,8 +31,8 @@ def adapter_config(folder: str | Path) -> PeftConfig:
     """The config of the adapter in `folder`.
 
     Raises:
-        ConfigError: no such folder (with the nearest names beside it), no adapter in it, or weights that
-            are missing or a pickle.
+        ConfigError: no such folder (with the nearest names beside it), no adapter in it, a config that can't be, files
+            that are links out of the folder, or weights that are missing or a pickle.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -46,12 +47,19 @@ def adapter_config(folder: str | Path) -> PeftConfig:
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         pickled = f" It has {WEIGHTS_NAME}, a pickle, which is never read." if (folder / WEIGHTS_NAME).is_file() else ""
         raise ConfigError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}.{pickled}")
-    try:
-        return PeftConfig.from_pretrained(str(folder))
-    except KeyError as error:
+    check_folder(folder)
+    own_file(folder, SAFETENSORS_WEIGHTS_NAME)
+    kind = read_json(folder, CONFIG_NAME).get("peft_type")
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ConfigError(
-            f"{folder / CONFIG_NAME}: unknown PEFT method {error}. Is the package for it installed?"
-        ) from error
+            f"{folder / CONFIG_NAME}: unknown PEFT method {shown(kind)}. Is the package for it installed?"
+        )
+    try:
+        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)].from_pretrained(str(folder))
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{folder / CONFIG_NAME} is no config of {kind}: {error}.") from error
 
 
 def tensor_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
@@ -60,19 +68,15 @@ def tensor_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     Raises:
         ConfigError: the file isn't readable as safetensors.
     """
-    path = Path(folder) / SAFETENSORS_WEIGHTS_NAME
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} can't be read as safetensors ({error}): was it cut off while copying?") from error
+    return {name: stored.shape for name, stored in stored_tensors(folder).items()}
 
 
 def load_base(folder: str | Path, base_model: str | None = None, *, on_meta: bool = False, **kwargs: Any) -> nn.Module:
     """The base model of the adapter in `folder`, as the adapter's config names it or as `base_model` says.
 
     `on_meta`: the architecture alone, without weights. The number of labels of a
-    classification head comes from the adapter's own file.
+    classification head comes from the adapter's own file. Code that the base model's folder brings is never run, unless
+    `trust_remote_code=True` is among `kwargs`.
 
     Raises:
         ConfigError: the config doesn't say which model or which task it is for, or the model can't be found.
@@ -85,7 +89,9 @@ def load_base(folder: str | Path, base_model: str | None = None, *, on_meta: boo
     import transformers
 
     labels = _num_labels(folder)
-    extra = {"num_labels": labels} if labels is not None and config.task_type == TaskType.SEQ_CLS else {}
+    extra: dict[str, Any] = {"trust_remote_code": kwargs.pop("trust_remote_code", False)}
+    if labels is not None and config.task_type == TaskType.SEQ_CLS:
+        extra["num_labels"] = labels
     try:
         if not on_meta:
             return auto.from_pretrained(name, **extra, **kwargs)
@@ -111,10 +117,14 @@ def _auto_class(config: PeftConfig, folder: str | Path) -> Any:
     if config.task_type is not None:
         return getattr(transformers, AUTO_CLASSES[TaskType(config.task_type)])
     mapping = config.auto_mapping or {}
-    library, name = mapping.get("parent_library", ""), mapping.get("base_model_class", "")
-    # Only classes of transformers: a config from elsewhere must not make other code run.
-    if library.split(".")[0] == "transformers" and hasattr(transformers, name):
-        return getattr(importlib.import_module("transformers"), name)
+    library, name = (str(mapping.get(key, "")) for key in ("parent_library", "base_model_class"))
+    # Only models of transformers: a config from elsewhere must not make other code run.
+    if library.split(".")[0] == "transformers":
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and (
+            issubclass(found, transformers.PreTrainedModel) or name.startswith("AutoModel")
+        ):
+            return found
     raise ConfigError(
         f"{folder} doesn't say what task its model is for (task_type is empty and auto_mapping names "
         f"{name or 'no class'!r}). Load the base model yourself and use ziggurat.export.export_model."

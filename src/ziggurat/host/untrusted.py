@@ -16,6 +16,8 @@ from ziggurat.errors import ConfigError
 
 #: Bytes of a JSON file; the config of an adapter on 20,000 linears, each with a rank of its own, has 2 MiB.
 MOST_JSON = 8 * 2**20
+#: Bytes of what a run wrote of itself, with a line every few steps.
+MOST_RUN = 64 * 2**20
 #: Lists and dicts inside one another. Ours nest three deep.
 MOST_LEVELS = 32
 #: Bytes of the header of a weights file; one of 20,000 linears has 5 MiB.
@@ -53,16 +55,16 @@ def own_file(folder: str | Path, name: str) -> Path:
     return path
 
 
-def read_json(folder: str | Path, name: str) -> Any:
-    """The JSON file called `name` in `folder`.
+def read_json(folder: str | Path, name: str, most: int = MOST_JSON) -> Any:
+    """The JSON file called `name` in `folder`, of at most `most` bytes.
 
     Raises:
         ConfigError: as `own_file`; it is too large, nests too deep, or isn't JSON in UTF-8.
     """
     path = own_file(folder, name)
     size = path.stat().st_size
-    if size > MOST_JSON:
-        raise ConfigError(f"{path} has {size:,} bytes; at most {MOST_JSON:,} are read of such a file.")
+    if size > most:
+        raise ConfigError(f"{path} has {size:,} bytes; at most {most:,} are read of such a file.")
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

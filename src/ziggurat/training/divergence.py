@@ -99,7 +99,10 @@ class StopAtNaN(TrainerCallback):
 def _kept(checkpoint: Path | None) -> str:
     if checkpoint is None:
         return "There is no checkpoint from before."
-    return f"The last good checkpoint lies in {checkpoint}; resume=true goes on from there, with the same recipe."
+    return (
+        f"The last good checkpoint lies in {checkpoint}: resume=true goes on from there with the same recipe; after a "
+        "change to it, overwrite=true starts afresh."
+    )
 
 
 def _hint(args: TrainingArguments) -> str:

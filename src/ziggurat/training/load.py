@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from ziggurat.errors import RecipeError
+from ziggurat.errors import ConfigError, RecipeError
+from ziggurat.host.untrusted import MOST_RUN, own_file, read_json
 
 from .folders import RECIPE, RUN
 from .heads import MeanPooledClassifier
 from .methods import METHODS
 from .model import HeadSpec, device, load_base
 from .nearest import missing_path
-from .recipe import make_recipe
+from .recipe import find_recipe, recipe_of
 from .schema import Recipe
 from .trainers import quiet
 
@@ -43,7 +42,7 @@ def load_adapter_model(folder: str | Path) -> Loaded:
     """
     path = Path(folder).expanduser()
     recipe, run = read_run(path)
-    spec = HeadSpec(**run["head"])
+    spec = head_of(run, path)
     with quiet():
         if (path / "adapter_config.json").is_file():
             base = load_base(
@@ -63,8 +62,13 @@ def load_adapter_model(folder: str | Path) -> Loaded:
         else:
             from transformers import AutoTokenizer
 
-            model = _whole_class(spec).from_pretrained(str(path), dtype=recipe.dtype)
-            tokenizer = AutoTokenizer.from_pretrained(str(path))
+            # No pickle, and no code that the folder brings.
+            safe = {"use_safetensors": True, "trust_remote_code": False}
+            try:
+                model = _whole_class(spec).from_pretrained(str(path), dtype=recipe.dtype, **safe)
+                tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+            except (OSError, ValueError) as error:
+                raise RecipeError(f"the model in '{folder}' cannot be read: {error}") from error
     if not getattr(model, "is_quantized", False) and not METHODS[recipe.method["name"]].four_bits:
         model = model.to(device())
     return Loaded(model.eval(), tokenizer, recipe, spec, run)
@@ -82,13 +86,25 @@ def read_run(path: Path) -> tuple[Recipe, dict[str, Any]]:
             hint = f"; its folders that are: {', '.join(inner)}" if inner else ""
             raise RecipeError(f"'{path}' was not written by `ziggurat train` (it has no {name}){hint}")
     try:
-        run = json.loads((path / RUN).read_text(encoding="utf-8"))
-        values = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        run = read_json(path, RUN, MOST_RUN)
+        label, text = find_recipe(own_file(path, RECIPE))
+    except ConfigError as error:
         raise RecipeError(f"'{path}' cannot be read: {error}") from error
-    if "head" not in run:
+    if not isinstance(run, dict) or "head" not in run:
         raise RecipeError(f"'{path}' is an unfinished run; go on with resume=true first")
-    return make_recipe(values, label=str(path / RECIPE)), run
+    return recipe_of(text, label=str(path / label)), run
+
+
+def head_of(run: dict[str, Any], path: Path) -> HeadSpec:
+    """What the scores mean, as run.json says. Raises RecipeError if it doesn't."""
+    head = run["head"]
+    names = head.get("label_names") if isinstance(head, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str | int | float) for name in names):
+        raise RecipeError(f"'{path / RUN}' has been changed: its head names no labels")
+    try:
+        return HeadSpec(**head)
+    except TypeError as error:
+        raise RecipeError(f"'{path / RUN}' has been changed: {error}") from error
 
 
 def _whole_class(spec: HeadSpec) -> Any:

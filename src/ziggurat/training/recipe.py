@@ -15,7 +15,7 @@ from .glue import fill_in, glue_name
 from .methods import SYNONYMS, method_problems
 from .nearest import did_you_mean, missing_path, nearest
 from .schema import CLASSIFICATION_METRICS, INSTRUCT_METRICS, REGRESSION_METRICS, Recipe, keys
-from .source import flatten, read_overrides, read_yaml
+from .source import MOST_TEXT, flatten, read_overrides, read_yaml
 from .values import explain
 
 _SYNONYMS = {
@@ -85,6 +85,8 @@ def find_recipe(source: str | Path) -> tuple[str, str]:
     path = Path(source).expanduser()
     if path.is_file():
         try:
+            if path.stat().st_size > MOST_TEXT:
+                raise RecipeError(f"{source} has {path.stat().st_size:,} bytes; a recipe has at most {MOST_TEXT:,}")
             return path.name, path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"{source} cannot be read: {error}") from error
@@ -111,6 +113,14 @@ def load_recipe(source: str | Path = "default", overrides: Iterable[str] = ()) -
     Raises RecipeError that lists every mistake of file and words at once.
     """
     label, text = find_recipe(source)
+    return recipe_of(text, overrides, label=label, source=source)
+
+
+def recipe_of(text: str, overrides: Iterable[str] = (), *, label: str, source: str | Path = "recipe") -> Recipe:
+    """Check the text of a recipe, with `key=value` words on top; `label` stands in errors, `source` is where it lies.
+
+    Raises RecipeError that lists every mistake of text and words at once.
+    """
     flat, problems = read_yaml(text)
     extra, more = read_overrides(overrides)
     flat.setdefault("name", Path(label).stem)
@@ -170,7 +180,8 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
 def _fields_of(choice: dict[str, Any]) -> list[str]:
     from .methods import METHODS, method_fields
 
-    return list(method_fields(choice["name"])) if choice.get("name") in METHODS else []
+    name = choice.get("name")
+    return list(method_fields(name)) if isinstance(name, str) and name in METHODS else []
 
 
 def _example(section: str) -> str:

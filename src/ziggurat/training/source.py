@@ -8,6 +8,11 @@ from typing import Any
 import yaml
 
 SECTIONS = ("data", "head", "method", "train")
+#: Bytes of a recipe; those that ship have at most a few thousand.
+MOST_TEXT = 2**16
+#: Values in a recipe, and lists and mappings inside one another.
+MOST_VALUES, MOST_LEVELS = 20_000, 32
+MOST_KEYS = 500
 
 
 def read_yaml(text: str) -> tuple[dict[str, Any], list[str]]:
@@ -16,10 +21,16 @@ def read_yaml(text: str) -> tuple[dict[str, Any], list[str]]:
     `train: {lr: 1.0e-3}` and `train.lr: 1.0e-3` are the same; a key given twice in either spelling is refused.
     Only plain YAML values are built (safe_load's rules); a value below the second level stays a value.
     """
+    if len(text) > MOST_TEXT:
+        return {}, [f"not readable as YAML: {len(text):,} characters, and a recipe has at most {MOST_TEXT:,}"]
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+        # What aliases repeat counts each time, so that a few lines can't stand for billions of values.
+        _check_size(root)
     except yaml.YAMLError as error:
         return {}, [f"not readable as YAML: {_where(error)}"]
+    except RecursionError:
+        return {}, ["not readable as YAML: it nests too deep"]
     if root is None:
         return {}, ["the recipe is empty; `ziggurat recipes` lists some to start from"]
     if not isinstance(root, yaml.MappingNode):
@@ -27,7 +38,13 @@ def read_yaml(text: str) -> tuple[dict[str, Any], list[str]]:
     flat: dict[str, Any] = {}
     problems: list[str] = []
     lines: dict[str, int] = {}
-    for prefix, key_node, value_node in _leaves(root):
+    leaves = list(_leaves(root))
+    if len(leaves) > MOST_KEYS:  # looking for what each may have meant takes its time
+        return {}, [f"{len(leaves):,} keys, and a recipe has at most {MOST_KEYS}"]
+    for prefix, key_node, value_node in leaves:
+        if not isinstance(key_node, yaml.ScalarNode):
+            problems.append(f"line {key_node.start_mark.line + 1}: a key is a word, this is a {_kind(key_node)}")
+            continue
         key = f"{prefix}{key_node.value}"
         line = key_node.start_mark.line + 1
         if key in lines:
@@ -38,6 +55,8 @@ def read_yaml(text: str) -> tuple[dict[str, Any], list[str]]:
             flat[key] = _value(value_node)
         except yaml.YAMLError as error:
             problems.append(f"{key}: {_where(error)}")
+        except (ValueError, OverflowError) as error:  # a date that is none, a number of too many digits
+            problems.append(f"{key}: {error}")
     return flat, problems
 
 
@@ -55,7 +74,7 @@ def read_overrides(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
         else:
             try:
                 flat[key] = yaml.safe_load(text) if text.strip() else None
-            except yaml.YAMLError:
+            except (yaml.YAMLError, ValueError, RecursionError):
                 # Prose with a colon or a bracket is not YAML, but on a command line it is plainly a text.
                 flat[key] = text
     return flat, problems
@@ -86,6 +105,8 @@ def _value(node: yaml.Node) -> Any:
     for inner in _mappings(node):
         seen: set[str] = set()
         for key, _ in inner.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"the key in line {key.start_mark.line + 1} is a {_kind(key)}, a key is a word")
             if key.value in seen:
                 raise yaml.YAMLError(f"'{key.value}' is given twice in line {key.start_mark.line + 1}")
             seen.add(key.value)
@@ -104,6 +125,24 @@ def _mappings(node: yaml.Node) -> Iterable[yaml.MappingNode]:
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
             yield from _mappings(value)
+
+
+def _check_size(root: yaml.Node | None) -> None:
+    """Raise YAMLError if there are too many values in `root`, aliases followed, or if they nest too deep."""
+    count, level, depth = 0, [] if root is None else [root], 0
+    while level:
+        count += len(level)
+        if count > MOST_VALUES:
+            raise yaml.YAMLError(f"more than {MOST_VALUES:,} values, what aliases repeat counted each time")
+        if depth > MOST_LEVELS:
+            raise yaml.YAMLError(f"lists and mappings nest deeper than {MOST_LEVELS} levels")
+        level, depth = [inner for node in level for inner in _parts(node)], depth + 1
+
+
+def _parts(node: yaml.Node) -> Iterable[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else ()
 
 
 def _kind(node: yaml.Node) -> str:
