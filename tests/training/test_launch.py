@@ -120,6 +120,11 @@ def curve(run: dict[str, Any]) -> list[float]:
     return [line["loss"] for line in run["history"] if "loss" in line]
 
 
+def shapes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    """Of all but LoR2C's structure, a text with numbers of as many digits as they need."""
+    return {name: tensor.shape for name, tensor in weights.items() if "structure" not in name}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_learn_what_one_learns(method: str, launched: Place) -> None:
     alone = launched.alone(f"one-{method}", *METHODS[method])
@@ -133,7 +138,7 @@ def test_two_processes_learn_what_one_learns(method: str, launched: Place) -> No
             assert run[scores] == pytest.approx(alone[scores], rel=1e-3)
         assert run["left"] == alone["left"] and run["parameters"] == alone["parameters"]
         held = launched.weights(f"{way}-{method}")
-        assert {name: tensor.shape for name, tensor in held.items()} == {n: t.shape for n, t in mine.items()}
+        assert shapes(held) == shapes(mine)
         again = load_adapter_model(launched.folder / f"{way}-{method}")
         for one, two in zip(expected, predict(again, inputs), strict=True):
             assert two.shares == pytest.approx(one.shares, abs=1e-3)
@@ -165,7 +170,7 @@ def test_a_signal_to_one_stops_both_and_the_run_goes_on_as_if_nothing_had_been(l
 
 def test_one_process_speaks_for_all(launched: Place) -> None:
     output = (launched.folder / "log").read_text()
-    assert output.count("note: 2 processes") == output.count("seconds  ") > 0
+    assert output.count("note: 2 processes") == 11 and output.count("│ seconds ") == 10
     assert not list(launched.folder.glob("*.unfinished"))
 
 

@@ -113,9 +113,11 @@ def exact_sft(base: type) -> type:
 def counted_rows(trainer: Trainer, size: int) -> int | None:
     """How many rows of the data's last batch of `size` are there for the first time. None: all, or it isn't the last.
 
-    Of the last round of batches the processes have consecutive ones, and only the first `remainder` rows are new.
+    Of the last round of batches the processes have consecutive ones, and only the first N mod (processes x size) of its
+    rows are new. accelerate's own `remainder` forgets the processes where a resumed run skips batches.
     """
-    state = trainer.accelerator.gradient_state
-    if trainer.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+    state, processes = trainer.accelerator.gradient_state, trainer.args.world_size
+    if processes == 1 or not state.end_of_dataloader:
         return None
-    return min(max(state.remainder - trainer.args.process_index * size, 0), size)
+    rest = len(state.active_dataloader.dataset) % (processes * size)
+    return min(max(rest - trainer.args.process_index * size, 0), size) if rest else None
