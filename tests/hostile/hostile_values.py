@@ -66,6 +66,7 @@ values = st.recursive(
 #: Ours, and the words PEFT has for the same: nothing to adapt, a task it doesn't know, a size that differs.
 PEFTS_OWN = (
     "Please specify `target_modules`",
+    "No `target_modules` passed",
     "Target module",
     "No modules were targeted",
     "Invalid task type",

@@ -57,7 +57,8 @@ class MethodConfig(PeftConfig):
             check_folder(folder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if here and isinstance(config, MethodConfig) and (folder / SAFETENSORS_WEIGHTS_NAME).exists():
-            config.stored_numbers = check_factors(folder, f"{config.peft_type.value.lower()}_", cls.no_factors)
+            kind = str(getattr(config.peft_type, "value", config.peft_type))
+            config.stored_numbers = check_factors(folder, f"{kind.lower()}_", config.no_factors)
         return config
 
     @classmethod

@@ -122,7 +122,7 @@ class LinearTuner(BaseTuner):
         lacking = [name for name in wanted if _bare_name(name) not in given]
         if lacking:
             raise ConfigError(
-                f"the weights lack {len(lacking)} of the {len(wanted)} tensors of adapter {adapter_name!r}: "
+                f"adapter {adapter_name!r} lacks {len(lacking)} of the {len(wanted)} tensors its config asks for: "
                 f"{', '.join(map(_bare_name, lacking[:3]))}{', ...' if len(lacking) > 3 else ''}. Was the file cut, or "
                 "is its adapter_config.json another adapter's?"
             )
