@@ -22,7 +22,6 @@ from ziggurat.host.trainers import ride_along
 from ziggurat.host.tuner import LinearTuner, _quantization_kwargs, check_stored
 from ziggurat.host.untrusted import check_depth
 from ziggurat.methods.lor2c.config import STRUCTURE_KEY, LoR2CConfig
-from ziggurat.methods.lor2c.events import RestructureCallback
 from ziggurat.methods.lor2c.layer import LoR2CLayer, LoR2CLinear, LoR2CPath
 from ziggurat.methods.lor2c.layout import Layout, lay_out, means
 from ziggurat.methods.lor2c.paths import Adapter, PathBank, from_json, to_json
@@ -60,6 +59,8 @@ class LoR2CModel(LinearTuner):
         finally:
             self._layout = None
         if config.restructures:
+            from ziggurat.methods.lor2c.events import RestructureCallback  # loads transformers' Trainer
+
             ride_along(RestructureCallback)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:

@@ -9,7 +9,6 @@ from ziggurat.host.linear import AdaptedLinear, features
 from ziggurat.host.trainers import ride_along
 from ziggurat.host.tuner import LinearTuner, check_rank_here
 from ziggurat.methods.lora2 import pruning
-from ziggurat.methods.lora2.callback import LoRA2Callback
 from ziggurat.methods.lora2.config import LoRA2Config
 from ziggurat.methods.lora2.layer import LoRA2Layer, LoRA2Linear, check_ranks
 from ziggurat.methods.lora2.regulariser import deviation, hook_into, penalty, unhook
@@ -38,6 +37,8 @@ class LoRA2Model(LinearTuner):
         assert isinstance(layer, LoRA2Linear)
         layer.add(adapter, config, path)
         hook_into(self.model)
+        from ziggurat.methods.lora2.callback import LoRA2Callback  # loads transformers' Trainer
+
         ride_along(LoRA2Callback)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:

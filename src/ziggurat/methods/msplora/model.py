@@ -14,7 +14,6 @@ from ziggurat.host.tuner import LinearTuner, check_rank_here
 from ziggurat.methods.msplora.config import MSPLoraConfig
 from ziggurat.methods.msplora.layer import MSPLoraLayer, MSPLoraLinear, Pyramid
 from ziggurat.methods.msplora.pyramid import Tier, components, tier_of
-from ziggurat.methods.msplora.stages import StageCallback
 
 #: Where the bank stands in the base model; must not contain the tuner's prefix.
 BANK = "pyramid"
@@ -68,6 +67,8 @@ class MSPLoraModel(LinearTuner):
             bank.create(adapter, part.pair, *shape, tier.r, config.init_weights, device, dtype)
         bank.tiers[adapter], bank.staged[adapter] = tiers, config.train_in_stages
         if config.train_in_stages:
+            from ziggurat.methods.msplora.stages import StageCallback  # loads transformers' Trainer
+
             ride_along(StageCallback)
         bank.quantization_backend = layer.quantization_backend
         bank.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
