@@ -110,8 +110,8 @@ def _whole(parameter: nn.Parameter) -> Tensor:
     if hasattr(parameter, "full_tensor"):
         return parameter.full_tensor().detach()  # type: ignore[operator]
     if hasattr(parameter, "ds_id"):
-        from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found]
+        import deepspeed  # type: ignore[import-not-found]
 
-        with GatheredParameters([parameter]), torch.no_grad():
+        with deepspeed.zero.GatheredParameters([parameter]), torch.no_grad():
             return parameter.detach().clone()
     return parameter

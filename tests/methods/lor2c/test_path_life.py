@@ -170,6 +170,13 @@ def test_adapters_with_different_spans_stay_apart() -> None:
     assert torch.equal(logits(model, inputs), alone["other"])
 
 
+def test_modules_keep_the_names_that_torch_calls() -> None:
+    """`nn.Module.apply` goes through every module, as DeepSpeed does with any model."""
+    paths, seen = adapted(), []
+    paths.apply(lambda module: seen.append(id(module)))
+    assert set(seen) == {id(module) for module in paths.modules()}
+
+
 def test_unload_takes_every_hook_away() -> None:
     def hooks(model: nn.Module) -> int:
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

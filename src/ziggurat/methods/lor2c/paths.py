@@ -104,7 +104,7 @@ class PathBank(SharedDown, LoR2CLayer):
                     config.max_span,
                 )  # fmt: skip
                 before = to_json(known.structure, known.done)["stacks"]
-                self.apply(name, decision, optimizer)
+                self.carry_out(name, decision, optimizer)
                 record = {"adapter": name, "step": step, "of": total_steps, "criterion": config.criterion}
                 record |= decision.to_json() | {
                     "before": before,
@@ -116,7 +116,7 @@ class PathBank(SharedDown, LoR2CLayer):
         return records
 
     @torch.no_grad()
-    def apply(self, adapter: str, decision: Decision, optimizer: Optimizer | None = None) -> None:
+    def carry_out(self, adapter: str, decision: Decision, optimizer: Optimizer | None = None) -> None:
         """Carry out `decision`: move weights if a path moves, change the structure, count the event.
 
         A joint path belongs to the last layer of its span. If it goes on with the lower path's weights they are copied
