@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from methods_table import METHODS, logits
-from ziggurat import MSPLoraConfig
+from methods_table import logits
+from ziggurat import LoR2CConfig, LoRA2Config, MSPLoraConfig
 from ziggurat.host.linear import AdaptedLinear
+from ziggurat.host.paths import PathLayer
 from zoo import seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -197,14 +198,26 @@ FORWARD_ONLY = {
 WAYS = MERGING | FORWARD_ONLY
 
 
-def adapted(way: Way, tmp_path: Path, **fields: Any) -> Any:
-    base = way.build(tmp_path)
+#: What adapts the linears, and what puts paths beside them: LoR2C here has given one path up for LoRA on linears.
+CONFIGS: dict[str, Callable[..., Any]] = {
+    "msplora": lambda **fields: MSPLoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, **fields),
+    "lora2": lambda **fields: LoRA2Config(r=8, lora_alpha=64, target_modules=TARGETS, **fields),
+    "lor2c": lambda **fields: LoR2CConfig(r=8, lora_alpha=16, injected_layers=[1], **fields),
+}
+ON_LINEARS = ("msplora", "lora2")
+
+
+def adapted(way: Way, tmp_path: Path, method: str = "msplora", **fields: Any) -> Any:
+    return put_in(way.build(tmp_path), method, **fields)
+
+
+def put_in(base: nn.Module, method: str, **fields: Any) -> Any:
     torch.manual_seed(0)
-    return get_peft_model(base, MSPLoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, **fields))
+    return get_peft_model(base, CONFIGS[method](**fields))  # type: ignore[arg-type]
 
 
-def trained(way: Way, tmp_path: Path) -> tuple[Any, list[float]]:
-    model = adapted(way, tmp_path).train()
+def trained(way: Way, tmp_path: Path, method: str = "msplora") -> tuple[Any, list[float]]:
+    model = adapted(way, tmp_path, method).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
     losses = []
     for _ in range(8):
@@ -224,29 +237,29 @@ def dequantised(linear: nn.Module) -> Tensor:
         return (columns - base(torch.zeros(1, base.in_features))).T
 
 
+@pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("name", WAYS)
-def test_a_fresh_adapter_changes_nothing(name: str, tmp_path: Path) -> None:
+def test_a_fresh_adapter_changes_nothing(name: str, method: str, tmp_path: Path) -> None:
     base = WAYS[name].build(tmp_path)
     logits(base, inputs())  # some lay their weights out anew at the first call
     before = logits(base, inputs())
-    model = get_peft_model(base, MSPLoraConfig(r=8, target_modules=TARGETS)).eval()
+    model = put_in(base, method).eval()
     assert torch.equal(logits(model, inputs()), before)
 
 
+@pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("name", WAYS)
-def test_gradients_are_those_of_the_dequantised_model(name: str, tmp_path: Path) -> None:
-    model = adapted(WAYS[name], tmp_path, init_weights=False).train()
+def test_gradients_are_those_of_the_dequantised_model(name: str, method: str, tmp_path: Path) -> None:
+    model = adapted(WAYS[name], tmp_path, method, init_weights=False).train()
     same = qwen()
     for path, linear in same.named_modules():
         if type(linear) is nn.Linear and "lm_head" not in path:
             quantised = model.base_model.model.get_submodule(path)
             linear.weight.data = dequantised(getattr(quantised, "base_layer", quantised))
-    torch.manual_seed(0)
-    fields = {"r": 8, "lora_alpha": 16, "target_modules": TARGETS, "init_weights": False}
-    plain: Any = get_peft_model(same, MSPLoraConfig(**fields)).train()
+    plain = put_in(same, method, init_weights=False).train()
     for one in (model, plain):
         one(**inputs(), labels=inputs()["input_ids"]).loss.backward()
-    found = {n: p for n, p in model.named_parameters() if METHODS["msplora"].prefix in n}
+    found = {n: p for n, p in model.named_parameters() if model.prefix in n}
     wanted = dict(plain.named_parameters())
     assert found
     for path, parameter in found.items():
@@ -257,15 +270,19 @@ def test_gradients_are_those_of_the_dequantised_model(name: str, tmp_path: Path)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(found)
 
 
+@pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("name", WAYS)
-def test_training_lowers_the_loss(name: str, tmp_path: Path) -> None:
-    _, losses = trained(WAYS[name], tmp_path)
+def test_training_lowers_the_loss(name: str, method: str, tmp_path: Path) -> None:
+    _, losses = trained(WAYS[name], tmp_path, method)
     assert losses[-1] < losses[0] - 0.1, losses
 
 
+@pytest.mark.parametrize("method", ON_LINEARS)
 @pytest.mark.parametrize("name", MERGING)
-def test_merging_reports_the_error_that_it_makes(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model, _ = trained(MERGING[name], tmp_path)
+def test_merging_reports_the_error_that_it_makes(
+    name: str, method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = trained(MERGING[name], tmp_path, method)
     expected = logits(model, inputs())
     with model.disable_adapter():
         moved = (expected - logits(model, inputs())).norm()
@@ -301,10 +318,11 @@ def test_merging_reports_the_error_that_it_makes(name: str, tmp_path: Path, capl
     assert (logits(unloaded, inputs()) - expected).norm() < MERGING[name].close * moved
 
 
+@pytest.mark.parametrize("method", ON_LINEARS)
 @pytest.mark.parametrize("name", FORWARD_ONLY)
 @pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
-def test_what_cannot_be_merged_refuses_whole(name: str, call: str, tmp_path: Path) -> None:
-    model, _ = trained(FORWARD_ONLY[name], tmp_path)
+def test_what_cannot_be_merged_refuses_whole(name: str, call: str, method: str, tmp_path: Path) -> None:
+    model, _ = trained(FORWARD_ONLY[name], tmp_path, method)
     expected = logits(model, inputs())
     with pytest.raises(ValueError, match=r"Nothing can be merged into a \w+ weight \(.*layers\.0\..*unquantised model"):
         getattr(model, call)()
@@ -313,6 +331,23 @@ def test_what_cannot_be_merged_refuses_whole(name: str, call: str, tmp_path: Pat
     bare = model.unload()
     assert not any(isinstance(m, AdaptedLinear) for m in bare.modules())
     assert torch.equal(logits(bare, inputs()), logits(FORWARD_ONLY[name].build(tmp_path), inputs()))
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_paths_beside_quantised_layers_save_reload_and_refuse_to_merge(name: str, tmp_path: Path) -> None:
+    model, _ = trained(WAYS[name], tmp_path, "lor2c")
+    expected = logits(model, inputs())
+    assert sum(isinstance(m, PathLayer) for m in model.modules()) == 3
+    assert [path for path, m in model.named_modules() if isinstance(m, AdaptedLinear) and m.adapters] == [
+        f"base_model.model.model.layers.1.self_attn.{name}" for name in TARGETS
+    ]
+    with pytest.raises(ValueError, match="can't be merged into weights"):
+        model.merge_and_unload()
+    assert torch.equal(logits(model, inputs()), expected)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(WAYS[name].build(tmp_path), str(tmp_path / "adapter")).eval()
+    logits(again, inputs())
+    assert torch.equal(logits(again, inputs()), expected)
 
 
 def test_bare_torchao_names_the_way_round(tmp_path: Path) -> None:
@@ -328,13 +363,12 @@ def test_an_update_of_zero_has_no_relative_error(tmp_path: Path, caplog: pytest.
     assert not [record for record in caplog.records if re.search("nan|inf", record.getMessage())]
 
 
+@pytest.mark.parametrize("method", ON_LINEARS)
 @pytest.mark.parametrize("name", ["bnb_4bit", "bnb_8bit", "hqq_4bit", "packed"])
-def test_an_adapter_of_a_quantised_model_exports(name: str, tmp_path: Path) -> None:
-    from peft import PeftModel
-
+def test_an_adapter_of_a_quantised_model_exports(name: str, method: str, tmp_path: Path) -> None:
     from ziggurat.export import export_model
 
-    model, _ = trained(WAYS[name], tmp_path)
+    model, _ = trained(WAYS[name], tmp_path, method)
     written = export_model(model, tmp_path / "lora")
     assert written.modules == 8
     plain = PeftModel.from_pretrained(qwen(), str(tmp_path / "lora"))

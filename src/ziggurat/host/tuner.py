@@ -129,6 +129,8 @@ class LinearTuner(BaseTuner):
         return found
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        # First of all the method's own refusal: a quantised weight's says to merge elsewhere.
+        self._check_merge_allowed()
         with changing(self._reached(adapter_names), "merged into"):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -152,6 +154,8 @@ class LinearTuner(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
         with changing(self._reached(adapter_names), "merged into") if merge else nullcontext():
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for name, child in list(model.named_children()):
