@@ -17,6 +17,7 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from methods_table import METHODS, logits, zoo_config
 from zoo import ZOO
@@ -336,3 +337,24 @@ def test_targets_that_match_nothing(method: str) -> None:
     with pytest.raises(ValueError, match=r"Nearest names in this model: query"):
         get_peft_model(base, zoo_config(method, "bert", target_modules=["qeury"]))
     assert [name for name, _ in base.named_modules()] == names
+
+
+@every_method
+def test_embeddings_that_were_resized_are_saved_along(method: str, tmp_path: Path) -> None:
+    ZOO["llama"].build().save_pretrained(tmp_path / "base")
+
+    def resized() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(str(tmp_path / "base"))
+        model.resize_token_embeddings(model.config.vocab_size + 4)
+        return model.eval()
+
+    base, inputs = resized(), ZOO["llama"].inputs()
+    with torch.no_grad():
+        base.get_input_embeddings().weight[-4:] = 0.5
+    adapted = get_peft_model(base, zoo_config(method, "llama", init_weights=False)).eval()
+    inputs["input_ids"][:, -1] = base.config.vocab_size - 1
+    expected = logits(adapted, inputs)
+    with pytest.warns(UserWarning, match="embedding layer has been resized"):
+        adapted.save_pretrained(str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(resized(), str(tmp_path / "adapter")).eval()
+    assert torch.equal(logits(loaded, inputs), expected)
