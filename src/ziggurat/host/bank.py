@@ -7,12 +7,13 @@ adapted linears hold an unregistered reference to it and *call* it.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from ziggurat.errors import ConfigError
 from ziggurat.lowrank.pair import FactorPair, init_gaussian_, init_kaiming_, stack
 
 
@@ -78,6 +79,24 @@ class PairBank(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._detached: dict[str, frozenset[str]] = {}
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
+
+    @classmethod
+    def at_root(cls, root: nn.Module, name: str) -> Self:
+        """The bank called `name` at `root`, the base model's; a new one where there is none.
+
+        Raises:
+            ConfigError: the model has something else of that name.
+        """
+        bank = getattr(root, name, None)
+        if bank is None:
+            bank = cls()
+            root.add_module(name, bank)
+        if not isinstance(bank, cls):
+            raise ConfigError(
+                f"the model has an attribute {name!r} of type {type(bank).__name__}, the name under which an adapter "
+                "keeps the factors that its layers share. Rename it."
+            )
+        return bank
 
     @property
     def stores(self) -> nn.ModuleDict:

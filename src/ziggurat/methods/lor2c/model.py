@@ -131,16 +131,7 @@ class LoR2CModel(LinearTuner):
         path.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _bank(self) -> PathBank:
-        bank = getattr(self.model, BANK, None)
-        if bank is None:
-            bank = PathBank()
-            self.model.add_module(BANK, bank)
-        if not isinstance(bank, PathBank):
-            raise ConfigError(
-                f"the model has an attribute {BANK!r} of type {type(bank).__name__}, the name under which LoR2C "
-                "keeps what its paths share. Rename it."
-            )
-        return bank
+        return PathBank.at_root(self.model, BANK)
 
     def restructure(
         self, step: int, total_steps: int, optimizer: Optimizer | None = None, adapter: str | None = None

@@ -75,16 +75,7 @@ class MSPLoraModel(LinearTuner):
         layer.join(adapter, bank, parts, config.lora_dropout)
 
     def _bank(self) -> Pyramid:
-        bank = getattr(self.model, BANK, None)
-        if bank is None:
-            bank = Pyramid()
-            self.model.add_module(BANK, bank)
-        if not isinstance(bank, Pyramid):
-            raise ConfigError(
-                f"the model has an attribute {BANK!r} of type {type(bank).__name__}, the name under which MSPLoRA "
-                "keeps its shared pairs. Rename it."
-            )
-        return bank
+        return Pyramid.at_root(self.model, BANK)
 
     def set_stage(self, progress: float, adapter: str = "default") -> str:
         """Let only one tier of `adapter` learn: the one whose share of the run `progress` (0 to 1) lies in.
