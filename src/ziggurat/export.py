@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,10 @@ def lora_pairs(model: nn.Module, adapter: str = "default") -> dict[str, FactorPa
     return pairs
 
 
-def export_model(model: nn.Module, out: str | Path, adapter: str = "default", *, serving: bool = False) -> Exported:
-    """Write `adapter` of `model` to the folder `out` as plain PEFT LoRA with the same deltas.
+def export_model(
+    model: nn.Module, out: str | Path, adapter: str = "default", *, serving: bool = False, tokenizer: Any = None
+) -> Exported:
+    """Write `adapter` of `model` to the folder `out` as plain PEFT LoRA with the same deltas; `tokenizer` goes along.
 
     `serving`: the one form that PEFT, vLLM and llama.cpp scale alike: the same rank for all
     modules, one that vLLM allows (zeros fill it up), lora_alpha = r, nothing but factor pairs.
@@ -80,6 +83,16 @@ def export_model(model: nn.Module, out: str | Path, adapter: str = "default", *,
         ExportError: the method isn't an update of linears; or, for serving, the rank is above 512 or
             the adapter holds more than factor pairs (modules_to_save, biases).
     """
+
+    def add(folder: Path) -> None:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
+
+    return _export(model, Path(out), adapter, serving, add)
+
+
+def _export(model: nn.Module, out: Path, adapter: str, serving: bool, add: Callable[[Path], Any]) -> Exported:
+    """`export_model`, with `add` to put files into the folder before it appears."""
     # A pair of rank 0 (LoRA² has pruned all of it) changes nothing, and LoRA knows no rank 0.
     pairs = {path: pair for path, pair in lora_pairs(model, adapter).items() if pair.A.shape[0]}
     if not pairs:
@@ -100,7 +113,7 @@ def export_model(model: nn.Module, out: str | Path, adapter: str = "default", *,
     for path, pair in pairs.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = pair.A
         tensors[f"{PREFIX}{path}.lora_B.weight"] = pair.B
-    with written_beside(Path(out)) as folder:
+    with written_beside(out) as folder:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             folder / SAFETENSORS_WEIGHTS_NAME,
@@ -108,7 +121,8 @@ def export_model(model: nn.Module, out: str | Path, adapter: str = "default", *,
         )
         lora.save_pretrained(str(folder))
         (folder / "README.md").write_text(_card(_bare(model), config, rank, serving), encoding="utf-8")
-    return Exported(Path(out), rank, len(pairs), serving)
+        add(folder)
+    return Exported(out, rank, len(pairs), serving)
 
 
 def export(adapter: str | Path, out: str | Path, *, serving: bool = False, base_model: str | None = None) -> Exported:
@@ -125,9 +139,7 @@ def export(adapter: str | Path, out: str | Path, *, serving: bool = False, base_
     unused = _check_complete(adapter, model)
     if unused:
         raise ExportError(f"{adapter} also holds {len(unused)} tensors with no place in its model ({unused[0]}, ...).")
-    written = export_model(model, out, serving=serving)
-    _copy_tokenizer(Path(adapter), written.folder)
-    return written
+    return _export(model, Path(out), "default", serving, lambda folder: _copy_tokenizer(Path(adapter), folder))
 
 
 def merge(adapter: str | Path, out: str | Path, *, base_model: str | None = None) -> Path:

@@ -28,8 +28,7 @@ def export(
     refuse_taken(out)
     loaded = adapter_of_a_run(adapter, base)
     if loaded is not None:
-        written = exporting.export_model(loaded.model, out, serving=serving)
-        loaded.tokenizer.save_pretrained(str(out))
+        written = exporting.export_model(loaded.model, out, serving=serving, tokenizer=loaded.tokenizer)
     else:
         written = exporting.export(adapter, out, serving=serving, base_model=base)
     typer.echo(f"plain LoRA of rank {written.rank} on {written.modules} linears written to {out}")
