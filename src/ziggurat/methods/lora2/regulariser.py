@@ -95,8 +95,10 @@ class Regulariser:
             added.register_hook(self._note)
         return _with_loss(output, loss + added.to(loss.device, loss.dtype))
 
-    def _note(self, gradient: Tensor) -> None:
-        self.joined = True
+    def _note(self, gradient: Tensor | None) -> None:
+        # DDP, where it looks for unused parameters, goes back through every output of the model, and so with no
+        # gradient through a loss that nobody used. A zero one is that of a process without rows of its own.
+        self.joined = self.joined or gradient is not None
 
     def _remind(self) -> None:
         self.forwards += 1
