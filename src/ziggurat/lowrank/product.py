@@ -221,7 +221,7 @@ def _slopes(
     dA, dx = dh.new_zeros(dh.shape[1], shape[-1]), dh.new_empty(dh.shape[0], shape[-1])
     for rows, part, kept in _parts(x, mask, dh.dtype):
         dA.addmm_(dh[rows].T, part)
-        torch.mm(dh[rows], A, out=dx[rows]).mul_(kept)
+        torch.mm(dh[rows], A, out=dx[rows]).mul_(kept)  # type: ignore[arg-type]
     return dA, dx.view(shape).to(dtype)
 
 

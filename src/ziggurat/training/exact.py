@@ -119,5 +119,5 @@ def counted_rows(trainer: Trainer, size: int) -> int | None:
     state, processes = trainer.accelerator.gradient_state, trainer.args.world_size
     if processes == 1 or not state.end_of_dataloader:
         return None
-    rest = len(state.active_dataloader.dataset) % (processes * size)
+    rest = len(state.active_dataloader.dataset) % (processes * size)  # type: ignore[union-attr]
     return min(max(rest - trainer.args.process_index * size, 0), size) if rest else None

@@ -179,7 +179,7 @@ def _forget_gguf(model: PreTrainedModel) -> None:
             delattr(model, name)
     model.is_quantized = False  # type: ignore[assignment]
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+        delattr(model.config, "quantization_config")
 
 
 def _reason(model: str, path: str, error: Exception) -> str:
