@@ -1,7 +1,6 @@
 """DDP and FSDP2 on two gloo processes: the losses of one process, and adapters that one process reloads."""
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,7 @@ from zoo import ZOO
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(work, (port, str(out)), nprocs=2)  # type: ignore[no-untyped-call]
+    multiprocessing.spawn(work, (str(out),), nprocs=2)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -1,7 +1,6 @@
 """What each of two gloo processes does in `test_two_processes`: train all methods under DDP and FSDP2, and save."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +56,11 @@ def sharded(model: PeftModel) -> PeftModel:
     return model
 
 
-def work(rank: int, port: int, out: str) -> None:
+def work(rank: int, out: str) -> None:
     """Train all, and have rank 0 write the adapters and the losses, averaged over the ranks."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    # They meet in a file: a port that was free a moment ago may be another test's by now.
+    dist.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=2)
     found: dict[str, list[float]] = {}
     for method in METHODS:
         for strategy in STRATEGIES:

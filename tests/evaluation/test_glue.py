@@ -111,7 +111,7 @@ def test_train_score_and_write_the_servers_files(name: str, glue: Path, tiny_ber
         model=str(tiny_bert),
         method__r=4,
         train__lr=4.0e-2,
-        train__epochs=8 if name == "mnli" else 3,
+        train__epochs=12 if name == "mnli" else 3,
         head__pooling="mean" if name == "mnli" else "model",
         train__batch=8,
         train__evaluate="never",
