@@ -77,7 +77,7 @@ FACTS: tuple[Fact, ...] = (
         "base",
         "torchao",
         _row("limited"),
-        f"trains; a merge (never LoR2C's) {_REQUANTISE}, and only where transformers loaded the model with a TorchAoConfig",
+        f"trains; a merge (never LoR2C's) {_REQUANTISE}, only where transformers loaded the model by a TorchAoConfig",
         "load with TorchAoConfig instead of quantize_, or keep the adapter beside the model",
         (_QUANTISED + "test_bare_torchao_names_the_way_round",),
     ),
