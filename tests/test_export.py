@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from methods_table import logits, zoo_config
+from methods_table import METHODS, logits, zoo_config
 from ziggurat import LoRA2Config
 from ziggurat.errors import ConfigError, ExportError
 from ziggurat.export import SERVING_RANKS, export, export_model, merge
@@ -189,13 +189,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
 
 
-def saved(model: str, place: Path, dtype: torch.dtype = torch.float32, **fields: Any) -> tuple[Path, Tensor]:
+def saved(
+    model: str, place: Path, dtype: torch.dtype = torch.float32, method: str = "msplora", **fields: Any
+) -> tuple[Path, Tensor]:
     """A base model's folder and an adapter's beside it. Returns the adapter's folder and what the two compute."""
     base = ZOO[model].build().to(dtype)
     base.save_pretrained(place / "base")
     base.name_or_path = base.config._name_or_path = str(place / "base")
     torch.manual_seed(0)
-    made = get_peft_model(base, zoo_config("msplora", model, init_weights=False, **fields)).eval()
+    made = get_peft_model(base, zoo_config(method, model, init_weights=False, **fields)).eval()
     made.save_pretrained(str(place / "adapter"))
     return place / "adapter", logits(made, ZOO[model].inputs())
 
@@ -247,8 +249,9 @@ def test_trained_biases_come_along(bias: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(whole, ZOO["bert"].inputs()), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_base_weights_are_not_needed(tmp_path: Path) -> None:
-    adapter, expected = saved("llama", tmp_path)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.merges])
+def test_the_base_weights_are_not_needed(method: str, tmp_path: Path) -> None:
+    adapter, expected = saved("llama", tmp_path, method=method)
     (tmp_path / "base" / "model.safetensors").unlink()
     export(adapter, tmp_path / "out")
     loaded = PeftModel.from_pretrained(ZOO["llama"].build(), str(tmp_path / "out")).eval()

@@ -87,6 +87,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             device = runs_on(base_layer) or device
         return device, dtype if dtype in FLOATS else None
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Not beside a base without weights, as export loads it: the factors just read would be lost on "meta"."""
+        where = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        if where is None or where.type != "meta":
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
     def _get_available_adapters(self) -> set[str]:
         return set(self.adapters)
 
