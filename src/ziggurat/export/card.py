@@ -1,0 +1,34 @@
+"""The model card of an exported adapter."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch import nn
+
+
+def card(model: nn.Module, config: Any, rank: int, serving: bool) -> str:
+    method = str(getattr(config.peft_type, "value", config.peft_type))
+    base = config.base_model_name_or_path or "the base model"
+    load = "`peft.PeftModel.from_pretrained`; no other package is needed."
+    owner, name = type(model).__module__, type(model).__qualname__
+    if owner.partition(".")[0] == "ziggurat":
+        load = f"`peft.PeftModel.from_pretrained` on a `{owner}.{name}`, whose head no other package has."
+    serve = (
+        f"""
+All modules have rank {rank} and lora_alpha {rank}, so that every reader scales them alike. vLLM: `--enable-lora
+--max-lora-rank {rank}`. llama.cpp: convert_lora_to_gguf.py.
+"""
+        if serving
+        else ""
+    )
+    return f"""---
+library_name: peft
+base_model: {json.dumps(str(base))}
+tags: [lora]
+---
+
+A plain LoRA adapter for {base}, exported exactly from an adapter of the method {method}. Load it with
+{load}
+{serve}"""

@@ -1,0 +1,62 @@
+"""The base model with an adapter merged in, as a folder of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ziggurat.host.folder import adapter_config, load_adapter, load_base
+from ziggurat.host.linear import AdaptedLinear
+from ziggurat.host.staging import written_beside
+
+from .beside import copy_tokenizer, name_labels, save_tokenizer
+from .content import bare, check_complete, lora_pairs
+
+
+def merge(adapter: str | Path, out: str | Path, *, base_model: str | None = None) -> Path:
+    """Write the base model with the adapter in the folder `adapter` merged in, and its tokenizer, to `out`.
+
+    The model keeps its dtype and generation settings; a classifier takes the names of the labels
+    from the adapter's run.json, if `ziggurat train` wrote one. LoR2C's paths can't be merged into weights: the
+    folder then brings their code along, and loads with `trust_remote_code=True`, without ziggurat.
+
+    Raises:
+        ConfigError: `adapter` is no adapter's folder, or its base model can't be loaded.
+        ExportError: `out` is taken, the method can't be merged into weights, or the adapter's file lacks tensors.
+    """
+    source = Path(adapter)
+    with written_beside(Path(out)) as folder:
+        model = load_adapter(source, load_base(source, base_model))
+        check_complete(source, model)
+        name_labels(source, bare(model).config)  # type: ignore[arg-type]
+        _write_merged(model, folder)
+        copy_tokenizer(source, folder)
+        if not any(folder.glob("tokenizer*")):
+            save_tokenizer(base_model or str(adapter_config(source).base_model_name_or_path), folder)
+    return Path(out)
+
+
+def merge_model(model: nn.Module, out: str | Path, tokenizer: Any = None) -> Path:
+    """Write `model` with its active adapter merged in, and `tokenizer`, to the folder `out`. As `merge`, in memory.
+
+    The adapter is gone from `model` afterwards, unless its method can't be merged into weights.
+
+    Raises:
+        ExportError: `out` is taken, or the method can't be merged into weights.
+    """
+    with written_beside(Path(out)) as folder:
+        _write_merged(model, folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
+    return Path(out)
+
+
+def _write_merged(model: Any, folder: Path) -> None:
+    if hasattr(model, "write_self_contained"):  # what no weight can absorb brings its code along
+        model.write_self_contained(folder)
+        return
+    if any(isinstance(module, AdaptedLinear) or hasattr(module, "cannot_export") for module in model.modules()):
+        lora_pairs(model)  # refuses, with the reason, what is no update of weights
+    model.merge_and_unload(safe_merge=True).save_pretrained(str(folder))
