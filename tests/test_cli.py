@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from ziggurat import cli
+from commands import main
 
 # Fixtures and tables of the training tests serve here too.
 sys.path.insert(0, str(Path(__file__).parent / "training"))
@@ -43,18 +43,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = main("train", str(folder / "tiny.yaml"), f"output={folder / 'out'}")
     assert code == 0
     return folder
-
-
-def main(*words: str) -> int:
-    """The command in this process; its exit code."""
-    before = sys.argv
-    sys.argv = ["ziggurat", *words]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = before
 
 
 def test_train_ends_with_the_table(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,5 @@
 """Disks that fill up, or take nothing: a clear error, nothing lost, no litter, and the same command works with room."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from disks import Disk
 from places import Place
 from transformers import TrainerCallback
 
-from ziggurat import cli
+from commands import main
 from ziggurat.compare.fill import fill
 from ziggurat.compare.results import Results
 from ziggurat.compare.table import make_table
@@ -36,17 +35,6 @@ class At(TrainerCallback):
 
 def weights(folder: Path) -> bytes:
     return (folder / "adapter_model.safetensors").read_bytes()
-
-
-def main(*words: str) -> int:
-    before = sys.argv
-    sys.argv = ["ziggurat", *words]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = before
 
 
 def test_no_room_for_the_result_is_said_before_training(place: Place, disk: Disk) -> None:

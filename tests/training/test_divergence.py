@@ -3,37 +3,22 @@
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from training_tables import tiny_recipe
 from transformers import TrainerCallback
 
 from ziggurat.cli import main
 from ziggurat.errors import DivergedError
-from ziggurat.training.recipe import make_recipe, to_yaml
+from ziggurat.training.recipe import to_yaml
 from ziggurat.training.run import train
-from ziggurat.training.schema import Recipe
 
-
-def recipe_for(model: Path, data: Path, output: Path, **more: Any) -> Recipe:
-    values = {
-        "name": "tiny",
-        "model": str(model),
-        "data.train": str(data),
-        "data.validation_rows": 8,
-        "method.name": "msplora",
-        "method.r": 4,
-        "train.lr": 1.0e-2,
-        "train.max_steps": 6,
-        "train.batch": 8,
-        "train.evaluate": "never",
-        "train.save": 2,
-        "output": str(output),
-    }
-    return make_recipe({**values, **{key.replace("__", "."): value for key, value in more.items()}})
+recipe_for = partial(tiny_recipe, train__lr=1.0e-2, train__epochs=None, train__max_steps=6, train__save=2)
 
 
 class Spoil(TrainerCallback):

@@ -159,9 +159,9 @@ def test_every_token_counts_once(launched: Place) -> None:
     """
     alone = launched.alone("one-instructed", *METHODS["lora2"], recipe="pairs")
     run = launched.run("instructed")
-    assert curve(run) == pytest.approx(curve(alone), rel=1e-3)
+    assert curve(run) == pytest.approx(curve(alone), rel=1e-4)
     assert run["before"]["perplexity"] == pytest.approx(alone["before"]["perplexity"], rel=1e-5)
-    assert run["after"]["perplexity"] == pytest.approx(alone["after"]["perplexity"], rel=1e-2)
+    assert run["after"]["perplexity"] == pytest.approx(alone["after"]["perplexity"], rel=1e-3)
 
 
 def test_a_signal_to_one_stops_both_and_the_run_goes_on_as_if_nothing_had_been(launched: Place) -> None:

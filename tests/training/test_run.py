@@ -11,36 +11,16 @@ import torch
 import yaml
 from peft import AutoPeftModelForSequenceClassification
 from rich.console import Console
-from training_tables import reviews, write_csv, write_jsonl
+from training_tables import reviews, tiny_recipe, write_csv, write_jsonl
 from transformers import TrainerCallback
 
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.training.answer import predict
 from ziggurat.training.interrupt import Interrupted
 from ziggurat.training.load import load_adapter_model
-from ziggurat.training.recipe import make_recipe
+from ziggurat.training.recipe import load_recipe
 from ziggurat.training.report import report
 from ziggurat.training.run import Result, train
-from ziggurat.training.schema import Recipe
-
-
-def recipe_for(model: Path, data: Path, output: Path, **more: Any) -> Recipe:
-    values = {
-        "name": "tiny",
-        "model": str(model),
-        "data.train": str(data),
-        "data.validation_rows": 8,
-        "method.name": "msplora",
-        "method.r": 4,
-        "train.lr": 3.0e-2,
-        "train.epochs": 5,
-        "train.batch": 8,
-        "train.evaluate": "never",
-        "train.save": "never",
-        "output": str(output),
-    }
-    values.update({key.replace("__", "."): value for key, value in more.items()})
-    return make_recipe({key: value for key, value in values.items() if value is not None})
 
 
 def run_info(result: Result) -> dict[str, Any]:
@@ -51,7 +31,7 @@ def run_info(result: Result) -> dict[str, Any]:
 def test_classification_learns_and_reloads_exactly(
     pooling: str, tiny_bert: Path, reviews_csv: Path, tmp_path: Path
 ) -> None:
-    made = recipe_for(tiny_bert, reviews_csv, tmp_path / "out", head__pooling=pooling, train__epochs=10)
+    made = tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", head__pooling=pooling, train__epochs=10)
     result = train(made)
     assert result.after["accuracy"] >= 87.5 > result.guess["accuracy"]
     # MSPLoRA r 4 with three mid groups on query and value of 4 layers, d 32: ranks 4, 2, 1; LoRA: rank 4 everywhere.
@@ -75,7 +55,7 @@ def test_classification_learns_and_reloads_exactly(
 
 
 def test_stock_peft_reloads_the_stock_head(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
-    result = train(recipe_for(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=3))
+    result = train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=3))
     ours = load_adapter_model(result.folder)
     stock = AutoPeftModelForSequenceClassification.from_pretrained(str(result.folder)).eval()
     inputs = ours.tokenizer("the film is very good", return_tensors="pt")
@@ -92,7 +72,7 @@ def test_two_texts_and_regression(pooling: str, tiny_bert: Path, tmp_path: Path)
         for b in (a, words[0], words[1])
     ]
     data = write_csv(tmp_path / "pairs.csv", rows * 3)
-    made = recipe_for(
+    made = tiny_recipe(
         tiny_bert,
         data,
         tmp_path / "out",
@@ -117,7 +97,9 @@ def test_two_texts_and_regression(pooling: str, tiny_bert: Path, tmp_path: Path)
 @pytest.mark.parametrize("method", ["lora", "dora", "bitfit", "head", "full"])
 def test_baselines_run_and_reload(method: str, tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
     rank = 4 if method in ("lora", "dora") else None
-    made = recipe_for(tiny_bert, reviews_csv, tmp_path / "out", method__name=method, method__r=rank, train__max_steps=2)
+    made = tiny_recipe(
+        tiny_bert, reviews_csv, tmp_path / "out", method__name=method, method__r=rank, train__max_steps=2
+    )
     result = train(made)
     assert (result.counts.lora is None) == (rank is None)
     if method == "lora":
@@ -142,7 +124,7 @@ def test_the_head_learns_at_its_own_rate(tiny_bert: Path, reviews_csv: Path, tmp
                 sizes[group["lr"]] = sizes.get(group["lr"], 0) + sum(p.numel() for p in group["params"])
             seen.append(sizes)
 
-    made = recipe_for(
+    made = tiny_recipe(
         tiny_bert,
         reviews_csv,
         tmp_path / "out",
@@ -159,7 +141,7 @@ def test_the_head_learns_at_its_own_rate(tiny_bert: Path, reviews_csv: Path, tmp
 def test_instruction_tuning_lowers_the_perplexity_and_answers(tiny_llama: Path, tmp_path: Path) -> None:
     pairs = [("what colour sky", "blue"), ("what colour grass", "green"), ("say yes", "yes"), ("say no", "no")]
     data = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"{a} ", "completion": b} for a, b in pairs * 12])
-    made = recipe_for(
+    made = tiny_recipe(
         tiny_llama,
         data,
         tmp_path / "out",
@@ -178,7 +160,7 @@ def test_instruction_tuning_lowers_the_perplexity_and_answers(tiny_llama: Path, 
 def test_messages_and_the_whole_text(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
     turn = [{"role": "user", "content": "say yes"}, {"role": "assistant", "content": "yes"}]
     data = write_jsonl(tmp_path / "a.jsonl", [{"messages": turn}] * 16)
-    made = recipe_for(
+    made = tiny_recipe(
         tiny_llama, data, tmp_path / "out", task="instruct", data__loss="all", train__max_steps=2, train__evaluate=1
     )
     result = train(made)
@@ -187,14 +169,27 @@ def test_messages_and_the_whole_text(tiny_llama: Path, tiny_bert: Path, tmp_path
 
 
 def test_the_same_seed_gives_the_same_adapter(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
-    first = train(recipe_for(tiny_bert, reviews_csv, tmp_path / "a", train__max_steps=3))
-    again = train(recipe_for(tiny_bert, reviews_csv, tmp_path / "b", train__max_steps=3))
+    first = train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "a", train__max_steps=3))
+    again = train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "b", train__max_steps=3))
     weights = [(result.folder / "adapter_model.safetensors").read_bytes() for result in (first, again)]
     assert weights[0] == weights[1] and first.before == again.before and first.after == again.after
 
 
+def test_scoring_first_changes_nothing_and_can_be_left_out(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
+    first = train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "a", train__max_steps=3))
+    without = train(
+        tiny_recipe(tiny_bert, reviews_csv, tmp_path / "b", train__max_steps=3, train__evaluate_before=False)
+    )
+    assert "accuracy" in first.before and without.before == run_info(without)["before"] == {}
+    weights = [(result.folder / "adapter_model.safetensors").read_bytes() for result in (first, without)]
+    assert weights[0] == weights[1]
+    console = Console(record=True, width=100)
+    console.print(report(load_recipe(without.folder / "recipe.yaml"), without))
+    assert "after" in (said := console.export_text()) and "before" not in said
+
+
 def test_the_best_checkpoint_can_be_kept(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
-    made = recipe_for(
+    made = tiny_recipe(
         tiny_bert,
         reviews_csv,
         tmp_path / "out",
@@ -220,7 +215,7 @@ def test_sigterm_leaves_a_checkpoint_and_gives_the_signals_back(
                 os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    made = recipe_for(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=6)
+    made = tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=6)
     with pytest.raises(Interrupted, match="stopped at step 3 of 6") as stopped:
         train(made, callbacks=[Terminate()])
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
@@ -229,20 +224,20 @@ def test_sigterm_leaves_a_checkpoint_and_gives_the_signals_back(
     assert [path.name for path in tmp_path.glob("out*")] == ["out.unfinished"]
     with pytest.raises(RecipeError, match="is an unfinished run"):
         load_adapter_model(tmp_path / "out.unfinished")
-    resumed = train(recipe_for(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=6, resume=True))
+    resumed = train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=6, resume=True))
     assert resumed.steps == 6 and [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
 def test_a_second_run_never_overwrites_in_silence(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
-    made = recipe_for(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=1)
+    made = tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=1)
     first = train(made)
     before = (first.folder / "run.json").read_bytes()
     with pytest.raises(RecipeError, match=r"holds a finished run already.*another output=.*overwrite=true"):
         train(made)
     with pytest.raises(RecipeError, match="is finished"):
-        train(recipe_for(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=1, resume=True))
+        train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=1, resume=True))
     assert (first.folder / "run.json").read_bytes() == before
-    again = train(recipe_for(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=2, overwrite=True))
+    again = train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=2, overwrite=True))
     assert again.steps == 2 and run_info(again)["steps"] == 2
     assert [path.name for path in tmp_path.glob("out*")] == ["out"]
 
@@ -252,9 +247,9 @@ def test_overwrite_never_touches_a_folder_of_others(tiny_bert: Path, reviews_csv
     precious.parent.mkdir()
     precious.write_text("dear")
     with pytest.raises(RecipeError, match="was not written by a run"):
-        train(recipe_for(tiny_bert, reviews_csv, precious.parent, overwrite=True))
+        train(tiny_recipe(tiny_bert, reviews_csv, precious.parent, overwrite=True))
     with pytest.raises(RecipeError, match="holds something else already"):
-        train(recipe_for(tiny_bert, reviews_csv, precious.parent))
+        train(tiny_recipe(tiny_bert, reviews_csv, precious.parent))
     assert precious.read_text() == "dear"
 
 
@@ -273,20 +268,20 @@ def test_what_cannot_be_trained_leaves_nothing_behind(
     if "fp16" in said and torch.accelerator.is_available():
         pytest.skip("this machine can")
     with pytest.raises(RecipeError, match=said):
-        train(recipe_for(tiny_bert, reviews_csv, tmp_path / "out", **more))
+        train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", **more))
     assert not list(tmp_path.glob("out*"))
 
 
 def test_a_model_that_is_not_there(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"model: .*nearest in .*tiny-bert"):
-        train(recipe_for(tiny_bert.with_name("tiny-bart"), reviews_csv, tmp_path / "out"))
+        train(tiny_recipe(tiny_bert.with_name("tiny-bart"), reviews_csv, tmp_path / "out"))
     with pytest.raises(RecipeError, match=r"model: .* is a folder without config\.json"):
-        train(recipe_for(tmp_path, reviews_csv, tmp_path / "out"))
+        train(tiny_recipe(tmp_path, reviews_csv, tmp_path / "out"))
 
 
 def test_pruned_directions_are_dropped_before_saving(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
     fields = {"method__name": "lora2", "method__target_rank": 1, "method__initial_warmup": 2, "method__final_warmup": 2}
-    result = train(recipe_for(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=10, **fields))
+    result = train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=10, **fields))
     ranks = json.loads((result.folder / "adapter_config.json").read_text())["rank_pattern"]
     assert sum(ranks.values()) == 8  # one direction for each of 8 linears, wherever they went
     assert run_info(result)["left"]["active"] < result.counts.adapter
@@ -297,7 +292,7 @@ def test_pruned_directions_are_dropped_before_saving(tiny_bert: Path, reviews_cs
 
 def test_paths_are_counted_as_stored_and_active(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
     fields = {"method__name": "lor2c", "method__target_modules": None, "method__merges": 2}
-    result = train(recipe_for(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=8, **fields))
+    result = train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=8, **fields))
     assert result.left == {"stored": 4 * 2 * 4 * 32, "active": 2 * 2 * 4 * 32, "trained": 2 * 2 * 4 * 32}
     assert run_info(result)["left"] == result.left
 
@@ -320,15 +315,15 @@ def test_a_stop_at_a_scoring_step_changes_nothing(
     """Scoring draws random numbers; the resumed run has dropout, and must see the same ones."""
     settings = {"train__max_steps": 8, "train__evaluate": evaluate, "method__lora_dropout": 0.3}
     with pytest.raises(Interrupted, match=f"stopped at step {stop} of 8"):
-        train(recipe_for(tiny_bert, reviews_csv, tmp_path / "out", **settings), callbacks=[StopAt(stop)])
-    train(recipe_for(tiny_bert, reviews_csv, tmp_path / "out", **settings, resume=True))
-    train(recipe_for(tiny_bert, reviews_csv, tmp_path / "straight", **settings))
+        train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", **settings), callbacks=[StopAt(stop)])
+    train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", **settings, resume=True))
+    train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "straight", **settings))
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "straight")]
     assert files[0] == files[1]
 
 
 def test_the_table_shows_scores_cost_and_what_to_try_next(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
-    made = recipe_for(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=1)
+    made = tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=1)
     result = train(made)
     console = Console(record=True, width=1000, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(report(made, result))

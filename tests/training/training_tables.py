@@ -3,9 +3,12 @@
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from ziggurat.training.schema import Recipe
 
 WORDS = [
     *("the", "a", "film", "story", "actor", "scene", "music", "plot", "is", "was", "and", "not", "very"),
@@ -106,3 +109,25 @@ def write_csv(path: Path, rows: list[dict[str, object]]) -> Path:
 def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return path
+
+
+def tiny_recipe(model: Path, data: Path, output: Path, **more: Any) -> "Recipe":
+    """A short MSPLoRA run; `more` sets keys (`train__lr` is `train.lr`), and None leaves one out."""
+    from ziggurat.training.recipe import make_recipe
+
+    values = {
+        "name": "tiny",
+        "model": str(model),
+        "data.train": str(data),
+        "data.validation_rows": 8,
+        "method.name": "msplora",
+        "method.r": 4,
+        "train.lr": 3.0e-2,
+        "train.epochs": 5,
+        "train.batch": 8,
+        "train.evaluate": "never",
+        "train.save": "never",
+        "output": str(output),
+    }
+    values.update({key.replace("__", "."): value for key, value in more.items()})
+    return make_recipe({key: value for key, value in values.items() if value is not None})

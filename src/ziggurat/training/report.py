@@ -27,7 +27,8 @@ def report(recipe: Recipe, result: Result) -> Group:
     table.add_column(justify="right", overflow="fold")
     metric = result.metric
     unit = " (lower is better)" if lower_is_better(metric) else ", %"
-    table.add_row(f"{metric}{unit}, before", _number(result.before.get(metric)))
+    if result.before:
+        table.add_row(f"{metric}{unit}, before", _number(result.before.get(metric)))
     table.add_row(Text(f"{metric}{unit}, after", style="bold"), Text(_number(result.after.get(metric)), style="bold"))
     if metric in result.guess:
         always = "always the mean" if recipe.task == "regression" else "always the most frequent class"

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback, set_seed
@@ -140,13 +141,16 @@ def _train(
     begun = time.monotonic()
     try:
         before = noted.get("before")
-        if before is None and processes.way != "one":
+        if not recipe.train.evaluate_before:
+            before = before or {}
+        elif before is None and processes.way != "one":
             # A model is spread over processes together with its optimiser, which only training makes; one that was
             # scored before, accelerate takes for ready, and its gradients would stay where they are.
             trainer.args.eval_on_start = not recipe.resume
             trainer.add_callback(NoteFirst(folder))
         elif before is None:
-            with say.status("scoring before training") if say.is_terminal else quiet():
+            # The random numbers that scoring takes are given back, so that training is the same with and without it.
+            with say.status("scoring before training") if say.is_terminal else quiet(), torch.random.fork_rng():
                 before = _scores(trainer.evaluate())
             folder.note({"before": before})
         with told_of_storage(folder.checkpoints, "Make room; where there is a checkpoint, go on with resume=true."):

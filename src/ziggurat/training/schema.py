@@ -94,6 +94,7 @@ class TrainPart(Part):
     evaluate: Every = Field(
         default="epoch", description="score after each epoch, every N steps, or never (only at the end)"
     )
+    evaluate_before: bool = Field(default=True, description="score the validation data before the first step, too")
     save: Every = Field(
         default="epoch", description="checkpoint after each epoch, every N steps, or never (only on Ctrl-C)"
     )
