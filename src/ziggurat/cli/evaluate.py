@@ -81,8 +81,10 @@ def _for_evaluation(adapter: Path, *, wants_run: bool) -> tuple[Any, Any, Any]:
         return loaded.model, loaded.tokenizer, loaded
     from transformers import AutoTokenizer
 
+    from ziggurat.host.bars import without_bars
     from ziggurat.host.folder import adapter_config, load_adapter, load_base
 
-    model = load_adapter(adapter, load_base(adapter)).eval()
+    with without_bars():
+        model = load_adapter(adapter, load_base(adapter)).eval()
     home = adapter if (adapter / "tokenizer_config.json").is_file() else adapter_config(adapter).base_model_name_or_path
     return model, AutoTokenizer.from_pretrained(str(home), trust_remote_code=False), None

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ziggurat.host.bars import without_bars
+
 from .folder import adapter_of_a_run, refuse_taken
 
 Adapter = Annotated[Path, typer.Argument(help="Adapter folder.")]
@@ -42,10 +44,11 @@ def merge(adapter: Adapter, out: Out, base: Base = None) -> None:
 
     refuse_taken(out)
     loaded = adapter_of_a_run(adapter, base)
-    if loaded is not None:
-        exporting.merge_model(loaded.model, out, loaded.tokenizer)
-    else:
-        exporting.merge(adapter, out, base_model=base)
+    with without_bars():
+        if loaded is not None:
+            exporting.merge_model(loaded.model, out, loaded.tokenizer)
+        else:
+            exporting.merge(adapter, out, base_model=base)
     if any(out.glob("modeling_*.py")):
         typer.echo(
             f"model with its paths written to {out}: load it with trust_remote_code=True, after reading its code"

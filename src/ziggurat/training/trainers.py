@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ziggurat.errors import DataError, RecipeError
+from ziggurat.host.bars import without_bars
 
 from . import metrics
 from .data import Examples
@@ -214,17 +215,14 @@ def quiet() -> Iterator[None]:
     level = transformers.logging.get_verbosity()
     trl = logging.getLogger("trl")
     trl_level = trl.level
-    loading_bar = transformers.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
-    transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     trl.setLevel(logging.ERROR)
     try:
-        yield
+        with without_bars():
+            yield
     finally:
         trl.setLevel(trl_level)
         transformers.logging.set_verbosity(level)
-        if loading_bar:
-            transformers.logging.enable_progress_bar()
         if not bars:
             datasets.enable_progress_bars()
