@@ -182,3 +182,35 @@ def test_asking_for_help_loads_no_more_than_the_package_and_the_parser() -> None
     imported = loaded_after("import ziggurat")
     call = "from ziggurat.cli import app; app(args=['--help'], standalone_mode=False)"
     assert (loaded_after(call) - imported) & set(HEAVY) <= {"typer"}
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["train", "--help"]], ids=" ".join)
+def test_the_script_answers_what_only_prints_without_torch(words: list[str]) -> None:
+    call = (
+        f"import sys, json; sys.argv[1:] = {words!r}\nfrom ziggurat_command import main\n"
+        "try:\n    main()\nexcept SystemExit:\n"
+        "    print(json.dumps([m for m in sys.modules if '.' not in m]))"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", call], capture_output=True, text=True, check=True)
+    *said, last = done.stdout.splitlines()
+    assert words == ["--version"] or any("Usage: ziggurat" in line for line in said)
+    loaded = set(json.loads(last))
+    assert "ziggurat" in loaded
+    parser = {"typer", "pydantic"}  # typer itself reads arguments with pydantic
+    assert loaded & {"torch", "transformers", "peft", "numpy", *HEAVY} <= parser
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["train"], ["--debug", "--help"], ["predict", "a", "--help"], ["predict", "a", "--", "--help"], ["help"]],
+    ids=" ".join,
+)
+def test_what_may_do_more_gets_the_whole_package(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import ziggurat
+    import ziggurat_command
+
+    found = []
+    monkeypatch.setattr(sys, "argv", ["ziggurat", *words])
+    monkeypatch.setattr("ziggurat.cli.main", lambda: found.append(sys.modules["ziggurat"]))
+    ziggurat_command.main()
+    assert found == [ziggurat]

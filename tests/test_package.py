@@ -40,12 +40,12 @@ def wheel(built: Path) -> zipfile.ZipFile:
 
 def shipped_files() -> set[str]:
     """Everything in the package's source that is no by-product of running it."""
-    files = (path for path in SOURCE.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    return {f"ziggurat/{path.relative_to(SOURCE).as_posix()}" for path in files}
+    files = (path for path in SOURCE.parent.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {path.relative_to(SOURCE.parent).as_posix() for path in files}
 
 
 def test_the_wheel_holds_the_whole_package(wheel: zipfile.ZipFile) -> None:
-    names = {name for name in wheel.namelist() if name.startswith("ziggurat/")}
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == shipped_files()
     for needed in ("py.typed", "recipes/default.yaml", "demo/train.parquet", "demo/validation.parquet"):
         assert f"ziggurat/{needed}" in names
@@ -75,8 +75,8 @@ def test_the_wheel_carries_the_licences(wheel: zipfile.ZipFile) -> None:
 
 def test_the_command_starts_where_the_wheel_says(wheel: zipfile.ZipFile) -> None:
     entries = wheel.read(f"ziggurat-{ziggurat.__version__}.dist-info/entry_points.txt").decode()
-    assert re.search(r"^ziggurat\s*=\s*ziggurat\.cli:main$", entries, re.MULTILINE)
-    command = "import sys; sys.argv[1:] = ['--version']; from ziggurat.cli import main; main()"
+    assert re.search(r"^ziggurat\s*=\s*ziggurat_command:main$", entries, re.MULTILINE)
+    command = "import sys; sys.argv[1:] = ['--version']; from ziggurat_command import main; main()"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, f"ziggurat {PROJECT['version']}")
 

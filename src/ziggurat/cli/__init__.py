@@ -8,11 +8,11 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ziggurat.analysis.command import analyze, report
 from ziggurat.doctor.command import doctor
 from ziggurat.errors import ZigguratError
 from ziggurat.plan.command import plan, suggest
 
+from .analyze import analyze, report
 from .compare import compare
 from .evaluate import evaluate
 from .launch import launch_config

@@ -28,8 +28,8 @@ def analyze(
 
     from rich.console import Console
 
-    from . import write
-    from .collect import collect
+    from ziggurat.analysis import write
+    from ziggurat.analysis.collect import collect
 
     first = collect(adapter)
     second = collect(against) if against is not None else None
@@ -55,7 +55,7 @@ def report(
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("report.html"),
 ) -> None:
     """Write one HTML page, without network, about one run or several."""
-    from .page import report as page
+    from ziggurat.analysis.page import report as page
 
     text = page(runs)
     write_whole(out, text)

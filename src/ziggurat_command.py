@@ -1,0 +1,27 @@
+"""Where the script `ziggurat` starts: help and version are answered without loading torch.
+
+`import ziggurat` registers the methods with PEFT, so it loads torch and transformers, which takes seconds. What only
+prints needs neither. This module stands beside the package, as nothing inside can be imported before the package is.
+"""
+
+import sys
+from importlib.util import find_spec, module_from_spec
+from typing import NoReturn
+
+
+def only_prints(words: list[str]) -> bool:
+    """Whether `ziggurat WORDS` surely ends in help or the version. Further on, `--help` can be an option's value."""
+    return words in ([], ["--help"], ["--version"]) or (
+        len(words) == 2 and words[1] == "--help" and not words[0].startswith("-")
+    )
+
+
+def main() -> NoReturn:
+    if only_prints(sys.argv[1:]):
+        # The package is found but not run: its modules can be imported, its methods are not there.
+        spec = find_spec("ziggurat")
+        assert spec is not None
+        sys.modules["ziggurat"] = module_from_spec(spec)
+    from ziggurat.cli import main as command
+
+    command()
