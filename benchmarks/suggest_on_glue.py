@@ -72,17 +72,22 @@ def prepare(options: argparse.Namespace, task: str) -> None:
         notes.write_text(json.dumps(probes, indent=1))
     said = probes[task]
     print(task, json.dumps(said), flush=True)
-    names = ["halved", "lora"]
-    glue.METHODS["halved"] = glue.METHODS["msplora"]
+    ways: dict[str, dict[str, Any]] = {"halved": {"ranks": [max(options.r // 2**n, 1) for n in range(3)]}}
     for criterion, one in said["by"].items():
-        ways = {"": {"ranks": one["ranks"], "group_starts": one["group_starts"]}}
+        ways[criterion] = {"ranks": one["ranks"], "group_starts": one["group_starts"]}
         if options.ablate:
-            ways["_ranks"] = {"ranks": one["ranks"]}
-        for way, fields in ways.items():
-            name = f"{criterion}{way}"
-            glue.METHODS[name] = glue.Method(lambda fields=fields, **given: MSPLoraConfig(**given, **fields))
-            names.append(name)
-    options.methods = [f"halved:r={options.r}", f"lora:r={said['lora']}", *names[2:]]
+            ways[f"{criterion}_ranks"] = {"ranks": one["ranks"]}
+    names = []
+    for name, fields in ways.items():
+        if options.even_scales:
+            # LoRA's alpha is 16 here, so this is the scale of LoRA of rank r.
+            name, fields = (
+                f"{name}_even",
+                {"even_scales": True, "lora_alpha": 16 / options.r * fields["ranks"][0], **fields},
+            )
+        glue.METHODS[name] = glue.Method(lambda fields=fields, **given: MSPLoraConfig(**{**given, **fields}))
+        names.append(name)
+    options.methods = [f"{names[0]}:r={options.r}", f"lora:r={said['lora']}", *names[1:]]
 
 
 def main() -> None:
@@ -96,6 +101,9 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=8, help="rank of the halved pyramid, which sets the budget")
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), choices=CRITERIA)
     parser.add_argument("--ablate", action="store_true", help="also the suggested ranks with groups of equal parts")
+    parser.add_argument(
+        "--even-scales", action="store_true", help="pyramids whose tiers all have LoRA's scale at rank r"
+    )
     parser.add_argument("--probe-rank", type=int, default=16)
     parser.add_argument("--probe-epochs", type=int, default=2)
     parser.add_argument("--epochs", type=int, help="default: as each task's row says")

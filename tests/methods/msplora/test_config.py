@@ -26,6 +26,17 @@ def test_ranks() -> None:
     assert [tier.scale for tier in MSPLoraConfig(r=8, lora_alpha=16).pyramid()] == [2, 4, 8]
 
 
+def test_even_scales() -> None:
+    def scales(**fields: object) -> list[float]:
+        return [tier.scale for tier in MSPLoraConfig(even_scales=True, **fields).pyramid()]
+
+    assert scales(r=8, lora_alpha=16) == [2, 2, 2]
+    assert scales(ranks=[3, 7, 1], lora_alpha=6) == pytest.approx([2, 2, 2])
+    assert scales(r=16, lora_alpha=8, use_rslora=True) == pytest.approx([2, 2, 2])
+    tiers = [{"name": "all", "groups": 1, "r": 6}, {"name": "own", "groups": "layers", "r": 1}]
+    assert scales(r=3, lora_alpha=9, tiers=tiers) == pytest.approx([1.5, 1.5])
+
+
 def test_more_or_fewer_tiers() -> None:
     tiers = [
         {"name": "all", "groups": 1, "r": 6},
@@ -110,6 +121,9 @@ def test_excluded_modules_and_biases() -> None:
         ({"tiers": [{"name": "a", "groups": "all"}]}, "groups='all'"),
         ({"tiers": [{"name": "a", "groups": 1}], "num_groups": 2}, "can't be given beside it"),
         ({"tiers": [{"name": f"t{'x' * i}", "groups": 1} for i in range(100)]}, "at most 64"),
+        ({"even_scales": "yes"}, "even_scales='yes'"),
+        ({"even_scales": True, "ranks": [0, 4, 2]}, "rank 0 of tier 'global'"),
+        ({"even_scales": True, "tiers": [{"name": "a", "groups": 1, "lora_alpha": 8}]}, "leave lora_alpha out"),
         ({"lora_alpha": float("nan")}, "lora_alpha=nan: a finite number above 0"),
         ({"lora_alpha": 0}, "above 0"),
         ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
@@ -170,9 +184,8 @@ def test_weighted_adapters_of_different_structure_are_refused() -> None:
 
 
 def test_a_config_survives_its_file(tmp_path: Path) -> None:
-    config = MSPLoraConfig(
-        r=4, tiers=[{"name": "a", "groups": [0, 2]}, {"name": "b", "groups": "layers", "r": 1}], target_modules=["q"]
-    )
+    tiers = [{"name": "a", "groups": [0, 2]}, {"name": "b", "groups": "layers", "r": 1}]
+    config = MSPLoraConfig(r=4, tiers=tiers, even_scales=True, target_modules=["q"])
     config.save_pretrained(str(tmp_path))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "MSPLORA"
     loaded = PeftConfig.from_pretrained(str(tmp_path))

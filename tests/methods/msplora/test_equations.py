@@ -28,10 +28,11 @@ def adapted(name: str = "bert", **fields: object):
     return get_peft_model(ZOO[name].build(), config).eval()
 
 
+@pytest.mark.parametrize("even_scales", [False, True])
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_forward_is_base_plus_the_three_tiers(use_rslora: bool) -> None:
+def test_forward_is_base_plus_the_three_tiers(use_rslora: bool, even_scales: bool) -> None:
     """y = W x + b + sum over tiers of (alpha / rank) B A x, the factors taken from the saved names (Eq. 3, 4)."""
-    model = adapted(lora_alpha=12, use_rslora=use_rslora).double()
+    model = adapted(lora_alpha=12, use_rslora=use_rslora, even_scales=even_scales).double()
     tensors = {name.rpartition(".")[2]: p for name, p in model.named_parameters() if "msplora_" in name}
     groups = {0: 0, 1: 0, 2: 1, 3: 2}  # floor(n * 3 / 4)
     x = torch.randn(3, 5, 16, dtype=torch.float64)
@@ -47,7 +48,8 @@ def test_forward_is_base_plus_the_three_tiers(use_rslora: bool) -> None:
             a, b = tensors[f"{stem}:A"], tensors[f"{stem}:B"]
             assert a.shape == (rank, 16)
             assert b.shape == (16, rank)
-            scale = 12 / (math.sqrt(rank) if use_rslora else rank)
+            counts = 8 if even_scales else rank
+            scale = 12 / (math.sqrt(counts) if use_rslora else counts)
             expected = expected + scale * torch.einsum("bti,ri,or->bto", x, a, b)
         torch.testing.assert_close(linear(x), expected, rtol=1e-10, atol=1e-10)
         delta = linear.get_delta_weight("default")

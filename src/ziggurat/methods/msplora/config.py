@@ -7,7 +7,7 @@ from ziggurat.errors import ConfigError
 from ziggurat.host.config import LinearMethodConfig
 from ziggurat.host.registry import peft_type
 from ziggurat.host.values import MOST_RANK, check_flag, is_whole, shown
-from ziggurat.methods.msplora.pyramid import Tier, check_tiers, halved_tiers, listed_tiers
+from ziggurat.methods.msplora.pyramid import Tier, check_tiers, evened, halved_tiers, listed_tiers
 
 CITATION = """@article{zhao2025msplora,
   title   = {{MSPLoRA}: A Multi-Scale Pyramid Low-Rank Adaptation for Efficient Model Fine-Tuning},
@@ -24,7 +24,7 @@ class MSPLoraConfig(LinearMethodConfig):
     The update of the linear of one role in layer n is
     dW_n = s_g B_g A_g + s_m B_m A_m + s_l B_l A_l (Eq. 3 and 4): (A_g, B_g), of rank r, is shared by
     all layers of the stack, (A_m, B_m), of rank r/2, by the layers of n's group, (A_l, B_l), of rank r/4, by nobody.
-    Each scale is lora_alpha over that tier's own rank.
+    Each scale is lora_alpha over that tier's own rank, or the same for all with `even_scales`.
 
     Args:
         r: rank of the coarsest tier; the next ones have r / rank_decay and r / rank_decay^2.
@@ -35,6 +35,8 @@ class MSPLoraConfig(LinearMethodConfig):
         ranks: instead of `r` and `rank_decay`: the ranks of the global, mid and layer tier.
         tiers: instead of all of these: any number of tiers, coarse to fine, each a dict of `name`, `groups`
             (a number, a list of first layers, or "layers") and optionally `r` and `lora_alpha`.
+        even_scales: every tier has the scale of the coarsest, lora_alpha / r (rsLoRA: / sqrt(r)), instead of one that
+            grows as its rank falls. One learning rate then suits all tiers, and LoRA's suits the pyramid.
         train_in_stages: train the tiers one after the other, coarse to fine, in equal shares of the run.
         bias: "none", "all", or "msplora_only" (the biases of the adapted linears).
 
@@ -51,6 +53,7 @@ class MSPLoraConfig(LinearMethodConfig):
     rank_decay: int = field(default=2, metadata={"help": "Each tier's rank divided by this gives the next one's."})
     ranks: list[int] | None = field(default=None, metadata={"help": "Ranks of the global, mid and layer tier."})
     tiers: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Tiers one by one, coarse to fine."})
+    even_scales: bool = field(default=False, metadata={"help": "Give every tier the scale of the coarsest."})
     train_in_stages: bool = field(default=False, metadata={"help": "Train the tiers one after the other."})
 
     def __post_init__(self) -> None:
@@ -58,6 +61,7 @@ class MSPLoraConfig(LinearMethodConfig):
         self.peft_type = peft_type("MSPLORA")
         self._check_bias()
         check_flag("train_in_stages", self.train_in_stages)
+        check_flag("even_scales", self.even_scales)
         for name in ("group_starts", "ranks", "tiers"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, list | tuple):
@@ -70,10 +74,15 @@ class MSPLoraConfig(LinearMethodConfig):
             raise ConfigError("num_groups and group_starts both say where the mid groups lie: give one of them.")
         if not is_whole(self.rank_decay, -MOST_RANK, MOST_RANK):
             raise ConfigError(f"rank_decay={shown(self.rank_decay)}: a whole number of at least 1 is needed.")
-        check_tiers(self.pyramid())
+        check_tiers(self._tiers())
+        if self.even_scales and any("lora_alpha" in tier for tier in self.tiers or ()):
+            raise ConfigError("even_scales gives every tier the coarsest one's scale; leave lora_alpha out of tiers.")
 
     def pyramid(self) -> tuple[Tier, ...]:
         """The tiers, coarse to fine."""
+        return evened(self._tiers()) if self.even_scales else self._tiers()
+
+    def _tiers(self) -> tuple[Tier, ...]:
         if self.tiers is not None:
             return listed_tiers(self.tiers, self.r, self.lora_alpha, self.use_rslora)
         return halved_tiers(

@@ -6,7 +6,7 @@ Eq. 3), each a factor pair (Eq. 4). Pure functions of the config and of a linear
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import sqrt
 from typing import Any
@@ -42,7 +42,15 @@ class Tier:
     @property
     def scale(self) -> float:
         """alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
-        return self.lora_alpha / (sqrt(self.r) if self.use_rslora else self.r)
+        return self.lora_alpha / self._divisor
+
+    @property
+    def _divisor(self) -> float:
+        return sqrt(self.r) if self.use_rslora else self.r
+
+    def scaled(self, scale: float) -> "Tier":
+        """This tier with the alpha that gives it `scale`."""
+        return replace(self, lora_alpha=scale * self._divisor)
 
     def group_of(self, layer: int, num_layers: int) -> int:
         """The group of layer n of N (from 0): floor(n G / N) for G groups; the last boundary at or before n."""
@@ -130,6 +138,11 @@ def _divided(r: int, rank_decay: int, step: int) -> int:
             f"whole numbers. Use r={fits}, another rank_decay (1 or more), or give ranks=[global, mid, layer]."
         )
     return max(r // divisor, 1)
+
+
+def evened(tiers: Sequence[Tier]) -> tuple[Tier, ...]:
+    """The tiers, each with the scale of the first."""
+    return tuple(tier.scaled(tiers[0].scale) for tier in tiers)
 
 
 def listed_tiers(entries: Sequence[dict[str, Any]], r: int, lora_alpha: float, use_rslora: bool) -> tuple[Tier, ...]:
