@@ -22,6 +22,7 @@ from ziggurat.cli import app
 from ziggurat.errors import ConfigError
 from ziggurat.plan.allocate import boundaries, by_gain, by_width, costs, energies, sensitivities
 from ziggurat.plan.suggest import suggestion
+from ziggurat.training.methods import method_config
 from ziggurat.training.recipe import load_recipe
 from ziggurat.training.run import train
 from zoo import ZOO
@@ -193,6 +194,18 @@ def test_the_command_probes_and_writes_a_recipe(criterion: str, tiny: Path, tmp_
     whole, mid, layer = recipe.method["ranks"]
     assert (whole + 3 * mid + 6 * layer) * 64 <= 1024
     assert len(recipe.method["group_starts"]) == 3 and recipe.method["group_starts"][0] == 0
-    assert recipe.train.max_steps is None and recipe.train.lr == 1e-2
+    assert recipe.train.max_steps is None and recipe.train.lr == 1e-2 and "lora_alpha" not in recipe.method
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 2 and "exists already" in again.output
+
+
+def test_even_scales_stay_what_they_were(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "suggested.yaml"
+    words = ["method.even_scales=true", "method.lora_alpha=12", "--budget", "640"]  # pays ranks 1, 1, 1
+    arguments = ["suggest", str(written(tiny, tmp_path)), *words, "--out", str(out), "--criterion", "stable_rank"]
+    done = CliRunner().invoke(app, [*arguments, "--probe-rank", "4", "--probe-steps", "4"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    method = load_recipe(out).method
+    assert method["ranks"] == [1, 1, 1]
+    scales = [tier.scale for tier in method_config(method).pyramid()]
+    assert scales == pytest.approx([12 / 4] * 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from ziggurat.analysis import Collected, collect
 from ziggurat.errors import ConfigError
+from ziggurat.methods.msplora import MSPLoraConfig
 
 from . import allocate
 
@@ -113,6 +114,7 @@ def suggest(
         ConfigError: the recipe's method isn't msplora, the budget is too small, or the probe learned nothing.
         RecipeError: as for `ziggurat train`.
     """
+    from ziggurat.training.methods import method_config
     from ziggurat.training.recipe import load_recipe, to_yaml
     from ziggurat.training.run import train
 
@@ -134,6 +136,14 @@ def suggest(
     groups = recipe.method.get("num_groups") or 3
     found = suggestion(collected, total, criterion, groups=groups, sensitivity=callback.gains)
     final = [f"method.ranks={list(found.ranks.values())}", *(w for w in dropped if "tiers" in w)]
+    if recipe.method.get("even_scales"):
+        # The scale is lora_alpha over the first rank, which is another one now: the recipe's scale is kept.
+        config = method_config(recipe.method)
+        assert isinstance(config, MSPLoraConfig)
+        first = config.pyramid()[0]
+        wider = replace(first, r=next(iter(found.ranks.values())))
+        final.append(f"method.lora_alpha={wider.scaled(first.scale).lora_alpha}")
+        shaped = [word for word in shaped if not word.startswith("method.lora_alpha=")]
     if found.group_starts is not None:
         final += [f"method.group_starts={found.group_starts}", "method.num_groups="]
     return found, to_yaml(load_recipe(source, [*shaped, *final]))
