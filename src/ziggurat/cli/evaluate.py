@@ -39,8 +39,10 @@ def evaluate(
     rest = [name for name in names if name not in glue]
     if predictions is not None and not glue:
         raise typer.BadParameter("--predictions is for glue/<task>")
-    if out is not None:
-        check_writable(out)  # scoring takes hours; a place that takes no file is to be known before
+    # Scoring takes hours; a place that takes no file is to be known before.
+    for place in (out, predictions and predictions / "x.tsv", keep_tasks and keep_tasks / "x.yaml"):
+        if place is not None:
+            check_writable(place)
     model, tokenizer, loaded = _for_evaluation(adapter, wants_run=bool(glue))
     found: dict[str, dict[str, float]] = {}
     if glue:
@@ -64,7 +66,8 @@ def evaluate(
             found[score.task] = {**score.scores, "rows": float(score.rows)}
             typer.echo(_scores(score.task, found[score.task]))
     if out is not None:
-        write_whole(out, json.dumps({"adapter": str(adapter), "scores": found}, indent=2) + "\n")
+        text = json.dumps({"adapter": str(adapter), "scores": found}, indent=2) + "\n"
+        write_whole(out, text, then="The scores stand above; nothing was changed there.")
 
 
 def _scores(task: str, scores: dict[str, float]) -> str:

@@ -50,6 +50,7 @@ def evaluate(
         RecipeError: lm-eval isn't installed, a name is unknown, or humaneval is asked for without `run_code`, which
             says that code written by the model may be executed.
         DataError: the local files aren't as they should be.
+        StorageError: the disk doesn't take the task files.
     """
     if "humaneval" in tasks and not run_code:
         raise RecipeError(

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from ziggurat.errors import DataError
+from ziggurat.host.staging import told_of_storage, write_whole
 from ziggurat.training.nearest import missing_path
 from ziggurat.training.tables import read_table, require_column
 
@@ -33,7 +34,7 @@ _DROP_HELPERS = "from lm_eval.tasks.drop.utils import process_results\n\n__all__
 def write_tasks(names: list[str], data: Path, folder: Path) -> dict[str, str]:
     """Write the task files of `names` into `folder`; name -> the name of its task or group for lm-eval.
 
-    Raises DataError for files or columns that aren't there.
+    Raises DataError for files or columns that aren't there, StorageError where the disk doesn't take the task files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     makers = {"mmlu": _mmlu, "bbh": _bbh, "drop": _drop, "humaneval": _humaneval}
@@ -110,7 +111,7 @@ def _bbh(data: Path, folder: Path) -> None:
 def _drop(data: Path, folder: Path) -> None:
     file = data / "validation.parquet"
     _read(file, ("passage", "question", "answers"))
-    (folder / "drop_helpers.py").write_text(_DROP_HELPERS, encoding="utf-8")
+    write_whole(folder / "drop_helpers.py", _DROP_HELPERS)
     values = {
         "task": f"{PREFIX}drop",
         "dataset_path": "parquet",
@@ -128,9 +129,7 @@ def _drop(data: Path, folder: Path) -> None:
     }
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     # A tag of lm-eval's own, which no dumper writes.
-    (folder / "drop.yaml").write_text(
-        f"{text}process_results: !function drop_helpers.process_results\n", encoding="utf-8"
-    )
+    write_whole(folder / "drop.yaml", f"{text}process_results: !function drop_helpers.process_results\n")
 
 
 def _humaneval(data: Path, folder: Path) -> None:
@@ -157,7 +156,7 @@ def write_humaneval(folder: Path, where: dict[str, Any]) -> str:
         },
         "metric_list": _BYPASS,
     }
-    (folder / "humaneval.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    write_whole(folder / "humaneval.yaml", yaml.safe_dump(values, sort_keys=False))
     return str(values["task"])
 
 
@@ -178,9 +177,10 @@ def _write_part(folder: Path, name: str, splits: dict[str, Any], values: dict[st
     files = {}
     for split, table in splits.items():
         files[split] = str(folder / f"{name}.{split}.parquet")
-        table.to_parquet(files[split])
+        with told_of_storage(files[split]):
+            table.to_parquet(files[split])
     whole = {"task": PREFIX + name, "dataset_path": "parquet", "dataset_kwargs": {"data_files": files}, **values}
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(whole, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_whole(folder / f"{name}.yaml", yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))
 
 
 def _write_group(folder: Path, name: str, parts: list[str], metric: str, chosen: str | None) -> None:
@@ -188,4 +188,4 @@ def _write_group(folder: Path, name: str, parts: list[str], metric: str, chosen:
     if chosen is not None:
         aggregate["filter_list"] = [chosen]
     whole = {"group": PREFIX + name, "task": [PREFIX + part for part in parts], "aggregate_metric_list": [aggregate]}
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
+    write_whole(folder / f"{name}.yaml", yaml.safe_dump(whole, sort_keys=False))

@@ -58,15 +58,15 @@ def written_beside(target: Path) -> Iterator[Path]:
             raise
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file: the old content or the new one is there, never a part.
+def write_whole(path: Path, text: str, then: str = "") -> None:
+    """Write a text file: the old content or the new one is there, never a part. `then`: as in `told_of_storage`.
 
     Raises:
         StorageError: the disk is full, read-only or forbidden; what was there before still is.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with told_of_storage(path):
+    with told_of_storage(path, then):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             beside.write_text(text, encoding="utf-8")
@@ -80,7 +80,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """See, before hours of work, whether a file could be written to `path`. Nothing stays there.
+    """See, before hours of work, whether a small file could be written to `path`. Nothing stays, no folder is made.
 
     Raises:
         StorageError: it can't, or it is a folder.
@@ -89,9 +89,12 @@ def check_writable(path: Path) -> None:
     with told_of_storage(path):
         if path.is_dir():
             raise StorageError(f"'{path}' is a folder: name a file in it.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
-            pass
+        home = path.parent
+        while not home.exists():
+            home = home.parent
+        # Not empty: a full disk still takes names.
+        with tempfile.NamedTemporaryFile(dir=home, prefix=f".{path.name}.", buffering=0) as file:
+            file.write(bytes(4096))
 
 
 def sync_tree(folder: Path) -> None:
