@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from ziggurat.analysis import Collected, collect
 from ziggurat.errors import ConfigError
-from ziggurat.methods.msplora import MSPLoraConfig
+from ziggurat.methods.msplora.config import MSPLoraConfig
 
 from . import allocate
 
