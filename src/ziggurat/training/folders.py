@@ -96,7 +96,7 @@ class RunFolder:
                 f"output: '{shown}' was filled by something else since the run began; move that away, and resume then"
             )
         changed = differences(self._stored_recipe(), resolved(self.recipe))
-        changed = [line for line in changed if line.split(":")[0] not in ("about", "output", "name")]
+        changed = [line for line in changed if line.split(":")[0] not in ("about", "output", "name", "train.report_to")]
         changed += differences({"launched": self._noted().get("launched", ONE)}, {"launched": self._launched()})
         if changed:
             raise RecipeError(

@@ -11,6 +11,7 @@ import yaml
 
 from ziggurat.errors import RecipeError
 
+from . import trackers
 from .glue import fill_in, glue_name
 from .methods import SYNONYMS, method_problems
 from .nearest import did_you_mean, missing_path, nearest
@@ -50,6 +51,7 @@ _SYNONYMS = {
     "sentence": "data.text",
     "labels": "data.label",
     "pooling": "head.pooling",
+    "logging": "train.report_to",
     "epoch": "train.epochs",
     "steps": "train.max_steps",
     "description": "about",
@@ -222,6 +224,7 @@ def _conflicts(good: dict[str, Any]) -> list[str]:
             found.append("train.best: needs scores to choose by; set train.evaluate to epoch or a number of steps")
         elif value("train.evaluate") != value("train.save"):
             found.append("train.save: must equal train.evaluate when train.best is true")
+    found += trackers.problems(value("train.report_to") or [])
     if value("resume") and value("overwrite"):
         found.append("overwrite: contradicts resume; give one of them")
     name = value("name")

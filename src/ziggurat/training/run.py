@@ -19,7 +19,7 @@ from transformers import TrainerCallback, set_seed
 from ziggurat.analysis.trace import record_spectra
 from ziggurat.host.staging import told_of_storage
 
-from . import spread, workplace
+from . import spread, trackers, workplace
 from .adapt import Counts, adapt, count
 from .budget import Fit, settle_budget
 from .callbacks import callbacks_for
@@ -78,6 +78,7 @@ def train(recipe: Recipe, *, console: Console | None = None, callbacks: Sequence
         ProcessError: another process of the run has gone.
     """
     processes = join()
+    trackers.check(recipe.train.report_to or [])
     recipe, fit = settle_budget(recipe)
     folder = RunFolder(recipe, processes)
     folder.check()
@@ -167,6 +168,7 @@ def _train(
     # From here on a signal would only cost what has been learned: it ends the program after the folder is there.
     after = _final_scores(task, recipe)
     seconds = time.monotonic() - begun + float(noted.get("seconds", 0.0))
+    trackers.close(trainer)
     state = spread.whole_state(trainer, processes)
     result = Result(
         folder=folder.final,
@@ -265,6 +267,7 @@ def _save(
         draw_ranks(model, ready)
         base.tokenizer.save_pretrained(str(ready))
     (ready / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
+    workplace.keep_logs(folder.work, ready)
     folder.note(
         {
             "head": asdict(spec),

@@ -18,12 +18,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.host.bars import without_bars
 
-from . import metrics
+from . import metrics, trackers
 from .data import Examples
 from .encode import Collator, encode, longest
 from .exact import ExactTrainer, exact_sft
 from .model import Base
 from .schema import Recipe
+from .workplace import LOGS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,6 +82,7 @@ def make_trainer(
     with quiet():
         make = _instruct if recipe.task == "instruct" else _scored
         task = make(recipe, base, model, examples, checkpoints, callbacks)
+    trackers.write_into(task.trainer, checkpoints.with_name(LOGS))
     for kind in (PrinterCallback, ProgressCallback):
         task.trainer.remove_callback(kind)
     return task
@@ -192,7 +194,8 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
         "dataloader_num_workers": train.workers,
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "seed": recipe.seed,
-        "report_to": "none",
+        "report_to": list(train.report_to or []),
+        "run_name": recipe.name,
         "disable_tqdm": True,
         "logging_strategy": "steps",
         "logging_steps": 10,

@@ -24,6 +24,8 @@ MAY_REPLACE = "may-replace"
 #: Held while a run is alive; keeps the room for the result.
 LOCK, ROOM = "lock", "room"
 READY, CHECKPOINTS = "ready", "checkpoints"
+#: What TensorBoard reads; goes along with the result.
+LOGS = "logs"
 
 
 class Lock:
@@ -125,6 +127,12 @@ def new_result(work: Path) -> Path:
     return ready
 
 
+def keep_logs(work: Path, ready: Path) -> None:
+    """Put a copy of the logs into the result; a run that is killed here, and resumed, still has its own."""
+    if (work / LOGS).is_dir():
+        shutil.copytree(work / LOGS, ready / LOGS)
+
+
 def finish(work: Path, ready: Path) -> None:
     """Declare the result in `ready` whole."""
     sync_tree(ready)
@@ -167,5 +175,5 @@ def filled(place: Path) -> bool:
 
 def _is_ours(work: Path) -> bool:
     """Whether a working folder without a recipe is what a killed run left of it, and not somebody else's."""
-    known = {RUN, DONE, REPLACED, MAY_REPLACE, LOCK, ROOM, READY, CHECKPOINTS}
+    known = {RUN, DONE, REPLACED, MAY_REPLACE, LOCK, ROOM, READY, CHECKPOINTS, LOGS}
     return {path.name for path in work.iterdir()} <= known
