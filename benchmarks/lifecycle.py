@@ -9,6 +9,7 @@ written and read in a temporary folder, wall clock. Models have random numbers.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -148,26 +149,37 @@ def written_bytes(model: PeftModel, folder: str) -> int:
 
 
 def importing(seconds: float) -> None:
-    """`import ziggurat` over `import peft`, each in processes of its own, in turns."""
-    took: dict[str, list[float]] = {"import peft": [], "import peft, ziggurat": []}
-    code = "import time; c = time.{clock}; b = c(); {statement}; print(c() - b)"
-    inside: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(inside) < 3:
-        for statement in took:
-            took[statement].append(timed_in_process(code.format(clock="process_time", statement=statement)))
-        second = "import time, peft; c = time.process_time; b = c(); import ziggurat; print(c() - b)"
-        inside.append(timed_in_process(second))
-    more = [b - a for a, b in zip(*took.values(), strict=True)]
-    print(f"\n### Import, processor time: {len(inside)} rounds\n\n| | ms (quartiles) |\n|---|--:|")
-    for name, values in (*took.items(), ("difference", more), ("`import ziggurat` after `import peft`", inside)):
+    """`import ziggurat` after `import peft`, with the bytecode that pip writes and compiled from source, in turns."""
+    times = "import time; c = time.process_time; a = c(); import peft; b = c(){then}; e = c(); import ziggurat; f = c()"
+    ways = {
+        "with bytecode, as pip installs it": "",
+        "compiled from source": "; import sys; sys.pycache_prefix, sys.dont_write_bytecode = sys.argv[1], True",
+    }
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    peft: list[float] = []
+    with tempfile.TemporaryDirectory() as written, tempfile.TemporaryDirectory() as empty:
+        environment = os.environ | {"PYTHONPYCACHEPREFIX": written}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+
+        def run(then: str) -> tuple[float, float]:
+            code = f"{times.format(then=then)}; print([b - a, f - e])"
+            command = [sys.executable, "-W", "ignore", "-c", code, empty]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+            return json.loads(done.stdout.splitlines()[-1])
+
+        run("")  # writes the bytecode
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(peft) < 15:
+            for name, then in ways.items():
+                before, own = run(then)
+                took[name].append(own)
+            peft.append(before)
+    print(f"\n### Import, processor time: {len(peft)} rounds\n\n| | ms (quartiles) |\n|---|--:|")
+    rows = {"`import peft`, with bytecode": peft}
+    rows |= {f"`import ziggurat` after it, {name}": values for name, values in took.items()}
+    for name, values in rows.items():
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         print(f"| {name} | {1e3 * median:.0f} ({1e3 * low:.0f} to {1e3 * high:.0f}) |")
-
-
-def timed_in_process(code: str) -> float:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> None:
