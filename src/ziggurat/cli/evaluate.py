@@ -1,25 +1,30 @@
-"""`ziggurat eval`: an adapter's scores on tasks."""
+"""`ziggurat eval`: scores of an adapter, or of a model without one, on tasks."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ziggurat.errors import DataError
 from ziggurat.host.staging import check_writable, write_whole
 
-from .folder import from_a_run
+_HELP = "Adapter folder; or a model without adapter: its folder, .gguf file or name on the hub."
 
 
 def evaluate(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
-    tasks: Annotated[str, typer.Option(help="mmlu,bbh,drop,humaneval, glue/<task>, or any task of lm-eval.")],
+    adapter: Annotated[str, typer.Argument(help=_HELP)],
+    tasks: Annotated[str, typer.Option(help="mmlu,bbh,drop,humaneval, glue/<task>, or any text task of lm-eval.")],
     data: Annotated[Path | None, typer.Option(help="Folder of local parquet, one folder a task; else the hub.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions a task (a subject of MMLU is a task).")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Texts a device takes at once.")] = 8,
+    dtype: Annotated[
+        str, typer.Option(help="Model without adapter: numbers of its weights (auto, float32, bfloat16, float16).")
+    ] = "auto",
     run_generated_code: Annotated[
-        bool, typer.Option("--run-generated-code", help="HumanEval: let code that the model writes run here.")
+        bool, typer.Option("--run-generated-code", help="HumanEval and its like: let code that the model writes run.")
     ] = False,
     predictions: Annotated[
         Path | None, typer.Option(help="GLUE: folder for the files of GLUE's server, from the test split.")
@@ -29,12 +34,14 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the scores to.")] = None,
 ) -> None:
-    """Score a trained adapter on tasks."""
+    """Score a trained adapter, or a model without one, on tasks."""
     import json
 
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
     if not names:
         raise typer.BadParameter("--tasks names none")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"--dtype {dtype}: auto, float32, bfloat16 or float16")
     glue = [name for name in names if name.startswith("glue/")]
     rest = [name for name in names if name not in glue]
     if predictions is not None and not glue:
@@ -43,51 +50,71 @@ def evaluate(
     for place in (out, predictions and predictions / "x.tsv", keep_tasks and keep_tasks / "x.yaml"):
         if place is not None:
             check_writable(place)
-    model, tokenizer, loaded = _for_evaluation(adapter, wants_run=bool(glue))
+    if data is not None and not data.expanduser().is_dir():
+        from ziggurat.training.nearest import missing_path
+
+        raise DataError(f"--data: {f'{data} is not a folder' if data.exists() else missing_path(data)}")
+
+    from ziggurat.evaluation.subject import check_tasks, find_subject, load_subject
+
+    subject = find_subject(adapter)
+    check_tasks(subject, names)
     found: dict[str, dict[str, float]] = {}
-    if glue:
-        from ziggurat.evaluation.glue import glue_scores, task_of, write_server_files
+    shares: dict[str, list[str]] = {}
+    with ExitStack() as stack:
+        ready: list[Any] = []
+        if rest:
+            from ziggurat.evaluation import lm
+            from ziggurat.evaluation.ready import ready as make_ready
 
-        folder = str(data) if data is not None else loaded.recipe.data.folder
-        for name in glue:
-            task = task_of(loaded, name.removeprefix("glue/"))
-            if predictions is not None:
-                files = write_server_files(loaded, task, predictions, folder)
-                typer.echo(f"{name}: written {', '.join(map(str, files))}")
-            else:
-                found[name] = glue_scores(loaded, task, folder, limit)
-                typer.echo(_scores(name, found[name]))
-    if rest:
-        from ziggurat.evaluation.lm import evaluate as run
-
-        for score in run(
-            model, tokenizer, rest, data=data, limit=limit, batch=batch, run_code=run_generated_code, keep=keep_tasks
-        ):
-            found[score.task] = {**score.scores, "rows": float(score.rows)}
-            typer.echo(_scores(score.task, found[score.task]))
+            ready = stack.enter_context(
+                make_ready(rest, data=data, limit=limit, run_code=run_generated_code, keep=keep_tasks)
+            )
+        if subject.kind == "base":
+            typer.echo(f"{adapter}: a model without adapter")
+        model, tokenizer, loaded = load_subject(subject, dtype)
+        if glue:
+            assert loaded is not None
+            for name in glue:
+                found |= _glue(loaded, name, data, limit, predictions)
+            shares |= {name: [one for one in scores if not one.endswith(_PLAIN)] for name, scores in found.items()}
+        if rest:
+            for score in lm.score(model, tokenizer, ready, limit=limit, batch=batch):
+                found[score.task] = {**score.scores, "rows": float(score.rows)}
+                shares[score.task] = list(score.per_cent)
+                typer.echo(_scores(score.task, found[score.task], shares[score.task]))
     if out is not None:
-        text = json.dumps({"adapter": str(adapter), "scores": found}, indent=2) + "\n"
+        key = "model" if subject.kind == "base" else "adapter"
+        text = json.dumps({key: adapter, "scores": found, "per_cent": shares}, indent=2) + "\n"
         write_whole(out, text, then="The scores stand above; nothing was changed there.")
 
 
-def _scores(task: str, scores: dict[str, float]) -> str:
-    shown = ", ".join(f"{name} {value:.2f}" for name, value in scores.items() if not name.endswith("rows"))
+#: Of GLUE's scores those that are no shares.
+_PLAIN = ("rows", "rmse")
+
+
+def _glue(
+    loaded: Any, name: str, data: Path | None, limit: int | None, predictions: Path | None
+) -> dict[str, dict[str, float]]:
+    """Scores of one task, said; none where GLUE's server is to give them."""
+    from ziggurat.evaluation.glue import glue_scores, task_of, write_server_files
+
+    folder = str(data) if data is not None else loaded.recipe.data.folder
+    task = task_of(loaded, name.removeprefix("glue/"))
+    if predictions is not None:
+        files = write_server_files(loaded, task, predictions, folder)
+        typer.echo(f"{name}: written {', '.join(map(str, files))}")
+        return {}
+    scores = glue_scores(loaded, task, folder, limit)
+    typer.echo(_scores(name, scores, list(scores)))
+    return {name: scores}
+
+
+def _scores(task: str, scores: dict[str, float], shares: list[str]) -> str:
+    """Shares in per cent with two digits; other numbers with the four that lm-eval's own table has."""
+    shown = ", ".join(
+        f"{name} {value:.2f}" if name in shares else f"{name} {value:.4f}"
+        for name, value in scores.items()
+        if not name.endswith("rows")
+    )
     return f"{task}: {shown} ({int(scores['rows']):,} rows)"
-
-
-def _for_evaluation(adapter: Path, *, wants_run: bool) -> tuple[Any, Any, Any]:
-    """Model and tokenizer of an adapter folder, and the whole of what `ziggurat train` left, if it did."""
-    if wants_run or from_a_run(adapter):
-        from ziggurat.training.load import load_adapter_model
-
-        loaded = load_adapter_model(adapter)
-        return loaded.model, loaded.tokenizer, loaded
-    from transformers import AutoTokenizer
-
-    from ziggurat.host.bars import without_bars
-    from ziggurat.host.folder import adapter_config, load_adapter, load_base
-
-    with without_bars():
-        model = load_adapter(adapter, load_base(adapter)).eval()
-    home = adapter if (adapter / "tokenizer_config.json").is_file() else adapter_config(adapter).base_model_name_or_path
-    return model, AutoTokenizer.from_pretrained(str(home), trust_remote_code=False), None

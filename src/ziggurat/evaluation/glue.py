@@ -12,11 +12,18 @@ from ziggurat.training.answer import Prediction, predict
 from ziggurat.training.glue import GLUE, GlueTask, glue_name, read_glue
 from ziggurat.training.load import Loaded
 from ziggurat.training.metrics import score
+from ziggurat.training.model import HeadSpec
+from ziggurat.training.schema import Recipe
 
 
 def task_of(loaded: Loaded, wanted: str | None = None) -> str:
     """The GLUE task an adapter was trained on. Raises DataError if there is none, or it isn't the `wanted` one."""
-    data = loaded.recipe.data
+    return task_for(loaded.recipe, loaded.head, wanted)
+
+
+def task_for(recipe: Recipe, head: HeadSpec, wanted: str | None = None) -> str:
+    """`task_of`, before a model is loaded."""
+    data = recipe.data
     name = glue_name(data.train, data.subset)
     if wanted is not None and wanted not in GLUE:
         raise DataError(f"'glue/{wanted}' is not one of glue/{', glue/'.join(GLUE)}")
@@ -24,10 +31,10 @@ def task_of(loaded: Loaded, wanted: str | None = None) -> str:
         raise DataError(f"this adapter was trained on '{data.train}', which is no task of GLUE: name one, as glue/rte")
     found = wanted or str(name)
     classes = GLUE[found].classes
-    if len(classes) != len(loaded.head.label_names) or (len(GLUE[found].columns) > 1) != loaded.head.pair:
+    if len(classes) != len(head.label_names) or (len(GLUE[found].columns) > 1) != head.pair:
         raise DataError(
             f"glue/{found} has {len(classes) or 'no'} classes and {len(GLUE[found].columns)} texts a row; this adapter "
-            f"({data.train}) answers with {len(loaded.head.label_names) or 'no'} classes to {1 + loaded.head.pair}"
+            f"({data.train}) answers with {len(head.label_names) or 'no'} classes to {1 + head.pair}"
         )
     return found
 

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import logging
-import tempfile
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from ziggurat.errors import DataError, RecipeError
+from ziggurat.errors import RecipeError
 
-from .local_tasks import SHOTS, write_humaneval, write_tasks
+from .local_tasks import SHOTS
+from .ready import Ready, ready
 from .sandbox import humaneval_program, run_program
+from .units import is_share
 
-#: Our short names -> lm-eval's, from the hub. HumanEval is generated only and judged by `sandbox`.
-HUB_NAMES = {"mmlu": "mmlu", "bbh": "bbh_cot_fewshot", "drop": "drop"}
 #: What the papers' tables report of each.
 MAIN = {"mmlu": "acc", "bbh": "exact_match", "drop": "f1", "humaneval": "pass@1"}
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Scores of one task, in per cent, by metric; `rows` questions; `standard_error` of the first metric if known."""
+    """Scores of one task by metric, over `rows` questions.
+
+    Those in `per_cent` are; the others (perplexities, bits per byte, BLEU, ...) are as lm-eval gives them. A metric
+    behind several filters has one score for each, named as in lm-eval's results: `exact_match,strict-match`.
+    """
 
     task: str
     scores: dict[str, float]
     rows: int
     shots: int | None
     notes: list[str] = field(default_factory=list)
+    per_cent: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -41,78 +45,100 @@ def evaluate(
     run_code: bool = False,
     keep: Path | None = None,
 ) -> list[TaskScore]:
-    """Score `model` on tasks: mmlu, bbh, drop, humaneval, or any name lm-eval knows.
+    """Score `model` on tasks: mmlu, bbh, drop, humaneval, or any name lm-eval knows (tasks of text, groups, tags).
 
     `data`: folder of local parquet (see `local_tasks`) for the four; else they come from the hub. `limit`: questions a
-    task (a subject of MMLU is a task). `keep`: where the task files of local data are left, for stock lm-eval.
+    task (a subject of MMLU is a task). `keep`: where the task files of local data are left, for stock lm-eval; task
+    files of your own in there are found too. A tag, or a group without a score of its own, gives those of its tasks.
 
     Raises:
-        RecipeError: lm-eval isn't installed, a name is unknown, or humaneval is asked for without `run_code`, which
-            says that code written by the model may be executed.
-        DataError: the local files aren't as they should be.
+        RecipeError: lm-eval isn't installed, a name is unknown, the model doesn't write text, or a task runs code that
+            the model writes without `run_code`, which says that this is all right.
+        DataError: the local files aren't as they should be, or the hub's can't be had.
         StorageError: the disk doesn't take the task files.
     """
-    if "humaneval" in tasks and not run_code:
+    check_writes_text(model)
+    with ready(tasks, data=data, limit=limit, run_code=run_code, keep=keep) as these:
+        return score(model, tokenizer, these, limit=limit, batch=batch)
+
+
+def score(
+    model: Any, tokenizer: Any, these: list[Ready], *, limit: int | None = None, batch: int = 8
+) -> list[TaskScore]:
+    """Score `model` on tasks that `ready` has seen to. Raises RecipeError if the model doesn't write text."""
+    from lm_eval.models import huggingface
+
+    check_writes_text(model)
+    # lm-eval's decorators hide what its functions take.
+    make: Any = huggingface.HFLM
+    lm = make(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+    return [one for each in these for one in _scored(lm, each, limit)]
+
+
+def check_writes_text(model: Any) -> None:
+    """Raises RecipeError for classifiers and encoders: these tasks ask what a model would write."""
+    can = getattr(model, "can_generate", None)
+    if can is None or not can():
         raise RecipeError(
-            "humaneval runs code that the model writes; say --run-generated-code if that is all right on this machine "
-            "(docs/evaluation.md says what the limits are)"
+            "tasks of lm-eval ask what a language model writes; this model gives no text, but classes or vectors"
         )
-    try:
-        from lm_eval.models import huggingface
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise RecipeError("these tasks need lm-eval; pip install 'ziggurat[evaluate]'") from error
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = keep or Path(scratch)
-        local = [task for task in tasks if task in SHOTS and (data is not None or task == "humaneval")]
-        names = {task: HUB_NAMES.get(task, task) for task in tasks}
-        if data is not None:
-            names |= write_tasks(local, data, folder)
-        elif "humaneval" in tasks:
-            names["humaneval"] = write_humaneval(folder, {"dataset_path": "openai/openai_humaneval"})
-        manager = TaskManager(include_path=str(folder), include_defaults=len(local) < len(tasks))
-        unknown = [task for task in tasks if names[task] not in manager.all_tasks]
-        if unknown:
-            raise RecipeError(f"lm-eval knows no task {', '.join(unknown)}; `lm_eval ls tasks` lists them")
-        # lm-eval's decorators hide what its functions take.
-        make: Any = huggingface.HFLM
-        lm = make(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-        return [_score(lm, manager, task, names[task], data is not None, limit) for task in tasks]
 
 
-def _score(lm: Any, manager: Any, task: str, name: str, is_local: bool, limit: int | None) -> TaskScore:
+def _scored(lm: Any, this: Ready, limit: int | None) -> list[TaskScore]:
     import lm_eval
 
     simple_evaluate: Any = lm_eval.simple_evaluate
-    # A local task's file says its shots; the hub's BBH holds its three in its own prompt.
-    shots = SHOTS[task] if task in ("mmlu", "drop") and not is_local else None
-    try:
-        found: Any = simple_evaluate(
-            model=lm,
-            tasks=[name],
-            num_fewshot=shots,
-            limit=limit,
-            task_manager=manager,
-            bootstrap_iters=0,
-            log_samples=task == "humaneval",
-        )
-    except (ConnectionError, FileNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise DataError(f"{task}: its data cannot be read: {first}. Offline, give local files by --data") from error
-    rows = sum(part["effective"] for part in found["n-samples"].values())
-    if task == "humaneval":
-        return _judged(found["samples"][name], rows)
-    values = found.get("groups", {}).get(name) or found["results"][name]
-    scores = {
-        key.partition(",")[0]: 100.0 * float(value)
-        for key, value in values.items()
-        if "," in key and "stderr" not in key and isinstance(value, (int, float))
+    found: Any = simple_evaluate(
+        model=lm,
+        tasks=this.runs,
+        task_manager=this.manager,
+        num_fewshot=this.shots,
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=any("bypass" in part.aggregation() for part in this.parts.values()),
+        confirm_run_unsafe_code=True,  # `ready` has asked
+    )
+    if this.task == "humaneval":
+        return [_judged(found["samples"][this.name])]
+    return [_score(found, this, name) for root in this.roots for name in _with_scores(found, root)]
+
+
+def _with_scores(found: Any, name: str) -> list[str]:
+    """`name`, or of a group without scores of its own those in it that have some."""
+    if any("," in key for key in _values(found, name)):
+        return [name]
+    return [one for child in found["group_subtasks"].get(name, []) for one in _with_scores(found, child)]
+
+
+def _values(found: Any, name: str) -> dict[str, Any]:
+    return found.get("groups", {}).get(name) or found["results"].get(name, {})
+
+
+def _score(found: Any, this: Ready, name: str) -> TaskScore:
+    values = {
+        key: float(value)
+        for key, value in _values(found, name).items()
+        if "," in key and "_stderr," not in key and isinstance(value, Real) and not key.startswith("bypass,")
     }
-    return TaskScore(task, scores, rows, SHOTS.get(task))
+    metrics = [key.partition(",")[0] for key in values]
+    leaves = _leaves(found, name)
+    scores, shares = {}, []
+    for (key, value), metric in zip(values.items(), metrics, strict=True):
+        shown = metric if metrics.count(metric) == 1 else key
+        share = is_share(metric, value, [this.parts[leaf] for leaf in leaves])
+        scores[shown] = 100.0 * value if share else value
+        shares += [shown] if share else []
+    rows = sum(found["n-samples"][leaf]["effective"] for leaf in leaves)
+    label = this.task if name == this.name else name
+    return TaskScore(label, scores, rows, SHOTS.get(label), per_cent=tuple(shares))
 
 
-def _judged(samples: list[dict[str, Any]], rows: int) -> TaskScore:
+def _leaves(found: Any, name: str) -> list[str]:
+    children = found["group_subtasks"].get(name, [])
+    return list(dict.fromkeys(leaf for child in children for leaf in _leaves(found, child))) or [name]
+
+
+def _judged(samples: list[dict[str, Any]]) -> TaskScore:
     passed, reasons = 0, []
     for sample in samples:
         doc = sample["doc"]
@@ -120,4 +146,5 @@ def _judged(samples: list[dict[str, Any]], rows: int) -> TaskScore:
         passed += verdict.passed
         if not verdict.passed:
             reasons.append(f"{doc['task_id']}: {verdict.reason}")
-    return TaskScore("humaneval", {MAIN["humaneval"]: 100.0 * passed / len(samples)}, rows, 0, reasons)
+    name = MAIN["humaneval"]
+    return TaskScore("humaneval", {name: 100.0 * passed / len(samples)}, len(samples), 0, reasons, (name,))

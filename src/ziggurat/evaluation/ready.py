@@ -1,0 +1,154 @@
+"""Tasks of lm-eval made ready before a model is loaded: names, consent to run code, and data are seen to first."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ziggurat.errors import DataError, RecipeError
+from ziggurat.training.nearest import missing_path
+
+from .local_tasks import SHOTS, write_humaneval, write_tasks
+
+#: Our short names -> lm-eval's, from the hub. HumanEval is generated only and judged by `sandbox`.
+HUB_NAMES = {"mmlu": "mmlu", "bbh": "bbh_cot_fewshot", "drop": "drop"}
+#: Hugging Face's own consent for the metric that these tasks run code by.
+_CONSENT = "HF_ALLOW_CODE_EVAL"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A task, group or tag: as it was asked for, its `name` for lm-eval, and what lm-eval made of it.
+
+    `runs`: the task, the group, or the tasks under the tag; `roots`: their names. `parts`: name -> task, groups opened.
+    """
+
+    task: str
+    name: str
+    manager: Any
+    runs: list[Any]
+    roots: list[str]
+    parts: dict[str, Any]
+    shots: int | None
+
+
+@contextmanager
+def ready(
+    tasks: list[str],
+    *,
+    data: Path | None = None,
+    limit: int | None = None,
+    run_code: bool = False,
+    keep: Path | None = None,
+) -> Iterator[list[Ready]]:
+    """The tasks with their data loaded; the arguments and what is raised are those of `lm.evaluate`.
+
+    Local task files are there while the block lasts (in `keep`: afterwards too).
+    """
+    if limit is not None and limit < 1:
+        raise RecipeError(f"limit={limit}: at least 1 question a task")
+    if "humaneval" in tasks and not run_code:
+        raise RecipeError(
+            "humaneval runs code that the model writes; say --run-generated-code if that is all right on this machine "
+            "(docs/evaluation.md says what the limits are)"
+        )
+    if data is not None and not data.expanduser().is_dir():
+        raise DataError(f"--data: {missing_path(data) if not data.exists() else f'{data} is not a folder'}")
+    try:
+        import lm_eval.tasks  # noqa: F401
+    except ImportError as error:
+        raise RecipeError("these tasks need lm-eval; pip install 'ziggurat[evaluate]'") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = keep or Path(scratch)
+        names = {task: HUB_NAMES.get(task, task) for task in tasks}
+        if data is not None:
+            names |= write_tasks([task for task in tasks if task in SHOTS], data, folder)
+        elif "humaneval" in tasks:
+            names["humaneval"] = write_humaneval(folder, {"dataset_path": "openai/openai_humaneval"})
+        manager = _manager(list(names.values()), folder)
+        unknown = [task for task in tasks if names[task] not in manager.all_tasks]
+        if unknown:
+            raise RecipeError(f"lm-eval knows no task {', '.join(unknown)}; `lm_eval ls tasks` lists them")
+        for task in tasks:
+            _check_consent(manager, task, names[task], run_code)
+        # A local task's file says its shots; the hub's BBH holds its three in its own prompt.
+        shots = {task: SHOTS[task] for task in ("mmlu", "drop") if data is None}
+        yield [_loaded(manager, task, names[task], shots.get(task)) for task in tasks]
+
+
+def _manager(names: list[str], folder: Path) -> Any:
+    """lm-eval's index of task files; its own thousands are only read if `folder` has not all that is wanted."""
+    from lm_eval.tasks import TaskManager
+
+    if folder.is_dir():
+        found = TaskManager(include_path=str(folder), include_defaults=False)
+        if all(name in found.all_tasks for name in names):
+            return found
+    return TaskManager(include_path=str(folder))
+
+
+def _check_consent(manager: Any, task: str, name: str, run_code: bool) -> None:
+    """Such a task's own helpers may run code while it is loaded, so the file is asked before."""
+    if not runs_code(manager.task_index, name):
+        return
+    if not run_code:
+        raise RecipeError(
+            f"{task} runs code that the model writes, by lm-eval's own means and not within the limits that humaneval "
+            f"has here; if that is all right on this machine, say --run-generated-code and set {_CONSENT}=1"
+        )
+    if os.environ.get(_CONSENT) != "1":
+        raise RecipeError(
+            f"{task} runs code that the model writes by lm-eval's own means, not within the limits that humaneval has "
+            f"here: set {_CONSENT}=1 too if that is all right on this machine"
+        )
+
+
+def runs_code(index: Any, name: str) -> bool:
+    """Whether lm-eval marks a task, or one in a group or under a tag, as running code that the model writes."""
+    entry = index.get(name)
+    if entry is None:
+        return False
+    config = entry.cfg or {}
+    inside = {*entry.tags, *_children(config.get("task"))} if entry.kind.name in ("GROUP", "TAG") else ()
+    return bool(config.get("unsafe_code")) or any(runs_code(index, one) for one in inside)
+
+
+def _children(said: Any) -> list[str]:
+    """Names in a group's `task`: names, or mappings that change a task or are a group of their own."""
+    found: list[str] = []
+    for one in said if isinstance(said, list) else [said]:
+        if isinstance(one, str):
+            found.append(one)
+        elif isinstance(one, dict):
+            found += _children(one.get("task"))
+    return found
+
+
+def _loaded(manager: Any, task: str, name: str, shots: int | None) -> Ready:
+    try:
+        found = manager.load([name])
+    except ImportError as error:
+        raise RecipeError(f"{task}: lm-eval needs more for it: {_first(error)}") from error
+    except OSError as error:  # ConnectionError and the hub's errors are some
+        raise DataError(
+            f"{task}: its data cannot be read: {_first(error)}. Offline, give local files by --data"
+        ) from error
+    group = found.get("groups", {}).get(name)
+    parts = found["tasks"]
+    other = [part for part, one in parts.items() if getattr(one, "MULTIMODAL", False)]
+    if other:
+        raise RecipeError(f"{task} shows pictures or plays sounds ({other[0]}): only tasks of text can be scored")
+    runs, roots = ([group], [name]) if group is not None else (list(parts.values()), list(parts))
+    return Ready(task, name, manager, runs, roots, parts, shots)
+
+
+def _first(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

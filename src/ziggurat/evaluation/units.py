@@ -1,0 +1,27 @@
+"""Which of lm-eval's numbers are shares of 1, and so become per cent. All others stay as lm-eval gives them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+#: Shares by their definition. The name alone isn't enough: SQuAD's `f1` goes from 0 to 100 already.
+SHARES = re.compile(r"acc(_norm|_bytes|_mutual_info|_all)?|accuracy|exact_match|em|f1|mcc|pass[@_](at_)?\d+")
+#: lm-eval's own ways to one number from many that keep a share a share; a task's own function may do anything.
+KEEPING = ("mean", "nanmean", "f1", "matthews_corrcoef")
+
+
+def is_share(metric: str, value: float, tasks: list[Any]) -> bool:
+    """Whether `value`, of `metric` over lm-eval's `tasks` (those of a group, or one), is a share (Matthews: -1 to 1).
+
+    lm-eval has no mark for it. The name must be one of `SHARES`, every task that has the metric must make it by one of
+    `KEEPING`, and the value must lie in the range.
+    """
+    from lm_eval.api.registry import get_aggregation
+
+    keeping = [get_aggregation(name) for name in KEEPING]
+    ways = [task.aggregation().get(metric) for task in tasks]
+    made = [way for way in ways if way is not None]
+    return (
+        bool(made) and SHARES.fullmatch(metric) is not None and all(way in keeping for way in made) and abs(value) <= 1
+    )
