@@ -40,6 +40,8 @@ class MeanPooledClassifier(PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
+        if config._attn_implementation == "sdpa" and not AutoModel._model_mapping[type(config)]._supports_sdpa:
+            config._attn_implementation = "eager"  # else the encoder (MPNet's) refuses what this class chose
         self.encoder = AutoModel.from_config(config)
         self.pair = bool(getattr(config, "mean_pooled_pair", False))
         self.dropout = nn.Dropout(float(getattr(config, "mean_pooled_dropout", 0.0)))

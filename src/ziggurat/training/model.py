@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -100,6 +101,10 @@ def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tup
                 f"head.pooling: mean needs an encoder, this is a {config.model_type}; set head.pooling: model"
             )
         config.mean_pooled_pair, config.mean_pooled_dropout = spec.pair, spec.dropout
+        # A checkpoint saved with a head calls its encoder by the architecture's own name, not by this class's.
+        own = getattr(AutoModel._model_mapping[type(config)], "base_model_prefix", "")
+        if own and own != MeanPooledClassifier.base_model_prefix:
+            where = {**where, "key_mapping": {rf"^{own}\.": f"{MeanPooledClassifier.base_model_prefix}."}}
         loaded: Any = MeanPooledClassifier.from_pretrained(path, config=config, output_loading_info=True, **where)
     else:
         config.problem_type = "regression" if spec.task == "regression" else "single_label_classification"
@@ -107,6 +112,9 @@ def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tup
             path, config=config, output_loading_info=True, **where
         )
     model, info = loaded
+    inside = {name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.")}
+    if inside and inside <= set(info["missing_keys"]):
+        raise ValueError(f"none of the checkpoint's weights fit this {config.model_type}")
     return model, fresh_modules(model, info["missing_keys"])
 
 

@@ -1,0 +1,65 @@
+"""The mean-pooled head on checkpoints as they are published: saved with another head, or with none."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from training_tables import _save_tokenizer
+from transformers import (
+    BertConfig,
+    BertForPreTraining,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    MPNetConfig,
+    MPNetForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from ziggurat.errors import RecipeError
+from ziggurat.training.model import HeadSpec, load_base
+
+SIZES = {
+    "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+    "max_position_embeddings": 40,
+}  # fmt: skip
+PAIRS = HeadSpec("classification", ["a", "b", "c"], pooling="mean", pair=True)
+
+
+def saved(folder: Path, model: Any) -> Path:
+    model.save_pretrained(str(folder))
+    _save_tokenizer(folder, chat=False)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "encoder", "fresh"),
+    [
+        (BertConfig, BertModel, None, ["classifier"]),
+        (BertConfig, BertForPreTraining, "bert", ["classifier"]),
+        (RobertaConfig, RobertaForMaskedLM, "roberta", ["classifier", "encoder.pooler.dense"]),
+        (MPNetConfig, MPNetForMaskedLM, "mpnet", ["classifier", "encoder.pooler.dense"]),
+        (DebertaV2Config, DebertaV2ForMaskedLM, "deberta", ["classifier"]),
+    ],
+)
+def test_the_encoder_has_the_checkpoints_weights(
+    config: Any, architecture: Any, encoder: str | None, fresh: list[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = architecture(config(**SIZES))
+    base = load_base(str(saved(tmp_path, model)), PAIRS)
+    own: nn.Module = getattr(model, encoder) if encoder else model
+    loaded = base.model.encoder.state_dict()  # type: ignore[operator]
+    for name, tensor in own.state_dict().items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=0)
+    assert base.head == fresh
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path, MPNetForMaskedLM(MPNetConfig(**SIZES)))
+    BertConfig(**SIZES).save_pretrained(str(folder))
+    with pytest.raises(RecipeError, match="none of the checkpoint's weights fit this bert"):
+        load_base(str(folder), PAIRS)
