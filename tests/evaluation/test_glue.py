@@ -11,6 +11,7 @@ from glue_folder import rows_of, write_glue
 
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.evaluation.glue import glue_scores, task_of, write_server_files
+from ziggurat.evaluation.subject import check_tasks, find_subject
 from ziggurat.training.data import load_examples
 from ziggurat.training.glue import GLUE, HUB, glue_name, read_glue
 from ziggurat.training.load import load_adapter_model
@@ -149,7 +150,12 @@ def test_an_adapter_of_other_data_is_refused(glue: Path, tiny_bert: Path, tmp_pa
     made = recipe_for(
         "cola", glue, model=str(tiny_bert), train__max_steps=1, output=str(tmp_path / "out"), train__save="never"
     )
-    loaded = load_adapter_model(train(made).folder)
+    folder = train(made).folder
+    with pytest.raises(RecipeError, match=r"mmlu: .* was trained for classification: score it on glue"):
+        check_tasks(find_subject(folder), ["glue/cola", "mmlu"])
+    with pytest.raises(DataError, match="3 classes and 2 texts a row"):
+        check_tasks(find_subject(folder), ["glue/mnli"])
+    loaded = load_adapter_model(folder)
     assert task_of(loaded, "sst2") == "sst2"
     with pytest.raises(DataError, match=r"3 classes and 2 texts a row; this adapter .* answers with 2 classes to 1"):
         task_of(loaded, "mnli")
