@@ -28,7 +28,7 @@ class GlueTask:
     """One task. `classes` are named as on the hub, in the order of the labels 0, 1, ...; none: a number from 0 to 5.
 
     `server` maps a test split to the file that GLUE's server expects; `says_names`: the file names the
-    classes instead of counting them.
+    classes instead of counting them. `second` is the other metric of tasks that GLUE reports by two.
     """
 
     columns: tuple[str, ...]
@@ -37,14 +37,19 @@ class GlueTask:
     server: dict[str, str]
     says_names: bool = False
     validation: str = "validation"
+    second: str | None = None
 
 
 GLUE: dict[str, GlueTask] = {
     "cola": GlueTask(("sentence",), ("unacceptable", "acceptable"), "matthews", {"test": "CoLA.tsv"}),
     "sst2": GlueTask(("sentence",), ("negative", "positive"), "accuracy", {"test": "SST-2.tsv"}),
-    "mrpc": GlueTask(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), "accuracy", {"test": "MRPC.tsv"}),
-    "stsb": GlueTask(("sentence1", "sentence2"), (), "pearson", {"test": "STS-B.tsv"}),
-    "qqp": GlueTask(("question1", "question2"), ("not_duplicate", "duplicate"), "accuracy", {"test": "QQP.tsv"}),
+    "mrpc": GlueTask(
+        ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), "accuracy", {"test": "MRPC.tsv"}, second="f1"
+    ),
+    "stsb": GlueTask(("sentence1", "sentence2"), (), "pearson", {"test": "STS-B.tsv"}, second="spearman"),
+    "qqp": GlueTask(
+        ("question1", "question2"), ("not_duplicate", "duplicate"), "accuracy", {"test": "QQP.tsv"}, second="f1"
+    ),
     "mnli": GlueTask(
         ("premise", "hypothesis"),
         ("entailment", "neutral", "contradiction"),

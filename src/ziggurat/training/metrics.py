@@ -66,7 +66,8 @@ def guessing(recipe: Recipe, train_labels: np.ndarray, labels: np.ndarray) -> di
 
 
 def lower_is_better(metric: str) -> bool:
-    return metric in ("perplexity", "rmse", "loss")
+    """Also for lm-eval's names: word_perplexity, byte_perplexity, bits_per_byte."""
+    return metric.endswith("perplexity") or metric in ("rmse", "loss", "bits_per_byte")
 
 
 def perplexity(loss: float) -> float:
