@@ -8,6 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
+from letters import save_llama, write_tasks_data
 from training_tables import save_tiny_bert, save_tiny_llama
 
 
@@ -29,3 +30,15 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     save_tiny_llama(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama that knows the letters of MMLU's choices."""
+    return save_llama(tmp_path_factory.mktemp("models") / "letters")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Local files of MMLU, BBH, DROP and HumanEval."""
+    return write_tasks_data(tmp_path_factory.mktemp("data"))

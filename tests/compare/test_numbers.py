@@ -127,3 +127,29 @@ def test_the_last_line_of_a_killed_program_is_passed_over(tmp_path: Path, table:
     assert again.done(table.runs[0].key) and len(again.lines) == 1
     again.add(line(table, "LoRA", "rte", 2, 61.0))
     assert len(Results(tmp_path / "out").lines) == 2
+
+
+def test_tasks_of_two_metrics_show_both(tmp_path: Path) -> None:
+    methods = {"LoRA": {"method.name": "lora"}, "pyramid": {"method.name": "msplora"}}
+    table = make_table(values(seeds=[1, 2], tasks=["mrpc", "stsb", "rte"], methods=methods), "mine", tmp_path)
+    lines = []
+    for method, gain in (("LoRA", 0.0), ("pyramid", 2.0)):
+        for seed in (1, 2):
+            for task in table.tasks:
+                one = line(table, method, task, seed, 80 + seed + gain)
+                lines.append(
+                    {**one, "after": {one["metric"]: one["score"], "f1": 90.0 + seed, "spearman": 85.0 - seed}}
+                )
+    summary = summarise(table, lines)
+    text = markdown(summary)
+    assert (
+        "| method | parameters | mrpc (accuracy / f1) | stsb (pearson / spearman) | rte (accuracy) | average |" in text
+    )
+    assert "| 81.50 ± 0.71 / 91.50 ± 0.71 | 81.50 ± 0.71 / 83.50 ± 0.71 | 81.50 ± 0.71 |" in text
+    # Differences, what is bold and the average go by the first.
+    assert "**83.50 ± 0.71** / 91.50 ± 0.71" in text and text.count("**+2.00 [+2.00, +2.00]**") == 4
+    rows = {(row["method"], row["task"]): row for row in csv.DictReader(io.StringIO(table_csv(summary)))}
+    assert (rows["LoRA", "mrpc"]["second_metric"], rows["LoRA", "mrpc"]["second_mean"]) == ("f1", "91.5")
+    assert rows["pyramid", "stsb"]["second_metric"] == "spearman" and rows["LoRA", "rte"]["second_mean"] == ""
+    # What an older version left without the other scores is shown as it is.
+    assert "| 81.50 ± 0.71 |" in markdown(summarise(table, [{**one, "after": {}} for one in lines]))

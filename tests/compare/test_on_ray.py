@@ -12,8 +12,10 @@ import pytest
 from glue_folder import write_glue
 from test_fill import small
 
+from ziggurat.compare import surroundings
 from ziggurat.compare.fill import fill
 from ziggurat.compare.on_ray import run_on_ray
+from ziggurat.training.folders import RunFolder
 
 ray: Any = pytest.importorskip("ray")
 
@@ -33,7 +35,9 @@ def cluster() -> Iterator[Any]:
     made.shutdown()
 
 
-def test_a_killed_workers_run_is_taken_up_again(wide_bert: Path, cluster: Any, tmp_path: Path) -> None:
+def test_a_killed_workers_run_is_taken_up_again(
+    wide_bert: Path, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     glue = write_glue(tmp_path / "glue", 8)
     methods = {
         "LoRA": {"method.name": "lora", "method.r": 2},
@@ -63,7 +67,37 @@ def test_a_killed_workers_run_is_taken_up_again(wide_bert: Path, cluster: Any, t
     assert len(workers) == 2 and workers[0] == killed[0] != workers[1]
     failed = outcomes["too many groups"]
     assert failed.status == "failed" and "num_groups=9" in failed.error
+    assert outcomes["LoRA"].where["hardware"]["cores"] and "commit" in failed.where
 
-    # What Ray has done is done for every engine.
+    # What Ray has done is done for every engine. Where it ran is the worker's to say, not this program's.
+    monkeypatch.setattr(surroundings, "hardware", lambda: {"processor": "the driver's", "cores": 0})
     filled = fill(small(wide_bert, glue, tmp_path / "out", seeds=[1]), engine="ray")
     assert len(filled.summary.lines) == 1 and not filled.failed
+    assert filled.summary.lines[0]["hardware"]["cores"] == os.cpu_count()
+
+
+def test_ctrl_c_waits_for_the_checkpoints(wide_bert: Path, cluster: Any, tmp_path: Path) -> None:
+    glue = write_glue(tmp_path / "glue", 8)
+    train = {"max_steps": 100_000, "batch": 4, "evaluate": "never", "evaluate_before": False, "save": 50, "keep": 1}
+    shared = {"model": str(wide_bert), "data.folder": str(glue), "method.target_modules": ["query"], "train": train}
+    table = small(wide_bert, glue, tmp_path / "out", set=shared, seeds=[1])
+    folder = RunFolder(table.runs[0].recipe)
+
+    def step() -> int:
+        checkpoint = folder.last_checkpoint()
+        return int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
+
+    seen: list[int] = []
+
+    def interrupt_soon() -> None:
+        deadline = time.monotonic() + 240
+        while step() == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        seen.append(step())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt_soon, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        list(run_on_ray(table.runs, tmp_path / "out"))
+    # The worker has stopped by now, at a step after the regular checkpoint's.
+    assert not folder.lock.is_taken() and step() > seen[0] >= 50

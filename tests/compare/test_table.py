@@ -91,3 +91,119 @@ def test_files_that_are_no_table(tmp_path: Path) -> None:
             load_table(tmp_path / f"{name}.yaml")
     (tmp_path / "good.yaml").write_text(yaml.safe_dump(values()))
     assert load_table(tmp_path / "good.yaml").folder == Path("ziggurat-tables/good")
+
+
+def test_wrong_kinds_of_values_come_at_once_too(tmp_path: Path) -> None:
+    methods = {
+        "LoRA": {"method.name": "lora", "tasks": 3},
+        "head": {"method.name": "head", "tasks": {"rte": 3, "stsb": {"seed": 1}}},
+        1: {"method.name": "full"},
+        "1": {"method.name": "bitfit"},
+    }
+    bad = values(set=["model"], methods=methods, baseline=["a"], about=3)
+    bad["tasks"]["rte"] = 3
+    bad["tasks"]["stsb"] = {"seed": 5}
+    parts = [
+        "set: recipe keys are needed, got ['model']",
+        "LoRA: tasks: a list of its only tasks",
+        "'1' is given twice",
+    ]
+    parts += [
+        "head: tasks: rte: recipe keys are needed, got 3",
+        "head: tasks: stsb: seed: is the table's to set, by seeds",
+    ]
+    parts += [
+        "baseline: '['a']' is no method",
+        "about: a text is needed",
+        "\n  tasks: rte: recipe keys are needed, got 3",
+    ]
+    parts += ["\n  tasks: stsb: seed: is the table's"]
+    with pytest.raises(RecipeError) as error:
+        make_table(bad, "mine", tmp_path)
+    said = str(error.value)
+    for part in parts:
+        assert part in said
+    assert f"has {len(parts)} problems" in said
+    for tasks in (3, "rte", [["rte"]], [{"rte": None}]):
+        with pytest.raises(RecipeError, match=r"tasks: a list of GLUE's tasks, or a mapping label"):
+            make_table(values(tasks=tasks), "mine", tmp_path)
+    for more, said in (
+        (("set", "x"), "set: recipe keys"),
+        (("set", {"seed": 1}), "set: seed"),
+        (("output", 3), "output"),
+    ):
+        with pytest.raises(RecipeError, match=f"has 1 problem:\n  {said}"):
+            make_table(values(**dict([more])), "mine", tmp_path)
+    assert make_table(values(about=None, baseline=None), "mine", tmp_path).about == ""
+
+
+def test_a_method_may_name_its_only_tasks(tmp_path: Path) -> None:
+    methods = {"LoRA": {"method.name": "lora"}, "pyramid": {"method.name": "msplora", "tasks": ["rte"]}}
+    table = make_table(values(methods=methods, tasks=["rte", "stsb"]), "mine", tmp_path)
+    assert [(run.method, run.task) for run in table.runs[:3]] == [("LoRA", "rte"), ("pyramid", "rte"), ("LoRA", "stsb")]
+    methods["LoRA"]["tasks"] = ["rte"]
+    with pytest.raises(RecipeError, match="tasks: stsb: every method names other tasks"):
+        make_table(values(methods=methods, tasks=["rte", "stsb"]), "mine", tmp_path)
+    methods["LoRA"]["tasks"] = ["cola"]
+    with pytest.raises(RecipeError, match="LoRA: tasks: 'cola' is no task of this table"):
+        make_table(values(methods=methods, tasks=["rte", "stsb"]), "mine", tmp_path)
+
+
+def test_fields_for_all_go_to_the_methods_that_have_them(tmp_path: Path) -> None:
+    shared = {"model": "embedded", "method": {"target_modules": ["query"], "budget": 5000}}
+    methods = {
+        "LoRA": {"method.name": "lora"},
+        "own rank": {"method.name": "lora", "method.r": 4},
+        "LoRA²": {"method.name": "lora2", "method.target_rank": 2},
+        "BitFit": {"method.name": "bitfit"},
+        "head": {"method.name": "head"},
+        "everything": {"method.name": "full"},
+    }
+    table = make_table(values(set=shared, methods=methods, tasks=["rte"]), "mine", tmp_path)
+    found = {run.method: run.recipe.method for run in table.runs}
+    assert found["LoRA"] == {"name": "lora", "target_modules": ["query"], "budget": 5000}
+    assert found["own rank"] == {"name": "lora", "target_modules": ["query"], "r": 4}
+    assert found["LoRA²"]["budget"] == 5000 and found["BitFit"] == {"name": "bitfit"}
+    rest = "BitFit, head, everything: no such field there, or it has its own rank"
+    assert sorted(table.notes) == [
+        f"method.budget, given to all, is not for own rank, {rest}",
+        f"method.target_modules, given to all, is not for {rest}",
+    ]
+    shared["method"]["target_module"] = shared["method"].pop("target_modules")  # type: ignore[index]
+    with pytest.raises(RecipeError, match=r"method.target_module: no method .* did you mean method.target_modules\?"):
+        make_table(values(set=shared, methods=methods, tasks=["rte"]), "mine", tmp_path)
+    with pytest.raises(RecipeError, match=r"set: method.name: is for each method to say"):
+        make_table(values(set={"method.name": "lora"}), "mine", tmp_path)
+
+
+def test_set_reaches_tasks_with_data_of_their_own(tmp_path: Path) -> None:
+    shared = {"model": "embedded", "task": "regression", "data.text": "review"}
+    methods = {"head": {"method.name": "head"}}
+    table = make_table(
+        values(set=shared, recipe="roberta-cola", methods=methods, tasks={"own": {"data.train": "a.csv"}}),
+        "m",
+        tmp_path,
+    )
+    assert (table.runs[0].recipe.task, table.runs[0].recipe.data.text) == ("regression", "review")
+
+
+def test_a_column_holds_one_metric(tmp_path: Path) -> None:
+    whole = values()
+    whole["methods"]["pyramid"]["tasks"] = {"rte": {"metric": "f1"}}
+    with pytest.raises(RecipeError, match=r"tasks: rte: a column holds one metric.*accuracy in LoRA, f1 in pyramid"):
+        make_table(whole, "mine", tmp_path)
+
+
+def test_published_figures_without_a_column_are_told(tmp_path: Path) -> None:
+    assert make_table(values(published="roberta-glue"), "mine", tmp_path).notes == []
+    notes = make_table(values(published="llama2-alpaca"), "mine", tmp_path).notes
+    assert notes == ["published: llama2-alpaca has figures for mmlu, bbh, drop, humaneval, no column of this table"]
+
+
+def test_the_tables_of_the_docs_are_tables(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "compare.md").read_text()
+    glue, instruct = (
+        make_table(yaml.safe_load(text.partition("```")[0]), "docs", tmp_path) for text in page.split("```yaml")[1:]
+    )
+    assert glue.metrics == {"rte": "accuracy", "cola": "matthews"} and "BitFit" in glue.notes[0]
+    assert list(instruct.metrics) == ["mmlu", "bbh", "drop", "humaneval"] and not instruct.notes

@@ -22,6 +22,8 @@ def compare(
     from ziggurat.compare.table import load_table
 
     read = load_table(table, out)
+    for line in read.notes:
+        typer.echo(f"note: {line}")
 
     from ziggurat.compare.fill import fill
     from ziggurat.compare.fill import report as write

@@ -14,6 +14,7 @@ from rich.console import Console
 from ziggurat.errors import RecipeError
 from ziggurat.host.staging import told_of_storage, write_whole
 
+from .evaluated import check_ready
 from .live import LiveTable
 from .local import Outcome, run_locally
 from .plot import draw
@@ -43,7 +44,7 @@ def fill(table: Table, *, engine: str = "local", workers: int | None = None, con
     A run that has been done, by the key of its resolved recipe, is never done again; one that failed is tried again.
     Ctrl-C stops the running ones with a checkpoint, and the same call goes on from there.
 
-    Raises RecipeError if another program is filling the folder, or the engine isn't installed.
+    Raises RecipeError if another program is filling the folder, or if the engine, lm-eval or its data aren't there.
     """
     say = console or Console(quiet=True)
     left = "Finished runs lie in their folders; make room, and the same command goes on from there."
@@ -52,6 +53,7 @@ def fill(table: Table, *, engine: str = "local", workers: int | None = None, con
         todo = [run for run in table.runs if not results.done(run.key)]
         # Two cells of a table may be the same run; it is taken once.
         todo = list({run.key: run for run in todo}.values())
+        check_ready([run.evaluation for run in todo if run.evaluation is not None])
         taken, stopped = 0, False
         with LiveTable(table, results, say) as live:
             outcomes = _engine(engine)(todo, table.folder, workers, live.started)
@@ -96,11 +98,11 @@ def _written(table: Table, results: Results, taken: int, stopped: bool) -> Fille
 def _note(table: Table, results: Results, outcome: Outcome) -> None:
     if outcome.status == "done":
         assert outcome.info is not None
-        results.add(line_of(outcome.run, outcome.info))
+        results.add(line_of(outcome.run, outcome.info, outcome.where))
         if not table.keep_adapters:
             shutil.rmtree(outcome.run.recipe.folder, ignore_errors=True)
     elif outcome.status == "failed":
-        results.add(failed_line(outcome.run, outcome.error, outcome.log))
+        results.add(failed_line(outcome.run, outcome.error, outcome.log, outcome.where))
 
 
 def _engine(name: str) -> Engine:

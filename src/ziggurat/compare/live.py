@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table as Grid
 
+from .columns import Column
 from .local import Outcome
 from .results import Results
 from .table import Run, Table
@@ -49,7 +50,9 @@ class LiveTable:
             line = self.results.lines[run.key]
             if self._live is None:
                 took = time.monotonic() - begun
-                self._say(f"{count} {where}: {line['metric']} {line['score']:.2f} ({took:.0f} s)")
+                own = [column for column in self.table.columns if column.task == run.task]
+                scores = (f"{one.evaluated or ''} {one.metric} {one.score(line):.2f}".strip() for one in own)
+                self._say(f"{count} {where}: {', '.join(scores)} ({took:.0f} s)")
         elif outcome.status == "failed":
             self.failed[run.key] = outcome.error
             self._say(f"{count} {where} FAILED: {outcome.error} ({outcome.log})")
@@ -62,15 +65,15 @@ class LiveTable:
         title = f"{self.table.name}: {done} of {len(self.table.runs)} runs done, {len(self.running)} running"
         grid = Grid(title=escape(title), title_justify="left")
         grid.add_column("method")
-        for task in self.table.tasks:
-            grid.add_column(escape(f"{task} ({self.table.metrics[task]})"), justify="right")
+        for column in self.table.columns:
+            grid.add_column(escape(column.heading), justify="right")
         for method in self.table.methods:
-            grid.add_row(escape(method), *(self._cell(method, task) for task in self.table.tasks))
+            grid.add_row(escape(method), *(self._cell(method, column) for column in self.table.columns))
         return grid
 
-    def _cell(self, method: str, task: str) -> str:
-        runs = [run for run in self.table.runs if (run.method, run.task) == (method, task)]
-        scores = [self.results.lines[run.key]["score"] for run in runs if self.results.done(run.key)]
+    def _cell(self, method: str, column: Column) -> str:
+        runs = [run for run in self.table.runs if (run.method, run.task) == (method, column.task)]
+        scores = [column.score(self.results.lines[run.key]) for run in runs if self.results.done(run.key)]
         parts = [f"{statistics.fmean(scores):.2f}"] if scores else []
         parts.append(f"[dim]{len(scores)}/{len(runs)}[/]")
         begun = [self.running[run.key] for run in runs if run.key in self.running]

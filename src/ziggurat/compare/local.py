@@ -7,11 +7,12 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from .surroundings import surroundings
 from .table import Run
 from .worker import log_of, serve
 
@@ -21,13 +22,17 @@ PATIENCE = 120
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: `done` with its run.json, `failed` or `stopped` with the reason, and where its output lies."""
+    """How a run ended: `done` with its run.json, `failed` or `stopped` with the reason, and where its output lies.
+
+    `where` are the surroundings of the worker, as far as it could still say.
+    """
 
     run: Run
     status: str
     info: dict[str, Any] | None = None
     error: str = ""
     log: str | None = None
+    where: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -87,7 +92,7 @@ def run_locally(
 def _start(context: Any, run: Run, folder: Path, slot: int, gpu: str | None, threads: int) -> _Active:
     log = log_of(folder, Path(run.recipe.folder).name)
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=serve, args=(run.recipe, str(log), gpu, threads, theirs))
+    process = context.Process(target=serve, args=(run.recipe, run.evaluation, str(log), gpu, threads, theirs))
     process.start()
     theirs.close()
     return _Active(run, process, ours, slot, log)
@@ -96,20 +101,20 @@ def _start(context: Any, run: Run, folder: Path, slot: int, gpu: str | None, thr
 def _outcome(one: _Active) -> Outcome:
     # The answer may be larger than the pipe holds, so it is read before the process is waited for.
     said: Any = ""
-    status = "failed"
+    status, where = "failed", surroundings()  # a worker that died said nothing, but it was on this machine
     try:
         if one.answer.poll():
-            status, said = one.answer.recv()
+            status, said, where = one.answer.recv()
     except EOFError:
         pass
     one.process.join()
     code = one.process.exitcode
     if status == "done":
-        return Outcome(one.run, "done", info=said, log=str(one.log))
+        return Outcome(one.run, "done", info=said, log=str(one.log), where=where)
     if not said:
         how = f"killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with code {code}"
         said = f"the process was {how}" if code and code < 0 else f"the process {how}"
-    return Outcome(one.run, status, error=said, log=str(one.log))
+    return Outcome(one.run, status, error=said, log=str(one.log), where=where)
 
 
 def _stop(active: list[_Active]) -> None:

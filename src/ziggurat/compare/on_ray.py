@@ -7,18 +7,17 @@ another worker goes on.
 from __future__ import annotations
 
 import os
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ziggurat.errors import RecipeError
-from ziggurat.training.interrupt import Interrupted
 from ziggurat.training.schema import Recipe
 
-from .local import Outcome
+from .evaluated import Evaluation
+from .local import PATIENCE, Outcome
 from .table import Run
-from .worker import log_of
+from .worker import Answer, log_of
 
 #: How often a run whose worker died is taken up again.
 RETRIES = 3
@@ -30,7 +29,8 @@ def run_on_ray(
     """Give `runs` to the cluster at RAY_ADDRESS (a local one is started without it) and yield each as it ends.
 
     A run asks for one GPU where the cluster has any, else for one processor. `workers`: at most so many at a time
-    (default: as many as the cluster takes).
+    (default: as many as the cluster takes). When the loop over this is left early, or Ctrl-C comes, the running ones
+    stop with a checkpoint, and this waits for it.
 
     Raises RecipeError if Ray isn't installed.
     """
@@ -50,7 +50,7 @@ def run_on_ray(
                 log = log_of(folder.resolve(), Path(run.recipe.folder).name)
                 place = str(Path(run.recipe.folder).expanduser().resolve())
                 recipe = run.recipe.model_copy(update={"output": place})
-                active[task.remote(recipe, str(log))] = (run, str(log))
+                active[task.remote(recipe, run.evaluation, str(log))] = (run, str(log))
                 started(run)
             ended, _ = ray.wait(list(active), timeout=1.0)
             for reference in ended:
@@ -59,31 +59,27 @@ def run_on_ray(
     finally:
         for reference in active:
             ray.cancel(reference)
+        if active:
+            # A cancelled run stops at its next step and writes a checkpoint; with this program its worker would go.
+            ray.wait(list(active), num_returns=len(active), timeout=PATIENCE)
 
 
 def _outcome(ray: Any, reference: Any, run: Run, log: str) -> Outcome:
     try:
-        status, said = ray.get(reference)
+        status, said, where = ray.get(reference)
     except ray.exceptions.RayError as error:
         first = str(error).strip().splitlines()[0]
         return Outcome(run, "failed", error=f"{type(error).__name__}: {first}", log=log)
     if status == "done":
-        return Outcome(run, "done", info=said, log=log)
-    return Outcome(run, status, error=said, log=log)
+        return Outcome(run, "done", info=said, log=log, where=where)
+    return Outcome(run, status, error=said, log=log, where=where)
 
 
-def _take(recipe: Recipe, log: str) -> tuple[str, Any]:
+def _take(recipe: Recipe, evaluation: Evaluation | None, log: str) -> Answer:
     """What a Ray worker does; like `worker.serve`, but an answer instead of a pipe."""
-    from .worker import take
+    from .worker import attempt
 
     with open(log, "a", encoding="utf-8") as file:
         file.write(f"on worker {os.getpid()}\n")
         file.flush()
-        try:
-            return "done", take(recipe)
-        except (Interrupted, KeyboardInterrupt) as error:
-            return "stopped", str(error)
-        except Exception as error:
-            traceback.print_exc(file=file)
-            first = (str(error).strip().splitlines() or [""])[0]
-            return "failed", f"{type(error).__name__}: {first}"
+        return attempt(recipe, evaluation, file)

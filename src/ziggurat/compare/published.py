@@ -28,6 +28,7 @@ class Published:
     source: str
     model: str
     note: str
+    columns: list[str]
     rows: list[Figure]
 
 
@@ -40,4 +41,4 @@ def published(name: str) -> Published:
         Figure(method, label, parameters, dict(zip(found["columns"], scores, strict=True)))
         for method, label, parameters, *scores in found["rows"]
     ]
-    return Published(found["source"], found["model"], found["note"], rows)
+    return Published(found["source"], found["model"], found["note"], found["columns"], rows)

@@ -15,7 +15,7 @@ from .statistics import Cell, Difference
 from .summary import AVERAGE, Summary
 
 COLUMNS = ("method", "task", "metric", "seeds", "mean", "sd", "difference", "low", "high", "pairs")
-COLUMNS += ("parameters", "stored_bytes", "peak_mb", "step_seconds")
+COLUMNS += ("parameters", "stored_bytes", "peak_mb", "step_seconds", "second_metric", "second_mean", "second_sd")
 
 
 def markdown(summary: Summary, failed: Sequence[dict[str, Any]] = ()) -> str:
@@ -24,6 +24,7 @@ def markdown(summary: Summary, failed: Sequence[dict[str, Any]] = ()) -> str:
     parts = [f"# {table.name}", *([table.about] if table.about else []), _how(summary), _scores(summary)]
     parts += [
         _published_note(summary),
+        "\n".join(f"Note: {line}." for line in table.notes),
         _differences(summary),
         _cost(summary),
         _missing(summary, failed),
@@ -35,18 +36,24 @@ def markdown(summary: Summary, failed: Sequence[dict[str, Any]] = ()) -> str:
 def _how(summary: Summary) -> str:
     table = summary.table
     models = sorted({Path(run.recipe.model).name for run in table.runs})
-    best = {run.recipe.train.best for run in table.runs}
+    best = {run.recipe.train.best for run in table.runs if run.evaluation is None}
     chosen = {
-        frozenset({False}): "Scores are those of the last step, on the validation data.",
-        frozenset({True}): "Scores are those of the best evaluation on the same validation data, which flatters them.",
-    }.get(frozenset(best), "Some scores are of the last step, some of the best evaluation: see the recipes.")
+        frozenset({False}): " Scores are those of the last step, on the validation data.",
+        frozenset({True}): " Scores are those of the best evaluation on the same validation data, which flatters them.",
+        frozenset({True, False}): " Some scores are of the last step, some of the best evaluation: see the recipes.",
+    }.get(frozenset(best), "")
     seeds = ", ".join(map(str, table.seeds))
-    return f"Model: {', '.join(models)}. Seeds: {seeds}. Mean ± standard deviation over the seeds. {chosen}"
+    text = f"Model: {', '.join(models)}. Seeds: {seeds}. Mean ± standard deviation over the seeds.{chosen}"
+    for task, one in {run.task: run.evaluation for run in table.runs if run.evaluation is not None}.items():
+        text += f" Trained on {task}, scored by lm-eval on {', '.join(one.metrics)}"
+        text += f" (the first {one.limit} questions of each task or subject)." if one.limit is not None else "."
+    return text
 
 
 def _scores(summary: Summary) -> str:
-    table, metrics = summary.table, summary.table.metrics
-    names = [f"{column} ({metrics[column]})" if column in metrics else column for column in summary.columns]
+    table = summary.table
+    headings = {column.name: column.heading for column in table.columns}
+    names = [headings.get(column, column) for column in summary.columns]
     rows = [["method", "parameters", *names]]
     for method in table.methods:
         cost = summary.costs.get(method)
@@ -60,9 +67,13 @@ def _score(summary: Summary, method: str, column: str) -> str:
     cell = summary.cells.get((method, column))
     if cell is None:
         return "-"
-    text = _mean(cell)
+    # One model that nothing trained has one score, whatever the seeds; a spread of zero would say too much.
+    text = _mean(cell) if summary.table.trains(method) else f"{cell.mean:.2f}"
     if summary.better(method, column):
         text = f"**{text}**"
+    second = summary.second.get((method, column))
+    if second is not None:
+        text += f" / {_mean(second)}"
     wanted = len(summary.table.seeds)
     return text if len(cell.scores) == wanted else f"{text} ({len(cell.scores)} of {wanted} seeds)"
 
@@ -168,10 +179,11 @@ def _where(summary: Summary) -> str:
 
 
 def table_csv(summary: Summary) -> str:
-    """One row a method and column: seeds, mean, spread, difference and its interval, cost."""
+    """One row a method and column: seeds, mean, spread, difference and its interval, cost, the second metric."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
+    seconds = {column.name: column.second for column in summary.table.columns}
     for method in summary.table.methods:
         cost = summary.costs.get(method)
         for column in summary.columns:
@@ -181,11 +193,13 @@ def table_csv(summary: Summary) -> str:
             interval = [gap.low, gap.high] if gap is not None and gap.half is not None else ["", ""]
             metric = summary.table.metrics.get(column, AVERAGE)
             spread = "" if cell.spread is None else cell.spread
+            second = summary.second.get((method, column))
+            also = [seconds[column], second.mean, second.spread] if second is not None else [None] * 3
             writer.writerow(
                 [
                     *(method, column, metric, len(cell.scores), cell.mean, spread),
                     *(gap.mean if gap else "", *interval, gap.pairs if gap else ""),
-                    *(cost.parameters, cost.stored_bytes, cost.peak_mb, cost.step_seconds),
+                    *(cost.parameters, cost.stored_bytes, cost.peak_mb, cost.step_seconds, *also),
                 ]
             )
     return out.getvalue()

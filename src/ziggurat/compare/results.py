@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
-from datetime import UTC, datetime
-from functools import cache
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ziggurat.host.staging import told_of_storage
-from ziggurat.training.recipe import resolved
 
-from .table import Run, Table
+from .table import Run, Table, computed
 
 FILE = "results.jsonl"
 
@@ -56,81 +52,43 @@ class Results:
         return found
 
 
-def line_of(run: Run, info: dict[str, Any]) -> dict[str, Any]:
-    """The line of a finished run from its run.json. Scores are those of the weights that were saved."""
+def line_of(run: Run, info: dict[str, Any], where: dict[str, Any]) -> dict[str, Any]:
+    """The line of a finished run from what its worker gave, and `where` that was.
+
+    Scores are those of the weights that were saved; a base model that nothing trained has only `evaluated` ones.
+    """
     kept = ("before", "after", "guess", "parameters", "steps", "seconds", "step_seconds", "peak_mb", "stored_bytes")
     return {
         **_place(run),
         "status": "done",
         "metric": info["metric"],
-        "score": info["after"][info["metric"]],
+        "score": info["after"][info["metric"]] if run.trains else None,
         **{name: info.get(name) for name in kept},
+        **({"evaluated": info["evaluated"]} if "evaluated" in info else {}),
         "notes": info.get("notes", []),
-        "recipe": resolved(run.recipe),
+        "recipe": computed(run.recipe),
+        **_evaluation(run),
         "versions": info["versions"],
-        **surroundings(),
+        **where,
     }
 
 
-def failed_line(run: Run, error: str, log: str | None) -> dict[str, Any]:
-    """The line of a run that failed: why in one line, and where its output lies."""
+def failed_line(run: Run, error: str, log: str | None, where: dict[str, Any]) -> dict[str, Any]:
+    """The line of a run that failed: why in one line, where its output lies, and `where` it ran as far as is known."""
     return {
         **_place(run),
         "status": "failed",
         "error": error,
         "log": log,
-        "recipe": resolved(run.recipe),
-        **surroundings(),
+        "recipe": computed(run.recipe),
+        **_evaluation(run),
+        **where,
     }
+
+
+def _evaluation(run: Run) -> dict[str, Any]:
+    return {"evaluation": asdict(run.evaluation)} if run.evaluation is not None else {}
 
 
 def _place(run: Run) -> dict[str, Any]:
     return {"key": run.key, "method": run.method, "task": run.task, "seed": run.seed}
-
-
-def surroundings() -> dict[str, Any]:
-    """When, on what hardware, and by which commit of this package (where it is a git checkout)."""
-    return {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": hardware(), "commit": commit()}
-
-
-@cache
-def commit() -> str | None:
-    """The commit of the checkout this package runs from, with `+changes` where files differ; None if installed."""
-    here = str(Path(__file__).parent)
-
-    def git(*words: str) -> str:
-        done = subprocess.run(  # noqa: S603
-            ["git", "-C", here, *words],  # noqa: S607
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
-        return done.stdout.strip()
-
-    try:
-        inside = git("ls-files", "--error-unmatch", __file__)
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno", ".") else "") or inside
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def hardware() -> dict[str, Any]:
-    """Processor, cores, and the accelerators that this process may use."""
-    import torch
-
-    found: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count()}
-    if torch.cuda.is_available():
-        found["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return found
-
-
-@cache
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ziggurat.training.metrics import lower_is_better
@@ -26,7 +26,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Summary:
-    """All that a report needs. `columns` are the tasks, and the average where the metrics may be averaged."""
+    """All that a report needs. `columns` are the table's, and the average where the metrics may be averaged.
+
+    `second` are the cells of the second metrics; differences and plots are of the first.
+    """
 
     table: Table
     lines: list[dict[str, Any]]
@@ -34,6 +37,7 @@ class Summary:
     cells: dict[tuple[str, str], Cell]
     differences: dict[tuple[str, str], Difference]
     costs: dict[str, Cost]
+    second: dict[tuple[str, str], Cell] = field(default_factory=dict)
 
     def better(self, method: str, column: str) -> bool:
         """Whether the interval of the difference to the baseline lies wholly on the better side of zero."""
@@ -47,16 +51,21 @@ class Summary:
 def summarise(table: Table, lines: list[dict[str, Any]]) -> Summary:
     """Gather the finished lines of a table's runs."""
     cells: dict[tuple[str, str], Cell] = {}
+    second: dict[tuple[str, str], Cell] = {}
     for method in table.methods:
-        for task in table.tasks:
-            scores = {x["seed"]: float(x["score"]) for x in lines if (x["method"], x["task"]) == (method, task)}
+        for column in table.columns:
+            own = [line for line in lines if (line["method"], line["task"]) == (method, column.task)]
+            if own:
+                cells[method, column.name] = Cell({line["seed"]: column.score(line) for line in own})
+            found = {line["seed"]: column.second_score(line) for line in own}
+            scores = {seed: score for seed, score in found.items() if score is not None}
             if scores:
-                cells[method, task] = Cell(scores)
-    columns = list(table.tasks)
+                second[method, column.name] = Cell(scores)
+    columns = [column.name for column in table.columns]
     if len(columns) > 1 and not any(lower_is_better(metric) for metric in table.metrics.values()):
         columns.append(AVERAGE)
         for method in table.methods:
-            whole = averages([cells.get((method, task)) for task in table.tasks])
+            whole = averages([cells.get((method, column.name)) for column in table.columns])
             if whole is not None:
                 cells[method, AVERAGE] = whole
     differences: dict[tuple[str, str], Difference] = {}
@@ -67,7 +76,7 @@ def summarise(table: Table, lines: list[dict[str, Any]]) -> Summary:
                 gap = paired(ours.scores, theirs.scores, table.confidence)
                 if gap is not None:
                     differences[method, column] = gap
-    return Summary(table, lines, columns, cells, differences, _costs(table, lines))
+    return Summary(table, lines, columns, cells, differences, _costs(table, lines), second)
 
 
 def _costs(table: Table, lines: list[dict[str, Any]]) -> dict[str, Cost]:

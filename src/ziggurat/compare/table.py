@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,46 +12,46 @@ import yaml
 
 from ziggurat.errors import RecipeError
 from ziggurat.training.glue import GLUE, PREFIX
-from ziggurat.training.nearest import did_you_mean, missing_path
+from ziggurat.training.nearest import missing_path
 from ziggurat.training.recipe import find_recipe, make_recipe, resolved
 from ziggurat.training.schema import Recipe
 from ziggurat.training.source import flatten, read_yaml
 
-from .published import PUBLISHED
+from .checks import table_problems
+from .columns import Column, columns_of
+from .evaluated import NONE, Evaluation, of_the_base, read_evaluation
+from .published import published
+from .shared import Shared
 
-_KEYS = {
-    "about": "one line that says what the table is",
-    "recipe": "a recipe to start from: a file, or one that ships",
-    "set": "recipe keys for all runs",
-    "methods": "label -> recipe keys of a method; `tasks:` in it changes keys for single tasks",
-    "tasks": "label -> recipe keys of a task; a GLUE task's name alone stands for its data",
-    "seeds": "the seeds, the same for every method and task",
-    "baseline": "the method that differences are taken to (default: the first)",
-    "confidence": "of the intervals, in per cent (default: 95)",
-    "published": "published figures to print beside: " + ", ".join(PUBLISHED),
-    "output": "folder of runs and results (default: ziggurat-tables/<file's name>)",
-    "keep_adapters": "whether the runs' folders stay (default: true)",
-}
 #: What a run is called and where it lies doesn't change what it computes.
 _NOT_IN_KEY = ("about", "name", "output")
 #: What describes the data of a recipe; a task that names its own data starts without the recipe's.
 _DATA_KEYS = ("task", "metric")
+_KEPT = ("data.folder", "data.max_length", "data.max_train", "data.max_validation", "data.validation_rows")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its place in the table, its recipe, and the key that says whether it has been done."""
+    """One run: its place in the table, its recipe, what it is scored on, and the key that says whether it is done."""
 
     method: str
     task: str
     seed: int
     recipe: Recipe
     key: str
+    evaluation: Evaluation | None = None
+
+    @property
+    def trains(self) -> bool:
+        return self.recipe.method["name"] != NONE
 
 
 @dataclass(frozen=True)
 class Table:
-    """A checked table; `runs` in the order they are taken: seed by seed, so that early rows are complete ones."""
+    """A checked table; `runs` in the order they are taken: seed by seed, so that early rows are complete ones.
+
+    `notes` say what a user may not expect: keys of `set` that a method has no room for.
+    """
 
     name: str
     about: str
@@ -65,17 +64,30 @@ class Table:
     folder: Path
     keep_adapters: bool
     runs: list[Run] = field(default_factory=list)
+    columns: list[Column] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def metrics(self) -> dict[str, str]:
-        """Task -> the metric of its column."""
-        return {run.task: run.recipe.main_metric for run in self.runs}
+        """Column -> its metric."""
+        return {column.name: column.metric for column in self.columns}
+
+    def trains(self, method: str) -> bool:
+        """Whether a method is more than the base model as it is."""
+        return any(run.trains for run in self.runs if run.method == method)
 
 
-def run_key(recipe: Recipe) -> str:
-    """16 hexadecimal digits of everything in the resolved recipe that changes what a run computes."""
-    values = {key: value for key, value in resolved(recipe).items() if key not in _NOT_IN_KEY}
+def run_key(recipe: Recipe, evaluation: Evaluation | None = None) -> str:
+    """16 hexadecimal digits of everything in the resolved recipe, and the evaluation, that changes what is computed."""
+    values = {key: value for key, value in computed(recipe).items() if key not in _NOT_IN_KEY}
+    if evaluation is not None:
+        values["evaluate"] = {"tasks": evaluation.metrics, **evaluation.settings}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def computed(recipe: Recipe) -> dict[str, Any]:
+    """The part of the resolved recipe that takes effect: of an untrained base model, only what says which it is."""
+    return of_the_base(recipe) if recipe.method["name"] == NONE else resolved(recipe)
 
 
 def load_table(path: str | Path, output: str | Path | None = None) -> Table:
@@ -92,74 +104,114 @@ def load_table(path: str | Path, output: str | Path | None = None) -> Table:
 
 def make_table(values: Any, name: str, output: str | Path | None = None) -> Table:
     """A table from a Python mapping; the same checks as for a file."""
-    problems = list(_problems(values))
+    problems = list(table_problems(values))
     if problems:
         raise _refused(name, problems)
-    labels = [str(label) for label in values["methods"]]
+    methods = {str(label): flatten(keys) for label, keys in values["methods"].items()}
     tasks = _tasks(values["tasks"])
-    folder = Path(output or values.get("output") or f"ziggurat-tables/{name}").expanduser()
+    labels = list(methods)
     table = Table(
         name=name,
-        about=str(values.get("about", "")),
+        about=values.get("about") or "",
         methods=labels,
         tasks=list(tasks),
         seeds=list(values["seeds"]),
-        baseline=str(values.get("baseline", labels[0])),
+        baseline=str(values["baseline"] if values.get("baseline") is not None else labels[0]),
         confidence=float(values.get("confidence", 95)),
         published=values.get("published"),
-        folder=folder,
-        keep_adapters=bool(values.get("keep_adapters", True)),
+        folder=Path(output or values.get("output") or f"ziggurat-tables/{name}").expanduser(),
+        keep_adapters=values.get("keep_adapters", True),
     )
     base, problems = _base(values)
+    shared = Shared()
     for seed in table.seeds:
         for task, of_task in tasks.items():
-            for method, of_method in values["methods"].items():
-                where = f"{method} on {task}"
+            for method, of_method in methods.items():
+                own = _keys_on(task, of_method)
+                if own is None:
+                    continue
                 try:
-                    table.runs.append(_run(table, base, str(method), task, seed, of_method, of_task))
+                    table.runs.append(_run(table, base, shared, method, task, seed, own, of_task))
                 except RecipeError as error:
                     if seed == table.seeds[0]:
-                        problems += [f"{where}: {line.strip()}" for line in str(error).splitlines()[1:] or [str(error)]]
+                        lines = str(error).splitlines()[1:] or [str(error)]
+                        problems += [f"{method} on {task}: {line.strip()}" for line in lines]
+    found, unlike = columns_of(table.runs, table.tasks)
+    problems += [*shared.problems(), *unlike]
     if problems:
         raise _refused(name, list(dict.fromkeys(problems)))
+    table.columns.extend(found)
+    table.notes.extend(shared.notes())
+    if table.published is not None and not set(table.metrics) & set(published(table.published).columns):
+        columns = ", ".join(published(table.published).columns)
+        table.notes.append(f"published: {table.published} has figures for {columns}, no column of this table")
     return table
 
 
-def _run(
-    table: Table, base: dict[str, Any], method: str, task: str, seed: int, of_method: Any, of_task: dict[str, Any]
-) -> Run:
+def _keys_on(task: str, of_method: dict[str, Any]) -> dict[str, Any] | None:
+    """A method's recipe keys on one task; None where the method is for other tasks only."""
     own = dict(of_method)
-    single = (own.pop("tasks", None) or {}).get(task) or {}
-    start = base
+    single = own.pop("tasks", None) or {}
+    if isinstance(single, list):
+        return own if task in map(str, single) else None
+    return {**own, **flatten({str(label): keys for label, keys in single.items()}.get(task) or {})}
+
+
+def _run(
+    table: Table,
+    base: tuple[dict[str, Any], dict[str, Any]],
+    shared: Shared,
+    method: str,
+    task: str,
+    seed: int,
+    own: dict[str, Any],
+    of_task: dict[str, Any],
+) -> Run:
+    recipe_keys, for_all = base
+    of_task = dict(of_task)
+    evaluation = of_task.pop("evaluate", None)
     if "data.train" in of_task:
-        start = {key: value for key, value in base.items() if key not in _DATA_KEYS and not key.startswith("data.")}
-        kept = ("data.folder", "data.max_length", "data.max_train", "data.max_validation", "data.validation_rows")
-        start |= {key: base[key] for key in kept if key in base}
-    if any(key.startswith("method.") for key in flatten(own)):
-        start = {key: value for key, value in start.items() if not key.startswith("method.")}
-        start |= {key: value for key, value in flatten(base.get("_shared", {})).items() if key.startswith("method.")}
-    start = {key: value for key, value in start.items() if key != "_shared"}
-    values = {**start, **of_task, **flatten(own), **flatten(single), "seed": seed, "name": f"{method} {task} {seed}"}
-    values["name"] = "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in str(values["name"]))
+        foreign = [key for key in recipe_keys if key in _DATA_KEYS or key.startswith("data.")]
+        recipe_keys = {key: value for key, value in recipe_keys.items() if key not in foreign or key in _KEPT}
+    given = shared.part(method, own, {**for_all, **of_task})
+    trains = own["method.name"] != NONE
+    if evaluation is not None:
+        given.setdefault("task", recipe_keys.get("task", "instruct"))
+    elif not trains:
+        raise RecipeError(f"method.name: {NONE} has no trained head to score; it is for tasks with evaluate")
+    # The base model's row is the same whatever the seed; it is scored once.
+    where = {"seed": seed, "name": f"{method} {task} {seed}"}
+    if not trains:
+        own, where = {**own, "method.name": "head"}, {"seed": table.seeds[0], "name": f"{method} {task}"}
+    where["name"] = "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in str(where["name"]))
+    values = {**recipe_keys, **given, **own, **where}
     values = {key: value for key, value in values.items() if value is not None}
     recipe = make_recipe({**values, "output": "-"}, label=f"{method} on {task}")
-    key = run_key(recipe)
-    place = table.folder / "runs" / f"{values['name']}-{key[:8]}"
-    return Run(method, task, seed, recipe.model_copy(update={"output": str(place)}), key)
+    if evaluation is not None and recipe.task != "instruct":
+        raise RecipeError(
+            f"evaluate: is for task: instruct; with task: {recipe.task} the score is the task's own metric"
+        )
+    if not trains:
+        recipe = recipe.model_copy(update={"method": {"name": NONE}})
+    # The folder follows the training alone: scored on something else, an adapter isn't trained again.
+    place = table.folder / "runs" / f"{recipe.name}-{run_key(recipe)[:8]}"
+    recipe = recipe.model_copy(update={"output": str(place)})
+    return Run(method, task, seed, recipe, run_key(recipe, evaluation), evaluation)
 
 
-def _base(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _base(values: dict[str, Any]) -> tuple[tuple[dict[str, Any], dict[str, Any]], list[str]]:
+    """Keys of the recipe to start from, without its method's, and those of `set`; and what is wrong with the recipe."""
     flat: dict[str, Any] = {}
     problems: list[str] = []
     if values.get("recipe") is not None:
         try:
-            label, text = find_recipe(str(values["recipe"]))
+            label, text = find_recipe(values["recipe"])
             flat, found = read_yaml(text)
             problems += [f"recipe {label}: {line}" for line in found]
         except RecipeError as error:
             problems.append(f"recipe: {error}")
-    shared = flatten(values.get("set") or {})
-    return {**flat, **shared, "_shared": shared}, problems
+    flat = {key: value for key, value in flat.items() if not key.startswith("method.")}
+    return (flat, flatten(values.get("set") or {})), problems
 
 
 def _tasks(given: Any) -> dict[str, dict[str, Any]]:
@@ -168,67 +220,12 @@ def _tasks(given: Any) -> dict[str, dict[str, Any]]:
     tasks: dict[str, dict[str, Any]] = {}
     for label, keys in named.items():
         flat = flatten(keys or {})
-        if "data.train" not in flat and label in GLUE:
+        if "data.train" not in flat and label in GLUE and "evaluate" not in flat:
             flat["data.train"] = PREFIX + str(label)
+        if flat.get("evaluate") is not None:
+            flat["evaluate"] = read_evaluation(flat["evaluate"])
         tasks[str(label)] = flat
     return tasks
-
-
-def _problems(values: Any) -> Iterator[str]:
-    if not isinstance(values, dict):
-        yield "a table is a mapping with methods, tasks and seeds"
-        return
-    for key in values:
-        if key not in _KEYS:
-            yield f"{key}: unknown{did_you_mean(str(key), _KEYS) or ', one of ' + ', '.join(_KEYS)}"
-    for key in ("methods", "tasks", "seeds"):
-        if not values.get(key):
-            yield f"{key}: missing: {_KEYS[key]}"
-    methods, tasks = values.get("methods"), values.get("tasks")
-    if methods and not isinstance(methods, dict):
-        yield "methods: a mapping is needed, label -> recipe keys"
-        methods = None
-    yield from _entry_problems("methods", methods)
-    if isinstance(tasks, dict):
-        yield from _entry_problems("tasks", tasks)
-    elif tasks and not isinstance(tasks, list):
-        yield "tasks: a list of GLUE's tasks, or a mapping label -> recipe keys, is needed"
-        tasks = None
-    for task in tasks or []:
-        keys = tasks[task] if isinstance(tasks, dict) else None
-        if task not in GLUE and "data.train" not in flatten(keys if isinstance(keys, dict) else {}):
-            yield f"tasks: '{task}' is not one of GLUE's ({', '.join(GLUE)}) and names no data.train of its own"
-    for label, keys in (methods or {}).items():
-        inner = keys.get("tasks") if isinstance(keys, dict) else None
-        for task in inner or []:
-            if task not in (tasks or []):
-                yield f"methods: {label}: tasks: '{task}' is no task of this table"
-    seeds = values.get("seeds")
-    if seeds and (not isinstance(seeds, list) or any(type(seed) is not int or seed < 0 for seed in seeds)):
-        yield f"seeds: a list of whole numbers is needed, got {seeds!r}"
-    elif seeds and len(set(seeds)) < len(seeds):
-        yield "seeds: one is given twice; the same run twice is no second sample"
-    baseline = values.get("baseline")
-    if baseline is not None and methods and baseline not in methods:
-        yield f"baseline: '{baseline}' is no method of this table{did_you_mean(str(baseline), map(str, methods))}"
-    confidence = values.get("confidence", 95)
-    if type(confidence) not in (int, float) or not 50 <= confidence < 100:
-        yield f"confidence: per cent from 50 up to, not including, 100 are needed, got {confidence!r}"
-    published = values.get("published")
-    if published is not None and published not in PUBLISHED:
-        yield f"published: '{published}' is not one of {', '.join(PUBLISHED)}"
-    if type(values.get("keep_adapters", True)) is not bool:
-        yield "keep_adapters: true or false is needed"
-
-
-def _entry_problems(section: str, entries: Any) -> Iterable[str]:
-    for label, keys in (entries or {}).items():
-        if keys is not None and not isinstance(keys, dict):
-            yield f"{section}: {label}: recipe keys are needed, got {keys!r}"
-        elif section == "methods" and "method.name" not in flatten(keys or {}):
-            yield f"methods: {label}: names no method (method.name)"
-        elif keys and "seed" in keys:
-            yield f"{section}: {label}: seed: is the table's to set, by seeds"
 
 
 def _refused(name: str, problems: list[str]) -> RecipeError:

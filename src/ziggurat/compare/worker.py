@@ -9,21 +9,37 @@ import sys
 import threading
 import time
 import traceback
+from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ziggurat.training.folders import RUN, RunFolder
 from ziggurat.training.interrupt import Interrupted
 from ziggurat.training.run import train
 from ziggurat.training.schema import Recipe
 
+from .evaluated import NONE, Evaluation, base_info, evaluate_run
+from .surroundings import surroundings
 
-def take(recipe: Recipe) -> dict[str, Any]:
-    """Train as the recipe says unless that has been done, and return its run.json.
+#: How a run ended, its info or the reason, and its surroundings.
+Answer = tuple[str, Any, dict[str, Any]]
 
-    A checkpoint that an interrupted run left is gone on from; what left none is started afresh.
+
+def take(recipe: Recipe, evaluation: Evaluation | None = None) -> dict[str, Any]:
+    """Train as the recipe says and score what `evaluation` names, unless that has been done.
+
+    Returns run.json, with those scores as `evaluated`. A checkpoint that an interrupted run left is gone on from; what
+    left none is started afresh.
     """
+    info = base_info() if recipe.method["name"] == NONE else _trained(recipe)
+    if evaluation is not None:
+        info["evaluated"] = evaluate_run(recipe, evaluation)
+        info["versions"]["lm_eval"] = version("lm_eval")
+    return info
+
+
+def _trained(recipe: Recipe) -> dict[str, Any]:
     folder = RunFolder(recipe)
     folder.settle()  # an earlier worker may have been killed with its result ready
     info = folder.final / RUN
@@ -33,8 +49,22 @@ def take(recipe: Recipe) -> dict[str, Any]:
     return json.loads(info.read_text(encoding="utf-8"))
 
 
-def serve(recipe: Recipe, log: str, gpu: str | None, threads: int, answer: Connection) -> None:
-    """What a worker process does: send ("done", run.json) or (how it ended, why). What it prints goes to the log."""
+def attempt(recipe: Recipe, evaluation: Evaluation | None, errors: TextIO) -> Answer:
+    """`take`, with how it ended: done and what it gave, or stopped or failed and why; and where it ran."""
+    try:
+        return "done", take(recipe, evaluation), surroundings()
+    except (Interrupted, KeyboardInterrupt) as error:
+        return "stopped", str(error), surroundings()
+    except BaseException as error:
+        traceback.print_exc(file=errors)
+        first = (str(error).strip().splitlines() or [""])[0]
+        return "failed", f"{type(error).__name__}: {first}", surroundings()
+
+
+def serve(
+    recipe: Recipe, evaluation: Evaluation | None, log: str, gpu: str | None, threads: int, answer: Connection
+) -> None:
+    """What a worker process does: send what `attempt` says. What it prints goes to the log."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -44,15 +74,10 @@ def serve(recipe: Recipe, log: str, gpu: str | None, threads: int, answer: Conne
 
     torch.set_num_threads(threads)
     _stop_with_parent()
-    try:
-        answer.send(("done", take(recipe)))
-    except (Interrupted, KeyboardInterrupt) as error:
-        answer.send(("stopped", str(error)))
-    except BaseException as error:
-        traceback.print_exc(file=sys.stderr)
-        first = (str(error).strip().splitlines() or [""])[0]
-        answer.send(("failed", f"{type(error).__name__}: {first}"))
-        raise SystemExit(1) from None
+    said = attempt(recipe, evaluation, sys.stderr)
+    answer.send(said)
+    if said[0] == "failed":
+        raise SystemExit(1)
 
 
 def _stop_with_parent() -> None:

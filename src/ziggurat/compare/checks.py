@@ -1,0 +1,159 @@
+"""What is wrong with a table's file, all of it at once, before a recipe is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ziggurat.training.glue import GLUE
+from ziggurat.training.nearest import did_you_mean
+from ziggurat.training.source import flatten
+
+from .evaluated import MAIN, NONE, evaluation_problems
+from .published import PUBLISHED
+
+_KEYS = {
+    "about": "one line that says what the table is",
+    "recipe": "a recipe to start from: a file, or one that ships",
+    "set": "recipe keys for all runs",
+    "methods": "label -> recipe keys of a method; `tasks:` in it names its only tasks, or changes keys for single ones",
+    "tasks": "label -> recipe keys of a task; a GLUE task's name alone stands for its data",
+    "seeds": "the seeds, the same for every method and task",
+    "baseline": "the method that differences are taken to (default: the first)",
+    "confidence": "of the intervals, in per cent (default: 95)",
+    "published": "published figures to print beside: " + ", ".join(PUBLISHED),
+    "output": "folder of runs and results (default: ziggurat-tables/<file's name>)",
+    "keep_adapters": "whether the runs' folders stay (default: true)",
+}
+#: Recipe keys that the table sets itself.
+_OWNED = {
+    "seed": "by seeds",
+    "name": "after method, task and seed",
+    "output": "inside its own output",
+    "resume": "where there is a checkpoint",
+    "overwrite": "where there is none",
+}
+
+
+def table_problems(values: Any) -> Iterator[str]:
+    """Every mistake in the form of a table's values."""
+    if not isinstance(values, dict):
+        yield "a table is a mapping with methods, tasks and seeds"
+        return
+    for key in values:
+        if key not in _KEYS:
+            yield f"{key}: unknown{did_you_mean(str(key), _KEYS) or ', one of ' + ', '.join(_KEYS)}"
+    for key in ("methods", "tasks", "seeds"):
+        if not values.get(key):
+            yield f"{key}: missing: {_KEYS[key]}"
+    for key in ("about", "recipe", "output"):
+        if not isinstance(values.get(key, ""), str | None):
+            yield f"{key}: a text is needed, got {values[key]!r}"
+    yield from _key_problems("set", values.get("set"))
+    tasks = values.get("tasks") or {}
+    yield from _tasks_problems(tasks, isinstance(values.get("recipe"), str))
+    methods = values.get("methods") or {}
+    if not isinstance(methods, dict):
+        yield "methods: a mapping is needed, label -> recipe keys"
+        methods = {}
+    labels = [str(task) for task in tasks] if isinstance(tasks, dict | list) else []
+    for label, keys in methods.items():
+        yield from _method_problems(f"methods: {label}", keys, labels)
+    yield from _twice("methods", methods)
+    yield from _without_methods(labels, list(methods.values()))
+    yield from _run_problems(values, [str(label) for label in methods])
+
+
+def _run_problems(values: dict[str, Any], labels: list[str]) -> Iterator[str]:
+    seeds = values.get("seeds")
+    if seeds and (not isinstance(seeds, list) or any(type(seed) is not int or seed < 0 for seed in seeds)):
+        yield f"seeds: a list of whole numbers is needed, got {seeds!r}"
+    elif seeds and len(set(seeds)) < len(seeds):
+        yield "seeds: one is given twice; the same run twice is no second sample"
+    baseline = values.get("baseline")
+    if baseline is not None and labels and str(baseline) not in labels:
+        yield f"baseline: '{baseline}' is no method of this table{did_you_mean(str(baseline), labels)}"
+    confidence = values.get("confidence", 95)
+    if type(confidence) not in (int, float) or not 50 <= confidence < 100:
+        yield f"confidence: per cent from 50 up to, not including, 100 are needed, got {confidence!r}"
+    published = values.get("published")
+    if published is not None and published not in PUBLISHED:
+        yield f"published: '{published}' is not one of {', '.join(PUBLISHED)}"
+    if type(values.get("keep_adapters", True)) is not bool:
+        yield "keep_adapters: true or false is needed"
+
+
+def _tasks_problems(tasks: Any, has_recipe: bool) -> Iterator[str]:
+    if not isinstance(tasks, dict | list) or (
+        isinstance(tasks, list) and not all(isinstance(task, str) for task in tasks)
+    ):
+        yield f"tasks: a list of GLUE's tasks, or a mapping label -> recipe keys, is needed, got {tasks!r}"
+        return
+    yield from _twice("tasks", tasks)
+    for task in tasks:
+        keys = tasks[task] if isinstance(tasks, dict) else None
+        yield from _key_problems(f"tasks: {task}", keys)
+        if keys is not None and not isinstance(keys, dict):
+            continue
+        flat = flatten(keys or {})
+        if flat.get("evaluate") is not None:
+            yield from (f"tasks: {task}: evaluate: {line}" for line in evaluation_problems(flat["evaluate"]))
+            if has_recipe:
+                continue  # whose data it learns from
+        if task not in GLUE and "data.train" not in flat:
+            said = f"tasks: '{task}' is not one of GLUE's ({', '.join(GLUE)}) and names no data.train of its own"
+            if task in MAIN:
+                said += (
+                    f"; what is trained on a task with data.train is scored on {task} by evaluate: {{tasks: [{task}]}}"
+                )
+            yield said
+
+
+def _method_problems(where: str, keys: Any, tasks: list[str]) -> Iterator[str]:
+    yield from _key_problems(where, keys)
+    if keys is not None and not isinstance(keys, dict):
+        return
+    flat = flatten(keys or {})
+    if "method.name" not in flat:
+        yield f"{where}: names no method (method.name)"
+    elif flat["method.name"] == NONE and any(key.startswith("method.") and key != "method.name" for key in flat):
+        yield f"{where}: method.name: {NONE} is the base model as it is; it has no fields"
+    inner = flat.get("tasks")
+    if inner is None:
+        return
+    if not isinstance(inner, list | dict):
+        yield f"{where}: tasks: a list of its only tasks, or a mapping task -> recipe keys, is needed, got {inner!r}"
+        return
+    for task in inner:
+        if str(task) not in tasks:
+            yield f"{where}: tasks: '{task}' is no task of this table"
+        elif isinstance(inner, dict):
+            yield from _key_problems(f"{where}: tasks: {task}", inner[task])
+
+
+def _without_methods(tasks: list[str], methods: list[Any]) -> Iterator[str]:
+    only = [
+        keys["tasks"] if isinstance(keys, dict) and isinstance(keys.get("tasks"), list) else None for keys in methods
+    ]
+    for task in tasks if only and None not in only else []:
+        if not any(task in map(str, names or []) for names in only):
+            yield f"tasks: {task}: every method names other tasks as its only ones"
+
+
+def _key_problems(where: str, keys: Any) -> Iterator[str]:
+    """What is wrong with recipe keys that a table gives."""
+    if keys is not None and not isinstance(keys, dict):
+        yield f"{where}: recipe keys are needed, got {keys!r}"
+        return
+    for key in keys or {}:
+        if key in _OWNED:
+            yield f"{where}: {key}: is the table's to set, {_OWNED[key]}"
+    if where == "set" and "method.name" in flatten(keys or {}):
+        yield "set: method.name: is for each method to say"
+
+
+def _twice(section: str, labels: Any) -> Iterator[str]:
+    """YAML takes 1 and '1' for two labels; they would share a row."""
+    seen = [str(label) for label in labels]
+    for label in dict.fromkeys(label for label in seen if seen.count(label) > 1):
+        yield f"{section}: '{label}' is given twice"

@@ -1,0 +1,67 @@
+"""The columns of a table: a trained task's score on its validation data, or its adapters' on a task of lm-eval."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ziggurat.training.glue import GLUE, glue_name
+
+if TYPE_CHECKING:
+    from .table import Run
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column. `second` is shown after a stroke; `evaluated` is lm-eval's task where it is one's."""
+
+    name: str
+    task: str
+    metric: str
+    second: str | None = None
+    evaluated: str | None = None
+
+    @property
+    def heading(self) -> str:
+        return f"{self.name} ({self.metric}{f' / {self.second}' if self.second else ''})"
+
+    def score(self, line: dict[str, Any]) -> float:
+        """The column's score in a finished line of the results."""
+        if self.evaluated is not None:
+            return float(line["evaluated"][self.evaluated]["scores"][self.metric])
+        return float(line["score"])
+
+    def second_score(self, line: dict[str, Any]) -> float | None:
+        """The second metric's score in a finished line; None where there is none."""
+        value = line.get("after", {}).get(self.second)
+        return None if value is None else float(value)
+
+
+def columns_of(runs: list[Run], tasks: list[str]) -> tuple[list[Column], list[str]]:
+    """The columns of a table's tasks, and where its methods don't agree on what a column shows."""
+    found: list[Column] = []
+    problems = []
+    for task in tasks:
+        own = {run.method: run for run in runs if run.task == task}
+        for run in list(own.values())[:1]:
+            if run.evaluation is not None:
+                found += [Column(name, task, metric, None, name) for name, metric in run.evaluation.metrics.items()]
+            else:
+                found.append(Column(task, task, run.recipe.main_metric, _second(run)))
+        metrics = {run.recipe.main_metric for run in own.values()}
+        if len(metrics) > 1 and all(run.evaluation is None for run in own.values()):
+            said = ", ".join(f"{run.recipe.main_metric} in {method}" for method, run in own.items())
+            problems.append(f"tasks: {task}: a column holds one metric; set it for the task ({said})")
+    count = Counter(column.name for column in found)
+    for place, column in enumerate(found):
+        if count[column.name] > 1:
+            found[place] = replace(column, name=f"{column.task} {column.name}")
+    return found, problems
+
+
+def _second(run: Run) -> str | None:
+    """The other of the two metrics that a GLUE task is reported by, if it is."""
+    task = GLUE.get(glue_name(run.recipe.data.train, run.recipe.data.subset) or "")
+    both = (task.metric, task.second) if task is not None else ()
+    return both[1 - both.index(run.recipe.main_metric)] if run.recipe.main_metric in both else None

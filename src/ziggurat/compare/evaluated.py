@@ -1,0 +1,178 @@
+"""What the adapters of an instruct task are scored on once they are trained: lm-eval's tasks, each a column."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ziggurat.errors import DataError
+from ziggurat.evaluation.lm import MAIN
+from ziggurat.evaluation.ready import ready
+from ziggurat.host.staging import write_whole
+from ziggurat.training.nearest import did_you_mean
+from ziggurat.training.recipe import resolved
+from ziggurat.training.schema import Recipe
+
+#: The method that trains nothing: the base model as it is, a row to compare with.
+NONE = "none"
+#: What of a recipe matters to that row; the rest, the seed too, changes nothing about the model.
+_OF_THE_BASE = ("model", "gguf_file", "revision", "dtype")
+#: Where a run's folder keeps the scores of each task as soon as it has them.
+FILE = "evaluation.json"
+
+_KEYS = ("tasks", "limit", "data", "run_generated_code", "batch")
+_FORM = "a mapping with tasks, and limit, data, run_generated_code and batch where they are needed"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Tasks with the metric that each reports, as `ziggurat eval` takes them; `data` is an absolute path or None."""
+
+    metrics: dict[str, str]
+    limit: int | None = None
+    data: str | None = None
+    run_generated_code: bool = False
+    batch: int = 8
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What changes the score of a task."""
+        return {"limit": self.limit, "data": self.data}
+
+
+def read_evaluation(given: dict[str, Any]) -> Evaluation:
+    """The evaluation of a mapping in which `evaluation_problems` found nothing."""
+    tasks, data = given["tasks"], given.get("data")
+    return Evaluation(
+        metrics={str(task): metric or MAIN[task] for task, metric in _named(tasks).items()},
+        limit=given.get("limit"),
+        data=str(Path(data).expanduser().resolve()) if data is not None else None,
+        run_generated_code=given.get("run_generated_code", False),
+        batch=given.get("batch", 8),
+    )
+
+
+def _named(tasks: Any) -> dict[str, str | None]:
+    return dict(tasks) if isinstance(tasks, dict) else dict.fromkeys(tasks)
+
+
+def evaluation_problems(given: Any) -> Iterator[str]:
+    """What is wrong with a task's `evaluate`."""
+    if not isinstance(given, dict):
+        yield f"{_FORM}, is needed, got {given!r}"
+        return
+    for key in given:
+        if key not in _KEYS:
+            yield f"{key}: unknown{did_you_mean(str(key), _KEYS) or ', one of ' + ', '.join(_KEYS)}"
+    tasks = given.get("tasks")
+    if not tasks or not isinstance(tasks, list | dict) or not all(isinstance(task, str) for task in tasks):
+        yield f"tasks: a list of {', '.join(MAIN)}, or a mapping task -> metric, is needed, got {tasks!r}"
+    else:
+        for task, metric in _named(tasks).items():
+            if metric is None and task not in MAIN:
+                yield f"tasks: {task}: say which of its metrics to show, {{{task}: acc}}"
+            elif metric is not None and not isinstance(metric, str):
+                yield f"tasks: {task}: a metric's name is needed, got {metric!r}"
+        if "humaneval" in tasks and given.get("run_generated_code") is not True:
+            yield (
+                "tasks: humaneval runs code that the model writes; say run_generated_code: true if that is all right "
+                "on these machines (docs/evaluation.md says what the limits are)"
+            )
+    for key in ("limit", "batch"):
+        value = given.get(key, 1)
+        if value is not None and (type(value) is not int or value < 1):
+            yield f"{key}: a whole number from 1 on is needed, got {value!r}"
+    if given.get("data") is not None and not isinstance(given["data"], str):
+        yield f"data: a folder of local parquet is needed, got {given['data']!r}"
+    if type(given.get("run_generated_code", False)) is not bool:
+        yield f"run_generated_code: true or false is needed, got {given['run_generated_code']!r}"
+
+
+def check_ready(evaluations: list[Evaluation]) -> None:
+    """See before hours of training that the scores can be taken.
+
+    Raises RecipeError or DataError: lm-eval isn't installed, knows no such task, or the data can't be read.
+    """
+    seen: list[Evaluation] = []
+    for one in evaluations:
+        if one not in seen:
+            seen.append(one)
+            data = Path(one.data) if one.data is not None else None
+            with ready(list(one.metrics), data=data, limit=one.limit, run_code=one.run_generated_code):
+                pass
+
+
+def of_the_base(recipe: Recipe) -> dict[str, Any]:
+    """What of a resolved recipe the base model's own row depends on."""
+    kept = {key: value for key, value in resolved(recipe).items() if key in _OF_THE_BASE}
+    return {"method.name": NONE, **kept}
+
+
+def base_info() -> dict[str, Any]:
+    """What stands for run.json where nothing was trained."""
+    from ziggurat.training.run import versions
+
+    return {"metric": None, "after": {}, "parameters": {"adapter": 0}, "versions": versions()}
+
+
+def evaluate_run(recipe: Recipe, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
+    """Task -> scores of all its metrics (which of them in per cent), rows and shots, of a run or of the base model.
+
+    Each task's are kept in the run's folder as soon as they are there, and not taken again under the same settings.
+
+    Raises:
+        DataError: the data can't be read, or the task has no such metric.
+        RecipeError: lm-eval isn't installed or knows no such task.
+    """
+    from ziggurat.evaluation.lm import evaluate
+
+    place = Path(recipe.folder).expanduser() / FILE
+    found = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+    loaded: tuple[Any, Any] | None = None
+    for task, metric in evaluation.metrics.items():
+        if found.get(task, {}).get("settings") != evaluation.settings:
+            model, tokenizer = loaded = loaded or _load(recipe)
+            scores = evaluate(
+                model,
+                tokenizer,
+                [task],
+                data=Path(evaluation.data) if evaluation.data is not None else None,
+                limit=evaluation.limit,
+                batch=evaluation.batch,
+                run_code=evaluation.run_generated_code,
+            )
+            if len(scores) != 1:
+                raise DataError(f"evaluate: {task} has no score of its own; name {', '.join(s.task for s in scores)}")
+            found[task] = {**asdict(scores[0]), "settings": evaluation.settings}
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(place, json.dumps(found, indent=2) + "\n")
+        if metric not in found[task]["scores"]:
+            raise DataError(f"evaluate: {task} has no metric '{metric}': {', '.join(found[task]['scores'])}")
+    return {
+        task: {key: found[task][key] for key in ("scores", "per_cent", "rows", "shots")} for task in evaluation.metrics
+    }
+
+
+def _load(recipe: Recipe) -> tuple[Any, Any]:
+    import torch
+
+    # What the training held is still waiting for the collector; two models may be more than a GPU takes.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if recipe.method["name"] != NONE:
+        from ziggurat.training.load import load_adapter_model
+
+        trained = load_adapter_model(recipe.folder)
+        return trained.model, trained.tokenizer
+    from ziggurat.training.model import HeadSpec, device, load_base
+    from ziggurat.training.trainers import quiet
+
+    where: dict[str, Any] = {"gguf_file": recipe.gguf_file, "revision": recipe.revision, "dtype": recipe.dtype}
+    with quiet():
+        base = load_base(recipe.model, HeadSpec("instruct", []), **where)
+    return base.model.to(device()).eval(), base.tokenizer  # type: ignore[arg-type]

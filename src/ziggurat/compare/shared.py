@@ -1,0 +1,58 @@
+"""Fields of a method that `set` or a task gives to all methods: each takes those that it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ziggurat.training.methods import BUDGET, METHODS, SYNONYMS, method_fields
+from ziggurat.training.nearest import did_you_mean
+
+from .evaluated import NONE
+
+
+class Shared:
+    """Gives fields to the methods that have room for them, and knows who took which."""
+
+    def __init__(self) -> None:
+        self._takers: dict[str, list[str]] = {}
+        self._others: dict[str, list[str]] = {}
+        self._fields: set[str] = set()
+
+    def part(self, label: str, own: dict[str, object], given: dict[str, object]) -> dict[str, object]:
+        """Of `given`, all but the `method.*` keys that the method with the keys `own` can't take."""
+        taken = {}
+        for key, value in given.items():
+            section, _, name = key.partition(".")
+            if section != "method":
+                taken[key] = value
+                continue
+            fits = self._fits(own, name)
+            if fits:
+                taken[key] = value
+            if own.get("method.name") != NONE:  # which takes nothing, and nobody expects it to
+                place = (self._takers if fits else self._others).setdefault(key, [])
+                if label not in place:
+                    place.append(label)
+        return taken
+
+    def _fits(self, own: dict[str, object], name: str) -> bool:
+        method = METHODS.get(str(own.get("method.name")))
+        if method is None:
+            return False
+        self._fields |= set(fields := method_fields(str(own["method.name"])))
+        ranks = set(method.ranks(8)) if method.ranks is not None else set()
+        if name == BUDGET:
+            return bool(ranks) and not any(f"method.{rank}" in own for rank in ranks)
+        # A method that names a budget of its own has its rank from there.
+        return name in fields and not (name in ranks and f"method.{BUDGET}" in own)
+
+    def notes(self) -> Iterator[str]:
+        for key, labels in self._others.items():
+            yield f"{key}, given to all, is not for {', '.join(labels)}: no such field there, or it has its own rank"
+
+    def problems(self) -> Iterator[str]:
+        """Keys that nobody took: they are wrong, not merely of no use to some."""
+        known = [f"method.{name}" for name in (*sorted(self._fields), BUDGET)]
+        for key in self._others:
+            if key not in self._takers:
+                yield f"{key}: no method of this table takes it{did_you_mean(key, known, SYNONYMS)}"

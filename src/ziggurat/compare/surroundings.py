@@ -1,0 +1,59 @@
+"""When, on what hardware and by which commit a run ran, asked where it runs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+def surroundings() -> dict[str, Any]:
+    """When, on what hardware, and by which commit of this package (where it is a git checkout)."""
+    return {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": hardware(), "commit": commit()}
+
+
+@cache
+def commit() -> str | None:
+    """The commit of the checkout this package runs from, with `+changes` where files differ; None if installed."""
+    here = str(Path(__file__).parents[1])
+
+    def git(*words: str) -> str:
+        done = subprocess.run(  # noqa: S603
+            ["git", "-C", here, *words],  # noqa: S607
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    try:
+        inside = git("ls-files", "--error-unmatch", __file__)
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno", ".") else "") or inside
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, and the accelerators that this process may use."""
+    import torch
+
+    found: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count()}
+    if torch.cuda.is_available():
+        found["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return found
+
+
+@cache
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
