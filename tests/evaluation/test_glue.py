@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from glue_folder import rows_of, write_glue
 
+from commands import main
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.evaluation.glue import glue_scores, task_of, write_server_files
 from ziggurat.evaluation.subject import check_tasks, find_subject
@@ -146,7 +147,9 @@ def test_train_score_and_write_the_servers_files(name: str, glue: Path, tiny_ber
         assert json.loads((result.folder / "run.json").read_text())["head"]["label_names"] == list(GLUE["mrpc"].classes)
 
 
-def test_an_adapter_of_other_data_is_refused(glue: Path, tiny_bert: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_other_data_is_refused(
+    glue: Path, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = recipe_for(
         "cola", glue, model=str(tiny_bert), train__max_steps=1, output=str(tmp_path / "out"), train__save="never"
     )
@@ -162,6 +165,12 @@ def test_an_adapter_of_other_data_is_refused(glue: Path, tiny_bert: Path, tmp_pa
     (glue / "cola" / "test.parquet").rename(glue / "cola" / "away.parquet")
     with pytest.raises(DataError, match=r"no test.parquet"):
         write_server_files(loaded, "cola", tmp_path / "server", str(glue))
+    # The command sees that before it loads anything.
+    weights = folder / "adapter_model.safetensors"
+    weights.rename(tmp_path / "away")
+    assert main("eval", str(folder), "--tasks", "glue/cola", "--predictions", str(tmp_path / "server")) == 2
+    assert "no test.parquet" in capsys.readouterr().err
+    (tmp_path / "away").rename(weights)
     assert not (tmp_path / "server").exists()
     with pytest.raises(DataError, match="labels of split"):
         (glue / "cola" / "validation.parquet").unlink()

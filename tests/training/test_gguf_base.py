@@ -4,10 +4,13 @@ import string
 from pathlib import Path
 
 import gguf
+import pytest
 import torch
 from training_tables import write_jsonl
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from ziggurat.errors import RecipeError
+from ziggurat.evaluation.subject import check_tasks, find_subject, load_subject
 from ziggurat.training.load import load_adapter_model
 from ziggurat.training.recipe import make_recipe
 from ziggurat.training.run import train
@@ -83,3 +86,18 @@ def test_a_base_from_llama_cpp_trains_and_is_no_longer_called_quantised(tiny_lla
     assert getattr(loaded.model.config, "quantization_config", None) is None
     weights = LlamaForCausalLM.from_pretrained(tiny_llama).model.embed_tokens.weight
     torch.testing.assert_close(loaded.model.get_input_embeddings().weight, weights, rtol=0, atol=0)
+
+
+def test_eval_takes_it_by_its_folder_or_its_file(tiny_llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_gguf(tiny_llama, file)
+    weights = LlamaForCausalLM.from_pretrained(tiny_llama).model.embed_tokens.weight
+    for place in (tmp_path, file):
+        subject = find_subject(place)
+        check_tasks(subject, ["mmlu"])
+        model, tokenizer, run = load_subject(subject)
+        assert run is None and model.can_generate() and not model.training and tokenizer.convert_ids_to_tokens(5) == "a"
+        torch.testing.assert_close(model.get_input_embeddings().weight.float(), weights, rtol=0, atol=0)
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(RecipeError, match=r"holds several, name one: other\.gguf, tiny\.gguf"):
+        load_subject(find_subject(tmp_path))

@@ -59,6 +59,12 @@ def evaluate(
 
     subject = find_subject(adapter)
     check_tasks(subject, names)
+    for name in glue:
+        from ziggurat.evaluation.glue import check_data
+
+        assert subject.recipe is not None
+        folder = str(data) if data is not None else subject.recipe.data.folder
+        check_data(name.removeprefix("glue/"), folder, server=predictions is not None)
     found: dict[str, dict[str, float]] = {}
     shares: dict[str, list[str]] = {}
     with ExitStack() as stack:

@@ -39,6 +39,12 @@ def task_for(recipe: Recipe, head: HeadSpec, wanted: str | None = None) -> str:
     return found
 
 
+def check_data(name: str, folder: str | None, *, server: bool) -> None:
+    """See that the splits to be answered are there: for the scores, or for GLUE's server. Raises DataError."""
+    for split in GLUE[name].server if server else [GLUE[name].validation]:
+        read_glue(name, split, folder)
+
+
 def glue_scores(loaded: Loaded, name: str, folder: str | None = None, limit: int | None = None) -> dict[str, float]:
     """Scores on the validation split, in per cent, and `rows`. MNLI's mismatched split comes too, as `mismatched_*`."""
     task = GLUE[name]
