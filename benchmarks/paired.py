@@ -85,7 +85,7 @@ def adapters(targets: list[str], p: float, r: int = 8) -> dict[str, Callable[[nn
         f"LoRA² r {r}": by(LoRA2Config(r=r, **lora)),
         f"PEFT LoRA r {r}": by(LoraConfig(r=r, **lora)),
         f"PEFT LoRA r {wide}": by(LoraConfig(r=wide, **lora)),
-        "PEFT AdaLoRA": by(AdaLoraConfig(init_r=12, target_r=r, tinit=1, tfinal=1, total_step=RUN, **lora)),
+        "PEFT AdaLoRA": by(AdaLoraConfig(init_r=r + r // 2, target_r=r, tinit=1, tfinal=1, total_step=RUN, **lora)),
         "PEFT Lily": by(LilyConfig(r=r, target_modules=targets)),
         "PEFT VeRA": by(VeraConfig(target_modules=targets, vera_dropout=p)),
         "PEFT DoRA": by(LoraConfig(r=r, use_dora=True, **lora)),
