@@ -20,7 +20,7 @@ from ziggurat.training.run import train
 from ziggurat.training.schema import Recipe
 
 from .evaluated import NONE, Evaluation, base_info, evaluate_run
-from .surroundings import surroundings
+from .surroundings import commit, surroundings
 
 #: How a run ended, its info or the reason, and its surroundings.
 Answer = tuple[str, Any, dict[str, Any]]
@@ -51,6 +51,7 @@ def _trained(recipe: Recipe) -> dict[str, Any]:
 
 def attempt(recipe: Recipe, evaluation: Evaluation | None, errors: TextIO) -> Answer:
     """`take`, with how it ended: done and what it gave, or stopped or failed and why; and where it ran."""
+    commit()  # it is kept; asked at the end of a long run, the checkout may have gone on
     try:
         return "done", take(recipe, evaluation), surroundings()
     except (Interrupted, KeyboardInterrupt) as error:
