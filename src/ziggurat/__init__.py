@@ -1,9 +1,11 @@
 """Multi-scale low-rank fine-tuning for Hugging Face models. Importing it registers the methods with PEFT."""
 
 from ziggurat.host.chatter import hush_bitsandbytes
+
+hush_bitsandbytes()  # before anything that imports PEFT
+
 from ziggurat.host.supported import check_versions
 
-hush_bitsandbytes()
 check_versions()  # before anything that stands on parts of PEFT and transformers which other versions may not have
 
 from ziggurat.host.registry import register
