@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -213,3 +214,75 @@ def test_copies_and_pickles_share_among_themselves(monkeypatch: pytest.MonkeyPat
 
 def test_a_method_with_a_forward_of_its_own_shares_nothing() -> None:
     assert not any(SIBLINGS in linear.__dict__ for linear in linears(adapted(DyLoRAConfig)).values())
+
+
+@pytest.mark.parametrize("circumstances", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_query_without_a_graph_gives_the_key_none(config: type, circumstances: Any) -> None:
+    parts, x = linears(adapted(config)), torch.randn(3, 12, dtype=torch.float64)
+
+    def slope(key: AdaptedLinear, first: AdaptedLinear | None) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        read = leaf * 1.0
+        if first is not None:
+            with circumstances():
+                first(read)
+        key(read).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    torch.testing.assert_close(slope(parts["k_proj"], parts["q_proj"]), slope(parts["k_proj"], None), **DOUBLE)
+
+
+def test_autocast_on_one_linear_alone() -> None:
+    torch.manual_seed(0)
+    settings = {"r": 4, "target_modules": [*QKV], "init_weights": False}
+    parts = linears(get_peft_model(Model(), MSPLoraConfig(**settings)).train())
+    x = torch.randn(3, 12)
+    wanted = parts["k_proj"](x)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts["q_proj"](x)
+    assert torch.equal(parts["k_proj"](x), wanted)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_one_linear_checkpointed_alone(config: type, use_reentrant: bool) -> None:
+    """The gradient is that of the value, whose masks the recomputation must draw again."""
+    parts = linears(adapted(config, p=0.5))
+
+    def value(x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        read = x * 1.0
+        key = torch.utils.checkpoint.checkpoint(parts["k_proj"], read, use_reentrant=use_reentrant)
+        return (parts["q_proj"](read) * key + parts["v_proj"](read)).sum()
+
+    def value_query_first(x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        read = x * 1.0
+        query = parts["q_proj"](read)
+        return (query * torch.utils.checkpoint.checkpoint(parts["k_proj"], read, use_reentrant=use_reentrant)).sum()
+
+    for function in (value, value_query_first):
+        x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+        direction, step_size = torch.randn_like(x), 1e-6
+        function(x).backward()
+        ahead, behind = (function((x + sign * step_size * direction).detach().requires_grad_()) for sign in (1, -1))
+        assert x.grad is not None
+        expected = (ahead - behind).detach() / (2 * step_size)
+        torch.testing.assert_close((x.grad * direction).sum(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, DyLoRAConfig])
+def test_factors_changed_in_between_are_seen(config: type) -> None:
+    model = adapted(config)
+    parts, x = linears(model), torch.randn(3, 12, dtype=torch.float64)
+    parts["q_proj"](x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(2)
+    key = parts["k_proj"]
+    found = key(x)  # before effective_pair is asked for: DyLoRA cuts both alike
+    A, B = key.effective_pair("default")
+    torch.testing.assert_close(found, key.base_layer(x) + x @ A.T @ B.T, **DOUBLE)

@@ -268,3 +268,28 @@ def test_shapes_that_do_not_fit(shapes: tuple[tuple[int, ...], ...]) -> None:
 def test_a_dropout_that_is_no_probability(p: float) -> None:
     with pytest.raises(ConfigError, match="it is a probability, give 0 to 1"):
         low_rank_add(*operands(3), p)
+
+
+@pytest.mark.parametrize("reuse_y", [False, True])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+def test_the_result_may_be_changed_in_place(dtypes: tuple[torch.dtype, torch.dtype], reuse_y: bool) -> None:
+    base, factors = dtypes
+    y, x = (torch.randn(2, 3, size, dtype=base, requires_grad=True) for size in (5, 6))
+    A, B = (torch.randn(shape, dtype=factors, requires_grad=True) for shape in ((2, 6), (5, 2)))
+
+    def slopes(change: bool) -> tuple[Tensor, ...]:
+        out = low_rank_add(y * 1.0, x, A, B, reuse_y=reuse_y)
+        return gradients(torch.relu_(out) if change else torch.relu(out), (y, x, A, B))
+
+    for got, wanted in zip(slopes(True), slopes(False), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+def test_a_default_device_elsewhere() -> None:
+    y, x, A, B = operands(3)
+    torch.set_default_device("meta")
+    try:
+        out = low_rank_add(y, x, A, B, 0.5)
+    finally:
+        torch.set_default_device(None)
+    assert out.device.type == "cpu"

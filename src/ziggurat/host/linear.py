@@ -5,7 +5,7 @@ follows from the pair is written here, once.
 """
 
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from ziggurat.errors import ConfigError
 from ziggurat.host.offload import runs_on
 from ziggurat.host.quantised import FLOATS, backend_of, base_weight, check_changeable, replace_weight
 from ziggurat.host.siblings import SIBLINGS
-from ziggurat.lowrank.pair import FactorPair, delta
-from ziggurat.lowrank.product import low_rank_add, up_add
+from ziggurat.lowrank.pair import FactorPair, delta, on_device
+from ziggurat.lowrank.product import low_rank_add, owns_output, transformed, up_add
 
 
 def is_adaptable(module: nn.Module) -> bool:
@@ -109,20 +109,28 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             return y
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
-        # A plain linear's output is fresh, and its backward doesn't read it.
-        plain = type(self.base_layer) is nn.Linear and self.quantization_backend is None
-        reuse_y = plain and not self.base_layer._forward_hooks
+        reuse_y = self.quantization_backend is None and owns_output(self.base_layer)
         for adapter in self.active_adapters:
             if adapter in self.adapters:
                 y = self._add(y, x, adapter, reuse_y)
         return y
 
     def _add(self, y: Tensor, x: Tensor, adapter: str, reuse_y: bool) -> Tensor:
-        siblings = self.__dict__.get(SIBLINGS) if self.training and not torch.compiler.is_compiling() else None
+        siblings = self.__dict__.get(SIBLINGS) if self.training and not transformed() else None
         if siblings is not None and (shared := siblings.down(self, x, adapter, self.dropout(adapter))) is not None:
             return up_add(y, shared.h, shared.B, reuse_y=reuse_y)
-        a, b = self.effective_pair(adapter)
+        a, b = on_device(self.effective_pair(adapter), x.device)
         return low_rank_add(y, x, a, b, self.dropout(adapter) if self.training else 0.0, reuse_y=reuse_y)
+
+    def state_of(self, adapter: str) -> tuple[object, ...]:
+        """What changes whenever `effective_pair` or `dropout` of `adapter` does: its tensors and their versions."""
+        return self.dropout(adapter), *(
+            (id(t), None if t.is_inference() else t._version) for t in self.tensors(adapter)
+        )
+
+    @abstractmethod
+    def tensors(self, adapter: str) -> Iterable[Tensor]:
+        """What `effective_pair` of `adapter` is made of."""
 
     def _add_by_sample(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         """Each sample of the batch with the adapter named for it ("__base__": none). Inference only."""
@@ -135,7 +143,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         y = y.clone()
         for adapter in sorted(set(adapter_names) & set(self.adapters)):
             rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=y.device)
-            a, b = self.effective_pair(adapter)
+            a, b = on_device(self.effective_pair(adapter), x.device)
             y[rows] = low_rank_add(y[rows], x[rows], a, b)
         return y
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.stream import stream
-from ziggurat.lowrank.pair import FactorPair
+from ziggurat.lowrank.pair import FactorPair, on_device
 from ziggurat.lowrank.product import low_rank_add
 from ziggurat.lowrank.spans import Span
 
@@ -155,7 +155,7 @@ class PathLayer(nn.Module, BaseTunerLayer):
                 f"{tuple(x.shape)}: a path needs layers that keep the shape of what passes through them. Leave this "
                 "layer out by layers_to_transform, or end the span before it."
             )
-        a, b = self.effective_pair(adapter)
+        a, b = on_device(self.effective_pair(adapter), y.device)
         return low_rank_add(y, x if x.device == y.device else x.to(y.device), a, b, dropout)
 
     def _add_by_sample(self, y: Tensor, inputs: list[Input], adapter_names: list[str]) -> Tensor:

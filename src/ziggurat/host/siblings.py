@@ -2,8 +2,9 @@
 
 The first one called multiplies the input by the A factors of all of them and keeps the others' products for their
 calls, a moment later. So one dropout mask serves them all, x is dropped out once in the forward and once in the
-backward, and one dL/dx comes back instead of one a linear. Whether the input really is the same tensor, unchanged, is
-looked at in every call; where it isn't, a linear goes down alone.
+backward, and one dL/dx comes back instead of one a linear. Each call looks at whether the input is the same tensor,
+unchanged, under the same circumstances (gradients, autocast, checkpointing) and with the same factors; where not, a
+linear goes down alone.
 """
 
 import re
@@ -12,6 +13,7 @@ import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ziggurat.lowrank.pair import FactorPair
@@ -40,10 +42,35 @@ SIBLINGS = "_siblings"
 
 
 class Down(NamedTuple):
-    """What one linear adds to its output: h B^T, for h = dropout(x) A^T, (tokens, rank)."""
+    """What one linear adds to its output: h B^T for h = dropout(x) A^T, (tokens, rank); `state` is that of A and B."""
 
     h: Tensor
     B: Tensor
+    state: tuple[object, ...] = ()
+
+
+class _Circumstances(NamedTuple):
+    """What besides x decides what a product's graph is: two calls share one only if these are equal.
+
+    `pack` tells one checkpoint from another and from none: the innermost hook on the tensors that autograd saves.
+    """
+
+    version: int
+    requires_grad: bool
+    grad: bool
+    inference: bool
+    autocast: torch.dtype | None
+    pack: object
+
+    @classmethod
+    def of(cls, x: Tensor) -> "_Circumstances":
+        device = x.device.type
+        on = device != "meta" and torch.is_autocast_enabled(device)
+        autocast = torch.get_autocast_dtype(device) if on else None
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[attr-defined]
+        pack = weakref.ref(hooks[0]) if hooks else None
+        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        return cls(x._version, x.requires_grad, grad, inference, autocast, pack)
 
 
 class _InFlight:
@@ -53,18 +80,18 @@ class _InFlight:
         self._local = threading.local()
 
     def put(self, adapter: str, x: Tensor, waiting: dict[int, Down]) -> None:
-        self._local.__dict__[adapter] = (weakref.ref(x), x._version, waiting)
+        self._local.__dict__[adapter] = (weakref.ref(x), _Circumstances.of(x), waiting)
 
-    def take(self, adapter: str, x: Tensor, linear: nn.Module) -> Down | None:
-        """What waits for `linear`, if it was made from this very x, unchanged since."""
-        of, version, waiting = self._local.__dict__.get(adapter, (lambda: None, 0, {}))
-        if of() is not x or version != x._version:
+    def take(self, adapter: str, x: Tensor, linear: "AdaptedLinear") -> Down | None:
+        """What waits for `linear`, if it is what `linear` would make of this x now."""
+        of, circumstances, waiting = self._local.__dict__.get(adapter, (lambda: None, None, {}))
+        if of() is not x or circumstances != _Circumstances.of(x):
             self._local.__dict__.pop(adapter, None)
             return None
         found = waiting.pop(id(linear), None)
         if not waiting:
             del self._local.__dict__[adapter]
-        return found
+        return found if found is None or found.state == linear.state_of(adapter) else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_InFlight":
         return _InFlight()
@@ -92,7 +119,9 @@ class Siblings:
         if not others:
             return None
         first, *rest = down(x, [A, *(pair.A for _, pair in others)], dropout)
-        waiting = {id(other): Down(h, pair.B) for h, (other, pair) in zip(rest, others, strict=True)}
+        waiting = {
+            id(other): Down(h, pair.B, other.state_of(adapter)) for h, (other, pair) in zip(rest, others, strict=True)
+        }
         self._in_flight.put(adapter, x, waiting)
         return Down(first, B)
 

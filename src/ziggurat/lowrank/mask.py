@@ -36,7 +36,7 @@ def draw(x: Tensor, p: float) -> Tensor:
     """
     if x.device.type != "cpu":
         return torch.empty(x.numel(), dtype=torch.bool, device=x.device).bernoulli_(1 - threshold(p) / _STEPS)
-    generator = np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_()))
+    generator = np.random.SFC64(int(torch.empty((), dtype=torch.int64, device="cpu").random_()))
     size, below = x.numel(), threshold(p)
     bits = np.empty((size + 7) // 8, dtype=np.uint8)
     for start in range(0, size, _BLOCK):

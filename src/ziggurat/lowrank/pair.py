@@ -40,6 +40,13 @@ def stack(pairs: Sequence[FactorPair], scales: Sequence[float]) -> FactorPair:
     return FactorPair(downs, ups)
 
 
+def on_device(pair: FactorPair, device: torch.device) -> FactorPair:
+    """The pair on `device`, differentiably: a shared one lies on one device, its layers may be spread over several."""
+    if pair.A.device == device or pair.A.device.type == "meta":
+        return pair
+    return FactorPair(pair.A.to(device), pair.B.to(device))
+
+
 def delta(pair: FactorPair) -> Tensor:
     """The dense update ``B @ A``, (d_out, d_in): for merging into a weight. Spectra come from the factors."""
     return pair.B @ pair.A

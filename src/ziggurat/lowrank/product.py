@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ziggurat.errors import ConfigError
@@ -39,14 +40,15 @@ def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.
     As in PEFT, x is converted to A's dtype and the sum is rounded to y's; under autocast the products
     are in autocast's dtype, as `torch.nn.functional.linear` has them. Gradients go to y, x, A and B, twice
     if asked. Where Triton is installed and the GPU and the dtypes suit, Triton kernels do it
-    (ZIGGURAT_TRITON=0 in the environment turns them off). When compiling, and for tensor subclasses (DTensor,
-    FakeTensor), it is composed of plain operations with torch's own dropout: a compiler fuses them itself.
+    (ZIGGURAT_TRITON=0 in the environment turns them off). When compiled, traced or transformed (torch.func,
+    forward-mode derivatives), and for tensor subclasses (DTensor, FakeTensor), it is composed of plain operations with
+    torch's own dropout: a compiler fuses them itself.
 
     Raises ConfigError if the shapes do not fit each other or dropout is outside 0..1.
     """
     _check(y, x, A, B, dropout)
     tensors = (y, x, A, B)
-    if torch.compiler.is_compiling() or not all(type(t) in _PLAIN for t in tensors):
+    if transformed() or not all(type(t) in _PLAIN for t in tensors):
         return composed(y, x, A, B, dropout)
     if fused := _fused_for(*tensors):
         return fused.fused_low_rank_add(y, x, A, B, dropout, _product_dtype(x, A), reuse_y)
@@ -57,10 +59,21 @@ def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.
 def can_share(x: Tensor, A: Tensor) -> bool:
     """Whether linears that read this x should take `down` together, and then `up_add` each.
 
-    Not when compiling, nor for tensor subclasses, nor where a Triton kernel does all of `low_rank_add` at once.
+    Not for tensor subclasses, nor where a Triton kernel does all of `low_rank_add` at once; and the caller must see
+    to it that torch isn't following the operations (`transformed`).
     """
-    plain = not torch.compiler.is_compiling() and type(x) in _PLAIN and type(A) in _PLAIN
+    plain = type(x) in _PLAIN and type(A) in _PLAIN
     return plain and not x.is_inference() and _fused_for(x, x, A, A) is None
+
+
+def transformed() -> bool:
+    """Whether torch follows the operations themselves: it compiles, traces, or takes derivatives by torch.func."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def composed(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.0) -> Tensor:
@@ -73,7 +86,7 @@ def composed(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.0) -
 
 
 def owns_output(module: nn.Module) -> bool:
-    """Whether what ``module`` returns is new and read by nobody else, so `low_rank_add` may reuse its memory.
+    """Whether what ``module`` returns is new and read by nobody else, so that `low_rank_add` may reuse its memory.
 
     True for exactly `torch.nn.Linear` with its own forward and without hooks: a hook could keep the output,
     a subclass or a replaced forward could return anything.
@@ -189,15 +202,18 @@ def _down(x: Tensor, mask: Tensor | None, A: Tensor) -> Tensor:
 
 
 def _up_add(y: Tensor, h: Tensor, B: Tensor, reuse_y: bool) -> Tensor:
-    """y + h B^T in y's dtype and shape."""
-    if y.dtype != B.dtype:
-        return (_flat(y) + h @ B.T).to(y.dtype).view(y.shape)
+    """y + h B^T in y's dtype and shape. Never a view: autograd lets nobody change a Function's view in place."""
+    if y.dtype != B.dtype or torch._C._len_torch_dispatch_stack():
+        # A mode may keep what it sees, as selective checkpointing does: nothing in place.
+        return torch.add(y, (h @ B.T).view(y.shape)).to(y.dtype)
     if reuse_y and y.is_contiguous():
         # detach() shares y's version counter: had somebody saved y for a backward, that would raise there.
         out = y.detach()
         _flat(out).addmm_(h, B.T)
         return out
-    return torch.addmm(_flat(y), h, B.T).view(y.shape)
+    out = torch.empty_like(y, memory_format=torch.contiguous_format)
+    torch.addmm(_flat(y), h, B.T, out=_flat(out))
+    return out
 
 
 def _slopes(

@@ -104,6 +104,9 @@ class BottleneckLinear(AdaptedLinear, AdapterDropLayer):
     def dropout(self, adapter: str) -> float:
         return self.configs[adapter].lora_dropout
 
+    def tensors(self, adapter: str) -> tuple[Tensor, ...]:
+        raise ExportError(f"adapter {adapter!r}: {_CANNOT}")
+
     def effective_pair(self, adapter: str) -> FactorPair:
         raise ExportError(f"adapter {adapter!r}: {_CANNOT}")
 

@@ -68,6 +68,12 @@ class DyLoRALinear(AdaptedLinear, DyLoRALayer):
             B = torch.cat([B[:, :-1].detach(), B[:, -1:]], dim=1)
         return FactorPair(A, config.scale(rank) * B)
 
+    def tensors(self, adapter: str) -> tuple[Tensor, ...]:
+        return self.dylora_A[adapter], self.dylora_B[adapter]
+
+    def state_of(self, adapter: str) -> tuple[object, ...]:
+        return self._cut, self.drawn.get(adapter), *super().state_of(adapter)
+
     def dropout(self, adapter: str) -> float:
         return self.configs[adapter].lora_dropout
 

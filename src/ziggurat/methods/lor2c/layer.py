@@ -155,5 +155,8 @@ class LoR2CLinear(AdaptedLinear, LoR2CLayer):
     def effective_pair(self, adapter: str) -> FactorPair:
         return stack([self.raw_pair(adapter)], [self.scale[adapter]])
 
+    def tensors(self, adapter: str) -> FactorPair:
+        return self.raw_pair(adapter)
+
     def dropout(self, adapter: str) -> float:
         return self.lora_dropout[adapter]

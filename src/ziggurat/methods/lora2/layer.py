@@ -77,6 +77,9 @@ class LoRA2Linear(AdaptedLinear, LoRA2Layer):
         core = (v * (self.lora2_E[adapter] * self.configs[adapter].scale)) @ V
         return FactorPair(U, u @ core)
 
+    def tensors(self, adapter: str) -> tuple[Tensor, ...]:
+        return *self.planes(adapter), self.lora2_E[adapter]
+
     def dropout(self, adapter: str) -> float:
         return self.configs[adapter].lora_dropout
 

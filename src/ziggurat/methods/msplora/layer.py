@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from ziggurat.host.bank import Component, PairBank
 from ziggurat.host.linear import AdaptedLinear
@@ -71,6 +71,10 @@ class MSPLoraLinear(AdaptedLinear, MSPLoraLayer):
     def effective_pair(self, adapter: str) -> FactorPair:
         bank: Pyramid = self.__dict__["_bank"]
         return bank(adapter, self.components[adapter])
+
+    def tensors(self, adapter: str) -> list[Tensor]:
+        factors = self.__dict__["_bank"].factors(adapter)
+        return [half for component in self.components[adapter] for half in factors.pair(component.pair)]
 
     def dropout(self, adapter: str) -> float:
         return self.lora_dropout[adapter]

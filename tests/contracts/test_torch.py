@@ -1,0 +1,182 @@
+"""What torch offers beside plain training, for every method: torch.func, tracing, hooks, selective checkpointing."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from methods_table import METHODS, logits, zoo_config
+from zoo import ZOO
+
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def double(method: str, model: str = "llama", **fields: Any) -> PeftModel:
+    torch.manual_seed(0)
+    base = ZOO[model].build()
+    base.set_attn_implementation("eager")  # the others have no forward derivative
+    return get_peft_model(base, zoo_config(method, model, init_weights=False, **fields)).double()
+
+
+def embedded(model: PeftModel) -> Tensor:
+    return model.get_input_embeddings()(ZOO["llama"].inputs()["input_ids"]).detach()
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dense(x).tanh()
+
+
+class Stack(nn.Module):
+    """Computes the same for any shape; a whole transformer's masks would be traced as constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def answer(model: nn.Module, inputs_embeds: Tensor) -> Tensor:
+    return model(inputs_embeds=inputs_embeds)[0]
+
+
+@every_method
+def test_functional_gradients_are_those_of_a_backward(method: str) -> None:
+    model = double(method).eval()
+    inputs = embedded(model)
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, parameters, (), {"inputs_embeds": inputs})[0].square().mean()
+
+    found = torch.func.grad(loss)({name: p.detach() for name, p in learning.items()})
+    answer(model, inputs).square().mean().backward()
+    for name, parameter in learning.items():
+        wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(found[name], wanted, rtol=1e-9, atol=1e-12)
+
+
+@every_method
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_derivatives(method: str, grad: bool) -> None:
+    """Along a direction, against a difference quotient. Of BERT: Llama norms in float32, which drowns it."""
+    model = double(method, "bert").eval()
+    x = embedded(model)
+    direction, size = torch.randn_like(x), 1e-6
+    with torch.set_grad_enabled(grad):
+        _, slope = torch.func.jvp(partial(answer, model), (x,), (direction,))
+    with torch.no_grad():
+        wanted = (answer(model, x + size * direction) - answer(model, x - size * direction)) / (2 * size)
+    torch.testing.assert_close(slope.detach(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@every_method
+def test_hooks_on_all_modules_see_outputs_that_stay(method: str) -> None:
+    model, seen = double(method).train(), []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: seen.append((out, out.clone())) if isinstance(module, nn.Linear) else None
+    )
+    try:
+        answer(model, embedded(model))
+    finally:
+        handle.remove()
+    assert seen and all(torch.equal(out, then) for out, then in seen)
+
+
+@every_method
+def test_selective_checkpointing(method: str) -> None:
+    """What is kept of matrix products is what the backward reads: nobody has written over it."""
+    model = double(method).train()
+    kept = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    contexts = partial(create_selective_checkpoint_contexts, kept)
+
+    def slope(run: Any) -> Tensor:
+        x = embedded(model).requires_grad_()
+        torch.manual_seed(1)
+        run(x).square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    plain = partial(answer, model)
+    found = slope(lambda x: checkpoint(plain, x, use_reentrant=False, context_fn=contexts))
+    torch.testing.assert_close(found, slope(plain), rtol=1e-9, atol=1e-12)
+
+
+@every_method
+def test_a_trace_computes_other_shapes_too(method: str) -> None:
+    torch.manual_seed(0)
+    fields = {"target_modules": ["dense"]} if METHODS[method].takes_targets else {}
+    config = METHODS[method].config(ZOO["llama"], init_weights=False, task_type=None, **fields)
+    model = get_peft_model(Stack(), config).eval()
+    traced = torch.jit.trace(model, (torch.randn(2, 5, 16),), check_trace=False)
+    x = torch.randn(3, 4, 16)
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if name != "dylora"]
+)  # its rank is drawn anew in each step
+def test_compiled_training_is_training(method: str) -> None:
+    """Forward and backward in one graph; without dropout, for the compiler draws other numbers."""
+    model = double(method, lora_dropout=0.0).train()
+    x = embedded(model)
+
+    def slopes(run: nn.Module) -> dict[str, Tensor]:
+        model.zero_grad()
+        torch.manual_seed(1)
+        run(inputs_embeds=x)[0].square().mean().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    wanted = slopes(model)
+    torch._dynamo.reset()
+    found = slopes(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    assert found.keys() == wanted.keys()
+    for name, slope in wanted.items():
+        torch.testing.assert_close(found[name], slope, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["msplora", "lor2c"])
+def test_layers_on_two_devices_share_a_pair(method: str) -> None:
+    """The second device is "meta", which shows where numbers go, if not which."""
+    fields = {"share": True} if method == "lor2c" else {}
+    model = double(method, **fields).eval()
+    layers = model.get_submodule("base_model.model.model.layers")
+    layers[-1].register_forward_pre_hook(
+        lambda module, args, kwargs: (tuple(a.to("meta") for a in args), _moved(kwargs)), with_kwargs=True
+    )
+    shared = {n: p for n, p in model.named_parameters() if METHODS[method].prefix in n}
+    for name, parameter in list(layers[-1].named_parameters()):
+        if METHODS[method].prefix not in name:
+            _replace(layers[-1], name, parameter.to("meta"))
+    model.get_submodule("base_model.model.model.norm").to("meta")
+    model.get_submodule("base_model.model.lm_head").to("meta")
+    assert shared and all(p.device.type == "cpu" for p in shared.values())
+    assert logits(model, ZOO["llama"].inputs()).device.type == "meta"
+
+
+def _moved(kwargs: dict[str, Any]) -> dict[str, Any]:
+    def move(value: Any) -> Any:
+        return tuple(map(move, value)) if isinstance(value, tuple) else _to_meta(value)
+
+    return {name: move(value) for name, value in kwargs.items()}
+
+
+def _to_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
