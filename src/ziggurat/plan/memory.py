@@ -4,16 +4,22 @@ Activations are counted, not guessed: one forward of the adapted model on the me
 with every tensor that autograd would keep for the backward. Attention that asks torch for a fused kernel is counted as
 one keeps it: inputs, output and one number a row, not the L x L weights. Per sample all grows as a L + c L^2 with the
 length L (c is not 0 where attention is written out, or has a mask); two lengths give a and c.
+
+With gradient checkpointing there stay what is outside the layers, every layer's input, and all of the layer that is
+being computed again, the largest. NF4 weights (QLoRA) take 4 bits, a byte a block of 64 for its scale, and a float32 a
+256 blocks [Dettmers et al. 2023, double quantisation].
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 @dataclass(frozen=True)
@@ -46,25 +52,92 @@ class Memory:
         return f"batch x ({self.a:,.0f} L + {self.c:,.1f} L²) bytes"
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a step takes: `labels` are "tokens", "classes", "values" or None; `pair`: two texts, encoded apart."""
+
+    batch: int
+    length: int
+    labels: str | None = None
+    pair: bool = False
+    checkpointing: bool = False
+    four_bits: bool = False
+
+
 def saved_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
     """Bytes that autograd keeps between a forward on `inputs` and its backward, beside parameters and buffers.
 
     A tensor kept several times, or in several views, counts once. Works on any device, on meta without computing.
     """
+    kept, _ = _kept(model, inputs)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def checkpointed_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
+    """The most that is kept at once where each layer's activations are computed again when its turn comes.
+
+    The layers are those that transformers checkpoints. Raises ValueError if there are none.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError("the model has no layers that transformers checkpoints")
+    kept, places = _kept(model, inputs, layers)
+    inside: dict[int, int] = {}
+    outside = 0
+    for key, storage in kept.items():
+        layer = places.get(key)
+        if layer is None:
+            outside += storage.nbytes()
+        else:
+            inside[layer] = inside.get(layer, 0) + storage.nbytes()
+    return outside + max(inside.values(), default=0)
+
+
+def _kept(
+    model: nn.Module, inputs: dict[str, Tensor], layers: Sequence[nn.Module] = ()
+) -> tuple[dict[int, Any], dict[int, int]]:
+    """The storages kept, by address, and in which of `layers` those are that go with the layer.
+
+    What enters a layer stays whatever becomes of the layer.
+    """
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *inputs.values())}
     kept: dict[int, Any] = {}
+    places: dict[int, int] = {}
+    entered: set[int] = set()
+    current: list[int] = []
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if storage._cdata not in own and storage._cdata not in kept:
             kept[storage._cdata] = storage  # holding it keeps its address from being used again
+            if current and storage._cdata not in entered:
+                places[storage._cdata] = current[-1]
         return tensor
 
-    with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(**inputs)
-    total = sum(storage.nbytes() for storage in kept.values())
+    def enter(number: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            for tensor in args:
+                if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in own:
+                    kept[storage._cdata] = storage
+                    entered.add(storage._cdata)
+                    places.pop(storage._cdata, None)
+            current.append(number)
+
+        return hook
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        current.pop()
+
+    hooks = [layer.register_forward_pre_hook(enter(number)) for number, layer in enumerate(layers)]
+    hooks += [layer.register_forward_hook(leave) for layer in layers]
+    try:
+        with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
     del output
-    return total
+    return kept, places
 
 
 class _Fused(torch.autograd.Function):
@@ -89,19 +162,22 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def memory(model: nn.Module, batch: int, length: int, *, labels: str | None) -> Memory:
-    """The estimate for an adapted model on the meta device. `labels`: "tokens", "classes", "values" or None."""
+def memory(model: nn.Module, step: Step) -> Memory:
+    """The estimate for an adapted model on the meta device."""
     everything = list({id(p): p for p in model.parameters()}.values())
     on = [p for p in everything if p.requires_grad]
     trained = sum(p.numel() * p.itemsize for p in on)
-    weights = sum(p.numel() * p.itemsize for p in everything if not p.requires_grad)
+    frozen = [p for p in everything if not p.requires_grad]
+    weights = _four_bit_bytes(model, frozen) if step.four_bits else sum(p.numel() * p.itemsize for p in frozen)
     numbers = sum(p.numel() for p in on)
+    batch, length = step.batch, step.length
     a = c = 0.0
     activations = None
+    measure = checkpointed_bytes if step.checkpointing else saved_bytes
     model.train()
     try:
         half = max(length // 2, 1)
-        short, whole = (float(saved_bytes(model, _inputs(model, n, labels))) for n in (half, length))
+        short, whole = (float(measure(model, _inputs(model, n, step))) for n in (half, length))
         if half < length:
             c = max(0.0, (whole / length - short / half) / (length - half))
         a = whole / length - c * length
@@ -112,11 +188,29 @@ def memory(model: nn.Module, batch: int, length: int, *, labels: str | None) -> 
     return Memory(weights, trained, trained, 8 * numbers, activations, batch, length, a, c)
 
 
-def _inputs(model: nn.Module, length: int, labels: str | None) -> dict[str, Tensor]:
+def _four_bit_bytes(model: nn.Module, frozen: Sequence[nn.Parameter]) -> int:
+    """Bytes of a base in NF4: its linears but those of the head; the rest is float32, as PEFT prepares it."""
+    from ziggurat.training.model import is_quantised_linear
+
+    packed = {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and is_quantised_linear(name.removeprefix("base_model.model.").removesuffix(".base_layer"))
+    }
+    total = 0.0
+    for p in frozen:
+        total += p.numel() * (0.5 + 1 / 64 + 4 / (64 * 256) if id(p) in packed else 4)
+    return round(total)
+
+
+def _inputs(model: nn.Module, length: int, step: Step) -> dict[str, Tensor]:
+    labels = step.labels
+
     def ids(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
         return torch.ones(shape, dtype=dtype, device="meta")
 
-    inputs = {"input_ids": ids(1, length)}
+    inputs = {"input_ids": ids(1, 2, length) if step.pair else ids(1, length)}
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids(1, length)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Anatomy, Place
 
 from .disk import file_bytes
-from .memory import Memory, memory
+from .memory import Memory, Step, memory
 
 #: Shown name -> the method's fields beside its rank. PiSSA, QLoRA and DyLoRA train as many numbers as LoRA.
 BESIDE: dict[str, dict[str, Any]] = {
@@ -93,8 +93,14 @@ def plan(
     batch: int = 16,
     length: int = 256,
     measure_memory: bool = True,
+    pair: bool = False,
+    checkpointing: bool = False,
+    four_bits: bool = False,
 ) -> Plan:
     """Count what `config` trains in `model`, which lies on the meta device and comes back as it was.
+
+    For the memory: `pair`, two texts encoded apart; `checkpointing`, the layers' activations are computed again;
+    `four_bits`, the base's linears are NF4 (QLoRA).
 
     Raises:
         ConfigError: the config doesn't fit the model, with what the method says of it.
@@ -113,7 +119,8 @@ def plan(
         state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         parts = _parts(state, adapted.peft_config["default"], anatomy)
         modules = list(getattr(adapted, "targeted_module_names", None) or adapted.base_model.targeted_module_names)
-        estimate = memory(adapted, batch, length, labels=LABELS.get(task or "")) if measure_memory else None
+        how = Step(batch, length, LABELS.get(task or ""), pair, checkpointing, four_bits)
+        estimate = memory(adapted, how) if measure_memory else None
         notes = []
         if estimate is not None and estimate.activations is None:
             notes.append("this model's forward looks at values, so its activations can't be counted without weights")
@@ -221,7 +228,8 @@ def plan_recipe(
     length: int | None = None,
     measure_memory: bool = True,
 ) -> Plan:
-    """The plan of a recipe's method, or of `choice` (method.* as in a recipe), for `model`, by its config alone.
+    """The plan of a recipe's method, or of `choice` (method.* as in a recipe), for `model`, by its config and, where they
+    are here, the names of its weights and the labels of the data: `notes` says what is assumed else.
 
     `budget` ("0.1%" of the model, "300k"): instead of the recipe's rank the largest that it pays for; a recipe's own
     `method.budget` is met as `ziggurat train` meets it.
@@ -230,30 +238,41 @@ def plan_recipe(
         ConfigError: no such model, a method without an adapter, or a budget below the smallest one.
         RecipeError: `choice` isn't one of a method.
     """
-    from ziggurat.training.bare import bare_model, head_modules
+    from ziggurat.training.adapt import beside
+    from ziggurat.training.bare import bare_model
+    from ziggurat.training.bare_base import BareBase, bare_base
     from ziggurat.training.budget import fit_rank, rank_fields, read_budget
+    from ziggurat.training.encode import longest
     from ziggurat.training.methods import BUDGET, METHODS, method_config
 
     chosen = dict(choice or (recipe.method if recipe is not None else {"name": "msplora", "r": 8}))
-    task = recipe.task if recipe is not None else None
-    bare = bare_model(model, task, recipe.dtype if recipe is not None else "auto")
-    extra = {"modules_to_save": head_modules(bare)} if task in ("classification", "regression") else {}
-    if METHODS[chosen["name"]].config is None:
+    method = METHODS[chosen["name"]]
+    if method.config is None:
         raise ConfigError(f"method {chosen['name']} trains weights of the model itself; there is no adapter to plan.")
+    base = bare_base(recipe, model) if recipe is not None else BareBase(bare_model(model), [], False, [])
     pays = chosen.pop(BUDGET, None)
     if budget is not None:
-        pays = read_budget(budget, sum(p.numel() for p in bare.parameters()))
+        pays = read_budget(budget, sum(p.numel() for p in base.model.parameters()))
     if pays is not None:
         chosen = {key: value for key, value in chosen.items() if key not in ("ranks", *rank_fields(chosen, 8))}
-        chosen |= rank_fields(chosen, fit_rank(bare, chosen, pays).rank)
-    config = method_config(chosen, **extra)
-    return plan(
-        bare,
-        config,
+        chosen |= rank_fields(chosen, fit_rank(base.model, chosen, pays).rank)
+    found = plan(
+        base.model,
+        method_config(chosen, **(beside(recipe, base.head) if recipe is not None else {})),
         name=str(model),
         method=chosen["name"],
-        task=task,
+        task=recipe.task if recipe is not None else None,
         batch=batch or (recipe.train.batch if recipe is not None else 16),
-        length=length or (recipe.data.max_length if recipe is not None else 256),
+        length=length or longest(None, base.model.config, recipe.data.max_length if recipe is not None else 256),
         measure_memory=measure_memory,
+        pair=base.pair,
+        checkpointing=recipe is not None and recipe.train.gradient_checkpointing,
+        four_bits=method.four_bits,
     )
+    notes = [*base.notes, *found.notes]
+    if measure_memory and recipe is not None and recipe.train.precision != "fp32":
+        notes.append(
+            f"train.precision {recipe.train.precision}: the activations are counted in the numbers of the weights; "
+            "autocast keeps about half of them, and a copy of the weights that it casts"
+        )
+    return replace(found, notes=notes)

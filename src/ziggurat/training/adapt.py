@@ -46,12 +46,9 @@ def adapt(recipe: Recipe, base: Base) -> nn.Module:
         if not names or (recipe.method["name"] != "head" and all(_in_head(name, base.head) for name in names)):
             raise RecipeError(f"method.name: {recipe.method['name']} finds nothing to train in {recipe.model}")
         return base.model
-    run: dict[str, Any] = {"task_type": _task_type(recipe)}
-    if base.head:
-        run["modules_to_save"] = sorted({*base.head, *(recipe.method.get("modules_to_save") or [])})
-    config = method_config(recipe.method, **run)
+    config = method_config(recipe.method, **beside(recipe, base.head))
     assert config is not None
-    _check_targets(config, base.model)
+    check_targets(config, base.model)
     if method.four_bits:
         prepare_model_for_kbit_training(base.model, use_gradient_checkpointing=recipe.train.gradient_checkpointing)
         for module in base.model.modules():
@@ -66,7 +63,13 @@ def adapt(recipe: Recipe, base: Base) -> nn.Module:
         raise RecipeError(f"method: {recipe.method['name']} cannot adapt {recipe.model}: {error}") from error
 
 
-def _check_targets(config: Any, model: nn.Module) -> None:
+def beside(recipe: Recipe, head: list[str]) -> dict[str, Any]:
+    """The fields of a method's config that the task gives, not the method: what else trains, and what PEFT calls it."""
+    saved = {"modules_to_save": sorted({*head, *(recipe.method.get("modules_to_save") or [])})} if head else {}
+    return {"task_type": task_type(recipe), **saved}
+
+
+def check_targets(config: Any, model: nn.Module) -> None:
     """PEFT passes over a target that matches nothing as long as another matches; in a recipe it is a slip."""
     targets = getattr(config, "target_modules", None)
     if not isinstance(targets, (list, tuple, set)):
@@ -120,7 +123,8 @@ def _lora_count(recipe: Recipe, model: nn.Module, base: Base) -> int | None:
     return sum(parameter.numel() for name, parameter in adapted.named_parameters() if "lora_" in name)
 
 
-def _task_type(recipe: Recipe) -> TaskType | None:
+def task_type(recipe: Recipe) -> TaskType | None:
+    """PEFT's task of a recipe."""
     if recipe.task == "instruct":
         return TaskType.CAUSAL_LM
     # PEFT has no task for a head of ours: without one it stores the class, from which AutoPeftModel rebuilds it.

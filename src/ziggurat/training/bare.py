@@ -29,21 +29,8 @@ def bare_model(
         ConfigError: there is no such model, or transformers can't build it from a config.
     """
     import transformers
-    from transformers import AutoConfig
 
-    from .embedded import model_path
-
-    try:
-        where: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
-        if gguf_file is not None:
-            where["gguf_file"] = gguf_file
-        config = AutoConfig.from_pretrained(model_path(str(model)), **where)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"no config of a model in {str(model)!r}: {first} Give a folder that holds a config.json, the file itself, "
-            "or the name of a model on the hub that is in the cache."
-        ) from error
+    config = bare_config(model, revision=revision, gguf_file=gguf_file)
     for name, value in changes.items():
         setattr(config, name, value)
     numbers = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
@@ -63,7 +50,20 @@ def bare_model(
         raise ConfigError(f"{model} can't be built from its config: {error}") from error
 
 
-def head_modules(model: nn.Module) -> list[str]:
-    """The children beside the encoder that have weights of their own: what a task's fresh head trains whole."""
-    prefix = getattr(model, "base_model_prefix", "")
-    return [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
+def bare_config(model: str | Path, *, revision: str | None = None, gguf_file: str | None = None) -> Any:
+    """The config of `model`. Raises ConfigError where there is none."""
+    from transformers import AutoConfig
+
+    from .embedded import model_path
+
+    try:
+        where: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
+        if gguf_file is not None:
+            where["gguf_file"] = gguf_file
+        return AutoConfig.from_pretrained(model_path(str(model)), **where)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"no config of a model in {str(model)!r}: {first} Give a folder that holds a config.json, the file itself, "
+            "or the name of a model on the hub that is in the cache."
+        ) from error

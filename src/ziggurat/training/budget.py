@@ -18,7 +18,9 @@ from ziggurat.errors import ConfigError, RecipeError
 
 from .bare import bare_model
 from .closed_form import count
+from .embedded import model_path
 from .methods import BUDGET, METHODS, method_config
+from .model import find_gguf
 from .schema import Recipe
 
 #: No adapter of this rank is worth training; where even this one is below the budget (VeRA), it is what is picked.
@@ -57,7 +59,8 @@ def recipe_model(recipe: Recipe) -> nn.Module:
     """The recipe's model on the meta device. Raises RecipeError without a config to build it by."""
     task = "encoder" if recipe.task != "instruct" and recipe.head.pooling == "mean" else recipe.task
     try:
-        return bare_model(recipe.model, task, revision=recipe.revision, gguf_file=recipe.gguf_file)
+        gguf = find_gguf(model_path(recipe.model), recipe.gguf_file)
+        return bare_model(recipe.model, task, revision=recipe.revision, gguf_file=gguf)
     except ConfigError as error:
         raise RecipeError(f"model: {error}") from error
 

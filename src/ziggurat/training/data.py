@@ -64,6 +64,21 @@ def load_examples(recipe: Recipe) -> Examples:
     return Examples(train, validation, names, notes, shape)
 
 
+def class_names(recipe: Recipe) -> list[str] | None:
+    """The classes of a classification recipe, of the training rows alone; None where only a hub could tell.
+
+    Raises DataError as `load_examples` does.
+    """
+    data = recipe.data
+    if data.label_names is not None:
+        return list(data.label_names)
+    if is_hub_name(data.train):
+        return None
+    train = read_table(data.train, subset=data.subset, split=data.train_split)
+    require_column(train, data.label, "data.label", data.train)
+    return _known(recipe, train, _class_values(train[data.label], data.label, data.train))[1]
+
+
 def _splits(recipe: Recipe, notes: list[str]) -> tuple[Dataset, Dataset]:
     data = recipe.data
     train, validation = glue_splits(data) or (None, None)
@@ -156,19 +171,32 @@ def _numbers(values: Any, column: str, source: str) -> list[float]:
 
 
 def _classes(recipe: Recipe, train: Dataset, validation: Dataset) -> tuple[list[str], list[list[int]]]:
-    """Names of the classes and both splits' labels as indices into them.
-
-    A hub data set's own class names and data.label_names count the classes 0, 1, ...; else the classes are the values
-    found in the training data, in order.
-    """
+    """Names of the classes and both splits' labels as indices into them."""
     column, source = recipe.data.label, recipe.data.train
     values = [
         _class_values(part[column], column, where)
         for part, where in ((train, source), (validation, recipe.data.validation or source))
     ]
-    feature = train.features[column]
-    given = recipe.data.label_names or getattr(feature, "names", None)
-    seen = sorted(set(values[0]), key=lambda value: (isinstance(value, str), value))
+    known, names = _known(recipe, train, values[0])
+    place = {value: index for index, value in enumerate(known)}
+    unseen = sorted({str(value) for value in values[1] if value not in place})
+    if unseen:
+        raise DataError(
+            f"data.label: the validation data have {_some(unseen)} in column '{column}', which the training data lack; "
+            f"known: {_some(names)}"
+        )
+    return names, [[place[value] for value in part] for part in values]
+
+
+def _known(recipe: Recipe, train: Dataset, values: list[Any]) -> tuple[list[Any], list[str]]:
+    """The classes as the labels call them, and their names.
+
+    A hub data set's own class names and data.label_names count the classes 0, 1, ...; else the classes are the values
+    found in the training data, in order.
+    """
+    column, source = recipe.data.label, recipe.data.train
+    given = recipe.data.label_names or getattr(train.features[column], "names", None)
+    seen = sorted(set(values), key=lambda value: (isinstance(value, str), value))
     if given is not None:
         texts = all(isinstance(value, str) for value in seen)
         known: list[Any] = list(given) if texts else list(range(len(given)))
@@ -183,19 +211,12 @@ def _classes(recipe: Recipe, train: Dataset, validation: Dataset) -> tuple[list[
     else:
         known = seen
         names = [str(value) for value in seen]
-    if len(known) > 100 and len(known) > len(values[0]) / 2:
+    if len(known) > 100 and len(known) > len(values) / 2:
         raise DataError(
-            f"data.label: column '{column}' of {source} has {len(known)} different values in {len(values[0])} rows, "
+            f"data.label: column '{column}' of {source} has {len(known)} different values in {len(values)} rows, "
             "which are no classes; name another column, or set task: regression"
         )
-    place = {value: index for index, value in enumerate(known)}
-    unseen = sorted({str(value) for value in values[1] if value not in place})
-    if unseen:
-        raise DataError(
-            f"data.label: the validation data have {_some(unseen)} in column '{column}', which the training data lack; "
-            f"known: {_some(names)}"
-        )
-    return names, [[place[value] for value in part] for part in values]
+    return known, names
 
 
 def _class_values(values: Any, column: str, source: str) -> list[Any]:

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def longest(tokenizer: PreTrainedTokenizerBase, config: Any, wanted: int) -> int:
+def longest(tokenizer: PreTrainedTokenizerBase | None, config: Any, wanted: int) -> int:
     """`wanted` tokens, or fewer where the model has fewer positions."""
     limits = [wanted]
-    if isinstance(tokenizer.model_max_length, int) and tokenizer.model_max_length < 1_000_000:
+    if tokenizer is not None and isinstance(tokenizer.model_max_length, int) and tokenizer.model_max_length < 1_000_000:
         limits.append(tokenizer.model_max_length)
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:

@@ -48,13 +48,13 @@ class MeanPooledClassifier(PreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size * (4 if self.pair else 1), int(config.num_labels or 2))
         self.post_init()
 
-    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def features(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """(batch, length) ids, or (batch, 2, length) for two texts -> (batch, d) or (batch, 4 d)."""
         if not self.pair:
-            return mean_pool(self._states(input_ids, attention_mask), attention_mask)
+            return self._means(input_ids, attention_mask)
         # Both texts go through the encoder in one call: half the kernel launches, one low-rank product a linear.
-        ids, mask = input_ids.flatten(0, 1), attention_mask.flatten(0, 1)
-        u, v = mean_pool(self._states(ids, mask), mask).unflatten(0, (-1, 2)).unbind(1)
+        mask = attention_mask.flatten(0, 1) if attention_mask is not None else None
+        u, v = self._means(input_ids.flatten(0, 1), mask).unflatten(0, (-1, 2)).unbind(1)
         return torch.cat([u, v, (u - v).abs(), u * v], dim=-1)
 
     def forward(
@@ -71,8 +71,6 @@ class MeanPooledClassifier(PreTrainedModel):
             raise ValueError(
                 f"this head takes two texts, input_ids of shape (batch, 2, length), got {tuple(input_ids.shape)}"
             )
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
         logits = self.classifier(self.dropout(self.features(input_ids, attention_mask)).to(self.classifier_dtype))
         loss = None
         if labels is not None:
@@ -86,5 +84,7 @@ class MeanPooledClassifier(PreTrainedModel):
     def classifier_dtype(self) -> torch.dtype:
         return next(self.classifier.parameters()).dtype
 
-    def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    def _means(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        # Without a mask the encoder gets none either: it would have to look at the values of one.
+        states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return mean_pool(states, mask if mask is not None else torch.ones_like(ids))

@@ -67,7 +67,7 @@ def load_base(
     Raises RecipeError when the model can't be found or read, has no head for the task, or can't be quantised here.
     """
     path = model_path(model)
-    gguf_file = _gguf(path, gguf_file)
+    gguf_file = find_gguf(path, gguf_file)
     where: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
     if gguf_file is not None:
         where["gguf_file"] = gguf_file
@@ -133,6 +133,11 @@ def _nf4(dtype: str) -> BitsAndBytesConfig:
 _HEAD_NAMES = ("classifier", "pre_classifier", "score", "pooler", "lm_head", "qa_outputs", "summary")
 
 
+def is_quantised_linear(path: str) -> bool:
+    """Whether QLoRA's base keeps the linear at `path` in 4 bits; transformers leaves out names by start and end."""
+    return not (path.startswith(_HEAD_NAMES) or path.endswith(_HEAD_NAMES))
+
+
 def fresh_modules(model: PreTrainedModel, missing: set[str] | list[str]) -> list[str]:
     """Names of the modules that must train whatever the method: the head, and what the checkpoint had no weights for.
 
@@ -161,7 +166,11 @@ def _tokenizer(path: str, where: dict[str, Any]) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(path, **where)
 
 
-def _gguf(path: str, gguf_file: str | None) -> str | None:
+def find_gguf(path: str, gguf_file: str | None) -> str | None:
+    """The file of llama.cpp's format that is meant: the named one, or the only one in a folder without a config.
+
+    Raises RecipeError if it isn't there, or several are.
+    """
     folder = Path(path)
     if not folder.is_dir():
         return gguf_file
