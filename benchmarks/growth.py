@@ -119,8 +119,8 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
             axes[row][column].set(xlabel=grown, ylabel=what, xscale="log", xticks=values, xticklabels=values)
             axes[row][column].minorticks_off()
             axes[row][column].set_ylim(bottom=0)
-    figure.legend(loc="outside lower center", ncols=9, fontsize=8)
-    figure.savefig(path, dpi=80)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=9, fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
