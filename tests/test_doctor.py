@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import BertConfig
+from peft import LilyConfig, LoraConfig, VeraConfig, get_peft_model
+from transformers import BertConfig, LlamaConfig
 from typer.testing import CliRunner
 
 from methods_table import METHODS
@@ -78,6 +78,14 @@ def test_an_untested_version_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found.level == "error" and found.what == "peft 0.17.0" and "pip install 'peft" in found.do
 
 
+def test_an_extra_of_another_version_is_told_by_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "3.1" if name == "matplotlib" else real(name))
+    (found,) = checks.environment()
+    assert found.level == "warning" and found.what == "matplotlib 3.1" and "ziggurat[plots]" in found.why
+    assert "matplotlib>=3.9" in found.do
+
+
 @pytest.mark.parametrize(
     ("variables", "what", "level"),
     [
@@ -118,12 +126,52 @@ def test_what_servers_refuse_is_said(tmp_path: Path) -> None:
     }
     lora = LoraConfig(r=4, use_rslora=True, modules_to_save=["classifier"], **fields)
     found = whats(checks.adapter(saved(tmp_path / "lora", lora), {}))
-    assert found["rank_pattern and use_rslora"] == "warning" and found["ranks [3, 4]"] == "note"
     assert any(what.startswith("2 tensors that are no factor pairs") for what in found)
+    assert found["rank_pattern and use_rslora"] == "warning" and found["ranks [3, 4]"] == "note"
     paths = whats(checks.adapter(saved(tmp_path / "paths", LoR2CConfig(r=4, init_weights=False)), {}))
     assert paths["LoR2C with vLLM: doesn't work"] == "error"
     pyramid = MSPLoraConfig(r=4, target_modules=["query"], init_weights=False)
     assert "served as rank 8" in whats(checks.adapter(saved(tmp_path / "pyramid", pyramid), {}))
+
+
+def test_the_servers_take_adapters_of_decoders_alone(tmp_path: Path) -> None:
+    for name, config in (("bert", BertConfig()), ("llama", LlamaConfig())):
+        config.save_pretrained(str(tmp_path / name))
+        model = get_peft_model(
+            ZOO[name].build(), MSPLoraConfig(r=4, target_modules=ZOO[name].targets, init_weights=False)
+        )
+        model.peft_config["default"].base_model_name_or_path = str(tmp_path / name)
+        model.save_pretrained(str(tmp_path / f"{name}-adapter"))
+        found = whats(checks.adapter(tmp_path / f"{name}-adapter", {}))
+        assert (found.get("serving an adapter of bert") == "warning") == (name == "bert")
+        assert ("served as rank 8" in found) == (name == "llama")
+    lora = LoraConfig(r=8, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(ZOO["llama"].build(), lora).save_pretrained(str(tmp_path / "outside"))
+    found = whats(checks.adapter(tmp_path / "outside", {}))
+    assert found["targets outside the layers (lm_head)"] == "warning" and "ranks [8]" not in found
+
+
+def test_lor2c_is_not_told_to_merge_into_weights() -> None:
+    for key in ("vllm", "llama_cpp", "bitsandbytes", "hqq", "torchao", "packed"):
+        why, instead = next(row for row in FACTS if row.key == key).reason("lor2c")
+        assert "path" in why and "export" not in instead and "convert that" not in instead
+
+
+def test_vera_and_lily_own_their_tensors(tmp_path: Path) -> None:
+    for config in (VeraConfig(r=4, target_modules=["query"]), LilyConfig(r=4, target_modules=["query"])):
+        found = whats(checks.adapter(saved(tmp_path / str(config.peft_type.value), config), {}))
+        assert not any("no factor pairs" in what for what in found), found
+        assert found[f"serving {config.peft_type.value}"] == "note"
+
+
+def test_an_adapter_on_the_embedded_model_travels(tmp_path: Path) -> None:
+    config = MSPLoraConfig(r=4, target_modules=["query"], init_weights=False)
+    model = get_peft_model(ZOO["bert"].build(), config)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "of-another-machine")
+    model.save_pretrained(str(tmp_path / "run"))
+    (tmp_path / "run" / "recipe.yaml").write_text("model: embedded\ndata.train: demo\nmethod.name: msplora\n")
+    (tmp_path / "run" / "run.json").write_text('{"head": {}}')
+    assert not any(what.startswith("base model") for what in whats(checks.adapter(tmp_path / "run", {})))
 
 
 def test_a_path_of_this_machine_is_no_name_for_a_base(tmp_path: Path) -> None:
@@ -145,11 +193,39 @@ def test_a_recipe_that_cannot_fit_its_model(tmp_path: Path) -> None:
     assert list(checks.recipe(make_recipe(values), {})) == []
     values["method"] = {"name": "msplora", "r": 8, "target_modules": ["nothing"]}
     (found,) = checks.recipe(make_recipe(values), {})
-    assert found.level == "error" and "matches no linear" in found.why
+    assert found.level == "error" and "'nothing' matches no module" in found.why
+    for method, said in (
+        ({"name": "lora", "target_modules": ["nope"]}, "'nope' matches no module"),
+        ({"name": "msplora", "budget": 10}, "10 numbers are too few"),
+        ({"name": "lora", "target_modules": ["query"], "budget": 10}, "10 numbers are too few"),
+    ):
+        (found,) = checks.recipe(make_recipe({**values, "method": method}), {})
+        assert found.level == "error" and said in found.why, found
+    paid = {"name": "lora", "target_modules": ["query"], "budget": 1000}
+    assert list(checks.recipe(make_recipe({**values, "method": paid}), {})) == []
+
+
+def test_what_a_recipe_needs_and_this_machine_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    BertConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32).save_pretrained(
+        str(tmp_path)
+    )
+    values: dict[str, Any] = {"model": str(tmp_path), "data": {"train": "demo"}}
+    adalora = make_recipe({**values, "method": {"name": "adalora", "target_modules": ["query"]}})
+    (found,) = checks.recipe(adalora, {"ACCELERATE_USE_DEEPSPEED": "true"})
+    assert found.level == "error" and "ranks directions by their gradients" in found.why
+    events = make_recipe({**values, "method": {"name": "lor2c", "r": 4, "merges": 1}})
+    (found,) = checks.recipe(events, {"ACCELERATE_USE_DEEPSPEED": "true"})
+    assert found.level == "error" and "moves weights" in found.why
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    qlora = make_recipe({**values, "method": {"name": "qlora", "target_modules": ["query"]}})
+    assert "bitsandbytes is not installed" in [one.why for one in checks.recipe(qlora, {})]
 
 
 def test_the_command(tmp_path: Path) -> None:
     run = CliRunner()
+    adapter = saved(tmp_path / "pyramid", MSPLoraConfig(r=4, target_modules=["query"], init_weights=False))
+    more = run.invoke(app, ["doctor", str(adapter), "train.lr=1"])
+    assert more.exit_code == 2 and "train.lr=1 has no meaning" in re.sub(r"[^\w.=]+", " ", more.output)
     assert "nothing found" in run.invoke(app, ["doctor"]).output
     bad = run.invoke(app, ["doctor", str(saved(tmp_path / "paths", LoR2CConfig(r=4, init_weights=False))), "--json"])
     assert bad.exit_code == 1 and '"level": "error"' in bad.stdout.splitlines()[0]

@@ -9,8 +9,10 @@ import torch
 from training_tables import write_jsonl
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from ziggurat.doctor import checks
 from ziggurat.errors import RecipeError
 from ziggurat.evaluation.subject import check_tasks, find_subject, load_subject
+from ziggurat.plan import plan_recipe
 from ziggurat.training.load import load_adapter_model
 from ziggurat.training.recipe import make_recipe
 from ziggurat.training.run import train
@@ -101,3 +103,15 @@ def test_eval_takes_it_by_its_folder_or_its_file(tiny_llama: Path, tmp_path: Pat
     (tmp_path / "other.gguf").write_bytes(b"GGUF")
     with pytest.raises(RecipeError, match=r"holds several, name one: other\.gguf, tiny\.gguf"):
         load_subject(find_subject(tmp_path))
+
+
+def test_plans_and_the_doctor_read_its_config(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    write_gguf(tiny_llama, tmp_path / "base" / "tiny.gguf")
+    method = {"name": "msplora", "target_modules": ["q_proj"], "ranks": [4, 2, 1]}
+    values = {"model": str(tmp_path / "base"), "task": "instruct", "data": {"train": "demo"}}
+    for more in ({}, {"gguf_file": "tiny.gguf"}):
+        recipe = make_recipe({**values, **more, "method": method})
+        assert not [one for one in checks.recipe(recipe, {}) if one.level != "note"]
+        # 32 inputs and outputs, three mid groups, four layers.
+        assert plan_recipe(recipe.model, recipe, measure_memory=False).adapter == 64 * (4 + 3 * 2 + 4)

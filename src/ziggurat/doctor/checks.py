@@ -4,75 +4,83 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ziggurat.errors import ConfigError, ZigguratError
 
-from .facts import METHODS, fact
+from .finding import LEVELS, Finding, cell
+from .serving import serving
 
-LEVELS = ("error", "warning", "note")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """`level`: "error" (will fail), "warning" (works with a limit, or was never tried) or "note"."""
-
-    level: str
-    what: str
-    why: str
-    do: str = ""
+__all__ = ["LEVELS", "Finding", "adapter", "base_model", "distributed", "environment", "recipe"]
 
 
 def environment() -> Iterator[Finding]:
     """Installed versions against the ones that were tested."""
-    from importlib.metadata import PackageNotFoundError, requires, version
+    from importlib.metadata import PackageNotFoundError, metadata, requires, version
 
     from packaging.requirements import Requirement
 
+    extras = [name for name in metadata("ziggurat").get_all("Provides-Extra") or [] if name != "dev"]
     for text in requires("ziggurat") or []:
         wanted = Requirement(text)
-        # An extra's requirements are optional, and checked where something asks for the extra.
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+        marker = wanted.marker
+        asking = [name for name in extras if marker is not None and marker.evaluate({"extra": name})]
+        needed = marker is None or marker.evaluate({"extra": ""})
+        if not needed and not asking:
             continue
         try:
             have = version(wanted.name)
         except PackageNotFoundError:
-            yield Finding(
-                "error", f"{wanted.name} is not installed", f"ziggurat needs {wanted}", f"pip install '{wanted}'"
-            )
+            if needed:  # an extra that isn't there is missed where something asks for it
+                yield Finding(
+                    "error", f"{wanted.name} is not installed", f"ziggurat needs {wanted}", f"pip install '{wanted}'"
+                )
             continue
         if not wanted.specifier.contains(have, prereleases=True):
-            yield Finding(
-                "error",
-                f"{wanted.name} {have}",
-                f"ziggurat was tested with {wanted}; its seams to PEFT and transformers move between versions",
-                f"pip install '{wanted}'",
-            )
+            what = f"{wanted.name}{wanted.specifier}"
+            why = f"ziggurat was tested with {what}; its seams to PEFT and transformers move between versions"
+            if not needed:
+                why = f"ziggurat[{asking[0]}] was tested with {what}"
+            level = "error" if needed else "warning"
+            yield Finding(level, f"{wanted.name} {have}", why, f"pip install '{what}'")
 
 
-def distributed(method: str, variables: Mapping[str, str] | None = None) -> Iterator[Finding]:
-    """The way of `accelerate launch` or `torchrun`, told from the environment variables that these set."""
+def distributed(method: str, variables: Mapping[str, str] | None = None, config: Any = None) -> Iterator[Finding]:
+    """The way of `accelerate launch` or `torchrun`, told from the environment variables that these set.
+
+    `config`: the method's, for what depends on its fields.
+    """
     env = os.environ if variables is None else variables
     if env.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        yield from _cell("deepspeed", method)
+        moves = getattr(config, "restructures", False)
+        if method == "adalora" or moves:
+            needs = "moves weights during training" if moves else "ranks directions by their gradients"
+            yield Finding(
+                "error",
+                f"method {method} with DeepSpeed",
+                f"it {needs}, which DeepSpeed keeps to itself",
+                "launch with ddp or fsdp2 (`ziggurat launch-config`)",
+            )
+        else:
+            yield from cell("deepspeed", method)
     elif env.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        yield from _cell("fsdp2" if env.get("FSDP_VERSION") == "2" else "fsdp1", method)
+        yield from cell("fsdp2" if env.get("FSDP_VERSION") == "2" else "fsdp1", method)
     elif int(env.get("WORLD_SIZE", "1") or 1) > 1:
-        yield from _cell("ddp", method)
+        yield from cell("ddp", method)
 
 
-def base_model(name: str, method: str) -> Iterator[Finding]:
+def base_model(
+    name: str, method: str, *, revision: str | None = None, gguf_file: str | None = None
+) -> Iterator[Finding]:
     """The base model's quantisation, told from its config."""
-    from transformers import AutoConfig
+    from ziggurat.training.bare import bare_config
 
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        config = bare_config(name, revision=revision, gguf_file=gguf_file)
+    except ConfigError as error:
         yield Finding(
-            "warning", f"base model {name}", f"its config was not found: {first}", "name a folder or cached model"
+            "warning", f"base model {name}", f"its config was not found: {error}", "name a folder or cached model"
         )
         return
     quantised = getattr(config, "quantization_config", None) or {}
@@ -80,7 +88,7 @@ def base_model(name: str, method: str) -> Iterator[Finding]:
     if kind:
         kind = str(getattr(kind, "value", kind))
         known = next((k for k in ("bitsandbytes", "hqq", "torchao") if kind.startswith(k)), "packed")
-        yield from _cell(known, method, f"base quantised by {kind}")
+        yield from cell(known, method, f"base quantised by {kind}")
 
 
 def recipe(value: Any, variables: Mapping[str, str] | None = None) -> Iterator[Finding]:
@@ -89,27 +97,54 @@ def recipe(value: Any, variables: Mapping[str, str] | None = None) -> Iterator[F
 
     import torch
 
-    from ziggurat.training.bare import bare_model
-    from ziggurat.training.closed_form import count
+    from ziggurat.training import trackers
     from ziggurat.training.embedded import model_path
-    from ziggurat.training.methods import method_config
+    from ziggurat.training.methods import METHODS as ALL
+    from ziggurat.training.model import find_gguf
 
     method = value.method["name"]
     if value.task == "instruct" and find_spec("trl") is None:
         yield Finding("error", "task: instruct", "TRL is not installed", "pip install 'ziggurat[instruct]'")
     if value.train.precision == "fp16" and not torch.accelerator.is_available():
         yield Finding("error", "train.precision: fp16", "this machine has no accelerator", "use fp32 or bf16")
-    yield from base_model(model_path(value.model), method)
-    yield from distributed(method, variables)
-    if method in METHODS:
-        try:
-            bare = bare_model(value.model, value.task)
-        except ConfigError:
-            return  # said already
-        try:
-            count(bare, method_config(value.method))
-        except ZigguratError as error:
-            yield Finding("error", f"method {method} in {value.model}", str(error))
+    if ALL[method].four_bits and find_spec("bitsandbytes") is None:
+        yield Finding("error", f"method {method}", "bitsandbytes is not installed", "pip install 'ziggurat[quantised]'")
+    for name, package in trackers.lacking(value.train.report_to or []).items():
+        yield Finding("error", f"train.report_to: {name}", "it is not installed", f"pip install {package}")
+    try:
+        gguf = find_gguf(model_path(value.model), value.gguf_file)
+    except ZigguratError as error:
+        yield Finding("error", "gguf_file", str(error))
+        return
+    if gguf is not None and find_spec("gguf") is None:
+        yield Finding("error", f"gguf_file: {gguf}", "gguf is not installed", "pip install 'ziggurat[gguf]'")
+        return
+    found = list(base_model(model_path(value.model), method, revision=value.revision, gguf_file=gguf))
+    yield from found
+    if any("config was not found" in one.why for one in found) or ALL[method].config is None:
+        yield from distributed(method, variables)
+    else:
+        yield from _fit(value, variables)
+
+
+def _fit(value: Any, variables: Mapping[str, str] | None) -> Iterator[Finding]:
+    """Whether a recipe's method fits its model, its budget met as `ziggurat train` meets it."""
+    from ziggurat.training.adapt import check_targets
+    from ziggurat.training.budget import recipe_model, settle_budget
+    from ziggurat.training.closed_form import count
+    from ziggurat.training.methods import METHODS as ALL
+    from ziggurat.training.methods import method_config
+
+    method, config = value.method["name"], None
+    try:
+        bare = recipe_model(value)
+        config = method_config(settle_budget(value)[0].method)
+        check_targets(config, bare)
+        if ALL[method].ranks is not None:
+            count(bare, config)
+    except (ZigguratError, ValueError, TypeError) as error:
+        yield Finding("error", f"method {method} in {value.model}", str(error))
+    yield from distributed(method, variables, config)
 
 
 def adapter(folder: str | Path, variables: Mapping[str, str] | None = None) -> Iterator[Finding]:
@@ -119,8 +154,8 @@ def adapter(folder: str | Path, variables: Mapping[str, str] | None = None) -> I
         ConfigError: the folder holds no readable adapter.
     """
     from ziggurat.analysis import collect
-    from ziggurat.export import SERVING_RANKS
-    from ziggurat.host.folder import adapter_config, tensor_shapes
+    from ziggurat.host.folder import adapter_config
+    from ziggurat.training.bare import bare_config
 
     config = adapter_config(folder)
     kind = str(getattr(config.peft_type, "value", config.peft_type))
@@ -140,7 +175,9 @@ def adapter(folder: str | Path, variables: Mapping[str, str] | None = None) -> I
     if not base:
         yield Finding("warning", "base model", "the config doesn't say which", "give it when loading, and save again")
     else:
-        if os.path.isabs(base):
+        if _is_embedded(Path(folder)):
+            base = "embedded"
+        elif os.path.isabs(base):
             yield Finding(
                 "warning",
                 f"base model {base}",
@@ -148,64 +185,19 @@ def adapter(folder: str | Path, variables: Mapping[str, str] | None = None) -> I
                 "set base_model_name_or_path in adapter_config.json to a hub name",
             )
         yield from base_model(base, method)
-    if method in METHODS:
-        for key in ("vllm", "llama_cpp"):
-            if fact(key).cells[method] == "no":
-                yield from _cell(key, method)
-    extra = [n for n in tensor_shapes(folder) if not _is_factor(n)]
-    if extra:
-        yield Finding(
-            "warning",
-            f"{len(extra)} tensors that are no factor pairs ({extra[0]}, ...)",
-            "vLLM and llama.cpp reject modules_to_save and trained biases",
-            "merge into the model to serve it",
-        )
-    if collected is not None and kind in ("LORA", "MSPLORA", "LORA2"):
-        ranks = {c.rank for c in collected.components if c.part in ("update", "lora", "dora")}
-        most = max(ranks, default=0)
-        if most > SERVING_RANKS[-1]:
-            yield Finding("error", f"rank {most}", f"vLLM allows at most {SERVING_RANKS[-1]}", "merge into the model")
-        elif kind == "LORA" and (len(ranks) > 1 or most not in SERVING_RANKS):
-            yield Finding(
-                "note",
-                f"ranks {sorted(ranks)}",
-                f"vLLM's --max-lora-rank takes {', '.join(map(str, SERVING_RANKS))}",
-                "pass the next larger one",
-            )
-        elif kind != "LORA":
-            fitting = next(r for r in SERVING_RANKS if r >= most)
-            yield Finding(
-                "note",
-                f"served as rank {fitting}",
-                f"each linear's update has rank {most}, filled up to one that vLLM allows",
-                "ziggurat export --serving",
-            )
-    if kind == "LORA":
-        if getattr(config, "use_dora", False):
-            yield Finding(
-                "warning", "DoRA", "vLLM and llama.cpp don't apply magnitudes", "merge into the model to serve it"
-            )
-        odd = [n for n in ("rank_pattern", "alpha_pattern") if getattr(config, n, None)]
-        odd += ["use_rslora"] if getattr(config, "use_rslora", False) else []
-        if odd:
-            yield Finding(
-                "warning",
-                " and ".join(odd),
-                "PEFT scales each module by its own alpha and rank, vLLM all by one, and llama.cpp ignores rsLoRA",
-                "fold the scale into B before serving",
-            )
-    yield from distributed(method, variables)
+    try:
+        known = bare_config(base) if base else None
+    except ConfigError:
+        known = None
+    yield from serving(folder, config, collected, known)
+    yield from distributed(method, variables, config)
 
 
-def _is_factor(name: str) -> bool:
-    return any(word in name for word in ("lora_", "lora2_", "lor2c_", "msplora_", "dylora_"))
+def _is_embedded(folder: Path) -> bool:
+    """Whether the adapter's recipe names the embedded model, which each machine finds in its own packages."""
+    from ziggurat.training.load import read_run
 
-
-def _cell(key: str, method: str, what: str = "") -> Iterator[Finding]:
-    row = fact(key)
-    status = row.cells.get(method)
-    if status in (None, "yes"):
-        return
-    levels = {"no": "error", "limited": "note", "untested": "warning"}
-    said = {"no": "doesn't work", "limited": "works with limits", "untested": "untested"}
-    yield Finding(levels[status], f"{METHODS[method]} with {what or row.what}: {said[status]}", row.why, row.instead)
+    try:
+        return read_run(folder)[0].model == "embedded"
+    except ZigguratError:
+        return False

@@ -24,6 +24,10 @@ def doctor(
     given = list(words or [])
     found = list(environment())
     if given and (Path(given[0]) / "adapter_config.json").is_file():
+        if given[1:]:
+            raise typer.BadParameter(
+                f"an adapter's folder is checked as it is; {' '.join(given[1:])} has no meaning there"
+            )
         found += adapter(given[0])
     elif given and Path(given[0]).is_dir() and not (Path(given[0]) / "recipe.yaml").is_file():
         from ziggurat.host.folder import adapter_config

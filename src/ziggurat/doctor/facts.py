@@ -6,7 +6,7 @@ A cell says how far it is known: "yes" rests on the named tests, "no" on a test 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 METHODS = {"msplora": "MSPLoRA", "lora2": "LoRA²", "lor2c": "LoR2C"}
 STATUS = ("yes", "limited", "no", "untested")
@@ -28,6 +28,12 @@ class Fact:
     why: str = ""
     instead: str = ""
     evidence: tuple[str, ...] = ()
+    #: Method -> its own why and instead, where the row's don't hold for it.
+    apart: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def reason(self, method: str) -> tuple[str, str]:
+        """Why a method's cell is what it is, and what to do instead."""
+        return self.apart.get(method, (self.why, self.instead))
 
 
 def _row(msplora: str, lora2: str | None = None, lor2c: str | None = None) -> dict[str, str]:
@@ -36,6 +42,19 @@ def _row(msplora: str, lora2: str | None = None, lor2c: str | None = None) -> di
 
 _REQUANTISE = "dequantises, adds and quantises again; the error is logged"
 _UNMERGEABLE = "the quantised format can't be written again"
+_UNSERVED = {
+    "lor2c": (
+        "a path adds to a layer's output, for which a server's LoRA has no place; no weight can absorb it either",
+        "answer with transformers: ziggurat beside it, or the folder that `ziggurat merge` writes, which needs neither "
+        "ziggurat nor PEFT but trust_remote_code",
+    )
+}
+_UNMERGED = {
+    "lor2c": (
+        "trains; a path is never merged",
+        "keep the adapter beside the quantised model, or merge it beside the unquantised one (`ziggurat merge`)",
+    )
+}
 _TWO_PROCESSES = (
     "tests/training/test_launch.py::test_two_processes_learn_what_one_learns",
     "tests/compare/test_two_processes.py::test_two_processes_train_what_one_trains",
@@ -59,27 +78,30 @@ FACTS: tuple[Fact, ...] = (
         "base",
         "bitsandbytes 4 and 8 bit",
         _row("limited"),
-        f"trains; a merge (never LoR2C's) {_REQUANTISE}",
+        f"trains; a merge {_REQUANTISE}",
         "merge into the unquantised model (`ziggurat merge`) and quantise that",
         (_QUANTISED + "test_training_lowers_the_loss", _QUANTISED + "test_merging_reports_the_error_that_it_makes"),
+        _UNMERGED,
     ),
     Fact(
         "hqq",
         "base",
         "HQQ",
         _row("limited"),
-        f"trains; a merge (never LoR2C's) {_REQUANTISE}",
+        f"trains; a merge {_REQUANTISE}",
         "merge into the unquantised model and quantise that",
         (_QUANTISED + "test_training_lowers_the_loss",),
+        _UNMERGED,
     ),
     Fact(
         "torchao",
         "base",
         "torchao",
         _row("limited"),
-        f"trains; a merge (never LoR2C's) {_REQUANTISE}, only where transformers loaded the model by a TorchAoConfig",
+        f"trains; a merge {_REQUANTISE}, only where transformers loaded the model by a TorchAoConfig",
         "load with TorchAoConfig instead of quantize_, or keep the adapter beside the model",
         (_QUANTISED + "test_bare_torchao_names_the_way_round",),
+        _UNMERGED,
     ),
     Fact(
         "packed",
@@ -89,6 +111,12 @@ FACTS: tuple[Fact, ...] = (
         f"trains by the linear's own forward, tried with a stand-in of that form; no merge: {_UNMERGEABLE}",
         "keep the adapter beside the model, or export it as plain LoRA",
         (_QUANTISED + "test_what_cannot_be_merged_refuses_whole",),
+        {
+            "lor2c": (
+                "trains by the linear's own forward, tried with a stand-in of that form; a path is never merged",
+                "keep the adapter beside the model",
+            )
+        },
     ),
     Fact(
         "offload",
@@ -206,19 +234,22 @@ FACTS: tuple[Fact, ...] = (
         "use",
         "vLLM",
         _row("limited", "limited", "no"),
-        "after `ziggurat export --serving`: one rank that vLLM allows (up to 512), no modules_to_save, no biases; vLLM "
-        "itself wasn't run, its rules are tested",
+        "after `ziggurat export --serving`, of decoders: one rank that vLLM allows (up to 512), no modules_to_save, no "
+        "biases; its own runtime, on a CPU, gives Ziggurat's logits",
         "merge into the model where the adapter holds more than factor pairs",
-        ("tests/test_export.py", "tests/servers/test_vllm.py"),
+        ("tests/test_export.py", "tests/servers/test_vllm.py", "tests/servers/test_runtimes.py"),
+        _UNSERVED,
     ),
     Fact(
         "llama_cpp",
         "use",
         "llama.cpp",
         _row("limited", "limited", "no"),
-        "after `ziggurat export --serving`, then its convert_lora_to_gguf.py, which was run; llama.cpp itself wasn't",
+        "after `ziggurat export --serving`, of decoders (it applies no adapter to encoders and classifiers), then its "
+        "convert_lora_to_gguf.py; its own runtime gives Ziggurat's logits",
         "merge into the model and convert that",
-        ("tests/test_export.py",),
+        ("tests/test_export.py", "tests/servers/test_runtimes.py"),
+        _UNSERVED,
     ),
 )
 
@@ -237,7 +268,10 @@ def markdown() -> str:
         for row in FACTS:
             if row.section == section:
                 cells = " | ".join(row.cells[method] for method in METHODS)
-                about = "; otherwise: ".join(text for text in (row.why, row.instead) if text)
+                said = {"": (row.why, row.instead), **{f"{METHODS[name]}: ": text for name, text in row.apart.items()}}
+                about = ". ".join(
+                    who + "; otherwise: ".join(part for part in parts if part) for who, parts in said.items()
+                )
                 lines.append(f"| {row.what} | {cells} | {about} |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"

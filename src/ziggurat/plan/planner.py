@@ -228,8 +228,10 @@ def plan_recipe(
     length: int | None = None,
     measure_memory: bool = True,
 ) -> Plan:
-    """The plan of a recipe's method, or of `choice` (method.* as in a recipe), for `model`, by its config and, where they
-    are here, the names of its weights and the labels of the data: `notes` says what is assumed else.
+    """The plan of a recipe's method, or of `choice` (method.* as in a recipe), for `model`, by its config.
+
+    With a recipe also by the names of its weights and the labels of the data, where they are here; `notes` says what is
+    assumed where they aren't.
 
     `budget` ("0.1%" of the model, "300k"): instead of the recipe's rank the largest that it pays for; a recipe's own
     `method.budget` is met as `ziggurat train` meets it.
