@@ -234,8 +234,8 @@ FACTS: tuple[Fact, ...] = (
         "use",
         "vLLM",
         _row("limited", "limited", "no"),
-        "after `ziggurat export --serving`, of decoders: one rank that vLLM allows (up to 512), no modules_to_save, no "
-        "biases; its own runtime, on a CPU, gives Ziggurat's logits",
+        "after `ziggurat export --serving`, of models that it marks for LoRA (decoders): one rank that vLLM allows (up "
+        "to 512), no modules_to_save, no biases; its own runtime, on a CPU, gives Ziggurat's logits",
         "merge into the model where the adapter holds more than factor pairs",
         ("tests/test_export.py", "tests/servers/test_vllm.py", "tests/servers/test_runtimes.py"),
         _UNSERVED,

@@ -58,8 +58,8 @@ def serving(folder: str | Path, config: Any, collected: Any, base: Any) -> Itera
         yield Finding(
             "warning",
             f"serving an adapter of {what}",
-            "vLLM and llama.cpp apply adapters to decoders that write text, not to encoders, classifiers or "
-            "encoder-decoders",
+            "llama.cpp applies adapters to decoders that write text alone, vLLM to models that it marks for LoRA, mostly "
+            "decoders",
             "merge into the model (`ziggurat merge`), which some servers take whole, or answer with `ziggurat predict`",
         )
         return
