@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from ziggurat import LoR2CConfig
 from ziggurat.analysis import svg
-from ziggurat.analysis.page import read_run, report
+from ziggurat.analysis.page import names_of, read_run, report
 from ziggurat.cli import app
 from ziggurat.errors import ConfigError
 
@@ -238,3 +238,19 @@ def test_structure_of_spans_is_drawn(saved: Saved) -> None:
     config = LoR2CConfig(r=4, spans=[[0, 1], [2, 3]], init_weights=False)
     page = report([run_folder(saved(config), "spans")])
     assert page.count("<svg") >= 4
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    folders = [tmp_path / seed / "run" for seed in ("seed1", "seed2")] + [tmp_path / "seed1" / "other"]
+    assert names_of(folders) == ["seed1/run", "seed2/run", "other"]
+    with pytest.raises(ConfigError, match="is named twice"):
+        names_of([folders[0], tmp_path / "seed1" / "." / "run"])
+
+
+def test_two_runs_of_one_name_draw_two_curves(saved: Saved, tmp_path: Path) -> None:
+    source = run_folder(saved(CONFIGS["lora"](), "run"), "run", spectra=False)
+    for seed in ("seed1", "seed2"):
+        shutil.copytree(source, tmp_path / seed / "run")
+    page = report([tmp_path / "seed1" / "run", tmp_path / "seed2" / "run"])
+    (loss,) = re.findall(r"<svg(?:(?!</svg>).)*Training loss.*?</svg>", page, re.DOTALL)
+    assert "seed1/run" in loss and "seed2/run" in loss and loss.count("<polyline") + loss.count("<path") >= 2

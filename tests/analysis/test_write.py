@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ziggurat.analysis import collect, figures, measures
+from ziggurat.analysis import collect, figures, measures, tiers
 from ziggurat.analysis.components import short_roles, span_text
 from ziggurat.analysis.style import digits_for, heat_map, new_axes
 from ziggurat.analysis.trace import top_values
@@ -49,6 +49,45 @@ def test_the_command_writes_tables_and_figures(saved: Saved, tmp_path: Path) -> 
     np.testing.assert_allclose(difference, measures.kl_difference(collect(one), collect(other)), atol=1e-12)
     drawn = {path.stem for path in (tmp_path / "out").glob("*.png")}
     assert drawn == {"pyramid", "energy", "effective_rank", "norm", "spectra", "tiers", "kl_difference", *MAPS}
+
+
+def test_how_alike_the_tiers_are_is_told_in_numbers(saved: Saved, tmp_path: Path) -> None:
+    folder = saved(CONFIGS["msplora"]())
+    collected = collect(folder)
+    lines = tiers.rows(collected)
+    assert [(line["part"], line["other"]) for line in lines] == [
+        ("global", "mid"),
+        ("global", "layer"),
+        ("mid", "layer"),
+    ]
+    overlaps, parts = measures.tier_overlap(collected)
+    for line in lines:
+        i, j = parts.index(line["part"]), parts.index(line["other"])
+        assert line["overlap_input"] == pytest.approx(overlaps[i, j])
+    # By their definitions, from the dense updates of one pair of components.
+    a = collected.of("global")[0]
+    b = next(c for c in collected.of("layer") if c.role == a.role)
+    updates = [(c.B @ c.A).double().numpy() for c in (a, b)]
+    expected = (updates[0] * updates[1]).sum() / np.prod([np.linalg.norm(u) for u in updates])
+    assert measures.cosine(a, b) == pytest.approx(expected, abs=1e-6)
+    for side, number in (("input", 1), ("output", 0)):
+        bases = [np.linalg.qr(c.A.double().numpy().T if number else c.B.double().numpy())[0] for c in (a, b)]
+        angle = np.degrees(np.arccos(np.linalg.svd(bases[0].T @ bases[1], compute_uv=False)[0]))
+        assert tiers.least_angle(a, b, side) == pytest.approx(angle, abs=1e-3)
+    assert tiers.least_angle(a, a) == pytest.approx(0.0, abs=0.1)
+    write(collected, tmp_path / "out", pictures=False)
+    with (tmp_path / "out" / "tiers.csv").open() as file:
+        assert [float(line["cosine"]) for line in csv.DictReader(file)] == [line["cosine"] for line in lines]
+    assert json.loads((tmp_path / "out" / "analysis.json").read_text())["tiers"] == lines
+    assert "global and mid: cosine" in text_of(table(collected))
+    assert not tiers.rows(collect(saved(CONFIGS["lora2"](), "planes")))
+
+
+def test_an_adapter_against_itself_says_neither(saved: Saved) -> None:
+    collected = collect(saved(CONFIGS["msplora"]()))
+    assert "mean +0.0000" in against(collected, collected) and "neither repeats itself less" in against(
+        collected, collected
+    )
 
 
 def test_json_is_all_there_is_on_the_output(saved: Saved) -> None:
@@ -129,6 +168,8 @@ def test_bad_input_is_one_clean_error(tmp_path: Path, saved: Saved) -> None:
     done = CliRunner().invoke(app, ["analyze", str(tmp_path / "empty")])
     assert isinstance(done.exception, ConfigError) and "is no adapter" in str(done.exception)
     (tmp_path / "file").write_text("")
+    done = CliRunner().invoke(app, ["analyze", str(tmp_path / "file")])
+    assert isinstance(done.exception, ConfigError) and "is a file; an adapter is a folder" in str(done.exception)
     with pytest.raises(ConfigError, match="is a file: name a folder"):
         write(collect(saved(CONFIGS["lora"]())), tmp_path / "file", pictures=False)
 

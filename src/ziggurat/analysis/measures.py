@@ -176,7 +176,7 @@ def tier_overlap(collected: Collected, stack: str | None = None, side: str = "in
                 if a.A.shape[1] == b.A.shape[1] and a.B.shape[0] == b.B.shape[0]
                 if (a is b) == (one == other)
             ]
-            grid[i, j] = _mean(found)
+            grid[i, j] = mean(found)
     return grid, parts
 
 
@@ -231,7 +231,7 @@ def _pairwise(
     for i in at:
         for j in at:
             both = at[i].keys() & at[j].keys()
-            grid[i, j] = _mean(measure(at[i][role], at[j][role]) for role in sorted(both))
+            grid[i, j] = mean(measure(at[i][role], at[j][role]) for role in sorted(both))
     return grid
 
 
@@ -242,6 +242,7 @@ def _some(collected: Collected, part: str) -> list[Component]:
     return found
 
 
-def _mean(values: Iterable[float]) -> float:
+def mean(values: Iterable[float]) -> float:
+    """Mean of the finite ones; NaN if there are none."""
     numbers = [value for value in values if np.isfinite(value)]
     return float(np.mean(numbers)) if numbers else float("nan")

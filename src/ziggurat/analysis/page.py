@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def report(folders: Sequence[str | Path]) -> str:
     """
     if not folders:
         raise ConfigError("name one run folder or more.")
-    runs = [read_run(folder) for folder in folders]
+    runs = [replace(read_run(folder), name=name) for folder, name in zip(folders, names_of(folders), strict=True)]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     tables = f'<div class="two"><section>{_scores(runs)}</section><section>{_cost(runs)}</section></div>'
     body = [f"<h1>{escape(title)}</h1>", tables, _section("Curves", _curves(runs))]
@@ -41,6 +42,25 @@ def report(folders: Sequence[str | Path]) -> str:
         + "".join(body)
         + "</main></body></html>\n"
     )
+
+
+def names_of(folders: Sequence[str | Path]) -> list[str]:
+    """Each folder's own name, with as many of those above it as tell it from the others.
+
+    Raises:
+        ConfigError: a folder is named twice.
+    """
+    paths = [Path(folder).resolve() for folder in folders]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ConfigError(f"{path} is named twice: name each run once.")
+    names = []
+    for path in paths:
+        depth = 1
+        while any(other != path and other.parts[-depth:] == path.parts[-depth:] for other in paths):
+            depth += 1
+        names.append("/".join(path.parts[-depth:]))
+    return names
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -122,6 +142,9 @@ def _inside(run: Run) -> list[str]:
         }
         if len(energy) > 1:
             charts.append(svg.bars("Energy by part, share of its role", energy, "mean ‖B A‖²"))
+        if len(collected.stored_parts) > 1 and collected.method != "lora2":
+            grid, parts = measures.tier_overlap(collected, stack)
+            charts.append(svg.heat_map("Overlap of the tiers, of what is read", grid, parts, parts))
         numbers = [str(n) for n in range(depth)]
         rows, most = [f"layer {n}" for n in numbers], float(max(2, *(c.rank for c in collected.of(part))))
         # An effective rank lies between 1 and the rank, so its colours mean the same in every run of that rank.

@@ -15,7 +15,7 @@ import numpy as np
 
 from ziggurat.errors import ConfigError
 
-from . import figures, measures, trace
+from . import figures, measures, tiers, trace
 from .components import Collected, short_roles
 
 if TYPE_CHECKING:
@@ -83,7 +83,15 @@ def table(collected: Collected, k: int = measures.HALF) -> RenderableType:
         numbers += [_number(line["effective_rank"], 2), _number(line["stable_rank"], 2)]
         new_part = number + 1 == len(lines) or lines[number + 1]["part"] != line["part"]
         shown.add_row(*words, *numbers, end_section=new_part)
-    return Group(shown, *(Text(f"note: {note}", style="yellow") for note in collected.notes))
+    between = [
+        f"{line['part']} and {line['other']}{' of ' + line['stack'] if len(stacks) > 1 else ''}: "
+        f"cosine {_number(line['cosine'], 2)}, least angles {_number(line['angle_input'], 0)}° of what is read and "
+        f"{_number(line['angle_output'], 0)}° of what is written"
+        for line in tiers.rows(collected)
+    ]
+    return Group(
+        shown, *(Text(text) for text in between), *(Text(f"note: {note}", style="yellow") for note in collected.notes)
+    )
 
 
 def write(
@@ -96,6 +104,8 @@ def write(
     history: Sequence[Mapping[str, Any]] = (),
 ) -> list[Path]:
     """Write components.csv, analysis.json (all numbers, spectra and matrices) and the figures to the folder `out`.
+
+    Methods with tiers get a tiers.csv, too: how alike each pair of tiers is.
 
     `history`: the log of the run that made it; where it recorded spectra, they are drawn over the epochs.
 
@@ -115,6 +125,12 @@ def write(
         writer.writeheader()
         writer.writerows(lines)
     paths[1].write_text(text + "\n", encoding="utf-8")
+    if between := tiers.rows(collected):
+        paths.append(folder / "tiers.csv")
+        with paths[-1].open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(between[0]))
+            writer.writeheader()
+            writer.writerows(between)
     from .style import styled
 
     for name, draw in drawn.items():
@@ -152,6 +168,7 @@ def as_json(collected: Collected, other: Collected | None = None, *, k: int = me
         "compared_by": collected.by_layer,
         "notes": list(collected.notes),
         "components": lines,
+        "tiers": tiers.rows(collected),
         "stacks": stacks,
     }
 
@@ -173,9 +190,12 @@ def against(one: Collected, other: Collected) -> str:
     if not len(off):
         return "There are no two layers with spectra to compare."
     more = one if off.mean() > 0 else other
+    verdict = f"{more.source} repeats itself less from layer to layer"
+    if abs(off.mean()) < 5e-5:  # shown as 0
+        verdict = "neither repeats itself less from layer to layer"
     return (
         f"KL between layers, {one.source} minus {other.source}: mean {off.mean():+.4f}, positive in "
-        f"{(off > 0).mean():.0%} of the pairs of layers: {more.source} repeats itself less from layer to layer."
+        f"{(off > 0).mean():.0%} of the pairs of layers: {verdict}."
     )
 
 

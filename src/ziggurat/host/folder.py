@@ -35,6 +35,9 @@ def adapter_config(folder: str | Path) -> PeftConfig:
             that are links out of the folder, or weights that are missing or a pickle.
     """
     folder = Path(folder)
+    if folder.is_file():
+        where = f" Name its folder: {folder.parent}." if (folder.parent / CONFIG_NAME).is_file() else ""
+        raise ConfigError(f"{folder} is a file; an adapter is a folder with {CONFIG_NAME} and its weights.{where}")
     if not folder.is_dir():
         siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
         near = difflib.get_close_matches(folder.name, siblings, n=3, cutoff=0.5)

@@ -1,0 +1,65 @@
+"""How alike the tiers of one adapter are: whether they add to the same update, and in the same directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from . import measures
+from .components import Collected, Component
+
+#: Columns of a line of `rows`: mean over the linears that both tiers reach.
+MEASURES = ("cosine", "overlap_input", "overlap_output", "angle_input", "angle_output")
+
+
+def least_angle(a: Component, b: Component, side: str = "input") -> float:
+    """The smallest principal angle, in degrees, between the row ("input") or column ("output") spaces of B A.
+
+    cos of it is the largest singular value of Q_a^T Q_b, of orthonormal bases [Björck & Golub 1973]. NaN for zeros.
+    """
+    if a.shape != b.shape or not (a.finite and b.finite):
+        return math.nan
+    one, other = (c.spaces[0 if side == "output" else 1] for c in (a, b))
+    if not min(one.shape[1], other.shape[1]):
+        return math.nan
+    largest = float(np.linalg.svd((one.T @ other).double().numpy(), compute_uv=False)[0])
+    return math.degrees(math.acos(min(1.0, largest)))
+
+
+def rows(collected: Collected) -> list[dict[str, Any]]:
+    """One line a pair of tiers and stack, means over the linears that both act on.
+
+    None for LoRA², whose planes lie in each other.
+    """
+    if collected.method == "lora2":
+        return []
+    lines = []
+    for stack in collected.layers:
+        for one, other in combinations(collected.stored_parts, 2):
+            pairs = list(_on_one_linear(collected, one, other, stack))
+            if not pairs:
+                continue
+            found = {
+                "cosine": [measures.cosine(a, b) for a, b in pairs],
+                **{f"overlap_{side}": [measures.overlap(a, b, side) for a, b in pairs] for side in ("input", "output")},
+                **{f"angle_{side}": [least_angle(a, b, side) for a, b in pairs] for side in ("input", "output")},
+            }
+            means = {name: measures.mean(values) for name, values in found.items()}
+            lines.append({"stack": stack, "part": one, "other": other, "pairs": len(pairs), **means})
+    return lines
+
+
+def _on_one_linear(collected: Collected, one: str, other: str, stack: str) -> Iterator[tuple[Component, Component]]:
+    for a in collected.of(one):
+        for b in collected.of(other):
+            if (
+                a.stack == b.stack == stack
+                and a.role == b.role
+                and set(a.layers) & set(b.layers)
+                and a.shape == b.shape
+            ):
+                yield a, b
