@@ -58,7 +58,7 @@ def serving(folder: str | Path, config: Any, collected: Any, base: Any) -> Itera
         yield Finding(
             "warning",
             f"serving an adapter of {what}",
-            "llama.cpp applies adapters to decoders that write text alone, vLLM to models that it marks for LoRA, mostly "
+            "llama.cpp applies adapters to decoders that write text, vLLM to models that it marks for LoRA, mostly "
             "decoders",
             "merge into the model (`ziggurat merge`), which some servers take whole, or answer with `ziggurat predict`",
         )
