@@ -1,6 +1,7 @@
 """Plans against the real thing: built models, written files, tensors that autograd keeps."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,21 @@ def test_bad_input_is_refused(tmp_path: Path, roberta: Path) -> None:
         plan_recipe(roberta, choice={"name": "bitfit"}, measure_memory=False)
     bad = CliRunner().invoke(app, ["plan", str(roberta), "train.lr=1", "method.rank=4"])
     assert isinstance(bad.exception, RecipeError)
+
+
+def test_what_is_no_model_is_told_by_the_command_that_was_meant(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("model: some/base\ndata.train: demo\nmethod.name: lora\n")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    for word, said in (
+        ("default", "default is a recipe, .*: ziggurat plan embedded default"),
+        (str(tmp_path / "run" / "recipe.yaml"), "is a recipe, .*: ziggurat plan some/base "),
+        (str(tmp_path / "run"), "is the folder of a run, .*: ziggurat plan some/base "),
+        (str(tmp_path / "adapter"), "ziggurat analyze "),
+    ):
+        done = CliRunner().invoke(app, ["plan", word])
+        assert isinstance(done.exception, ConfigError) and re.search(said, str(done.exception)), done.exception
 
 
 def test_a_recipe_chooses_head_batch_and_length(tmp_path: Path) -> None:

@@ -209,3 +209,33 @@ def test_even_scales_stay_what_they_were(tiny: Path, tmp_path: Path) -> None:
     assert method["ranks"] == [1, 1, 1]
     scales = [tier.scale for tier in method_config(method).pyramid()]
     assert scales == pytest.approx([12 / 4] * 3)
+
+
+def test_what_is_wrong_is_said_before_the_probe(tiny: Path, tmp_path: Path) -> None:
+    """The data are gone: a probe would end otherwise."""
+    recipe = written(tiny, tmp_path)
+    (tmp_path / "data.csv").unlink()
+    for more, said in (
+        (["--criterion", "luck"], "criterion 'luck': one of energy"),
+        (["--budget", "many"], "a share of the model's"),
+        (["--budget", "500"], "500 parameters, but one rank for each tier takes 640"),
+        (["method.r=", "method.budget=500"], "500 parameters, but one rank for each tier takes 640"),
+    ):
+        done = CliRunner().invoke(app, ["suggest", str(recipe), *more, "--out", str(tmp_path / "s.yaml")])
+        assert isinstance(done.exception, ConfigError) and said in str(done.exception), done.exception
+
+
+def test_a_recipes_budget_is_the_budget_and_tiers_that_give_way_are_named(tiny: Path, tmp_path: Path) -> None:
+    recipe = written(tiny, tmp_path)
+    probe = ["--probe-rank", "4", "--probe-steps", "2"]
+    out = tmp_path / "paid.yaml"
+    done = CliRunner().invoke(
+        app, ["suggest", str(recipe), "method.r=", "method.budget=900", "--out", str(out), *probe]
+    )
+    assert done.exit_code == 0 and "of 900 parameters" in done.output, (done.output, done.exception)
+    assert "budget" not in load_recipe(out).method and len(load_recipe(out).method["ranks"]) == 3
+    tiers = "method.tiers=[{name: all, groups: 1, r: 4}, {name: each, groups: layers, r: 2}]"
+    out = tmp_path / "tiers.yaml"
+    done = CliRunner().invoke(app, ["suggest", str(recipe), "method.r=", tiers, "--out", str(out), *probe])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "2 tiers of method.tiers give way" in done.output and "tiers" not in load_recipe(out).method

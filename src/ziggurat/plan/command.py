@@ -30,7 +30,9 @@ def plan(
 
     from .planner import plan_recipe
     from .show import show, to_json
+    from .words import check_model_word
 
+    check_model_word(model)
     given = list(words or [])
     names = [word for word in given if "=" not in word or Path(word).is_file()]
     if len(names) > 1:

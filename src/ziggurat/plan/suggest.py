@@ -108,12 +108,13 @@ def suggest(
 ) -> tuple[Suggestion, str]:
     """Probe a recipe's model on its data, and return the suggestion and the recipe's text with it.
 
-    `budget`: "0.1%" of the model or "300k"; without one, what the recipe's own pyramid has.
+    `budget`: "0.1%" of the model or "300k"; without one the recipe's `method.budget`, or what its pyramid has.
 
     Raises:
         ConfigError: the recipe's method isn't msplora, the budget is too small, or the probe learned nothing.
         RecipeError: as for `ziggurat train`.
     """
+    from ziggurat.training.budget import settle_budget
     from ziggurat.training.methods import method_config
     from ziggurat.training.recipe import load_recipe, to_yaml
     from ziggurat.training.run import train
@@ -121,44 +122,59 @@ def suggest(
     recipe = load_recipe(source, words)
     if recipe.method["name"] != "msplora":
         raise ConfigError(f"suggest lays out a pyramid: method.name must be msplora, not {recipe.method['name']}.")
+    # What can be wrong is said before the probe costs its time.
+    if criterion not in allocate.CRITERIA:
+        raise ConfigError(f"criterion {criterion!r}: one of {', '.join(allocate.CRITERIA)}.")
+    total = _budget(recipe, budget)
     callback = SensitivityCallback()
-    dropped = [f"method.{name}=" for name in ("group_starts", "tiers") if name in recipe.method]
+    dropped = [f"method.{name}=" for name in ("group_starts", "tiers", "budget") if name in recipe.method]
     shaped = [word for word in words if word.partition("=")[0] not in _SHAPE]
     with tempfile.TemporaryDirectory() as folder:
         tiers = f"[{', '.join([str(probe_rank)] * 3)}]"
         probe = [f"method.ranks={tiers}", f"train.max_steps={probe_steps}", f"output={folder}/probe"]
-        quick = ["train.save=never", "train.evaluate=never", "train.best=false"]
+        quick = ["train.save=never", "train.evaluate=never", "train.best=false", "train.report_to="]
         own = {word.partition("=")[0] for word in [*probe, *quick]}
         rest = [word for word in shaped if word.partition("=")[0] not in own]
         result = train(load_recipe(source, [*rest, *dropped, *probe, *quick]), console=console, callbacks=[callback])
         collected = collect(result.folder)
-        total = _budget(recipe, budget)
     groups = recipe.method.get("num_groups") or 3
     found = suggestion(collected, total, criterion, groups=groups, sensitivity=callback.gains)
-    final = [f"method.ranks={list(found.ranks.values())}", *(w for w in dropped if "tiers" in w)]
+    final = [f"method.ranks={list(found.ranks.values())}", *(w for w in dropped if "group_starts" not in w)]
     if recipe.method.get("even_scales"):
         # The scale is lora_alpha over the first rank, which is another one now: the recipe's scale is kept.
-        config = method_config(recipe.method)
+        config = method_config(settle_budget(recipe)[0].method)
         assert isinstance(config, MSPLoraConfig)
         first = config.pyramid()[0]
         wider = replace(first, r=next(iter(found.ranks.values())))
         final.append(f"method.lora_alpha={wider.scaled(first.scale).lora_alpha}")
         shaped = [word for word in shaped if not word.startswith("method.lora_alpha=")]
+    if "tiers" in recipe.method:
+        kept = f"the recipe's {len(recipe.method['tiers'])} tiers of method.tiers"
+        found.notes.append(f"{kept} give way to the three that are suggested: global, mid and layer")
     if found.group_starts is not None:
         final += [f"method.group_starts={found.group_starts}", "method.num_groups="]
     return found, to_yaml(load_recipe(source, [*shaped, *final]))
 
 
-_SHAPE = {"method.ranks", "method.group_starts", "method.num_groups", "method.tiers"}
+_SHAPE = {"method.ranks", "method.group_starts", "method.num_groups", "method.tiers", "method.budget"}
 
 
 def _budget(recipe: Any, budget: str | None) -> int:
-    from ziggurat.training.bare import bare_model
-    from ziggurat.training.budget import read_budget
+    """Raises ConfigError where it is no number, or pays for no rank in one of the tiers."""
+    from ziggurat.training.budget import read_budget, recipe_model
     from ziggurat.training.closed_form import count
     from ziggurat.training.methods import method_config
 
-    bare = bare_model(recipe.model, recipe.task)
+    bare = recipe_model(recipe)
     if budget is not None:
-        return read_budget(budget, sum(p.numel() for p in bare.parameters()))
-    return count(bare, method_config(recipe.method))
+        total = read_budget(budget, sum(p.numel() for p in bare.parameters()))
+    elif "budget" in recipe.method:
+        total = int(recipe.method["budget"])
+    else:
+        return count(bare, method_config(recipe.method))
+    ranked = ("r", "ranks", "tiers", "rank_pattern", "group_starts", "budget")
+    shape = {name: value for name, value in recipe.method.items() if name not in ranked}
+    least = count(bare, method_config({**shape, "ranks": [1, 1, 1]}))
+    if total < least:
+        raise ConfigError(f"a budget of {total:,} parameters, but one rank for each tier takes {least:,}. Raise it.")
+    return total

@@ -1,0 +1,29 @@
+"""What was named as a model and is none: a recipe, the folder of a run, an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ziggurat.errors import ConfigError, RecipeError
+
+
+def check_model_word(model: str) -> None:
+    """Raises ConfigError with the command that was meant, where `model` is surely something else."""
+    from ziggurat.training.recipe import load_recipe, shipped
+
+    path = Path(model).expanduser()
+    if (path / "config.json").is_file() or path.suffix in (".json", ".gguf"):
+        return
+    is_recipe = path.suffix in (".yaml", ".yml") or (model in shipped() and not path.exists())
+    if is_recipe or (path / "recipe.yaml").is_file():
+        what = "a recipe" if is_recipe else "the folder of a run"
+        try:
+            own = load_recipe(model).model
+        except RecipeError:
+            own = "MODEL"
+        raise ConfigError(f"{model} is {what}, and plan wants the model first: ziggurat plan {own} {model}")
+    if (path / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{model} is an adapter's folder, and plan counts before there is one: ziggurat plan MODEL method.r=...; "
+            f"what the adapter has: ziggurat analyze {model}"
+        )
