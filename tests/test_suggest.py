@@ -22,6 +22,7 @@ from ziggurat.cli import app
 from ziggurat.errors import ConfigError
 from ziggurat.plan.allocate import boundaries, by_gain, by_width, costs, energies, sensitivities
 from ziggurat.plan.suggest import suggestion
+from ziggurat.training import closed_form
 from ziggurat.training.methods import method_config
 from ziggurat.training.recipe import load_recipe
 from ziggurat.training.run import train
@@ -197,6 +198,20 @@ def test_the_command_probes_and_writes_a_recipe(criterion: str, tiny: Path, tmp_
     assert recipe.train.max_steps is None and recipe.train.lr == 1e-2 and "lora_alpha" not in recipe.method
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 2 and "exists already" in again.output
+
+
+@pytest.mark.parametrize("criterion", ["energy", "sensitivity", "stable_rank"])
+def test_roles_get_ranks_of_their_own(criterion: str, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "suggested.yaml"
+    words = ["method.target_modules=[query, value, output.dense]", "--budget", "3000", "--by-role"]  # d_in 16 and 32
+    arguments = ["suggest", str(written(tiny, tmp_path)), *words, "--out", str(out), "--criterion", criterion]
+    done = CliRunner().invoke(app, [*arguments, "--probe-rank", "8", "--probe-steps", "4"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    method = load_recipe(out).method
+    assert len(method["rank_pattern"]) == 4 and len(set(map(tuple, method["rank_pattern"].values()))) > 1
+    config, model = method_config(method), BertForSequenceClassification(BertConfig.from_pretrained(str(tiny)))
+    spent = closed_form.msplora(closed_form.targets(model, config), config)
+    assert f"{spent:,} of 3,000 parameters" in done.output and 2000 < spent <= 3000
 
 
 def test_even_scales_stay_what_they_were(tiny: Path, tmp_path: Path) -> None:

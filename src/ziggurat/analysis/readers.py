@@ -38,7 +38,6 @@ def place_by_name(path: str) -> Place:
 
 def msplora(state: State, config: Any, places: Places, depth: Mapping[str, int]) -> Iterator[Component]:
     """Tiers, and the update of each linear. `depth`: layers of each stack; else told from the layer tier."""
-    tiers: dict[str, Tier] = {tier.name: tier for tier in config.pyramid()}
     pairs: dict[str, dict[str, dict[int, FactorPair]]] = {}
     for name, A in state.items():
         if name.endswith(":A"):
@@ -49,6 +48,7 @@ def msplora(state: State, config: Any, places: Places, depth: Mapping[str, int])
             pairs.setdefault(where, {}).setdefault(tier, {})[int(group[len(tier) :])] = found
     for where, by_tier in pairs.items():
         stack_name, role, _ = where.replace("/", ".").split(":")
+        tiers: dict[str, Tier] = {tier.name: tier for tier in config.pyramid(role)}
         private = next((by_tier[t.name] for t in tiers.values() if t.groups == EVERY_LAYER and t.name in by_tier), None)
         number = depth.get(stack_name) or (max(private) + 1 if private else 0)
         layers = sorted(private) if private else list(range(number))

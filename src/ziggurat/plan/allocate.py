@@ -1,7 +1,8 @@
 """How many ranks each tier deserves, and where the groups should end: pure functions of measured numbers.
 
 Symbols: tier t holds P_t pairs, so one rank of it costs c_t = sum over its pairs of (d_in + d_out); gain g_t[k] is what
-its k-th direction is worth, over all linears that it reaches.
+its k-th direction is worth, over all linears that it reaches. With `by_role` what is told of a tier is told of a tier's
+pairs of one role, under the key `<tier>:<role>`.
 """
 
 from __future__ import annotations
@@ -12,44 +13,51 @@ import numpy as np
 import torch
 from torch import nn
 
-from ziggurat.analysis import Collected, measures
+from ziggurat.analysis import Collected, Component, measures
 from ziggurat.analysis.measures import kl_matrix
 from ziggurat.errors import ConfigError
 from ziggurat.methods.msplora.layer import Pyramid
-from ziggurat.methods.msplora.pyramid import tier_of
+from ziggurat.methods.msplora.pyramid import role_of, tier_of
 
 CRITERIA = ("energy", "sensitivity", "effective_rank", "stable_rank")
 
 
-def costs(collected: Collected) -> dict[str, int]:
+def costs(collected: Collected, by_role: bool = False) -> dict[str, int]:
     """Tier -> parameters of one rank of all its pairs."""
-    return {part: sum(sum(c.shape) for c in collected.of(part)) for part in collected.stored_parts}
+    return {key: sum(sum(c.shape) for c in some) for key, some in _shared_out(collected, by_role).items()}
 
 
-def energies(collected: Collected) -> dict[str, np.ndarray]:
+def energies(collected: Collected, by_role: bool = False) -> dict[str, np.ndarray]:
     """Tier -> (rank,) sum over the linears it reaches of s_k^2: the squared norm that its k-th directions add."""
     found = {}
-    for part in collected.stored_parts:
-        some = collected.of(part)
+    for key, some in _shared_out(collected, by_role).items():
         gains = np.zeros(max(c.rank for c in some))
         for c in some:
             values = np.square(np.nan_to_num(c.singular_values))
             gains[: len(values)] += values * max(1, len(c.layers))
-        found[part] = gains
+        found[key] = gains
     return found
 
 
-def widths(collected: Collected, criterion: str) -> dict[str, float]:
+def widths(collected: Collected, criterion: str, by_role: bool = False) -> dict[str, float]:
     """Tier -> mean "effective_rank" or "stable_rank" of its components that aren't zero."""
     found = {}
+    for key, some in _shared_out(collected, by_role).items():
+        values = [measures.row(c)[criterion] for c in some if c.finite and not c.zero]
+        found[key] = float(np.mean(values)) if values else 0.0
+    return found
+
+
+def _shared_out(collected: Collected, by_role: bool) -> dict[str, list[Component]]:
+    found: dict[str, list[Component]] = {}
     for part in collected.stored_parts:
-        values = [measures.row(c)[criterion] for c in collected.of(part) if c.finite and not c.zero]
-        found[part] = float(np.mean(values)) if values else 0.0
+        for c in collected.of(part):
+            found.setdefault(f"{part}:{c.role}" if by_role else part, []).append(c)
     return found
 
 
 @torch.no_grad()
-def sensitivities(model: nn.Module, adapter: str = "default") -> dict[str, np.ndarray]:
+def sensitivities(model: nn.Module, adapter: str = "default", by_role: bool = False) -> dict[str, np.ndarray]:
     """Tier -> (rank,) sum over its pairs of the mean |w dL/dw| of each direction's entries, largest first.
 
     LoRA²'s and AdaLoRA's sensitivity, from the gradients that lie in the pyramid now; averages over steps are the
@@ -63,8 +71,8 @@ def sensitivities(model: nn.Module, adapter: str = "default") -> dict[str, np.nd
                 continue
             score = (A * A.grad).abs().mean(1) + (B * B.grad).abs().mean(0)
             values = score.sort(descending=True).values.double().cpu().numpy()
-            tier = tier_of(name)
-            found[tier] = found.get(tier, np.zeros(len(values))) + values
+            key = f"{tier_of(name)}:{role_of(name)}" if by_role else tier_of(name)
+            found[key] = found.get(key, np.zeros(len(values))) + values
     return found
 
 

@@ -85,6 +85,7 @@ def suggest(
     criterion: Annotated[str, typer.Option(help="energy, sensitivity, effective_rank or stable_rank.")] = "energy",
     probe_rank: Annotated[int, typer.Option(min=2, help="Rank of every tier in the probe.")] = 16,
     probe_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the probe.")] = 200,
+    by_role: Annotated[bool, typer.Option("--by-role", help="Ranks of their own for queries, values, ...")] = False,
     out: Annotated[Path, typer.Option(help="Recipe file to write.")] = Path("suggested.yaml"),
 ) -> None:
     """Find a pyramid's ranks and groups for a budget by a short probe run, and write them as a recipe."""
@@ -101,6 +102,7 @@ def suggest(
         criterion=criterion,
         probe_rank=probe_rank,
         probe_steps=probe_steps,
+        by_role=by_role,
         console=Console(),
     )
     write_whole(out, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,20 +22,21 @@ from . import allocate
 class SensitivityCallback(TrainerCallback):
     """Averages `allocate.sensitivities` over the steps of a run."""
 
-    def __init__(self) -> None:
+    def __init__(self, by_role: bool = False) -> None:
+        self.by_role = by_role
         self.gains: dict[str, np.ndarray] = {}
         self.steps = 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps += 1
-        for tier, values in allocate.sensitivities(kwargs["model"]).items():
+        for tier, values in allocate.sensitivities(kwargs["model"], by_role=self.by_role).items():
             old = self.gains.get(tier, np.zeros(len(values)))
             self.gains[tier] = old + (values - old) / self.steps
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """`ranks` by tier, coarse to fine; `group_starts` of the mid tier, None where they can't be told.
+    """`ranks` by tier, coarse to fine, or by `<tier>:<role>`; `group_starts` of the mid tier, None if unknown.
 
     `spent` of `budget` parameters; `gains` (or widths) by tier are what the choice rests on.
     """
@@ -47,6 +49,16 @@ class Suggestion:
     gains: dict[str, list[float]]
     notes: list[str]
 
+    @property
+    def rank_pattern(self) -> dict[str, list[int]] | None:
+        """Role -> ranks of its tiers, as `MSPLoraConfig` takes them; None if all roles of a tier have one rank."""
+        found: dict[str, list[int]] = {}
+        for key, rank in self.ranks.items():
+            role = key.partition(":")[2]
+            if role:
+                found.setdefault(role, []).append(rank)
+        return found or None
+
 
 def suggestion(
     probe: Collected,
@@ -55,8 +67,11 @@ def suggestion(
     *,
     groups: int = 3,
     sensitivity: dict[str, np.ndarray] | None = None,
+    by_role: bool = False,
 ) -> Suggestion:
     """What a probe of MSPLoRA, all tiers at one high rank, suggests for a budget of parameters.
+
+    `by_role`: each role has ranks of its own, and `sensitivity`, if given, was recorded so.
 
     Raises:
         ConfigError: the probe isn't one of MSPLoRA or was never trained, or the budget is too small.
@@ -67,10 +82,10 @@ def suggestion(
         raise ConfigError(f"criterion {criterion!r}: one of {', '.join(allocate.CRITERIA)}.")
     if all(c.zero or not c.finite for c in probe.components):
         raise ConfigError(f"{probe.source} holds nothing but zeros or NaN: train the probe first, or longer.")
-    cost = allocate.costs(probe)
+    cost = allocate.costs(probe, by_role)
     most = max(c.rank for c in probe.components if c.stored)
     if criterion in ("energy", "sensitivity"):
-        gains = allocate.energies(probe) if criterion == "energy" else dict(sensitivity or {})
+        gains = allocate.energies(probe, by_role) if criterion == "energy" else dict(sensitivity or {})
         if set(gains) != set(cost):
             raise ConfigError(
                 "criterion 'sensitivity' needs the gradients of a probe run: record them while it trains."
@@ -78,7 +93,7 @@ def suggestion(
         ranks = allocate.by_gain(gains, cost, budget)
         shown = {tier: values.tolist() for tier, values in gains.items()}
     else:
-        width = allocate.widths(probe, criterion)
+        width = allocate.widths(probe, criterion, by_role)
         ranks = allocate.by_width(width, cost, budget, most)
         shown = {tier: [value] for tier, value in width.items()}
     notes, starts = [], None
@@ -104,6 +119,7 @@ def suggest(
     criterion: str = "energy",
     probe_rank: int = 16,
     probe_steps: int = 200,
+    by_role: bool = False,
     console: Any = None,
 ) -> tuple[Suggestion, str]:
     """Probe a recipe's model on its data, and return the suggestion and the recipe's text with it.
@@ -126,8 +142,9 @@ def suggest(
     if criterion not in allocate.CRITERIA:
         raise ConfigError(f"criterion {criterion!r}: one of {', '.join(allocate.CRITERIA)}.")
     total = _budget(recipe, budget)
-    callback = SensitivityCallback()
-    dropped = [f"method.{name}=" for name in ("group_starts", "tiers", "budget") if name in recipe.method]
+    callback = SensitivityCallback(by_role)
+    shapes = ("group_starts", "tiers", "rank_pattern", "budget")
+    dropped = [f"method.{name}=" for name in shapes if name in recipe.method]
     shaped = [word for word in words if word.partition("=")[0] not in _SHAPE]
     with tempfile.TemporaryDirectory() as folder:
         tiers = f"[{', '.join([str(probe_rank)] * 3)}]"
@@ -138,25 +155,30 @@ def suggest(
         result = train(load_recipe(source, [*rest, *dropped, *probe, *quick]), console=console, callbacks=[callback])
         collected = collect(result.folder)
     groups = recipe.method.get("num_groups") or 3
-    found = suggestion(collected, total, criterion, groups=groups, sensitivity=callback.gains)
-    final = [f"method.ranks={list(found.ranks.values())}", *(w for w in dropped if "group_starts" not in w)]
+    found = suggestion(collected, total, criterion, groups=groups, sensitivity=callback.gains, by_role=by_role)
+    pattern = found.rank_pattern
+    ranks = list(found.ranks.values()) if pattern is None else next(iter(pattern.values()))
+    kept = ("method.group_starts=", "method.rank_pattern=")
+    final = [f"method.ranks={ranks}", *(word for word in dropped if word not in kept)]
+    if pattern is not None or "rank_pattern" in recipe.method:
+        final.append(f"method.rank_pattern={json.dumps(pattern) if pattern else ''}")
     if recipe.method.get("even_scales"):
         # The scale is lora_alpha over the first rank, which is another one now: the recipe's scale is kept.
         config = method_config(settle_budget(recipe)[0].method)
         assert isinstance(config, MSPLoraConfig)
         first = config.pyramid()[0]
-        wider = replace(first, r=next(iter(found.ranks.values())))
+        wider = replace(first, r=ranks[0])
         final.append(f"method.lora_alpha={wider.scaled(first.scale).lora_alpha}")
         shaped = [word for word in shaped if not word.startswith("method.lora_alpha=")]
     if "tiers" in recipe.method:
-        kept = f"the recipe's {len(recipe.method['tiers'])} tiers of method.tiers"
-        found.notes.append(f"{kept} give way to the three that are suggested: global, mid and layer")
+        old = f"the recipe's {len(recipe.method['tiers'])} tiers of method.tiers"
+        found.notes.append(f"{old} give way to the three that are suggested: global, mid and layer")
     if found.group_starts is not None:
         final += [f"method.group_starts={found.group_starts}", "method.num_groups="]
     return found, to_yaml(load_recipe(source, [*shaped, *final]))
 
 
-_SHAPE = {"method.ranks", "method.group_starts", "method.num_groups", "method.tiers", "method.budget"}
+_SHAPE = {f"method.{name}" for name in ("ranks", "group_starts", "num_groups", "tiers", "rank_pattern", "budget")}
 
 
 def _budget(recipe: Any, budget: str | None) -> int:

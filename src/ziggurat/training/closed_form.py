@@ -110,9 +110,9 @@ def adapter(some: Iterable[Target], config: Any) -> int:
 
 def msplora(some: Iterable[Target], config: Any) -> int:
     """Each shared pair once: sum over pairs of tier rank x (d_in + d_out) (arXiv 2503.21838, Eq. 7)."""
-    tiers = config.pyramid()
     pairs = {}
     for t in some:
+        tiers = config.pyramid(t.place.role)
         for tier, part in zip(tiers, components(tiers, t.place, t.d_in, t.d_out), strict=True):
             pairs[part.pair] = tier.r * (t.d_in + t.d_out)
     return sum(pairs.values())

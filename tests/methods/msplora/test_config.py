@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
 
+from methods_table import logits
 from ziggurat import MSPLoraConfig
+from ziggurat.analysis import collect
 from ziggurat.errors import AnatomyError, ConfigError
+from ziggurat.training import closed_form
 from zoo import ZOO
 
 
@@ -35,6 +39,53 @@ def test_even_scales() -> None:
     assert scales(r=16, lora_alpha=8, use_rslora=True) == pytest.approx([2, 2, 2])
     tiers = [{"name": "all", "groups": 1, "r": 6}, {"name": "own", "groups": "layers", "r": 1}]
     assert scales(r=3, lora_alpha=9, tiers=tiers) == pytest.approx([1.5, 1.5])
+
+
+def test_ranks_by_role() -> None:
+    pattern = {"query": [3, 2, 1], "self.value": [1, 1, 4]}
+    config = MSPLoraConfig(r=8, lora_alpha=16, rank_pattern=pattern, target_modules=["query", "value", "key"])
+    model = get_peft_model(ZOO["bert"].build(), config)
+    found = {n: m.effective_pair("default") for n, m in model.named_modules() if hasattr(m, "effective_pair")}
+    wanted = {"query": 6, "value": 6, "key": 14}
+    assert found and all(pair.A.shape[0] == wanted[name.rpartition(".")[2]] for name, pair in found.items())
+    scales = {role: [c.scale for c in model.get_submodule(_at(role)).components["default"]] for role in wanted}
+    assert scales == {"query": [16 / 3, 8, 16], "value": [16, 16, 4], "key": [2, 4, 8]}
+    assert adapter_numbers(ZOO["bert"].build(), config) == sum(
+        p.numel() for n, p in model.named_parameters() if "msplora_" in n
+    )
+    config.rank_pattern["value"] = [9, 9, 9]
+    assert [tier.r for tier in config.pyramid("attention.self.value")] == [1, 1, 4]  # the longest key that fits
+    config.even_scales = True
+    assert [tier.scale for tier in config.pyramid("attention.self.value")] == [2, 2, 2]
+
+
+def _at(role: str) -> str:
+    return f"base_model.model.bert.encoder.layer.0.attention.self.{role}"
+
+
+def adapter_numbers(model: nn.Module, config: MSPLoraConfig) -> int:
+    return closed_form.msplora(closed_form.targets(model, config), config)
+
+
+def test_ranks_by_role_are_read_back(tmp_path: Path) -> None:
+    config = MSPLoraConfig(
+        r=4, rank_pattern={"value": [1, 2, 3]}, target_modules=["query", "value"], init_weights=False
+    )
+    model = get_peft_model(ZOO["bert"].build(), config).eval()
+    model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(ZOO["bert"].build(), str(tmp_path)).eval()
+    assert torch.equal(logits(again, ZOO["bert"].inputs()), logits(model, ZOO["bert"].inputs()))
+    ranks = {(c.part, c.role.rpartition(".")[2]): c.rank for c in collect(tmp_path).components if c.stored}
+    assert {part: ranks[part, "value"] for part in ("global", "mid", "layer")} == {"global": 1, "mid": 2, "layer": 3}
+    for component in collect(tmp_path).components:
+        if not component.stored:  # the update that was read is the one that acts
+            path = f"base_model.model.{component.stack}.{component.layers[0]}.{component.role}"
+            torch.testing.assert_close(
+                component.B @ component.A, model.get_submodule(path).get_delta_weight("default"), rtol=1e-5, atol=1e-6
+            )
+    model.add_adapter("other", MSPLoraConfig(r=4, target_modules=["query", "value"]))
+    with pytest.raises(ValueError, match="ranks by role"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
 
 
 def test_more_or_fewer_tiers() -> None:
@@ -121,6 +172,11 @@ def test_excluded_modules_and_biases() -> None:
         ({"tiers": [{"name": "a", "groups": "all"}]}, "groups='all'"),
         ({"tiers": [{"name": "a", "groups": 1}], "num_groups": 2}, "can't be given beside it"),
         ({"tiers": [{"name": f"t{'x' * i}", "groups": 1} for i in range(100)]}, "at most 64"),
+        ({"rank_pattern": ["value"]}, "roles with the ranks"),
+        ({"rank_pattern": {"value": [1, 2]}}, "3 whole numbers of at least 1"),
+        ({"rank_pattern": {"value": [1, 2, 0]}}, "3 whole numbers of at least 1"),
+        ({"rank_pattern": {f"role{n}": [1, 1, 1] for n in range(1001)}}, "at most 1,000"),
+        ({"rank_pattern": {"value": 8}}, "3 whole numbers of at least 1"),
         ({"even_scales": "yes"}, "even_scales='yes'"),
         ({"even_scales": True, "ranks": [0, 4, 2]}, "rank 0 of tier 'global'"),
         ({"even_scales": True, "tiers": [{"name": "a", "groups": 1, "lora_alpha": 8}]}, "leave lora_alpha out"),
@@ -148,6 +204,8 @@ def test_impossible_configs(fields: dict, says: str) -> None:
         ),
         ("bert", {"group_starts": [0, 4]}, ConfigError, "would begin at layer 4"),
         ("bert", {"r": 32}, ConfigError, "rank 32 of tier 'global' is above the matrix.*maps 16 to 16"),
+        ("bert", {"rank_pattern": {"valeu": [1, 1, 1]}}, ConfigError, "'valeu'.*no adapted linear has this role"),
+        ("bert", {"rank_pattern": {"value": [4, 32, 1]}}, ConfigError, "rank 32 of tier 'mid' is above the matrix"),
         ("bert", {"target_modules": ["LayerNorm"]}, ConfigError, "is a LayerNorm, which is not supported"),
         ("no_stack", {"num_groups": 2}, AnatomyError, "no stack of layers.*layers_pattern"),
         ("bert", {"target_modules": ["query"], "layers_pattern": "blocks"}, AnatomyError, "matches no list of layers"),

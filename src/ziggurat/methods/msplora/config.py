@@ -1,13 +1,16 @@
 """What a user says of an MSPLoRA adapter."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.config import LinearMethodConfig
 from ziggurat.host.registry import peft_type
 from ziggurat.host.values import MOST_RANK, check_flag, is_whole, shown
-from ziggurat.methods.msplora.pyramid import Tier, check_tiers, evened, halved_tiers, listed_tiers
+from ziggurat.methods.msplora.pyramid import Tier, check_tiers, halved_tiers, listed_tiers
+
+#: The most roles that `rank_pattern` may name.
+MOST_ROLES = 1000
 
 CITATION = """@article{zhao2025msplora,
   title   = {{MSPLoRA}: A Multi-Scale Pyramid Low-Rank Adaptation for Efficient Model Fine-Tuning},
@@ -35,6 +38,9 @@ class MSPLoraConfig(LinearMethodConfig):
         ranks: instead of `r` and `rank_decay`: the ranks of the global, mid and layer tier.
         tiers: instead of all of these: any number of tiers, coarse to fine, each a dict of `name`, `groups`
             (a number, a list of first layers, or "layers") and optionally `r` and `lora_alpha`.
+        rank_pattern: ranks of the tiers, coarse to fine, for linears of some roles: {"value": [12, 4, 2]}. A key is a
+            role or the end of one, such as "attention.self.value"; the longest that fits counts. Layers of a role
+            share pairs, so a role has the same ranks in all of them.
         even_scales: every tier has the scale of the coarsest, lora_alpha / r (rsLoRA: / sqrt(r)), instead of one that
             grows as its rank falls. One learning rate then suits all tiers, and LoRA's suits the pyramid.
         train_in_stages: train the tiers one after the other, coarse to fine, in equal shares of the run.
@@ -53,6 +59,7 @@ class MSPLoraConfig(LinearMethodConfig):
     rank_decay: int = field(default=2, metadata={"help": "Each tier's rank divided by this gives the next one's."})
     ranks: list[int] | None = field(default=None, metadata={"help": "Ranks of the global, mid and layer tier."})
     tiers: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Tiers one by one, coarse to fine."})
+    rank_pattern: dict[str, list[int]] | None = field(default=None, metadata={"help": "Ranks of the tiers by role."})
     even_scales: bool = field(default=False, metadata={"help": "Give every tier the scale of the coarsest."})
     train_in_stages: bool = field(default=False, metadata={"help": "Train the tiers one after the other."})
 
@@ -75,12 +82,41 @@ class MSPLoraConfig(LinearMethodConfig):
         if not is_whole(self.rank_decay, -MOST_RANK, MOST_RANK):
             raise ConfigError(f"rank_decay={shown(self.rank_decay)}: a whole number of at least 1 is needed.")
         check_tiers(self._tiers())
+        self._check_rank_pattern()
         if self.even_scales and any("lora_alpha" in tier for tier in self.tiers or ()):
             raise ConfigError("even_scales gives every tier the coarsest one's scale; leave lora_alpha out of tiers.")
 
-    def pyramid(self) -> tuple[Tier, ...]:
-        """The tiers, coarse to fine."""
-        return evened(self._tiers()) if self.even_scales else self._tiers()
+    def pyramid(self, role: str = "") -> tuple[Tier, ...]:
+        """The tiers, coarse to fine, of linears of `role`: with the ranks that `rank_pattern` has for it."""
+        tiers, key = self._tiers(), self.pattern_key(role)
+        scale = tiers[0].scale
+        if key is not None:
+            tiers = tuple(replace(tier, r=r) for tier, r in zip(tiers, self.rank_pattern[key], strict=True))  # type: ignore[index]
+        return tuple(tier.scaled(scale) for tier in tiers) if self.even_scales else tiers
+
+    def pattern_key(self, role: str) -> str | None:
+        """The key of `rank_pattern` that counts for `role`."""
+        fits = [key for key in self.rank_pattern or {} if role == key or role.endswith(f".{key}")]
+        return max(fits, key=len, default=None)
+
+    def _check_rank_pattern(self) -> None:
+        if self.rank_pattern is None:
+            return
+        number = len(self._tiers())
+        if not isinstance(self.rank_pattern, dict) or not all(isinstance(key, str) for key in self.rank_pattern):
+            raise ConfigError(
+                f"rank_pattern={shown(self.rank_pattern)}: roles with the ranks of their tiers are needed, such as "
+                "{'value': [12, 4, 2]}."
+            )
+        if len(self.rank_pattern) > MOST_ROLES:
+            raise ConfigError(f"rank_pattern has {len(self.rank_pattern):,} roles: at most {MOST_ROLES:,}.")
+        for key, ranks in self.rank_pattern.items():
+            fits = isinstance(ranks, list | tuple) and len(ranks) == number
+            if not fits or not all(is_whole(r, 1, MOST_RANK) for r in ranks):
+                raise ConfigError(
+                    f"rank_pattern[{shown(key)}]={shown(ranks)}: {number} whole numbers of at least 1 are needed, one "
+                    "for each tier, coarse to fine."
+                )
 
     def _tiers(self) -> tuple[Tier, ...]:
         if self.tiers is not None:

@@ -31,16 +31,27 @@ class MSPLoraModel(LinearTuner):
         assert self.anatomy is not None
         return self.anatomy.find(path) or Place(stack=path, layer=0, role="", num_layers=1)
 
+    def _prepare_model(self, peft_config: MSPLoraConfig, model: nn.Module) -> None:  # type: ignore[override]
+        self._patterns_used: set[str | None] = set()
+        super()._prepare_model(peft_config, model)
+        unused = sorted(set(peft_config.rank_pattern or {}) - self._patterns_used)
+        if unused:
+            raise ConfigError(
+                f"rank_pattern[{unused[0]!r}]: no adapted linear has this role, or longer keys take them all. A key is "
+                "the name of a target module, or the end of its path inside the layer, without the layer's number."
+            )
+
     def _check_target(self, config: MSPLoraConfig, path: str, module: nn.Module) -> None:
         assert self.anatomy is not None
         if not self.anatomy.stacks and config.speaks_of_depth:
             self.anatomy.place(path)  # raises: the config speaks of layers, and there are none
         place, (d_in, d_out) = self._place(config, path), features(module)
+        self._patterns_used.add(config.pattern_key(place.role))
         if not place.role:
             for tier in config.pyramid():
                 check_rank_here(f"rank of tier {tier.name!r}", tier.r, path, module)
             return
-        for tier in config.pyramid():
+        for tier in config.pyramid(place.role):
             tier.check(place)
             if tier.r > min(d_in, d_out):
                 raise ConfigError(
@@ -51,14 +62,15 @@ class MSPLoraModel(LinearTuner):
 
     def _makes(self, config: MSPLoraConfig, path: str, module: nn.Module) -> dict[str, int]:
         d_in, d_out = features(module)
-        tiers = config.pyramid()
-        parts = components(tiers, self._place(config, path), d_in, d_out)
+        place = self._place(config, path)
+        tiers = config.pyramid(place.role)
+        parts = components(tiers, place, d_in, d_out)
         return {part.pair: tier.r * (d_in + d_out) for tier, part in zip(tiers, parts, strict=True)}
 
     def _adapt(self, config: MSPLoraConfig, adapter: str, layer: AdaptedLinear, path: str) -> None:
         assert isinstance(layer, MSPLoraLinear)
-        bank, tiers = self._bank(), config.pyramid()
-        place = self._place(config, path)
+        bank, place = self._bank(), self._place(config, path)
+        tiers = config.pyramid(place.role)
         shape = (layer.in_features, layer.out_features)
         parts = components(tiers, place, *shape)
         device, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
@@ -122,6 +134,12 @@ class MSPLoraModel(LinearTuner):
         if len(adapters) != len(weights) or not adapters:
             raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter.")
         pyramids = [self._tiers(name) for name in adapters]
+        patterned = [name for name in adapters if self.peft_config[name].rank_pattern]  # type: ignore[union-attr]
+        if patterned:
+            raise ValueError(
+                f"adapter {patterned[0]!r} has ranks by role (rank_pattern), which can't be added up tier by tier. "
+                "Export the adapters to plain LoRA with ziggurat.export and combine those."
+            )
         self._check_equal_structure(adapters, pyramids)
         tiers = [
             {

@@ -91,6 +91,11 @@ def tier_of(pair: str) -> str:
     return pair.rpartition(":")[2].rstrip("0123456789")
 
 
+def role_of(pair: str) -> str:
+    """The role of the linears that share the pair called `pair`."""
+    return pair.split(":")[1].replace("/", ".")
+
+
 def components(tiers: Sequence[Tier], place: Place, d_in: int, d_out: int) -> tuple[Component, ...]:
     """The pairs that make up the update of the linear at `place`, coarse to fine."""
     return tuple(Component(pair_name(place, tier, d_in, d_out), tier.scale) for tier in tiers)
@@ -138,11 +143,6 @@ def _divided(r: int, rank_decay: int, step: int) -> int:
             f"whole numbers. Use r={fits}, another rank_decay (1 or more), or give ranks=[global, mid, layer]."
         )
     return max(r // divisor, 1)
-
-
-def evened(tiers: Sequence[Tier]) -> tuple[Tier, ...]:
-    """The tiers, each with the scale of the first."""
-    return tuple(tier.scaled(tiers[0].scale) for tier in tiers)
 
 
 def listed_tiers(entries: Sequence[dict[str, Any]], r: int, lora_alpha: float, use_rslora: bool) -> tuple[Tier, ...]:
