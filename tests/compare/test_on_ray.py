@@ -26,7 +26,7 @@ def cluster() -> Iterator[Any]:
 
     # Workers must import the tests' environment as it is, and write nothing about this machine anywhere.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_worker_niceness"] = "0"  # Ray's own 15 would starve them beside other tests
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray's own 15 would starve them beside other tests
     node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20, "include_dashboard": False}
     made = Cluster(initialize_head=True, head_node_args=node)
     made.add_node(num_cpus=1, num_gpus=0, object_store_memory=80 * 2**20)
