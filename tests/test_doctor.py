@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from email.message import Message
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,11 @@ def test_an_untested_version_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_an_extra_of_another_version_is_told_by_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "3.1" if name == "matplotlib" else real(name))
+    # What pyproject.toml says today: an editable install keeps what it said when it was made.
+    monkeypatch.setattr(metadata, "requires", lambda name: ["peft>=0.21.2", 'matplotlib>=3.9; extra == "plots"'])
+    extras = Message()
+    extras["Provides-Extra"] = "plots"
+    monkeypatch.setattr(metadata, "metadata", lambda name: extras)
     (found,) = checks.environment()
     assert found.level == "warning" and found.what == "matplotlib 3.1" and "ziggurat[plots]" in found.why
     assert "matplotlib>=3.9" in found.do
@@ -89,7 +95,11 @@ def test_an_extra_of_another_version_is_told_by_the_extra(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("variables", "what", "level"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}, "MSPLoRA with DeepSpeed ZeRO: works with limits", "note"),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"},
+            "MSPLoRA with DeepSpeed ZeRO: works with limits",
+            "note",
+        ),
         ({"ACCELERATE_USE_FSDP": "true"}, "MSPLoRA with FSDP1: untested", "warning"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "MSPLoRA with FSDP2: works with limits", "note"),
         ({"WORLD_SIZE": "2"}, "MSPLoRA with DDP: works with limits", "note"),

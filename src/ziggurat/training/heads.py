@@ -40,7 +40,7 @@ class MeanPooledClassifier(PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        if config._attn_implementation == "sdpa" and not AutoModel._model_mapping[type(config)]._supports_sdpa:
+        if config._attn_implementation == "sdpa" and not AutoModel._model_mapping[type(config)]._supports_sdpa:  # type: ignore[attr-defined]
             config._attn_implementation = "eager"  # else the encoder (MPNet's) refuses what this class chose
         self.encoder = AutoModel.from_config(config)
         self.pair = bool(getattr(config, "mean_pooled_pair", False))
