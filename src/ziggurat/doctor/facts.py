@@ -181,8 +181,8 @@ FACTS: tuple[Fact, ...] = (
         "distributed",
         "DeepSpeed ZeRO",
         _row("limited", "no", "limited"),
-        "ZeRO-2 and 3 tried by hand in a loop of one's own, two processes on a CPU, never by `ziggurat train`; it frees "
-        "gradients, by which LoRA² prunes, and holds weights that LoR2C's events would move: both are refused",
+        "ZeRO-2 and 3 tried by hand in a loop of one's own, two processes on a CPU, never by `ziggurat train`; it "
+        "frees gradients, by which LoRA² prunes, and holds weights that LoR2C's events would move: both are refused",
         "use DDP or FSDP2",
         evidence=("tests/training/test_launch.py::test_deepspeed_is_refused_what_it_cannot_do",),
     ),
