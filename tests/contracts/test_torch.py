@@ -166,6 +166,18 @@ def test_layers_on_two_devices_share_a_pair(method: str) -> None:
     assert logits(model, ZOO["llama"].inputs()).device.type == "meta"
 
 
+def test_a_pyramid_made_on_two_devices() -> None:
+    """Each pair lies where the first of its layers does, so a later layer's three lie on two devices."""
+    base = ZOO["bert"].build()
+    base.bert.encoder.layer[2:].to("meta")
+    model = get_peft_model(base, zoo_config("msplora", "bert"))
+    layers = model.get_submodule("base_model.model.bert.encoder.layer")
+    for layer, device in ((1, "cpu"), (3, "meta")):
+        linear = layers[layer].attention.self.query
+        assert {half.device.type for half in linear.effective_pair("default")} == {device}
+        assert linear(torch.empty(2, 3, 16, device=device)).device.type == device
+
+
 def _moved(kwargs: dict[str, Any]) -> dict[str, Any]:
     def move(value: Any) -> Any:
         return tuple(map(move, value)) if isinstance(value, tuple) else _to_meta(value)

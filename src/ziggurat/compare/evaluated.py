@@ -11,7 +11,7 @@ from typing import Any
 
 from ziggurat.errors import DataError
 from ziggurat.evaluation.lm import MAIN
-from ziggurat.evaluation.ready import ready
+from ziggurat.evaluation.ready import Ready, ready
 from ziggurat.host.staging import write_whole
 from ziggurat.training.nearest import did_you_mean
 from ziggurat.training.recipe import resolved
@@ -75,7 +75,7 @@ def evaluation_problems(given: Any) -> Iterator[str]:
         for task, metric in _named(tasks).items():
             if metric is None and task not in MAIN:
                 yield f"tasks: {task}: say which of its metrics to show, {{{task}: acc}}"
-            elif metric is not None and not isinstance(metric, str):
+            elif metric is not None and not (isinstance(metric, str) and metric):
                 yield f"tasks: {task}: a metric's name is needed, got {metric!r}"
         if "humaneval" in tasks and given.get("run_generated_code") is not True:
             yield (
@@ -84,7 +84,7 @@ def evaluation_problems(given: Any) -> Iterator[str]:
             )
     for key in ("limit", "batch"):
         value = given.get(key, 1)
-        if value is not None and (type(value) is not int or value < 1):
+        if (value is not None or key == "batch") and (type(value) is not int or value < 1):
             yield f"{key}: a whole number from 1 on is needed, got {value!r}"
     if given.get("data") is not None and not isinstance(given["data"], str):
         yield f"data: a folder of local parquet is needed, got {given['data']!r}"
@@ -102,8 +102,15 @@ def check_ready(evaluations: list[Evaluation]) -> None:
         if one not in seen:
             seen.append(one)
             data = Path(one.data) if one.data is not None else None
-            with ready(list(one.metrics), data=data, limit=one.limit, run_code=one.run_generated_code):
-                pass
+            with ready(list(one.metrics), data=data, limit=one.limit, run_code=one.run_generated_code) as found:
+                for this in found:
+                    _check_metric(this, one.metrics[this.task])
+
+
+def _check_metric(this: Ready, metric: str) -> None:
+    known = {name for part in this.parts.values() for name in part.aggregation()}
+    if this.task != "humaneval" and metric.partition(",")[0] not in known:
+        raise DataError(f"evaluate: {this.task} has no metric '{metric}'; it has {', '.join(sorted(known))}")
 
 
 def of_the_base(recipe: Recipe) -> dict[str, Any]:

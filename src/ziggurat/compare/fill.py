@@ -81,7 +81,7 @@ def report(table: Table) -> Filled:
 
 def _written(table: Table, results: Results, taken: int, stopped: bool) -> Filled:
     summary = summarise(table, results.of(table))
-    lines = [results.lines.get(run.key, {}) for run in table.runs]
+    lines = [results.lines.get(key, {}) for key in dict.fromkeys(run.key for run in table.runs)]
     failed = [line for line in lines if line.get("status") == "failed"]
     files, notes = [], []
     for name, text in (("table.md", markdown(summary, failed)), ("table.csv", table_csv(summary))):

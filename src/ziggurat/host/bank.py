@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from ziggurat.errors import ConfigError
-from ziggurat.lowrank.pair import FactorPair, init_gaussian_, init_kaiming_, stack
+from ziggurat.lowrank.pair import FactorPair, init_gaussian_, init_kaiming_, on_device, stack
 
 
 def fresh_pair(d_in: int, d_out: int, rank: int, init: bool | str, device: str = "cpu") -> FactorPair:
@@ -140,6 +140,8 @@ class PairBank(nn.Module, BaseTunerLayer):
         factors: Factors = self.stores[adapter]  # type: ignore[assignment]
         detached = self._detached.get(adapter, frozenset())
         pairs = [factors.pair(component.pair) for component in components]
+        # Each pair lies where the first of its layers does; the finest one's is nearest to this linear.
+        pairs = [on_device(pair, pairs[-1].B.device) for pair in pairs]
         if detached:
             pairs = [
                 FactorPair(p.A.detach(), p.B.detach()) if component.pair in detached else p

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ziggurat.lowrank.pair import FactorPair
+from ziggurat.lowrank.pair import FactorPair, on_device
 from ziggurat.lowrank.product import can_share, down
 
 if TYPE_CHECKING:
@@ -68,9 +68,17 @@ class _Circumstances(NamedTuple):
         on = device != "meta" and torch.is_autocast_enabled(device)
         autocast = torch.get_autocast_dtype(device) if on else None
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[attr-defined]
-        pack = weakref.ref(hooks[0]) if hooks else None
+        pack = _reference(hooks[0]) if hooks else None
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         return cls(x._version, x.requires_grad, grad, inference, autocast, pack)
+
+
+def _reference(hook: object) -> object:
+    """Weak, for a checkpoint's hook holds its inputs. What can't be held so equals nothing, itself included."""
+    try:
+        return weakref.ref(hook)
+    except TypeError:
+        return float("nan")
 
 
 class _InFlight:
@@ -111,10 +119,13 @@ class Siblings:
         """h and B of `linear`; None if it has to work alone, by `low_rank_add`."""
         if (ready := self._in_flight.take(adapter, x, linear)) is not None:
             return ready
-        A, B = linear.effective_pair(adapter)
+        A, B = on_device(linear.effective_pair(adapter), x.device)
         if not can_share(x, A):
             return None
-        others = [(other, other.effective_pair(adapter)) for other in self._others(linear, adapter, dropout)]
+        others = [
+            (other, on_device(other.effective_pair(adapter), x.device))
+            for other in self._others(linear, adapter, dropout)
+        ]
         others = [(other, pair) for other, pair in others if _fits(pair, A)]
         if not others:
             return None

@@ -42,7 +42,7 @@ def stack(pairs: Sequence[FactorPair], scales: Sequence[float]) -> FactorPair:
 
 def on_device(pair: FactorPair, device: torch.device) -> FactorPair:
     """The pair on `device`, differentiably: a shared one lies on one device, its layers may be spread over several."""
-    if pair.A.device == device or pair.A.device.type == "meta":
+    if all(half.device == device or half.device.type == "meta" for half in pair):
         return pair
     return FactorPair(pair.A.to(device), pair.B.to(device))
 

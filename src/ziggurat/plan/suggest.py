@@ -149,7 +149,8 @@ def suggest(
     with tempfile.TemporaryDirectory() as folder:
         tiers = f"[{', '.join([str(probe_rank)] * 3)}]"
         probe = [f"method.ranks={tiers}", f"train.max_steps={probe_steps}", f"output={folder}/probe"]
-        quick = ["train.save=never", "train.evaluate=never", "train.best=false", "train.report_to="]
+        quick = ["train.save=never", "train.evaluate=never", "train.evaluate_before=false", "train.best=false"]
+        quick.append("train.report_to=")
         own = {word.partition("=")[0] for word in [*probe, *quick]}
         rest = [word for word in shaped if word.partition("=")[0] not in own]
         result = train(load_recipe(source, [*rest, *dropped, *probe, *quick]), console=console, callbacks=[callback])
@@ -170,15 +171,18 @@ def suggest(
         wider = replace(first, r=ranks[0])
         final.append(f"method.lora_alpha={wider.scaled(first.scale).lora_alpha}")
         shaped = [word for word in shaped if not word.startswith("method.lora_alpha=")]
+    if pattern is not None and len(found.ranks) > sum(map(len, pattern.values())):
+        found.notes.append("linears outside the layers have no role: they get the ranks of the first role")
     if "tiers" in recipe.method:
         old = f"the recipe's {len(recipe.method['tiers'])} tiers of method.tiers"
         found.notes.append(f"{old} give way to the three that are suggested: global, mid and layer")
     if found.group_starts is not None:
         final += [f"method.group_starts={found.group_starts}", "method.num_groups="]
+        shaped = [word for word in shaped if not word.startswith("method.num_groups=")]
     return found, to_yaml(load_recipe(source, [*shaped, *final]))
 
 
-_SHAPE = {f"method.{name}" for name in ("ranks", "group_starts", "num_groups", "tiers", "rank_pattern", "budget")}
+_SHAPE = {f"method.{name}" for name in ("ranks", "group_starts", "tiers", "rank_pattern", "budget")}
 
 
 def _budget(recipe: Any, budget: str | None) -> int:

@@ -65,9 +65,12 @@ def guessing(recipe: Recipe, train_labels: np.ndarray, labels: np.ndarray) -> di
     return score(recipe, np.full(len(labels), values[counts.argmax()]), labels)
 
 
+_LOWER = ("rmse", "mse", "mae", "loss", "bits_per_byte", "brier_score", "ter", "wer", "cer")
+
+
 def lower_is_better(metric: str) -> bool:
-    """Also for lm-eval's names: word_perplexity, byte_perplexity, bits_per_byte."""
-    return metric.endswith("perplexity") or metric in ("rmse", "loss", "bits_per_byte")
+    """Also for lm-eval's names: word_perplexity, bits_per_byte, brier_score, ter, ..."""
+    return metric.endswith("perplexity") or metric in _LOWER
 
 
 def perplexity(loss: float) -> float:

@@ -151,7 +151,10 @@ def _train(
             trainer.add_callback(NoteFirst(folder))
         elif before is None:
             # The random numbers that scoring takes are given back, so that training is the same with and without it.
-            with say.status("scoring before training") if say.is_terminal else quiet(), torch.random.fork_rng():
+            with (
+                say.status("scoring before training") if say.is_terminal else quiet(),
+                torch.random.fork_rng(_devices()),
+            ):
                 before = _scores(trainer.evaluate())
             folder.note({"before": before})
         with told_of_storage(folder.checkpoints, "Make room; where there is a checkpoint, go on with resume=true."):
@@ -194,6 +197,11 @@ def _train(
     with told_of_storage(folder.final, left):
         processes.first(lambda: _save(folder, recipe, base, trainer.model, state, spec, result))  # type: ignore[arg-type]
     return result
+
+
+def _devices() -> list[int]:
+    """The GPU whose random numbers scoring may take."""
+    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
 
 
 class NoteFirst(TrainerCallback):

@@ -230,6 +230,18 @@ def test_a_refused_second_adapter_leaves_the_first(tmp_path: Path) -> None:
     model.add_adapter("third", MSPLoraConfig(r=8, target_modules=["value"]))
 
 
+def test_weighted_sums_of_even_scales_are_exact() -> None:
+    def config() -> MSPLoraConfig:
+        return MSPLoraConfig(r=4, lora_alpha=8, even_scales=True, target_modules=["query"], init_weights=False)
+
+    model = get_peft_model(ZOO["bert"].build(), config())
+    model.add_adapter("other", config())
+    model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "sum")
+    linear = model.get_submodule(_at("query"))
+    wanted = 0.5 * linear.get_delta_weight("default") + 2.0 * linear.get_delta_weight("other")
+    torch.testing.assert_close(linear.get_delta_weight("sum"), wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_weighted_adapters_of_different_structure_are_refused() -> None:
     model = get_peft_model(ZOO["bert"].build(), MSPLoraConfig(r=4, target_modules=["query"]))
     model.add_adapter("other", MSPLoraConfig(r=4, target_modules=["query"], num_groups=2))

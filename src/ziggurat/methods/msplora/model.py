@@ -151,9 +151,8 @@ class MSPLoraModel(LinearTuner):
             for same in zip(*pyramids, strict=True)
         ]
         first = self.peft_config[adapters[0]]
-        self.peft_config[adapter_name] = replace(
-            first, tiers=tiers, num_groups=None, group_starts=None, ranks=None, use_rslora=False, bias="none"
-        )
+        said = {"tiers": tiers, "num_groups": None, "group_starts": None, "ranks": None}
+        self.peft_config[adapter_name] = replace(first, **said, use_rslora=False, even_scales=False, bias="none")
         self.inject_adapter(self.model, adapter_name)
         bank = self._bank()
         scales = {tier.name: [p[i].scale for p in pyramids] for i, tier in enumerate(pyramids[0])}
