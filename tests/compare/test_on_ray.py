@@ -97,8 +97,13 @@ def test_ctrl_c_waits_for_the_checkpoints(wide_bert: Path, cluster: Any, tmp_pat
         seen.append(step())
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt_soon, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        list(run_on_ray(table.runs, tmp_path / "out"))
+    # A program that was started in the background may have been told to ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt_soon, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            list(run_on_ray(table.runs, tmp_path / "out"))
+    finally:
+        signal.signal(signal.SIGINT, before)
     # The worker has stopped by now, at a step after the regular checkpoint's.
     assert not folder.lock.is_taken() and step() > seen[0] >= 50

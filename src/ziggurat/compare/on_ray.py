@@ -52,7 +52,7 @@ def run_on_ray(
                 recipe = run.recipe.model_copy(update={"output": place})
                 active[task.remote(recipe, run.evaluation, str(log))] = (run, str(log))
                 started(run)
-            ended = _wait(ray, list(active), timeout=1.0)
+            ended, _ = ray.wait(list(active), timeout=1.0)
             for reference in ended:
                 run, log = active.pop(reference)
                 yield _outcome(ray, reference, run, log)
@@ -61,18 +61,7 @@ def run_on_ray(
             ray.cancel(reference)
         if active:
             # A cancelled run stops at its next step and writes a checkpoint; with this program its worker would go.
-            _wait(ray, list(active), num_returns=len(active), timeout=PATIENCE)
-
-
-def _wait(ray: Any, references: list[Any], **limits: Any) -> list[Any]:
-    """Those of `references` that have ended."""
-    try:
-        return ray.wait(references, **limits)[0]
-    except SystemError as error:
-        # What Ctrl-C becomes where it comes inside Ray's compiled code.
-        if isinstance(error.__cause__, KeyboardInterrupt):
-            raise KeyboardInterrupt from error
-        raise
+            ray.wait(list(active), num_returns=len(active), timeout=PATIENCE)
 
 
 def _outcome(ray: Any, reference: Any, run: Run, log: str) -> Outcome:
