@@ -69,7 +69,7 @@ def test_what_is_not_here_is_assumed_and_said(tmp_path: Path) -> None:
     folder = config_folder(tmp_path / "bert", config, "BertModel")
     recipe = tiny_recipe(folder, tmp_path / "nowhere.csv", tmp_path / "out", train__precision="bf16")
     notes = " | ".join(plan_recipe(folder, recipe).notes)
-    assert "2 classes are assumed: the data can't be read" in notes and "weights aren't here" in notes
+    assert "2 classes are assumed: the data can't be read" in notes and "no safetensors weights here" in notes
     assert "train.precision bf16" in notes
     named = tiny_recipe(folder, tmp_path / "nowhere.csv", tmp_path / "out", data__label_names=["a", "b", "c"])
     found = plan_recipe(folder, named, measure_memory=False)

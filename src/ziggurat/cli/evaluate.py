@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ziggurat.errors import DataError
 from ziggurat.host.staging import check_writable, write_whole
 
 _HELP = "Adapter folder; or a model without adapter: its folder, .gguf file or name on the hub."
@@ -47,16 +46,14 @@ def evaluate(
     if predictions is not None and not glue:
         raise typer.BadParameter("--predictions is for glue/<task>")
     # Scoring takes hours; a place that takes no file is to be known before.
+    out, predictions, keep_tasks = (path and path.expanduser() for path in (out, predictions, keep_tasks))
     for place in (out, predictions and predictions / "x.tsv", keep_tasks and keep_tasks / "x.yaml"):
         if place is not None:
             check_writable(place)
-    if data is not None and not data.expanduser().is_dir():
-        from ziggurat.training.nearest import missing_path
-
-        raise DataError(f"--data: {f'{data} is not a folder' if data.exists() else missing_path(data)}")
-
+    from ziggurat.evaluation.ready import check_folder
     from ziggurat.evaluation.subject import check_tasks, find_subject, load_subject
 
+    check_folder(data)
     subject = find_subject(adapter)
     check_tasks(subject, names)
     for name in glue:

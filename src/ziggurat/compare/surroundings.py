@@ -32,8 +32,8 @@ def commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        inside = git("ls-files", "--error-unmatch", __file__)
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno", ".") else "") or inside
+        git("ls-files", "--error-unmatch", __file__)  # fails where the package only lies in somebody's checkout
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

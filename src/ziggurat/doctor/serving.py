@@ -99,7 +99,7 @@ def _ranks(kind: str, ranks: set[int], allowed: Any) -> Iterator[Finding]:
         yield Finding(
             "note",
             f"served as rank {fitting}",
-            f"each linear's update has rank {most}, filled up to one that vLLM allows",
+            f"each linear's update has rank {most} or less, filled up to one that vLLM allows",
             "ziggurat export --serving",
         )
 

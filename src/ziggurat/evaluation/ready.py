@@ -58,8 +58,7 @@ def ready(
             "humaneval runs code that the model writes; say --run-generated-code if that is all right on this machine "
             "(docs/evaluation.md says what the limits are)"
         )
-    if data is not None and not data.expanduser().is_dir():
-        raise DataError(f"--data: {missing_path(data) if not data.exists() else f'{data} is not a folder'}")
+    check_folder(data)
     try:
         import lm_eval.tasks  # noqa: F401
     except ImportError as error:
@@ -81,6 +80,12 @@ def ready(
         # A local task's file says its shots; the hub's BBH holds its three in its own prompt.
         shots = {task: SHOTS[task] for task in ("mmlu", "drop") if data is None}
         yield [_loaded(manager, task, names[task], shots.get(task)) for task in tasks]
+
+
+def check_folder(data: Path | None) -> None:
+    """Raise DataError where --data names something that is no folder."""
+    if data is not None and not data.expanduser().is_dir():
+        raise DataError(f"--data: {f'{data} is not a folder' if data.expanduser().exists() else missing_path(data)}")
 
 
 def _manager(names: list[str], folder: Path) -> Any:
@@ -136,7 +141,7 @@ def _loaded(manager: Any, task: str, name: str, shots: int | None) -> Ready:
         found = manager.load([name])
     except ImportError as error:
         raise RecipeError(f"{task}: lm-eval needs more for it: {_first(error)}") from error
-    except OSError as error:  # ConnectionError and the hub's errors are some
+    except (OSError, ValueError) as error:  # ConnectionError and the hub's errors; ValueError: nothing in the cache
         raise DataError(
             f"{task}: its data cannot be read: {_first(error)}. Offline, give local files by --data"
         ) from error

@@ -62,7 +62,7 @@ def bare_base(recipe: Recipe, model: str | Path | None = None) -> BareBase:
     names = _stored_names(model_path(where), recipe.revision) if gguf is None else None
     lacking = _lacking(built, names) if names is not None else None
     if lacking is None:
-        notes.append("the model's weights aren't here: that the checkpoint has all of the encoder is assumed")
+        notes.append("the model has no safetensors weights here: that the checkpoint has all of the encoder is assumed")
     return BareBase(built, fresh_modules(built, lacking or []), pair, notes)
 
 
