@@ -20,7 +20,8 @@ from ziggurat.training.interrupt import Interrupted
 from ziggurat.training.load import load_adapter_model
 from ziggurat.training.recipe import load_recipe
 from ziggurat.training.report import report
-from ziggurat.training.run import Result, train
+from ziggurat.training.result import Result
+from ziggurat.training.run import train
 
 
 def run_info(result: Result) -> dict[str, Any]:

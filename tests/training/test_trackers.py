@@ -13,7 +13,8 @@ from ziggurat.analysis.trace import scalars
 from ziggurat.errors import RecipeError
 from ziggurat.training import trackers
 from ziggurat.training.interrupt import Interrupted
-from ziggurat.training.run import Result, train
+from ziggurat.training.result import Result
+from ziggurat.training.run import train
 
 
 def events(folder: Path) -> dict[str, list[Any]]:

@@ -121,7 +121,7 @@ def of_the_base(recipe: Recipe) -> dict[str, Any]:
 
 def base_info() -> dict[str, Any]:
     """What stands for run.json where nothing was trained."""
-    from ziggurat.training.run import versions
+    from ziggurat.training.result import versions
 
     return {"metric": None, "after": {}, "parameters": {"adapter": 0}, "versions": versions()}
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .methods import METHODS as METHODS
     from .recipe import load_recipe as load_recipe
     from .recipe import make_recipe as make_recipe
-    from .run import Result as Result
+    from .result import Result as Result
     from .run import train as train
     from .schema import Recipe as Recipe
 
@@ -24,7 +24,8 @@ _HOMES = {
     "load": ("Loaded", "load_adapter_model"),
     "methods": ("METHODS",),
     "recipe": ("load_recipe", "make_recipe"),
-    "run": ("Result", "train"),
+    "result": ("Result",),
+    "run": ("train",),
     "schema": ("Recipe",),
 }
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from .methods import METHODS
 from .metrics import lower_is_better
-from .run import Result
+from .result import Result
 from .schema import Recipe
 
 _NAMES = {"msplora": "MSPLoRA", "lora": "LoRA", "dora": "DoRA", "lor2c": "LoR2C", "lora2": "LoRA²"}

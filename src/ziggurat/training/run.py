@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,48 +17,23 @@ from ziggurat.analysis.trace import record_spectra
 from ziggurat.host.staging import told_of_storage
 
 from . import spread, trackers, workplace
-from .adapt import Counts, adapt, count
+from .adapt import adapt, count
 from .budget import Fit, settle_budget
 from .callbacks import callbacks_for
 from .checkpoints import WholeCheckpoints
 from .data import Examples, load_examples
 from .divergence import StopAtNaN
-from .finish import draw_ranks, settle
-from .folders import RECIPE, RunFolder, launched
+from .finish import settle
+from .folders import RunFolder, launched
 from .interrupt import Interrupted, StopSignals
-from .meter import Meter, expected_bytes, peak_memory, stored_bytes
+from .meter import Meter, expected_bytes, peak_memory
 from .methods import METHODS
 from .model import Base, HeadSpec, load_base
 from .processes import join, launched_size
 from .progress import LiveProgress
-from .recipe import to_yaml
+from .result import Result, save
 from .schema import Recipe
 from .trainers import Task, make_trainer, quiet
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run gave: where the adapter lies, scores by name, trainable numbers, cost.
-
-    `before`, `after` and `guess` (of the majority class, or the mean) are scores of the validation data; `shape` is the
-    shape that instruction data had; `left` is what acts at the end, for methods that restructure or prune.
-    """
-
-    folder: Path
-    method: str
-    metric: str
-    before: dict[str, float]
-    after: dict[str, float]
-    guess: dict[str, float]
-    counts: Counts
-    seconds: float
-    steps: int
-    peak_mb: float | None
-    step_seconds: float | None = None
-    notes: list[str] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    shape: str | None = None
-    left: dict[str, int] = field(default_factory=dict)
 
 
 def train(recipe: Recipe, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Result:
@@ -195,7 +167,7 @@ def _train(
         f"The checkpoint {last} is whole; make room and go on with resume=true." if last else "There is no checkpoint."
     )
     with told_of_storage(folder.final, left):
-        processes.first(lambda: _save(folder, recipe, base, trainer.model, state, spec, result))  # type: ignore[arg-type]
+        processes.first(lambda: save(folder, recipe, base, trainer.model, state, spec, result))  # type: ignore[arg-type]
     return result
 
 
@@ -258,61 +230,6 @@ def _final_scores(task: Task, recipe: Recipe) -> dict[str, float]:
         if not recipe.train.best and current and f"eval_{recipe.main_metric}" in line and trainer.state.global_step:
             return _scores(line)
     return _scores(trainer.evaluate())
-
-
-def _save(
-    folder: RunFolder,
-    recipe: Recipe,
-    base: Base,
-    model: nn.Module,
-    state: dict[str, Any] | None,
-    spec: HeadSpec,
-    result: Result,
-) -> None:
-    ready = workplace.new_result(folder.work)
-    with quiet():
-        model.save_pretrained(str(ready), **({} if state is None else {"state_dict": state}))  # type: ignore[operator]
-        draw_ranks(model, ready)
-        base.tokenizer.save_pretrained(str(ready))
-    (ready / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
-    workplace.keep_logs(folder.work, ready)
-    folder.note(
-        {
-            "head": asdict(spec),
-            "head_modules": base.head,
-            "shape": result.shape,
-            "metric": result.metric,
-            "before": result.before,
-            "after": result.after,
-            "guess": result.guess,
-            "parameters": asdict(result.counts),
-            "left": result.left,
-            "steps": result.steps,
-            "seconds": round(result.seconds, 2),
-            "peak_mb": result.peak_mb,
-            "step_seconds": result.step_seconds,
-            "stored_bytes": stored_bytes(ready),
-            "seed": recipe.seed,
-            "notes": result.notes,
-            "versions": versions(),
-            "history": result.history,
-        },
-        ready,
-    )
-    folder.publish(ready)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version(), "machine": platform.platform()}
-    for name in ("ziggurat", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "trl"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def resume_command(words: Sequence[str]) -> str:
