@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from methods_table import METHODS, logits, zoo_config
+from word_tokenizer import word_tokenizer
 from zoo import ZOO
 
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -160,13 +161,6 @@ def test_trl_makes_the_adapter_itself(method: str, tmp_path: Path) -> None:
 
 
 def _tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>"] + [f"w{i}" for i in range(96)])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return word_tokenizer((f"w{i}" for i in range(96)), **special)

@@ -8,6 +8,8 @@ import pyarrow.parquet as pq
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from word_tokenizer import word_tokenizer
+
 WORDS = [
     "A",
     "B",
@@ -32,15 +34,8 @@ WORDS = [
 
 
 def save_llama(folder: Path) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["[PAD]", "[UNK]", "<s>", "</s>"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *WORDS])}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(str(folder))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "<s>", "eos_token": "</s>"}
+    word_tokenizer(WORDS, **special).save_pretrained(str(folder))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(WORDS) + 4,

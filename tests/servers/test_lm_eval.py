@@ -13,6 +13,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from word_tokenizer import word_tokenizer
 from ziggurat import MSPLoraConfig, cli
 from ziggurat.evaluation.local_tasks import PREFIX
 from ziggurat.export import export
@@ -23,18 +24,12 @@ WORDS = ["A", "B", "C", "D", "one", "two", "three", "four", "what", "is", "the",
 
 def save_tiny_model(folder: Path) -> None:
     """A tiny Llama that knows the letters of the choices."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["[PAD]", "[UNK]", "<s>", "</s>", *WORDS]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(str(folder))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = word_tokenizer(WORDS, **special)
+    tokenizer.save_pretrained(str(folder))
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = LlamaConfig(vocab_size=len(words), max_position_embeddings=512, initializer_range=0.5, **sizes)
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, initializer_range=0.5, **sizes)
     LlamaForCausalLM(config).save_pretrained(str(folder))
 
 

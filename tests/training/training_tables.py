@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from word_tokenizer import word_tokenizer
+
 if TYPE_CHECKING:
     from ziggurat.training.schema import Recipe
 
@@ -18,27 +20,16 @@ WORDS = [
 
 
 def _save_tokenizer(folder: Path, chat: bool) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import processors
 
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>"]
-    vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    fast = word_tokenizer(WORDS, **special, eos_token="</s>")
+    fast.model_max_length = 64
     if not chat:
-        tokenizer.post_processor = processors.TemplateProcessing(
+        fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
         )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        eos_token="</s>",
-        model_max_length=64,
-    )
-    if chat:
+    else:
         fast.chat_template = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
     fast.save_pretrained(str(folder))
 

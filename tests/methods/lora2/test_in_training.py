@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 from methods_table import logits
+from word_tokenizer import word_tokenizer
 from ziggurat import LoRA2Config
 from ziggurat.errors import ConfigError
 from ziggurat.export import export_model
@@ -281,10 +280,8 @@ def test_the_regulariser_of_a_loss_made_outside_is_not_scaled_down(already_unsca
 
 def words() -> PreTrainedTokenizerFast:
     """A tokenizer with the model's vocabulary."""
-    names = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(96))]
-    model = WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>")
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model), **special)
+    return word_tokenizer((f"w{i}" for i in range(96)), **special)
 
 
 def test_trl_regularises_and_prunes_by_itself(tmp_path: Path) -> None:
