@@ -1,4 +1,4 @@
-"""The `ziggurat` command: its commands stand in the modules beside this one, or in the package that does their work."""
+"""The `ziggurat` command: its commands stand in the modules beside this one."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ziggurat.doctor.command import doctor
 from ziggurat.errors import ZigguratError
-from ziggurat.plan.command import plan, suggest
 
 from .analyze import analyze, report
 from .compare import compare
+from .doctor import doctor
 from .evaluate import evaluate
 from .launch import launch_config
+from .plan import plan, suggest
 from .train import predict, recipes, train
 from .write import export, merge
 

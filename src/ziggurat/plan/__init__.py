@@ -13,7 +13,7 @@ __all__ = ["Plan", "bare_model", "plan", "plan_recipe"]
 
 
 def __getattr__(name: str) -> Any:
-    """The command line reads this package's `command` alone: the rest is imported when first used."""
+    """Imported when first used: reading a model's word or a size needs no torch."""
     from importlib import import_module
 
     if name in __all__:

@@ -19,7 +19,7 @@ def doctor(
     import json as text
     from dataclasses import asdict
 
-    from .checks import LEVELS, adapter, environment, recipe
+    from ziggurat.doctor.checks import LEVELS, adapter, environment, recipe
 
     given = list(words or [])
     found = list(environment())

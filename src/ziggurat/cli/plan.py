@@ -25,12 +25,11 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
     """Count before training what a method adapts, shares, trains, stores and needs, from the model's config alone."""
+    from ziggurat.plan.planner import plan_recipe
+    from ziggurat.plan.show import show, to_json
+    from ziggurat.plan.words import check_model_word
     from ziggurat.training.recipe import load_recipe
     from ziggurat.training.source import read_overrides
-
-    from .planner import plan_recipe
-    from .show import show, to_json
-    from .words import check_model_word
 
     check_model_word(model)
     given = list(words or [])
@@ -91,7 +90,7 @@ def suggest(
     """Find a pyramid's ranks and groups for a budget by a short probe run, and write them as a recipe."""
     from rich.console import Console
 
-    from .suggest import suggest as run
+    from ziggurat.plan.suggest import suggest as run
 
     if out.exists():
         raise typer.BadParameter(f"{out} exists already; name another file by --out")
