@@ -19,25 +19,35 @@ def _recipe(task: str):
 def test_classification_scores_by_definition() -> None:
     labels, classes = np.array([1, 1, 1, 0, 0, 0, 0, 0]), np.array([1, 1, 0, 1, 0, 0, 0, 0])
     tp, fp, fn, tn = 2, 1, 1, 4
-    found = metrics.score(_recipe("classification"), np.eye(2)[classes], labels)
+    found = metrics.score(_recipe("classification"), np.eye(2)[classes], labels, 2)
     matthews = (tp * tn - fp * fn) / ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
     assert found["accuracy"] == pytest.approx(100 * 6 / 8)
     assert found["f1"] == pytest.approx(100 * 2 * tp / (2 * tp + fp + fn))
     assert found["matthews"] == pytest.approx(100 * matthews)
 
 
+@pytest.mark.parametrize("as_scores", [True, False])
+def test_f1_of_three_classes_is_a_mean_also_where_the_last_never_occurs(as_scores: bool) -> None:
+    labels, said = np.array([0, 0, 1, 1, 0]), np.array([0, 0, 0, 1, 0])
+    of_each = (2 * 3 / (2 * 3 + 1), 2 * 1 / (2 * 1 + 1))  # 2 tp / (2 tp + fp + fn) of classes 0 and 1
+    predictions = np.eye(3)[said] if as_scores else said
+    found = metrics.score(_recipe("classification"), predictions, labels, 3)
+    assert found["f1"] == pytest.approx(100 * sum(of_each) / 2)
+    assert metrics.score(_recipe("classification"), said, labels, 2)["f1"] == pytest.approx(100 * of_each[1])
+
+
 def test_regression_scores_by_definition() -> None:
     truth, guess = np.array([1.0, 2.0, 4.0, 3.0]), np.array([[1.0], [3.0], [5.0], [3.5]])
-    found = metrics.score(_recipe("regression"), guess, truth)
+    found = metrics.score(_recipe("regression"), guess, truth, 0)
     assert found["pearson"] == pytest.approx(100 * np.corrcoef(guess[:, 0], truth)[0, 1])
     assert found["spearman"] == pytest.approx(100.0)
     assert found["rmse"] == pytest.approx(float(np.sqrt(np.mean((guess[:, 0] - truth) ** 2))))
 
 
 def test_guessing_takes_the_class_of_the_training_data() -> None:
-    found = metrics.guessing(_recipe("classification"), np.array([0, 2, 2]), np.array([2, 0, 0, 0]))
+    found = metrics.guessing(_recipe("classification"), np.array([0, 2, 2]), np.array([2, 0, 0, 0]), 3)
     assert found["accuracy"] == 25.0 and found["matthews"] == 0.0
-    assert metrics.guessing(_recipe("regression"), np.array([1.0, 3.0]), np.array([1.0, 3.0]))["pearson"] == 0.0
+    assert metrics.guessing(_recipe("regression"), np.array([1.0, 3.0]), np.array([1.0, 3.0]), 0)["pearson"] == 0.0
 
 
 def test_perplexity_never_overflows() -> None:

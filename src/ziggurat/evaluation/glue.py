@@ -58,7 +58,8 @@ def glue_scores(loaded: Loaded, name: str, folder: str | None = None, limit: int
             raise DataError(f"glue/{name}: the labels of split '{split}' are hidden, so there is nothing to score by")
         answers = _answers(loaded, task, table)
         said = np.asarray([_number(answer, loaded) for answer in answers])
-        found.update({f"{prefix}{key}": value for key, value in score(loaded.recipe, said, labels).items()})
+        scores = score(loaded.recipe, said, labels, len(task.classes))
+        found.update({f"{prefix}{key}": value for key, value in scores.items()})
         found[f"{prefix}rows"] = float(len(table))
     return found
 

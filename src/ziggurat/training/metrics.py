@@ -11,10 +11,11 @@ import numpy as np
 from .schema import Recipe
 
 
-def score(recipe: Recipe, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def score(recipe: Recipe, predictions: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
     """Scores of the validation data, in per cent except the root mean squared error.
 
-    classification: accuracy, f1 (of class 1 with two classes, else the mean over classes), matthews.
+    `classes`: how many the adapter knows, whether or not all of them occur here; of no meaning to regression.
+    classification: accuracy, f1 (of class 1 with two classes, else the mean over those that occur), matthews.
     regression: pearson, spearman, rmse. A constant prediction has no correlation and scores 0.
     """
     if recipe.task == "regression":
@@ -29,13 +30,12 @@ def score(recipe: Recipe, predictions: np.ndarray, labels: np.ndarray) -> dict[s
         return {"pearson": _percent(pearson), "spearman": _percent(spearman), "rmse": rmse}
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-    classes = predictions.argmax(-1) if predictions.ndim > 1 else predictions
-    options: Any = {"zero_division": 0}
-    options["average"] = "binary" if max(int(labels.max()), int(classes.max())) <= 1 else "macro"
+    said = predictions.argmax(-1) if predictions.ndim > 1 else predictions
+    options: Any = {"zero_division": 0, "average": "binary" if classes <= 2 else "macro"}
     return {
-        "accuracy": _percent(float(accuracy_score(labels, classes))),
-        "f1": _percent(float(f1_score(labels, classes, **options))),
-        "matthews": _percent(float(matthews_corrcoef(labels, classes))),
+        "accuracy": _percent(float(accuracy_score(labels, said))),
+        "f1": _percent(float(f1_score(labels, said, **options))),
+        "matthews": _percent(float(matthews_corrcoef(labels, said))),
     }
 
 
@@ -57,12 +57,12 @@ def mean_loss(predictions: Any, labels: Any) -> float:
     return float(np.mean(logs - scores[np.arange(len(truth)), truth.astype(np.int64)]))
 
 
-def guessing(recipe: Recipe, train_labels: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def guessing(recipe: Recipe, train_labels: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
     """Scores of always answering the training data's most frequent class, or their mean (regression)."""
     if recipe.task == "regression":
-        return score(recipe, np.full(len(labels), float(np.mean(train_labels))), labels)
+        return score(recipe, np.full(len(labels), float(np.mean(train_labels))), labels, classes)
     values, counts = np.unique(train_labels, return_counts=True)
-    return score(recipe, np.full(len(labels), values[counts.argmax()]), labels)
+    return score(recipe, np.full(len(labels), values[counts.argmax()]), labels, classes)
 
 
 _LOWER = ("rmse", "mse", "mae", "loss", "bits_per_byte", "brier_score", "ter", "wer", "cer")

@@ -108,10 +108,11 @@ def _scored(
         if cut:
             notes.append(f"{cut} of {len(table)} {word} texts are longer than {length} tokens and were cut")
     truth = np.asarray(examples.validation["label"])
-    guess = metrics.guessing(recipe, np.asarray(examples.train["label"]), truth)
+    classes = len(examples.label_names)
+    guess = metrics.guessing(recipe, np.asarray(examples.train["label"]), truth, classes)
 
     def compute(result: Any) -> dict[str, float]:
-        return metrics.score(recipe, metrics.outputs_of(result.predictions), np.asarray(result.label_ids))
+        return metrics.score(recipe, metrics.outputs_of(result.predictions), np.asarray(result.label_ids), classes)
 
     arguments = TrainingArguments(
         **_arguments(recipe, checkpoints), label_names=["labels"], remove_unused_columns=False
