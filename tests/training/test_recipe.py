@@ -142,6 +142,25 @@ def test_what_the_config_itself_refuses_is_told_with_the_rest() -> None:
     assert "method: msplora refuses this: " in said
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("r", 4, "method.r: adalora never reads it; give init_r, the rank at the start, and target_r"),
+        ("rank", 4, "method.rank: adalora never reads it; give init_r"),
+        ("use_rslora", True, "method.use_rslora: adalora never reads it; take it out"),
+        ("rank_pattern", {"query": 4}, "method.rank_pattern: adalora never reads it"),
+    ],
+)
+def test_a_field_that_a_config_inherits_and_its_method_never_reads(field: str, value: object, said: str) -> None:
+    choice = {**GOOD, "method.name": "adalora", f"method.{field}": value}
+    if field != "r":
+        del choice["method.r"]
+    with pytest.raises(RecipeError, match="1 problem") as error:
+        make_recipe(choice)
+    assert said in str(error.value)
+    assert field not in method_fields("adalora") and {"init_r", "target_r"} <= set(method_fields("adalora"))
+
+
 def test_overrides_are_yaml_values_checked_alike(tmp_path: Path) -> None:
     recipe = load_recipe(
         "default", ["train.lr=1.0e-2", "method.r=4", "data.label_names=[bad, good]", "about=[half a list"]

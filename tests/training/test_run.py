@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -339,3 +340,16 @@ def test_the_table_shows_scores_cost_and_what_to_try_next(tiny_bert: Path, revie
         f"ziggurat merge {result.folder} {result.folder}-merged",
     ):
         assert part in text, part
+
+
+def test_the_table_names_the_ranks_that_took_effect(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
+    plain = tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=1)
+    result = train(plain)
+    console = Console(record=True, width=1000, file=open("/dev/null", "w"))  # noqa: SIM115
+    ranks = {"method__r": None, "method__init_r": 6, "method__target_r": 3}
+    for more in ({"method__name": "adalora", **ranks}, {"method__r": None}):
+        made = tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", **more)
+        console.print(report(made, replace(result, method=made.method["name"])))
+    text = console.export_text()
+    assert "AdaLoRA r 6 to 3: tiny" in text and "LoRA r 6 on the same linears" in text
+    assert "MSPLoRA: tiny" in text and "LoRA of the same rank on the same linears" in text

@@ -46,7 +46,8 @@ class Method:
     is LoRA with use_dora). `trains` gets a parameter's name and says whether it trains; the head always does.
     `exports` and `merges`: whether `ziggurat export` and `ziggurat merge` have anything to do with its adapters.
     `ranks` gives the fields that make an adapter of a rank, by which a parameter budget is met. `run` are fields of the
-    config that only the run knows, with what stands in until then. `four_bits`: the base weights are quantised.
+    config that only the run knows, with what stands in until then. `unread` are fields that the config inherits and the
+    method never reads, with what to do instead. `four_bits`: the base weights are quantised.
     """
 
     about: str
@@ -57,6 +58,7 @@ class Method:
     merges: bool = True
     ranks: Callable[[int], dict[str, Any]] | None = None
     run: dict[str, Any] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
     four_bits: bool = False
 
     def config_class(self) -> type[Any] | None:
@@ -106,6 +108,11 @@ METHODS: dict[str, Method] = {
         ranks=_adalora_ranks,
         # The number of steps is known when the Trainer is; `AdaLoRAAllocation` puts it in.
         run={"total_step": 2**62},
+        unread={
+            "r": "give init_r, the rank at the start, and target_r, the mean rank at the end",
+            "rank_pattern": "the ranks come out of its allocation; take it out",
+            **dict.fromkeys(("use_rslora", "alpha_pattern", "lora_bias", "use_qalora"), "take it out"),
+        },
     ),
     "dylora": Method(
         "LoRA whose every leading rank works (arXiv 2210.07558)", "ziggurat:DyLoRAConfig", exports=True, ranks=_rank
@@ -139,7 +146,7 @@ METHODS: dict[str, Method] = {
 
 
 def method_fields(name: str) -> dict[str, Any]:
-    """Field name -> type hint of the method's config, without those the run sets itself."""
+    """Field name -> type hint of the method's config, without those the run sets itself or the method never reads."""
     method = METHODS[name]
     cls = method.config_class()
     if cls is None:
@@ -151,7 +158,7 @@ def method_fields(name: str) -> dict[str, Any]:
     return {
         item.name: hints.get(item.name, Any)
         for item in dataclasses.fields(cls)
-        if item.init and item.name not in {*_NOT_IN_A_RECIPE, *method.fixed, *method.run}
+        if item.init and item.name not in {*_NOT_IN_A_RECIPE, *method.fixed, *method.run, *method.unread}
     }
 
 
@@ -174,6 +181,8 @@ def method_problems(choice: dict[str, Any]) -> list[str]:
             problems += budget_problems(name, choice)
         elif key in {**METHODS[name].fixed, **METHODS[name].run}:
             problems.append(f"method.{key}: '{name}' sets this itself")
+        elif key not in fields and (meant := _meant(key)) in METHODS[name].unread:
+            problems.append(f"method.{key}: {name} never reads it; {METHODS[name].unread[meant]}")
         elif key not in fields:
             hint = did_you_mean(f"method.{key}", [f"method.{other}" for other in fields], SYNONYMS)
             problems.append(f"method.{key}: unknown{hint or f', {name} has no such field'}")
@@ -187,6 +196,10 @@ def method_problems(choice: dict[str, Any]) -> list[str]:
         except (ValueError, TypeError, AttributeError, ImportError, NotImplementedError) as error:
             problems.append(f"method: {name} refuses this: {error}")
     return problems
+
+
+def _meant(key: str) -> str:
+    return SYNONYMS.get(key, key).removeprefix("method.")
 
 
 def method_config(choice: dict[str, Any], **run: Any) -> Any | None:

@@ -9,19 +9,19 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from .methods import METHODS
+from .methods import BUDGET, METHODS, method_config, method_fields
 from .metrics import lower_is_better
 from .result import Result
 from .schema import Recipe
 
-_NAMES = {"msplora": "MSPLoRA", "lora": "LoRA", "dora": "DoRA", "lor2c": "LoR2C", "lora2": "LoRA²"}
+_NAMES = {"msplora": "MSPLoRA", "lora": "LoRA", "dora": "DoRA", "lor2c": "LoR2C", "lora2": "LoRA²", "adalora": "AdaLoRA"}
 
 
 def report(recipe: Recipe, result: Result) -> Group:
     """The table of a run (scores, parameters, cost) and the next commands to try."""
     method = _NAMES.get(result.method, result.method)
-    rank = recipe.method.get("r")
-    named = f"{method} r {rank}" if rank is not None else method
+    rank, last = _ranks(recipe)
+    named = method if rank is None else f"{method} r {rank}" + (f" to {last}" if last is not None else "")
     table = Table(title=f"{named}: {recipe.name} on {recipe.model}", title_justify="left", show_header=False)
     table.add_column(overflow="fold")
     table.add_column(justify="right", overflow="fold")
@@ -43,7 +43,8 @@ def report(recipe: Recipe, result: Result) -> Group:
         table.add_row("of these acting at the end", f"{result.left['active']:,}")
     if counts.lora is not None and result.method != "lora":
         share = f" ({counts.adapter / counts.lora:.0%} of it)" if counts.lora else ""
-        table.add_row(f"LoRA r {rank if rank is not None else ''} on the same linears", f"{counts.lora:,}{share}")
+        same = f"r {rank}" if rank is not None else "of the same rank"
+        table.add_row(f"LoRA {same} on the same linears", f"{counts.lora:,}{share}")
     if counts.head:
         table.add_row("and the head, with any method", f"{counts.head:,}")
     table.add_section()
@@ -56,6 +57,16 @@ def report(recipe: Recipe, result: Result) -> Group:
         Text("Next:", style="bold"),
         *(Text(f"  {line}", overflow="fold") for line in _next(recipe, result)),
     )
+
+
+def _ranks(recipe: Recipe) -> tuple[int | None, int | None]:
+    """The rank that the recipe names, and what it comes to at the end where the method lowers it."""
+    choice = recipe.method
+    if BUDGET in choice or "init_r" not in method_fields(choice["name"]):
+        return choice.get("r"), None
+    config = method_config(choice)
+    assert config is not None
+    return config.init_r, config.target_r
 
 
 def _next(recipe: Recipe, result: Result) -> list[str]:
