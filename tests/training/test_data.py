@@ -5,13 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from torch import nn
 from training_tables import reviews, write_csv, write_jsonl
 
+from word_tokenizer import word_tokenizer
 from ziggurat.errors import DataError
+from ziggurat.training.answer import read_texts
 from ziggurat.training.data import load_examples
 from ziggurat.training.instruct import alpaca_prompt
+from ziggurat.training.load import Loaded
+from ziggurat.training.model import HeadSpec
 from ziggurat.training.recipe import make_recipe
 from ziggurat.training.schema import Recipe
+from ziggurat.training.tables import read_lines, read_table, texts_of
 
 ROWS = reviews(20)
 
@@ -162,6 +169,66 @@ def test_broken_json_says_the_line(tmp_path: Path) -> None:
     assert "a.jsonl, line 2: " in _said(recipe(path))
 
 
+def test_columns_that_the_first_row_of_json_lacks(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"instruction": "say", "output": "one"},
+        {"instruction": "name", "input": "the sky", "output": "two"},
+    ]
+    array = tmp_path / "a.json"
+    array.write_text(json.dumps(rows))
+    for path in (array, write_jsonl(tmp_path / "a.jsonl", rows)):
+        found = load_examples(recipe(path, task="instruct", data__validation=str(path)))
+        assert list(found.train["prompt"]) == [alpaca_prompt("say"), alpaca_prompt("name", "the sky")]
+    reversed_rows = write_jsonl(tmp_path / "b.jsonl", rows[::-1])
+    assert read_table(str(reversed_rows)).to_dict() == read_table(str(array)).select([1, 0]).to_dict()
+
+
+def test_signs_inside_a_text_that_end_lines_elsewhere(tmp_path: Path) -> None:
+    texts = [f"one{sign}two" for sign in ("\u2028", "\u2029", "\x85")] + ["a\nb", "\x0b\x0c\x1c\x1d\x1e"]
+    rows = [{"text": text, "label": index % 2} for index, text in enumerate(texts)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8", newline="")
+    assert list(read_table(str(path))["text"]) == texts
+    lines = tmp_path / "a.txt"
+    lines.write_bytes("\ufeffone\u2028two\r\n \r\nthree\x85\n".encode())
+    assert read_lines(lines) == ["one\u2028two", "three\x85"]
+    lines.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"a\.txt cannot be read as text"):
+        read_lines(lines)
+
+
+def test_instructions_with_and_without_an_input_are_answered_from_one_file(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"instruction": "say"}, {"instruction": "name", "input": "one"}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    asked = recipe(path, task="instruct")
+    spec, words = HeadSpec("instruct", []), word_tokenizer(["one"], pad_token="[PAD]", unk_token="[UNK]")
+    loaded = Loaded(nn.Identity(), words, asked, spec, {"shape": "alpaca"})
+    assert read_texts(path, loaded) == (["say", "name"], ["", "one"])
+
+
+def test_a_row_without_a_text_is_refused_and_not_read_as_a_word(tmp_path: Path) -> None:
+    table = read_table(str(write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": None}, {"other": 1}])))
+    with pytest.raises(DataError, match=r"2 of 3 rows of here have nothing in column 'text', the first is row 2"):
+        texts_of(table, "text", "here")
+    assert texts_of(table.select([0]), "text", "here") == ["a"]
+
+
+def test_classes_that_two_tables_count_in_two_orders(tmp_path: Path) -> None:
+    texts = ["good", "bad", "fine", "poor"]
+    for name, order, labels in (("train", ["neg", "pos"], [1, 0, 1, 0]), ("val", ["pos", "neg"], [0, 1, 0, 1])):
+        features = Features({"text": Value("string"), "label": ClassLabel(names=order)})
+        Dataset.from_dict({"text": texts, "label": labels}, features=features).save_to_disk(tmp_path / name)
+    found = load_examples(recipe(tmp_path / "train", data__validation=str(tmp_path / "val")))
+    assert found.label_names == ["neg", "pos"]
+    assert list(found.train["label"]) == list(found.validation["label"]) == [1, 0, 1, 0]
+    words = write_csv(
+        tmp_path / "a.csv", [{"text": text, "label": ("pos", "neg")[i % 2]} for i, text in enumerate(texts)]
+    )
+    for other in ({"train": words}, {"train": tmp_path / "train", "data__validation": str(words)}):
+        found = load_examples(recipe(**{"data__validation": str(tmp_path / "val"), **other}))
+        assert list(found.train["label"]) == list(found.validation["label"]) == [1, 0, 1, 0]
+
+
 def test_a_validation_split_of_a_file(reviews_csv: Path) -> None:
     assert "is a file and has no splits" in _said(recipe(reviews_csv, data__validation_split="test"))
 
@@ -180,6 +247,14 @@ INSTRUCT = {
         [{"role": "assistant", "content": "two"}],
     ),
 }
+
+
+def test_columns_of_numbers_in_csv_are_texts(tmp_path: Path) -> None:
+    path = tmp_path / "sums.csv"
+    path.write_text("instruction,input,output\nadd,12,3\nadd,21,4\n")
+    found = load_examples(recipe(path, task="instruct", data__validation=str(path)))
+    assert list(found.train["prompt"]) == [alpaca_prompt("add", "12"), alpaca_prompt("add", "21")]
+    assert list(found.train["completion"]) == ["3", "4"]
 
 
 @pytest.mark.parametrize("shape", INSTRUCT)
@@ -211,6 +286,11 @@ def test_the_alpaca_prompt_has_an_input_section_only_with_an_input() -> None:
         ({"prompt": "a", "completion": " "}, "the answer is empty in every row"),
         ({"messages": [{"role": "user", "content": "a"}]}, "must end with a message of the assistant"),
         ({"messages": [{"role": "user"}]}, "each message needs role and content"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]},
+            "each message needs role and content",
+        ),
+        ({"instruction": None, "output": "b"}, "the prompt is empty"),
     ],
 )
 def test_instruction_data_that_do_not_fit(row: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def write_server_files(loaded: Loaded, name: str, out: Path, folder: str | None 
 
 
 def _answers(loaded: Loaded, task: GlueTask, table: object) -> list[Prediction]:
-    columns = [[str(text) for text in table[column]] for column in task.columns]  # type: ignore[index]
+    columns = [["" if text is None else str(text) for text in table[column]] for column in task.columns]  # type: ignore[index]
     return predict(loaded, columns[0], columns[1] if len(columns) > 1 else None)
 
 

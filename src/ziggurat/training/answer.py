@@ -16,7 +16,7 @@ from .encode import Collator, encode, longest
 from .instruct import alpaca_prompt
 from .load import Loaded, load_adapter_model
 from .nearest import missing_path
-from .tables import read_table, require_column
+from .tables import read_lines, read_table, require_column, texts_of
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def read_texts(file: Path, loaded: Loaded) -> tuple[list[str], list[str] | None]
             raise DataError(missing_path(file))
         if loaded.head.pair:
             raise DataError(f"this adapter compares two texts: give a table with '{data.text}' and '{data.text_pair}'")
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()], None
+        return read_lines(file), None
     table = read_table(str(file))
     if loaded.head.task == "instruct":
         first, second = ("instruction", "input") if loaded.run.get("shape") == "alpaca" else ("prompt", None)
@@ -154,5 +154,9 @@ def read_texts(file: Path, loaded: Loaded) -> tuple[list[str], list[str] | None]
     for column in (first, second):
         if column is not None:
             require_column(table, column, "--file", str(file))
-    texts = [str(text) for text in table[first]]
-    return texts, [str(text) for text in table[second]] if second is not None else None
+    texts = texts_of(table, first, str(file))
+    if second is None:
+        return texts, None
+    if loaded.head.task == "instruct":  # an instruction may have no input
+        return texts, ["" if text is None else str(text) for text in table[second]]
+    return texts, texts_of(table, second, str(file))

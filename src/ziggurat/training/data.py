@@ -132,10 +132,15 @@ def _labelled(recipe: Recipe, train: Dataset, validation: Dataset) -> tuple[Data
 def _assemble(recipe: Recipe, table: Dataset, labels: list[Any]) -> Dataset:
     from datasets import Dataset
 
-    columns = {"text": [str(text) for text in table[recipe.data.text]], "label": labels}
+    columns = {"text": _texts(table[recipe.data.text]), "label": labels}
     if recipe.data.text_pair is not None:
-        columns["text_pair"] = [str(text) for text in table[recipe.data.text_pair]]
+        columns["text_pair"] = _texts(table[recipe.data.text_pair])
     return Dataset.from_dict(columns)
+
+
+def _texts(values: Any) -> list[str]:
+    """Texts as they are; none where GLUE, whose texts aren't checked, has none."""
+    return ["" if value is None else str(value) for value in values]
 
 
 def _check_texts(texts: Any, key: str, column: str, source: str) -> None:
@@ -178,7 +183,11 @@ def _classes(recipe: Recipe, train: Dataset, validation: Dataset) -> tuple[list[
         for part, where in ((train, source), (validation, recipe.data.validation or source))
     ]
     known, names = _known(recipe, train, values[0])
-    place = {value: index for index, value in enumerate(known)}
+    # By name too: one table may count the classes that the other spells out, or count them in an order of its own.
+    place = {name: index for index, name in enumerate(names)} | {value: index for index, value in enumerate(known)}
+    own = getattr(validation.features[column], "names", None)
+    if own is not None and recipe.data.label_names is None:
+        values[1] = [own[value] if value in range(len(own)) else value for value in values[1]]
     unseen = sorted({str(value) for value in values[1] if value not in place})
     if unseen:
         raise DataError(

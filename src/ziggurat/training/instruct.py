@@ -75,9 +75,11 @@ def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, st
         if shape == "messages":
             prompt, completion = _split_conversation(row["messages"], where)
         elif shape == "alpaca":
-            prompt, completion = alpaca_prompt(str(row["instruction"]), row.get("input")), row["output"]
+            said, context = _plain(row["instruction"]), _plain(row.get("input"))
+            prompt = alpaca_prompt(said, context) if said is not None else None
+            completion = _plain(row["output"])
         else:
-            prompt, completion = row["prompt"], row["completion"]
+            prompt, completion = _plain(row["prompt"]), _plain(row["completion"])
         if completion is None or (isinstance(completion, str) and not completion.strip()):
             empty += 1
             continue
@@ -91,10 +93,16 @@ def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, st
     return Dataset.from_dict({"prompt": prompts, "completion": completions}), note
 
 
+def _plain(value: Any) -> Any:
+    """A number or a date as a text, for a CSV file has columns that hold nothing else; all else as it is."""
+    return value if value is None or isinstance(value, str | list | dict) else str(value)
+
+
 def _split_conversation(messages: Any, where: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     turns = []
     for message in messages or []:
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+        # A table gives every message the keys that one of them has, and None where it had no such key.
+        if not isinstance(message, dict) or None in (message.get("role"), message.get("content")):
             raise DataError(f"{where}: each message needs role and content, got {message!r}")
         turns.append({"role": str(message["role"]), "content": str(message["content"])})
     if len(turns) < 2 or turns[-1]["role"] != "assistant":

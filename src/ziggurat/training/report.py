@@ -14,7 +14,8 @@ from .metrics import lower_is_better
 from .result import Result
 from .schema import Recipe
 
-_NAMES = {"msplora": "MSPLoRA", "lora": "LoRA", "dora": "DoRA", "lor2c": "LoR2C", "lora2": "LoRA²", "adalora": "AdaLoRA"}
+_NAMES = {"msplora": "MSPLoRA", "lor2c": "LoR2C", "lora2": "LoRA²"}
+_NAMES |= {"lora": "LoRA", "dora": "DoRA", "adalora": "AdaLoRA"}
 
 
 def report(recipe: Recipe, result: Result) -> Group:

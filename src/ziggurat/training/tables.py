@@ -55,6 +55,28 @@ def require_column(table: Dataset, column: str, key: str, source: str) -> None:
         raise DataError(f"{key}: {source} has no column '{column}'{hint}; its columns: {', '.join(table.column_names)}")
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that aren't blank. Raises DataError if it can't be read."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as text: {error}") from error
+    # Not splitlines, which also cuts at signs inside a line, such as U+2028 and U+0085.
+    return [line for line in text.split("\n") if line.strip()]
+
+
+def texts_of(table: Dataset, column: str, source: str) -> list[str]:
+    """A column as texts. Raises DataError where a row has none: what a missing value is called is no text."""
+    values = list(table[column])
+    missing = [index for index, value in enumerate(values) if value is None]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(values)} rows of {source} have nothing in column '{column}', "
+            f"the first is row {missing[0] + 1}; take them out"
+        )
+    return [str(value) for value in values]
+
+
 def draw(table: Dataset, count: int | None, seed: int) -> Dataset:
     """At most `count` rows in an order drawn with the seed; all of them in their own order without `count`."""
     if count is None or count >= len(table):
@@ -113,7 +135,8 @@ def _json(path: Path) -> Any:
         rows = json.loads(text)
     else:
         rows = []
-        for number, line in enumerate(text.splitlines(), start=1):
+        # Not splitlines: JSON leaves signs unescaped inside a text that it takes for ends of lines (U+2028, U+0085).
+        for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 try:
                     rows.append(json.loads(line))
@@ -124,7 +147,9 @@ def _json(path: Path) -> Any:
     bad = next((index for index, row in enumerate(rows) if not isinstance(row, dict)), None)
     if bad is not None:
         raise DataError(f"{path}: entry {bad} is a {type(rows[bad]).__name__}, each must be an object")
-    return pa.Table.from_pylist(rows)
+    # pyarrow's from_pylist takes the first row's keys for those of all rows.
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: [row.get(name) for row in rows] for name in names})
 
 
 def _from_arrow(table: Any, source: str) -> Dataset:
