@@ -1,9 +1,11 @@
 """GLUE's tasks as a recipe's data: every task trains from a local folder, is scored, and writes the server's file."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,11 +13,12 @@ from glue_folder import rows_of, write_glue
 
 from commands import main
 from ziggurat.errors import DataError, RecipeError
-from ziggurat.evaluation.glue import glue_scores, task_of, write_server_files
+from ziggurat.evaluation.glue import class_order, glue_scores, labels_of, task_for, task_of, write_server_files
 from ziggurat.evaluation.subject import check_tasks, find_subject
 from ziggurat.training.data import load_examples
 from ziggurat.training.glue import GLUE, HUB, glue_name, read_glue
 from ziggurat.training.load import load_adapter_model
+from ziggurat.training.model import HeadSpec
 from ziggurat.training.recipe import load_recipe, make_recipe, resolved, to_yaml
 from ziggurat.training.run import train
 from ziggurat.training.schema import Recipe
@@ -147,6 +150,79 @@ def test_train_score_and_write_the_servers_files(name: str, glue: Path, tiny_ber
         assert json.loads((result.folder / "run.json").read_text())["head"]["label_names"] == list(GLUE["mrpc"].classes)
 
 
+def own_table(path: Path, rows: list[dict[str, Any]], classes: Sequence[str]) -> str:
+    """The rows in a file of the user's own, whose labels are words."""
+    pq.write_table(pa.Table.from_pylist([{**row, "label": classes[row["label"]]} for row in rows]), path)
+    return str(path)
+
+
+def test_classes_of_a_file_of_ones_own_are_known_by_their_names(glue: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    task = GLUE["mnli"]
+    result = train(
+        make_recipe(
+            {
+                "model": str(tiny_bert),
+                "data.train": own_table(tmp_path / "train.parquet", rows_of("mnli", 24, False), task.classes),
+                "data.validation": own_table(tmp_path / "val.parquet", rows_of("mnli", 6, False), task.classes),
+                "data.text": "premise",
+                "data.text_pair": "hypothesis",
+                "head.pooling": "mean",
+                "method": {"name": "lora", "r": 4},
+                "train": {"lr": 4.0e-2, "epochs": 12, "batch": 8, "evaluate": "never", "save": "never"},
+                "output": str(tmp_path / "out"),
+            }
+        )
+    )
+    loaded = load_adapter_model(result.folder)
+    assert loaded.head.label_names == sorted(task.classes) != list(task.classes)
+    scores = glue_scores(loaded, "mnli", str(glue))
+    assert scores["accuracy"] == pytest.approx(result.after["accuracy"]) and scores["accuracy"] > 60
+    said = write_server_files(loaded, "mnli", tmp_path / "server", str(glue))[0].read_text().splitlines()[1:]
+    right = sum(task.classes[index % 3] == line.split("\t")[1] for index, line in enumerate(said))
+    assert 100 * right / 6 == pytest.approx(scores["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("name", "trained_on", "names", "places"),
+    [
+        ("mrpc", "own.csv", ["equivalent", "not_equivalent"], [1, 0]),
+        ("qqp", "own.csv", ["duplicate", "not_duplicate"], [1, 0]),
+        ("mnli", "own.csv", ["Contradiction", "Entailment", "Neutral"], [2, 0, 1]),
+        ("qnli", "glue/rte", ["entailment", "not_entailment"], [0, 1]),
+        ("mrpc", "own.csv", ["0", "1"], [0, 1]),
+        ("mrpc", "own.csv", ["1", "0"], [1, 0]),
+        ("mnli", "own.csv", ["LABEL_0", "LABEL_1", "LABEL_2"], [0, 1, 2]),
+        # Trained on the task itself: the numbers are the task's, whatever they are called.
+        ("mrpc", "glue/mrpc", ["no", "yes"], [0, 1]),
+        ("stsb", "own.csv", [], []),
+    ],
+)
+def test_which_class_is_which(name: str, trained_on: str, names: list[str], places: list[int]) -> None:
+    recipe = make_recipe({"model": "m", "data.train": trained_on, "method.name": "lora"})
+    head = HeadSpec("classification" if names else "regression", names, pair=True)
+    assert class_order(recipe, head, name) == places and task_for(recipe, head, name) == name
+
+
+@pytest.mark.parametrize("names", [["no", "yes"], ["1", "2"], ["equivalent", "other"], ["0", "equivalent"]])
+def test_classes_that_could_be_either_are_refused(names: list[str]) -> None:
+    recipe = make_recipe({"model": "m", "data.train": "own.csv", "method.name": "lora"})
+    with pytest.raises(
+        DataError, match=rf"own\.csv\) knows {', '.join(names)}, and which of them is which isn't known"
+    ):
+        task_for(recipe, HeadSpec("classification", names, pair=True), "mrpc")
+
+
+def test_labels_of_a_folder_in_words(tmp_path: Path, glue: Path) -> None:
+    rows = read_glue("rte", "validation", str(glue))
+    words = [{**row, "label": GLUE["rte"].classes[row["label"]]} for row in rows.to_list()]
+    assert labels_of(datasets.Dataset.from_list(words), "rte", "validation") == list(rows["label"])
+    with pytest.raises(DataError, match="row 1 of split 'validation' has the label 'yes', none of entailment, not_"):
+        labels_of(datasets.Dataset.from_list([{"label": "yes"}]), "rte", "validation")
+    for name, hidden in (("rte", -1), ("stsb", -1.0), ("rte", None)):
+        with pytest.raises(DataError, match="are hidden"):
+            labels_of(datasets.Dataset.from_list([{"label": 0}, {"label": hidden}]), name, "validation")
+
+
 def test_an_adapter_of_other_data_is_refused(
     glue: Path, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,7 +235,8 @@ def test_an_adapter_of_other_data_is_refused(
     with pytest.raises(DataError, match="3 classes and 2 texts a row"):
         check_tasks(find_subject(folder), ["glue/mnli"])
     loaded = load_adapter_model(folder)
-    assert task_of(loaded, "sst2") == "sst2"
+    with pytest.raises(DataError, match=r"glue/sst2 has the classes negative, positive; .* knows unacceptable, accept"):
+        task_of(loaded, "sst2")
     with pytest.raises(DataError, match=r"3 classes and 2 texts a row; this adapter .* answers with 2 classes to 1"):
         task_of(loaded, "mnli")
     (glue / "cola" / "test.parquet").rename(glue / "cola" / "away.parquet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,30 @@ def task_for(recipe: Recipe, head: HeadSpec, wanted: str | None = None) -> str:
             f"glue/{found} has {len(classes) or 'no'} classes and {len(GLUE[found].columns)} texts a row; this adapter "
             f"({data.train}) answers with {len(head.label_names) or 'no'} classes to {1 + head.pair}"
         )
+    class_order(recipe, head, found)
     return found
+
+
+def class_order(recipe: Recipe, head: HeadSpec, name: str) -> list[int]:
+    """Of each class of the head, in order, its place among the classes of the GLUE task `name`.
+
+    A head that was trained on the task itself has learnt the task's own numbers. Of any other data the names say which
+    class is which, or their numbers (`1`, `LABEL_1`) do. Raises DataError where neither does.
+    """
+    classes, names = GLUE[name].classes, [str(one) for one in head.label_names]
+    if glue_name(recipe.data.train, recipe.data.subset) == name:
+        return list(range(len(classes)))
+    plain = [one.casefold() for one in names]
+    if sorted(plain) == sorted(classes):
+        return [classes.index(one) for one in plain]
+    numbers = [int(found[1]) for one in names if (found := re.fullmatch(r"(?:LABEL_)?([0-9]+)", one))]
+    if sorted(numbers) == list(range(len(classes))):
+        return numbers
+    raise DataError(
+        f"glue/{name} has the classes {', '.join(classes)}; this adapter ({recipe.data.train}) knows "
+        f"{', '.join(names)}, and which of them is which isn't known. Train it on data that name their classes so, or "
+        f"count them {', '.join(map(str, range(len(classes))))} in this order"
+    )
 
 
 def check_data(name: str, folder: str | None, *, server: bool) -> None:
@@ -47,17 +71,14 @@ def check_data(name: str, folder: str | None, *, server: bool) -> None:
 
 def glue_scores(loaded: Loaded, name: str, folder: str | None = None, limit: int | None = None) -> dict[str, float]:
     """Scores on the validation split, in per cent, and `rows`. MNLI's mismatched split comes too, as `mismatched_*`."""
-    task = GLUE[name]
+    task, order = GLUE[name], _order(loaded, name)
     found: dict[str, float] = {}
     splits = {"": task.validation} | ({"mismatched_": "validation_mismatched"} if name == "mnli" else {})
     for prefix, split in splits.items():
         table = read_glue(name, split, folder)
         table = table.select(range(min(limit, len(table)))) if limit else table
-        labels = np.asarray(table["label"])
-        if task.classes and labels.min() < 0:
-            raise DataError(f"glue/{name}: the labels of split '{split}' are hidden, so there is nothing to score by")
-        answers = _answers(loaded, task, table)
-        said = np.asarray([_number(answer, loaded) for answer in answers])
+        labels = np.asarray(labels_of(table, name, split))
+        said = np.asarray([_number(answer, order) for answer in _answers(loaded, task, table)])
         scores = score(loaded.recipe, said, labels, len(task.classes))
         found.update({f"{prefix}{key}": value for key, value in scores.items()})
         found[f"{prefix}rows"] = float(len(table))
@@ -70,13 +91,13 @@ def write_server_files(loaded: Loaded, name: str, out: Path, folder: str | None 
     Classes are counted or named as the server wants them; STS-B's numbers are kept within 0 to 5.
     Raises DataError if a test split isn't there; then nothing is written.
     """
-    task = GLUE[name]
+    task, order = GLUE[name], _order(loaded, name)
     texts: dict[str, str] = {}
     for split, file in task.server.items():
         table = read_glue(name, split, folder)
         lines = ["index\tprediction"]
         for index, answer in zip(_indices(table), _answers(loaded, task, table), strict=True):
-            lines.append(f"{index}\t{_as_server(answer, loaded, task)}")
+            lines.append(f"{index}\t{_as_server(answer, order, task)}")
         texts[file] = "\n".join(lines) + "\n"
     for file, text in texts.items():
         write_whole(out / file, text)
@@ -88,18 +109,39 @@ def _answers(loaded: Loaded, task: GlueTask, table: object) -> list[Prediction]:
     return predict(loaded, columns[0], columns[1] if len(columns) > 1 else None)
 
 
+def labels_of(table: object, name: str, split: str) -> list[float]:
+    """Classes as their places, or numbers from 0 to 5. Raises DataError where there are none to score by."""
+    classes = GLUE[name].classes
+    found: list[float] = []
+    for row, label in enumerate(table["label"], start=1):  # type: ignore[index]
+        if isinstance(label, str) and label not in classes:
+            raise DataError(
+                f"glue/{name}: row {row} of split '{split}' has the label '{label}', none of "
+                f"{', '.join(classes) or 'its numbers'}"
+            )
+        if label is None or (not isinstance(label, str) and label < 0):
+            raise DataError(f"glue/{name}: the labels of split '{split}' are hidden, so there is nothing to score by")
+        found.append(classes.index(label) if isinstance(label, str) else label)
+    return found
+
+
 def _indices(table: object) -> list[int]:
     return [int(index) for index in table["idx"]]  # type: ignore[index]
 
 
-def _number(answer: Prediction, loaded: Loaded) -> float:
+def _order(loaded: Loaded, name: str) -> dict[str, int]:
+    """The head's answers -> places among the task's classes."""
+    return dict(zip(loaded.head.label_names, class_order(loaded.recipe, loaded.head, name), strict=True))
+
+
+def _number(answer: Prediction, order: dict[str, int]) -> float:
     value = answer.answer
-    return float(loaded.head.label_names.index(value)) if isinstance(value, str) else value
+    return float(order[value]) if isinstance(value, str) else value
 
 
-def _as_server(answer: Prediction, loaded: Loaded, task: GlueTask) -> str:
+def _as_server(answer: Prediction, order: dict[str, int], task: GlueTask) -> str:
     value = answer.answer
     if not isinstance(value, str):
         return f"{min(max(value, 0.0), 5.0):.3f}"
-    place = loaded.head.label_names.index(value)
+    place = order[value]
     return task.classes[place] if task.says_names else str(place)
