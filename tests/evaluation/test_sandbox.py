@@ -2,6 +2,7 @@
 
 import os
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,10 @@ def test_right_and_wrong_answers() -> None:
         "import sys; sys.exit(0)",
         "import os; os._exit(0)",
         "print('@passed@'); import os; os._exit(1)",
+        "print('@passed@', flush=True); import os; os._exit(0)",
         "raise SystemExit",
+        "raise KeyboardInterrupt",
+        "import sys; sys.exit = os = print; raise ValueError",
     ],
 )
 def test_leaving_early_is_no_pass(program: str) -> None:
@@ -35,6 +39,31 @@ def test_an_endless_loop_ends() -> None:
     assert not run_program("while True: pass", seconds=2).passed
     assert not run_program("import time\ntime.sleep(600)", seconds=2).passed
     assert time.monotonic() - begun < 60
+
+
+def test_what_is_printed_is_thrown_away() -> None:
+    assert run_program("import sys\nfor file in (sys.stdout, sys.stderr): print('x' * 3_000_000, file=file)").passed
+    tracemalloc.start()
+    for name in ("stdout", "stderr"):
+        endless = f"import sys\nwhile True: sys.{name}.write('x' * 1000)"
+        assert run_program(endless, seconds=2).reason == "not done after 2 seconds"
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 * 2**20
+
+
+def test_the_time_limit_holds_where_a_child_has_left_the_group(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    child = (
+        f"os.setsid()\n    end = time.time() + 90\n    while not os.path.exists({str(mark)!r}) and time.time() < end:"
+    )
+    program = f"import os, time\nif os.fork() == 0:\n    {child} time.sleep(0.1)\n    os._exit(0)\n"
+    begun = time.monotonic()
+    assert run_program(program + "time.sleep(600)", seconds=2).reason == "not done after 2 seconds"
+    assert run_program(program, seconds=2).passed
+    took = time.monotonic() - begun
+    mark.touch()
+    assert took < 60
 
 
 def test_memory_and_files_are_bounded(tmp_path: Path) -> None:

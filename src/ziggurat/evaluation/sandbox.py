@@ -16,17 +16,26 @@ from dataclasses import dataclass
 
 #: Seconds and MiB that one program may use.
 SECONDS, MEBIBYTES = 10.0, 1024
+_PASSED = "@passed@"
 
+#: What the program writes to its output goes nowhere; the verdict takes a way of its own.
 _LIMITS = """
-import resource, sys
-seconds, size = int(sys.argv[1]), int(sys.argv[2])
+import os, resource, sys, traceback
+seconds, size, passed = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3].encode()
 resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 resource.setrlimit(resource.RLIMIT_AS, (size, size))
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-program = sys.stdin.read()
-exec(compile(program, "<generated>", "exec"), {"__name__": "__main__"})
-print("@passed@")
+verdict = os.dup(1)
+os.dup2(2, 1)
+program = sys.stdin.buffer.read().decode()
+try:
+    exec(compile(program, "<generated>", "exec"), {"__name__": "__main__"})
+except Exception as error:
+    os.write(verdict, "".join(traceback.format_exception_only(error)).strip().encode("utf-8", "replace")[-4000:])
+    os._exit(1)
+else:
+    os.write(verdict, passed)
 """
 
 
@@ -43,37 +52,44 @@ def run_program(program: str, seconds: float = SECONDS, mebibytes: int = MEBIBYT
 
     It runs in an empty folder that is removed afterwards, with an empty environment, Python's isolated mode, at most
     `seconds` of time (processor and clock), `mebibytes` of memory, files of 1 MiB, and its whole process group is
-    killed at the end.
+    killed at the end. What it prints is thrown away.
     """
-    words = [sys.executable, "-I", "-S", "-c", _LIMITS, str(max(1, round(seconds))), str(mebibytes * 2**20)]
-    with tempfile.TemporaryDirectory() as folder:
+    words = [sys.executable, "-I", "-S", "-c", _LIMITS, str(max(1, round(seconds))), str(mebibytes * 2**20), _PASSED]
+    # Files instead of pipes: a child that has left the group would hold a pipe open beyond the time limit.
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile() as source,
+        tempfile.TemporaryFile() as verdict,
+    ):
+        source.write(program.encode("utf-8", "replace"))
+        source.seek(0)
         process = subprocess.Popen(  # noqa: S603
             words,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdin=source,
+            stdout=verdict,
+            stderr=subprocess.DEVNULL,
             cwd=folder,
             env={"PATH": os.defpath},
-            text=True,
-            errors="replace",
             start_new_session=True,
         )
         try:
-            out, err = process.communicate(program, timeout=seconds)
+            code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             return Verdict(False, f"not done after {seconds:g} seconds")
         finally:
             _end(process)
-    if process.returncode == 0 and out.endswith("@passed@\n"):
+        verdict.seek(0)
+        said = verdict.read(2**20).decode("utf-8", "replace")
+    if code == 0 and said == _PASSED:
         return Verdict(True)
-    lines = err.strip().splitlines()
-    return Verdict(False, lines[-1] if lines else f"ended with code {process.returncode}")
+    lines = said.splitlines()
+    return Verdict(False, lines[-1] if lines and code != 0 else f"ended with code {code}")
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.wait()
 
 
 def humaneval_program(prompt: str, answer: str, test: str, entry_point: str) -> str:
