@@ -43,7 +43,7 @@ def save_llama(folder: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=32,
-        max_position_embeddings=768,
+        max_position_embeddings=2048,
         pad_token_id=0,
         bos_token_id=2,
         eos_token_id=3,

@@ -65,14 +65,20 @@ def evaluate(
 def score(
     model: Any, tokenizer: Any, these: list[Ready], *, limit: int | None = None, batch: int = 8
 ) -> list[TaskScore]:
-    """Score `model` on tasks that `ready` has seen to. Raises RecipeError if the model doesn't write text."""
+    """Score `model` on tasks that `ready` has seen to.
+
+    Raises:
+        RecipeError: the model doesn't write text, or has no room for as much as a task lets it write.
+    """
     from lm_eval.models import huggingface
 
     check_writes_text(model)
     # lm-eval's decorators hide what its functions take.
     make: Any = huggingface.HFLM
     lm = make(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-    return [one for each in these for one in _scored(lm, each, limit)]
+    for this in these:
+        _check_room(lm, this)
+    return [one for this in these for one in _scored(lm, this, limit)]
 
 
 def check_writes_text(model: Any) -> None:
@@ -81,6 +87,20 @@ def check_writes_text(model: Any) -> None:
     if can is None or not can():
         raise RecipeError(
             "tasks of lm-eval ask what a language model writes; this model gives no text, but classes or vectors"
+        )
+
+
+def _check_room(lm: Any, this: Ready) -> None:
+    """lm-eval sees this when it comes to the task, after those before it were scored, in a bare assertion."""
+    from lm_eval.models import utils
+
+    read: Any = utils.normalize_gen_kwargs
+    asked = [part.config for part in this.parts.values() if part.config.output_type == "generate_until"]
+    most = max((read(one.generation_kwargs or {}, lm.max_gen_toks)["max_gen_toks"] for one in asked), default=0)
+    if lm.backend == "causal" and most >= lm.max_length:
+        raise RecipeError(
+            f"{this.task} lets a model write up to {most} tokens, and this one has {lm.max_length} positions for "
+            "prompt and answer together: leave the task out"
         )
 
 

@@ -8,7 +8,9 @@ The data lie in `<data>/<task>/`, in these columns:
     humaneval  test              task_id, prompt, entry_point, test
 
 `write_tasks` writes YAML files (and splits MMLU and BBH into their parts), so that
-`lm_eval --include_path FOLDER --tasks ziggurat_mmlu` runs exactly what `ziggurat eval` runs.
+`lm_eval --include_path FOLDER --tasks ziggurat_mmlu` runs exactly what `ziggurat eval` runs. Prompts, ends and lengths
+of answers, and how answers are found, are those of lm-eval's own tasks of these names (BBH: `bbh_cot_fewshot`); where
+not, docs/evaluation.md says so.
 """
 
 from __future__ import annotations
@@ -92,12 +94,12 @@ def _bbh(data: Path, folder: Path) -> None:
                 "description": "{% raw %}" + prompt.strip() + "{% endraw %}\n\n",
                 "doc_to_text": "Q: {{input}}\nA: Let's think step by step.\n",
                 "doc_to_target": "{{target}}",
-                "generation_kwargs": {"until": ["</s>", "Q:", "\n\n"], "max_gen_toks": 512, "do_sample": False},
+                "generation_kwargs": {"until": ["</s>", "Q", "\n\n"], "max_gen_toks": 1024, "do_sample": False},
                 "filter_list": [
                     {
                         "name": "get-answer",
                         "filter": [
-                            {"function": "regex", "regex_pattern": r"(?<=the answer is )(.*)(?=\.)"},
+                            {"function": "regex", "regex_pattern": "(?<=the answer is )(.*)(?=.)"},
                             {"function": "take_first"},
                         ],
                     }
@@ -123,8 +125,9 @@ def _drop(data: Path, folder: Path) -> None:
         "output_type": "generate_until",
         "doc_to_text": "{{passage}} {{question}}",
         "doc_to_target": "{{answers[0]}}",
-        "target_delimiter": " ",
-        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 32, "do_sample": False},
+        "target_delimiter": "",
+        # lm-eval's own stops at ".", in the middle of a number; every seventh question has no answer but with a point.
+        "generation_kwargs": {"until": ["\n"], "do_sample": False},
         "metric_list": [{"metric": one, "aggregation": "mean", "higher_is_better": True} for one in ("em", "f1")],
     }
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -151,7 +154,7 @@ def write_humaneval(folder: Path, where: dict[str, Any]) -> str:
         "doc_to_target": "",
         "generation_kwargs": {
             "until": ["\nclass", "\ndef", "\n#", "\nif", "\nprint"],
-            "max_gen_toks": 512,
+            "max_gen_toks": 1024,
             "do_sample": False,
         },
         "metric_list": _BYPASS,
