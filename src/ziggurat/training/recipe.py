@@ -13,7 +13,7 @@ from ziggurat.errors import RecipeError
 
 from . import trackers
 from .glue import fill_in, glue_name
-from .methods import SYNONYMS, method_problems
+from .methods import METHODS, SYNONYMS, method_defaults, method_problems
 from .nearest import did_you_mean, missing_path, nearest
 from .schema import CLASSIFICATION_METRICS, INSTRUCT_METRICS, REGRESSION_METRICS, Recipe, keys
 from .source import MOST_TEXT, flatten, read_overrides, read_yaml
@@ -234,7 +234,7 @@ def _conflicts(good: dict[str, Any]) -> list[str]:
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as one flat mapping with every value that took effect; paths on this disk are made absolute."""
+    """The recipe as one flat mapping, defaults too but for the method's; paths on this disk are made absolute."""
     flat: dict[str, Any] = {}
     for key, value in recipe.model_dump().items():
         if key == "method":
