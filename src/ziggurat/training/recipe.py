@@ -13,7 +13,7 @@ from ziggurat.errors import RecipeError
 
 from . import trackers
 from .glue import fill_in, glue_name
-from .methods import METHODS, SYNONYMS, method_defaults, method_problems
+from .methods import SYNONYMS, method_problems
 from .nearest import did_you_mean, missing_path, nearest
 from .schema import CLASSIFICATION_METRICS, INSTRUCT_METRICS, REGRESSION_METRICS, Recipe, keys
 from .source import MOST_TEXT, flatten, read_overrides, read_yaml
