@@ -110,7 +110,7 @@ def test_task_files_that_find_no_room_are_named(disk: Disk, tmp_path: Path) -> N
     if not disk.real:
         pytest.skip("reading the data writes a cache, which the limit on files forbids too")
     (tmp_path / "drop").mkdir()
-    rows = [{"passage": "one", "question": "what ?", "answers": ["one"]}]
+    rows = [{"passage": "one", "question": "what ?", "answers": ["one"]}] * 4
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "drop" / "validation.parquet")
     disk.fill()
     with pytest.raises(StorageError, match=r"The disk is full: '.*drop_helpers\.py' could not be written"):

@@ -1,9 +1,11 @@
 """MMLU, BBH, DROP and HumanEval from local parquet: stock lm-eval gives the same numbers on the exported adapter."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -146,6 +148,31 @@ def test_files_that_are_missing_or_wrong(data: Path, tmp_path: Path) -> None:
     write(tmp_path / "bbh" / "cot_prompts.parquet", [{"task": "count", "prompt": "x"}])
     with pytest.raises(DataError, match="has no prompt of other"):
         write_tasks(["bbh"], tmp_path, tmp_path / "tasks")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("mmlu/dev.parquet", lambda rows: rows[:7], r"fewer than the 5 shots of sums"),
+        ("mmlu/test.parquet", lambda rows: [{**rows[0], "choices": list("abcde")}], "row 1 of .* needs four choices"),
+        ("drop/validation.parquet", lambda rows: rows[:3], "has 3 rows; a question needs 3 others"),
+        (
+            "drop/validation.parquet",
+            lambda rows: [{**row, "answers": "one"} for row in rows],
+            "needs a list of answers",
+        ),
+        ("drop/validation.parquet", lambda rows: [*rows, {**rows[0], "answers": []}], "row 7 of .* needs a list"),
+        ("drop/validation.parquet", lambda rows: [{**rows[0], "answers": ["one", ""]}], "row 1 of .* needs a list"),
+    ],
+)
+def test_rows_that_lm_eval_would_take_for_something_else(
+    file: str, change: Any, said: str, data: Path, tmp_path: Path
+) -> None:
+    task = file.partition("/")[0]
+    shutil.copytree(data / task, tmp_path / task)
+    write(tmp_path / file, change(pq.read_table(data / file).to_pylist()))
+    with pytest.raises(DataError, match=said):
+        write_tasks([task], tmp_path, tmp_path / "tasks")
 
 
 def test_the_command(adapter: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

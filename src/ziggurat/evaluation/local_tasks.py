@@ -15,6 +15,8 @@ not, docs/evaluation.md says so.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,12 @@ def _mmlu(data: Path, folder: Path) -> None:
     columns = ("subject", "question", "choices", "answer")
     test, dev = _read(data / "test.parquet", columns), _read(data / "dev.parquet", columns)
     subjects = sorted(set(test["subject"]))
+    shots = Counter(dev["subject"])
+    few = [subject for subject in subjects if shots[subject] < SHOTS["mmlu"]]
+    if few:
+        raise DataError(f"{data / 'dev.parquet'} has fewer than the {SHOTS['mmlu']} shots of {', '.join(few)}")
+    for table, file in ((test, "test.parquet"), (dev, "dev.parquet")):
+        _check_rows(data / file, table["choices"], "choices", "four choices", lambda one: len(one) == 4)
     for subject in subjects:
         about = subject.replace("_", " ")
         _write_part(
@@ -112,7 +120,10 @@ def _bbh(data: Path, folder: Path) -> None:
 
 def _drop(data: Path, folder: Path) -> None:
     file = data / "validation.parquet"
-    _read(file, ("passage", "question", "answers"))
+    table = _read(file, ("passage", "question", "answers"))
+    _check_rows(file, table["answers"], "answers", "a list of answers", lambda one: bool(one) and all(one))
+    if len(table) <= SHOTS["drop"]:
+        raise DataError(f"{file} has {len(table)} rows; a question needs {SHOTS['drop']} others as its shots")
     write_whole(folder / "drop_helpers.py", _DROP_HELPERS)
     values = {
         "task": f"{PREFIX}drop",
@@ -170,6 +181,13 @@ def _read(file: Path, columns: tuple[str, ...]) -> Any:
     for column in columns:
         require_column(table, column, "--data", str(file))
     return table
+
+
+def _check_rows(file: Path, values: Any, column: str, wanted: str, right: Callable[[list[Any]], bool]) -> None:
+    """lm-eval takes a text for the list of its letters, and passes over a fifth choice."""
+    for row, value in enumerate(values, start=1):
+        if not isinstance(value, list) or not right(value):
+            raise DataError(f"--data: row {row} of {file} needs {wanted} in column '{column}', it has {value!r:.80}")
 
 
 def _where(table: Any, column: str, value: str) -> Any:
