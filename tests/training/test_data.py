@@ -230,7 +230,20 @@ def test_classes_that_two_tables_count_in_two_orders(tmp_path: Path) -> None:
 
 
 def test_a_validation_split_of_a_file(reviews_csv: Path) -> None:
-    assert "is a file and has no splits" in _said(recipe(reviews_csv, data__validation_split="test"))
+    assert "is a file and has no splits; name a second" in _said(recipe(reviews_csv, data__validation_split="test"))
+    both = {"data__validation": str(reviews_csv), "data__validation_split": "test"}
+    assert _said(recipe(reviews_csv, **both)).endswith("is a file and has no splits; drop the key")
+
+
+def test_keys_of_data_sets_with_parts_are_refused_beside_files(reviews_csv: Path, tmp_path: Path) -> None:
+    assert "data.train_split: 'demo' is a file and has no splits" in _said(recipe("demo", data__train_split="test"))
+    assert "a file and has no configurations" in _said(recipe(reviews_csv, data__subset="mrpc"))
+    # A folder of files has the splits that `datasets` finds in it.
+    (tmp_path / "folder").mkdir()
+    for name in ("train", "test"):
+        write_csv(tmp_path / "folder" / f"{name}.csv", ROWS[: 12 if name == "train" else 8])
+    found = load_examples(recipe(tmp_path / "folder", data__validation_split="test"))
+    assert (len(found.train), len(found.validation)) == (12, 8)
 
 
 def test_too_few_rows_to_split(tmp_path: Path) -> None:

@@ -118,6 +118,13 @@ def test_what_is_missing_or_unreadable(text: str, said: str, tmp_path: Path) -> 
         ({"train.best": True, "train.save": 5}, "train.save: must equal train.evaluate"),
         ({"resume": True, "overwrite": True}, "overwrite: contradicts resume"),
         ({"data.validation": "b.csv", "data.validation_rows": 5}, "data.validation_rows: has no meaning"),
+        (
+            {"data.train": "glue/rte", "data.validation_share": 0.2},
+            "data.validation_share: has no meaning with glue/rte",
+        ),
+        ({"data.label_names": ["a", "b", "a"]}, "data.label_names: two classes have one name: a, b, a"),
+        ({"head.dropout": 0.3}, "head.dropout: has no meaning with head.pooling: model"),
+        ({"train.scheduler": "constant", "train.warmup": 100}, "train.warmup: has no meaning with train.scheduler"),
         ({"name": "a/b"}, "name: 'a/b' cannot name a folder"),
         ({"train.evaluate": "epochs"}, "did you mean epoch?"),
         ({"train.epochs": True}, "train.epochs: needs a number, got true"),

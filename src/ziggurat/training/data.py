@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ziggurat.errors import DataError
 
 from .glue import PREFIX, glue_name, glue_splits
-from .schema import Recipe
-from .tables import draw, is_hub_name, read_table, require_column
+from .schema import DataPart, Recipe
+from .tables import draw, is_hub_name, is_one_table, read_table, require_column
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,6 +81,7 @@ def class_names(recipe: Recipe) -> list[str] | None:
 
 def _splits(recipe: Recipe, notes: list[str]) -> tuple[Dataset, Dataset]:
     data = recipe.data
+    _check_splits(data)
     train, validation = glue_splits(data) or (None, None)
     if validation is not None:
         assert train is not None
@@ -91,11 +92,6 @@ def _splits(recipe: Recipe, notes: list[str]) -> tuple[Dataset, Dataset]:
         split = data.validation_split or ("validation" if is_hub_name(data.validation) else "train")
         return train, read_table(data.validation, subset=data.subset, split=split, demo="validation")
     if data.validation_split is not None and not data.train.startswith(PREFIX):
-        if not is_hub_name(data.train):
-            raise DataError(
-                f"data.validation_split: '{data.train}' is a file and has no splits; "
-                "name a second file in data.validation, or drop the key to have a part split off"
-            )
         return train, read_table(data.train, subset=data.subset, split=data.validation_split)
     count = data.validation_rows or max(1, round(len(train) * data.validation_share))
     if count >= len(train):
@@ -106,6 +102,21 @@ def _splits(recipe: Recipe, notes: list[str]) -> tuple[Dataset, Dataset]:
     parts = train.train_test_split(test_size=count, seed=recipe.seed)
     notes.append(f"no validation data named: {count} of {len(train)} rows split off with seed {recipe.seed}")
     return parts["train"], parts["test"]
+
+
+def _check_splits(data: DataPart) -> None:
+    """Keys that say which part of a data set is meant have no meaning with files. Raises DataError."""
+    scored = data.validation or data.train
+    if data.train_split != "train" and is_one_table(data.train):
+        raise DataError(f"data.train_split: '{data.train}' is a file and has no splits; drop the key")
+    if data.validation_split is not None and is_one_table(scored):
+        second = "" if data.validation else "name a second file in data.validation, or "
+        split_off = "" if data.validation else " to have a part split off"
+        raise DataError(
+            f"data.validation_split: '{scored}' is a file and has no splits; {second}drop the key{split_off}"
+        )
+    if data.subset is not None and is_one_table(data.train) and is_one_table(scored):
+        raise DataError(f"data.subset: '{data.train}' is a file and has no configurations; drop the key")
 
 
 def _labelled(recipe: Recipe, train: Dataset, validation: Dataset) -> tuple[Dataset, Dataset, list[str]]:

@@ -103,13 +103,18 @@ def fill_in(flat: dict[str, Any]) -> list[str]:
     return []
 
 
+def brings_validation(train: Any, folder: Any) -> bool:
+    """Whether data that name no validation data have some nevertheless: GLUE's own."""
+    return isinstance(train, str) and (train.startswith(PREFIX) or folder is not None)
+
+
 def glue_splits(data: DataPart) -> tuple[Dataset, Dataset | None] | None:
     """The training and validation rows of a GLUE task; None for other data, or where a plain hub read will do.
 
     `data.validation_rows` asks for a part of the training rows instead (to tune on): then the second is None.
     """
     name = glue_name(data.train, data.subset)
-    if name is None or (data.folder is None and not data.train.startswith(PREFIX)):
+    if name is None or not brings_validation(data.train, data.folder):
         return None
     train = read_glue(name, data.train_split, data.folder)
     if data.validation is not None or data.validation_rows is not None:

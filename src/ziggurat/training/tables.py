@@ -22,6 +22,14 @@ def is_hub_name(source: str) -> bool:
     return source != "demo" and not _looks_like_a_file(source) and not Path(source).expanduser().exists()
 
 
+def is_one_table(source: str) -> bool:
+    """Whether `source` is a table by itself, without splits and configurations: a file, a saved one, or the demo."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return (path / "state.json").is_file()
+    return source == "demo" or path.is_file() or _looks_like_a_file(source)
+
+
 def read_table(source: str, *, subset: str | None = None, split: str = "train", demo: str = "train") -> Dataset:
     """The rows of `source`.
 
