@@ -12,7 +12,7 @@ import yaml
 from ziggurat.errors import RecipeError
 
 from . import trackers
-from .glue import fill_in, glue_name
+from .glue import brings_validation, fill_in, glue_name
 from .methods import SYNONYMS, method_problems
 from .nearest import did_you_mean, missing_path, nearest
 from .schema import CLASSIFICATION_METRICS, INSTRUCT_METRICS, REGRESSION_METRICS, Recipe, keys
