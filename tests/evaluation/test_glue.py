@@ -1,6 +1,7 @@
 """GLUE's tasks as a recipe's data: every task trains from a local folder, is scored, and writes the server's file."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ from glue_folder import rows_of, write_glue
 
 from commands import main
 from ziggurat.errors import DataError, RecipeError
-from ziggurat.evaluation.glue import class_order, glue_scores, labels_of, task_for, task_of, write_server_files
+from ziggurat.evaluation.glue import (
+    check_data,
+    class_order,
+    glue_scores,
+    labels_of,
+    task_for,
+    task_of,
+    write_server_files,
+)
 from ziggurat.evaluation.subject import check_tasks, find_subject
 from ziggurat.training.data import load_examples
 from ziggurat.training.glue import GLUE, HUB, glue_name, read_glue
@@ -221,6 +230,20 @@ def test_labels_of_a_folder_in_words(tmp_path: Path, glue: Path) -> None:
     for name, hidden in (("rte", -1), ("stsb", -1.0), ("rte", None)):
         with pytest.raises(DataError, match="are hidden"):
             labels_of(datasets.Dataset.from_list([{"label": 0}, {"label": hidden}]), name, "validation")
+
+
+def test_what_a_folder_lacks_is_known_before_a_model_is_loaded(glue: Path, tmp_path: Path) -> None:
+    for server in (False, True):
+        check_data("mnli", str(glue), server=server)
+    shutil.copytree(glue / "mnli", tmp_path / "mnli")
+    (tmp_path / "mnli" / "validation_mismatched.parquet").unlink()
+    with pytest.raises(DataError, match=r"no validation_mismatched\.parquet"):
+        check_data("mnli", str(tmp_path), server=False)
+    for column, server, split in (("idx", True, "test_matched"), ("premise", False, "validation_matched")):
+        rows = read_glue("mnli", split, str(glue)).remove_columns(column)
+        rows.to_parquet(tmp_path / "mnli" / f"{split}.parquet")
+        with pytest.raises(DataError, match=rf"glue/mnli: split '{split}' has no column '{column}'"):
+            check_data("mnli", str(tmp_path), server=server)
 
 
 def test_an_adapter_of_other_data_is_refused(

@@ -1,6 +1,7 @@
 """Examples from every kind of table, and what is said when they don't fit the recipe."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from training_tables import reviews, write_csv, write_jsonl
 
 from word_tokenizer import word_tokenizer
 from ziggurat.errors import DataError
-from ziggurat.training.answer import read_texts
+from ziggurat.training.answer import predict, read_texts
 from ziggurat.training.data import load_examples
 from ziggurat.training.instruct import alpaca_prompt
 from ziggurat.training.load import Loaded
@@ -204,6 +205,8 @@ def test_instructions_with_and_without_an_input_are_answered_from_one_file(tmp_p
     spec, words = HeadSpec("instruct", []), word_tokenizer(["one"], pad_token="[PAD]", unk_token="[UNK]")
     loaded = Loaded(nn.Identity(), words, asked, spec, {"shape": "alpaca"})
     assert read_texts(path, loaded) == (["say", "name"], ["", "one"])
+    with pytest.raises(DataError, match="was trained on prompts, which have no input"):
+        predict(replace(loaded, run={"shape": "prompt"}), ["say"], ["one"])
 
 
 def test_a_row_without_a_text_is_refused_and_not_read_as_a_word(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,10 @@ from ziggurat.training.load import Loaded
 from ziggurat.training.metrics import score
 from ziggurat.training.model import HeadSpec
 from ziggurat.training.schema import Recipe
+from ziggurat.training.tables import require_column
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def task_of(loaded: Loaded, wanted: str | None = None) -> str:
@@ -64,18 +69,33 @@ def class_order(recipe: Recipe, head: HeadSpec, name: str) -> list[int]:
 
 
 def check_data(name: str, folder: str | None, *, server: bool) -> None:
-    """See that the splits to be answered are there: for the scores, or for GLUE's server. Raises DataError."""
-    for split in GLUE[name].server if server else [GLUE[name].validation]:
-        read_glue(name, split, folder)
+    """See that the splits to be answered, and their columns, are there: for the scores, or for GLUE's server.
+
+    Raises DataError.
+    """
+    for split in GLUE[name].server if server else _scored_splits(name).values():
+        _read(name, split, folder, "idx" if server else "label")
+
+
+def _scored_splits(name: str) -> dict[str, str]:
+    """What stands before the names of a split's scores -> the split."""
+    return {"": GLUE[name].validation} | ({"mismatched_": "validation_mismatched"} if name == "mnli" else {})
+
+
+def _read(name: str, split: str, folder: str | None, beside: str) -> Dataset:
+    """A split with the task's texts and one column more."""
+    table = read_glue(name, split, folder)
+    for column in (*GLUE[name].columns, beside):
+        require_column(table, column, f"glue/{name}", f"split '{split}'")
+    return table
 
 
 def glue_scores(loaded: Loaded, name: str, folder: str | None = None, limit: int | None = None) -> dict[str, float]:
     """Scores on the validation split, in per cent, and `rows`. MNLI's mismatched split comes too, as `mismatched_*`."""
     task, order = GLUE[name], _order(loaded, name)
     found: dict[str, float] = {}
-    splits = {"": task.validation} | ({"mismatched_": "validation_mismatched"} if name == "mnli" else {})
-    for prefix, split in splits.items():
-        table = read_glue(name, split, folder)
+    for prefix, split in _scored_splits(name).items():
+        table = _read(name, split, folder, "label")
         table = table.select(range(min(limit, len(table)))) if limit else table
         labels = np.asarray(labels_of(table, name, split))
         said = np.asarray([_number(answer, order) for answer in _answers(loaded, task, table)])
@@ -94,7 +114,7 @@ def write_server_files(loaded: Loaded, name: str, out: Path, folder: str | None 
     task, order = GLUE[name], _order(loaded, name)
     texts: dict[str, str] = {}
     for split, file in task.server.items():
-        table = read_glue(name, split, folder)
+        table = _read(name, split, folder, "idx")
         lines = ["index\tprediction"]
         for index, answer in zip(_indices(table), _answers(loaded, task, table), strict=True):
             lines.append(f"{index}\t{_as_server(answer, order, task)}")

@@ -57,6 +57,8 @@ def predict(
     if not texts:
         raise DataError("no text to predict")
     if loaded.head.task == "instruct":
+        if second is not None and loaded.run.get("shape") == "prompt":
+            raise DataError("this adapter was trained on prompts, which have no input beside them: give one text")
         if second is not None and len(second) != len(texts):
             raise DataError(f"{len(texts)} instructions, but {len(second)} inputs")
         return _generate(loaded, texts, second, max_new_tokens)

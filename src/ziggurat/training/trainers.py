@@ -96,10 +96,8 @@ def _scored(
     checkpoints: Path,
     callbacks: list[TrainerCallback],
 ) -> Task:
-    notes = []
     length = longest(base.tokenizer, base.model.config, recipe.data.max_length)
-    if length < recipe.data.max_length:
-        notes.append(f"data.max_length {recipe.data.max_length} lowered to {length}, all this model can take")
+    notes = _lowered(recipe, length)
     separate = recipe.head.pooling == "mean" and recipe.data.text_pair is not None
     parts: list[Dataset] = []
     for table, word in ((examples.train, "training"), (examples.validation, "validation")):
@@ -165,8 +163,15 @@ def _instruct(
         callbacks=callbacks,
     )
     cut = sum(len(ids) >= length for ids in trainer.train_dataset["input_ids"])
-    notes = [f"{cut} of {len(examples.train)} training texts fill all {length} tokens and may be cut"] if cut else []
+    notes = _lowered(recipe, length)
+    if cut:
+        notes.append(f"{cut} of {len(examples.train)} training texts fill all {length} tokens and may be cut")
     return Task(trainer, {}, notes)
+
+
+def _lowered(recipe: Recipe, length: int) -> list[str]:
+    wanted = recipe.data.max_length
+    return [f"data.max_length {wanted} lowered to {length}, all this model can take"] if length < wanted else []
 
 
 def _arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
