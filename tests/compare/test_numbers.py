@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from test_table import values
 
+from ziggurat.compare.plot import draw
 from ziggurat.compare.published import PUBLISHED, published
 from ziggurat.compare.report import markdown, table_csv
 from ziggurat.compare.results import Results
@@ -98,7 +100,9 @@ def test_bold_only_where_the_interval_excludes_zero(table: Table) -> None:
 
 def test_unfinished_tables_say_so(table: Table) -> None:
     lines = [line(table, "LoRA", "rte", 1, 60.0), line(table, "pyramid", "rte", 1, 70.0)]
-    failed = [{"method": "pyramid", "task": "cola", "seed": 2, "error": "RuntimeError: no | memory"}]
+    broken = next(run for run in table.runs if (run.method, run.task, run.seed) == ("pyramid", "cola", 2))
+    place = {"method": "pyramid", "task": "cola", "seed": 2}
+    failed = [{**place, "key": broken.key, "error": "RuntimeError: no | memory"}]
     text = markdown(summarise(table, lines), failed)
     assert "60.00 (1 of 3 seeds)" in text and "+10.00 (1 pair)" in text and "**" not in text
     assert "pyramid on cola, seed 2: RuntimeError: no | memory" in text and "not run yet: 9 of 12" in text
@@ -136,7 +140,7 @@ def test_tasks_of_two_metrics_show_both(tmp_path: Path) -> None:
     for method, gain in (("LoRA", 0.0), ("pyramid", 2.0)):
         for seed in (1, 2):
             for task in table.tasks:
-                one = line(table, method, task, seed, 80 + seed + gain)
+                one = line(table, method, task, seed, 80 + seed + gain + (0.008 if gain and seed == 2 else 0.0))
                 lines.append(
                     {**one, "after": {one["metric"]: one["score"], "f1": 90.0 + seed, "spearman": 85.0 - seed}}
                 )
@@ -147,9 +151,70 @@ def test_tasks_of_two_metrics_show_both(tmp_path: Path) -> None:
     )
     assert "| 81.50 ± 0.71 / 91.50 ± 0.71 | 81.50 ± 0.71 / 83.50 ± 0.71 | 81.50 ± 0.71 |" in text
     # Differences, what is bold and the average go by the first.
-    assert "**83.50 ± 0.71** / 91.50 ± 0.71" in text and text.count("**+2.00 [+2.00, +2.00]**") == 4
+    assert "**83.50 ± 0.71** / 91.50 ± 0.71" in text and text.count("**+2.00 [+1.95, +2.05]**") == 4
     rows = {(row["method"], row["task"]): row for row in csv.DictReader(io.StringIO(table_csv(summary)))}
     assert (rows["LoRA", "mrpc"]["second_metric"], rows["LoRA", "mrpc"]["second_mean"]) == ("f1", "91.5")
     assert rows["pyramid", "stsb"]["second_metric"] == "spearman" and rows["LoRA", "rte"]["second_mean"] == ""
     # What an older version left without the other scores is shown as it is.
     assert "| 81.50 ± 0.71 |" in markdown(summarise(table, [{**one, "after": {}} for one in lines]))
+
+
+def test_pairs_that_differ_by_the_same_are_not_bold(table: Table) -> None:
+    lines = [
+        line(table, method, "rte", seed, 60.0 + gain)
+        for method, gain in (("LoRA", 0), ("pyramid", 1))
+        for seed in (1, 2)
+    ]
+    text = markdown(summarise(table, lines))
+    assert "+1.00 [+1.00, +1.00]" in text and "**" not in text
+
+
+def test_scores_without_bounds_have_no_interval() -> None:
+    endless = Cell({1: 3.0, 2: math.inf})
+    gap = paired(endless.scores, {1: 2.0, 2: 2.0}, 95)
+    assert endless.spread is not None and math.isnan(endless.spread)
+    assert gap is not None and not gap.excludes_zero()
+
+
+def test_a_line_cut_inside_a_sign_and_lines_inside_a_text(tmp_path: Path, table: Table) -> None:
+    results = Results(tmp_path / "out")
+    results.add({**line(table, "LoRA", "rte", 1, 60.0), "error": "one\u2028two\u0085three"})
+    with results.path.open("ab") as file:
+        file.write('{"method": "LoRA\u00b2'.encode()[:-1])
+    again = Results(tmp_path / "out")
+    assert again.done(table.runs[0].key) and len(again.lines) == 1
+
+
+def test_runs_that_failed_stand_under_the_labels_of_today(tmp_path: Path, table: Table) -> None:
+    results = Results(tmp_path / "out")
+    old = {**line(table, "LoRA", "rte", 1, 0.0), "method": "old name", "status": "failed", "error": "no"}
+    results.add(old)
+    assert [(one["method"], one["error"]) for one in results.failed(table)] == [("LoRA", "no")]
+
+
+def test_per_cent_and_shares_have_no_average(tmp_path: Path) -> None:
+    tasks = {"alpaca": {"evaluate": {"tasks": {"mmlu": "acc", "truthfulqa_gen": "bleu_acc"}}}}
+    methods = {"LoRA": {"method.name": "lora"}}
+    table = make_table({"recipe": "llama2-alpaca", "methods": methods, "tasks": tasks, "seeds": [1]}, "mine", tmp_path)
+    own = line(table, "LoRA", "alpaca", 1, 4.0)
+    parts = {"mmlu": {"scores": {"acc": 46.0}, "per_cent": ["acc"]}}
+    parts["truthfulqa_gen"] = {"scores": {"bleu_acc": 0.34}, "per_cent": []}
+    assert "average" not in summarise(table, [{**own, "evaluated": parts}]).columns
+    parts["truthfulqa_gen"] = {"scores": {"bleu_acc": 34.0}, "per_cent": ["bleu_acc"]}
+    assert summarise(table, [{**own, "evaluated": parts}]).cells["LoRA", "average"].scores == {1: 40.0}
+
+
+def test_sizes_follow_the_task_and_every_method_is_named(tmp_path: Path) -> None:
+    methods = {
+        "LoRA": {"method.name": "lora", "tasks": {"cola": {"method.r": 64}}},
+        "late": {"method.name": "msplora", "tasks": ["cola"]},
+    }
+    table = make_table(values(seeds=[1], tasks=["rte", "cola"], methods=methods), "mine", tmp_path)
+    small, large = line(table, "LoRA", "rte", 1, 60.0), line(table, "LoRA", "cola", 1, 50.0)
+    large["parameters"] = {"adapter": 8000}
+    summary = summarise(table, [small, large, line(table, "late", "cola", 1, 51.0)])
+    assert "| LoRA | 1,004 to 8,000 |" in markdown(summary)
+    rows = {(row["method"], row["task"]): row["parameters"] for row in csv.DictReader(io.StringIO(table_csv(summary)))}
+    assert rows["LoRA", "rte"] == "1004" and rows["LoRA", "cola"] == rows["LoRA", "average"] == "8000"
+    picture = next(path for path in draw(summary, tmp_path) if path.suffix == ".svg").read_text()
+    assert picture.count("<!-- late -->") == 1 and picture.count("<!-- LoRA -->") == 1

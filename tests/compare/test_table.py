@@ -58,6 +58,61 @@ def test_the_key_follows_what_a_run_computes(tmp_path: Path) -> None:
     assert run_key(first[0].recipe.model_copy(update={"name": "x", "about": "y"})) == first[0].key
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"method.lora_dropout": 0}, {"method.lora_dropout": 0.0, "method.r": 8}),
+        ({"method.target_modules": ["query", "value"]}, {"method.target_modules": ["value", "query"]}),
+        ({"train.keep": 1, "train.workers": 2}, {"train.eval_batch": 4, "train.report_to": ["tensorboard"]}),
+    ],
+)
+def test_the_key_does_not_follow_how_it_is_said(tmp_path: Path, first: dict[str, Any], second: dict[str, Any]) -> None:
+    pytest.importorskip("tensorboard")
+
+    def key(keys: dict[str, Any]) -> str:
+        methods = {"LoRA": {"method.name": "lora", "method.target_modules": ["query"], **keys}}
+        return make_table(values(set={"model": "embedded"}, methods=methods), "mine", tmp_path).runs[0].key
+
+    assert key(first) == key(second)
+    assert key({"method.lora_dropout": 0.1}) != key({}) != key({"method.r": 9})
+
+
+def test_a_folder_is_found_under_another_label(tmp_path: Path) -> None:
+    first = make_table(values(), "mine", tmp_path).runs[0]
+    folder = Path(first.recipe.folder)
+    folder.with_name(folder.name + ".unfinished").mkdir(parents=True)
+    renamed = values()
+    renamed["methods"] = {"plain": renamed["methods"]["LoRA"], "pyramid": renamed["methods"]["pyramid"]}
+    runs = make_table(renamed, "mine", tmp_path).runs
+    assert Path(runs[0].recipe.folder) == folder and len({run.recipe.folder for run in runs}) == len(runs)
+
+
+def test_labels_may_be_as_long_as_they_like(tmp_path: Path) -> None:
+    methods = {"\u4f4e" * 200: {"method.name": "lora"}, "\u4f4e" * 201: {"method.name": "lora", "method.r": 4}}
+    runs = make_table(values(methods=methods), "mine", tmp_path).runs
+    names = {Path(run.recipe.folder).name for run in runs}
+    assert len(names) == len(runs) and max(len(name.encode()) for name in names) < 200
+
+
+def test_every_seed_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"LoRA on rte: seed"):
+        make_table(values(seeds=[0, 2**32]), "mine", tmp_path)
+
+
+def test_nothing_is_given_twice_or_named_like_the_average(tmp_path: Path) -> None:
+    labels = "LoRA: {method.name: lora}", "LoRA: {method.name: lora, method.r: 16}"
+    text = "\n".join(("tasks: [rte]", "seeds: [1]", "methods:", *(f"  {label}" for label in labels)))
+    (tmp_path / "twice.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=r"methods: 'LoRA' is given twice in line 5"):
+        load_table(tmp_path / "twice.yaml")
+    methods: dict[str, Any] = {"LoRA": {"method.name": "lora"}}
+    with pytest.raises(RecipeError, match=r"tasks: average: so the table calls the mean"):
+        make_table(values(methods=methods, tasks={"average": {"data.train": "mine.csv"}}), "mine", tmp_path)
+    methods["head"] = {"method.name": "head", "tasks": []}
+    with pytest.raises(RecipeError, match=r"head: tasks: empty; name its only tasks"):
+        make_table(values(methods=methods), "mine", tmp_path)
+
+
 def test_every_mistake_comes_at_once(tmp_path: Path) -> None:
     bad = values(seeds=[1, 1], baseline="Lora", published="glue", sedes=[2], confidence=120)
     bad["methods"]["nameless"] = {"method.r": 4}
@@ -86,7 +141,11 @@ def test_mistakes_of_the_recipes_name_their_place(tmp_path: Path) -> None:
 def test_files_that_are_no_table(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1")
     (tmp_path / "torn.yaml").write_text("a: [1")
-    for name, said in (("list", "a table is a mapping"), ("torn", "cannot be read"), ("nowhere", "does not exist")):
+    for name, said in (
+        ("list", "a table is a mapping"),
+        ("torn", "not readable as YAML"),
+        ("nowhere", "does not exist"),
+    ):
         with pytest.raises(RecipeError, match=said):
             load_table(tmp_path / f"{name}.yaml")
     (tmp_path / "good.yaml").write_text(yaml.safe_dump(values()))
@@ -164,7 +223,7 @@ def test_fields_for_all_go_to_the_methods_that_have_them(tmp_path: Path) -> None
     assert found["LoRA"] == {"name": "lora", "target_modules": ["query"], "budget": 5000}
     assert found["own rank"] == {"name": "lora", "target_modules": ["query"], "r": 4}
     assert found["LoRA²"]["budget"] == 5000 and found["BitFit"] == {"name": "bitfit"}
-    rest = "BitFit, head, everything: no such field there, or it has its own rank"
+    rest = "BitFit, head, everything: no such field there, or of another meaning, or it has its own rank"
     assert sorted(table.notes) == [
         f"method.budget, given to all, is not for own rank, {rest}",
         f"method.target_modules, given to all, is not for {rest}",
@@ -174,6 +233,15 @@ def test_fields_for_all_go_to_the_methods_that_have_them(tmp_path: Path) -> None
         make_table(values(set=shared, methods=methods, tasks=["rte"]), "mine", tmp_path)
     with pytest.raises(RecipeError, match=r"set: method.name: is for each method to say"):
         make_table(values(set={"method.name": "lora"}), "mine", tmp_path)
+
+
+def test_bottlenecks_keep_their_place(tmp_path: Path) -> None:
+    shared = {"model": "embedded", "method": {"target_modules": ["query"], "lora_alpha": 8, "r": 4}}
+    methods = {"LoRA": {"method.name": "lora"}, "bottlenecks": {"method.name": "adapter"}}
+    table = make_table(values(set=shared, methods=methods, tasks=["rte"]), "mine", tmp_path)
+    found = {run.method: run.recipe.method for run in table.runs}
+    assert found["bottlenecks"] == {"name": "adapter", "r": 4} and found["LoRA"]["lora_alpha"] == 8
+    assert len(table.notes) == 2 and all("is not for bottlenecks" in note for note in table.notes)
 
 
 def test_set_reaches_tasks_with_data_of_their_own(tmp_path: Path) -> None:

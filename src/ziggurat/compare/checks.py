@@ -124,6 +124,8 @@ def _method_problems(where: str, keys: Any, tasks: list[str]) -> Iterator[str]:
     if not isinstance(inner, list | dict):
         yield f"{where}: tasks: a list of its only tasks, or a mapping task -> recipe keys, is needed, got {inner!r}"
         return
+    if not inner:
+        yield f"{where}: tasks: empty; name its only tasks, or leave it out"
     for task in inner:
         if str(task) not in tasks:
             yield f"{where}: tasks: '{task}' is no task of this table"

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from .table import Run
 
 
+#: The column of the mean over the tasks.
+AVERAGE = "average"
+
+
 @dataclass(frozen=True)
 class Column:
     """One column. `second` is shown after a stroke; `evaluated` is lm-eval's task where it is one's."""
@@ -31,6 +35,10 @@ class Column:
         if self.evaluated is not None:
             return float(line["evaluated"][self.evaluated]["scores"][self.metric])
         return float(line["score"])
+
+    def in_per_cent(self, line: dict[str, Any]) -> bool:
+        """Whether `score` is: of a trained task it is or is lower-is-better, of lm-eval's some are as it gives them."""
+        return self.evaluated is None or self.metric in line["evaluated"][self.evaluated]["per_cent"]
 
     def second_score(self, line: dict[str, Any]) -> float | None:
         """The second metric's score in a finished line; None where there is none."""
@@ -57,6 +65,8 @@ def columns_of(runs: list[Run], tasks: list[str]) -> tuple[list[Column], list[st
     for place, column in enumerate(found):
         if count[column.name] > 1:
             found[place] = replace(column, name=f"{column.task} {column.name}")
+    if AVERAGE in (column.name for column in found):
+        problems.append(f"tasks: {AVERAGE}: so the table calls the mean over the tasks; give this task another name")
     return found, problems
 
 

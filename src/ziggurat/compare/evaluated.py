@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ziggurat.errors import DataError
-from ziggurat.evaluation.lm import MAIN
-from ziggurat.evaluation.ready import Ready, ready
+from ziggurat.evaluation.ready import MAIN, Ready, ready
 from ziggurat.host.staging import write_whole
 from ziggurat.training.nearest import did_you_mean
 from ziggurat.training.recipe import resolved
@@ -108,9 +107,11 @@ def check_ready(evaluations: list[Evaluation]) -> None:
 
 
 def _check_metric(this: Ready, metric: str) -> None:
-    known = {name for part in this.parts.values() for name in part.aggregation()}
-    if this.task != "humaneval" and metric.partition(",")[0] not in known:
-        raise DataError(f"evaluate: {this.task} has no metric '{metric}'; it has {', '.join(sorted(known))}")
+    known = this.score_names()
+    if not known:
+        raise DataError(f"evaluate: {this.task} has no score of its own; name {', '.join(this.parts)}")
+    if metric not in known:
+        raise DataError(f"evaluate: {this.task} has no metric '{metric}'; it has {', '.join(known)}")
 
 
 def of_the_base(recipe: Recipe) -> dict[str, Any]:

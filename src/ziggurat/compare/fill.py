@@ -81,8 +81,7 @@ def report(table: Table) -> Filled:
 
 def _written(table: Table, results: Results, taken: int, stopped: bool) -> Filled:
     summary = summarise(table, results.of(table))
-    lines = [results.lines.get(key, {}) for key in dict.fromkeys(run.key for run in table.runs)]
-    failed = [line for line in lines if line.get("status") == "failed"]
+    failed = results.failed(table)
     files, notes = [], []
     for name, text in (("table.md", markdown(summary, failed)), ("table.csv", table_csv(summary))):
         files.append(table.folder / name)
@@ -118,6 +117,8 @@ def _engine(name: str) -> Engine:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock: two programs at once would train the same runs into the same folders."""
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"'{folder}' is a file; runs and results need a folder (--out, or output in the table)")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl

@@ -55,6 +55,12 @@ def visible_gpus() -> list[str]:
     return [str(index) for index in range(count)]
 
 
+def _threads() -> int | None:
+    """OMP_NUM_THREADS, of which OpenMP allows one number for each level; whoever sets it knows who else is at work."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) or None if first.isdecimal() else None
+
+
 def run_locally(
     runs: Sequence[Run], folder: Path, workers: int | None = None, started: Callable[[Run], None] = lambda run: None
 ) -> Iterator[Outcome]:
@@ -65,8 +71,7 @@ def run_locally(
     """
     gpus = visible_gpus()
     at_once = workers or max(1, len(gpus))
-    # Who sets the variable knows the machine better: others may be at work on it.
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // at_once))
+    threads = _threads() or max(1, (os.cpu_count() or 1) // at_once)
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":

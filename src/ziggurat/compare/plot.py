@@ -29,10 +29,10 @@ def draw(summary: Summary, folder: Path) -> list[Path]:
     axes = figure.subplots(down, across, squeeze=False).ravel()
     for column, axis in zip(columns, axes, strict=False):
         for index, method in enumerate(summary.table.methods):
-            cell, cost = summary.cells.get((method, column)), summary.costs.get(method)
-            if cell is not None and cost is not None:
+            cell = summary.cells.get((method, column))
+            if cell is not None and method in summary.costs:
                 axis.errorbar(
-                    cost.parameters,
+                    summary.parameters(method, column),
                     cell.mean,
                     yerr=cell.spread or 0.0,
                     fmt="osD^vP*X"[index % 8],
@@ -48,8 +48,11 @@ def draw(summary: Summary, folder: Path) -> list[Path]:
         axis.grid(alpha=0.3)
     for axis in axes[len(columns) :]:
         axis.set_axis_off()
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=8)
+    # A method may have been on some of the tasks only.
+    drawn = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    named = [method for method in summary.table.methods if method in drawn]
+    handles = [drawn[method] for method in named]
+    figure.legend(handles, named, loc="outside lower center", ncols=min(4, len(named)), frameon=False, fontsize=8)
     figure.suptitle(f"{summary.table.name}: mean and standard deviation over seeds", fontsize=10)
     paths = [folder / "scores.png", folder / "scores.svg"]
     for path, canvas in zip(paths, (FigureCanvasAgg, FigureCanvasSVG), strict=True):

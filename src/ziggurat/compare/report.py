@@ -10,9 +10,10 @@ from typing import Any
 
 from ziggurat.training.metrics import lower_is_better
 
+from .columns import AVERAGE
 from .published import published
 from .statistics import Cell, Difference
-from .summary import AVERAGE, Summary
+from .summary import Cost, Summary
 
 COLUMNS = ("method", "task", "metric", "seeds", "mean", "sd", "difference", "low", "high", "pairs")
 COLUMNS += ("parameters", "stored_bytes", "peak_mb", "step_seconds", "second_metric", "second_mean", "second_sd")
@@ -58,9 +59,14 @@ def _scores(summary: Summary) -> str:
     for method in table.methods:
         cost = summary.costs.get(method)
         cells = [_score(summary, method, column) for column in summary.columns]
-        rows.append([method, f"{cost.parameters:,}" if cost else "-", *cells])
+        rows.append([method, _parameters(cost) if cost else "-", *cells])
         rows += _published_rows(summary, method)
     return _grid(rows)
+
+
+def _parameters(cost: Cost) -> str:
+    least, most = min(cost.parameters.values()), max(cost.parameters.values())
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def _score(summary: Summary, method: str, column: str) -> str:
@@ -147,7 +153,7 @@ def _cost(summary: Summary) -> str:
         stored = f"{cost.stored_bytes / 2**20:.2f}" if cost.stored_bytes is not None else "-"
         peak = f"{cost.peak_mb:,.0f}" if cost.peak_mb is not None else "-"
         step = f"{1000 * cost.step_seconds:,.1f}" if cost.step_seconds is not None else "-"
-        rows.append([method, f"{cost.parameters:,}", stored, peak, step])
+        rows.append([method, _parameters(cost), stored, peak, step])
     if len(rows) == 1:
         return ""
     return (
@@ -159,9 +165,11 @@ def _cost(summary: Summary) -> str:
 
 def _missing(summary: Summary, failed: Sequence[dict[str, Any]]) -> str:
     lines = [f"- {x['method']} on {x['task']}, seed {x['seed']}: {x['error']}" for x in failed]
-    open_runs = len(summary.table.runs) - len(summary.lines) - len(failed)
-    if open_runs > 0:
-        lines.append(f"- not run yet: {open_runs} of {len(summary.table.runs)}")
+    # Two cells of a table may be the same run.
+    keys = {run.key for run in summary.table.runs}
+    still = keys - {line["key"] for line in (*summary.lines, *failed)}
+    if still:
+        lines.append(f"- not run yet: {len(still)} of {len(keys)}")
     return "Missing:\n\n" + "\n".join(lines) if lines else ""
 
 
@@ -199,7 +207,7 @@ def table_csv(summary: Summary) -> str:
                 [
                     *(method, column, metric, len(cell.scores), cell.mean, spread),
                     *(gap.mean if gap else "", *interval, gap.pairs if gap else ""),
-                    *(cost.parameters, cost.stored_bytes, cost.peak_mb, cost.step_seconds, *also),
+                    *(summary.parameters(method, column), cost.stored_bytes, cost.peak_mb, cost.step_seconds, *also),
                 ]
             )
     return out.getvalue()

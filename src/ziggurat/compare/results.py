@@ -22,11 +22,11 @@ class Results:
         self.path = folder / FILE
         self.lines: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
-            for text in self.path.read_text(encoding="utf-8").splitlines():
+            for text in self.path.read_bytes().split(b"\n"):
                 try:
                     line = json.loads(text)
                 except ValueError:
-                    continue  # the last line of a program that was killed while it wrote
+                    continue  # what a program wrote that was killed at it, in the middle of a sign even
                 self.lines[line["key"]] = line
 
     def done(self, key: str) -> bool:
@@ -50,6 +50,15 @@ class Results:
             if self.done(run.key):
                 found.append({**self.lines[run.key], "method": run.method, "task": run.task, "seed": run.seed})
         return found
+
+    def failed(self, table: Table) -> list[dict[str, Any]]:
+        """The lines of a table's runs that failed, each run once, under the labels that the table now gives them."""
+        found: dict[str, dict[str, Any]] = {}
+        for run in table.runs:
+            line = self.lines.get(run.key, {})
+            if line.get("status") == "failed":
+                found.setdefault(run.key, {**line, "method": run.method, "task": run.task, "seed": run.seed})
+        return list(found.values())
 
 
 def line_of(run: Run, info: dict[str, Any], where: dict[str, Any]) -> dict[str, Any]:

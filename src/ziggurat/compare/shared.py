@@ -9,6 +9,10 @@ from ziggurat.training.nearest import did_you_mean
 
 from .evaluated import NONE
 
+#: Fields that a method has, but that mean another place there, or nothing: of bottleneck adapters the linears of the
+#: feed-forward part, and no scale.
+_OTHER_MEANING = {"adapter": {"target_modules", "lora_alpha", "use_rslora"}}
+
 
 class Shared:
     """Gives fields to the methods that have room for them, and knows who took which."""
@@ -43,12 +47,15 @@ class Shared:
         ranks = set(method.ranks(8)) if method.ranks is not None else set()
         if name == BUDGET:
             return bool(ranks) and not any(f"method.{rank}" in own for rank in ranks)
+        if name in _OTHER_MEANING.get(str(own["method.name"]), ()):
+            return False
         # A method that names a budget of its own has its rank from there.
         return name in fields and not (name in ranks and f"method.{BUDGET}" in own)
 
     def notes(self) -> Iterator[str]:
         for key, labels in self._others.items():
-            yield f"{key}, given to all, is not for {', '.join(labels)}: no such field there, or it has its own rank"
+            why = "no such field there, or of another meaning, or it has its own rank"
+            yield f"{key}, given to all, is not for {', '.join(labels)}: {why}"
 
     def problems(self) -> Iterator[str]:
         """Keys that nobody took: they are wrong, not merely of no use to some."""

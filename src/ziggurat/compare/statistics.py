@@ -21,7 +21,7 @@ class Cell:
     @property
     def spread(self) -> float | None:
         """Standard deviation over the seeds (n - 1); None with one seed."""
-        return statistics.stdev(self.scores.values()) if len(self.scores) > 1 else None
+        return _deviation(list(self.scores.values())) if len(self.scores) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Difference:
         return math.inf if self.half is None else self.mean + self.half
 
     def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
+        """Never where all pairs differ by the same: two seeds that agree by chance are no certainty."""
+        return self.half != 0 and (self.low > 0 or self.high < 0)
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float], confidence: float) -> Difference | None:
@@ -58,7 +59,12 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float], confidence: f
     from scipy.stats import t
 
     quantile = float(t.ppf(0.5 + confidence / 200, len(gaps) - 1))
-    return Difference(len(gaps), statistics.fmean(gaps), quantile * statistics.stdev(gaps) / math.sqrt(len(gaps)))
+    return Difference(len(gaps), statistics.fmean(gaps), quantile * _deviation(gaps) / math.sqrt(len(gaps)))
+
+
+def _deviation(values: list[float]) -> float:
+    """Standard deviation (n - 1); not a number where one of them is infinite or none."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def averages(cells: Sequence[Cell | None]) -> Cell | None:

@@ -8,17 +8,19 @@ from typing import Any
 
 from ziggurat.training.metrics import lower_is_better
 
+from .columns import AVERAGE
 from .statistics import Cell, Difference, averages, paired
 from .table import Table
-
-AVERAGE = "average"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method's runs cost. `parameters` are its own trainable numbers, each counted once, without the head."""
+    """What a method's runs cost.
 
-    parameters: int
+    `parameters`: task -> the method's own trainable numbers, each counted once, without the head.
+    """
+
+    parameters: dict[str, int]
     stored_bytes: float | None
     peak_mb: float | None
     step_seconds: float | None
@@ -39,13 +41,19 @@ class Summary:
     costs: dict[str, Cost]
     second: dict[tuple[str, str], Cell] = field(default_factory=dict)
 
+    def parameters(self, method: str, column: str) -> int:
+        """Trainable numbers of a method in a column: on its task; of the average, on the task where they are most."""
+        counts = self.costs[method].parameters
+        tasks = {one.name: one.task for one in self.table.columns}
+        return counts[tasks[column]] if column in tasks else max(counts.values())
+
     def better(self, method: str, column: str) -> bool:
         """Whether the interval of the difference to the baseline lies wholly on the better side of zero."""
         gap = self.differences.get((method, column))
-        if gap is None or gap.half is None:
+        if gap is None or not gap.excludes_zero():
             return False
         metric = self.table.metrics.get(column, "")
-        return gap.high < 0 if lower_is_better(metric) else gap.low > 0
+        return (gap.mean < 0) == lower_is_better(metric)
 
 
 def summarise(table: Table, lines: list[dict[str, Any]]) -> Summary:
@@ -62,7 +70,8 @@ def summarise(table: Table, lines: list[dict[str, Any]]) -> Summary:
             if scores:
                 second[method, column.name] = Cell(scores)
     columns = [column.name for column in table.columns]
-    if len(columns) > 1 and not any(lower_is_better(metric) for metric in table.metrics.values()):
+    alike = all(column.in_per_cent(line) for column in table.columns for line in lines if line["task"] == column.task)
+    if len(columns) > 1 and alike and not any(lower_is_better(metric) for metric in table.metrics.values()):
         columns.append(AVERAGE)
         for method in table.methods:
             whole = averages([cells.get((method, column.name)) for column in table.columns])
@@ -85,7 +94,10 @@ def _costs(table: Table, lines: list[dict[str, Any]]) -> dict[str, Cost]:
         own = [line for line in lines if line["method"] == method]
         if own:
             found[method] = Cost(
-                parameters=max(line["parameters"]["adapter"] for line in own),
+                parameters={
+                    task: max(line["parameters"]["adapter"] for line in own if line["task"] == task)
+                    for task in dict.fromkeys(line["task"] for line in own)
+                },
                 stored_bytes=_median(own, "stored_bytes"),
                 peak_mb=_median(own, "peak_mb"),
                 step_seconds=_median(own, "step_seconds"),

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ziggurat.errors import RecipeError
+from ziggurat.training.folders import UNFINISHED
 from ziggurat.training.glue import GLUE, PREFIX
 from ziggurat.training.nearest import missing_path
-from ziggurat.training.recipe import find_recipe, make_recipe, resolved
+from ziggurat.training.recipe import effective, find_recipe, make_recipe, resolved
 from ziggurat.training.schema import Recipe
 from ziggurat.training.source import flatten, read_yaml
 
@@ -23,11 +22,11 @@ from .evaluated import NONE, Evaluation, of_the_base, read_evaluation
 from .published import published
 from .shared import Shared
 
-#: What a run is called and where it lies doesn't change what it computes.
-_NOT_IN_KEY = ("about", "name", "output")
 #: What describes the data of a recipe; a task that names its own data starts without the recipe's.
 _DATA_KEYS = ("task", "metric")
-_KEPT = ("data.folder", "data.max_length", "data.max_train", "data.max_validation", "data.validation_rows")
+_KEPT = ("data.folder", "data.loss", "data.max_length", "data.max_train", "data.max_validation", "data.validation_rows")
+#: Bytes of the label in a folder's name; file systems take 255 in all.
+_MOST_LABEL = 120
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Table:
 
 def run_key(recipe: Recipe, evaluation: Evaluation | None = None) -> str:
     """16 hexadecimal digits of everything in the resolved recipe, and the evaluation, that changes what is computed."""
-    values = {key: value for key, value in computed(recipe).items() if key not in _NOT_IN_KEY}
+    values = effective(computed(recipe))
     if evaluation is not None:
         values["evaluate"] = {"tasks": evaluation.metrics, **evaluation.settings}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -96,9 +95,11 @@ def load_table(path: str | Path, output: str | Path | None = None) -> Table:
     if not file.is_file():
         raise RecipeError(f"the table {missing_path(path)}")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values, problems = read_yaml(file.read_text(encoding="utf-8"), "table")
+    except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read: {error}") from error
+    if problems:
+        raise _refused(file.stem, problems)
     return make_table(values, file.stem, output)
 
 
@@ -123,7 +124,7 @@ def make_table(values: Any, name: str, output: str | Path | None = None) -> Tabl
         keep_adapters=values.get("keep_adapters", True),
     )
     base, problems = _base(values)
-    shared = Shared()
+    shared, places = Shared(), Places(table.folder / "runs")
     for seed in table.seeds:
         for task, of_task in tasks.items():
             for method, of_method in methods.items():
@@ -131,11 +132,10 @@ def make_table(values: Any, name: str, output: str | Path | None = None) -> Tabl
                 if own is None:
                     continue
                 try:
-                    table.runs.append(_run(table, base, shared, method, task, seed, own, of_task))
+                    table.runs.append(_run(table, base, shared, places, method, task, seed, own, of_task))
                 except RecipeError as error:
-                    if seed == table.seeds[0]:
-                        lines = str(error).splitlines()[1:] or [str(error)]
-                        problems += [f"{method} on {task}: {line.strip()}" for line in lines]
+                    lines = str(error).splitlines()[1:] or [str(error)]
+                    problems += [f"{method} on {task}: {line.strip()}" for line in lines]
     found, unlike = columns_of(table.runs, table.tasks)
     problems += [*shared.problems(), *unlike]
     if problems:
@@ -161,6 +161,7 @@ def _run(
     table: Table,
     base: tuple[dict[str, Any], dict[str, Any]],
     shared: Shared,
+    places: Places,
     method: str,
     task: str,
     seed: int,
@@ -193,10 +194,35 @@ def _run(
         )
     if not trains:
         recipe = recipe.model_copy(update={"method": {"name": NONE}})
-    # The folder follows the training alone: scored on something else, an adapter isn't trained again.
-    place = table.folder / "runs" / f"{recipe.name}-{run_key(recipe)[:8]}"
-    recipe = recipe.model_copy(update={"output": str(place)})
-    return Run(method, task, seed, recipe, run_key(recipe, evaluation), evaluation)
+    key = run_key(recipe, evaluation)
+    recipe = recipe.model_copy(update={"output": str(places.of(recipe.name, run_key(recipe), key))})
+    return Run(method, task, seed, recipe, key, evaluation)
+
+
+class Places:
+    """Folders of runs: `label-` and eight digits of the training's key, under `root`.
+
+    A folder that is there is found by its digits, so that a new label, or another evaluation, trains nothing again.
+    Runs that differ in the evaluation alone each have their own: two processes can't fill one folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._there: dict[str, list[str]] = {}
+        self._taken: dict[str, str] = {}
+        if root.is_dir():
+            for name in sorted({entry.name.removesuffix(UNFINISHED) for entry in root.iterdir()}):
+                self._there.setdefault(name.rpartition("-")[2], []).append(name)
+
+    def of(self, label: str, training: str, key: str) -> Path:
+        """The folder of the run `key`; `training` is the key of its recipe alone."""
+        short = label.encode()[:_MOST_LABEL].decode(errors="ignore")
+        own = f"{short}-{training[:8]}"
+        there = self._there.get(training[:8], [])
+        free = (name for name in ([own] if own in there else there) if self._taken.get(name, key) == key)
+        name = next(free, own if self._taken.get(own, key) == key else f"{own}-{key[:8]}")
+        self._taken[name] = key
+        return self.root / name
 
 
 def _base(values: dict[str, Any]) -> tuple[tuple[dict[str, Any], dict[str, Any]], list[str]]:

@@ -10,12 +10,9 @@ from typing import Any
 from ziggurat.errors import RecipeError
 
 from .local_tasks import SHOTS
-from .ready import Ready, ready
+from .ready import MAIN, Ready, ready
 from .sandbox import humaneval_program, run_program
 from .units import is_share
-
-#: What the papers' tables report of each.
-MAIN = {"mmlu": "acc", "bbh": "exact_match", "drop": "f1", "humaneval": "pass@1"}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from ziggurat.training.nearest import missing_path
 
 from .local_tasks import SHOTS, write_humaneval, write_tasks
 
+#: What the papers' tables report of each.
+MAIN = {"mmlu": "acc", "bbh": "exact_match", "drop": "f1", "humaneval": "pass@1"}
 #: Our short names -> lm-eval's, from the hub. HumanEval is generated only and judged by `sandbox`.
 HUB_NAMES = {"mmlu": "mmlu", "bbh": "bbh_cot_fewshot", "drop": "drop"}
 #: Hugging Face's own consent for the metric that these tasks run code by.
@@ -36,6 +38,25 @@ class Ready:
     roots: list[str]
     parts: dict[str, Any]
     shots: int | None
+
+    def score_names(self) -> list[str]:
+        """What its scores will be called: by the metric, or as `metric,filter` where several filters stand before it.
+
+        None of its own has a tag over several tasks, or a group that only gathers.
+        """
+        if self.task == "humaneval":
+            return [MAIN["humaneval"]]
+        if len(self.roots) > 1:
+            return []
+        (root,) = self.runs
+        filters = list(dict.fromkeys(one.name for part in self.parts.values() for one in part._filters))
+        if any(root is part for part in self.parts.values()):
+            named = [(metric, name) for metric in root.aggregation() for name in filters if metric != "bypass"]
+        else:
+            said = root.aggregate_metric_list or []
+            named = [(one.metric, name) for one in said for name in one.filter_list or filters]
+        metrics = [metric for metric, _ in named]
+        return [metric if metrics.count(metric) == 1 else f"{metric},{name}" for metric, name in named]
 
 
 @contextmanager

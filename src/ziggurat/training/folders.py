@@ -16,12 +16,14 @@ from ziggurat.host.staging import write_whole
 from . import workplace
 from .checkpoints import is_whole, newest
 from .processes import Processes
-from .recipe import differences, resolved, to_yaml
+from .recipe import differences, effective, resolved, to_yaml
 from .schema import Recipe
 from .workplace import MAY_REPLACE, RECIPE, RUN
 
 #: How a run without a launcher was launched.
 ONE = "1 process"
+#: What a run's folder is called, after its own name, until the run is complete.
+UNFINISHED = ".unfinished"
 
 
 class RunFolder:
@@ -34,7 +36,7 @@ class RunFolder:
         self.recipe = recipe
         self.processes = processes or Processes()
         self.final = Path(recipe.folder).expanduser().resolve()
-        self.work = self.final.with_name(self.final.name + ".unfinished")
+        self.work = self.final.with_name(self.final.name + UNFINISHED)
         self.checkpoints = self.work / workplace.CHECKPOINTS
         self.lock = workplace.Lock(self.work)
 
@@ -95,8 +97,7 @@ class RunFolder:
             raise RecipeError(
                 f"output: '{shown}' was filled by something else since the run began; move that away, and resume then"
             )
-        changed = differences(self._stored_recipe(), resolved(self.recipe))
-        changed = [line for line in changed if line.split(":")[0] not in ("about", "output", "name", "train.report_to")]
+        changed = differences(effective(self._stored_recipe()), effective(resolved(self.recipe)))
         changed += differences({"launched": self._noted().get("launched", ONE)}, {"launched": self._launched()})
         if changed:
             raise RecipeError(

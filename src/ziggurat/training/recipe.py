@@ -13,12 +13,14 @@ from ziggurat.errors import RecipeError
 
 from . import trackers
 from .glue import brings_validation, fill_in, glue_name
-from .methods import SYNONYMS, method_problems
+from .methods import METHODS, SYNONYMS, method_defaults, method_problems
 from .nearest import did_you_mean, missing_path, nearest
 from .schema import CLASSIFICATION_METRICS, INSTRUCT_METRICS, REGRESSION_METRICS, Recipe, keys
 from .source import MOST_TEXT, flatten, read_overrides, read_yaml
 from .values import explain
 
+#: What a run is called, where it lies, whom it tells and how it is fed: none of it changes what is computed.
+_WITHOUT_EFFECT = ("about", "name", "output", "train.eval_batch", "train.keep", "train.report_to", "train.workers")
 _SYNONYMS = {
     **SYNONYMS,
     "learning_rate": "train.lr",
@@ -180,7 +182,7 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
 
 
 def _fields_of(choice: dict[str, Any]) -> list[str]:
-    from .methods import METHODS, method_fields
+    from .methods import method_fields
 
     name = choice.get("name")
     return list(method_fields(name)) if isinstance(name, str) and name in METHODS else []
@@ -263,6 +265,29 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
         if value is not None and not named and Path(value).expanduser().exists():
             flat[key] = str(Path(value).expanduser().resolve())
     return {key: value for key, value in flat.items() if value is not None}
+
+
+def effective(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a resolved recipe changes what is computed, spelt one way.
+
+    Fields of the method that have their defaults are left out; 0.0 is 0, and targets have no order.
+    """
+    name = flat.get("method.name")
+    defaults = method_defaults(str(name)) if name in METHODS else {}
+    plain = {key: _one_spelling(key, value) for key, value in flat.items() if key not in _WITHOUT_EFFECT}
+    unsaid = [key for key in plain if key.startswith("method.") and key[len("method.") :] in defaults]
+    for key in unsaid:
+        if plain[key] == _one_spelling(key, defaults[key[len("method.") :]]):
+            del plain[key]
+    return plain
+
+
+def _one_spelling(key: str, value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if key == "method.target_modules" and isinstance(value, list | set):
+        return sorted(map(str, value))
+    return value
 
 
 def to_yaml(recipe: Recipe) -> str:
