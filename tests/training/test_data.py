@@ -265,12 +265,23 @@ INSTRUCT = {
 }
 
 
-def test_columns_of_numbers_in_csv_are_texts(tmp_path: Path) -> None:
-    path = tmp_path / "sums.csv"
-    path.write_text("instruction,input,output\nadd,12,3\nadd,21,4\n")
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_texts_stay_as_they_are_written(ending: str, tmp_path: Path) -> None:
+    path, sign = tmp_path / f"sums.{ending}", {"csv": ",", "tsv": "\t"}[ending]
+    rows = [["instruction", "input", "output"], ["add", "007", "1.50"], ["true", "2024-01-05", "8.00"]]
+    path.write_text("".join(sign.join(row) + "\n" for row in rows))
     found = load_examples(recipe(path, task="instruct", data__validation=str(path)))
-    assert list(found.train["prompt"]) == [alpaca_prompt("add", "12"), alpaca_prompt("add", "21")]
-    assert list(found.train["completion"]) == ["3", "4"]
+    assert list(found.train["prompt"]) == [alpaca_prompt("add", "007"), alpaca_prompt("true", "2024-01-05")]
+    assert list(found.train["completion"]) == ["1.50", "8.00"]
+    scored = recipe(path, data__validation=str(path), data__text="input", data__label="output", task="regression")
+    examples = load_examples(scored)
+    assert list(examples.train["text"]) == ["007", "2024-01-05"] and list(examples.train["label"]) == [1.5, 8.0]
+
+
+def test_columns_of_numbers_in_json_are_texts(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "sums.jsonl", [{"prompt": "1 + 2", "completion": 3}])
+    found = load_examples(recipe(path, task="instruct", data__validation=str(path)))
+    assert list(found.train["completion"]) == ["3"]
 
 
 @pytest.mark.parametrize("shape", INSTRUCT)

@@ -12,6 +12,7 @@ import torch
 
 from ziggurat.errors import DataError
 
+from .data import text_columns
 from .encode import Collator, encode, longest
 from .instruct import alpaca_prompt
 from .load import Loaded, load_adapter_model
@@ -147,7 +148,7 @@ def read_texts(file: Path, loaded: Loaded) -> tuple[list[str], list[str] | None]
         if loaded.head.pair:
             raise DataError(f"this adapter compares two texts: give a table with '{data.text}' and '{data.text_pair}'")
         return read_lines(file), None
-    table = read_table(str(file))
+    table = read_table(str(file), texts=text_columns(loaded.recipe))
     if loaded.head.task == "instruct":
         first, second = ("instruction", "input") if loaded.run.get("shape") == "alpaca" else ("prompt", None)
         second = second if second in table.column_names else None

@@ -80,17 +80,17 @@ def class_names(recipe: Recipe) -> list[str] | None:
 
 
 def _splits(recipe: Recipe, notes: list[str]) -> tuple[Dataset, Dataset]:
-    data = recipe.data
+    data, texts = recipe.data, text_columns(recipe)
     _check_splits(data)
     train, validation = glue_splits(data) or (None, None)
     if validation is not None:
         assert train is not None
         return train, validation
     if train is None:
-        train = read_table(data.train, subset=data.subset, split=data.train_split)
+        train = read_table(data.train, subset=data.subset, split=data.train_split, texts=texts)
     if data.validation is not None:
         split = data.validation_split or ("validation" if is_hub_name(data.validation) else "train")
-        return train, read_table(data.validation, subset=data.subset, split=split, demo="validation")
+        return train, read_table(data.validation, subset=data.subset, split=split, demo="validation", texts=texts)
     if data.validation_split is not None and not data.train.startswith(PREFIX):
         return train, read_table(data.train, subset=data.subset, split=data.validation_split)
     count = data.validation_rows or max(1, round(len(train) * data.validation_share))
@@ -102,6 +102,15 @@ def _splits(recipe: Recipe, notes: list[str]) -> tuple[Dataset, Dataset]:
     parts = train.train_test_split(test_size=count, seed=recipe.seed)
     notes.append(f"no validation data named: {count} of {len(train)} rows split off with seed {recipe.seed}")
     return parts["train"], parts["test"]
+
+
+def text_columns(recipe: Recipe) -> list[str]:
+    """The columns that hold texts."""
+    if recipe.task == "instruct":
+        from .instruct import TEXTS
+
+        return list(TEXTS)
+    return [column for column in (recipe.data.text, recipe.data.text_pair) if column is not None]
 
 
 def _check_splits(data: DataPart) -> None:

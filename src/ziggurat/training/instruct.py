@@ -28,6 +28,8 @@ _COLUMNS = {
     "alpaca": ("instruction", "output"),
     "messages": ("messages",),
 }
+#: Columns of instruction data that hold texts, whatever their texts look like.
+TEXTS = ("prompt", "completion", "instruction", "input", "output")
 
 
 def alpaca_prompt(instruction: str, context: str | None = None) -> str:
@@ -94,7 +96,7 @@ def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, st
 
 
 def _plain(value: Any) -> Any:
-    """A number or a date as a text, for a CSV file has columns that hold nothing else; all else as it is."""
+    """A number or a date as a text, for a table may have columns that hold nothing else; all else as it is."""
     return value if value is None or isinstance(value, str | list | dict) else str(value)
 
 

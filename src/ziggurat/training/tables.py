@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +32,18 @@ def is_one_table(source: str) -> bool:
     return source == "demo" or path.is_file() or _looks_like_a_file(source)
 
 
-def read_table(source: str, *, subset: str | None = None, split: str = "train", demo: str = "train") -> Dataset:
+def read_table(
+    source: str,
+    *,
+    subset: str | None = None,
+    split: str = "train",
+    demo: str = "train",
+    texts: Collection[str] = (),
+) -> Dataset:
     """The rows of `source`.
+
+    In csv and tsv files the columns `texts` stay as they are written; of the others, those that hold nothing but
+    numbers, dates or true and false are read as such.
 
     `demo` names the part of the embedded data. csv is comma-separated with quotes, tsv tab-separated without quotes
     (a quote is a sign like others there, as in GLUE's files), json a list of objects or one object a line.
@@ -45,7 +57,7 @@ def read_table(source: str, *, subset: str | None = None, split: str = "train", 
             return _from_arrow(_parquet(path), f"demo ({demo})")
     path = Path(source).expanduser()
     if path.is_file():
-        return _read_file(path)
+        return _read_file(path, texts)
     if path.is_dir() and (path / "state.json").is_file():
         loaded = datasets.load_from_disk(str(path))
         if isinstance(loaded, datasets.DatasetDict):
@@ -96,12 +108,12 @@ def _looks_like_a_file(source: str) -> bool:
     return source.endswith(SUFFIXES) or source.startswith((".", "/", "~", "\\")) or "\\" in source
 
 
-def _read_file(path: Path) -> Dataset:
+def _read_file(path: Path, texts: Collection[str]) -> Dataset:
     suffix = path.suffix.lower()
     readers = {
         ".parquet": _parquet,
-        ".csv": _csv,
-        ".tsv": _csv,
+        ".csv": partial(_csv, texts=texts),
+        ".tsv": partial(_csv, texts=texts),
         ".json": _json,
         ".jsonl": _json,
         ".ndjson": _json,
@@ -125,14 +137,16 @@ def _parquet(path: Path) -> Any:
     return pq.read_table(path)
 
 
-def _csv(path: Path) -> Any:
+def _csv(path: Path, texts: Collection[str]) -> Any:
+    import pyarrow as pa
     from pyarrow import csv
 
     tabs = path.suffix.lower() == ".tsv"
     parse = csv.ParseOptions(
         delimiter="\t" if tabs else ",", quote_char=False if tabs else '"', newlines_in_values=not tabs
     )
-    return csv.read_csv(path, parse_options=parse)
+    convert = csv.ConvertOptions(column_types={column: pa.string() for column in texts})
+    return csv.read_csv(path, parse_options=parse, convert_options=convert)
 
 
 def _json(path: Path) -> Any:
