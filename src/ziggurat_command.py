@@ -22,6 +22,9 @@ def main() -> NoReturn:
         spec = find_spec("ziggurat")
         assert spec is not None
         sys.modules["ziggurat"] = module_from_spec(spec)
-    from ziggurat.cli import main as command
-
+    try:
+        from ziggurat.cli import main as command
+    except KeyboardInterrupt:  # loading torch takes seconds; what comes after tells of it itself
+        sys.stderr.write("error: stopped\n")
+        raise SystemExit(130) from None
     command()

@@ -214,3 +214,23 @@ def test_what_may_do_more_gets_the_whole_package(words: list[str], monkeypatch: 
     monkeypatch.setattr("ziggurat.cli.main", lambda: found.append(sys.modules["ziggurat"]))
     ziggurat_command.main()
     assert found == [ziggurat]
+
+
+def test_ctrl_c_while_torch_is_loaded_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ziggurat_command
+
+    class Interrupted:
+        def find_spec(self, name: str, *rest: object) -> None:
+            if name == "ziggurat.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["ziggurat", "train"])
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    for name in [name for name in sys.modules if name.partition("ziggurat.cli")[1] and name.startswith("ziggurat.cli")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("ziggurat.cli", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        ziggurat_command.main()
+    assert ended.value.code == 130 and capsys.readouterr().err == "error: stopped\n"

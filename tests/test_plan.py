@@ -290,8 +290,11 @@ def test_the_command_prints_and_speaks_json(roberta: Path) -> None:
 
 
 def test_bad_input_is_refused(tmp_path: Path, roberta: Path) -> None:
-    with pytest.raises(ConfigError, match="no config of a model in"):
+    with pytest.raises(ConfigError, match=r"nowhere' does not exist; .* holds roberta"):
         bare_model(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="no config of a model in"):
+        bare_model(tmp_path / "empty")
     with pytest.raises(ConfigError, match="msplora doesn't fit"):
         plan_recipe(roberta, choice={"name": "msplora", "r": 8, "target_modules": ["nothing"]}, measure_memory=False)
     with pytest.raises(ConfigError, match="there is no adapter to plan"):

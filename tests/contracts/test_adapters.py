@@ -11,6 +11,7 @@ from peft import (
     AutoPeftModelForSequenceClassification,
     LoraConfig,
     PeftModel,
+    TaskType,
     get_peft_model,
     inject_adapter_in_model,
 )
@@ -87,6 +88,18 @@ def test_the_model_card_says_how_to_load(method: str, tmp_path: Path) -> None:
     card = (tmp_path / "README.md").read_text()
     assert card.count("import ziggurat") == 1
     assert card.count("@article") + card.count("@misc") == 1
+    for task, says in (
+        (None, "AutoModel  # or"),
+        (TaskType.SEQ_CLS, "ForSequenceClassification\n"),
+        ("SEQ_CLS", "els=2)"),
+    ):
+        config = adapted.peft_config["default"]
+        config.task_type = task
+        config.save_pretrained(str(tmp_path))
+        snippet = (tmp_path / "README.md").read_text().partition("```python")[2].partition("```")[0]
+        compile(snippet, "README.md", "exec")
+        # Whatever the folder was called while it was written, the reader has it under a name of their own.
+        assert says in snippet and tmp_path.name not in snippet
 
 
 @every_method

@@ -44,6 +44,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "words": {"task": "words", "tag": "letters", **where, **rolling, "metric_list": metrics(*ROLLING)},
         "sums": {"task": "sums", "tag": "letters", **where, **asked, "filter_list": filters, "metric_list": exact},
         "both": {"group": "both", "task": ["words", "sums"]},
+        "summed": {"group": "summed", "task": ["sums"], "aggregate_metric_list": metrics("exact_match")},
         "code": {"task": "code", **where, **asked, "metric_list": exact, "unsafe_code": True},
         "with_code": {"group": "with_code", "task": ["words", {"group": "inner", "task": ["code"]}]},
     }
@@ -80,6 +81,16 @@ def test_numbers_and_names_are_stock_lm_evals(tasks: Path, model: tuple[Any, Any
         parts = {one.task: one for one in evaluate(*model, [name], keep=tasks)}
         assert parts == {"words": words, "sums": sums}
     assert evaluate(*model, ["sums"], keep=tasks, limit=2)[0].rows == 2
+
+
+def test_the_names_of_the_scores_are_known_before(tasks: Path, data: Path, model: tuple[Any, Any]) -> None:
+    for names, more in ((["words", "sums", "summed"], {"keep": tasks}), (["mmlu", "bbh", "drop"], {"data": data})):
+        with ready(names, **more) as these:  # type: ignore[arg-type]
+            known = {one.task: set(one.score_names()) for one in these}
+        found = evaluate(*model, names, limit=1, **more)  # type: ignore[arg-type]
+        assert known == {one.task: set(one.scores) for one in found}
+    with ready(["both", "letters"], keep=tasks) as these:
+        assert [one.score_names() for one in these] == [[], []]
 
 
 def test_a_share_of_one_filter_keeps_its_plain_name(data: Path, model: tuple[Any, Any]) -> None:

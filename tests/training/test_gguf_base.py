@@ -10,9 +10,10 @@ from training_tables import write_jsonl
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from ziggurat.doctor import checks
-from ziggurat.errors import RecipeError
+from ziggurat.errors import ConfigError, RecipeError
 from ziggurat.evaluation.subject import check_tasks, find_subject, load_subject
 from ziggurat.plan import plan_recipe
+from ziggurat.training.bare import bare_config
 from ziggurat.training.load import load_adapter_model
 from ziggurat.training.recipe import make_recipe
 from ziggurat.training.run import train
@@ -115,3 +116,6 @@ def test_plans_and_the_doctor_read_its_config(tiny_llama: Path, tmp_path: Path) 
         assert not [one for one in checks.recipe(recipe, {}) if one.level != "note"]
         # 32 inputs and outputs, three mid groups, four layers.
         assert plan_recipe(recipe.model, recipe, measure_memory=False).adapter == 64 * (4 + 3 * 2 + 4)
+    assert bare_config(tmp_path / "base").hidden_size == 32
+    with pytest.raises(ConfigError, match=r"bose' does not exist; nearest in .*: base"):
+        bare_config(tmp_path / "bose")

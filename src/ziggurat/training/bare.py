@@ -10,6 +10,8 @@ from torch import nn
 
 from ziggurat.errors import ConfigError
 
+from .nearest import missing_path
+
 
 def bare_model(
     model: str | Path,
@@ -51,16 +53,22 @@ def bare_model(
 
 
 def bare_config(model: str | Path, *, revision: str | None = None, gguf_file: str | None = None) -> Any:
-    """The config of `model`. Raises ConfigError where there is none."""
+    """The config of `model`, of a folder without config.json from its one GGUF file.
+
+    Raises ConfigError where there is none, RecipeError where the GGUF file isn't there or one of several is meant.
+    """
     from transformers import AutoConfig
 
     from .embedded import model_path
+    from .model import find_gguf, is_path
 
+    path = model_path(str(model))
+    if is_path(str(model)) and not Path(path).expanduser().exists():
+        raise ConfigError(missing_path(model))
+    found = find_gguf(path, gguf_file)
+    where: dict[str, Any] = {"gguf_file": found} if found is not None else {}
     try:
-        where: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
-        if gguf_file is not None:
-            where["gguf_file"] = gguf_file
-        return AutoConfig.from_pretrained(model_path(str(model)), **where)
+        return AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False, **where)
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(

@@ -199,12 +199,17 @@ def _forget_gguf(model: PreTrainedModel) -> None:
         delattr(model.config, "quantization_config")
 
 
+def is_path(model: str) -> bool:
+    """Whether a model's name can only be a path: the hub's have one stroke at most."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1
+
+
 def _reason(model: str, path: str, error: Exception) -> str:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "head.pooling" in first:
         return first
     folder = Path(path)
-    if not folder.is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+    if not folder.is_dir() and is_path(model):
         return missing_path(model)
     if folder.is_dir() and not (folder / "config.json").is_file() and "gguf" not in first.lower():
         return f"'{model}' is a folder without config.json, so not a model saved by transformers"

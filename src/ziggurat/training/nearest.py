@@ -25,9 +25,11 @@ def nearest(wrong: str, allowed: Iterable[str], synonyms: dict[str, str] | None 
     if key in plain:
         return plain[key]
     last = _plain(wrong.rsplit(".", 1)[-1])
-    for name in names:
-        if _plain(name.rsplit(".", 1)[-1]) == last:
-            return name
+    same = {_plain(name): name for name in reversed(names) if _plain(name.rsplit(".", 1)[-1]) == last}
+    if same:
+        # With a section, however misspelt, the one of that name; else the first.
+        near = difflib.get_close_matches(key, same, n=1, cutoff=0.0) if "." in wrong else []
+        return same[near[0]] if near else next(reversed(same.values()))
     close = difflib.get_close_matches(key, plain, n=1, cutoff=0.75)
     if close:
         return plain[close[0]]
@@ -48,6 +50,9 @@ def did_you_mean(wrong: str, allowed: Iterable[str], synonyms: dict[str, str] | 
 def missing_path(path: str | Path) -> str:
     """What to say of a path that isn't there: the deepest folder that is, and the nearest names in it."""
     target = Path(path).expanduser()
+    if target.exists():
+        what = "a folder" if target.is_dir() else "a file" if target.is_file() else "no regular file"
+        return f"'{path}' is there, but it is {what}"
     folder = target.parent
     missing = target.name
     while not folder.is_dir():

@@ -126,6 +126,8 @@ def recipe_of(text: str, overrides: Iterable[str] = (), *, label: str, source: s
     Raises RecipeError that lists every mistake of text and words at once.
     """
     flat, problems = read_yaml(text)
+    if problems and not flat:
+        raise _refused(label, problems)
     extra, more = read_overrides(overrides)
     flat.setdefault("name", Path(label).stem)
     if label == "recipe.yaml" and flat["name"] == "recipe":
@@ -137,6 +139,11 @@ def make_recipe(values: Mapping[str, Any], overrides: Iterable[str] = (), label:
     """A recipe from a Python mapping, nested or dotted; the same checks as for a file."""
     extra, problems = read_overrides(overrides)
     return _checked(label, flatten(dict(values)), extra, problems)
+
+
+def _refused(label: str, problems: list[str]) -> RecipeError:
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return RecipeError(f"{label} has {count}:\n" + "\n".join(f"  {line}" for line in problems))
 
 
 def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: list[str]) -> Recipe:
@@ -169,8 +176,7 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
     problems += _conflicts(good)
     problems += method_problems(choice)
     if problems:
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise RecipeError(f"{label} has {count}:\n" + "\n".join(f"  {line}" for line in problems))
+        raise _refused(label, problems)
     nested: dict[str, Any] = {"method": choice, "data": {}}
     for key, value in good.items():
         section, dot, inner = key.partition(".")
