@@ -1,6 +1,11 @@
 """The errors users see. Each text says what was given, where, what is allowed and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says in its first line; of one that says nothing, its kind."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class ZigguratError(Exception):
     """Base of every error raised on purpose by this package."""
 

@@ -119,6 +119,8 @@ def test_a_recipes_own_data_and_names_used_twice(tmp_path: Path) -> None:
     assert by["alpaca"].data.train == "yahma/alpaca-cleaned" and by["alpaca"].data.loss == "all"
     # What is learned of a text is the recipe's to say, whatever the data.
     assert by["other"].data.train == "mine.json" and by["other"].task == "instruct" and by["other"].data.loss == "all"
+    values = {**values, "methods": {"LoRA": METHODS["LoRA"]}, "tasks": ["rte"]}
+    assert make_table(values, "mine", tmp_path).runs[0].recipe.data.loss == "answer"  # which nothing reads there
 
 
 def test_mistakes_of_an_evaluation_come_at_once(tmp_path: Path) -> None:

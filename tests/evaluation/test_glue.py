@@ -270,6 +270,12 @@ def test_an_adapter_of_other_data_is_refused(
     weights.rename(tmp_path / "away")
     assert main("eval", str(folder), "--tasks", "glue/cola", "--predictions", str(tmp_path / "server")) == 2
     assert "no test.parquet" in capsys.readouterr().err
+    for more, said in (
+        (("--predictions", "server", "--limit", "5"), "--limit leaves"),
+        (("--dtype", "float16"), "--dtype is"),
+    ):
+        assert main("eval", str(folder), "--tasks", "glue/cola", *more) == 2
+        assert said in capsys.readouterr().err
     (tmp_path / "away").rename(weights)
     assert not (tmp_path / "server").exists()
     with pytest.raises(DataError, match="labels of split"):

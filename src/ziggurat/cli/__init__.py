@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ziggurat.errors import ZigguratError
+from ziggurat.errors import ZigguratError, first_line
 
 from .analyze import analyze, report
 from .compare import compare
@@ -76,8 +76,7 @@ def main() -> NoReturn:
     except Exception as error:
         if debug:
             raise
-        first = str(error).strip().splitlines()
-        _fail(f"{type(error).__name__}: {first[0] if first else ''} (--debug shows where)", 1)
+        _fail(f"{type(error).__name__}: {first_line(error)} (--debug shows where)", 1)
     raise SystemExit(0)
 
 

@@ -45,6 +45,10 @@ def evaluate(
     rest = [name for name in names if name not in glue]
     if predictions is not None and not glue:
         raise typer.BadParameter("--predictions is for glue/<task>")
+    if predictions is not None and limit is not None:
+        raise typer.BadParameter(
+            "--limit leaves rows out, and GLUE's server wants them all; drop it with --predictions"
+        )
     # Scoring takes hours; a place that takes no file is to be known before.
     out, predictions, keep_tasks = (path and path.expanduser() for path in (out, predictions, keep_tasks))
     for place in (out, predictions and predictions / "x.tsv", keep_tasks and keep_tasks / "x.yaml"):
@@ -56,6 +60,8 @@ def evaluate(
     check_folder(data)
     subject = find_subject(adapter)
     check_tasks(subject, names)
+    if dtype != "auto" and subject.kind != "base":
+        raise typer.BadParameter("--dtype is for a model without adapter; an adapter's base has the numbers of its run")
     for name in glue:
         from ziggurat.evaluation.glue import check_data
 

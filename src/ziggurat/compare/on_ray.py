@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ziggurat.errors import RecipeError
+from ziggurat.errors import RecipeError, first_line
 from ziggurat.training.schema import Recipe
 
 from .evaluated import Evaluation
@@ -68,8 +68,7 @@ def _outcome(ray: Any, reference: Any, run: Run, log: str) -> Outcome:
     try:
         status, said, where = ray.get(reference)
     except ray.exceptions.RayError as error:
-        first = str(error).strip().splitlines()[0]
-        return Outcome(run, "failed", error=f"{type(error).__name__}: {first}", log=log)
+        return Outcome(run, "failed", error=f"{type(error).__name__}: {first_line(error)}", log=log)
     if status == "done":
         return Outcome(run, "done", info=said, log=log, where=where)
     return Outcome(run, status, error=said, log=log, where=where)

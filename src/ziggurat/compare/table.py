@@ -24,7 +24,7 @@ from .shared import Shared
 
 #: What describes the data of a recipe; a task that names its own data starts without the recipe's.
 _DATA_KEYS = ("task", "metric")
-_KEPT = ("data.folder", "data.loss", "data.max_length", "data.max_train", "data.max_validation", "data.validation_rows")
+_KEPT = ("data.folder", "data.max_length", "data.max_train", "data.max_validation", "data.validation_rows")
 #: Bytes of the label in a folder's name; file systems take 255 in all.
 _MOST_LABEL = 120
 
@@ -173,7 +173,10 @@ def _run(
     evaluation = of_task.pop("evaluate", None)
     if "data.train" in of_task:
         foreign = [key for key in recipe_keys if key in _DATA_KEYS or key.startswith("data.")]
-        recipe_keys = {key: value for key, value in recipe_keys.items() if key not in foreign or key in _KEPT}
+        # What is learned of a text is no matter of where it comes from.
+        texts = evaluation is not None or {**for_all, **of_task}.get("task") == "instruct"
+        kept = (*_KEPT, "data.loss") if texts else _KEPT
+        recipe_keys = {key: value for key, value in recipe_keys.items() if key not in foreign or key in kept}
     given = shared.part(method, own, {**for_all, **of_task})
     trains = own["method.name"] != NONE
     if evaluation is not None:

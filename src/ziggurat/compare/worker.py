@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TextIO
 
+from ziggurat.errors import first_line
 from ziggurat.training.folders import RUN, RunFolder
 from ziggurat.training.interrupt import Interrupted
 from ziggurat.training.run import train
@@ -58,8 +59,7 @@ def attempt(recipe: Recipe, evaluation: Evaluation | None, errors: TextIO) -> An
         return "stopped", str(error), surroundings()
     except BaseException as error:
         traceback.print_exc(file=errors)
-        first = (str(error).strip().splitlines() or [""])[0]
-        return "failed", f"{type(error).__name__}: {first}", surroundings()
+        return "failed", f"{type(error).__name__}: {first_line(error)}", surroundings()
 
 
 def serve(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ziggurat.errors import DataError, RecipeError
+from ziggurat.errors import DataError, RecipeError, first_line
 from ziggurat.training.nearest import missing_path
 
 from .local_tasks import SHOTS, write_humaneval, write_tasks
@@ -161,10 +161,10 @@ def _loaded(manager: Any, task: str, name: str, shots: int | None) -> Ready:
     try:
         found = manager.load([name])
     except ImportError as error:
-        raise RecipeError(f"{task}: lm-eval needs more for it: {_first(error)}") from error
+        raise RecipeError(f"{task}: lm-eval needs more for it: {first_line(error)}") from error
     except (OSError, ValueError) as error:  # ConnectionError and the hub's errors; ValueError: nothing in the cache
         raise DataError(
-            f"{task}: its data cannot be read: {_first(error)}. Offline, give local files by --data"
+            f"{task}: its data cannot be read: {first_line(error)}. Offline, give local files by --data"
         ) from error
     group = found.get("groups", {}).get(name)
     parts = found["tasks"]
@@ -173,8 +173,3 @@ def _loaded(manager: Any, task: str, name: str, shots: int | None) -> Ready:
         raise RecipeError(f"{task} shows pictures or plays sounds ({other[0]}): only tasks of text can be scored")
     runs, roots = ([group], [name]) if group is not None else (list(parts.values()), list(parts))
     return Ready(task, name, manager, runs, roots, parts, shots)
-
-
-def _first(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ziggurat.errors import ConfigError
+from ziggurat.errors import ConfigError, first_line
 
 from .nearest import missing_path
 
@@ -70,8 +70,7 @@ def bare_config(model: str | Path, *, revision: str | None = None, gguf_file: st
     try:
         return AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False, **where)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"no config of a model in {str(model)!r}: {first} Give a folder that holds a config.json, the file itself, "
-            "or the name of a model on the hub that is in the cache."
+            f"no config of a model in {str(model)!r}: {first_line(error)} Give a folder that holds a config.json, the "
+            "file itself, or the name of a model on the hub that is in the cache."
         ) from error

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ziggurat.errors import RecipeError
+from ziggurat.errors import RecipeError, first_line
 
 from .embedded import model_path
 from .heads import MeanPooledClassifier
@@ -205,7 +205,7 @@ def is_path(model: str) -> bool:
 
 
 def _reason(model: str, path: str, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    first = first_line(error)
     if "head.pooling" in first:
         return first
     folder = Path(path)

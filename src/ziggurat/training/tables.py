@@ -9,7 +9,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ziggurat.errors import DataError
+from ziggurat.errors import DataError, first_line
 
 from .nearest import did_you_mean, missing_path
 
@@ -127,7 +127,7 @@ def _read_file(path: Path, texts: Collection[str]) -> Dataset:
     except DataError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} cannot be read as {suffix[1:]}: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{path} cannot be read as {suffix[1:]}: {first_line(error)}") from error
     return _from_arrow(table, str(path))
 
 
@@ -197,11 +197,11 @@ def _from_hub(source: str, subset: str | None, split: str) -> Dataset:
         loaded = datasets.load_dataset(source, subset, split=split)
     except ValueError as error:
         # datasets names the splits or the configurations there are; its first line is what a user can act on.
-        raise DataError(f"{shown}, split '{split}': {str(error).splitlines()[0]}") from error
+        raise DataError(f"{shown}, split '{split}': {first_line(error)}") from error
     except (OSError, RuntimeError, DatasetsError) as error:
         # A hub data set that cannot be reached is most often a mistyped file name or a machine without network.
         raise DataError(
             f"{missing_path(source)}. Nor could the hub data set '{shown}' be read: "
-            f"{str(error).splitlines()[0]}. Name a data file ({', '.join(SUFFIXES)}), `demo`, or a hub data set"
+            f"{first_line(error)}. Name a data file ({', '.join(SUFFIXES)}), `demo`, or a hub data set"
         ) from error
     return _not_empty(loaded, f"{shown}, split '{split}'")  # type: ignore[arg-type]
