@@ -43,7 +43,7 @@ from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests" / "training"))
+sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "tests" / "training")]
 
 #: Settings of all runs: dropout, so that a random number drawn once too often shows; 5 steps an epoch; 13 in all.
 COMMON = {
