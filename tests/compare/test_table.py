@@ -94,6 +94,12 @@ def test_labels_may_be_as_long_as_they_like(tmp_path: Path) -> None:
     assert len(names) == len(runs) and max(len(name.encode()) for name in names) < 200
 
 
+def test_a_file_is_no_place_for_runs(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    with pytest.raises(RecipeError, match=r"output: '.*taken' is a file; runs and results need a folder"):
+        make_table(values(), "mine", tmp_path / "taken")
+
+
 def test_every_seed_is_checked(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"LoRA on rte: seed"):
         make_table(values(seeds=[0, 2**32]), "mine", tmp_path)

@@ -100,6 +100,9 @@ def test_the_model_card_says_how_to_load(method: str, tmp_path: Path) -> None:
         compile(snippet, "README.md", "exec")
         # Whatever the folder was called while it was written, the reader has it under a name of their own.
         assert says in snippet and tmp_path.name not in snippet
+    config.auto_mapping = {"base_model_class": "MeanPooledClassifier", "parent_library": "ziggurat.training.heads"}
+    config.save_pretrained(str(tmp_path))
+    assert 'load_adapter_model("path/to/this/folder").model' in (tmp_path / "README.md").read_text()
 
 
 @every_method

@@ -117,8 +117,6 @@ def _engine(name: str) -> Engine:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock: two programs at once would train the same runs into the same folders."""
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"'{folder}' is a file; runs and results need a folder (--out, or output in the table)")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl

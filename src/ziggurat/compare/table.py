@@ -124,6 +124,8 @@ def make_table(values: Any, name: str, output: str | Path | None = None) -> Tabl
         keep_adapters=values.get("keep_adapters", True),
     )
     base, problems = _base(values)
+    if table.folder.exists() and not table.folder.is_dir():
+        problems.append(f"output: '{table.folder}' is a file; runs and results need a folder (--out)")
     shared, places = Shared(), Places(table.folder / "runs")
     for seed in table.seeds:
         for task, of_task in tasks.items():

@@ -2,44 +2,51 @@
 
 from pathlib import Path
 
-from peft import TaskType
+from peft import PeftConfig, TaskType
 
 from ziggurat.host.folder import AUTO_CLASSES
 
 BEGIN, END = "<!-- ziggurat: begin -->", "<!-- ziggurat: end -->"
 
 
-def write_card(folder: Path, config_name: str, task: str | None, base_model: str, citation: str) -> None:
-    """Put the section into `folder`/README.md, in the place of an older one, after whatever else stands there.
-
-    `task` is PEFT's task_type, if there is one; it says which class of transformers the base model is.
-    """
+def write_card(folder: Path, config: PeftConfig, citation: str) -> None:
+    """Put the section into `folder`/README.md, in the place of an older one, after whatever else stands there."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2] if rest else ""
-    section = _section(config_name, task, base_model, citation)
+    section = _section(type(config).__name__, _loading(config), citation)
     path.write_text(f"{before.rstrip()}\n\n{section}\n{after.lstrip()}".lstrip(), encoding="utf-8")
 
 
-def _section(config_name: str, task: str | None, base_model: str, citation: str) -> str:
-    base = base_model or "<the base model>"
+def _loading(config: PeftConfig) -> str:
+    """Python that loads the adapter; its base is of the class that a run noted, or that goes with the task."""
+    noted = (config.auto_mapping or {}).get("parent_library") or ""
+    if noted.partition(".")[0] == "ziggurat":  # a head that only its own loader builds
+        return """from ziggurat.training import load_adapter_model
+
+model = load_adapter_model("path/to/this/folder").model"""
+    base, task = config.base_model_name_or_path or "<the base model>", config.task_type
     known = task in AUTO_CLASSES
     model = AUTO_CLASSES[TaskType(task)] if known else "AutoModel"
     kind = "" if known else "  # or the class for your task"
     labels = ", num_labels=2)  # as many as it was trained with" if task in ("SEQ_CLS", "TOKEN_CLS") else ")"
+    return f"""import ziggurat  # registers the method with PEFT
+from peft import PeftModel
+from transformers import {model}{kind}
+
+base = {model}.from_pretrained("{base}"{labels}
+model = PeftModel.from_pretrained(base, "path/to/this/folder")"""
+
+
+def _section(config_name: str, loading: str, citation: str) -> str:
     return f"""{BEGIN}
 ## Loading this adapter
 
 The adapter's method ({config_name}) comes from the package `ziggurat`. Import it before loading:
 
 ```python
-import ziggurat  # registers the method with PEFT
-from peft import PeftModel
-from transformers import {model}{kind}
-
-base = {model}.from_pretrained("{base}"{labels}
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
+{loading}
 ```
 
 Without `ziggurat`: `ziggurat export ADAPTER OUT` writes it as a plain LoRA adapter where the method allows it.

@@ -41,8 +41,7 @@ class MethodConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
-        base = str(self.base_model_name_or_path or "")
-        write_card(Path(save_directory), type(self).__name__, self.task_type, base, self.citation)
+        write_card(Path(save_directory), self, self.citation)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
