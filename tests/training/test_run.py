@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from peft import AutoPeftModelForSequenceClassification
+from peft import AutoPeftModelForSequenceClassification, PeftModel
 from rich.console import Console
 from training_tables import reviews, tiny_recipe, write_csv, write_jsonl
 from transformers import TrainerCallback
@@ -54,6 +54,12 @@ def test_classification_learns_and_reloads_exactly(
     info, stored = run_info(result), yaml.safe_load((result.folder / "recipe.yaml").read_text())
     assert info["after"] == result.after and info["head"]["label_names"] == ["neg", "pos"]
     assert stored["method.r"] == 4 and stored["seed"] == 42 and "torch" in info["versions"]
+    # What the card says loads what was trained.
+    card = (tmp_path / "out" / "README.md").read_text()
+    code = card.rpartition("```python")[2].partition("```")[0].replace("path/to/this/folder", str(tmp_path / "out"))
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert isinstance(names["model"], PeftModel)
 
 
 def test_stock_peft_reloads_the_stock_head(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:

@@ -9,20 +9,22 @@ from ziggurat.host.folder import AUTO_CLASSES
 BEGIN, END = "<!-- ziggurat: begin -->", "<!-- ziggurat: end -->"
 
 
-def write_card(folder: Path, config: PeftConfig, citation: str) -> None:
-    """Put the section into `folder`/README.md, in the place of an older one, after whatever else stands there."""
+def write_card(folder: Path, config: PeftConfig, library: str, citation: str) -> None:
+    """Put the section into `folder`/README.md, in the place of an older one, after whatever else stands there.
+
+    `library`: the module of the base model's class, if PEFT noted it.
+    """
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2] if rest else ""
-    section = _section(type(config).__name__, _loading(config), citation)
+    section = _section(type(config).__name__, _loading(config, library), citation)
     path.write_text(f"{before.rstrip()}\n\n{section}\n{after.lstrip()}".lstrip(), encoding="utf-8")
 
 
-def _loading(config: PeftConfig) -> str:
-    """Python that loads the adapter; its base is of the class that a run noted, or that goes with the task."""
-    noted = (config.auto_mapping or {}).get("parent_library") or ""
-    if noted.partition(".")[0] == "ziggurat":  # a head that only its own loader builds
+def _loading(config: PeftConfig, library: str) -> str:
+    """Python that loads the adapter; its base is of the class that was noted, or that goes with the task."""
+    if library.partition(".")[0] == "ziggurat":  # a head that only its own loader builds
         return """from ziggurat.training import load_adapter_model
 
 model = load_adapter_model("path/to/this/folder").model"""

@@ -41,7 +41,9 @@ class MethodConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
-        write_card(Path(save_directory), self, self.citation)
+        # PEFT gives the base's class along only while it saves.
+        base_class = kwargs.get("auto_mapping_dict") or self.auto_mapping or {}
+        write_card(Path(save_directory), self, base_class.get("parent_library") or "", self.citation)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
