@@ -1,0 +1,89 @@
+"""Adapters that were saved load ever after: every tensor bitwise, and with the outputs they gave when they were saved.
+
+What lies beside this file was written by make.py at one version and is never written again.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+
+from saved.make import ADAPTERS, CASES, base, outputs
+
+FOLDERS = sorted(path.name for path in ADAPTERS.iterdir())
+BY_TRANSFORMERS = [name for name, case in CASES.items() if case.by_transformers]
+
+
+def bits(tensors: dict[str, Tensor]) -> list[tuple[Any, ...]]:
+    """Each tensor's dtype, shape and bytes, in an order that no name decides."""
+    return sorted(
+        (str(t.dtype), tuple(t.shape), t.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        for t in tensors.values()
+    )
+
+
+def tolerance(wanted: Tensor) -> float:
+    """How far an output may lie from what another processor computed: eps, times the depth, times its largest entry.
+
+    Every layer rounds its sums of `width` products, whose errors grow like the root of their number, and passes the
+    errors of the layers before it on; 8 stands for the operations of a layer.
+    """
+    layers, width = 5, 32  # the deepest stack and the longest sum of these models
+    return 8 * torch.finfo(wanted.dtype).eps * layers * width**0.5 * float(wanted.abs().max())
+
+
+def load(name: str) -> tuple[Any, dict[str, Tensor], Tensor]:
+    """Model with the adapter `name`, its inputs, and the output it gave."""
+    held = load_file(ADAPTERS / name / "expected.safetensors")
+    inputs = {key.removeprefix("input."): value for key, value in held.items() if key.startswith("input.")}
+    case = CASES[name]
+    model = base(case.base).to(case.dtype)
+    if case.by_transformers:
+        model.load_adapter(str(ADAPTERS / name))
+    else:
+        model = PeftModel.from_pretrained(model, ADAPTERS / name, **case.get)
+    return model.eval(), inputs, held["output"]
+
+
+def test_every_method_has_at_least_two() -> None:
+    methods = [name.partition("-")[0] for name in FOLDERS]
+    assert {method for method in methods if methods.count(method) >= 2} == {
+        "adapterdrop", "dylora", "lor2c", "lora2", "msplora"
+    }  # fmt: skip
+    assert set(FOLDERS) == set(CASES)
+
+
+@pytest.mark.parametrize("name", [name for name in FOLDERS if name not in BY_TRANSFORMERS])
+def test_its_tensors_load_bitwise(name: str) -> None:
+    model, _, _ = load(name)
+    assert bits(get_peft_model_state_dict(model)) == bits(load_file(ADAPTERS / name / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_it_gives_the_outputs_it_gave(name: str) -> None:
+    model, inputs, wanted = load(name)
+    allowed = tolerance(wanted)
+    torch.testing.assert_close(outputs(model, inputs), wanted, rtol=0, atol=allowed)
+    # The comparison means something: without the adapter the output is another one.
+    without = outputs(base(CASES[name].base), inputs)
+    assert (without - wanted).abs().max() > 50 * allowed
+
+
+@pytest.mark.parametrize("name", BY_TRANSFORMERS)
+def test_what_transformers_saved_loads_by_peft_too(name: str) -> None:
+    _, inputs, wanted = load(name)
+    model = PeftModel.from_pretrained(base(CASES[name].base), ADAPTERS / name).eval()
+    assert bits(get_peft_model_state_dict(model)) == bits(load_file(ADAPTERS / name / "adapter_model.safetensors"))
+    allowed = tolerance(wanted)
+    torch.testing.assert_close(outputs(model, inputs), wanted, rtol=0, atol=allowed)
+
+
+def test_lor2c_comes_back_with_the_structure_that_training_gave_it() -> None:
+    model, _, _ = load("lor2c-merged-and-injected")
+    structure = model.peft_config["default"].structure
+    (state,) = structure["stacks"].values()
+    assert structure["done"] == 2 and state["injected"] and [last - first for first, last in state["spans"]].count(1)
