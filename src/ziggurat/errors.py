@@ -42,5 +42,9 @@ class DivergedError(ZigguratError, ArithmeticError):
     """Training came to a loss or a weight that is NaN or infinite; the text says at which step and what is left."""
 
 
-class VersionError(ZigguratError, ImportError):
-    """PEFT or transformers is installed in a version that this package doesn't work with."""
+class VersionError(ZigguratError, ImportError, ValueError):
+    """A version of PEFT, transformers or torch is installed with which this package, or one call, does not work."""
+
+
+class VersionWarning(UserWarning):
+    """A version of PEFT or transformers is installed that was not tested, or works only in part."""

@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from peft.import_utils import is_torchao_available
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.quantization_utils import (
-    ForwardOnlyQuantizationBackend,
-    QuantizationBackend,
-    resolve_quantization_backend,
-)
 from torch import Tensor, nn
+
+from ziggurat.host.older import ForwardOnlyQuantizationBackend, QuantizationBackend, resolve_quantization_backend
 
 logger = logging.getLogger(__name__)
 

@@ -1,34 +1,133 @@
-"""Which versions of the host's packages this one was tested with. The bounds are those of pyproject.toml."""
+"""Which versions of PEFT and transformers work, which of them only in part, and what is said of each at import.
 
-import re
-from types import ModuleType
+The methods stand on private parts of both packages. `tested.json` holds the pairs that `.ci/versions` has run, and
+what does not work under each. An older version than the oldest tested one is refused; a newer one than the newest gets
+a warning, because it will mostly work. A pair is *limited* if transformers itself asks for a newer PEFT than the one
+that is installed: then transformers refuses seven of its methods, and everything else works.
+"""
+
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import peft
+import torch
 import transformers
+from packaging.version import Version
+from transformers.integrations import peft as integration
 
-from ziggurat.errors import VersionError
+from ziggurat.errors import VersionError, VersionWarning
 
-#: Package -> the first version that works, and the first above that wasn't tested.
-BOUNDS = {"peft": ("0.21.2", "0.22"), "transformers": ("5.20", "6")}
+#: Package -> the oldest version that works; the lower bounds of pyproject.toml.
+LOWEST = {"peft": "0.18.1", "transformers": "5.6", "torch": "2.6"}
+#: The methods of transformers' models that ask for a version of PEFT.
+ASKING = (
+    "add_adapter",
+    "set_adapter",
+    "enable_adapters",
+    "disable_adapters",
+    "active_adapters",
+    "get_adapter_state_dict",
+    "delete_adapter",
+)
+#: Set to 1, a version that was not tested is an error at import instead of a warning.
+STRICT = "ZIGGURAT_STRICT"
 
 
-def check_versions(*packages: ModuleType) -> None:
-    """Raise VersionError if one of `packages` (default: PEFT and transformers) lies outside its bounds.
+@dataclass(frozen=True)
+class Tested:
+    """A set of versions under which `.ci/versions` has run, and what came of it."""
 
-    A method stands on private parts of both, which move between versions: what fails far from here, or trains something
-    else in silence, had better fail at once. The packages are imported already, so this takes no time.
+    name: str
+    why: str
+    versions: dict[str, str]
+    ran: str = ""
+    result: str = ""
+    fails: tuple[str, ...] = ()
+
+
+@cache
+def tested() -> tuple[Tested, ...]:
+    """The pairs of versions that were run, oldest first."""
+    rows = json.loads(Path(__file__).with_name("tested.json").read_text(encoding="utf-8"))
+    return tuple(Tested(**{**row, "fails": tuple(row.get("fails", ()))}) for row in rows)
+
+
+def installed() -> dict[str, str]:
+    """Package -> its version here."""
+    return {"peft": peft.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
+
+
+def newest(package: str) -> str:
+    """The newest tested version of `package`."""
+    return max((row.versions[package] for row in tested() if package in row.versions), key=Version)
+
+
+def untested(package: str, version: str) -> bool:
+    """True if `version` is of a later release (major.minor) than every tested one. Patch releases count as tested."""
+    return Version(version).release[:2] > Version(newest(package)).release[:2]
+
+
+def asked_peft() -> str | None:
+    """The version of PEFT that this transformers asks for, if the installed one is older."""
+    asked = integration.MIN_PEFT_VERSION
+    return asked if Version(peft.__version__) < Version(asked) else None
+
+
+def limits() -> str | None:
+    """What does not work because transformers asks for a newer PEFT, and what to do; None if nothing."""
+    asked = asked_peft()
+    if asked is None:
+        return None
+    return (
+        f"transformers {transformers.__version__} asks for PEFT {asked} or newer in {len(ASKING)} methods of its "
+        f"models ({', '.join(ASKING)}), and PEFT {peft.__version__} is installed: these methods, load_adapter, which "
+        "calls them, and pipelines of an adapter's folder fail here, with every PEFT method. All else works, "
+        f"get_peft_model and PeftModel.from_pretrained too. Install peft>={asked}, if it is out, or an older "
+        "transformers."
+    )
+
+
+def check_versions() -> None:
+    """Refuse versions that are too old, warn of those that are newer than any tested or limited.
+
+    Raises:
+        VersionError: a version below LOWEST; with ZIGGURAT_STRICT=1 also one that was not tested, or a limited pair.
     """
-    for package in packages or (peft, transformers):
-        lowest, above = BOUNDS[package.__name__]
-        if not _numbers(lowest) <= _numbers(package.__version__) < _numbers(above):
+    for package, version in installed().items():
+        if Version(version) < Version(LOWEST[package]):
             raise VersionError(
-                f"{package.__name__} {package.__version__} is installed, and this version of ziggurat works with "
-                f"{package.__name__}>={lowest},<{above}: pip install '{package.__name__}>={lowest},<{above}', or take "
-                "a version of ziggurat that knows yours."
+                f"{package} {version} is installed, and ziggurat works with {package}>={LOWEST[package]}: "
+                f"pip install '{package}>={LOWEST[package]}'."
             )
+    said = [
+        f"{package} {version} is newer than {newest(package)}, the newest version that ziggurat was tested with. What "
+        "does not work may fail far from its cause; `ziggurat doctor` shows the tested versions."
+        for package, version in installed().items()
+        if package != "torch" and untested(package, version)
+    ]
+    if (limited := limits()) is not None:
+        said.append(limited)
+        _explain()
+    for text in said:
+        if os.environ.get(STRICT, "") not in ("", "0"):
+            raise VersionError(f"{text} ({STRICT} is set, so this is an error.)")
+        warnings.warn(text, VersionWarning, stacklevel=3)
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """(0, 21, 2) of "0.21.2.dev0"; missing parts are 0."""
-    found = [int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3]]
-    return (*found, *(0 for _ in range(3 - len(found))))
+def _explain() -> None:
+    """Let transformers' own check end in our sentence, which says what works instead."""
+    check = integration.check_peft_version
+
+    def check_peft_version(min_version: str) -> None:
+        try:
+            check(min_version)
+        except ValueError as error:
+            raise VersionError(limits() or str(error)) from error
+
+    if not hasattr(check, "explained"):
+        check_peft_version.explained = True  # type: ignore[attr-defined]
+        integration.check_peft_version = check_peft_version

@@ -8,7 +8,6 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Anatomy
 from ziggurat.host.bank import PairBank
 from ziggurat.host.linear import AdaptedLinear, features, is_adaptable
+from ziggurat.host.older import NoMatchingPeftModuleError, as_no_match
 from ziggurat.host.paths import PathLayer
 from ziggurat.host.quantised import changing
 from ziggurat.host.siblings import introduce
@@ -72,7 +72,9 @@ class LinearTuner(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except NoMatchingPeftModuleError as error:
+        except ValueError as error:
+            if not isinstance(as_no_match(error), NoMatchingPeftModuleError):
+                raise
             near = near_misses(getattr(self.peft_config[adapter_name], "target_modules", None) or (), model)
             hint = f" Nearest names in this model: {', '.join(near)}." if near else ""
             raise NoMatchingPeftModuleError(f"{error}{hint}") from error
