@@ -14,7 +14,7 @@ root=$(cd "$here/../.." && pwd)
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
 
 # Seconds; with wheels, summary and the five seconds that a cut part may take to end, below 480.
-declare -A limit=([wheels]=25 [kernels]=80 [steps]=195 [linear]=65 [decode]=65 [summary]=20)
+declare -A limit=([wheels]=25 [kernels]=90 [steps]=185 [linear]=65 [decode]=65 [summary]=20)
 parts="kernels steps linear decode" python=python3 wheels=$here/wheels out=${OUT:-} rehearse=()
 
 while [ $# -gt 0 ]; do

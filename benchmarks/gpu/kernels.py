@@ -7,12 +7,12 @@ Each case is a row with its errors, relative to the norm, and what is allowed. C
 most of the time goes to compiling; a process that a case has broken is followed by another for the rest of its share.
 """
 
+import itertools
 import multiprocessing
 import os
 import sys
 import time
 from collections import deque
-from itertools import product as combinations
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
@@ -21,7 +21,16 @@ from benchmarks.gpu.bare import masks, product, triton_product
 from benchmarks.gpu.rows import Rows, arguments, read
 
 RANKS = (14, 8, 16, 1, 4, 32, 33, 64, 112, 128)
-SHAPES = ((1000, 768, 768), (513, 2048, 1000), (3, 200, 136), (64, 72, 3072), (77, 100, 53), (1, 2048, 8192))
+#: (tokens, d_in, d_out): their number has no divisor in common with the number of dropouts, so that all combine.
+SHAPES = (
+    (4096, 2048, 512),
+    (1000, 768, 768),
+    (513, 2048, 1000),
+    (3, 200, 136),
+    (64, 72, 3072),
+    (77, 100, 53),
+    (1, 2048, 8192),
+)
 SMALL_SHAPES = ((33, 72, 40), (3, 136, 72), (17, 48, 53))
 DROPOUTS = (0.0, 0.05, 0.5)
 #: Of the norm; several roundings of 2^-9 and 2^-12, whichever of x and the products is shorter.
@@ -46,17 +55,19 @@ class Case(NamedTuple):
 
 
 def shares(rehearse: bool) -> list[list[Case]]:
-    """The cases, those of a rank and a dtype together: they use the same compiled kernels."""
+    """The cases in shares that use the same compiled kernels and take about as long as each other.
+
+    Compiling costs about a second a kernel, so each combination of rank, dtypes and dropout sees one shape, in turn.
+    """
     # The interpreter multiplies bf16 numbers as if their codes were integers.
     dtypes = (torch.float16,) if rehearse else (torch.bfloat16, torch.float16)
-    shapes, turns = (SMALL_SHAPES, 1) if rehearse else (SHAPES, 2)
-    found, number = [], 0
-    for rank, dtype in combinations((14, 1) if rehearse else RANKS, dtypes):
-        share = []
-        for turn, factors, p in combinations(range(turns), (torch.float32, dtype), DROPOUTS[: 2 if rehearse else 3]):
-            share.append(Case(rank, dtype, factors, p, *shapes[(number + turn * len(shapes) // 2) % len(shapes)]))
-            number += 1
-        found.append(share)
+    shapes, dropouts = (SMALL_SHAPES, DROPOUTS[:2]) if rehearse else (SHAPES, DROPOUTS)
+    kinds = [(rank, *rest) for rank, *rest in itertools.product((14, 1) if rehearse else RANKS, dtypes, (False, True))]
+    turns = itertools.cycle(shapes)
+    found = [
+        [Case(rank, dtype, dtype if same else torch.float32, p, *next(turns)) for p in dropouts]
+        for rank, dtype, same in kinds
+    ]
     mask = [Case(0, dtypes[0], torch.float32, p, 64 if rehearse else 4096, 0, 0) for p in DROPOUTS[1:]]
     return [mask, *found]
 
