@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import peft
 import torch
 import transformers
-from peft import AdaLoraConfig, LilyConfig, LoraConfig, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
@@ -73,6 +73,7 @@ def llama(layers: int = 8, width: int = 576, heads: int = 9, kv_heads: int = 3, 
 
 def adapters(targets: list[str], p: float, r: int = 8) -> dict[str, Callable[[nn.Module], nn.Module]]:
     """Name -> what puts that adapter into a model. VeRA with its default rank, the others with r or as named."""
+    from peft import LilyConfig, VeraConfig  # not in every PEFT that the steps alone work with
 
     def by(config: object) -> Callable[[nn.Module], nn.Module]:
         return lambda model: get_peft_model(model, config)  # type: ignore[arg-type]
@@ -102,21 +103,32 @@ class Step:
     """One training step: forward, backward, fused AdamW on what trains, and what the method does after it.
 
     The embeddings' output asks for a gradient in every way, the frozen model's too: a fair frozen step
-    passes gradients through all of its layers, as an adapter needs them.
+    passes gradients through all of its layers, as an adapter needs them. With `autocast`, the forward runs under it.
     """
 
-    def __init__(self, base: nn.Module, adapt: Callable[[nn.Module], nn.Module] | None, batch: Mapping[str, Tensor]):
+    def __init__(
+        self,
+        base: nn.Module,
+        adapt: Callable[[nn.Module], nn.Module] | None,
+        batch: Mapping[str, Tensor],
+        autocast: torch.dtype | None = None,
+    ):
         torch.manual_seed(0)
         self.base = sharing(base)
         self.base.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
         self.model = (adapt(self.base) if adapt else self.base).train()
-        self.batch, self.number = batch, RUN // 2
+        self.batch, self.autocast, self.number = batch, autocast, RUN // 2
         learning = [p for p in self.model.parameters() if p.requires_grad]
         self.parameters = sum(p.numel() for p in learning)
         self.optimizer = torch.optim.AdamW(learning, lr=1e-4, fused=True) if learning else None
 
+    def loss(self) -> Tensor:
+        device = self.batch["input_ids"].device.type
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            return self.model(**self.batch).loss
+
     def __call__(self) -> None:
-        self.model(**self.batch).loss.backward()
+        self.loss().backward()
         if self.optimizer is None:
             return
         self.number += 1
@@ -138,7 +150,7 @@ class Step:
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            alive = self.model(**self.batch).loss
+            alive = self.loss()
         del alive
         return sum(size for at, size in kept.items() if at not in own)
 
