@@ -1,38 +1,47 @@
-# Tools come from .venv where it is, which `make setup` makes, else from the environment that is active.
-PYTHON ?= python3
-BIN := .venv/bin
-RUN = $(if $(wildcard $(BIN)/python),$(BIN)/)
+# Every target that needs an environment makes .venv first, as constraints.txt pins it: no activating, nothing else to do.
+THREADS ?= 1
 FILES ?=
+BIN := .venv/bin
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+export PYTHON
 
-.PHONY: help setup check format test build peft-suite clean
+.PHONY: help demo test quick setup check format lock build peft-suite clean
 
 help:            ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
-setup:           ## a virtual environment with the package and all that developing it takes
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt -e ".[dev]"
+demo:            ## fine-tune the embedded model on the embedded data (some minutes on two cores)
+	@.ci/environment demo
+	@$(BIN)/ziggurat train
 
-check:           ## linter, formatter and type checker
-	$(RUN)ruff check .
-	$(RUN)ruff format --check .
-	$(RUN)pyright --pythonpath $(RUN)python
+test: setup      ## all tests, offline, on two processes of THREADS threads each; FILES for a part
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n 2 $(FILES)
 
-format:          ## put the source into its form
-	$(RUN)ruff check --fix .
-	$(RUN)ruff format .
+quick: setup     ## the heart of the tests: equations, adapters saved long ago, the contracts on four architectures
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n 2 --quick
 
-test:            ## the tests, offline, on two processes of one thread each
-	OMP_NUM_THREADS=1 $(RUN)python -m pytest -n 2 $(FILES)
+setup:           ## the environment for developing
+	@.ci/environment dev
 
-build:           ## the wheel and the source package, into dist/
-	$(RUN)python -m build
+check: setup     ## linter, formatter and type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
-peft-suite:      ## PEFT's own tests on METHOD (default MSPLoraConfig), see docs/peft-suite.md
-	$(RUN)python -m tests.peft_suite $(or $(METHOD),MSPLoraConfig) $(FILES)
+format: setup    ## put the source into its form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock:            ## constraints.txt anew: every package in its newest version that lock.in allows, for Python 3.11 to 3.14
+	.ci/lock
+
+build: setup     ## the wheel and the source package, into dist/
+	$(BIN)/python -m build
+
+peft-suite: setup ## PEFT's own tests on METHOD (default MSPLoraConfig), see docs/peft-suite.md
+	$(BIN)/python -m tests.peft_suite $(or $(METHOD),MSPLoraConfig) $(FILES)
 
 clean:           ## what tests and builds leave behind
 	rm -rf dist build .pytest_cache .ruff_cache .hypothesis

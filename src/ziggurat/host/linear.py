@@ -82,7 +82,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         """Device and dtype of the base; no dtype where numbers are packed or of 8 bits, which no factor can have."""
-        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        weight = getattr(base_layer, "weight", getattr(base_layer, "qweight", None))
+        device, dtype = (None, None) if weight is None else (weight.device, weight.dtype)
+        dtype = getattr(base_layer, "compute_dtype", dtype)  # what bitsandbytes multiplies 4-bit weights in
         if device is not None and device.type == "meta":
             device = runs_on(base_layer) or device
         return device, dtype if dtype in FLOATS else None
@@ -189,7 +191,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
                 "makes values that are not finite. The base weights were left as they were."
             )
         if self.quantization_backend is None:
-            self.set_base_weight(shifted)
+            self.get_base_layer().weight.data = shifted
             return
         error, size = replace_weight(self, shifted), float(update.float().norm())
         self.requantisation_error = error / size if size else None

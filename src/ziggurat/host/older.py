@@ -1,6 +1,6 @@
-"""What older versions of PEFT lack, under the names that the newest has. Delete a part when LOWEST in supported.py passes it.
+"""What older versions lack, under the names that the newest have. A part goes when LOWEST in supported.py passes it.
 
-PEFT 0.21 has an error class of its own for targets that match nothing, which was a ValueError before. PEFT 0.20 has
+transformers 5.23 calls gradient checkpointing activation checkpointing. PEFT 0.21 has an error class of its own for targets that match nothing, which was a ValueError before. PEFT 0.20 has
 backends that read and write quantised weights; before it, quantised linear layers train by their own forward, and
 nothing is merged into them.
 """
@@ -52,10 +52,19 @@ def as_no_match(error: ValueError) -> ValueError:
     return NoMatchingPeftModuleError(str(error))
 
 
+def checkpointing_argument() -> str:
+    """What TrainingArguments calls the choice to compute activations again in the backward."""
+    from transformers import TrainingArguments  # which takes a second to load
+
+    newest = "activation_checkpointing"
+    return newest if hasattr(TrainingArguments, newest) else "gradient_checkpointing"
+
+
 __all__ = [
     "ForwardOnlyQuantizationBackend",
     "NoMatchingPeftModuleError",
     "QuantizationBackend",
     "as_no_match",
+    "checkpointing_argument",
     "resolve_quantization_backend",
 ]

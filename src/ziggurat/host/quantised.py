@@ -45,7 +45,9 @@ def backend_of(base: nn.Module, **kwargs: Any) -> QuantizationBackend | None:
 
 def base_weight(layer: BaseTunerLayer) -> Tensor:
     """The weight of `layer`'s base, dequantised if it is quantised."""
-    weight = getattr(layer.get_base_layer(), "weight", None)
+    weight: Any = getattr(layer.get_base_layer(), "weight", None)
+    if layer.quantization_backend is None:
+        return weight.data
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         # A forward in eval mode made bitsandbytes lay 4-bit weights out for the CPU's matrix units, which its
         # dequantise can't read; writing a state undoes that.

@@ -49,6 +49,15 @@ class Tested:
     fails: tuple[str, ...] = ()
 
 
+def tested_here() -> Tested | None:
+    """The tested set that is installed here, patch releases left aside."""
+    have = {package: Version(version).release[:2] for package, version in installed().items()}
+    for row in reversed(tested()):
+        if all(Version(version).release[:2] == have[package] for package, version in row.versions.items()):
+            return row
+    return None
+
+
 @cache
 def tested() -> tuple[Tested, ...]:
     """The pairs of versions that were run, oldest first."""

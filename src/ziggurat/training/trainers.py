@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.host.bars import without_bars
+from ziggurat.host.older import checkpointing_argument
 
 from . import metrics, trackers
 from .data import Examples
@@ -192,7 +193,7 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
         "max_grad_norm": train.max_grad_norm,
         "bf16": train.precision == "bf16",
         "fp16": train.precision == "fp16",
-        "activation_checkpointing": train.gradient_checkpointing,
+        checkpointing_argument(): train.gradient_checkpointing,
         "train_sampling_strategy": "group_by_length" if train.group_by_length else "random",
         "load_best_model_at_end": train.best,
         "metric_for_best_model": recipe.main_metric if train.best else None,

@@ -1,0 +1,122 @@
+"""What `ziggurat doctor` says of the machine: versions, extras, processor, accelerators, disk."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from ziggurat.extras import DISTRIBUTION
+from ziggurat.host import supported
+
+from .finding import Finding
+
+#: Below this the weights of a small model, a checkpoint and an adapter no longer fit.
+LITTLE_DISK = 2 * 10**9
+
+
+def environment() -> Iterator[Finding]:
+    """Problems of the installed versions: errors and warnings, no notes."""
+    yield from (finding for finding in machine() if finding.level != "note")
+
+
+def machine() -> Iterator[Finding]:
+    """All there is to say of this machine."""
+    yield from _requirements()
+    yield from _versions()
+    yield from _processor()
+    yield from _disk()
+
+
+def _requirements() -> Iterator[Finding]:
+    """What pyproject.toml asks for and is missing or too old; which extras are complete."""
+    missing: dict[str, list[str]] = {}
+    extras = [name for name in metadata(DISTRIBUTION).get_all("Provides-Extra") or [] if name != "dev"]
+    for wanted in map(Requirement, requires(DISTRIBUTION) or []):
+        marker = wanted.marker
+        needed = marker is None or marker.evaluate({"extra": ""})
+        asking = [name for name in extras if marker is not None and marker.evaluate({"extra": name})]
+        if wanted.name == DISTRIBUTION or not (needed or asking):
+            continue
+        try:
+            have = version(wanted.name)
+        except PackageNotFoundError:
+            if needed:
+                why = f"ziggurat needs {wanted.name}{wanted.specifier}"
+                yield Finding("error", f"{wanted.name} is not installed", why, f"pip install '{DISTRIBUTION}'")
+            for name in asking if not needed else ():
+                missing.setdefault(name, []).append(wanted.name)
+            continue
+        if not wanted.specifier.contains(have, prereleases=True):
+            who = "ziggurat" if needed else f"{DISTRIBUTION}[{asking[0]}]"
+            what = f"{wanted.name}{wanted.specifier}"
+            level = "error" if needed else "warning"
+            yield Finding(level, f"{wanted.name} {have}", f"{who} needs {what}", f"pip install '{what}'")
+    for name, packages in missing.items():
+        yield Finding(
+            "note",
+            f"extra {name}: not installed",
+            f"{', '.join(packages)} {'is' if len(packages) == 1 else 'are'} missing",
+            f"pip install '{DISTRIBUTION}[{name}]', where a command asks for it",
+        )
+
+
+def _versions() -> Iterator[Finding]:
+    """PEFT, transformers and torch against the tested sets."""
+    have = supported.installed()
+    shown = ", ".join(f"{name} {number}" for name, number in have.items())
+    if (limits := supported.limits()) is not None:
+        yield Finding("warning", "a limited pair of versions", limits)
+    for package, number in have.items():
+        if supported.untested(package, number):
+            yield Finding(
+                "warning",
+                f"{package} {number}",
+                f"the newest version that was tested is {supported.newest(package)}",
+                f"pip install '{package}=={supported.newest(package)}', if something fails",
+            )
+    row = supported.tested_here()
+    if row is None:
+        rows = "; ".join(
+            ", ".join(f"{name} {number}" for name, number in row.versions.items()) for row in supported.tested()
+        )
+        yield Finding("note", shown, f"these versions were not tested together; tested were: {rows}")
+        return
+    yield Finding("note", shown, f"tested together on {row.ran} ({row.why}): {row.result}")
+    for fails in row.fails:
+        yield Finding("warning", f"with {shown}", fails, "docs/guarantees.md has the reason")
+
+
+def _processor() -> Iterator[Finding]:
+    import torch
+
+    features = torch.backends.cpu.get_cpu_capability()
+    yield Finding(
+        "note",
+        f"processor: {platform.machine()}, {features}, {torch.get_num_threads()} threads",
+        f"Python {platform.python_version()}; bfloat16 in hardware: "
+        f"{'yes' if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 'no'}",
+    )
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if found is not None else 0
+    yield Finding(
+        "note",
+        f"accelerators: {f'{count} of kind {found.type}' if found is not None else 'none'}",
+        "models train on them" if found is not None else "models train on the processor",
+    )
+
+
+def _disk() -> Iterator[Finding]:
+    """Free room where runs are written and where models are cached."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    for what, folder in (("this folder", Path.cwd()), ("the cache of models", Path(HF_HUB_CACHE))):
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        free = shutil.disk_usage(there).free
+        level = "warning" if free < LITTLE_DISK else "note"
+        do = "free some, or name another place (output=, HF_HOME)" if level == "warning" else ""
+        yield Finding(level, f"disk: {free / 1e9:.1f} GB free for {what}", f"{folder}", do)
