@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from methods_table import METHODS, logits, zoo_config
+from tolerance import assert_models_agree
 from ziggurat import LoRA2Config
 from ziggurat.errors import ConfigError, ExportError
 from ziggurat.export import SERVING_RANKS, export, export_model, merge
 from zoo import ZOO
-
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 
 #: name -> (architecture, fields of the config)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -81,11 +80,11 @@ def test_stock_lora_computes_the_same(case: str, serving: bool, tmp_path: Path) 
         return
     written = export_model(made, tmp_path / "out", serving=serving)
     loaded = PeftModel.from_pretrained(ZOO[model].build(), str(tmp_path / "out")).eval()
-    torch.testing.assert_close(logits(loaded, ZOO[model].inputs()), expected, **TOLERANCE)
+    assert_models_agree(logits(loaded, ZOO[model].inputs()), expected, sum(ZOO[model].stacks.values()))
     lora = [path for path, module in loaded.base_model.model.named_modules() if hasattr(module, "lora_A")]
     assert len(lora) == written.modules
     merged = loaded.merge_and_unload()
-    torch.testing.assert_close(logits(merged, ZOO[model].inputs()), expected, rtol=1e-4, atol=1e-5)
+    assert_models_agree(logits(merged, ZOO[model].inputs()), expected, sum(ZOO[model].stacks.values()))
 
 
 def test_paths_are_named_whole_only_where_names_would_reach_further(tmp_path: Path) -> None:
@@ -118,7 +117,7 @@ def test_a_path_that_ends_another_needs_a_regex(tmp_path: Path) -> None:
     again = Twice()
     again.load_state_dict(state)
     loaded = PeftModel.from_pretrained(again, str(tmp_path / "out")).eval()
-    torch.testing.assert_close(loaded(x), made(x), **TOLERANCE)
+    assert_models_agree(loaded(x), made(x))
 
 
 def test_ranks_that_differ_are_patterns_or_zeros(tmp_path: Path) -> None:
@@ -134,7 +133,7 @@ def test_ranks_that_differ_are_patterns_or_zeros(tmp_path: Path) -> None:
         found = {tensor.shape[0] for name, tensor in read(folder)[1].items() if "lora_A" in name}
         assert found == ranks
         loaded = PeftModel.from_pretrained(ZOO["llama"].build(), str(folder)).eval()
-        torch.testing.assert_close(logits(loaded, ZOO["llama"].inputs()), expected, **TOLERANCE)
+        assert_models_agree(logits(loaded, ZOO["llama"].inputs()), expected)
 
 
 def test_linears_pruned_to_nothing_are_left_out(tmp_path: Path) -> None:
@@ -149,7 +148,7 @@ def test_linears_pruned_to_nothing_are_left_out(tmp_path: Path) -> None:
     written = export_model(made, tmp_path / "out")
     assert written.modules == sum(rank > 0 for rank in pruned.values()) == len(pruned) - 1
     loaded = PeftModel.from_pretrained(ZOO["llama"].build(), str(tmp_path / "out")).eval()
-    torch.testing.assert_close(logits(loaded, ZOO["llama"].inputs()), expected, **TOLERANCE)
+    assert_models_agree(logits(loaded, ZOO["llama"].inputs()), expected)
 
 
 def test_several_adapters_are_exported_one_by_one(tmp_path: Path) -> None:
@@ -160,7 +159,7 @@ def test_several_adapters_are_exported_one_by_one(tmp_path: Path) -> None:
         expected = logits(made, ZOO["llama"].inputs())
         export_model(made, tmp_path / name, adapter=name)
         loaded = PeftModel.from_pretrained(ZOO["llama"].build(), str(tmp_path / name)).eval()
-        torch.testing.assert_close(logits(loaded, ZOO["llama"].inputs()), expected, **TOLERANCE)
+        assert_models_agree(logits(loaded, ZOO["llama"].inputs()), expected)
     with pytest.raises(ExportError, match=r"adapts no linear .* default, second"):
         export_model(made, tmp_path / "third", adapter="third")
 
@@ -172,7 +171,7 @@ def test_an_adapter_that_transformers_added_is_exported(tmp_path: Path) -> None:
     expected = logits(model.eval(), inputs)
     export_model(model, tmp_path / "out")
     loaded = PeftModel.from_pretrained(ZOO["llama"].build(), str(tmp_path / "out")).eval()
-    torch.testing.assert_close(logits(loaded, inputs), expected, **TOLERANCE)
+    assert_models_agree(logits(loaded, inputs), expected)
 
 
 # --- from folder to folder ------------------------------------------------------------------------
@@ -230,7 +229,7 @@ def test_stock_peft_loads_it_in_a_process_without_ziggurat(tmp_path: Path) -> No
     done = subprocess.run([sys.executable, "-c", STOCK, jobs], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for model, expected in wanted.items():
-        torch.testing.assert_close(torch.load(tmp_path / model / "logits.pt"), expected, **TOLERANCE)
+        assert_models_agree(torch.load(tmp_path / model / "logits.pt"), expected, sum(ZOO[model].stacks.values()))
 
 
 @pytest.mark.parametrize("bias", ["msplora_only", "all"])
@@ -243,10 +242,10 @@ def test_trained_biases_come_along(bias: str, tmp_path: Path) -> None:
     export(tmp_path / "adapter", tmp_path / "out")
     assert read(tmp_path / "out")[0]["bias"] == {"msplora_only": "lora_only", "all": "all"}[bias]
     loaded = PeftModel.from_pretrained(ZOO["bert"].build(), str(tmp_path / "out")).eval()
-    torch.testing.assert_close(logits(loaded, ZOO["bert"].inputs()), expected, **TOLERANCE)
+    assert_models_agree(logits(loaded, ZOO["bert"].inputs()), expected)
     merge(tmp_path / "adapter", tmp_path / "whole")
     whole = AutoModelForSequenceClassification.from_pretrained(str(tmp_path / "whole"))
-    torch.testing.assert_close(logits(whole, ZOO["bert"].inputs()), expected, rtol=1e-5, atol=1e-5)
+    assert_models_agree(logits(whole, ZOO["bert"].inputs()), expected)
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.merges])
@@ -255,7 +254,7 @@ def test_the_base_weights_are_not_needed(method: str, tmp_path: Path) -> None:
     (tmp_path / "base" / "model.safetensors").unlink()
     export(adapter, tmp_path / "out")
     loaded = PeftModel.from_pretrained(ZOO["llama"].build(), str(tmp_path / "out")).eval()
-    torch.testing.assert_close(logits(loaded, ZOO["llama"].inputs()), expected, **TOLERANCE)
+    assert_models_agree(logits(loaded, ZOO["llama"].inputs()), expected)
 
 
 def test_the_tokenizer_beside_the_adapter_comes_along(tmp_path: Path) -> None:
@@ -319,7 +318,7 @@ def test_every_server_scales_alike(model: str, fields: dict[str, Any], tmp_path:
     assert written.rank == config["r"] == config["lora_alpha"]
     assert {t.shape[0] if ".lora_A." in name else t.shape[1] for name, t in tensors.items()} == {written.rank}
     loaded = PeftModel.from_pretrained(ZOO[model].build(), str(written.folder)).eval()
-    torch.testing.assert_close(logits(loaded, ZOO[model].inputs()), expected, **TOLERANCE)
+    assert_models_agree(logits(loaded, ZOO[model].inputs()), expected, sum(ZOO[model].stacks.values()))
     for name, up in tensors.items():
         if ".lora_B." in name:
             path = name.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
@@ -363,7 +362,7 @@ def test_a_merged_model_is_a_model(model: str, auto: Any, tmp_path: Path) -> Non
     loaded = auto.from_pretrained(str(tmp_path / "out"))
     assert type(loaded) is type(ZOO[model].build())
     assert differs(model, expected)
-    torch.testing.assert_close(logits(loaded, ZOO[model].inputs()), expected, rtol=1e-5, atol=1e-5)
+    assert_models_agree(logits(loaded, ZOO[model].inputs()), expected, sum(ZOO[model].stacks.values()))
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "out"}
 
 
@@ -379,7 +378,7 @@ def test_merging_keeps_dtype_generation_settings_and_tokenizer(tmp_path: Path) -
     assert loaded.dtype == torch.bfloat16
     assert (loaded.generation_config.max_new_tokens, loaded.generation_config.repetition_penalty) == (3, 1.5)
     assert (tmp_path / "out" / "tokenizer.json").is_file()
-    torch.testing.assert_close(logits(loaded, ZOO["llama"].inputs()), expected, rtol=2e-2, atol=2e-2)
+    assert_models_agree(logits(loaded, ZOO["llama"].inputs()), expected, dtype=torch.bfloat16)
 
 
 def test_the_adapters_own_tokenizer_goes_before_the_bases(tmp_path: Path) -> None:
@@ -429,7 +428,7 @@ def test_a_lora_adapter_merges_and_needs_no_export(tmp_path: Path) -> None:
         export_model(lora, tmp_path / "out")
     merge(tmp_path / "adapter", tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"))
-    torch.testing.assert_close(logits(loaded, inputs), expected, rtol=1e-5, atol=1e-5)
+    assert_models_agree(logits(loaded, inputs), expected)
 
 
 def test_a_head_of_ziggurats_own_says_what_loads_it(tmp_path: Path) -> None:
@@ -460,11 +459,11 @@ def test_a_head_of_ziggurats_own_says_what_loads_it(tmp_path: Path) -> None:
     export_model(made, tmp_path / "out")
     assert "ziggurat.training.heads.MeanPooledClassifier" in (tmp_path / "out" / "README.md").read_text()
     loaded = PeftModel.from_pretrained(build(), str(tmp_path / "out")).eval()
-    torch.testing.assert_close(logits(loaded, ZOO["bert"].inputs()), expected, **TOLERANCE)
+    assert_models_agree(logits(loaded, ZOO["bert"].inputs()), expected)
     made.merge_and_unload().save_pretrained(str(tmp_path / "whole"))
     settings = AutoConfig.from_pretrained(str(tmp_path / "whole"))
     whole = MeanPooledClassifier.from_pretrained(str(tmp_path / "whole"), config=settings).eval()
-    torch.testing.assert_close(logits(whole, ZOO["bert"].inputs()), expected, rtol=1e-5, atol=1e-5)
+    assert_models_agree(logits(whole, ZOO["bert"].inputs()), expected)
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from methods_table import METHODS
+from plain_models import WIDTH
+from tolerance import assert_sums_agree
 from ziggurat import AdapterDropConfig, LoR2CConfig, MSPLoraConfig
 from ziggurat.analysis import Collected, Component, collect
 from ziggurat.errors import ConfigError
@@ -38,7 +40,7 @@ def test_the_update_of_a_linear_is_what_its_module_adds(method: str, adapted: Ad
     assert len(found) == len(pairs) == 8
     for (layer, role), update in found.items():
         pair = pairs[f"bert.encoder.layer.{layer}.{role}"]
-        torch.testing.assert_close(update, delta(pair), rtol=1e-5, atol=1e-6)
+        assert_sums_agree(update, delta(pair), WIDTH)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa", "adalora"])
@@ -48,7 +50,7 @@ def test_the_update_of_a_foreign_linear_is_its_delta(method: str, adapted: Adapt
     assert len(found) == 8
     for (layer, role), update in found.items():
         module = model.get_base_model().get_submodule(f"bert.encoder.layer.{layer}.{role}")
-        torch.testing.assert_close(update, module.get_delta_weight("default").detach(), rtol=1e-5, atol=1e-6)
+        assert_sums_agree(update, module.get_delta_weight("default").detach(), WIDTH)
 
 
 def test_the_tiers_add_up_to_the_update(adapted: Adapted) -> None:
@@ -62,7 +64,7 @@ def test_the_tiers_add_up_to_the_update(adapted: Adapted) -> None:
             if c.role == whole.role and whole.layers[0] in c.layers
         ]
         assert [c.rank for c in parts] == [4, 2, 1]
-        torch.testing.assert_close(sum(delta(c.pair) for c in parts), delta(whole.pair), rtol=1e-5, atol=1e-6)
+        assert_sums_agree(sum(delta(c.pair) for c in parts), delta(whole.pair), WIDTH)
     assert [c.layers for c in collected.of("mid")][:3] == [(0, 1), (2,), (3,)]
 
 
@@ -188,7 +190,7 @@ def test_a_pruned_adalora_is_read_with_the_ranks_that_are_left(adapted: Adapted,
     stored = {c.name: c for c in collect(tmp_path / "pruned").components}
     assert {c.rank for c in stored.values()} > {1, 2}
     for one in live.components:
-        torch.testing.assert_close(delta(stored[one.name].pair), delta(one.pair), rtol=1e-5, atol=1e-6)
+        assert_sums_agree(delta(stored[one.name].pair), delta(one.pair), WIDTH)
 
 
 @pytest.mark.parametrize(

@@ -5,21 +5,19 @@ hooks by which transformers records hidden states. A path over several layers is
 *last* layer, which adds it; the layers before it hand their input over, and the owner multiplies it: handing
 over A x would need another layer's parameters, which FSDP2 has resharded by then.
 
-What is handed over lives as long as one forward of the module that holds the stack: hooks on that module
-open and close a frame, one a thread. So two threads on one model never mix, an aborted forward leaves
-nothing behind, and copies and pickles start empty. Gradient checkpointing recomputes `layer.forward`,
-which runs no hooks: the path itself is never recomputed, and its input is kept by the autograd graph.
+`handover` says how an input is handed over. A gradient checkpoint of `layer.forward`, as transformers makes it
+since 5.20, runs no hooks: the path itself is never recomputed, and the autograd graph keeps its input. A
+checkpoint of the layer's call recomputes the path too.
 """
 
-import threading
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.handover import Handover
 from ziggurat.host.stream import stream
 from ziggurat.lowrank.pair import FactorPair, on_device
 from ziggurat.lowrank.product import low_rank_add
@@ -29,40 +27,6 @@ from ziggurat.lowrank.spans import Span
 CHILD = "residual_path"
 #: The name of the hand-over in the attributes of the module that holds the stack.
 HANDOVER = "_paths_in_flight"
-
-
-class Handover:
-    """The inputs of the spans whose last layer has not run yet, for the forward calls now running."""
-
-    def __init__(self) -> None:
-        self._local = threading.local()
-        #: Compilers can't trace thread-locals; in a trace the frame is opened and closed, so no state remains.
-        self._traced: dict[Any, Tensor] | None = None
-
-    def open(self) -> None:
-        """A forward begins in this thread: whatever an earlier one left is dropped."""
-        if torch.compiler.is_compiling():
-            self._traced = {}
-        else:
-            self._local.frame = {}
-
-    def close(self) -> None:
-        """The forward has ended, by a result or by an exception."""
-        self._traced = None
-        if not torch.compiler.is_compiling():
-            self._local.frame = None
-
-    def frame(self) -> dict[Any, Tensor] | None:
-        """What has been handed over in this forward; None outside one."""
-        if self._traced is not None or torch.compiler.is_compiling():
-            return self._traced
-        return getattr(self._local, "frame", None)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Handover":
-        return Handover()
-
-    def __reduce__(self) -> Any:
-        return Handover, ()
 
 
 class Input(NamedTuple):
@@ -117,27 +81,21 @@ class PathLayer(nn.Module, BaseTunerLayer):
             return
         for adapter, span in self.covers.items():
             if span is not None and span.length > 1:
-                self._frame(span).setdefault((adapter, span.last), x)
+                key, active = (adapter, span.last), adapter in self.active_adapters
+                if not self._handover.give(key, x, first=span.first == self.layer, active=active):
+                    raise RuntimeError(_lacks(span, self.layer, RUN_ALONE))
 
     def inputs(self, x: Tensor) -> list[Input]:
         """For each adapter with a path ending here the input of its span; `x` is the layer's own."""
         found = []
         for adapter, span in self.covers.items():
             if span is not None and span.last == self.layer:
-                long = span.length > 1
-                found.append(Input(adapter, self._frame(span).pop((adapter, span.last)) if long else x))
+                read = self._handover.take((adapter, span.last)) if span.length > 1 else x
+                if read is not None:
+                    found.append(Input(adapter, read))
+                elif adapter in self.active_adapters:
+                    raise RuntimeError(_lacks(span, self.layer, RECOMPUTED))
         return found
-
-    def _frame(self, span: Span) -> dict[Any, Tensor]:
-        frame = self._handover.frame()
-        if frame is None:
-            raise RuntimeError(
-                f"the path over layers {span.first} to {span.last} needs what layer {span.first} read, but layer "
-                f"{self.layer} runs outside the forward of the module that holds the layers. Either layers were called "
-                "one by one, or a gradient checkpointing recomputes them with their hooks: checkpoint `layer.forward` "
-                "as transformers does, or use paths around single layers (no spans, no merges)."
-            )
-        return frame
 
     def forward(self, y: Tensor, inputs: list[Input], adapter_names: list[str] | None = None) -> Tensor:
         """`y`, the layer's output, with the paths of the active adapters added."""
@@ -182,6 +140,23 @@ class PathLayer(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """No: there is no linear whose update a path could become."""
         return False
+
+
+RUN_ALONE = (
+    "runs outside the forward of the module that holds the layers. Call the layers through that module, or use paths "
+    "around single layers (no spans, no merges)."
+)
+RECOMPUTED = (
+    "is recomputed in a backward, and what its checkpoint has kept of the forward doesn't lead back to it. Checkpoint "
+    "`layer.forward` as transformers does since 5.20, or call torch.utils.checkpoint with the layer and its hidden "
+    "states as an argument, or use paths around single layers (no spans, no merges)."
+)
+
+
+def _lacks(span: Span, layer: int, why: str) -> str:
+    return (
+        f"the path over layers {span.first} to {span.last} needs what layer {span.first} read, but layer {layer} {why}"
+    )
 
 
 CANT_MERGE = (

@@ -8,8 +8,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ziggurat.host.bank import PairBank, fresh_pair
+from ziggurat.host.handover import Handover
 from ziggurat.host.linear import AdaptedLinear
-from ziggurat.host.paths import Handover, PathLayer
+from ziggurat.host.paths import PathLayer
 from ziggurat.lowrank.pair import FactorPair, stack
 
 
