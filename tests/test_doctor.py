@@ -88,7 +88,7 @@ def test_an_extra_of_another_version_is_told_by_the_extra(monkeypatch: pytest.Mo
     extras["Provides-Extra"] = "plots"
     monkeypatch.setattr(metadata, "metadata", lambda name: extras)
     (found,) = checks.environment()
-    assert found.level == "warning" and found.what == "matplotlib 3.1" and "ziggurat[plots]" in found.why
+    assert found.level == "warning" and found.what == "matplotlib 3.1" and "ziggurat-peft[plots]" in found.why
     assert "matplotlib>=3.9" in found.do
 
 

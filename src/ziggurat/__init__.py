@@ -8,6 +8,7 @@ from ziggurat.host.supported import check_versions
 
 check_versions()  # before anything that stands on parts of PEFT and transformers which other versions may not have
 
+from ziggurat._distribution import VERSION as __version__
 from ziggurat.host.registry import register
 from ziggurat.methods.adapterdrop.config import AdapterDropConfig
 from ziggurat.methods.adapterdrop.model import AdapterDropModel
@@ -20,7 +21,6 @@ from ziggurat.methods.lora2.model import LoRA2Model
 from ziggurat.methods.msplora.config import MSPLoraConfig
 from ziggurat.methods.msplora.model import MSPLoraModel
 
-__version__ = "0.1.0"
 __all__ = [
     "AdapterDropConfig",
     "AdapterDropModel",

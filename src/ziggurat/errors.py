@@ -42,6 +42,10 @@ class DivergedError(ZigguratError, ArithmeticError):
     """Training came to a loss or a weight that is NaN or infinite; the text says at which step and what is left."""
 
 
+class MissingExtraError(ZigguratError, ImportError):
+    """What was asked for needs packages outside the core; the text names them and the extra that brings them."""
+
+
 class VersionError(ZigguratError, ImportError, ValueError):
     """A version of PEFT, transformers or torch is installed with which this package, or one call, does not work."""
 

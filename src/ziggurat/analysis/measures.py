@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ziggurat.errors import ConfigError
+from ziggurat.extras import require
 from ziggurat.lowrank.spectrum import effective_rank, spectrum_kl, stable_rank, top_k_share
 
 from .components import UPDATE, Collected, Component
@@ -58,7 +59,8 @@ def rows(collected: Collected, k: int = HALF) -> list[dict[str, Any]]:
 
 
 def frame(collected: Collected, k: int = HALF) -> pandas.DataFrame:
-    """`rows` as a data frame."""
+    """`rows` as a data frame. Raises MissingExtraError without pandas."""
+    require("a data frame", "pandas")
     import pandas
 
     return pandas.DataFrame(rows(collected, k))

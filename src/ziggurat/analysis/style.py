@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ziggurat.errors import ConfigError
+from ziggurat.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,12 +41,11 @@ def styled() -> Iterator[None]:
     """This package's style, for the length of the block.
 
     Raises:
-        ConfigError: matplotlib isn't installed.
+        MissingExtraError: matplotlib isn't installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError("figures need matplotlib: pip install 'ziggurat[plots]'") from error
+    require("drawing figures", "matplotlib")
+    import matplotlib
+
     with matplotlib.rc_context(_STYLE):
         yield
 

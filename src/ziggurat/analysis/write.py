@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ziggurat.errors import ConfigError
+from ziggurat.extras import require
 
 from . import figures, measures, tiers, trace
 from .components import Collected, short_roles
@@ -110,11 +111,14 @@ def write(
     `history`: the log of the run that made it; where it recorded spectra, they are drawn over the epochs.
 
     Raises:
-        ConfigError: `out` is a file; `other` has another depth; matplotlib isn't installed.
+        ConfigError: `out` is a file; `other` has another depth.
+        MissingExtraError: `pictures` are wanted, and matplotlib isn't installed.
     """
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file: name a folder to write the analysis to.")
+    if pictures:
+        require("drawing figures", "matplotlib")
     text = json_text(collected, other, k=k)
     drawn = dict([*pictures_of(collected, other), *pictures_over_epochs(history)]) if pictures else {}
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from ziggurat._distribution import VERSION
 from ziggurat.errors import ZigguratError, first_line
 
 from .analyze import analyze, report
@@ -32,9 +33,7 @@ _DEBUG = "--debug"
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"ziggurat {version('ziggurat')}")
+        typer.echo(f"ziggurat {VERSION}")
         raise typer.Exit
 
 

@@ -30,6 +30,7 @@ def analyze(
 
     from ziggurat.analysis import write
     from ziggurat.analysis.collect import collect
+    from ziggurat.extras import install_command, missing
 
     first = collect(adapter)
     second = collect(against) if against is not None else None
@@ -45,8 +46,12 @@ def analyze(
     if out is not None:
         run = adapter / "run.json"
         history = parse(run.read_text(encoding="utf-8")).get("history") or [] if run.is_file() else []
+        pictures = not missing(["matplotlib"])
         with told_of_storage(out):
-            paths = write.write(first, out, second, k=k, history=history)
+            paths = write.write(first, out, second, k=k, pictures=pictures, history=history)
+        if not pictures:
+            how = install_command(["matplotlib"])
+            typer.echo(f"note: no figures were drawn, as matplotlib is not installed: {how}", err=True)
         typer.echo(f"{len(paths)} files written to {out}: {', '.join(path.name for path in paths)}", err=json)
 
 

@@ -19,10 +19,10 @@ def doctor(
     import json as text
     from dataclasses import asdict
 
-    from ziggurat.doctor.checks import LEVELS, adapter, environment, recipe
+    from ziggurat.doctor.checks import LEVELS, adapter, environment, machine, recipe
 
     given = list(words or [])
-    found = list(environment())
+    found = list(environment() if given else machine())
     if given and (Path(given[0]) / "adapter_config.json").is_file():
         if given[1:]:
             raise typer.BadParameter(
@@ -46,7 +46,7 @@ def doctor(
         typer.echo(f"  {one.why}")
         if one.do:
             typer.echo(f"  -> {one.do}")
-    if not found and not json:
-        typer.echo("nothing found that would not work")
+    if not json and all(one.level == "note" for one in found):
+        typer.echo("no problems found")
     if any(one.level == "error" for one in found):
         raise typer.Exit(1)

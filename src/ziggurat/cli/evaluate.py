@@ -54,6 +54,7 @@ def evaluate(
     for place in (out, predictions and predictions / "x.tsv", keep_tasks and keep_tasks / "x.yaml"):
         if place is not None:
             check_writable(place)
+    _check_needs(glue, rest)
     from ziggurat.evaluation.ready import check_folder
     from ziggurat.evaluation.subject import check_tasks, find_subject, load_subject
 
@@ -96,6 +97,18 @@ def evaluate(
         key = "model" if subject.kind == "base" else "adapter"
         text = json.dumps({key: adapter, "scores": found, "per_cent": shares}, indent=2) + "\n"
         write_whole(out, text, then="The scores stand above; nothing was changed there.")
+
+
+def _check_needs(glue: list[str], rest: list[str]) -> None:
+    """Raises MissingExtraError that names all packages that the tasks need and that are missing."""
+    from ziggurat.evaluation.glue import needs
+    from ziggurat.extras import require
+    from ziggurat.training.glue import GLUE
+
+    # What there is no task of is told of by what reads the names.
+    known = [name for name in (one.removeprefix("glue/") for one in glue) if name in GLUE]
+    packages = [package for name in known for package in needs(name)]
+    require("ziggurat eval", *packages, *(["lm-eval"] if rest else []))
 
 
 #: Of GLUE's scores those that are no shares.

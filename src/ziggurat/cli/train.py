@@ -20,6 +20,7 @@ def train(
     ] = None,
 ) -> None:
     """Fine-tune a model. Without an argument: the embedded model on the embedded data, in a few minutes, offline."""
+    from ziggurat.training.needs import check as check_needs
     from ziggurat.training.recipe import load_recipe
 
     given = list(words or [])
@@ -27,6 +28,7 @@ def train(
     if len(names) > 1:
         raise typer.BadParameter(f"one recipe at a time, not {' and '.join(names)}; values are written key=value")
     recipe = load_recipe(names[0] if names else "default", [word for word in given if word not in names])
+    check_needs(recipe, "ziggurat train")
 
     from ziggurat.training.interrupt import Interrupted
     from ziggurat.training.processes import is_main, speaks

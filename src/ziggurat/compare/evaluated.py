@@ -94,7 +94,8 @@ def evaluation_problems(given: Any) -> Iterator[str]:
 def check_ready(evaluations: list[Evaluation]) -> None:
     """See before hours of training that the scores can be taken.
 
-    Raises RecipeError or DataError: lm-eval isn't installed, knows no such task, or the data can't be read.
+    Raises MissingExtraError, RecipeError or DataError: lm-eval isn't installed, knows no such task, or the data can't
+    be read.
     """
     seen: list[Evaluation] = []
     for one in evaluations:
@@ -134,7 +135,8 @@ def evaluate_run(recipe: Recipe, evaluation: Evaluation) -> dict[str, dict[str, 
 
     Raises:
         DataError: the data can't be read, or the task has no such metric.
-        RecipeError: lm-eval isn't installed or knows no such task.
+        MissingExtraError: lm-eval isn't installed.
+        RecipeError: lm-eval knows no such task.
     """
     from ziggurat.evaluation.lm import evaluate
 

@@ -11,8 +11,10 @@ from typing import Any
 
 from rich.console import Console
 
-from ziggurat.errors import RecipeError
+from ziggurat.errors import MissingExtraError, RecipeError
+from ziggurat.extras import require
 from ziggurat.host.staging import told_of_storage, write_whole
+from ziggurat.training.needs import needs
 
 from .evaluated import check_ready
 from .live import LiveTable
@@ -44,7 +46,10 @@ def fill(table: Table, *, engine: str = "local", workers: int | None = None, con
     A run that has been done, by the key of its resolved recipe, is never done again; one that failed is tried again.
     Ctrl-C stops the running ones with a checkpoint, and the same call goes on from there.
 
-    Raises RecipeError if another program is filling the folder, or if the engine, lm-eval or its data aren't there.
+    Raises:
+        MissingExtraError: packages that one of the runs, its evaluation or the engine needs aren't installed.
+        RecipeError: another program is filling the folder, there is no such engine, or lm-eval knows no such task.
+        DataError: lm-eval's data can't be read.
     """
     say = console or Console(quiet=True)
     left = "Finished runs lie in their folders; make room, and the same command goes on from there."
@@ -53,6 +58,7 @@ def fill(table: Table, *, engine: str = "local", workers: int | None = None, con
         todo = [run for run in table.runs if not results.done(run.key)]
         # Two cells of a table may be the same run; it is taken once.
         todo = list({run.key: run for run in todo}.values())
+        require(f"filling the table {table.name}", *_needs(todo, engine))
         check_ready([run.evaluation for run in todo if run.evaluation is not None])
         taken, stopped = 0, False
         with LiveTable(table, results, say) as live:
@@ -74,8 +80,15 @@ def fill(table: Table, *, engine: str = "local", workers: int | None = None, con
         return _written(table, results, taken, stopped)
 
 
+def _needs(todo: list[Run], engine: str) -> list[str]:
+    """The packages outside the core that the runs, their scores and the table's intervals take."""
+    trained = [package for run in todo if run.trains for package in needs(run.recipe)]
+    scored = ["lm-eval" for run in todo if run.evaluation is not None]
+    return [*trained, "scipy", *scored, *(["ray"] if engine == "ray" else [])]
+
+
 def report(table: Table) -> Filled:
-    """Write the reports of what has been done so far; runs nothing."""
+    """Write the reports of what has been done so far; runs nothing. Raises MissingExtraError without scipy."""
     return _written(table, Results(table.folder), 0, False)
 
 
@@ -89,7 +102,7 @@ def _written(table: Table, results: Results, taken: int, stopped: bool) -> Fille
     try:
         with told_of_storage(table.folder):
             files += draw(summary, table.folder)
-    except RecipeError as error:
+    except MissingExtraError as error:
         notes.append(str(error))
     return Filled(summary, taken, failed, files, stopped, notes)
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ziggurat.errors import RecipeError, first_line
+from ziggurat.errors import first_line
+from ziggurat.extras import require
 from ziggurat.training.schema import Recipe
 
 from .evaluated import Evaluation
@@ -32,12 +33,11 @@ def run_on_ray(
     (default: as many as the cluster takes). When the loop over this is left early, or Ctrl-C comes, the running ones
     stop with a checkpoint, and this waits for it.
 
-    Raises RecipeError if Ray isn't installed.
+    Raises MissingExtraError if Ray isn't installed.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise RecipeError("engine: ray needs Ray; pip install 'ziggurat[ray]'") from error
+    require("engine: ray", "ray")
+    import ray
+
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0

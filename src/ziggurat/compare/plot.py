@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ziggurat.errors import RecipeError
+from ziggurat.extras import require
 
 from .summary import Summary
 
@@ -12,14 +12,13 @@ from .summary import Summary
 def draw(summary: Summary, folder: Path) -> list[Path]:
     """Write scores.png and scores.svg into `folder`. Error bars are the standard deviation over the seeds.
 
-    Raises RecipeError where matplotlib is missing.
+    Raises MissingExtraError where matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RecipeError("plots need matplotlib; pip install 'ziggurat[plots]'") from error
+    require("drawing plots", "matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
     columns = [column for column in summary.columns if any(key[1] == column for key in summary.cells)]
     if not columns:
         return []

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ziggurat.extras import require
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -50,12 +52,15 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float], confidence: f
 
     The same seed means the same split, head and order of the data, so the seeds' common part drops out.
     `confidence` in per cent. None where no seed is shared. Differences without any spread have an interval of no width.
+
+    Raises MissingExtraError without scipy.
     """
     gaps = [ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs))]
     if not gaps:
         return None
     if len(gaps) == 1:
         return Difference(1, gaps[0], None)
+    require("an interval of paired differences", "scipy")
     from scipy.stats import t
 
     quantile = float(t.ppf(0.5 + confidence / 200, len(gaps) - 1))

@@ -7,43 +7,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ziggurat.errors import ConfigError, ZigguratError
+from ziggurat._distribution import DISTRIBUTION
+from ziggurat.errors import ConfigError, MissingExtraError, ZigguratError
+from ziggurat.extras import install_command, missing
 
 from .finding import LEVELS, Finding, cell
+from .machine import environment, machine
 from .serving import serving
 
-__all__ = ["LEVELS", "Finding", "adapter", "base_model", "distributed", "environment", "recipe"]
-
-
-def environment() -> Iterator[Finding]:
-    """Installed versions against the ones that were tested."""
-    from importlib.metadata import PackageNotFoundError, metadata, requires, version
-
-    from packaging.requirements import Requirement
-
-    extras = [name for name in metadata("ziggurat").get_all("Provides-Extra") or [] if name != "dev"]
-    for text in requires("ziggurat") or []:
-        wanted = Requirement(text)
-        marker = wanted.marker
-        asking = [name for name in extras if marker is not None and marker.evaluate({"extra": name})]
-        needed = marker is None or marker.evaluate({"extra": ""})
-        if not needed and not asking:
-            continue
-        try:
-            have = version(wanted.name)
-        except PackageNotFoundError:
-            if needed:  # an extra that isn't there is missed where something asks for it
-                yield Finding(
-                    "error", f"{wanted.name} is not installed", f"ziggurat needs {wanted}", f"pip install '{wanted}'"
-                )
-            continue
-        if not wanted.specifier.contains(have, prereleases=True):
-            what = f"{wanted.name}{wanted.specifier}"
-            why = f"ziggurat was tested with {what}; its seams to PEFT and transformers move between versions"
-            if not needed:
-                why = f"ziggurat[{asking[0]}] was tested with {what}"
-            level = "error" if needed else "warning"
-            yield Finding(level, f"{wanted.name} {have}", why, f"pip install '{what}'")
+__all__ = ["LEVELS", "Finding", "adapter", "base_model", "distributed", "environment", "machine", "recipe"]
 
 
 def distributed(method: str, variables: Mapping[str, str] | None = None, config: Any = None) -> Iterator[Finding]:
@@ -78,6 +50,9 @@ def base_model(
 
     try:
         config = bare_config(name, revision=revision, gguf_file=gguf_file)
+    except MissingExtraError as error:
+        yield Finding("warning", f"base model {name}", str(error))
+        return
     except ConfigError as error:
         yield Finding(
             "warning", f"base model {name}", f"its config was not found: {error}", "name a folder or cached model"
@@ -93,31 +68,34 @@ def base_model(
 
 def recipe(value: Any, variables: Mapping[str, str] | None = None) -> Iterator[Finding]:
     """A checked recipe on this machine."""
-    from importlib.util import find_spec
-
     import torch
 
     from ziggurat.training import trackers
-    from ziggurat.training.embedded import model_path
+    from ziggurat.training.embedded import PACKAGE, model_path
     from ziggurat.training.methods import METHODS as ALL
     from ziggurat.training.model import find_gguf
+    from ziggurat.training.needs import needs
 
     method = value.method["name"]
-    if value.task == "instruct" and find_spec("trl") is None:
-        yield Finding("error", "task: instruct", "TRL is not installed", "pip install 'ziggurat[instruct]'")
+    asking = needs(value)
+    lacking = missing(asking)
+    for package in lacking:
+        yield Finding("error", asking[package], f"{package} is not installed", install_command(lacking))
     if value.train.precision == "fp16" and not torch.accelerator.is_available():
         yield Finding("error", "train.precision: fp16", "this machine has no accelerator", "use fp32 or bf16")
-    if ALL[method].four_bits and find_spec("bitsandbytes") is None:
-        yield Finding("error", f"method {method}", "bitsandbytes is not installed", "pip install 'ziggurat[quantised]'")
     for name, package in trackers.lacking(value.train.report_to or []).items():
         yield Finding("error", f"train.report_to: {name}", "it is not installed", f"pip install {package}")
+    if PACKAGE in lacking:  # without the model nothing more can be said about it
+        yield from distributed(method, variables)
+        return
     try:
         gguf = find_gguf(model_path(value.model), value.gguf_file)
     except ZigguratError as error:
         yield Finding("error", "gguf_file", str(error))
         return
-    if gguf is not None and find_spec("gguf") is None:
-        yield Finding("error", f"gguf_file: {gguf}", "gguf is not installed", "pip install 'ziggurat[gguf]'")
+    if gguf is not None and missing(["gguf"]):
+        if "gguf" not in lacking:  # the recipe doesn't name the file: it is the only one in the model's folder
+            yield Finding("error", f"gguf_file: {gguf}", "gguf is not installed", install_command(["gguf"]))
         return
     found = list(base_model(model_path(value.model), method, revision=value.revision, gguf_file=gguf))
     yield from found
@@ -187,7 +165,7 @@ def adapter(folder: str | Path, variables: Mapping[str, str] | None = None) -> I
         yield from base_model(base, method)
     try:
         known = bare_config(base) if base else None
-    except ConfigError:
+    except (ConfigError, MissingExtraError):
         known = None
     yield from serving(folder, config, collected, known)
     yield from distributed(method, variables, config)

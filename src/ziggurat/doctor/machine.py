@@ -10,7 +10,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from ziggurat.extras import DISTRIBUTION
+from ziggurat._distribution import DISTRIBUTION
 from ziggurat.host import supported
 
 from .finding import Finding

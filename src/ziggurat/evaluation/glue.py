@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ziggurat.errors import DataError
+from ziggurat.extras import require
 from ziggurat.host.staging import write_whole
 from ziggurat.training.answer import Prediction, predict
 from ziggurat.training.glue import GLUE, GlueTask, glue_name, read_glue
 from ziggurat.training.load import Loaded
 from ziggurat.training.metrics import score
 from ziggurat.training.model import HeadSpec
+from ziggurat.training.needs import OF_A_TASK
 from ziggurat.training.schema import Recipe
 from ziggurat.training.tables import require_column
 
@@ -68,6 +70,11 @@ def class_order(recipe: Recipe, head: HeadSpec, name: str) -> list[int]:
     )
 
 
+def needs(name: str) -> tuple[str, ...]:
+    """The packages outside the core that scoring the GLUE task `name` imports."""
+    return "datasets", OF_A_TASK["classification" if GLUE[name].classes else "regression"]
+
+
 def check_data(name: str, folder: str | None, *, server: bool) -> None:
     """See that the splits to be answered, and their columns, are there: for the scores, or for GLUE's server.
 
@@ -91,7 +98,11 @@ def _read(name: str, split: str, folder: str | None, beside: str) -> Dataset:
 
 
 def glue_scores(loaded: Loaded, name: str, folder: str | None = None, limit: int | None = None) -> dict[str, float]:
-    """Scores on the validation split, in per cent, and `rows`. MNLI's mismatched split comes too, as `mismatched_*`."""
+    """Scores on the validation split, in per cent, and `rows`. MNLI's mismatched split comes too, as `mismatched_*`.
+
+    Raises MissingExtraError without the packages that `needs` names.
+    """
+    require(f"scoring glue/{name}", *needs(name))
     task, order = GLUE[name], _order(loaded, name)
     found: dict[str, float] = {}
     for prefix, split in _scored_splits(name).items():

@@ -49,7 +49,8 @@ def evaluate(
     files of your own in there are found too. A tag, or a group without a score of its own, gives those of its tasks.
 
     Raises:
-        RecipeError: lm-eval isn't installed, a name is unknown, the model doesn't write text, or a task runs code that
+        MissingExtraError: lm-eval isn't installed.
+        RecipeError: a name is unknown, the model doesn't write text, or a task runs code that
             the model writes without `run_code`, which says that this is all right.
         DataError: the local files aren't as they should be, or the hub's can't be had.
         StorageError: the disk doesn't take the task files.

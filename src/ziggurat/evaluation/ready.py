@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ziggurat.errors import DataError, RecipeError, first_line
+from ziggurat.extras import require
 from ziggurat.training.nearest import missing_path
 
 from .local_tasks import SHOTS, write_humaneval, write_tasks
@@ -80,10 +81,7 @@ def ready(
             "(docs/evaluation.md says what the limits are)"
         )
     check_folder(data)
-    try:
-        import lm_eval.tasks  # noqa: F401
-    except ImportError as error:
-        raise RecipeError("these tasks need lm-eval; pip install 'ziggurat[evaluate]'") from error
+    require(f"scoring {', '.join(tasks)}", "lm-eval")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as scratch:
         folder = keep or Path(scratch)

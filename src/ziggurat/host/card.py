@@ -4,6 +4,7 @@ from pathlib import Path
 
 from peft import PeftConfig, TaskType
 
+from ziggurat._distribution import DISTRIBUTION
 from ziggurat.host.folder import AUTO_CLASSES
 
 BEGIN, END = "<!-- ziggurat: begin -->", "<!-- ziggurat: end -->"
@@ -45,7 +46,8 @@ def _section(config_name: str, loading: str, citation: str) -> str:
     return f"""{BEGIN}
 ## Loading this adapter
 
-The adapter's method ({config_name}) comes from the package `ziggurat`. Import it before loading:
+The adapter's method ({config_name}) comes from `ziggurat`, which `pip install {DISTRIBUTION}` brings.
+Import it before loading:
 
 ```python
 {loading}

@@ -128,14 +128,16 @@ def suggest(
 
     Raises:
         ConfigError: the recipe's method isn't msplora, the budget is too small, or the probe learned nothing.
-        RecipeError: as for `ziggurat train`.
+        RecipeError, MissingExtraError: as for `ziggurat train`.
     """
     from ziggurat.training.budget import settle_budget
     from ziggurat.training.methods import method_config
+    from ziggurat.training.needs import check as check_needs
     from ziggurat.training.recipe import load_recipe, to_yaml
     from ziggurat.training.run import train
 
     recipe = load_recipe(source, words)
+    check_needs(recipe, "ziggurat suggest")
     if recipe.method["name"] != "msplora":
         raise ConfigError(f"suggest lays out a pyramid: method.name must be msplora, not {recipe.method['name']}.")
     # What can be wrong is said before the probe costs its time.

@@ -13,7 +13,7 @@ import torch
 from ziggurat.errors import DataError
 
 from .data import text_columns
-from .encode import Collator, encode, longest
+from .encode import Collator, encode_texts, longest
 from .instruct import alpaca_prompt
 from .load import Loaded, load_adapter_model
 from .nearest import missing_path
@@ -77,17 +77,12 @@ def predict(
 
 @torch.no_grad()
 def _score(loaded: Loaded, texts: Sequence[str], second: Sequence[str] | None, batch: int) -> list[Prediction]:
-    from datasets import Dataset
-
-    columns: dict[str, Any] = {"text": list(texts)}
-    if second is not None:
-        columns["text_pair"] = list(second)
     config: Any = loaded.model.config
     length = longest(loaded.tokenizer, config, loaded.recipe.data.max_length)
     separate = loaded.head.pooling == "mean" and loaded.head.pair
-    table, _ = encode(Dataset.from_dict(columns), loaded.tokenizer, length, separate=separate)
+    columns, _ = encode_texts(texts, second, loaded.tokenizer, length, separate=separate)
     collate, device = Collator(loaded.tokenizer), next(loaded.model.parameters()).device
-    rows = [dict(row) for row in table]
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     logits = []
     for start in range(0, len(rows), batch):
         inputs = {name: value.to(device) for name, value in collate(rows[start : start + batch]).items()}

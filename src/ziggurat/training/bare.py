@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ziggurat.errors import ConfigError, first_line
+from ziggurat.extras import require
 
 from .nearest import missing_path
 
@@ -55,7 +56,8 @@ def bare_model(
 def bare_config(model: str | Path, *, revision: str | None = None, gguf_file: str | None = None) -> Any:
     """The config of `model`, of a folder without config.json from its one GGUF file.
 
-    Raises ConfigError where there is none, RecipeError where the GGUF file isn't there or one of several is meant.
+    Raises ConfigError where there is none, RecipeError where the GGUF file isn't there or one of several is meant,
+    MissingExtraError where the embedded model or `gguf` isn't installed.
     """
     from transformers import AutoConfig
 
@@ -66,6 +68,8 @@ def bare_config(model: str | Path, *, revision: str | None = None, gguf_file: st
     if is_path(str(model)) and not Path(path).expanduser().exists():
         raise ConfigError(missing_path(model))
     found = find_gguf(path, gguf_file)
+    if found is not None:
+        require(f"reading {found}", "gguf")
     where: dict[str, Any] = {"gguf_file": found} if found is not None else {}
     try:
         return AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False, **where)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ziggurat.errors import ConfigError, DataError
+from ziggurat.errors import ConfigError, DataError, MissingExtraError
 
 from .bare import bare_config, bare_model
 from .data import class_names
@@ -74,7 +74,7 @@ def _labels(recipe: Recipe, notes: list[str]) -> int:
         if names is not None:
             return len(names)
         why = "the data lie on the hub"
-    except DataError as error:
+    except (DataError, MissingExtraError) as error:
         why = f"the data can't be read ({error})"
     notes.append(f"2 classes are assumed: {why}; data.label_names says how many there are")
     return 2

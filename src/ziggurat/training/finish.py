@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
+
+from ziggurat.extras import missing
 
 #: Picture of the ranks that pruning has left, beside the adapter.
 RANKS_PICTURE = "ranks.png"
@@ -25,7 +26,7 @@ def settle(model: Any) -> dict[str, int]:
 
 def draw_ranks(model: Any, folder: Path) -> None:
     """Draw LoRA²'s ranks, layers by roles, into `folder`, where matplotlib is installed."""
-    if hasattr(model, "ranks") and importlib.util.find_spec("matplotlib"):
+    if hasattr(model, "ranks") and not missing(["matplotlib"]):
         from ziggurat.methods.lora2.ranks import heat_map
 
         heat_map(model, model.ranks(), folder / RANKS_PICTURE)

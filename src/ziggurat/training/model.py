@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ziggurat.errors import RecipeError, first_line
+from ziggurat.extras import require
 
 from .embedded import model_path
 from .heads import MeanPooledClassifier
@@ -64,10 +65,15 @@ def load_base(
 
     `four_bits`: all linears but those of the head become NF4 with doubly quantised constants (QLoRA).
 
-    Raises RecipeError when the model can't be found or read, has no head for the task, or can't be quantised here.
+    Raises RecipeError when the model can't be found or read, has no head for the task, or can't be quantised here;
+    MissingExtraError where packages that it needs aren't installed.
     """
     path = model_path(model)
     gguf_file = find_gguf(path, gguf_file)
+    if gguf_file is not None:
+        require(f"reading {gguf_file}", "gguf")
+    if four_bits:
+        require(f"loading {model} in 4 bits", "bitsandbytes")
     where: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
     if gguf_file is not None:
         where["gguf_file"] = gguf_file

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from ziggurat._distribution import VERSION
+
 from . import workplace
 from .adapt import Counts
 from .finish import draw_ranks
@@ -92,8 +94,8 @@ def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version(), "machine": platform.platform()}
-    for name in ("ziggurat", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "trl"):
+    found = {"python": platform.python_version(), "machine": platform.platform(), "ziggurat": VERSION}
+    for name in ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "trl"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, set_seed
 from ziggurat.analysis.trace import record_spectra
 from ziggurat.host.staging import told_of_storage
 
-from . import spread, trackers, workplace
+from . import needs, spread, trackers, workplace
 from .adapt import adapt, count
 from .budget import Fit, settle_budget
 from .callbacks import callbacks_for
@@ -43,12 +43,14 @@ def train(recipe: Recipe, *, console: Console | None = None, callbacks: Sequence
     or `torchrun`, each of their processes calls this; all get the result, one prints and writes.
 
     Raises:
+        MissingExtraError: packages that the recipe needs aren't installed.
         RecipeError: the folder is taken, the model can't be loaded, or the method doesn't fit it.
         DataError: the data aren't as the recipe says.
         DivergedError: a loss or a weight became NaN or infinite; says at which step and which checkpoint is good.
         Interrupted: Ctrl-C or SIGTERM; says which checkpoint there is.
         ProcessError: another process of the run has gone.
     """
+    needs.check(recipe)
     processes = join()
     trackers.check(recipe.train.report_to or [])
     recipe, fit = settle_budget(recipe)

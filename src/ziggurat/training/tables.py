@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ziggurat.errors import DataError, first_line
+from ziggurat.extras import require
 
 from .nearest import did_you_mean, missing_path
 
@@ -48,8 +49,9 @@ def read_table(
     `demo` names the part of the embedded data. csv is comma-separated with quotes, tsv tab-separated without quotes
     (a quote is a sign like others there, as in GLUE's files), json a list of objects or one object a line.
 
-    Raises DataError when it is missing, unreadable, or has no rows.
+    Raises DataError when it is missing, unreadable, or has no rows; MissingExtraError without `datasets`.
     """
+    require(f"reading {source}", "datasets")
     import datasets
 
     if source == "demo":

@@ -137,10 +137,8 @@ def _instruct(
     checkpoints: Path,
     callbacks: list[TrainerCallback],
 ) -> Task:
-    try:
-        from trl import SFTConfig, SFTTrainer
-    except ImportError as error:
-        raise RecipeError("task: instruct needs TRL; pip install 'ziggurat[instruct]'") from error
+    from trl import SFTConfig, SFTTrainer
+
     if isinstance(examples.train[0]["prompt"], list) and not base.tokenizer.chat_template:
         raise DataError(
             f"data.format: the tokenizer of {recipe.model} has no chat template to join messages with; "
@@ -218,14 +216,19 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the libraries' own bars and chatter off the terminal; their errors still come through."""
-    import datasets
     import transformers
 
-    bars = datasets.are_progress_bars_disabled()
+    try:  # predicting, exporting and merging do without it
+        from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    except ImportError:
+        bars = False
+    else:
+        bars = not are_progress_bars_disabled()
     level = transformers.logging.get_verbosity()
     trl = logging.getLogger("trl")
     trl_level = trl.level
-    datasets.disable_progress_bars()
+    if bars:
+        disable_progress_bars()
     transformers.logging.set_verbosity_error()
     trl.setLevel(logging.ERROR)
     try:
@@ -234,5 +237,5 @@ def quiet() -> Iterator[None]:
     finally:
         trl.setLevel(trl_level)
         transformers.logging.set_verbosity(level)
-        if not bars:
-            datasets.enable_progress_bars()
+        if bars:
+            enable_progress_bars()

