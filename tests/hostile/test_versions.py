@@ -1,60 +1,136 @@
-"""A version of PEFT or transformers that wasn't tested is refused at import, with what to install."""
+"""Versions of PEFT, transformers and torch: too old is refused, newer is warned of, limited pairs say what fails."""
 
 import importlib
 import tomllib
+import warnings
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import peft
 import pytest
+import transformers
 from packaging.requirements import Requirement
+from packaging.version import Version
+from transformers.integrations import peft as integration
 
 import ziggurat
-from ziggurat.errors import VersionError
-from ziggurat.host.supported import BOUNDS, check_versions
+from ziggurat.doctor.checks import machine
+from ziggurat.errors import VersionError, VersionWarning
+from ziggurat.host import supported
+from zoo import ZOO
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-@pytest.mark.parametrize("name", BOUNDS)
-def test_the_bounds_are_those_of_the_project(name: str) -> None:
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`check_versions()` with other versions installed; the texts of its warnings."""
+    monkeypatch.delenv(supported.STRICT, raising=False)
+    monkeypatch.setattr(integration, "check_peft_version", integration.check_peft_version)  # put back afterwards
+
+    def run(asked: str = "0.18.0", **versions: str) -> list[str]:
+        found = {name: supported.newest(name) for name in supported.LOWEST} | versions
+        monkeypatch.setattr(supported, "installed", lambda: found)
+        monkeypatch.setattr(integration, "MIN_PEFT_VERSION", asked)
+        monkeypatch.setattr(peft, "__version__", found["peft"])
+        monkeypatch.setattr(transformers, "__version__", found["transformers"])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            supported.check_versions()
+        assert all(issubclass(one.category, VersionWarning) for one in caught)
+        return [str(one.message) for one in caught]
+
+    return run
+
+
+@pytest.mark.parametrize("name", supported.LOWEST)
+def test_the_bounds_are_those_of_the_project_and_none_is_an_upper_one(name: str) -> None:
     (found,) = [Requirement(text) for text in PROJECT["dependencies"] if Requirement(text).name == name]
-    lowest, above = BOUNDS[name]
-    assert {(s.operator, s.version) for s in found.specifier} == {(">=", lowest), ("<", above)}
+    assert {(s.operator, s.version) for s in found.specifier} == {(">=", supported.LOWEST[name])}
+
+
+def test_no_dependency_has_an_upper_bound() -> None:
+    listed = [
+        *PROJECT["dependencies"],
+        *(text for extra in PROJECT["optional-dependencies"].values() for text in extra),
+    ]
+    upper = [text for text in listed for s in Requirement(text).specifier if s.operator in ("<", "<=", "~=")]
+    assert not upper
 
 
 @pytest.mark.parametrize(
-    ("name", "version", "fits"),
+    ("name", "version"),
     [
-        ("peft", "0.21.2", True),
-        ("peft", "0.21.9.dev0", True),
-        ("peft", "0.21.1", False),
-        ("peft", "0.9.0", False),
-        ("peft", "0.22.0", False),
-        ("peft", "0.22.0.dev0", False),
-        ("peft", "1.0", False),
-        ("transformers", "5.20.0", True),
-        ("transformers", "5.99.1+cpu", True),
-        ("transformers", "5.19.3", False),
-        ("transformers", "4.57.6", False),
-        ("transformers", "6.0.0", False),
+        ("peft", "0.18.0"),
+        ("peft", "0.9.0"),
+        ("transformers", "5.5.4"),
+        ("transformers", "4.57.6"),
+        ("torch", "2.5.1+cpu"),
     ],
 )
-def test_versions(name: str, version: str, fits: bool) -> None:
-    package = ModuleType(name)
-    package.__version__ = version
-    if fits:
-        check_versions(package)
+def test_older_versions_are_refused(check: Any, name: str, version: str) -> None:
+    with pytest.raises(VersionError, match=rf"{name} {version.replace('+', '.')} is installed, .* {name}>="):
+        check(**{name: version})
+
+
+@pytest.mark.parametrize("name", ["peft", "transformers"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_newer_versions_are_warned_of(check: Any, monkeypatch: pytest.MonkeyPatch, name: str, strict: bool) -> None:
+    newest = Version(supported.newest(name))
+    patch = f"{newest.major}.{newest.minor}.{newest.micro + 1}"
+    assert check(**{name: patch}) == []
+    if strict:
+        monkeypatch.setenv(supported.STRICT, "1")
+        with pytest.raises(VersionError, match=r"newer than .*ZIGGURAT_STRICT is set"):
+            check(**{name: f"{newest.major}.{newest.minor + 1}.0"})
         return
-    with pytest.raises(VersionError, match=rf"{name} {version} is installed, .*pip install '{name}>="):
-        check_versions(package)
+    for version in (f"{newest.major}.{newest.minor + 1}.0.dev0", f"{newest.major + 1}.0"):
+        (said,) = check(**{name: version})
+        assert said.startswith(f"{name} {version} is newer than {supported.newest(name)}, the newest version")
 
 
-def test_the_import_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peft, "__version__", "0.20.0")
-    with pytest.raises(
-        VersionError, match=r"peft 0\.20\.0 is installed, and this version of ziggurat works with peft>="
-    ):
+def test_a_limited_pair_names_the_calls_that_fail_and_they_end_in_that_sentence(check: Any) -> None:
+    (said,) = check(asked="99.0")
+    assert "asks for PEFT 99.0 or newer" in said and "get_peft_model and PeftModel.from_pretrained too" in said
+    model: Any = ZOO["llama"].build()
+    calls = {
+        "add_adapter": (ziggurat.MSPLoraConfig(target_modules=["q_proj"]),),
+        "set_adapter": ("default",),
+        "delete_adapter": ("default",),
+    }
+    assert set(calls) < set(supported.ASKING)
+    for name in supported.ASKING:
+        assert name in said
+        with pytest.raises(VersionError, match="asks for PEFT"):
+            getattr(model, name)(*calls.get(name, ()))
+
+
+def test_transformers_asks_in_the_methods_that_are_listed() -> None:
+    source = Path(str(integration.__file__)).read_text(encoding="utf-8")
+    methods = [part.partition("(")[0] for part in source.split("    def ") if "\n        check_peft_version(" in part]
+    assert sorted(methods) == sorted(supported.ASKING)
+
+
+def test_the_import_itself_checks(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supported, "installed", lambda: {"peft": "0.17.0"})
+    with pytest.raises(VersionError, match=r"peft 0\.17\.0 is installed, and ziggurat works with peft>="):
         importlib.reload(ziggurat)
     monkeypatch.undo()
     assert importlib.reload(ziggurat).MSPLoraConfig().r == 8
+
+
+def test_the_doctor_says_what_the_import_warns_of(check: Any) -> None:
+    newer = "99.0.0"
+    check(asked="98.0", transformers=newer)
+    found = {finding.what: finding for finding in machine()}
+    assert found["a limited pair of versions"].level == "warning"
+    assert found[f"transformers {newer}"].level == "warning"
+
+
+def test_the_doctor_looks_at_processor_accelerators_disk_and_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    whats = [finding.what for finding in machine()]
+    for begins in ("processor: ", "accelerators: ", "disk: "):
+        assert any(what.startswith(begins) for what in whats)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 10**9})())
+    levels = {finding.what: finding.level for finding in machine() if finding.what.startswith("disk: ")}
+    assert levels and set(levels.values()) == {"warning"}

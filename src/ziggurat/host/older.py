@@ -1,8 +1,8 @@
 """What older versions lack, under the names that the newest have. A part goes when LOWEST in supported.py passes it.
 
-transformers 5.23 calls gradient checkpointing activation checkpointing. PEFT 0.21 has an error class of its own for targets that match nothing, which was a ValueError before. PEFT 0.20 has
-backends that read and write quantised weights; before it, quantised linear layers train by their own forward, and
-nothing is merged into them.
+transformers 5.23 renames gradient checkpointing to activation checkpointing. PEFT 0.21 has an error class of its own
+for targets that match nothing, which was a ValueError before. PEFT 0.20 has backends that read and write quantised
+weights; before it, quantised linear layers train by their own forward, and nothing is merged into them.
 """
 
 from typing import TYPE_CHECKING, Any

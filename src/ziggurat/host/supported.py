@@ -53,7 +53,7 @@ def tested_here() -> Tested | None:
     """The tested set that is installed here, patch releases left aside."""
     have = {package: Version(version).release[:2] for package, version in installed().items()}
     for row in reversed(tested()):
-        if all(Version(version).release[:2] == have[package] for package, version in row.versions.items()):
+        if all(Version(row.versions[package]).release[:2] == release for package, release in have.items()):
             return row
     return None
 
