@@ -10,7 +10,8 @@ from torch import multiprocessing
 from two_processes import METHODS, STRATEGIES, build, steps, work
 
 from methods_table import logits
-from tolerance import assert_models_agree
+from plain_models import LAYERS
+from tolerance import assert_models_agree, model_rounding
 from zoo import ZOO
 
 
@@ -27,7 +28,8 @@ def test_two_processes_train_what_one_trains(method: str, strategy: str, trained
     alone = build(method)
     expected = steps(alone, slice(None))
     found = json.loads((trained / "losses.json").read_text())[f"{method}-{strategy}"]
-    assert found == pytest.approx(expected, rel=1e-5) and len(set(found)) == 3
+    # Each of the three steps starts from what the one before it has rounded.
+    assert found == pytest.approx(expected, rel=model_rounding(3 * LAYERS)) and len(set(found)) == 3
 
     folder = trained / f"{method}-{strategy}"
     held = load_file(folder / "adapter_model.safetensors")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 from ziggurat._distribution import DISTRIBUTION
+from ziggurat.extras import EXTRAS, install_command, missing
 from ziggurat.host import supported
 
 from .finding import Finding
@@ -33,36 +34,25 @@ def machine() -> Iterator[Finding]:
 
 
 def _requirements() -> Iterator[Finding]:
-    """What pyproject.toml asks for and is missing or too old; which extras are complete."""
-    missing: dict[str, list[str]] = {}
-    extras = [name for name in metadata(DISTRIBUTION).get_all("Provides-Extra") or [] if name != "dev"]
+    """What pyproject.toml asks for and is missing or too old; which extras are not whole."""
     for wanted in map(Requirement, requires(DISTRIBUTION) or []):
-        marker = wanted.marker
-        needed = marker is None or marker.evaluate({"extra": ""})
-        asking = [name for name in extras if marker is not None and marker.evaluate({"extra": name})]
-        if wanted.name == DISTRIBUTION or not (needed or asking):
-            continue
+        needed = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
         try:
             have = version(wanted.name)
         except PackageNotFoundError:
             if needed:
                 why = f"ziggurat needs {wanted.name}{wanted.specifier}"
                 yield Finding("error", f"{wanted.name} is not installed", why, f"pip install '{DISTRIBUTION}'")
-            for name in asking if not needed else ():
-                missing.setdefault(name, []).append(wanted.name)
             continue
         if not wanted.specifier.contains(have, prereleases=True):
-            who = "ziggurat" if needed else f"{DISTRIBUTION}[{asking[0]}]"
             what = f"{wanted.name}{wanted.specifier}"
-            level = "error" if needed else "warning"
+            level, who = ("error", "ziggurat") if needed else ("warning", "one of ziggurat's extras")
             yield Finding(level, f"{wanted.name} {have}", f"{who} needs {what}", f"pip install '{what}'")
-    for name, packages in missing.items():
-        yield Finding(
-            "note",
-            f"extra {name}: not installed",
-            f"{', '.join(packages)} {'is' if len(packages) == 1 else 'are'} missing",
-            f"pip install '{DISTRIBUTION}[{name}]', where a command asks for it",
-        )
+    for extra, packages in EXTRAS.items():
+        if lacking := missing(packages):
+            why = f"{', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not installed"
+            do = f"{install_command(lacking)}, if a command asks for it"
+            yield Finding("note", f"extra {extra}: not complete", why, do)
 
 
 def _versions() -> Iterator[Finding]:
@@ -81,9 +71,7 @@ def _versions() -> Iterator[Finding]:
             )
     row = supported.tested_here()
     if row is None:
-        rows = "; ".join(
-            ", ".join(f"{name} {number}" for name, number in row.versions.items()) for row in supported.tested()
-        )
+        rows = "; ".join(", ".join(f"{name} {row.versions[name]}" for name in have) for row in supported.tested())
         yield Finding("note", shown, f"these versions were not tested together; tested were: {rows}")
         return
     yield Finding("note", shown, f"tested together on {row.ran} ({row.why}): {row.result}")
