@@ -6,9 +6,11 @@ forward takes. transformers is imported, and a model built, only when asked for.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from plain_models import LAYERS, WIDTH, Block, NoStack, PlainList, PlainSequential, RoutedBlock
@@ -84,7 +86,11 @@ _MAMBA: dict[str, Any] = {
     "mamba_d_state": 4,
     "mamba_d_conv": 2,
     "mamba_dt_rank": 4,
+    "use_mamba_kernels": False,
 }
+#: Between transformers 5.6 and 5.16 vision models lost their old names of stacks, queries and values.
+_OLD_VISION = Version(version("transformers")) < Version("5.16")
+_VISION_TARGETS = ["query", "value"] if _OLD_VISION else ["q_proj", "v_proj"]
 _DISENTANGLED: dict[str, Any] = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
 _BART: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -109,6 +115,8 @@ _T5: dict[str, Any] = {
     "num_decoder_layers": LAYERS + 1,
     "num_heads": 2,
     "decoder_start_token_id": 0,
+    # Its scores aren't divided by the root of their width: with larger weights a softmax turns rounding into signal.
+    "initializer_factor": 0.5,
 }
 _VIT: dict[str, Any] = {
     "hidden_size": WIDTH,
@@ -268,13 +276,13 @@ ZOO: dict[str, Zoo] = {
     "vit": Zoo(
         _transformers("AutoModelForImageClassification", "ViTConfig", {"num_labels": 3, **_VIT}),
         image_inputs,
-        ["q_proj", "v_proj"],
-        {"vit.layers": LAYERS},
+        _VISION_TARGETS,
+        {"vit.encoder.layer" if _OLD_VISION else "vit.layers": LAYERS},
     ),
     "swin": Zoo(
         _transformers("AutoModelForImageClassification", "SwinConfig", {"num_labels": 3, **_SWIN}),
         image_inputs,
-        ["q_proj", "v_proj"],
+        _VISION_TARGETS,
         {"swin.encoder.layers.0.blocks": 2, "swin.encoder.layers.1.blocks": 3},
     ),
     "clip": Zoo(

@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
+import versions
 from methods_table import METHODS, logits, zoo_config
 from tolerance import assert_models_agree, model_rounding
 from word_tokenizer import word_tokenizer
@@ -63,6 +64,7 @@ def test_autocast(method: str, dtype: torch.dtype) -> None:
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in trained)
 
 
+@versions.compiles_whole
 @every_method
 @pytest.mark.parametrize("model", ["bert", "llama"])
 def test_compile_without_graph_breaks(method: str, model: str) -> None:

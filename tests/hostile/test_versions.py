@@ -11,11 +11,12 @@ import pytest
 import transformers
 from packaging.requirements import Requirement
 from packaging.version import Version
+from peft.tuners.tuners_utils import BaseTuner
 from transformers.integrations import peft as integration
 
 import ziggurat
 from ziggurat.doctor.checks import machine
-from ziggurat.errors import VersionError, VersionWarning
+from ziggurat.errors import ConfigError, VersionError, VersionWarning
 from ziggurat.host import supported
 from zoo import ZOO
 
@@ -109,6 +110,24 @@ def test_transformers_asks_in_the_methods_that_are_listed() -> None:
     source = Path(str(integration.__file__)).read_text(encoding="utf-8")
     methods = [part.partition("(")[0] for part in source.split("    def ") if "\n        check_peft_version(" in part]
     assert sorted(methods) == sorted(supported.ASKING)
+
+
+@pytest.mark.parametrize(
+    ("config", "lost"),
+    [
+        (ziggurat.MSPLoraConfig(target_modules=["q_proj"], bias="all"), "bias='all'"),
+        (ziggurat.LoR2CConfig(merges=1), "merges and injections"),
+    ],
+)
+def test_what_an_older_peft_would_not_save_is_refused_before_training(
+    monkeypatch: pytest.MonkeyPatch, config: Any, lost: str
+) -> None:
+    monkeypatch.delattr(BaseTuner, "_get_adapter_state_dict", raising=False)
+    model = ZOO["llama"].build()
+    names = list(model.state_dict())
+    with pytest.raises(ConfigError, match=rf"^{lost}: PEFT .* saves the factors of an adapter alone.*peft>=0\.21"):
+        peft.get_peft_model(model, config)
+    assert list(model.state_dict()) == names
 
 
 def test_the_import_itself_checks(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:

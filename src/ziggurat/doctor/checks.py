@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ziggurat._distribution import DISTRIBUTION
 from ziggurat.errors import ConfigError, MissingExtraError, ZigguratError
 from ziggurat.extras import install_command, missing
 

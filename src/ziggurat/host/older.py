@@ -5,12 +5,21 @@ for targets that match nothing, which was a ValueError before. PEFT 0.20 has bac
 weights; before it, quantised linear layers train by their own forward, and nothing is merged into them.
 """
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
+
+import peft
+from peft.tuners.tuners_utils import BaseTuner
+
+from ziggurat.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft.utils.error import NoMatchingPeftModuleError
-    from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
-    from peft.utils.quantization_utils import resolve_quantization_backend
+    from peft.utils.quantization_utils import (
+        ForwardOnlyQuantizationBackend,
+        QuantizationBackend,
+        resolve_quantization_backend,
+    )
 else:
     try:
         from peft.utils.error import NoMatchingPeftModuleError
@@ -47,9 +56,34 @@ else:
 
 def as_no_match(error: ValueError) -> ValueError:
     """`error`, or PEFT's own class for it if the text says that no target was found."""
-    if isinstance(error, NoMatchingPeftModuleError) or "not found in the base model" not in str(error):
-        return error
-    return NoMatchingPeftModuleError(str(error))
+    says = any(text in str(error) for text in ("not found in the base model", "No modules were targeted"))
+    return NoMatchingPeftModuleError(str(error)) if says and type(error) is ValueError else error
+
+
+def check_saved_whole(config: Any) -> None:
+    """Raise ConfigError if PEFT before 0.21 would save this adapter without a part that it trains.
+
+    A method tells PEFT 0.21 what belongs to an adapter besides its factors; before, PEFT takes the factors alone. So
+    biases would be lost, and so would the structure of a LoR2C adapter that merges and injects, where a Trainer resumes
+    or takes its best checkpoint back. An adapter whose training is over has its structure in its config.
+    """
+    if hasattr(BaseTuner, "_get_adapter_state_dict"):
+        return
+    in_training = getattr(config, "restructures", False) and not config.inference_mode
+    lost = "merges and injections" if in_training else f"bias={config.bias!r}" if config.bias != "none" else None
+    if lost is not None:
+        raise ConfigError(
+            f"{lost}: PEFT {peft.__version__} saves the factors of an adapter alone, so what this trains would be "
+            "lost. Install peft>=0.21, or leave it out of the config."
+        )
+
+
+@cache
+def trainer_counts_shifted_labels() -> bool:
+    """Whether Trainer's `num_items_in_batch` leaves out each row's first label, which no causal model predicts."""
+    from transformers import Trainer  # which takes a second to load
+
+    return "_loss_shifts_labels" in Trainer.__init__.__code__.co_names
 
 
 def checkpointing_argument() -> str:
@@ -65,6 +99,8 @@ __all__ = [
     "NoMatchingPeftModuleError",
     "QuantizationBackend",
     "as_no_match",
+    "check_saved_whole",
     "checkpointing_argument",
     "resolve_quantization_backend",
+    "trainer_counts_shifted_labels",
 ]

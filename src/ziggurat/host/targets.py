@@ -4,6 +4,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
+import transformers
+from packaging.version import Version
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
@@ -15,8 +17,10 @@ _LLAMA_LIKE = (
     *("cohere", "eurobert", "glm4", "gpt_oss", "granite", "helium", "olmo", "olmo2", "smollm3", "starcoder2"),
     *("qwen2_moe", "qwen3_moe", "jamba", "zamba"),
     *("m2m_100", "marian", "mbart", "pegasus", "whisper"),
-    *("clip", "siglip", "swin", "vit"),
+    *("clip", "siglip"),
 )
+#: Between transformers 5.6 and 5.16 these lost their old names of queries and values.
+_VISION = ["query", "value"] if Version(transformers.__version__) < Version("5.16") else ["q_proj", "v_proj"]
 
 DEFAULT_TARGETS: dict[str, list[str] | str] = {
     **{model_type: ["query", "value"] for model_type in _BERT_LIKE},
@@ -27,7 +31,9 @@ DEFAULT_TARGETS: dict[str, list[str] | str] = {
     "mpnet": ["q", "v"],
     "persimmon": ["query_key_value"],
     "phi3": ["qkv_proj"],
+    "swin": _VISION,
     "umt5": ["q", "v"],
+    "vit": _VISION,
     **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
 }
 """model_type -> target_modules. PEFT's own table decides, so that methods and LoRA adapt the same

@@ -15,7 +15,7 @@ from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Anatomy
 from ziggurat.host.bank import PairBank
 from ziggurat.host.linear import AdaptedLinear, features, is_adaptable
-from ziggurat.host.older import NoMatchingPeftModuleError, as_no_match
+from ziggurat.host.older import NoMatchingPeftModuleError, as_no_match, check_saved_whole
 from ziggurat.host.paths import PathLayer
 from ziggurat.host.quantised import changing
 from ziggurat.host.siblings import introduce
@@ -39,6 +39,12 @@ class LinearTuner(BaseTuner):
     layer_cls: type[AdaptedLinear]
     target_module_mapping = DEFAULT_TARGETS  # type: ignore[assignment]
     anatomy: Anatomy | None = None
+    #: PEFT before 0.21.2 reads this of every model for sequence-to-sequence, and transformers 5.17 no longer has it.
+    _prepare_encoder_decoder_kwargs_for_generation = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # PEFT before 0.21 calls `self.model.forward`, which runs none of the root's hooks: no regulariser, no frames.
+        return self.model(*args, **kwargs)
 
     def _check_target(self, config: Any, path: str, module: nn.Module) -> None:
         """Raise ConfigError if the linear at `path` can't be adapted as `config` says. Changes nothing."""
@@ -68,6 +74,7 @@ class LinearTuner(BaseTuner):
                 self._check_target(peft_config, path, module)
                 made |= self._makes(peft_config, path, module)
         check_stored(peft_config, sum(made.values()))
+        check_saved_whole(peft_config)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         try:

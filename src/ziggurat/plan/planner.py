@@ -14,7 +14,7 @@ from torch import nn
 
 from ziggurat.analysis.components import UPDATE, Component
 from ziggurat.analysis.readers import READERS, place_by_name
-from ziggurat.errors import ConfigError
+from ziggurat.errors import ConfigError, RecipeError
 from ziggurat.host.anatomy import Anatomy, Place
 
 from .disk import file_bytes
@@ -207,7 +207,7 @@ def _beside(model: nn.Module, config: Any, method: str, mine: int) -> tuple[list
         try:
             fit = fit_rank(model, choice, mine, build=False)
             found.append(Beside(other, "budget", fit.rank, fit.parameters))
-        except ConfigError as error:
+        except (ConfigError, RecipeError) as error:
             notes.append(f"{other}, same budget: {error}")
     return found, notes
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
+from ziggurat.errors import RecipeError
+
 from .nearest import did_you_mean
 
 # Set by the run itself, or of no use in a recipe.
@@ -62,10 +64,20 @@ class Method:
     four_bits: bool = False
 
     def config_class(self) -> type[Any] | None:
+        """The config's class; None for a method that trains the model's own weights.
+
+        Raises:
+            RecipeError: the installed PEFT doesn't have this method yet.
+        """
         if self.config is None:
             return None
         module, _, name = self.config.partition(":")
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name, None)
+        if found is None:
+            from peft import __version__ as version
+
+            raise RecipeError(f"PEFT {version} has no {name}: install a newer peft, or take another method")
+        return found
 
 
 def _rank(rank: int) -> dict[str, Any]:
@@ -179,7 +191,10 @@ def method_problems(choice: dict[str, Any]) -> list[str]:
     if not isinstance(name, str) or name not in METHODS:
         hint = did_you_mean(str(name), METHODS)
         return [f"method.name: '{name}' is not one of {', '.join(METHODS)}{hint}"]
-    fields = method_fields(name)
+    try:
+        fields = method_fields(name)
+    except RecipeError as error:
+        return [f"method.name: {name}: {error}"]
     problems = []
     for key, value in choice.items():
         if key == "name":

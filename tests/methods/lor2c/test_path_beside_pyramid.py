@@ -5,10 +5,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import versions
 from methods_table import logits
 from ziggurat import LoR2CConfig, MSPLoraConfig
 from ziggurat.methods.lor2c.events import restructure
 from zoo import ZOO
+
+pytestmark = versions.transformers_calls
 
 
 def both(**fields: object) -> nn.Module:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
+import versions
 from methods_table import logits
 from ziggurat import LoR2CConfig
 from ziggurat.errors import ConfigError
@@ -20,6 +21,8 @@ from ziggurat.methods.lor2c.events import restructure
 from ziggurat.methods.lor2c.paths import PathBank
 from ziggurat.methods.lor2c.plan import StackState, schedule
 from zoo import ZOO
+
+pytestmark = versions.saves_whole
 
 STACK = "bert.encoder.layer"
 STEPS = 24

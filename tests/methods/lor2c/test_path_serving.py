@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import versions
 from methods_table import logits
 from tolerance import assert_models_agree
 from ziggurat import LoR2CConfig, MSPLoraConfig
@@ -17,6 +18,8 @@ from ziggurat.errors import ExportError
 from ziggurat.export import export, merge
 from ziggurat.methods.lor2c.serve import write_injected_lora, write_remote_code_model
 from zoo import ZOO
+
+pytestmark = versions.saves_whole
 
 LOAD = """
 import sys, torch, transformers

@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
+import versions
 from methods_table import logits
 from plain_models import WIDTH
 from tolerance import assert_models_agree, assert_sums_agree
@@ -146,6 +147,7 @@ def test_the_loss_holds_the_regulariser_in_training_only(return_dict: bool) -> N
     assert penalty(model) is None
 
 
+@versions.transformers_calls
 def test_adapters_of_transformers_own_calls_are_regularised_too() -> None:
     torch.manual_seed(0)
     model = ZOO["llama"].build()

@@ -16,6 +16,7 @@ from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Anatomy
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.offload import runs_on
+from ziggurat.host.older import check_saved_whole
 from ziggurat.host.paths import CANT_MERGE, attach, detach, handover_of, path_of
 from ziggurat.host.quantised import FLOATS
 from ziggurat.host.trainers import ride_along
@@ -72,6 +73,7 @@ class LoR2CModel(LinearTuner):
         self.anatomy = Anatomy(model, layers_pattern=peft_config.layers_pattern)
         self._layout = lay_out(peft_config, model, self.anatomy, self.get_model_config(model).get("model_type"))
         check_stored(peft_config, self._layout.numbers(peft_config, model))
+        check_saved_whole(peft_config)
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
         assert isinstance(peft_config, LoR2CConfig)

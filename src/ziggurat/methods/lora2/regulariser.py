@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from ziggurat.host.older import trainer_counts_shifted_labels
 from ziggurat.methods.lora2.layer import LoRA2Linear
 from ziggurat.methods.lora2.orthogonality import Planes, cross_plane, orthogonality
 
@@ -167,8 +168,10 @@ def _share(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | float:
         return 1.0
     if isinstance(kwargs.get("shift_labels"), Tensor):
         labels = kwargs["shift_labels"]
-    elif LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss and not getattr(
-        getattr(model, "config", None), "is_encoder_decoder", False
+    elif (
+        LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
+        and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        and trainer_counts_shifted_labels()
     ):
         labels = labels[..., 1:]
     here = labels.ne(-100).sum().float()

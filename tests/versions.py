@@ -1,0 +1,19 @@
+"""What older or limited versions of the host can't do, for the tests of it. docs/guarantees.md says the same."""
+
+import peft
+import pytest
+import transformers
+from packaging.version import Version
+
+from ziggurat.host.supported import asked_peft
+
+PEFT, TRANSFORMERS = Version(peft.__version__), Version(transformers.__version__)
+
+#: transformers' own add_adapter, load_adapter and the like; test_versions.py tests the error that they end in.
+transformers_calls = pytest.mark.skipif(asked_peft() is not None, reason="this transformers asks for a newer PEFT")
+#: PEFT's own classes around models of a task read a setting that transformers logs a warning about.
+compiles_whole = pytest.mark.skipif(Version("0.21") > PEFT, reason="a log call in this PEFT's forward breaks graphs")
+#: What check_saved_whole refuses; test_versions.py tests the refusal.
+saves_whole = pytest.mark.skipif(Version("0.21") > PEFT, reason="this PEFT saves the factors of an adapter alone")
+#: PEFT's backends for quantised weights.
+quantised = pytest.mark.skipif(Version("0.20") > PEFT, reason="this PEFT neither reads nor writes quantised weights")
