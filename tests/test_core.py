@@ -34,7 +34,7 @@ WORKS = {
     "analyze RUN": "(msplora)",
     "analyze RUN --json": '"method": "msplora"',
     "analyze RUN --out NEW/analysis": "3 files written",
-    "doctor": "nothing found",
+    "doctor": "processor: ",
     "doctor RUN": "serving an adapter of bert",
     "export RUN NEW/plain": "plain LoRA of rank",
     "export WRITER NEW/served --serving": "--max-lora-rank 8",

@@ -1,4 +1,5 @@
-"""Every command that the README documents, on the embedded model and data, five steps long.
+"""What the README documents, on the embedded model and data, five steps long: train, resume, predict, export, merge,
+eval, analyze, report, plan, doctor; TRL's SFT; transformers' add_adapter and load_adapter.
 
 `.ci/versions` runs this file under every set of versions that is supported.
 """
@@ -60,6 +61,14 @@ def test_export_and_merge(run: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "plain/adapter_config.json").read_text())["peft_type"] == "LORA"
     assert main("merge", str(run), str(tmp_path / "whole")) == 0
     assert (tmp_path / "whole/model.safetensors").exists()
+
+
+def test_eval(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "glue/sst2").mkdir(parents=True)
+    rows = [{"sentence": f"a {word} film", "label": label} for label, word in ((0, "dull"), (1, "fine"))]
+    Dataset.from_list(rows).to_parquet(tmp_path / "glue/sst2/validation.parquet")
+    assert main("eval", str(run), "--tasks", "glue/sst2", "--data", str(tmp_path / "glue")) == 0
+    assert "accuracy" in capsys.readouterr().out
 
 
 def test_what_looks_at_an_adapter(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,8 @@ for part in $parts; do
 done
 
 if [ -z "$out" ]; then
-  card=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr -cs 'A-Za-z0-9\n' '-') || true
+  # A rehearsal never writes over what a card has given.
+  [ -n "${rehearse:-}" ] || card=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr -cs 'A-Za-z0-9\n' '-') || true
   out=$here/results/${card:-rehearsal}
 fi
 mkdir -p "$out"

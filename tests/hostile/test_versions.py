@@ -106,6 +106,14 @@ def test_a_limited_pair_names_the_calls_that_fail_and_they_end_in_that_sentence(
             getattr(model, name)(*calls.get(name, ()))
 
 
+def test_a_transformers_that_no_longer_asks_is_no_error(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    check()
+    for name in ("MIN_PEFT_VERSION", "check_peft_version"):
+        monkeypatch.delattr(integration, name)
+    assert supported.limits() is None
+    supported._explain()
+
+
 def test_transformers_asks_in_the_methods_that_are_listed() -> None:
     source = Path(str(integration.__file__)).read_text(encoding="utf-8")
     methods = [part.partition("(")[0] for part in source.split("    def ") if "\n        check_peft_version(" in part]
@@ -116,7 +124,7 @@ def test_transformers_asks_in_the_methods_that_are_listed() -> None:
     ("config", "lost"),
     [
         (ziggurat.MSPLoraConfig(target_modules=["q_proj"], bias="all"), "bias='all'"),
-        (ziggurat.LoR2CConfig(merges=1), "merges and injections"),
+        (ziggurat.LoR2CConfig(merges=1), "merges=1"),
     ],
 )
 def test_what_an_older_peft_would_not_save_is_refused_before_training(

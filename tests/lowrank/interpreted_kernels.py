@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter on the CPU. Run by test_triton_product.py in a process of its own.
 
 The interpreter multiplies bf16 tiles as if their codes were integers, so products are float16 or float32 here;
-bf16 products need a GPU (benchmarks/gpu_product.py checks them). Tolerances, of the norm: by the shortest of the
+bf16 products need a GPU (benchmarks/gpu/kernels.py checks them). Tolerances, of the norm: by the shortest of the
 dtypes of the products and of the result.
 """
 

@@ -33,7 +33,7 @@ WHOLE = [
 
 
 def bits(tensors: dict[str, Tensor]) -> list[tuple[Any, ...]]:
-    """Each tensor's dtype, shape and bytes, in an order that no name decides."""
+    """Each tensor's dtype, shape and bytes, whatever its name: which is which, the outputs tell."""
     return sorted(
         (str(t.dtype), tuple(t.shape), t.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         for t in tensors.values()

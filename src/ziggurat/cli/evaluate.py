@@ -105,7 +105,7 @@ def _check_needs(glue: list[str], rest: list[str]) -> None:
     from ziggurat.extras import require
     from ziggurat.training.glue import GLUE
 
-    # What there is no task of is told of by what reads the names.
+    # Names of no task are reported where the names are read.
     known = [name for name in (one.removeprefix("glue/") for one in glue) if name in GLUE]
     packages = [package for name in known for package in needs(name)]
     require("ziggurat eval", *packages, *(["lm-eval"] if rest else []))

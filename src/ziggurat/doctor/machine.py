@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -35,18 +35,27 @@ def machine() -> Iterator[Finding]:
 
 def _requirements() -> Iterator[Finding]:
     """What pyproject.toml asks for and is missing or too old; which extras are not whole."""
-    for wanted in map(Requirement, requires(DISTRIBUTION) or []):
+    try:
+        listed = [Requirement(text) for text in metadata.requires(DISTRIBUTION) or []]
+    except metadata.PackageNotFoundError:
+        why = "Python has the source of ziggurat, but no installed distribution of that name"
+        yield Finding("warning", f"{DISTRIBUTION} is not installed", why, "install it again: pip install .")
+        listed = []
+    brought = {package: extra for extra, packages in reversed(EXTRAS.items()) for package in packages}
+    for wanted in listed:
         needed = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
+        if not needed and wanted.name not in brought:  # a tool of developing
+            continue
+        what = f"{wanted.name}{wanted.specifier}"
         try:
-            have = version(wanted.name)
-        except PackageNotFoundError:
+            have = metadata.version(wanted.name)
+        except metadata.PackageNotFoundError:
             if needed:
-                why = f"ziggurat needs {wanted.name}{wanted.specifier}"
-                yield Finding("error", f"{wanted.name} is not installed", why, f"pip install '{DISTRIBUTION}'")
+                why = f"ziggurat needs {what}"
+                yield Finding("error", f"{wanted.name} is not installed", why, f"pip install '{what}'")
             continue
         if not wanted.specifier.contains(have, prereleases=True):
-            what = f"{wanted.name}{wanted.specifier}"
-            level, who = ("error", "ziggurat") if needed else ("warning", "one of ziggurat's extras")
+            level, who = ("error", "ziggurat") if needed else ("warning", f"{DISTRIBUTION}[{brought[wanted.name]}]")
             yield Finding(level, f"{wanted.name} {have}", f"{who} needs {what}", f"pip install '{what}'")
     for extra, packages in EXTRAS.items():
         if lacking := missing(packages):
@@ -74,7 +83,8 @@ def _versions() -> Iterator[Finding]:
         rows = "; ".join(", ".join(f"{name} {row.versions[name]}" for name in have) for row in supported.tested())
         yield Finding("note", shown, f"these versions were not tested together; tested were: {rows}")
         return
-    yield Finding("note", shown, f"tested together on {row.ran} ({row.why}): {row.result}")
+    level = "note" if row.passed else "warning"
+    yield Finding(level, shown, f"tested together on {row.ran} ({row.why}): {row.result}")
     for fails in row.fails:
         yield Finding("warning", f"with {shown}", fails, "docs/guarantees.md has the reason")
 
@@ -86,8 +96,7 @@ def _processor() -> Iterator[Finding]:
     yield Finding(
         "note",
         f"processor: {platform.machine()}, {features}, {torch.get_num_threads()} threads",
-        f"Python {platform.python_version()}; bfloat16 in hardware: "
-        f"{'yes' if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 'no'}",
+        f"Python {platform.python_version()}",
     )
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     count = torch.accelerator.device_count() if found is not None else 0

@@ -22,8 +22,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _get_current_graph_task_keep_graph
 from torch.autograd.graph import get_gradient_edge
+
+try:
+    from torch._C._autograd import _get_current_graph_task_keep_graph
+except ImportError:  # private; without it x lives as long as its graph
+
+    def _get_current_graph_task_keep_graph() -> bool:
+        return True
+
 
 #: What a `Kept` is called among the things that belong to an autograd node, or to a tensor without one.
 MARK = "_ziggurat_handed_over"

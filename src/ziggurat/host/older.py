@@ -69,12 +69,13 @@ def check_saved_whole(config: Any) -> None:
     """
     if hasattr(BaseTuner, "_get_adapter_state_dict"):
         return
-    in_training = getattr(config, "restructures", False) and not config.inference_mode
-    lost = "merges and injections" if in_training else f"bias={config.bias!r}" if config.bias != "none" else None
-    if lost is not None:
+    lost = [f"bias={config.bias!r}"] if config.bias != "none" else []
+    if getattr(config, "restructures", False) and not config.inference_mode:
+        lost += [f"{name}={getattr(config, name)}" for name in ("merges", "injections") if getattr(config, name)]
+    if lost:
         raise ConfigError(
-            f"{lost}: PEFT {peft.__version__} saves the factors of an adapter alone, so what this trains would be "
-            "lost. Install peft>=0.21, or leave it out of the config."
+            f"{', '.join(lost)}: PEFT {peft.__version__} saves the factors of an adapter alone, so what this trains "
+            "would be lost. Install peft>=0.21, or take the field's default."
         )
 
 

@@ -48,6 +48,11 @@ class Tested:
     result: str = ""
     fails: tuple[str, ...] = ()
 
+    @property
+    def passed(self) -> bool:
+        """Whether no test failed."""
+        return not any(word in self.result for word in ("failed", "error"))
+
 
 def tested_here() -> Tested | None:
     """The tested set that is installed here, patch releases left aside."""
@@ -71,8 +76,8 @@ def installed() -> dict[str, str]:
 
 
 def newest(package: str) -> str:
-    """The newest tested version of `package`."""
-    return max((row.versions[package] for row in tested() if package in row.versions), key=Version)
+    """The newest version of `package` under which all tests passed."""
+    return max((row.versions[package] for row in tested() if row.passed), key=Version)
 
 
 def untested(package: str, version: str) -> bool:
@@ -82,8 +87,8 @@ def untested(package: str, version: str) -> bool:
 
 def asked_peft() -> str | None:
     """The version of PEFT that this transformers asks for, if the installed one is older."""
-    asked = integration.MIN_PEFT_VERSION
-    return asked if Version(peft.__version__) < Version(asked) else None
+    asked = getattr(integration, "MIN_PEFT_VERSION", None)
+    return asked if asked is not None and Version(peft.__version__) < Version(asked) else None
 
 
 def limits() -> str | None:
@@ -93,10 +98,9 @@ def limits() -> str | None:
         return None
     return (
         f"transformers {transformers.__version__} asks for PEFT {asked} or newer in {len(ASKING)} methods of its "
-        f"models ({', '.join(ASKING)}), and PEFT {peft.__version__} is installed: these methods, load_adapter, which "
-        "calls them, and pipelines of an adapter's folder fail here, with every PEFT method. All else works, "
-        f"get_peft_model and PeftModel.from_pretrained too. Install peft>={asked}, if it is out, or an older "
-        "transformers."
+        f"models ({', '.join(ASKING)}), and PEFT {peft.__version__} is installed: these methods fail here, with "
+        "every PEFT method. All else works, get_peft_model and PeftModel.from_pretrained too. Install "
+        f"peft>={asked}, if it is out, or another transformers."
     )
 
 
@@ -107,7 +111,7 @@ def check_versions() -> None:
         VersionError: a version below LOWEST; with ZIGGURAT_STRICT=1 also one that was not tested, or a limited pair.
     """
     for package, version in installed().items():
-        if Version(version) < Version(LOWEST[package]):
+        if Version(version).release < Version(LOWEST[package]).release:
             raise VersionError(
                 f"{package} {version} is installed, and ziggurat works with {package}>={LOWEST[package]}: "
                 f"pip install '{package}>={LOWEST[package]}'."
@@ -129,7 +133,9 @@ def check_versions() -> None:
 
 def _explain() -> None:
     """Let transformers' own check end in our sentence, which says what works instead."""
-    check = integration.check_peft_version
+    check = getattr(integration, "check_peft_version", None)
+    if check is None or hasattr(check, "explained"):
+        return
 
     def check_peft_version(min_version: str) -> None:
         try:
@@ -137,6 +143,5 @@ def _explain() -> None:
         except ValueError as error:
             raise VersionError(limits() or str(error)) from error
 
-    if not hasattr(check, "explained"):
-        check_peft_version.explained = True  # type: ignore[attr-defined]
-        integration.check_peft_version = check_peft_version
+    check_peft_version.explained = True  # type: ignore[attr-defined]
+    integration.check_peft_version = check_peft_version

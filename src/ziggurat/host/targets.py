@@ -4,8 +4,6 @@ import difflib
 import re
 from collections.abc import Iterable
 
-import transformers
-from packaging.version import Version
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
@@ -19,8 +17,8 @@ _LLAMA_LIKE = (
     *("m2m_100", "marian", "mbart", "pegasus", "whisper"),
     *("clip", "siglip"),
 )
-#: Between transformers 5.6 and 5.16 these lost their old names of queries and values.
-_VISION = ["query", "value"] if Version(transformers.__version__) < Version("5.16") else ["q_proj", "v_proj"]
+#: Their queries and values have the first two names in older versions of transformers, and the other two in newer ones.
+_VISION = ["query", "value", "q_proj", "v_proj"]
 
 DEFAULT_TARGETS: dict[str, list[str] | str] = {
     **{model_type: ["query", "value"] for model_type in _BERT_LIKE},

@@ -43,7 +43,8 @@ class LinearTuner(BaseTuner):
     _prepare_encoder_decoder_kwargs_for_generation = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # PEFT before 0.21 calls `self.model.forward`, which runs none of the root's hooks: no regulariser, no frames.
+        # PEFT before 0.21 calls `self.model.forward`, which runs no hooks of the root: LoRA²'s regulariser is one, and
+        # LoR2C's hand-over where the root holds the layers.
         return self.model(*args, **kwargs)
 
     def _check_target(self, config: Any, path: str, module: nn.Module) -> None:

@@ -8,7 +8,7 @@ from .embedded import EMBEDDED, PACKAGE
 from .methods import METHODS
 from .schema import Recipe
 
-#: What scores a task, or trains it.
+#: Task -> the packages that train or score it.
 OF_A_TASK = {"classification": "scikit-learn", "regression": "scipy", "instruct": "trl"}
 
 
