@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
+import versions
 from methods_table import METHODS, logits, zoo_config
 from tolerance import assert_models_agree
 from ziggurat import LoRA2Config
@@ -69,6 +70,9 @@ def differs(model: str, expected: Tensor) -> bool:
 @pytest.mark.parametrize("case", CASES)
 def test_stock_lora_computes_the_same(case: str, serving: bool, tmp_path: Path) -> None:
     model, fields = CASES[case]
+    versions.skip_where_lora_fails(ZOO[model].task_type)
+    if "bias" in fields and versions.Version("0.21") > versions.PEFT:
+        pytest.skip("this PEFT saves no biases, and they are refused")
     made = adapted(model, **fields)
     expected = logits(made, ZOO[model].inputs())
     assert differs(model, expected)
@@ -232,6 +236,7 @@ def test_stock_peft_loads_it_in_a_process_without_ziggurat(tmp_path: Path) -> No
         assert_models_agree(torch.load(tmp_path / model / "logits.pt"), expected, sum(ZOO[model].stacks.values()))
 
 
+@versions.saves_whole
 @pytest.mark.parametrize("bias", ["msplora_only", "all"])
 def test_trained_biases_come_along(bias: str, tmp_path: Path) -> None:
     made = adapted("bert", bias=bias)

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+import versions
 from zoo import ZOO
 
 
@@ -35,6 +36,7 @@ def test_it_is_the_same_each_time_and_leaves_the_random_state(name: str) -> None
 @pytest.mark.parametrize("name", ZOO)
 def test_every_default_target_is_reached_by_the_gradient(name: str) -> None:
     entry = ZOO[name]
+    versions.skip_where_lora_fails(entry.task_type)
     torch.manual_seed(0)
     config = LoraConfig(target_modules=entry.targets, task_type=entry.task_type, init_lora_weights=False)
     model = get_peft_model(entry.build(), config)

@@ -39,7 +39,7 @@ class LinearTuner(BaseTuner):
     layer_cls: type[AdaptedLinear]
     target_module_mapping = DEFAULT_TARGETS  # type: ignore[assignment]
     anatomy: Anatomy | None = None
-    #: PEFT before 0.21.2 reads this of every model for sequence-to-sequence, and transformers 5.17 no longer has it.
+    #: PEFT before 0.21.2 reads this of every model for sequence-to-sequence, and transformers 5.19 no longer has it.
     _prepare_encoder_decoder_kwargs_for_generation = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

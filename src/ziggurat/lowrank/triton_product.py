@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -188,28 +187,33 @@ def _launch(kernel: Any, grid: tuple[int, int], *args: Any, **constants: Any) ->
 
 def _splits(length: int, tile: int, programs: int) -> tuple[int, int]:
     """Into how many parts to split a sum over ``length``, and how long each is: a multiple of the tile."""
-    tiles = triton.cdiv(length, tile)
+    tiles = _ceil(length, tile)
     splits = max(1, min(tiles, _PROGRAMS // programs))
-    per_split = triton.cdiv(tiles, splits)
-    return triton.cdiv(tiles, per_split), per_split * tile
+    per_split = _ceil(tiles, splits)
+    return _ceil(tiles, per_split), per_split * tile
 
 
 def _dropping(x: Tensor, dropout: float) -> tuple[int, int]:
     """Counters per row of x, and the threshold of 16 random bits below which an entry is dropped."""
-    return triton.cdiv(x.shape[-1], 8), masks.threshold(dropout)
+    return _ceil(x.shape[-1], 8), masks.threshold(dropout)
 
 
 def _tiles(tokens: int) -> int:
-    return triton.cdiv(tokens, kernels.TOKENS)
+    return _ceil(tokens, kernels.TOKENS)
+
+
+def _ceil(size: int, part: int) -> int:
+    """How many parts of a size cover it. Triton's own is typed for the values of its kernels."""
+    return -(-size // part)
 
 
 def _blocks(columns: int) -> int:
-    return triton.cdiv(columns, kernels.WIDTH)
+    return _ceil(columns, kernels.WIDTH)
 
 
 def _padded(rank: int) -> int:
     # The tensor cores' products want 16 at least, and tiles are powers of two.
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, 1 << (rank - 1).bit_length())
 
 
 def _rows(x: Tensor) -> Tensor:

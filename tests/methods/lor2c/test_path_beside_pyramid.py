@@ -11,7 +11,7 @@ from ziggurat import LoR2CConfig, MSPLoraConfig
 from ziggurat.methods.lor2c.events import restructure
 from zoo import ZOO
 
-pytestmark = versions.transformers_calls
+pytestmark = [versions.transformers_calls, versions.saves_whole]
 
 
 def both(**fields: object) -> nn.Module:

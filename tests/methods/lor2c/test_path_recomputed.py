@@ -19,6 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.utils.checkpoint import checkpoint
 
+import versions
 from plain_models import Block
 from ziggurat import LoR2CConfig
 from zoo import ZOO
@@ -163,6 +164,7 @@ def test_two_adapters_with_spans_that_cross(use_reentrant: bool) -> None:
     assert_same(gradients(tuned, inputs), expected)
 
 
+@versions.saves_whole
 @both_ways
 def test_paths_that_training_has_merged(use_reentrant: bool) -> None:
     tuned = adapted("bert", spans=((0, 0), (1, 1), (2, 2), (3, 3)), merges=2, max_span=3)

@@ -8,6 +8,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
+import versions
 from methods_table import logits
 from plain_models import WIDTH
 from tolerance import assert_sums_agree
@@ -141,6 +142,7 @@ def test_targets(targets: list[str] | str, number: int) -> None:
     assert len(model.targeted_module_names) == number
 
 
+@versions.saves_whole
 def test_excluded_modules_and_biases() -> None:
     config = MSPLoraConfig(r=4, target_modules=["query", "value"], exclude_modules=["value"], bias="msplora_only")
     model = get_peft_model(ZOO["bert"].build(), config)
