@@ -130,7 +130,7 @@ def test_ranks_that_differ_are_patterns_or_zeros(tmp_path: Path) -> None:
     made = adapted("llama")
     layer = made.base_model.model.model.layers[1].self_attn.q_proj
     pair = layer.effective_pair("default")
-    layer.effective_pair = lambda adapter: pad(pair, 11)
+    layer.effective_pair = lambda adapter, *context: pad(pair, 11)
     expected = logits(made, ZOO["llama"].inputs())
     for serving, ranks in ((False, {7, 11}), (True, {16})):
         folder = export_model(made, tmp_path / str(serving), serving=serving).folder
@@ -144,9 +144,9 @@ def test_linears_pruned_to_nothing_are_left_out(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = LoRA2Config(r=4, target_modules=ZOO["llama"].targets, task_type="CAUSAL_LM", init_weights=False)
     made = get_peft_model(ZOO["llama"].build(), config).eval()
-    first = next(m for m in made.modules() if hasattr(m, "lora2_E"))
+    first = next(m for m in made.modules() if hasattr(m, "factor"))
     with torch.no_grad():
-        first.lora2_E["default"].zero_()
+        first.factor("default", "E").zero_()
     pruned = made.base_model.compact()
     expected = logits(made, ZOO["llama"].inputs())
     written = export_model(made, tmp_path / "out")

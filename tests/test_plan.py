@@ -22,7 +22,7 @@ from ziggurat.plan import bare_model, plan, plan_recipe
 from ziggurat.plan.memory import saved_bytes
 from ziggurat.plan.planner import BESIDE
 from ziggurat.training.budget import Fit, count_of, fit_rank, largest_rank, rank_fields, read_budget
-from ziggurat.training.closed_form import count
+from ziggurat.training.counts import count
 from ziggurat.training.methods import METHODS as RECIPE_METHODS
 from ziggurat.training.methods import method_config
 from ziggurat.training.recipe import make_recipe

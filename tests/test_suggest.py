@@ -22,7 +22,7 @@ from ziggurat.cli import app
 from ziggurat.errors import ConfigError
 from ziggurat.plan.allocate import boundaries, by_gain, by_width, costs, energies, sensitivities
 from ziggurat.plan.suggest import suggestion
-from ziggurat.training import closed_form
+from ziggurat.training.counts import count
 from ziggurat.training.methods import method_config
 from ziggurat.training.recipe import load_recipe
 from ziggurat.training.run import train
@@ -210,7 +210,7 @@ def test_roles_get_ranks_of_their_own(criterion: str, tiny: Path, tmp_path: Path
     method = load_recipe(out).method
     assert len(method["rank_pattern"]) == 4 and len(set(map(tuple, method["rank_pattern"].values()))) > 1
     config, model = method_config(method), BertForSequenceClassification(BertConfig.from_pretrained(str(tiny)))
-    spent = closed_form.msplora(closed_form.targets(model, config), config)
+    spent = count(model, config)
     assert f"{spent:,} of 3,000 parameters" in done.output and 2000 < spent <= 3000
 
 

@@ -9,7 +9,6 @@ from ziggurat.host.supported import check_versions
 check_versions()  # before anything that stands on parts of PEFT and transformers which other versions may not have
 
 from ziggurat._distribution import VERSION as __version__
-from ziggurat.host.registry import register
 from ziggurat.methods.adapterdrop.config import AdapterDropConfig
 from ziggurat.methods.adapterdrop.model import AdapterDropModel
 from ziggurat.methods.dylora.config import DyLoRAConfig
@@ -34,9 +33,3 @@ __all__ = [
     "MSPLoraModel",
     "__version__",
 ]
-
-register(MSPLoraConfig, MSPLoraModel)
-register(LoR2CConfig, LoR2CModel)
-register(LoRA2Config, LoRA2Model)
-register(DyLoRAConfig, DyLoRAModel)
-register(AdapterDropConfig, AdapterDropModel)

@@ -83,8 +83,10 @@ def test_paths_are_read_over_their_spans(adapted: Adapted) -> None:
 def test_a_shared_path_has_the_shared_factor(adapted: Adapted) -> None:
     collected = collect(adapted(LoR2CConfig(r=4, share=True, init_weights=False)))
     first, *others = collected.of("path")
-    assert first.shared_A and len(others) == 3
+    assert len(others) == 3
     for other in others:
+        (shared,) = first.tensors.keys() & other.tensors.keys()
+        assert first.tensors[shared] == first.A.numel()
         torch.testing.assert_close(other.A, first.A, rtol=0, atol=0)
         assert not torch.equal(other.B, first.B)
 
@@ -121,9 +123,8 @@ def test_a_pyramid_without_private_tier_is_read_from_a_model(adapted: Adapted, s
     collected = collect(adapted(config))
     assert [c.layers for c in collected.components if c.stored] == [(0, 1, 2, 3), (0, 1), (2, 3)]
     assert collected.by_layer == "update"
-    lost = collect(saved(config))
-    assert "isn't known" in lost.notes[0]
-    assert [c.layers for c in lost.components] == [()] * 3
+    stored = collect(saved(config))
+    assert [c.layers for c in stored.components] == [c.layers for c in collected.components]
 
 
 def test_zeros_are_noted(adapted: Adapted) -> None:
@@ -202,7 +203,7 @@ def test_a_pruned_adalora_is_read_with_the_ranks_that_are_left(adapted: Adapted,
     ],
 )
 def test_other_methods_are_refused_with_what_is_readable(config: Any, name: str, adapted: Adapted) -> None:
-    with pytest.raises(ConfigError, match=f"PEFT method {name}; analysis reads MSPLoRA"):
+    with pytest.raises(ConfigError, match=f"PEFT method {name}; analysis reads .*MSPLoRA"):
         collect(adapted(config))
 
 

@@ -68,8 +68,8 @@ def test_factors_beyond_float16_beside_a_float16_base(method: str) -> None:
         pytest.skip("its nonlinearity stands between the factors")
     model = adapted(method, "llama", ZOO["llama"].build().half())
     exact = logits(model, ZOO["llama"].inputs())
-    down = {"lora2": "lora2_U", "lor2c": "lor2c_A", "dylora": "dylora_A", "msplora": ":A"}[method]
-    up = {"lora2": "lora2_u", "lor2c": "lor2c_B", "dylora": "dylora_B", "msplora": ":B"}[method]
+    down = {"lora2": ".U", "lor2c": ".A", "dylora": ".A", "msplora": ":A_"}[method]
+    up = {"lora2": ".u", "lor2c": ".B", "dylora": ".B", "msplora": ":B_"}[method]
     with torch.no_grad():
         for name, parameter in own(model, method).items():
             if down in name:

@@ -142,7 +142,7 @@ def test_a_linear_that_is_not_called_gets_no_gradient() -> None:
     parts = linears(model)
     x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
     (parts["q_proj"](x * 1.0)).sum().backward()
-    assert parts["q_proj"].lora2_u["default"].grad is not None
+    assert parts["q_proj"].factor("default", "u").grad is not None
     assert all(p.grad is None for p in parts["v_proj"].parameters())
 
 

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Anatomy, Place
+from ziggurat.host.count import with_targets
 from ziggurat.host.folder import adapter_config, load_base
+from ziggurat.host.method import METHODS, method_of
+from ziggurat.host.site import Site
+from ziggurat.host.sites_table import from_table
+from ziggurat.host.tuner import sites_of
 
 from .components import UPDATE, Collected, Component, span_text
-from .readers import READERS, Places, place_by_name
+from .readers import READERS, Places, components, place_by_name
 
-#: What a reader of a pickled or foreign adapter is told.
-READABLE = "MSPLoRA, LoR2C, LoRA², DyLoRA, LoRA (DoRA, rsLoRA, PiSSA, ... too) and AdaLoRA"
 #: Starts of LoRA that take a part out of W and give it to the pair.
 _FROM_WEIGHTS = ("pissa", "olora", "corda", "loftq")
 
@@ -29,8 +32,8 @@ _FROM_WEIGHTS = ("pissa", "olora", "corda", "loftq")
 def collect(source: nn.Module | str | Path, adapter: str = "default", *, composed: bool = True) -> Collected:
     """Every component of an adapter: tiers, planes, paths, plain pairs, and (`composed`) the update of each linear.
 
-    `source` is a model with the adapter in it, or the adapter's folder; of the folder only config and tensors are read,
-    and for a pyramid without a private tier the base model's config, to know its depth.
+    `source` is a model with the adapter in it, or the adapter's folder, of which only config and tensors are read; for
+    a folder of an older version the base model's config, too.
 
     Raises:
         ConfigError: the folder is no adapter, its file is damaged, the model has no such adapter, or the method isn't
@@ -45,13 +48,23 @@ def collect(source: nn.Module | str | Path, adapter: str = "default", *, compose
     except (SafetensorError, OSError) as error:
         path = folder / SAFETENSORS_WEIGHTS_NAME
         raise ConfigError(f"{path} can't be read as safetensors ({error}): was it cut off while copying?") from error
-    depth: dict[str, int] = {}
-    if getattr(config, "pyramid", None) and all(tier.groups != "layers" for tier in config.pyramid()):  # type: ignore[attr-defined]
-        try:
-            depth = Anatomy(load_base(folder, on_meta=True), getattr(config, "layers_pattern", None)).stacks
-        except ConfigError:
-            depth = {}
-    return collect_state(state, config, source=folder.resolve().name, depth=depth, composed=composed)
+    return collect_state(state, config, source=folder.resolve().name, sites=_sites(folder, config), composed=composed)
+
+
+def _sites(folder: Path, config: Any) -> Mapping[str, Site]:
+    """Where a registered method's adapter acts: as its config says, or, of older versions, as its base model has it."""
+    method = method_of(config)
+    if method is None:
+        return {}
+    if config.sites:
+        return from_table(config.sites)
+    try:
+        return sites_of(method, with_targets(config, base := load_base(folder, on_meta=True), method), base)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{folder} was saved by an older version, which didn't note where the adapter acts, so its base model's "
+            f"config is needed: {error}"
+        ) from error
 
 
 def collect_state(
@@ -60,22 +73,28 @@ def collect_state(
     *,
     source: str = "adapter",
     places: Places = place_by_name,
-    depth: Mapping[str, int] | None = None,
+    sites: Mapping[str, Site] | None = None,
     composed: bool = True,
 ) -> Collected:
     """The same from an adapter's state dict, as PEFT saves it, and its config.
 
+    `sites`: path -> site, for a registered method; by default those that the config has noted.
+
     Raises:
         ConfigError: as `collect`.
     """
-    kind = _kind(config, source)
+    kind, method = _kind(config, source), method_of(config)
     plain = {name: _plain(tensor) for name, tensor in state.items()}
-    found = [c for c in READERS[kind](plain, config, places, depth or {}) if composed or c.stored]
+    if method is not None:
+        parts = components(method, plain, config, sites or from_table(config.sites or {}))
+    else:
+        parts = READERS[kind](plain, config, places)
+    found = [c for c in parts if composed or c.stored]
     if not found:
         raise ConfigError(f"{source} holds no factor pair of {kind}: its {len(plain)} tensors have other names.")
-    parts, stacks, roles = (list(dict.fromkeys(getattr(c, name) for c in found)) for name in ("part", "stack", "role"))
+    names, stacks, roles = (list(dict.fromkeys(getattr(c, name) for c in found)) for name in ("part", "stack", "role"))
     found.sort(
-        key=lambda c: (c.part == UPDATE, parts.index(c.part), stacks.index(c.stack), roles.index(c.role), c.layers)
+        key=lambda c: (c.part == UPDATE, names.index(c.part), stacks.index(c.stack), roles.index(c.role), c.layers)
     )
     return Collected(source, kind.lower(), tuple(found), tuple(_notes(found, config)))
 
@@ -97,8 +116,15 @@ def check_readable(model: nn.Module, adapter: str = "default") -> Any:
 
 def _kind(config: Any, source: str) -> str:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind not in READERS:
-        raise ConfigError(f"{source} is an adapter of PEFT method {kind}; analysis reads {READABLE}.")
+    if kind in READERS:
+        return kind
+    method = method_of(config)
+    if method is None or method.pair is None:
+        readable = ", ".join(m.card.shown for m in METHODS.values() if m.pair is not None)
+        raise ConfigError(
+            f"{source} is an adapter of PEFT method {kind}; analysis reads {readable}, LoRA (DoRA, rsLoRA, PiSSA, ... "
+            "too) and AdaLoRA."
+        )
     return kind
 
 
@@ -113,7 +139,9 @@ def _from_model(model: nn.Module, adapter: str, composed: bool) -> Collected:
     def places(path: str) -> Place:
         return anatomy.find(path) or Place(stack=path, layer=0, role="", num_layers=1)
 
-    return collect_state(state, config, source=adapter, places=places, depth=anatomy.stacks, composed=composed)
+    method = method_of(config)
+    sites = sites_of(method, with_targets(config, base, method), base) if method is not None else None
+    return collect_state(state, config, source=adapter, places=places, sites=sites, composed=composed)
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -133,8 +161,6 @@ def _notes(found: Iterable[Component], config: Any) -> Iterable[str]:
     zero = [c for c in stored if c.zero]
     if zero:
         yield f"{len(zero)} of {len(stored)} components are exactly zero ({_some(zero)}): B was never trained"
-    if any(not c.layers for c in stored):
-        yield "which layers the shared tiers reach isn't known: the base model's config was not found"
     if getattr(config, "use_dora", False):
         yield "DoRA rescales each row of W + B A by a trained magnitude; the numbers here are of B A before that"
     start = str(getattr(config, "init_lora_weights", "")).lower()

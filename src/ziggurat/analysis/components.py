@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -24,7 +24,8 @@ class Component:
     "injected", "lora", "adalora", "dylora" or "dora", or "update" for the composed update of one linear. `stack`,
     `role` and `layers` say where it acts (role "": around the layer itself); `group` numbers the pairs of a shared
     tier. A is (rank, d_in), B (d_out, rank), both on the CPU in float32 or float64. `stored`: whether the adapter's
-    file holds it; composed updates are made of others.
+    file holds it; composed updates are made of others. `adds`: the update is the sum of such parts. `tensors`: what it
+    is made of, by name, with the number of entries; components that share a tensor name the same.
     """
 
     part: str
@@ -35,7 +36,8 @@ class Component:
     B: Tensor
     group: int = 0
     stored: bool = True
-    shared_A: bool = False
+    adds: bool = True
+    tensors: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -118,10 +120,15 @@ class Collected:
         return list(dict.fromkeys(component.part for component in self.components if component.stored))
 
     @property
+    def adds_up(self) -> bool:
+        """Whether the update is the sum of several stored parts, which can be compared with each other."""
+        return len(self.stored_parts) > 1 and all(component.adds for component in self.components)
+
+    @property
     def by_layer(self) -> str:
         """The part to compare layers by: the finest tier (Eq. 9 and 10 take the layer tier), else the update itself."""
         private = [p for p in self.stored_parts if all(len(c.layers) == 1 for c in self.of(p))]
-        if self.method == "msplora" and private:
+        if private and any(len(c.layers) > 1 for c in self.components if c.stored) and UPDATE in self.parts:
             return private[-1]
         return UPDATE if UPDATE in self.parts else self.stored_parts[0]
 

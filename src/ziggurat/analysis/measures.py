@@ -101,10 +101,10 @@ def energy(collected: Collected, stack: str | None = None) -> dict[str, dict[str
     """Part -> role -> mean over the layers of ||B A||_F^2: what each stored part adds to one linear of that role.
 
     Parts aren't orthogonal, so these don't add up exactly to the update's own. A shared component counts in every
-    layer that it reaches. LoRA²'s planes, which multiply instead of adding, count as their update.
+    layer that it reaches. Planes that multiply instead of adding count as their update.
     """
     stack = stack_of(collected, stack)
-    parts = [UPDATE] if collected.method == "lora2" else collected.stored_parts
+    parts = collected.stored_parts if all(c.adds for c in collected.components) else [UPDATE]
     found: dict[str, dict[str, float]] = {}
     for part in parts:
         sums: dict[str, list[float]] = {}

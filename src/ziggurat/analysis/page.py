@@ -142,7 +142,7 @@ def _inside(run: Run) -> list[str]:
         }
         if len(energy) > 1:
             charts.append(svg.bars("Energy by part, share of its role", energy, "mean ‖B A‖²"))
-        if len(collected.stored_parts) > 1 and collected.method != "lora2":
+        if collected.adds_up:
             grid, parts = measures.tier_overlap(collected, stack)
             charts.append(svg.heat_map("Overlap of the tiers, of what is read", grid, parts, parts))
         numbers = [str(n) for n in range(depth)]

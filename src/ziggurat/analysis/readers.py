@@ -1,9 +1,10 @@
-"""From the tensors of an adapter to its components, one reader a method. Names and shapes are those PEFT saves."""
+"""From the tensors of an adapter to its components: of registered methods, and of PEFT's LoRA and AdaLoRA."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from math import sqrt
 from typing import Any
 
@@ -11,10 +12,12 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ziggurat.host.anatomy import Place
+from ziggurat.host.method import EVALUATION, Method, Part
+from ziggurat.host.names import current_names
+from ziggurat.host.site import CHILD, Site
+from ziggurat.host.tensors import TensorSpec
 from ziggurat.lowrank.pair import FactorPair, stack
-from ziggurat.methods.lor2c.paths import from_json
-from ziggurat.methods.lor2c.plan import StackState
-from ziggurat.methods.msplora.pyramid import EVERY_LAYER, Tier, tier_of
+from ziggurat.lowrank.spectrum import factored_svd
 
 from .components import UPDATE, Component
 
@@ -36,77 +39,70 @@ def place_by_name(path: str) -> Place:
     return Place(found[1], int(found[2]), found[3] or "", 0)
 
 
-def msplora(state: State, config: Any, places: Places, depth: Mapping[str, int]) -> Iterator[Component]:
-    """Tiers, and the update of each linear. `depth`: layers of each stack; else told from the layer tier."""
-    pairs: dict[str, dict[str, dict[int, FactorPair]]] = {}
-    for name, A in state.items():
-        if name.endswith(":A"):
-            pair = name.removesuffix(":A").rpartition(".msplora_factors.")[2]
-            where, _, group = pair.rpartition(":")
-            tier = tier_of(pair)
-            found = FactorPair(A, state[name[:-1] + "B"])
-            pairs.setdefault(where, {}).setdefault(tier, {})[int(group[len(tier) :])] = found
-    for where, by_tier in pairs.items():
-        stack_name, role, _ = where.replace("/", ".").split(":")
-        tiers: dict[str, Tier] = {tier.name: tier for tier in config.pyramid(role)}
-        private = next((by_tier[t.name] for t in tiers.values() if t.groups == EVERY_LAYER and t.name in by_tier), None)
-        number = depth.get(stack_name) or (max(private) + 1 if private else 0)
-        layers = sorted(private) if private else list(range(number))
-        for name, tier in tiers.items():
-            for group, pair in sorted(by_tier.get(name, {}).items()):
-                reach = tuple(n for n in layers if number and tier.group_of(n, number) == group)
-                scaled = stack([pair], [tier.scale])
-                yield Component(name, stack_name, role, reach, *scaled, group=group)
-        for n in layers:
-            used = [(t, by_tier.get(t.name, {}).get(t.group_of(n, number))) for t in tiers.values()]
-            if all(pair is not None for _, pair in used):
-                whole = stack([pair for _, pair in used if pair is not None], [t.scale for t, _ in used])
-                yield Component(UPDATE, stack_name, role, (n,), *whole, stored=False)
-
-
-def lora2(state: State, config: Any, places: Places, depth: Mapping[str, int]) -> Iterator[Component]:
-    """The outer plane u U, the inner plane scale v diag(E) V (k x k), and the update of both."""
-    for path, f in _grouped(state, r"(.*)\.lora2_([UVEvu])$").items():
-        if not f["E"].numel():
+def components(method: Method, state: State, config: Any, sites: Mapping[str, Site]) -> Iterator[Component]:
+    """The parts of a registered method's adapter, each once, and where a site has several the update of them all."""
+    state = {_bare(name): tensor for name, tensor in current_names(state, method).items()}
+    if method.acting is not None:
+        sites = method.acting(config, dict(sites))
+    alike: dict[tuple[str, ...], list[Component]] = {}
+    updates: list[Component] = []
+    for path, site in sites.items():
+        here = config.at(site)
+        specs = method.tensors(here, site)
+        names = {
+            key: f"{method.bank}.{method.store}.{spec.leaf(key)}" if spec.shared else _own_name(method, site, key)
+            for key, spec in specs.items()
+        }
+        if method.pair is None or any(name not in state for name in names.values()):
             continue
-        place = places(path)
-        at = (place.stack, place.role, (place.layer,))
-        v = f["v"] * (f["E"] * config.scale)
-        yield Component("outer", *at, f["U"], f["u"])
-        yield Component("inner", *at, f["V"], v)
-        # Through the narrower of the two planes, so that the pair has no more directions than the update.
-        inner_is_narrow = f["V"].shape[0] <= f["V"].shape[1]
-        pair = (f["V"] @ f["U"], f["u"] @ v) if inner_is_narrow else (f["U"], f["u"] @ (v @ f["V"]))
-        yield Component(UPDATE, *at, *pair, stored=False)
-
-
-def lor2c(state: State, config: Any, places: Places, depth: Mapping[str, int]) -> Iterator[Component]:
-    """The paths that act, over their spans, and the LoRA of layers whose path was given up.
-
-    What an adapter stores for events that never came takes no part, and is left out.
-    """
-    own = _grouped(state, r"(.*)\.residual_path\.lor2c_([AB])$")
-    linears = _grouped(state, r"(.*)(?<!residual_path)\.lor2c_([AB])$")
-    shared = _grouped(state, r"(?:.*\.)?path_bank\.lor2c_shared\.(.*):(\d+)$")
-    at = {path: places(path) for path in own}
-    structure = from_json(config.structure)[0] if config.structure else _first_structure(at.values(), config)
-    owners = {(place.stack, place.layer): path for path, place in at.items()}
-    for stack_name, known in structure.items():
-        down = next(iter(shared.get(stack_name.replace(".", "/"), {}).values()), None)
-        for span in known.spans:
-            f = own[owners[stack_name, span.last]]
-            pair = FactorPair(f["A"] if down is None else down, f["B"])
-            yield Component(
-                "path", stack_name, "", tuple(span.layers), *stack([pair], [config.scale]), shared_A=down is not None
+        t = {key: state[name] for key, name in names.items()}
+        layers = tuple(site.span.layers) if site.span is not None else (site.layer,)
+        parts = method.parts(here, site, t) if method.parts is not None else [_update(method, here, site, t, specs)]
+        for part in parts:
+            together = all(specs[key].shared for key in part.keys)
+            component = Component(
+                part.name,
+                site.stack_path,
+                site.role,
+                layers,
+                *part.pair,
+                group=part.group,
+                adds=part.adds,
+                tensors={names[key]: t[key].numel() for key in part.keys},
             )
-    for path, f in linears.items():
-        place = places(path)
-        if place.stack in structure and place.layer in structure[place.stack].injected:
-            pair = stack([FactorPair(f["A"], f["B"])], [config.lora_scale])
-            yield Component("injected", place.stack, place.role, (place.layer,), *pair)
+            alike.setdefault((part.name, *component.tensors, "" if together else path), []).append(component)
+        if len(parts) > 1:
+            rank = min(part.pair.A.shape[0] for part in parts if not part.adds) if not parts[0].adds else None
+            update = _narrowed(method.pair(here, site, t, EVALUATION), rank)
+            updates.append(Component(UPDATE, site.stack_path, site.role, layers, *update, stored=False))
+    for same in alike.values():
+        yield replace(same[0], layers=tuple(sorted({n for component in same for n in component.layers})))
+    yield from updates
 
 
-def lora(state: State, config: Any, places: Places, depth: Mapping[str, int]) -> Iterator[Component]:
+def _update(method: Method, config: Any, site: Site, t: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> Part:
+    assert method.pair is not None
+    return Part(method.name, method.pair(config, site, t, EVALUATION), tuple(specs))
+
+
+def _narrowed(pair: FactorPair, rank: int | None) -> FactorPair:
+    """The same update in `rank` directions, where the planes that it is a product of allow no more."""
+    if rank is None or rank >= pair.A.shape[0] or pair.A.is_meta or not all(half.isfinite().all() for half in pair):
+        return pair
+    U, S, V = factored_svd(pair.A, pair.B)
+    return FactorPair(V[:, :rank].T, U[:, :rank] * S[:rank])
+
+
+def _own_name(method: Method, site: Site, key: str) -> str:
+    around = f".{CHILD}" if site.span is not None else ""
+    return f"{site.path}{around}.{method.store}.{key}"
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
+def lora(state: State, config: Any, places: Places) -> Iterator[Component]:
     """Plain LoRA, DoRA (the pair before the magnitude) and LoRA of embeddings and convolutions (as matrices)."""
     part = "dora" if getattr(config, "use_dora", False) else "lora"
     for path, f in _grouped(state, r"(.*)\.lora_(?:embedding_)?([AB])(?:\.weight)?$").items():
@@ -120,7 +116,7 @@ def lora(state: State, config: Any, places: Places, depth: Mapping[str, int]) ->
         yield Component(part, place.stack, place.role, (place.layer,), *stack([FactorPair(A, B)], [scale]))
 
 
-def adalora(state: State, config: Any, places: Places, depth: Mapping[str, int]) -> Iterator[Component]:
+def adalora(state: State, config: Any, places: Places) -> Iterator[Component]:
     """AdaLoRA: B diag(E) A, scaled as PEFT does, by lora_alpha over the rank that training began with."""
     for path, f in _grouped(state, r"(.*)\.lora_([ABE])(?:\.weight)?$").items():
         scale = (config.lora_alpha if config.lora_alpha > 0 else config.init_r) / (config.init_r + 1e-5)
@@ -128,23 +124,10 @@ def adalora(state: State, config: Any, places: Places, depth: Mapping[str, int])
         yield Component("adalora", place.stack, place.role, (place.layer,), f["A"], f["B"] * (f["E"].flatten() * scale))
 
 
-def dylora(state: State, config: Any, places: Places, depth: Mapping[str, int]) -> Iterator[Component]:
-    """DyLoRA cut to the rank b that acts outside training: alpha / b times B[:, :b] A[:b]. The rest takes no part."""
-    b = config.kept_rank
-    for path, f in _grouped(state, r"(.*)\.dylora_([AB])$").items():
-        place = places(path)
-        cut = stack([FactorPair(f["A"][:b], f["B"][:, :b])], [config.scale(b)])
-        yield Component("dylora", place.stack, place.role, (place.layer,), *cut)
-
-
 #: PEFT type -> its reader.
-READERS: dict[str, Callable[[State, Any, Places, Mapping[str, int]], Iterator[Component]]] = {
-    "MSPLORA": msplora,
-    "LORA2": lora2,
-    "LOR2C": lor2c,
+READERS: dict[str, Callable[[State, Any, Places], Iterator[Component]]] = {
     "LORA": lora,
     "ADALORA": adalora,
-    "DYLORA": dylora,
 }
 
 
@@ -156,18 +139,3 @@ def _grouped(state: State, pattern: str) -> dict[str, dict[str, Tensor]]:
         if match:
             found.setdefault(match[1].removeprefix("base_model.model."), {})[match[2]] = tensor
     return found
-
-
-def _first_structure(places: Any, config: Any) -> dict[str, StackState]:
-    """What a LoR2C adapter begins with, for a config that was saved before any structure was written into it."""
-    structure: dict[str, StackState] = {}
-    for name in dict.fromkeys(place.stack for place in places):
-        layers = sorted(place.layer for place in places if place.stack == name)
-        given = [
-            value.get(name) if isinstance(value, dict) else value for value in (config.spans, config.injected_layers)
-        ]
-        injected = tuple(given[1] or ())
-        spans = given[0] if given[0] is not None else [[n, n] for n in layers if n not in injected]
-        plain = {"stacks": {name: {"spans": spans, "injected": list(injected)}}, "done": 0}
-        structure |= from_json(plain)[0]
-    return structure

@@ -78,10 +78,12 @@ def read_run(folder: str | Path) -> Run:
 def _pruned(folder: Path, collected: Collected | None) -> tuple[dict[str, int], int]:
     from ziggurat.host.folder import adapter_config
 
-    if collected is None or collected.method not in ("lora2", "adalora"):
+    if collected is None:
         return {}, 0
     config: Any = adapter_config(folder)
-    most = config.r if collected.method == "lora2" else config.init_r
-    # LoRA² writes how many are left, AdaLoRA which.
-    left = {path: kept if isinstance(kept, int) else sum(kept) for path, kept in (config.rank_pattern or {}).items()}
+    most = getattr(config, "init_r", None) or config.r
+    pattern = getattr(config, "rank_pattern", None) or {}
+    # A method of ours writes how many are left, AdaLoRA which; ranks by role are a choice of the user's.
+    counted = all(isinstance(kept, int) or all(isinstance(k, bool) for k in kept) for kept in pattern.values())
+    left = {path: kept if isinstance(kept, int) else sum(kept) for path, kept in pattern.items()} if counted else {}
     return (left, most) if sum(left.values()) < most * len(left) else ({}, most)

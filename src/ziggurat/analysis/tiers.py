@@ -33,9 +33,9 @@ def least_angle(a: Component, b: Component, side: str = "input") -> float:
 def rows(collected: Collected) -> list[dict[str, Any]]:
     """One line a pair of tiers and stack, means over the linears that both act on.
 
-    None for LoRA², whose planes lie in each other.
+    None where the parts are planes that multiply.
     """
-    if collected.method == "lora2":
+    if not collected.adds_up:
         return []
     lines = []
     for stack in collected.layers:

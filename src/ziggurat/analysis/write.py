@@ -227,7 +227,7 @@ def pictures_of(collected: Collected, other: Collected | None = None) -> Iterato
                     centred=True,
                 ),
             )
-        if len(collected.stored_parts) > 1 and collected.method != "lora2":
+        if collected.adds_up:
             yield f"tiers{tail}", lambda stack=stack: figures.tier_map(collected, stack)
     yield "spectra", lambda: figures.spectrum_lines(collected)
 

@@ -108,7 +108,7 @@ def _fit(value: Any, variables: Mapping[str, str] | None) -> Iterator[Finding]:
     """Whether a recipe's method fits its model, its budget met as `ziggurat train` meets it."""
     from ziggurat.training.adapt import check_targets
     from ziggurat.training.budget import recipe_model, settle_budget
-    from ziggurat.training.closed_form import count
+    from ziggurat.training.counts import count
     from ziggurat.training.methods import METHODS as ALL
     from ziggurat.training.methods import method_config
 

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ziggurat.errors import ExportError
-from ziggurat.host.bank import PairBank
+from ziggurat.host.bank import Bank
 from ziggurat.host.folder import tensor_shapes
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.lowrank.pair import FactorPair
@@ -32,7 +32,7 @@ def lora_pairs(model: nn.Module, adapter: str = "default") -> dict[str, FactorPa
             if adapter in module.adapters:
                 a, b = module.effective_pair(adapter)
                 pairs[path] = FactorPair(a.detach(), b.detach())
-        elif isinstance(module, BaseTunerLayer) and not isinstance(module, PairBank):
+        elif isinstance(module, BaseTunerLayer) and not isinstance(module, Bank):
             raise ExportError(f"{path}: {_refusal(model, module, adapter)}")
     if not pairs:
         names = ", ".join(getattr(model, "peft_config", {})) or "none"

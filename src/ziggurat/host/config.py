@@ -1,17 +1,25 @@
-"""The fields that every method on linears shares, with PEFT's names and meanings."""
+"""The fields that every method shares, with PEFT's names and meanings."""
 
+import copy
 import os
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
 
+from ziggurat._distribution import VERSION
 from ziggurat.errors import ConfigError
 from ziggurat.host.card import write_card
+from ziggurat.host.method import Method
+from ziggurat.host.names import FORMAT
+from ziggurat.host.peft_type import peft_type
+from ziggurat.host.site import Site
 from ziggurat.host.untrusted import check_factors, check_folder, read_json
 from ziggurat.host.values import (
+    MOST_RANK,
     check_above_zero,
     check_flag,
     check_layers,
@@ -19,25 +27,151 @@ from ziggurat.host.values import (
     check_pattern,
     check_probability,
     check_rank,
+    is_whole,
     shown,
 )
+
+#: Fields of LoRA's config that say nothing about the update, and so are taken over as they are.
+_OF_EVERY_ADAPTER = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping")
 
 
 @dataclass
 class MethodConfig(PeftConfig):
-    """A method's config: saved with a model card, loaded only beside safetensors."""
+    """The config of a method: fields as in PEFT's LoraConfig, saved with a model card, loaded beside safetensors only.
 
+    `rank_pattern` and `alpha_pattern` map target modules, or the ends of their paths, to a rank and an alpha of their
+    own. `trainable_token_indices`: rows of the embedding that train, as in PEFT.
+    """
+
+    #: Set by `register`.
+    method: ClassVar[Method]
     #: Last parts of the names of tensors in the adapter's file that are no factors.
     no_factors: ClassVar[frozenset[str]] = frozenset()
+    #: Fields of LoRA's config that mean something else here, or nothing; why.
+    not_from_lora: ClassVar[dict[str, str]] = {}
+
+    r: int = field(default=8, metadata={"help": "Rank."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the linear layers to adapt, a regular expression over their paths, or 'all-linear'."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, or a regular expression, of linear layers to leave out."}
+    )
+    lora_alpha: float = field(default=16, metadata={"help": "The update is scaled by lora_alpha / rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the update, in training."})
+    fan_in_fan_out: bool = field(
+        default=False,
+        metadata={"help": "Kept for PEFT's sake: how a weight is laid out is seen from its layer."},
+    )
+    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or '<method>_only'."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(rank) instead."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained and saved whole, such as a classification head."}
+    )
+    init_weights: bool | Literal["gaussian"] = field(
+        default=True,
+        metadata={"help": "True: A uniform, B zero. 'gaussian': A normal, B zero. False: both random, for tests."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Numbers of the layers to adapt (default: all)."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name of the list that holds the layers, where it can't be found by itself."},
+    )
+    rank_pattern: dict[str, Any] | None = field(default=None, metadata={"help": "Ranks of single target modules."})
+    alpha_pattern: dict[str, float] | None = field(default=None, metadata={"help": "Alphas of single target modules."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Rows of the embedding that train."}
+    )
+    sites: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Where the adapter acts; not for the user to set."}
+    )
+    ziggurat_version: str | None = field(default=None, metadata={"help": "The version that wrote this config."})
+    ziggurat_format: int = field(default=1, metadata={"help": "The form of what was written; see host/names.py."})
 
     @property
     def citation(self) -> str:
         """BibTeX of the method's paper."""
-        raise NotImplementedError
+        return self.method.card.citation
+
+    @property
+    def speaks_of_depth(self) -> bool:
+        """Whether the user has set a field that only makes sense in a stack of layers."""
+        return False
+
+    def at(self, site: Site) -> Self:
+        """The config as it is at `site`: with the rank and the alpha that the patterns have for it."""
+        return self.with_values(self.at_path(self.rank_pattern, site, self.r), self.alpha_at(site))
+
+    def alpha_at(self, site: Site) -> float:
+        """The alpha that `alpha_pattern` has for `site`, or lora_alpha."""
+        return self.at_path(self.alpha_pattern, site, self.lora_alpha)
+
+    @staticmethod
+    def at_path(pattern: dict[str, Any] | None, site: Site, default: Any) -> Any:
+        """What a pattern has for the site's path, by PEFT's rule."""
+        return pattern.get(get_pattern_key(list(pattern), site.path), default) if pattern else default
+
+    def with_values(self, r: int, lora_alpha: float) -> Self:
+        """The config with this rank and this alpha; itself where they are its own."""
+        if (r, lora_alpha) == (self.r, self.lora_alpha):
+            return self
+        here = copy.copy(self)
+        here.r, here.lora_alpha = r, lora_alpha
+        return here
+
+    def scale_of(self, rank: int) -> float:
+        """lora_alpha / rank, or lora_alpha / sqrt(rank) with rsLoRA."""
+        return self.lora_alpha / (rank**0.5 if self.use_rslora else rank)
+
+    def dropout_at(self, site: Site) -> float:
+        """The dropout on the input of the update at `site`."""
+        return self.lora_dropout
+
+    def check_sites(self, sites: Any) -> None:
+        """Raise ConfigError if the config doesn't fit the model whose sites (path -> site) these are."""
+
+    @classmethod
+    def from_lora(cls, lora: LoraConfig, **more: Any) -> Self:
+        """The config of this method with what `lora` says; `more` are fields of this method, which win.
+
+        Raises:
+            ConfigError: `lora` sets fields that this method can't follow; all of them, by name.
+        """
+        known = {item.name for item in fields(cls)} - {"peft_type", "peft_version"}
+        taken: dict[str, Any] = {}
+        refused: list[str] = []
+        for item in fields(LoraConfig):
+            value = getattr(lora, item.name)
+            default = item.default_factory() if item.default_factory is not MISSING else item.default
+            if item.name in _OF_EVERY_ADAPTER:
+                taken[item.name] = value
+            elif item.name in ("peft_type", "peft_version") or not item.init or item.name in more:
+                continue
+            elif item.name == "init_lora_weights" and value in (True, False, "gaussian"):
+                taken["init_weights"] = value
+            elif item.name == "bias":
+                taken["bias"] = f"{cls.method.name}_only" if value == "lora_only" else value
+            elif item.name in known and item.name not in cls.not_from_lora:
+                taken[item.name] = value if value or isinstance(value, bool | int | float) else None
+            elif value not in (default, None, {}, []) and item.name != "runtime_config":
+                why = cls.not_from_lora.get(item.name)
+                refused.append(f"{item.name}={shown(value)}{f' ({why})' if why else ''}")
+        if refused:
+            raise ConfigError(
+                f"{cls.__name__} can't follow LoRA's {', '.join(refused)}: take these fields out, or give what is "
+                "meant as fields of this method."
+            )
+        return cls(**{**taken, **more})
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT's, with sets in alphabetical order, so that equal adapters have equal files."""
-        return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
+        """As PEFT's, with sets in alphabetical order, so that equal adapters have equal files; with who wrote it."""
+        plain = {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
+        return {**plain, "ziggurat_version": VERSION, "ziggurat_format": FORMAT}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
@@ -59,8 +193,7 @@ class MethodConfig(PeftConfig):
             check_folder(folder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if here and isinstance(config, MethodConfig) and (folder / SAFETENSORS_WEIGHTS_NAME).exists():
-            kind = str(getattr(config.peft_type, "value", config.peft_type))
-            config.stored_numbers = check_factors(folder, f"{kind.lower()}_", config.no_factors)
+            config.stored_numbers = check_factors(folder, config.method.prefix, config.no_factors)
         return config
 
     @classmethod
@@ -79,54 +212,23 @@ class MethodConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        #: How many numbers the file beside this config holds, where it was read from a folder on this machine.
+        self.peft_type = peft_type(self.method.peft_type)
+        #: How many parameters the file beside this config holds, where it was read from a folder on this machine.
         self.stored_numbers: int | None = None
+        #: True for a sum of adapters, whose rank may be above the matrix.
+        self.any_rank = False
         for name in ("base_model_name_or_path", "revision", "peft_version"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str | os.PathLike):
                 raise ConfigError(f"{name}={shown(value)}: text, or nothing, is needed.")
         if self.auto_mapping is not None and not isinstance(self.auto_mapping, dict):
             raise ConfigError(f"auto_mapping={shown(self.auto_mapping)}: a mapping, or nothing, is needed.")
+        if not is_whole(self.ziggurat_format, 1, FORMAT):
+            raise ConfigError(
+                f"ziggurat_format={shown(self.ziggurat_format)}, written by ziggurat {shown(self.ziggurat_version)}: "
+                f"this version ({VERSION}) reads the formats 1 to {FORMAT}. Install a newer ziggurat."
+            )
         check_flag("inference_mode", self.inference_mode)
-
-
-@dataclass
-class LinearMethodConfig(MethodConfig):
-    """Fields of a method that adapts linears, as in PEFT's LoraConfig."""
-
-    r: int = field(default=8, metadata={"help": "Rank."})
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names of the linears to adapt, a regular expression over their paths, or 'all-linear'."},
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names, or a regular expression, of linears to leave out."}
-    )
-    lora_alpha: float = field(default=16, metadata={"help": "The update is scaled by lora_alpha / rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the update, in training."})
-    fan_in_fan_out: bool = field(
-        default=False,
-        metadata={"help": "Kept for PEFT's sake: how a weight is laid out is seen from its layer."},
-    )
-    bias: str = field(default="none", metadata={"help": "Biases to train."})
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(rank) instead."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained and saved whole, such as a classification head."}
-    )
-    init_weights: bool | Literal["gaussian"] = field(
-        default=True,
-        metadata={"help": "True: A uniform, B zero. 'gaussian': A normal, B zero. False: both random, for tests."},
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Numbers of the layers to adapt (default: all)."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Name of the list that holds the layers, where it can't be found by itself."},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             check_pattern(name, getattr(self, name))
         if isinstance(self.target_modules, list):
@@ -149,11 +251,29 @@ class LinearMethodConfig(MethodConfig):
         check_layers("layers_to_transform", self.layers_to_transform)
         if not (isinstance(self.init_weights, bool) or self.init_weights == "gaussian"):
             raise ConfigError(f"init_weights={shown(self.init_weights)}: True, False or 'gaussian'.")
-
-    def _check_bias(self) -> None:
-        """Raise ConfigError unless `bias` is one of the three values that this method knows."""
-        allowed = ("none", "all", f"{self.peft_type.value.lower()}_only")  # type: ignore[union-attr]
+        allowed = ("none", "all", f"{self.method.name}_only")
         if self.bias not in allowed:
             raise ConfigError(
-                f"bias={shown(self.bias)}: 'none', 'all' or '{allowed[2]}' (the biases of the adapted linears)."
+                f"bias={shown(self.bias)}: 'none', 'all' or '{allowed[2]}' (the biases of the adapted linear layers)."
             )
+        self._check_rank_pattern()
+        for path, alpha in _pattern("alpha_pattern", self.alpha_pattern).items():
+            check_above_zero(f"alpha_pattern[{shown(path)}]", alpha)
+
+    def _check_rank_pattern(self) -> None:
+        for path, rank in _pattern("rank_pattern", self.rank_pattern).items():
+            if not is_whole(rank, 1, MOST_RANK):
+                raise ConfigError(
+                    f"rank_pattern[{shown(path)}]={shown(rank)}: a whole number of at least 1 is needed (at most "
+                    f"{MOST_RANK:,})."
+                )
+
+
+def _pattern(name: str, value: Any) -> dict[str, Any]:
+    """`value` as a mapping of target modules; raise ConfigError where it is none, or a key can take for ever."""
+    if value is None:
+        return {}
+    check_names(name, list(value) if isinstance(value, dict) else [0])
+    for key in value:
+        check_pattern(f"a key of {name}", key)
+    return value

@@ -1,11 +1,5 @@
-"""The adapted linear: forward, delta, merge and unmerge around one effective factor pair.
+"""The adapted linear layer: forward, delta, merge and unmerge around one effective factor pair, for every method."""
 
-A method subclasses `AdaptedLinear` and says how a linear's pair is composed; what
-follows from the pair is written here, once.
-"""
-
-from abc import abstractmethod
-from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -14,15 +8,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.method_layer import BANK, MethodLayer
 from ziggurat.host.offload import runs_on
 from ziggurat.host.quantised import FLOATS, backend_of, base_weight, check_changeable, replace_weight
 from ziggurat.host.siblings import SIBLINGS
+from ziggurat.host.tensors import Weight
 from ziggurat.lowrank.pair import FactorPair, delta, on_device
 from ziggurat.lowrank.product import low_rank_add, owns_output, transformed, up_add
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Whether a factor pair can stand beside `module`: a linear, GPT-2's Conv1D, or a quantised linear."""
+    """Whether a factor pair can stand beside `module`: a linear layer, GPT-2's Conv1D, or a quantised linear layer."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if isinstance(base, nn.Linear | Conv1D):
         return True
@@ -31,7 +27,7 @@ def is_adaptable(module: nn.Module) -> bool:
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """(d_in, d_out) of a linear of any kind.
+    """(d_in, d_out) of a linear layer of any kind.
 
     Raises:
         ConfigError: the layer doesn't tell its size.
@@ -43,22 +39,16 @@ def features(module: nn.Module) -> tuple[int, int]:
     return int(d_in), int(d_out)
 
 
-class AdaptedLinear(nn.Module, BaseTunerLayer):
-    """A linear W with low-rank updates beside it: y = W x + sum over active adapters of B (A dropout(x)).
+class AdaptedLinear(MethodLayer, nn.Module):
+    """A linear layer W with low-rank updates beside it: y = W x + sum over active adapters of B (A dropout(x)).
 
-    A subclass gives `adapters`, `effective_pair` and `dropout`. All else (merging,
-    quantised bases, mixed batches) follows from the pair.
+    (A, B) is the method's pair at this site. All else follows from it: merging, quantised bases, mixed batches.
     """
 
-    #: How the method's name appears in PEFT's status and in `repr`.
-    method: str
-
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.base_layer = base_layer
-        self._disable_adapters = False
-        self._active_adapter: list[str] = []
-        self.merged_adapters: list[str] = []
+        self._begin()
         base = self.get_base_layer()
         self.in_features, self.out_features = features(base)
         # Conv1D keeps its weight as (d_in, d_out).
@@ -66,37 +56,29 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.quantization_backend = backend_of(base, **quantization_kwargs)
         #: After a merge into a quantised weight: ||Q(W + dW) - (W + dW)||_F / ||dW||_F, else None.
         self.requantisation_error: float | None = None
+        #: The weight as it was before anything was merged, while something is.
+        self._unmerged: Tensor | None = None
 
-    @property
-    @abstractmethod
-    def adapters(self) -> Collection[str]:
-        """The names of the adapters that reach this linear."""
+    def weight_of_base(self, path: str) -> Weight:
+        """The frozen weight, (d_out, d_in), for an initialisation that starts from it."""
+        return Weight(path, lambda: base_weight(self).T if self.fan_in_fan_out else base_weight(self))
 
-    @abstractmethod
-    def effective_pair(self, adapter: str) -> FactorPair:
-        """The one pair that says all of `adapter`'s update here: A (rank, d_in), B (d_out, rank), scale folded in."""
+    def home(self) -> tuple[torch.device | None, torch.dtype]:
+        """Device and dtype of fresh tensors: those of the base weight; float32 where no factor can have its dtype."""
+        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return device, dtype or torch.float32
 
-    @abstractmethod
-    def dropout(self, adapter: str) -> float:
-        """The probability that an input of `adapter`'s path is dropped in training."""
+    def _home(self) -> torch.device | None:
+        return self.home()[0]
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-        """Device and dtype of the base; no dtype where numbers are packed or of 8 bits, which no factor can have."""
+        """Device and dtype of the base; no dtype where entries are packed or of 8 bits, which no factor can have."""
         weight = getattr(base_layer, "weight", getattr(base_layer, "qweight", None))
         device, dtype = (None, None) if weight is None else (weight.device, weight.dtype)
         dtype = getattr(base_layer, "compute_dtype", dtype)  # what bitsandbytes multiplies 4-bit weights in
         if device is not None and device.type == "meta":
             device = runs_on(base_layer) or device
         return device, dtype if dtype in FLOATS else None
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Not beside a base without weights, as export loads it: the factors just read would be lost on "meta"."""
-        where = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-        if where is None or where.type != "meta":
-            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-
-    def _get_available_adapters(self) -> set[str]:
-        return set(self.adapters)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
@@ -121,18 +103,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         siblings = self.__dict__.get(SIBLINGS) if self.training and not transformed() else None
         if siblings is not None and (shared := siblings.down(self, x, adapter, self.dropout(adapter))) is not None:
             return up_add(y, shared.h, shared.B, reuse_y=reuse_y)
-        a, b = on_device(self.effective_pair(adapter), x.device)
+        a, b = on_device(self.pair_now(adapter), x.device)
         return low_rank_add(y, x, a, b, self.dropout(adapter) if self.training else 0.0, reuse_y=reuse_y)
 
-    def state_of(self, adapter: str) -> tuple[object, ...]:
-        """What changes whenever `effective_pair` or `dropout` of `adapter` does: its tensors and their versions."""
-        return self.dropout(adapter), *(
-            (id(t), None if t.is_inference() else t._version) for t in self.tensors(adapter)
-        )
-
-    @abstractmethod
-    def tensors(self, adapter: str) -> Iterable[Tensor]:
-        """What `effective_pair` of `adapter` is made of."""
+    def pair_now(self, adapter: str) -> FactorPair:
+        """The pair of the forward pass that is being computed."""
+        return self.effective_pair(adapter, self.context(adapter))
 
     def _add_by_sample(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         """Each sample of the batch with the adapter named for it ("__base__": none). Inference only."""
@@ -158,41 +134,58 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """W <- W + B A for the adapters named (default: the active ones).
+        """W <- W + sum of B A over the adapters named (default: the active ones) and those merged before.
 
-        A quantised weight is dequantised, added to and quantised again; the error that this makes is
-        kept in `requantisation_error`, and a model's merge logs it.
+        The sum is made in float32 and rounded once. W itself is kept until `unmerge`: a copy of the adapted weights.
+        A quantised weight is dequantised, added to and quantised again; the error that this makes is kept in
+        `requantisation_error`, and a model's merge logs it.
 
         Raises:
-            ValueError: `safe_merge` and the sum is not finite; or a weight that can't be
-                dequantised, with the way round it.
+            ValueError: `safe_merge` and the sum is not finite; or a weight that can't be dequantised, with the way
+                round it.
         """
         for adapter in check_adapters_to_merge(self, adapter_names) or ():
-            if adapter in self.adapters:
-                check_changeable(self.quantization_backend)
-                self._shift(adapter, +1.0, safe=safe_merge)
-                self.merged_adapters.append(adapter)
+            if adapter not in self.adapters:
+                continue
+            check_changeable(self.quantization_backend)
+            if self.quantization_backend is not None:
+                self._shift_quantised(adapter, +1.0, safe_merge)
+            else:
+                base: Any = self.get_base_layer()
+                before = base.weight.data if self._unmerged is None else self._unmerged.to(base.weight.device)
+                summed = self._with_updates(before, [*self.merged_adapters, adapter])
+                _check_finite(summed, adapter, safe_merge)
+                self._unmerged, base.weight.data = before, summed
+            self.merged_adapters.append(adapter)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """W <- W - B A for every merged adapter, last in first out. A quantised W comes back up to rounding."""
+        """Give W back as it was, bitwise; a quantised W comes back up to rounding."""
+        if self._unmerged is not None:
+            weight: Any = self.get_base_layer().weight
+            weight.data, self._unmerged = self._unmerged.to(weight.device), None
+            self.merged_adapters.clear()
+        if (bank := self.__dict__.get(BANK)) is not None:
+            bank.unmerge()  # it only notes which adapters are merged
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
             if adapter in self.adapters:
-                self._shift(adapter, -1.0)
+                self._shift_quantised(adapter, -1.0)
 
-    def _shift(self, adapter: str, sign: float, safe: bool = False) -> None:
+    def _with_updates(self, weight: Tensor, adapters: list[str]) -> Tensor:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        total = weight.to(wide)
+        for adapter in adapters:
+            pair = self.effective_pair(adapter)
+            update = delta(FactorPair(pair.A.to(wide), pair.B.to(wide))).to(weight.device)
+            total = total + (update.T if self.fan_in_fan_out else update)
+        return total.to(weight.dtype)
+
+    def _shift_quantised(self, adapter: str, sign: float, safe: bool = False) -> None:
         weight = base_weight(self)
         update = self.get_delta_weight(adapter).to(weight.device)
         shifted = weight + sign * update.to(weight.dtype)
-        if safe and not torch.isfinite(shifted).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: it holds or "
-                "makes values that are not finite. The base weights were left as they were."
-            )
-        if self.quantization_backend is None:
-            self.get_base_layer().weight.data = shifted
-            return
+        _check_finite(shifted, adapter, safe)
         error, size = replace_weight(self, shifted), float(update.float().norm())
         self.requantisation_error = error / size if size else None
 
@@ -200,4 +193,12 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         return True
 
     def __repr__(self) -> str:
-        return f"{self.method}.{super().__repr__()}"
+        return f"{self.method.name}.{nn.Module.__repr__(self)}"
+
+
+def _check_finite(weight: Tensor, adapter: str, safe: bool) -> None:
+    if safe and not torch.isfinite(weight).all():
+        raise ValueError(
+            f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: it holds or makes values "
+            "that are not finite. The base weights were left as they were."
+        )

@@ -13,18 +13,19 @@ checkpoint of the layer's call recomputes the path too.
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.handover import Handover
+from ziggurat.host.method_layer import MethodLayer
+from ziggurat.host.site import CHILD
 from ziggurat.host.stream import stream
-from ziggurat.lowrank.pair import FactorPair, on_device
+from ziggurat.lowrank.pair import on_device
 from ziggurat.lowrank.product import low_rank_add
 from ziggurat.lowrank.spans import Span
 
-#: The name of the child in its layer. No method's prefix may be part of it.
-CHILD = "residual_path"
 #: The name of the hand-over in the attributes of the module that holds the stack.
 HANDOVER = "_paths_in_flight"
 
@@ -36,44 +37,44 @@ class Input(NamedTuple):
     x: Tensor
 
 
-class PathLayer(nn.Module, BaseTunerLayer):
+class PathLayer(MethodLayer, nn.Module):
     """The paths that end at one layer, one an adapter: h_out = Layer(h_in) + sum of B (A dropout(x)).
 
-    x is the input of the first layer of the adapter's span. A subclass gives `effective_pair` and `dropout`,
-    and sets `covers`. It wraps nothing, so `weight` and `bias` are there to end PEFT's search for a base layer.
+    x is the input of the first layer of the adapter's span. It wraps nothing, so `weight` and `bias` are there to end
+    PEFT's search for a base layer.
     """
 
     weight = None  # type: ignore[assignment]
     bias = None  # type: ignore[assignment]
     #: Why `ziggurat.export` refuses, and what works.
     cannot_export = (
-        "a path goes around a whole layer, and no update of a linear can say that. Keep the adapter beside the model, "
-        "write a model folder with its paths by `ziggurat merge`, or write the injected LoRA alone by "
+        "a path goes around a whole layer, and no update of a linear layer can say that. Keep the adapter beside the "
+        "model, write a model folder with its paths by `ziggurat merge`, or write the injected LoRA alone by "
         "ziggurat.methods.lor2c.serve.write_injected_lora"
     )
+    other_param_names = ("covers",)
 
-    def __init__(self, layer: int, handover: Handover) -> None:
-        super().__init__()
-        self._disable_adapters = False
-        self._active_adapter: list[str] = []
-        self.merged_adapters: list[str] = []
+    def __init__(self, layer: int, handover: Handover, width: int, device: torch.device, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self._begin()
+        self.in_features = self.out_features = width
         self.layer = layer
         self._handover = handover
+        self._place = (device, dtype)
         #: Adapter -> the span that this layer lies in; None where no path passes the layer.
         self.covers: dict[str, Span | None] = {}
+
+    def home(self) -> tuple[torch.device, torch.dtype]:
+        """Where fresh tensors go: the device that the layer computes on, and the dtype of its weights."""
+        return self._place
+
+    def _home(self) -> torch.device:
+        return self._place[0]
 
     @property
     def adapters(self) -> Collection[str]:
         """The adapters that have a path ending at this layer."""
         return [adapter for adapter, span in self.covers.items() if span is not None and span.last == self.layer]
-
-    def effective_pair(self, adapter: str) -> FactorPair:
-        """A (rank, d) and B (d, rank) of the path that ends here, scale folded in."""
-        raise NotImplementedError
-
-    def dropout(self, adapter: str) -> float:
-        """The probability that an input of `adapter`'s path is dropped in training."""
-        raise NotImplementedError
 
     def hand_over(self, x: Tensor) -> None:
         """Keep the layer's input for the spans that pass here, unless an earlier layer of theirs has done so."""
@@ -113,7 +114,7 @@ class PathLayer(nn.Module, BaseTunerLayer):
                 f"{tuple(x.shape)}: a path needs layers that keep the shape of what passes through them. Leave this "
                 "layer out by layers_to_transform, or end the span before it."
             )
-        a, b = on_device(self.effective_pair(adapter), y.device)
+        a, b = on_device(self.effective_pair(adapter, self.context(adapter)), y.device)
         return low_rank_add(y, x if x.device == y.device else x.to(y.device), a, b, dropout)
 
     def _add_by_sample(self, y: Tensor, inputs: list[Input], adapter_names: list[str]) -> Tensor:
@@ -140,6 +141,9 @@ class PathLayer(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """No: there is no linear whose update a path could become."""
         return False
+
+    def __repr__(self) -> str:
+        return f"{self.method.name}.{nn.Module.__repr__(self)}"
 
 
 RUN_ALONE = (

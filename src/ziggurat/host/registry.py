@@ -1,51 +1,71 @@
-"""Registering a method with PEFT, which has no door for methods from outside.
+"""Registering a method: its classes, and its place in PEFT's tables."""
 
-`peft.utils.register_peft_method` wants a member of the enum `PeftType`. A plain
-string in its place fails wherever PEFT or transformers read `.value`, so a real
-member is added first and the official function is called with it.
-"""
+import sys
+from collections.abc import Sequence
+from typing import Any
 
-from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.bank import Bank
+from ziggurat.host.linear import AdaptedLinear
+from ziggurat.host.loading import load_through_methods
+from ziggurat.host.method import METHODS, Method
+from ziggurat.host.peft_type import peft_type
+from ziggurat.host.tuner import MethodTuner
 
 
-def peft_type(name: str) -> PeftType:
-    """The member of `PeftType` called `name` (upper case), added if it is not there yet."""
-    members = PeftType._member_map_
-    if name not in members:
-        member = str.__new__(PeftType, name)
-        member._name_ = name
-        member._value_ = name
-        member._sort_order_ = len(members)  # pyright: ignore[reportAttributeAccessIssue]
-        members[name] = member
-        PeftType._member_names_.append(name)
-        PeftType._value2member_map_[name] = member
-        type.__setattr__(PeftType, name, member)
-    return members[name]  # type: ignore[return-value]
+def register(
+    method: Method,
+    tuner: type[MethodTuner] = MethodTuner,
+    layer: type[AdaptedLinear] = AdaptedLinear,
+    bank: type[Bank] = Bank,
+    more_layers: Sequence[type[Any]] = (),
+) -> None:
+    """Make `method` a PEFT method: `get_peft_model`, `PeftModel.from_pretrained` and all that stands on them.
 
-
-def register(config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]) -> None:
-    """Make `config_cls` and `tuner_cls` a PEFT method called as `tuner_cls.prefix` says.
-
-    PEFT derives a method's name from its prefix: prefix `msplora_`, type `MSPLORA`.
-    Registering the same pair again does nothing.
+    For what the two functions can't say: a subclass of the `tuner`, of the adapted linear `layer`, of the `bank`, and
+    `more_layers`, further tuner layers of the method. Registering the same method again does nothing.
 
     Raises:
-        ConfigError: another package has registered the name for another config.
+        ConfigError: the name is no Python name in lower case, or another package has taken it.
     """
-    name = tuner_cls.prefix.removesuffix("_")
-    member = peft_type(name.upper())
+    if not method.name.isidentifier() or not method.name.islower():
+        raise ConfigError(f"a method's name is a Python name in lower case, not {method.name!r}.")
+    member = peft_type(method.peft_type)
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
-    if known is config_cls:
+    if known is method.config:
         return
     if known is not None:
         raise ConfigError(
-            f"PEFT type {name.upper()} is taken by {known.__module__}.{known.__qualname__}; "
-            f"{config_cls.__module__}.{config_cls.__qualname__} can't be registered beside it. "
-            "Import only one of the two packages."
+            f"PEFT type {method.peft_type} is taken by {known.__module__}.{known.__qualname__}; "
+            f"{method.config.__module__}.{method.config.__qualname__} can't be registered beside it. Import only one "
+            "of the two packages."
         )
-    register_peft_method(name=name, config_cls=config_cls, model_cls=tuner_cls)
+    method.config.method = method
+    shown = method.config.__name__.removesuffix("Config")
+    layer_cls = _of(method, layer, AdaptedLinear, f"{shown}Linear")
+    bank_cls = _of(method, bank, Bank, f"{shown}Bank")
+    tuner_cls = _of(method, tuner, MethodTuner, f"{shown}Model")
+    for kind in (layer_cls, bank_cls, *more_layers):
+        kind.method, kind.adapter_layer_names = method, (method.store,)
+    tuner_cls.method, tuner_cls.prefix = method, method.prefix
+    tuner_cls.layer_cls, tuner_cls.bank_cls = layer_cls, bank_cls
+    tuner_cls.tuner_layer_cls = (layer_cls, bank_cls, *more_layers)
+    load_through_methods()
+    register_peft_method(name=method.name, config_cls=method.config, model_cls=tuner_cls)
+    METHODS[method.peft_type] = method
+
+
+def _of(method: Method, given: type[Any], general: type[Any], name: str) -> type[Any]:
+    """`given`, or where it is the `general` class a subclass for this method.
+
+    It stands in the module of the method's config, so that models can be pickled.
+    """
+    if given is not general:
+        return given
+    module = sys.modules[method.config.__module__]
+    made = type(name, (general,), {"__module__": module.__name__, "__qualname__": name})
+    setattr(module, name, made)
+    return made

@@ -119,12 +119,11 @@ class Siblings:
         """h and B of `linear`; None if it has to work alone, by `low_rank_add`."""
         if (ready := self._in_flight.take(adapter, x, linear)) is not None:
             return ready
-        A, B = on_device(linear.effective_pair(adapter), x.device)
+        A, B = on_device(linear.pair_now(adapter), x.device)
         if not can_share(x, A):
             return None
         others = [
-            (other, on_device(other.effective_pair(adapter), x.device))
-            for other in self._others(linear, adapter, dropout)
+            (other, on_device(other.pair_now(adapter), x.device)) for other in self._others(linear, adapter, dropout)
         ]
         others = [(other, pair) for other, pair in others if _fits(pair, A)]
         if not others:

@@ -1,81 +1,86 @@
-"""What every method's tuner has in common: targets, checks before any change, mixed batches, unloading."""
+"""The tuner of every method: finds the sites, checks before any change, creates the tensors, loads, merges, unloads."""
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Anatomy
-from ziggurat.host.bank import PairBank
+from ziggurat.host.bank import Bank
+from ziggurat.host.draws import Draws
 from ziggurat.host.linear import AdaptedLinear, features, is_adaptable
+from ziggurat.host.method import EVALUATION, Method, specs_of, unique_specs
+from ziggurat.host.method_layer import MethodLayer
+from ziggurat.host.names import current_names
 from ziggurat.host.older import NoMatchingPeftModuleError, as_no_match, check_saved_whole
-from ziggurat.host.paths import PathLayer
 from ziggurat.host.quantised import changing
 from ziggurat.host.siblings import introduce
+from ziggurat.host.site import Site, body_name
+from ziggurat.host.sites_table import to_table
 from ziggurat.host.targets import DEFAULT_TARGETS, near_misses
+from ziggurat.host.tensors import Weight, check_pair
 
-#: An adapter may ask for this many numbers whatever its file holds: 256 MiB in float32.
+#: An adapter may ask for this many parameters whatever its file holds: 256 MiB in float32.
 UNCHECKED = 2**26
-#: A rank that is no burden however small the matrix is.
-FREE_RANK = 256
 BASE = "__base__"  # PEFT's name, in adapter_names, for a sample without adapter
 
 
-class LinearTuner(BaseTuner):
-    """A tuner that puts `layer_cls` in the place of targeted linears. Subclasses give:
+class MethodTuner(BaseTuner):
+    """Puts adapters of one method into a model. A subclass adds what the method's two functions can't say."""
 
-    prefix, tuner_layer_cls (the marker base of all their tuner layers), layer_cls,
-    `_check_target` (the method's own demands on one linear), `_adapt` (add an
-    adapter to an adapted linear) and `_makes` (how many numbers that takes).
-    """
-
+    method: ClassVar[Method]
+    prefix: str
+    tuner_layer_cls: Any
     layer_cls: type[AdaptedLinear]
+    bank_cls: type[Bank]
     target_module_mapping = DEFAULT_TARGETS  # type: ignore[assignment]
-    anatomy: Anatomy | None = None
+    #: The sites of the adapter that is being added.
+    sites: Mapping[str, Site] | None = None
     #: PEFT before 0.21.2 reads this of every model for sequence-to-sequence, and transformers 5.19 no longer has it.
     _prepare_encoder_decoder_kwargs_for_generation = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # PEFT before 0.21 calls `self.model.forward`, which runs no hooks of the root: LoRA²'s regulariser is one, and
-        # LoR2C's hand-over where the root holds the layers.
+        # PEFT before 0.21 calls `self.model.forward`, which runs no hooks of the root, where methods have some.
         return self.model(*args, **kwargs)
 
-    def _check_target(self, config: Any, path: str, module: nn.Module) -> None:
-        """Raise ConfigError if the linear at `path` can't be adapted as `config` says. Changes nothing."""
+    def _sites(self, config: Any, model: nn.Module) -> Mapping[str, Site]:
+        """Path -> site. Changes nothing."""
+        return sites_of(self.method, config, model)
 
-    def _adapt(self, config: Any, adapter: str, layer: AdaptedLinear, path: str) -> None:
-        """Add `adapter` to the adapted linear at `path`."""
-        raise NotImplementedError
-
-    def _makes(self, config: Any, path: str, module: nn.Module) -> dict[str, int]:
-        """Name -> size of what `_adapt` makes for the linear at `path`. What is shared has the same name everywhere."""
-        raise NotImplementedError
+    def _check_site(self, config: Any, site: Site) -> None:
+        """Raise ConfigError where the method can't work at `site`, or its two functions don't fit each other."""
+        if self.method.check is not None:
+            self.method.check(config, site)
+        if self.method.pair is not None:
+            specs = specs_of(self.method, config, site)
+            if all(spec.size for spec in specs.values()):
+                stored = {key: _on_meta(spec.shape) for key, spec in specs.items()}
+                pair = self.method.pair(config, site, stored, EVALUATION)
+                check_pair(pair, site.d_in, site.d_out, f"{self.method.card.shown} at {site.path!r}")
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Look at the whole model and raise before anything in it is changed."""
-        self.anatomy = Anatomy(model, layers_pattern=getattr(peft_config, "layers_pattern", None))
-        peft_config = _maybe_include_all_linear_layers(peft_config, model)
-        inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-        made: dict[str, int] = {}
-        for path, module in model.named_modules():
-            if path and not path.startswith(inside) and self._check_target_module_exists(peft_config, path):
-                if not is_adaptable(module):
-                    raise ConfigError(
-                        f"Target module {path!r} is a {type(module).__name__}, which is not supported: only linear "
-                        "layers (torch.nn.Linear, Conv1D, quantised linears) are. Name linears in target_modules, or "
-                        "leave this module out by exclude_modules."
-                    )
-                self._check_target(peft_config, path, module)
-                made |= self._makes(peft_config, path, module)
-        check_stored(peft_config, sum(made.values()))
-        check_saved_whole(peft_config)
+        config: Any = peft_config
+        self.sites = self._sites(config, model)
+        for site in self.sites.values():
+            self._check_site(config.at(site), site)
+        config.check_sites(self.sites)
+        specs = unique_specs(self.method, config.at, self.sites)
+        check_stored(config, sum(spec.size for spec in specs.values() if spec.seed is None))
+        check_saved_whole(config)
+        config.sites = to_table(self.sites)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         try:
@@ -87,7 +92,7 @@ class LinearTuner(BaseTuner):
             hint = f" Nearest names in this model: {', '.join(near)}." if near else ""
             raise NoMatchingPeftModuleError(f"{error}{hint}") from error
         finally:
-            self.anatomy = None
+            self.sites = None
 
     def _create_and_replace(
         self,
@@ -99,44 +104,49 @@ class LinearTuner(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        if isinstance(target, self.layer_cls):
-            self._adapt(peft_config, adapter_name, target, current_key)
-            target.set_adapter(self.active_adapters)
-            return
-        layer = self.layer_cls(target, **_quantization_kwargs(self.model))
-        self._adapt(peft_config, adapter_name, layer, current_key)
+        assert self.sites is not None
+        site = self.sites[current_key]
+        if not specs_of(self.method, peft_config.at(site), site):
+            return  # the method has nothing here
+        layer = target if isinstance(target, self.layer_cls) else self.layer_cls(target, **_quantization(self.model))
+        self._join(layer, adapter_name, peft_config, site, layer.weight_of_base(current_key))
         layer.set_adapter(self.active_adapters)
+        if layer is target:
+            return
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
-        if self.layer_cls.forward is AdaptedLinear.forward:  # another forward may prepare what its pair depends on
+        if self.layer_cls.forward is AdaptedLinear.forward:  # another forward may read something else
             introduce(parent, current_key, self.layer_cls)
+
+    def _join(self, layer: Any, adapter: str, config: Any, site: Site, weight: Weight) -> None:
+        """Give `adapter` its tensors at `site`, in `layer` and in the bank."""
+        here = config.at(site)
+        specs = specs_of(self.method, here, site)
+        bank = self.bank_cls.at_root(self.model) if any(spec.shared for spec in specs.values()) else None
+        draws = None
+        if self.method.draw is not None:
+            draws = Draws.start(self.model, self.method)
+            draws.configs[adapter] = config
+        device, dtype = layer.home()
+        layer.join(adapter, here, site, specs, bank=bank, draws=draws, weight=weight, device=device, dtype=dtype)
+        if bank is not None:
+            bank.quantization_backend = getattr(layer, "quantization_backend", None)
+            bank.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As PEFT's; but an adapter of which tensors are missing is refused, since what is left of it is another one.
+        """As PEFT's, with names as this version has them; an adapter of which tensors are missing is refused.
 
         Raises:
             ConfigError: `state_dict` lacks tensors of the adapter.
         """
-        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        given = {_bare_name(name) for name in found}
-        # The adapter's name is the last part of a parameter's name, or the last but one.
-        wanted = [
-            name
-            for name, _ in model.named_parameters()
-            if cls.prefix in name and adapter_name in name.rsplit(".", 2)[1:]
-        ]
-        lacking = [name for name in wanted if _bare_name(name) not in given]
-        if lacking:
-            raise ConfigError(
-                f"adapter {adapter_name!r} lacks {len(lacking)} of the {len(wanted)} tensors its config asks for: "
-                f"{', '.join(map(_bare_name, lacking[:3]))}{', ...' if len(lacking) > 3 else ''}. Was the file cut, or "
-                "is its adapter_config.json another adapter's?"
-            )
-        return found
+        state_dict = current_names(state_dict, cls.method, model)
+        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_tensors(cls.method, model, adapter_name, renamed)
+        return renamed
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         # First of all the method's own refusal: a quantised weight's says to merge elsewhere.
@@ -153,7 +163,7 @@ class LinearTuner(BaseTuner):
         return [(path, module) for path, module in self.model.named_modules() if isinstance(module, AdaptedLinear)]
 
     def _reached(self, adapter_names: list[str] | None) -> list[tuple[str, AdaptedLinear]]:
-        """Path and layer of the linears that the adapters named (default: the active ones) reach."""
+        """Path and layer of the linear layers that the adapters named (default: the active ones) reach."""
         names = set(self.active_adapters if adapter_names is None else adapter_names)
         return [(path, layer) for path, layer in self._linears() if names & set(layer.adapters)]
 
@@ -168,10 +178,45 @@ class LinearTuner(BaseTuner):
             self._check_merge_allowed()
         with changing(self._reached(adapter_names), "merged into") if merge else nullcontext():
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        for name, child in list(model.named_children()):
-            if isinstance(child, PairBank) and isinstance(child, self.tuner_layer_cls):
-                delattr(model, name)
+        if self.bank_cls.of(model) is not None:
+            delattr(model, self.method.bank)
+        Draws.stop(model, self.method)
         return model
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        if (draws := Draws.on(self.model, self.method)) is not None:
+            draws.configs.pop(adapter_name, None)
+
+    @contextmanager
+    def added(self, adapter: str, config: Any) -> Iterator[None]:
+        """Around filling a new adapter of `config`: where that fails, there is no such adapter afterwards."""
+        self.peft_config[adapter] = config
+        try:
+            self.inject_adapter(self.model, adapter)
+            yield
+        except BaseException:
+            self.peft_config.pop(adapter, None)
+            for module in self.model.modules():
+                if isinstance(module, self.tuner_layer_cls):
+                    module.forget(adapter)
+            raise
+
+    def blend_whole_modules(self, adapters: Sequence[str], weights: Sequence[float], adapter: str) -> None:
+        """Give `adapter` the modules that `adapters` train whole: H + sum_i w_i (H_i - H) with H the base model's."""
+        for module in self.model.modules():
+            if not isinstance(module, ModulesToSaveWrapper) or not any(a in module.modules_to_save for a in adapters):
+                continue
+            module.update(adapter)
+            base = dict(module.original_module.named_parameters())
+            trained = [
+                dict(module.modules_to_save[a].named_parameters()) for a in adapters if a in module.modules_to_save
+            ]
+            used = [w for a, w in zip(adapters, weights, strict=True) if a in module.modules_to_save]
+            for name, blended in module.modules_to_save[adapter].named_parameters():
+                moved = [w * (whole[name] - base[name]) for w, whole in zip(used, trained, strict=True)]
+                blended.data.copy_(base[name] + sum(moved))
+                blended.requires_grad_(False)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
@@ -186,7 +231,6 @@ class LinearTuner(BaseTuner):
         self._check_adapter_names(names)
         beams = kwargs.get("num_beams") or 1
         for_decoder = [name for name in names for _ in range(beams)]
-        layers = (AdaptedLinear, PathLayer, AuxiliaryTrainingWrapper)
         encoder = _encoder(self.model) if beams > 1 else None
         # In beam search only the decoder sees every sample `num_beams` times.
         in_encoder = {id(module) for module in encoder.modules()} if encoder is not None else set()
@@ -196,7 +240,7 @@ class LinearTuner(BaseTuner):
                 with_kwargs=True,
             )
             for module in self.modules()
-            if isinstance(module, layers)
+            if isinstance(module, MethodLayer | AuxiliaryTrainingWrapper)
         ]
         try:
             yield
@@ -207,8 +251,7 @@ class LinearTuner(BaseTuner):
     def _check_adapter_names(self, names: list[str]) -> None:
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode: call model.eval() first.")
-        layers = [module for module in self.modules() if isinstance(module, AdaptedLinear | PathLayer)]
-        known = {name for module in layers for name in module.adapters}
+        known = {name for module in self.modules() if isinstance(module, MethodLayer) for name in module.adapters}
         unknown = sorted(set(names) - known - {BASE})
         if unknown:
             raise ValueError(
@@ -217,25 +260,82 @@ class LinearTuner(BaseTuner):
             )
 
 
-def check_stored(config: Any, numbers: int) -> None:
+def sites_of(method: Method, config: Any, model: nn.Module) -> dict[str, Site]:
+    """Path -> site of every place in `model` that `config` adapts, in the model's order. Changes nothing.
+
+    Raises:
+        ConfigError: a target module is no linear layer, or the method finds no place.
+    """
+    if method.sites is not None:
+        return method.sites(config, model, Anatomy(model, layers_pattern=config.layers_pattern))
+    sites = target_sites(config, model)
+    if config.speaks_of_depth and sites and all(not site.role for site in sites.values()):
+        anatomy = Anatomy(model, layers_pattern=config.layers_pattern)
+        if not anatomy.stacks:
+            anatomy.place(next(iter(sites)))  # raises: the config speaks of layers, and there are none
+    return sites
+
+
+def target_sites(config: Any, model: nn.Module) -> dict[str, Site]:
+    """Path -> site of the target modules of any PEFT config.
+
+    Raises:
+        ConfigError: a target module is no linear layer.
+    """
+    config = _maybe_include_all_linear_layers(config, model)
+    anatomy = Anatomy(model, layers_pattern=getattr(config, "layers_pattern", None))
+    inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    sites: dict[str, Site] = {}
+    for path, module in model.named_modules():
+        if not path or path.startswith(inside) or not check_target_module_exists(config, path):
+            continue
+        if not is_adaptable(module):
+            raise ConfigError(
+                f"Target module {path!r} is a {type(module).__name__}, which is not supported: only linear layers "
+                "(torch.nn.Linear, Conv1D, quantised linear layers) are. Name linear layers in target_modules, or "
+                "leave this module out by exclude_modules."
+            )
+        sites[path] = linear_site(model, anatomy, path, module)
+    return sites
+
+
+def linear_site(model: nn.Module, anatomy: Anatomy, path: str, module: nn.Module) -> Site:
+    """The site of the linear layer at `path`; outside every stack it is a stack of its own, with one layer."""
+    place, (d_in, d_out) = anatomy.find(path), features(module)
+    if place is None:
+        return Site(path, body_name(model, path), 0, 1, "", d_in, d_out)
+    return Site(path, body_name(model, place.stack), place.layer, place.num_layers, place.role, d_in, d_out)
+
+
+def check_tensors(method: Method, model: nn.Module, adapter: str, given: Mapping[str, Any]) -> None:
+    """Raise ConfigError if `given` lacks tensors that `adapter` has in `model`: what is left of it is another one."""
+    names = {_bare_name(name) for name in given}
+    held = {_bare_name(name) for name in model.state_dict(keep_vars=True)}
+    wanted = [name for name in held if f".{method.store}.{adapter}." in f".{name}"]
+    lacking = sorted(name for name in wanted if name not in names)
+    if lacking:
+        raise ConfigError(
+            f"adapter {adapter!r} lacks {len(lacking)} of the {len(wanted)} tensors its config asks for: "
+            f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}. Was the file cut, or is its "
+            "adapter_config.json another adapter's?"
+        )
+
+
+def check_stored(config: Any, parameters: int) -> None:
     """Raise ConfigError if an adapter from a folder would take far more room than its file fills."""
     stored = config.stored_numbers
-    if stored is not None and numbers > max(stored, UNCHECKED):
+    if stored is not None and parameters > max(stored, UNCHECKED):
         raise ConfigError(
-            f"the adapter's config asks for {numbers:,} numbers in this model, and its file holds {stored:,}: they "
-            "don't belong together, or belong to another base model. To train such an adapter afresh, make a new "
+            f"the adapter's config asks for {parameters:,} parameters in this model, and its file holds {stored:,}: "
+            "they don't belong together, or belong to another base model. To train such an adapter afresh, make a new "
             "config."
         )
 
 
-def check_rank_here(name: str, rank: int, path: str, module: nn.Module) -> None:
-    """Raise ConfigError if `rank` is above both what the linear at `path` has a use for and what costs nothing."""
-    d_in, d_out = features(module)
-    if rank > max(d_in, d_out, FREE_RANK):
-        raise ConfigError(
-            f"{name}={rank} is above the matrix: {path!r} maps {d_in} to {d_out}. Lower it to at most "
-            f"{max(d_in, d_out)}, or leave the module out by exclude_modules."
-        )
+def _on_meta(shape: tuple[int, ...]) -> Tensor:
+    import torch
+
+    return torch.empty(shape, device="meta")
 
 
 def _bare_name(name: str) -> str:
@@ -255,7 +355,7 @@ def _encoder(model: nn.Module) -> nn.Module | None:
     return None if encoder is model else encoder
 
 
-def _quantization_kwargs(model: nn.Module) -> dict[str, Any]:
+def _quantization(model: nn.Module) -> dict[str, Any]:
     """What PEFT's quantisation backends need to know of the model: how torchao weights are quantised again."""
     try:
         return {

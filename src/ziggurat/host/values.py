@@ -6,12 +6,15 @@ from re import _parser  # pyright: ignore[reportAttributeAccessIssue]
 from typing import Any
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.site import Site
 
 #: No matrix in use has more rows; a rank above is a slip or an attack.
 MOST_RANK = 2**16
 #: What a list or dict in a config may hold.
 MOST_ENTRIES = 100_000
 MOST_ALPHA = 1e9
+#: A rank that is no burden however small the matrix is.
+FREE_RANK = 256
 #: Repeats without end in one regular expression; matching takes the length of a path to that power.
 MOST_REPEATS = 4
 
@@ -41,6 +44,22 @@ def check_rank(name: str, value: Any) -> None:
         raise ConfigError(f"{name}={shown(value)}: the rank must be a whole number of at least 1.")
     if value > MOST_RANK:
         raise ConfigError(f"{name}={shown(value)}: no matrix has room for such a rank; at most {MOST_RANK:,}.")
+
+
+def check_room(config: Any, name: str, rank: int, site: Site, *, free: bool = False) -> None:
+    """Raise ConfigError if `rank` is above what the matrix at `site` has room for.
+
+    `name` says which rank it is. `free`: a rank up to the larger side, or up to 256, costs nothing worth refusing. An
+    adapter from a folder, or a sum of adapters, has the rank that it has.
+    """
+    if config.stored_numbers is not None or config.any_rank:
+        return
+    most = max(site.d_in, site.d_out, FREE_RANK) if free else min(site.d_in, site.d_out)
+    if rank > most:
+        raise ConfigError(
+            f"{name} is above the matrix: {site.path!r} maps {site.d_in} to {site.d_out}, so at most rank {most} "
+            "has a meaning there. Lower it, or leave the module out by exclude_modules."
+        )
 
 
 def check_above_zero(name: str, value: Any) -> None:

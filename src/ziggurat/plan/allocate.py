@@ -16,7 +16,7 @@ from torch import nn
 from ziggurat.analysis import Collected, Component, measures
 from ziggurat.analysis.measures import kl_matrix
 from ziggurat.errors import ConfigError
-from ziggurat.methods.msplora.layer import Pyramid
+from ziggurat.host.bank import Bank
 from ziggurat.methods.msplora.pyramid import role_of, tier_of
 
 CRITERIA = ("energy", "sensitivity", "effective_rank", "stable_rank")
@@ -64,9 +64,11 @@ def sensitivities(model: nn.Module, adapter: str = "default", by_role: bool = Fa
     caller's. A shared pair's gradient holds all layers that read it.
     """
     found: dict[str, np.ndarray] = {}
-    for bank in (module for module in model.modules() if isinstance(module, Pyramid)):
-        for name in bank.factors(adapter).names():
-            A, B = bank.factors(adapter).pair(name)
+    for bank in (module for module in model.modules() if isinstance(module, Bank)):
+        factors = bank.factors(adapter)
+        for name in (leaf for leaf in factors.names() if leaf.rpartition(":")[2].startswith("A_")):
+            group, _, key = name.rpartition(":")
+            A, B = factors[name], factors[f"{group}:B_{key[2:]}"]
             if A.grad is None or B.grad is None:
                 continue
             score = (A * A.grad).abs().mean(1) + (B * B.grad).abs().mean(0)

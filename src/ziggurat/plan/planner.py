@@ -13,9 +13,12 @@ from peft import get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from ziggurat.analysis.components import UPDATE, Component
-from ziggurat.analysis.readers import READERS, place_by_name
+from ziggurat.analysis.readers import READERS, components, place_by_name
 from ziggurat.errors import ConfigError, RecipeError
 from ziggurat.host.anatomy import Anatomy, Place
+from ziggurat.host.method import method_of
+from ziggurat.host.site import Site
+from ziggurat.host.sites_table import from_table
 
 from .disk import file_bytes
 from .memory import Memory, Step, memory
@@ -117,7 +120,8 @@ def plan(
         trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
         head = [n for n in trained if ".modules_to_save." in n]
         state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        parts = _parts(state, adapted.peft_config["default"], anatomy)
+        used = adapted.peft_config["default"]
+        parts = _parts(state, used, anatomy, from_table(getattr(used, "sites", None) or {}))
         modules = list(getattr(adapted, "targeted_module_names", None) or adapted.base_model.targeted_module_names)
         how = Step(batch, length, LABELS.get(task or ""), pair, checkpointing, four_bits)
         estimate = memory(adapted, how) if measure_memory else None
@@ -155,36 +159,36 @@ def _without_values(config: Any) -> Any:
     return config
 
 
-def _parts(state: Mapping[str, Any], config: Any, anatomy: Anatomy) -> list[Part]:
+def _parts(state: Mapping[str, Any], config: Any, anatomy: Anatomy, sites: Mapping[str, Site]) -> list[Part]:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind not in READERS:
-        return []
 
     def places(path: str) -> Place:
         return anatomy.find(path) or place_by_name(path)
 
+    method = method_of(config)
+    if method is not None:
+        read = components(method, state, config, sites)
+    elif kind in READERS:
+        read = READERS[kind](state, config, places)
+    else:
+        return []
     found: dict[tuple[str, str, str, int], list[Component]] = {}
-    for c in READERS[kind](state, config, places, anatomy.stacks):
+    for c in read:
         if c.part != UPDATE:
             found.setdefault((c.part, c.stack, c.role, c.rank), []).append(c)
     parts = []
     for (part, stack, role, rank), some in found.items():
-        numbers = sum(_stored(c) for c in some) + (some[0].A.numel() if some[0].shared_A else 0)
+        tensors = {name: size for c in some for name, size in c.tensors.items()}
+        numbers = sum(tensors.values()) or sum(c.parameters for c in some)
         parts.append(Part(part, stack, role, len(some), rank, max(len(c.layers) for c in some), numbers))
     order = list(dict.fromkeys(p.part for p in parts))
     return sorted(parts, key=lambda p: (order.index(p.part), p.stack, p.role))
 
 
-def _stored(component: Component) -> int:
-    if component.shared_A:
-        return component.B.numel()
-    return component.parameters + (component.rank if component.part == "inner" else 0)
-
-
 def _beside(model: nn.Module, config: Any, method: str, mine: int) -> tuple[list[Beside], list[str]]:
     """Other methods on the same linears, at the plan's rank and at the most that its `mine` numbers pay, by formula."""
     from ziggurat.training.budget import fit_rank, rank_fields
-    from ziggurat.training.closed_form import count
+    from ziggurat.training.counts import count
     from ziggurat.training.methods import method_config
 
     same = {

@@ -190,7 +190,7 @@ _SHAPE = {f"method.{name}" for name in ("ranks", "group_starts", "tiers", "rank_
 def _budget(recipe: Any, budget: str | None) -> int:
     """Raises ConfigError where it is no number, or pays for no rank in one of the tiers."""
     from ziggurat.training.budget import read_budget, recipe_model
-    from ziggurat.training.closed_form import count
+    from ziggurat.training.counts import count
     from ziggurat.training.methods import method_config
 
     bare = recipe_model(recipe)

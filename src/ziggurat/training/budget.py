@@ -17,7 +17,7 @@ from torch import nn
 from ziggurat.errors import ConfigError, RecipeError
 
 from .bare import bare_model
-from .closed_form import count
+from .counts import count
 from .embedded import model_path
 from .methods import BUDGET, METHODS, method_config
 from .model import find_gguf

@@ -26,6 +26,9 @@ _NOT_IN_A_RECIPE = {
     "inference_mode",
     "runtime_config",
     "structure",
+    "sites",
+    "ziggurat_version",
+    "ziggurat_format",
 }
 
 #: The key that picks the rank instead of naming it; see `budget.py`.

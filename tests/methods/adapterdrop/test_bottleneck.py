@@ -26,7 +26,7 @@ def bottlenecks(model: torch.nn.Module) -> dict[str, BottleneckLinear]:
 def test_the_equation(activation: str) -> None:
     layer = next(iter(bottlenecks(adapted(activation=activation).double().eval()).values()))
     x = torch.randn(5, layer.in_features, dtype=torch.float64)
-    D, U, a, c = (getattr(layer, name)["default"] for name in layer.adapter_layer_names)
+    D, U, a, c = layer.stored("default").values()
     with torch.no_grad():
         for tensor in (a, c):
             tensor.normal_()
@@ -45,7 +45,7 @@ def test_the_default_place_is_the_end_of_each_feed_forward_part(model: str) -> N
 def test_specialised_dropping_leaves_the_lowest_layers_without_adapter() -> None:
     layers = sum(ZOO["bert"].stacks.values())
     found = bottlenecks(adapted(drop_layers=2))
-    assert sorted(layer.depth["default"] for layer in found.values()) == list(range(2, layers))
+    assert sorted(layer.sites["default"].layer for layer in found.values()) == list(range(2, layers))
     with pytest.raises(ConfigError, match=f"drop_layers={layers} leaves none of the {layers} layers"):
         adapted(drop_layers=layers)
 
@@ -57,12 +57,12 @@ def test_robust_dropping_draws_a_depth_for_each_forward_in_training() -> None:
         torch.manual_seed(seed)
         model.zero_grad(set_to_none=True)
         model(**inputs)[0].square().sum().backward()
-        drawn = {layer.drawn["default"] for layer in bottlenecks(model).values()}
+        drawn = {layer.context("default").drawn for layer in bottlenecks(model).values()}
         assert len(drawn) == 1
         depths |= drawn
         for layer in bottlenecks(model).values():
-            learns = layer.adapterdrop_up["default"].grad is not None
-            assert learns == (layer.depth["default"] >= next(iter(drawn)))
+            learns = layer.stored("default")["up"].grad is not None
+            assert learns == (layer.sites["default"].layer >= next(iter(drawn)))
             learning.add(learns)
     assert depths == {0, 1, 2} and learning == {True, False}
     model.eval()
@@ -76,10 +76,10 @@ def test_dropping_afterwards_equals_never_having_had_them() -> None:
     dropped = logits(model, inputs)
     assert not torch.equal(dropped, whole)
     for layer in bottlenecks(model).values():
-        if layer.depth["default"] == 0:
-            for name in layer.adapter_layer_names:
+        if layer.sites["default"].layer == 0:
+            for tensor in layer.stored("default").values():
                 with torch.no_grad():
-                    getattr(layer, name)["default"].zero_()
+                    tensor.zero_()
     torch.testing.assert_close(logits(model, inputs), dropped, rtol=0, atol=0)
     model.drop(0)
     torch.testing.assert_close(logits(model, inputs), dropped, rtol=0, atol=0)  # the zeros do nothing

@@ -12,7 +12,9 @@ from methods_table import logits
 from tolerance import assert_models_agree
 from ziggurat import DyLoRAConfig
 from ziggurat.errors import ConfigError
-from ziggurat.methods.dylora.layer import DyLoRALinear, draw_ranks
+from ziggurat.host.draws import Draws
+from ziggurat.host.linear import AdaptedLinear
+from ziggurat.methods.dylora.model import METHOD
 from zoo import ZOO
 
 
@@ -22,17 +24,24 @@ def adapted(**fields: object) -> PeftModel:
     return get_peft_model(ZOO["bert"].build(), DyLoRAConfig(**values))  # type: ignore[arg-type]
 
 
-def linears(model: torch.nn.Module) -> list[DyLoRALinear]:
-    return [module for module in model.modules() if isinstance(module, DyLoRALinear)]
+def draws(model: PeftModel) -> Draws:
+    found = Draws.on(model.get_base_model(), METHOD)
+    assert found is not None
+    return found
+
+
+def linears(model: torch.nn.Module) -> list[AdaptedLinear]:
+    return [module for module in model.modules() if isinstance(module, AdaptedLinear)]
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 4])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_drawn_rank_uses_and_teaches_just_its_directions(rank: int, frozen: bool) -> None:
-    layer = linears(adapted(frozen=frozen).double())[0].train()
-    layer.drawn["default"] = rank
+    model = adapted(frozen=frozen).double()
+    layer = linears(model)[0].train()
+    draws(model).draw_as({"default": rank})
     x = torch.randn(3, layer.in_features, dtype=torch.float64)
-    A, B = layer.dylora_A["default"], layer.dylora_B["default"]
+    A, B = layer.stored("default").values()
     base = layer.base_layer(x)
     y = layer(x)
     torch.testing.assert_close(y, base + 6 / rank * x @ A[:rank].T @ B[:, :rank].T, rtol=1e-10, atol=1e-10)
@@ -50,7 +59,7 @@ def test_every_forward_in_training_draws_one_rank_for_all_linears() -> None:
     for seed in range(24):
         torch.manual_seed(seed)
         model.train()(**inputs)
-        ranks = {layer.drawn["default"] for layer in linears(model)}
+        ranks = {layer.context("default").drawn for layer in linears(model)}
         assert len(ranks) == 1
         seen |= ranks
     assert seen == {2, 3, 4}
@@ -63,7 +72,7 @@ def test_merging_in_training_mode_takes_the_inference_rank(rank: int) -> None:
     model, inputs = adapted(inference_rank=rank), ZOO["bert"].inputs()
     expected = logits(model.eval(), inputs)
     model.train()
-    draw_ranks(model)
+    draws(model).draw()
     merged = model.merge_and_unload().eval()
     assert_models_agree(logits(merged, inputs), expected)
     assert not merged._forward_pre_hooks
@@ -78,7 +87,8 @@ def test_a_saved_adapter_is_cut_when_it_is_loaded(tmp_path: Path) -> None:
     for mine, whole in zip(linears(cut), linears(model), strict=True):
         A, B = mine.effective_pair("default")
         assert A.shape[0] == 2
-        torch.testing.assert_close(B @ A, 6 / 2 * whole.dylora_B["default"][:, :2] @ whole.dylora_A["default"][:2])
+        all_A, all_B = whole.stored("default").values()
+        torch.testing.assert_close(B @ A, 6 / 2 * all_B[:, :2] @ all_A[:2])
     assert not torch.equal(logits(cut, inputs), logits(model.eval(), inputs))
 
 

@@ -5,8 +5,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ziggurat.host.paths import PathLayer
+from ziggurat.lowrank.pair import FactorPair
+
 #: First layer, last layer, and the dense (d, d) matrix scale * B A of a path.
 DensePath = tuple[int, int, Tensor]
+
+
+def raw_pair(path: PathLayer) -> FactorPair:
+    """A and B of the adapter "default" without the scale."""
+    return FactorPair(**path.stored("default"))
 
 
 def add_paths(layers: Sequence[nn.Module], paths: Sequence[DensePath]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from path_reference import add_paths
+from path_reference import add_paths, raw_pair
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
@@ -41,7 +41,7 @@ def both(model: str, **fields: Any) -> tuple[PeftModel, nn.Module, list[tuple[in
     layers = FIRST_LAYER[model](adapted.get_base_model())
     factors, dense = [], []
     for first, last in spans or [(n, n) for n in range(len(layers))]:
-        a, b = path_of(layers[last]).raw_pair("default")
+        a, b = raw_pair(path_of(layers[last]))
         factors.append((first, last, a, b))
         dense.append((first, last, (6 / 4) * b.detach() @ a.detach()))
     reference = zoo.build().double()
@@ -74,7 +74,7 @@ def test_two_stacks_have_their_own_paths(model: str) -> None:
     reference = ZOO[model].build().double()
     for stack, own in spans.items():
         layers = adapted.get_base_model().get_submodule(stack)
-        pairs = [path_of(layers[last]).raw_pair("default") for _, last in own]
+        pairs = [raw_pair(path_of(layers[last])) for _, last in own]
         dense = [(f, last, 1.5 * (b @ a).detach()) for (f, last), (a, b) in zip(own, pairs, strict=True)]
         add_paths(reference.get_submodule(stack), dense)
     inputs = double_inputs(model)
@@ -154,7 +154,7 @@ def test_hidden_states_by_keyword(tensor: bool) -> None:
     reference.load_state_dict(base.state_dict())
     adapted = get_peft_model(base, LoR2CConfig(r=2, lora_alpha=2, init_weights=False, spans=[(0, 1), (2, 2)])).double()
     layers = adapted.get_base_model().layers
-    dense = [(f, last, (path_of(layers[last]).raw_pair("default")[1] @ path_of(layers[last]).raw_pair("default")[0]))
+    dense = [(f, last, (raw_pair(path_of(layers[last]))[1] @ raw_pair(path_of(layers[last]))[0]))
              for f, last in [(0, 1), (2, 2)]]  # fmt: skip
     add_paths(reference.layers, dense)
     x = torch.randn(2, 5, 8, dtype=torch.float64)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from path_reference import raw_pair
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
@@ -132,20 +133,20 @@ def test_a_merged_path_goes_on_with_the_kept_weights_and_moments(keep: str, shar
     model(**ZOO["bert"].inputs(), labels=torch.tensor([0, 1])).loss.backward()
     optimizer.step()
     members = bank(model).members[STACK]
-    pairs = {n: [t.detach().clone() for t in path.raw_pair("default")] for n, path in members.items()}
-    moments = {n: optimizer.state[p.lor2c_B["default"]]["exp_avg"].clone() for n, p in members.items()}
+    pairs = {n: [t.detach().clone() for t in raw_pair(path)] for n, path in members.items()}
+    moments = {n: optimizer.state[p.own_tensors("default")["B"]]["exp_avg"].clone() for n, p in members.items()}
     (record,) = model.restructure(6, STEPS, optimizer)
     (low, _), (high, _) = record["merged"]
     kept = record["kept"][0]
     sums = {n: torch.linalg.svdvals((b @ a).double()).sum() for n, (a, b) in pairs.items()}
     assert kept == (low if keep == "lower" or sums[low] >= sums[high] else high)
-    after = members[high].raw_pair("default")
+    after = raw_pair(members[high])
     assert all(torch.equal(one, other) for one, other in zip(after, pairs[kept], strict=True))
-    assert torch.equal(optimizer.state[members[high].lor2c_B["default"]]["exp_avg"], moments[kept])
-    assert members[low].lor2c_B["default"] not in optimizer.state
+    assert torch.equal(optimizer.state[members[high].own_tensors("default")["B"]]["exp_avg"], moments[kept])
+    assert members[low].own_tensors("default")["B"] not in optimizer.state
     assert Span(low, high) in state(model).spans
     if share:
-        assert members[low].raw_pair("default").A is members[high].raw_pair("default").A
+        assert raw_pair(members[low]).A is raw_pair(members[high]).A
 
 
 def test_a_span_grows_until_the_limit_and_the_rest_is_said() -> None:

@@ -54,8 +54,8 @@ def test_an_outer_rank_above_the_matrix_is_refused_before_the_model_changes() ->
 
 def test_the_default_outer_rank_gives_way_to_small_matrices() -> None:
     model = get_peft_model(PlainList([nn.Linear(16, 16)]), LoRA2Config(target_modules=["blocks.0", "head"]))
-    assert model.base_model.model.head.lora2_U["default"].shape == (3, 16)
-    assert model.base_model.model.blocks[0].lora2_U["default"].shape == (8, 16)
+    assert model.base_model.model.head.factor("default", "U").shape == (3, 16)
+    assert model.base_model.model.blocks[0].factor("default", "U").shape == (8, 16)
 
 
 def test_the_default_target_is_half_the_rank() -> None:

@@ -39,7 +39,7 @@ def random_planes(d_in: int, d_out: int, k: int, r: int, seed: int = 0) -> Plane
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_the_update_is_the_paper_s(k: int, r: int, use_rslora: bool) -> None:
     adapted, layer = one_linear(r=r, outer_rank=k, lora_alpha=6, use_rslora=use_rslora)
-    U, V, E, v, u = (getattr(layer, f"lora2_{name}")["default"] for name in "UVEvu")
+    U, V, E, v, u = (layer.factor("default", name) for name in "UVEvu")
     assert [tuple(t.shape) for t in (U, V, E, v, u)] == [(k, 7), (r, k), (r,), (k, r), (5, k)]
     scale = 6 / r**0.5 if use_rslora else 6 / r
     dense = scale * (u @ v) @ torch.diag(E) @ (V @ U)
@@ -61,9 +61,9 @@ def test_a_fresh_adapter_starts_as_the_paper_says() -> None:
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(400, 300)), LoRA2Config(target_modules=["0"], r=8, outer_rank=16))
     layer = model.base_model.model[0]
-    assert torch.equal(layer.lora2_E["default"], torch.zeros(8))
+    assert torch.equal(layer.factor("default", "E"), torch.zeros(8))
     for name in "UVvu":
-        factor = getattr(layer, f"lora2_{name}")["default"].detach()
+        factor = layer.factor("default", name).detach()
         assert abs(float(factor.std()) / 0.02 - 1) < 4 / factor.numel() ** 0.5
         assert abs(float(factor.mean())) < 4 * 0.02 / factor.numel() ** 0.5
 
@@ -72,7 +72,7 @@ def test_gradients_of_the_update_reach_every_factor() -> None:
     adapted, layer = one_linear(r=3, outer_rank=2)
     x = torch.randn(4, 7, dtype=torch.float64)
     adapted(x).square().sum().backward()
-    U, V, E, v, u = (getattr(layer, f"lora2_{name}")["default"] for name in "UVEvu")
+    U, V, E, v, u = (layer.factor("default", name) for name in "UVEvu")
     copies = [t.detach().clone().requires_grad_() for t in (U, V, E, v, u)]
     cU, cV, cE, cv, cu = copies
     weight = layer.base_layer.weight + 16 / 3 * (cu @ cv) @ torch.diag(cE) @ (cV @ cU)

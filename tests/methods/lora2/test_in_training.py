@@ -76,7 +76,7 @@ def trainer(model: nn.Module, kind: str, folder: Path, loss: Any = None, **argum
 
 def regulariser_gradients(model: nn.Module) -> dict[str, Tensor]:
     """The gradient of 0.1 times the deviation, by parameter."""
-    names = {n: p for n, p in model.named_parameters() if "lora2_" in n and "lora2_E" not in n}
+    names = {n: p for n, p in model.named_parameters() if "lora2_" in n and not n.endswith(".E")}
     gradients = torch.autograd.grad(0.1 * deviation(model), list(names.values()))
     return dict(zip(names, gradients, strict=True))
 

@@ -83,11 +83,50 @@ def test_importance_against_the_formulas_in_plain_python() -> None:
     torch.testing.assert_close(scores(importance, k), torch.tensor(expected).double(), rtol=1e-7, atol=1e-10)
 
 
-def test_a_step_with_infinite_gradients_changes_no_average() -> None:
-    old = Importance(torch.rand(2, 3), torch.rand(2, 3))
-    sensed = torch.tensor([[1.0, float("inf"), 1.0], [1.0, 1.0, 1.0]])
-    new = smooth(old, sensed, 0.85, 0.85)
-    assert torch.equal(new.mean, old.mean) and torch.equal(new.uncertainty, old.uncertainty)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_step_with_gradients_that_are_not_finite_changes_no_average(value: float) -> None:
+    """Loss scaling skips such a step for all weights, also for linear layers of other shapes, whose gradients are."""
+    model = model_with(target_modules=["query", "intermediate.dense"], outer_rank=None, rank_pattern={"query": 3})
+    assert len({layer.factor("default", "V").shape for layer in adapted(model, "default").values()}) > 1
+    loop(model, range(1, 3), 20)
+    before = {path: layer.importance["default"] for path, layer in adapted(model, "default").items()}
+    model(**batch()).loss.backward()
+    first, *_ = adapted(model, "default").values()
+    first.factor("default", "E").grad[0] = value
+    model.prune(3, 20)
+    for path, layer in adapted(model, "default").items():
+        assert torch.equal(layer.importance["default"].mean, before[path].mean)
+        assert torch.equal(layer.importance["default"].uncertainty, before[path].uncertainty)
+
+
+def test_the_mask_goes_with_its_run() -> None:
+    """Neither a second run on the same model, nor other weights, nor another optimiser meets the first run's mask."""
+    model = model_with(init_weights=False)
+    fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    loop(model, range(1, 21), 20, optimizer)
+    assert sum(model.ranks().values()) == 16
+    other = torch.nn.Linear(2, 2)
+    step = torch.optim.SGD(other.parameters(), lr=0.1)
+    model.load_state_dict(fresh)
+    for one in (step, optimizer):
+        optimizer.zero_grad()
+        one.step()
+    assert sum(model.ranks().values()) == 32
+    loop(model, range(1, 3), 20)
+    assert sum(model.ranks().values()) == 32
+
+
+def test_another_optimiser_moves_nothing_of_a_pruned_adapter() -> None:
+    model = model_with(init_weights=False)
+    loop(model, range(1, 21), 20)
+    first, *_ = adapted(model, "default").values()
+    with torch.no_grad():
+        first.factor("default", "E").fill_(1.0)
+    other = torch.nn.Linear(2, 2)
+    other(torch.ones(1, 2)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    assert first.alive("default").all()
 
 
 def test_the_averages_read_the_weights_and_gradients_of_each_entry() -> None:
@@ -97,7 +136,7 @@ def test_the_averages_read_the_weights_and_gradients_of_each_entry() -> None:
     optimizer.step()
     model.prune(1, 20)
     for layer in adapted(model, "default").values():
-        E, V, v = (getattr(layer, f"lora2_{name}")["default"] for name in "EVv")
+        E, V, v = (layer.factor("default", name) for name in "EVv")
         mean = layer.importance["default"].mean
         expected = torch.cat([(E * E.grad)[:, None], V * V.grad, (v * v.grad).T], dim=1).abs() * (1 - 0.85)
         torch.testing.assert_close(mean, expected.detach(), rtol=1e-5, atol=1e-12)
@@ -165,8 +204,8 @@ def test_all_directions_equal() -> None:
     model = model_with()
     with torch.no_grad():
         for layer in adapted(model, "default").values():
-            for name in layer.adapter_layer_names:
-                getattr(layer, name)["default"].fill_(0.5)
+            for factor in layer.stored("default").values():
+                factor.fill_(0.5)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     model.prune(16, 20)
@@ -244,11 +283,11 @@ def test_a_linear_that_lost_all_directions_costs_nothing(tmp_path: Path) -> None
     model = model_with(init_weights=False)
     first, *_ = adapted(model, "default").values()
     with torch.no_grad():
-        first.lora2_E["default"].zero_()
+        first.factor("default", "E").zero_()
     model.eval()
     expected = logits(model, ZOO["roberta"].inputs())
     assert next(iter(model.compact().values())) == 0
-    assert sum(getattr(first, name)["default"].numel() for name in first.adapter_layer_names) == 0
+    assert sum(factor.numel() for factor in first.stored("default").values()) == 0
     model.save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(ZOO["roberta"].build(), str(tmp_path)).eval()
     assert_models_agree(logits(loaded, ZOO["roberta"].inputs()), expected)
@@ -263,7 +302,7 @@ def test_a_compacted_adapter_trains_on() -> None:
     model = model_with(init_weights=False)
     with torch.no_grad():
         for i, layer in enumerate(adapted(model, "default").values()):
-            layer.lora2_E["default"][: i % 5] = 0
+            layer.factor("default", "E")[: i % 5] = 0
     ranks = model.compact()
     assert sorted(set(ranks.values())) == [0, 1, 2, 3, 4]
     loop(model, range(1, 21), 20)

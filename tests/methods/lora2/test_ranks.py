@@ -17,7 +17,7 @@ def test_ranks_by_layer_and_role(tmp_path: Path) -> None:
     model = get_peft_model(ZOO["bert"].build(), config)
     with torch.no_grad():
         for i, layer in enumerate(adapted(model, "default").values()):
-            layer.lora2_E["default"][: i % 5] = 0
+            layer.factor("default", "E")[: i % 5] = 0
     expected = {
         "bert.encoder.layer": {
             "attention.self.query": {0: 4, 1: 2, 2: 0, 3: 3},

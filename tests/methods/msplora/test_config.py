@@ -15,8 +15,15 @@ from tolerance import assert_sums_agree
 from ziggurat import MSPLoraConfig
 from ziggurat.analysis import collect
 from ziggurat.errors import AnatomyError, ConfigError
-from ziggurat.training import closed_form
+from ziggurat.host.count import count
+from ziggurat.methods.msplora.pyramid import tier_of
 from zoo import ZOO
+
+
+def pairs_of(model: nn.Module) -> list[str]:
+    """Tier and group of every pair of the pyramid, in the order of their creation."""
+    leaves = model.bank_msplora.factors("default").names()
+    return [f"{tier_of(leaf)}{leaf.split(':')[3]}" for leaf in leaves if leaf.rpartition(":")[2].startswith("A_")]
 
 
 def ranks(**fields: object) -> list[int]:
@@ -51,7 +58,7 @@ def test_ranks_by_role() -> None:
     found = {n: m.effective_pair("default") for n, m in model.named_modules() if hasattr(m, "effective_pair")}
     wanted = {"query": 6, "value": 6, "key": 14}
     assert found and all(pair.A.shape[0] == wanted[name.rpartition(".")[2]] for name, pair in found.items())
-    scales = {role: [c.scale for c in model.get_submodule(_at(role)).components["default"]] for role in wanted}
+    scales = {role: [tier.scale for tier in config.pyramid(f"attention.self.{role}")] for role in wanted}
     assert scales == {"query": [16 / 3, 8, 16], "value": [16, 16, 4], "key": [2, 4, 8]}
     assert adapter_numbers(ZOO["bert"].build(), config) == sum(
         p.numel() for n, p in model.named_parameters() if "msplora_" in n
@@ -67,7 +74,7 @@ def _at(role: str) -> str:
 
 
 def adapter_numbers(model: nn.Module, config: MSPLoraConfig) -> int:
-    return closed_form.msplora(closed_form.targets(model, config), config)
+    return count(model, config)
 
 
 def test_ranks_by_role_are_read_back(tmp_path: Path) -> None:
@@ -97,7 +104,7 @@ def test_more_or_fewer_tiers() -> None:
         {"name": "own", "groups": "layers", "r": 1},
     ]
     model = get_peft_model(ZOO["bert"].build(), MSPLoraConfig(r=3, lora_alpha=9, tiers=tiers, target_modules=["query"]))
-    names = [n.split(":")[3] for n in model.pyramid.factors("default").names()]
+    names = pairs_of(model)
     assert sorted(names) == [
         "all0",
         "halves0",
@@ -111,26 +118,24 @@ def test_more_or_fewer_tiers() -> None:
         "thirds2",
     ]
     layer = model.get_submodule("base_model.model.bert.encoder.layer.2.attention.self.query")
-    assert [(c.pair.split(":")[3], c.scale) for c in layer.components["default"]] == [
-        ("all0", 1.5),
-        ("halves1", 3.0),
-        ("thirds1", 1 / 3),
-        ("own2", 9.0),
-    ]
+    assert list(layer.leaves["default"]) == [f"{half}_{t}" for t in ("all", "halves", "thirds", "own") for half in "AB"]
+    groups = [leaf.split(":")[3] for _, leaf in layer.leaves["default"].values()][::2]
+    scales = [tier.scale for tier in layer.configs["default"].pyramid(layer.sites["default"].role)]
+    assert list(zip(groups, scales, strict=True)) == [("0", 1.5), ("1", 3.0), ("1", 1 / 3), ("2", 9.0)]
 
 
 def test_fewer_layers_than_the_default_groups() -> None:
     """The default of three groups becomes one a layer on a shallower stack; a number that was given doesn't."""
     base = ZOO["albert"].build()
     model = get_peft_model(base, MSPLoraConfig(r=4, target_modules=["query"]))
-    assert [n.split(":")[3] for n in model.pyramid.factors("default").names()] == ["global0", "mid0", "layer0"]
+    assert pairs_of(model) == ["global0", "mid0", "layer0"]
 
 
 def test_some_layers_only() -> None:
     model = get_peft_model(
         ZOO["llama"].build(), MSPLoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[0, 3])
     )
-    names = [n.split(":")[3] for n in model.pyramid.factors("default").names()]
+    names = pairs_of(model)
     assert names == ["global0", "mid0", "layer0", "mid2", "layer3"]
 
 
@@ -206,7 +211,7 @@ def test_impossible_configs(fields: dict, says: str) -> None:
         ),
         ("bert", {"group_starts": [0, 4]}, ConfigError, "would begin at layer 4"),
         ("bert", {"r": 32}, ConfigError, "rank 32 of tier 'global' is above the matrix.*maps 16 to 16"),
-        ("bert", {"rank_pattern": {"valeu": [1, 1, 1]}}, ConfigError, "'valeu'.*no adapted linear has this role"),
+        ("bert", {"rank_pattern": {"valeu": [1, 1, 1]}}, ConfigError, "'valeu'.*no adapted linear layer has this role"),
         ("bert", {"rank_pattern": {"value": [4, 32, 1]}}, ConfigError, "rank 32 of tier 'mid' is above the matrix"),
         ("bert", {"target_modules": ["LayerNorm"]}, ConfigError, "is a LayerNorm, which is not supported"),
         ("no_stack", {"num_groups": 2}, AnatomyError, "no stack of layers.*layers_pattern"),

@@ -12,14 +12,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from methods_table import logits
 from ziggurat import MSPLoraConfig
-from ziggurat.host.anatomy import Place
-from ziggurat.methods.msplora.layer import MSPLoraLinear, Pyramid
-from ziggurat.methods.msplora.pyramid import Tier, pair_name
+from ziggurat.host.bank import Bank
+from ziggurat.host.linear import AdaptedLinear
+from ziggurat.host.site import Site, body_prefix
+from ziggurat.methods.msplora.equations import tensors
+from ziggurat.methods.msplora.pyramid import Tier
 from zoo import ZOO
 
 
-def pyramid_of(model: nn.Module) -> Pyramid:
-    return next(module for module in model.modules() if isinstance(module, Pyramid))
+def pyramid_of(model: nn.Module) -> Bank:
+    return next(module for module in model.modules() if isinstance(module, Bank))
 
 
 def adapted(name: str = "bert", **fields: object):
@@ -38,14 +40,14 @@ def test_forward_is_base_plus_the_three_tiers(use_rslora: bool, even_scales: boo
     x = torch.randn(3, 5, 16, dtype=torch.float64)
     checked = 0
     for path, linear in model.named_modules():
-        if not isinstance(linear, MSPLoraLinear):
+        if not isinstance(linear, AdaptedLinear):
             continue
         layer = int(path.split(".layer.")[1].split(".")[0])
         role = path.rpartition("attention.")[2].replace(".", "/")
         expected = x @ linear.weight.T + linear.bias
-        for tier, rank in ((f"global{0}", 8), (f"mid{groups[layer]}", 4), (f"layer{layer}", 2)):
-            stem = f"bert/encoder/layer:attention/{role}:16x16:{tier}"
-            a, b = tensors[f"{stem}:A"], tensors[f"{stem}:B"]
+        for tier, group, rank in (("global", 0, 8), ("mid", groups[layer], 4), ("layer", layer, 2)):
+            stem = f"encoder/layer:attention/{role}:16x16:{group}"
+            a, b = tensors[f"{stem}:A_{tier}"], tensors[f"{stem}:B_{tier}"]
             assert a.shape == (rank, 16)
             assert b.shape == (16, rank)
             counts = 8 if even_scales else rank
@@ -60,7 +62,7 @@ def test_forward_is_base_plus_the_three_tiers(use_rslora: bool, even_scales: boo
 
 def test_conv1d_keeps_its_layout() -> None:
     model = adapted("gpt2").double()
-    linear = next(module for module in model.modules() if isinstance(module, MSPLoraLinear))
+    linear = next(module for module in model.modules() if isinstance(module, AdaptedLinear))
     x = torch.randn(2, 3, linear.in_features, dtype=torch.float64)
     merged = x @ (linear.weight + linear.get_delta_weight("default")) + linear.bias
     torch.testing.assert_close(linear(x), merged, rtol=1e-10, atol=1e-10)
@@ -68,18 +70,18 @@ def test_conv1d_keeps_its_layout() -> None:
 
 def test_moving_a_shared_factor_moves_its_members_and_nobody_else() -> None:
     model = adapted("t5")
-    linears = {p: m for p, m in model.named_modules() if isinstance(m, MSPLoraLinear)}
+    linears = {p: m for p, m in model.named_modules() if isinstance(m, AdaptedLinear)}
     names = pyramid_of(model).factors("default").names()
     assert {name.partition(":")[0] for name in names} == {"encoder/block", "decoder/block"}
     for name in names:
         before = {path: m.get_delta_weight("default").clone() for path, m in linears.items()}
         with torch.no_grad():
-            pyramid_of(model).factors("default").pair(name).A.add_(1.0)
+            pyramid_of(model).factors("default")[name].add_(1.0)
         moved = {path for path, m in linears.items() if not torch.equal(m.get_delta_weight("default"), before[path])}
-        members = {p for p, m in linears.items() if name in [c.pair for c in m.components["default"]]}
+        members = {p for p, m in linears.items() if name in [leaf for _, leaf in m.leaves["default"].values()]}
         assert moved == members
-        stack, role, _, tier = name.split(":")
-        number = {"g": 12, "m": 12, "l": 1}[tier[0]]
+        stack, role, _, _, key = name.split(":")
+        number = {"g": 12, "m": 12, "l": 1}[key[2]]
         assert 1 <= len(members) <= number
         assert all(stack.replace("/", ".") in path and path.endswith(role.replace("/", ".")) for path in members)
 
@@ -99,7 +101,7 @@ def test_a_role_splits_by_shape() -> None:
 
     blocks = nn.Sequential(Block(8), Block(16), Block(8), Block(16))
     model = get_peft_model(blocks, MSPLoraConfig(r=4, target_modules=["up"]))
-    names = [n for n in pyramid_of(model).factors("default").names() if ":global" in n]
+    names = [n for n in pyramid_of(model).factors("default").names() if n.endswith(":A_global")]
     assert sorted(n.split(":")[2] for n in names) == ["16x8", "8x8"]
 
 
@@ -160,10 +162,10 @@ def test_explicit_boundaries_begin_where_they_say(starts: set[int], depth: int) 
 
 
 def test_names_tell_pairs_apart() -> None:
-    tier = Tier("layer", "layers", 1, 1.0)
-    places = [Place(s, n, r, 4) for s in ("a.b", "c") for n in range(4) for r in ("q", "k.v")]
-    names = {pair_name(place, tier, d, 8) for place in places for d in (8, 16)}
-    assert len(names) == 2 * len(places)
+    config = MSPLoraConfig(tiers=[{"name": "layer", "groups": "layers", "r": 1}])
+    sites = [Site("", s, n, 4, r, d, 8) for s in ("a.b", "c") for n in range(4) for r in ("q", "k.v") for d in (8, 16)]
+    names = {spec.leaf(key) for site in sites for key, spec in tensors(config, site).items() if key[0] == "A"}
+    assert len(names) == len(sites)
     assert not any("." in name or "msplora_" in name for name in names)
 
 
@@ -176,13 +178,14 @@ def test_every_architecture_shares_as_its_stacks_say() -> None:
         assert torch.equal(logits(model, entry.inputs()), expected_output), name
         tiers = [n.split(":") for n in pyramid_of(model).factors("default").names()]
         for stack, depth in entry.stacks.items():
+            stack = stack.removeprefix(body_prefix(base))
             roles = {tuple(t[1:3]) for t in tiers if t[0] == stack.replace(".", "/")}
             assert roles, name
             for role in roles:
                 mine = [
-                    t[3].rstrip("0123456789")
+                    t[4][2:]
                     for t in tiers
-                    if t[0] == stack.replace(".", "/") and tuple(t[1:3]) == role
+                    if t[4][0] == "A" and t[0] == stack.replace(".", "/") and tuple(t[1:3]) == role
                 ]
                 assert mine.count("global") == 1, name
                 assert 1 <= mine.count("mid") <= min(3, depth), name

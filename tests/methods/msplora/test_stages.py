@@ -20,7 +20,7 @@ def model_in_stages(train_in_stages: bool = True):
 
 
 def snapshot(model) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in model.pyramid.factors("default").named_parameters()}
+    return {n: p.detach().clone() for n, p in model.bank_msplora.factors("default").named_parameters()}
 
 
 class Recorder(TrainerCallback):
@@ -34,7 +34,7 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         after = snapshot(model)
-        self.moved.append({tier_of(n[:-2]) for n, p in after.items() if not torch.equal(p, self.before[n])})
+        self.moved.append({tier_of(n) for n, p in after.items() if not torch.equal(p, self.before[n])})
 
 
 def rows() -> Dataset:
@@ -93,11 +93,11 @@ def test_a_plain_loop_calls_one_method_a_step() -> None:
         model(**inputs, labels=torch.tensor([0, 1])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        moved = {tier_of(n[:-2]) for n, p in snapshot(model).items() if not torch.equal(p, before[n])}
+        moved = {tier_of(n) for n, p in snapshot(model).items() if not torch.equal(p, before[n])}
         assert moved == {named[-1]}
     assert named == ["global", "mid", "layer"]
     model.end_stages()
     model(**inputs, labels=torch.tensor([0, 1])).loss.backward()
-    assert all(p.grad is not None for p in model.pyramid.parameters())
+    assert all(p.grad is not None for p in model.bank_msplora.parameters())
     with pytest.raises(ValueError, match="does not exist"):
         model.set_stage(0.0, "nobody")

@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.config import LinearMethodConfig
-from ziggurat.host.registry import peft_type
+from ziggurat.host.config import MethodConfig
 from ziggurat.host.values import MOST_ENTRIES, is_whole, shown
 
 CITATION = """@article{ruckle2021adapterdrop,
@@ -25,7 +24,7 @@ FEED_FORWARD_OUTPUT = (
 
 
 @dataclass
-class AdapterDropConfig(LinearMethodConfig):
+class AdapterDropConfig(MethodConfig):
     """Config of bottleneck adapters (Houlsby et al. 2019, Pfeiffer et al. 2021) with AdapterDrop (arXiv 2010.11918).
 
     Behind a linear W: y = W x + U f(D dropout(W x) + a) + c with D (r, d_out), U (d_out, r), the activation f and U = 0
@@ -54,8 +53,6 @@ class AdapterDropConfig(LinearMethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = peft_type("ADAPTERDROP")
-        self._check_bias()
         if self.target_modules is None:
             self.target_modules = FEED_FORWARD_OUTPUT
         for name in ("drop_layers", "robust_drop"):
@@ -68,7 +65,3 @@ class AdapterDropConfig(LinearMethodConfig):
             raise ConfigError(f"activation={shown(self.activation)}: 'relu', 'gelu' or 'silu'.")
         if self.use_rslora or self.lora_alpha != 16:
             raise ConfigError("lora_alpha and use_rslora have no meaning here: a bottleneck isn't scaled by its width.")
-
-    @property
-    def citation(self) -> str:
-        return CITATION

@@ -1,16 +1,20 @@
-"""A linear with a bottleneck behind it."""
+"""A linear layer with a bottleneck behind it (bottleneck adapters, arXiv 1902.00751; AdapterDrop, arXiv 2010.11918).
 
-from collections.abc import Collection
+y = W x + U f(D dropout(W x) + a) + c. It is no pair, since f is not linear, and so has a forward of its own.
+"""
+
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ziggurat.errors import ExportError
 from ziggurat.host.linear import AdaptedLinear
-from ziggurat.lowrank.pair import FactorPair, init_kaiming_
+from ziggurat.host.method import EVALUATION, Context
+from ziggurat.host.site import Site
+from ziggurat.host.tensors import TensorSpec, kaiming, zeros
+from ziggurat.lowrank.pair import FactorPair
 from ziggurat.methods.adapterdrop.config import AdapterDropConfig
 
 _CANNOT = (
@@ -18,53 +22,31 @@ _CANNOT = (
 )
 
 
-class AdapterDropLayer(BaseTunerLayer):
-    """What marks a module as a tuner layer of bottleneck adapters."""
+def tensors(config: AdapterDropConfig, site: Site) -> dict[str, TensorSpec]:
+    """D (r, d_out), U (d_out, r), a (r), c (d_out); U = 0 unless `init_weights` is False. Nothing in dropped layers."""
+    if site.layer < config.drop_layers:
+        return {}
+    return {
+        "down": TensorSpec((config.r, site.d_out), kaiming),
+        "up": TensorSpec((site.d_out, config.r), kaiming if config.init_weights is False else zeros),
+        "down_bias": TensorSpec((config.r,), zeros),
+        "up_bias": TensorSpec((site.d_out,), zeros),
+    }
 
 
-class BottleneckLinear(AdaptedLinear, AdapterDropLayer):
-    """y = W x + U f(D dropout(W x) + a) + c.
+def draw(config: AdapterDropConfig) -> int:
+    """How many of the lowest layers a robust adapter leaves out in this pass, uniform from 0 to `robust_drop`."""
+    return int(torch.randint(0, config.robust_drop + 1, ())) if config.robust_drop else 0
 
-    By adapter: `adapterdrop_down` D (r, d_out), `adapterdrop_up` U (d_out, r), `adapterdrop_down_bias` a (r),
-    `adapterdrop_up_bias` c (d_out). `depth`: the number of the layer this linear lies in; `dropped`: adapters of layers
-    below this number are left out, `drawn` the same for the forward that is running in training.
-    """
 
-    adapterdrop_down: nn.ParameterDict
-    adapterdrop_up: nn.ParameterDict
-    adapterdrop_down_bias: nn.ParameterDict
-    adapterdrop_up_bias: nn.ParameterDict
+class BottleneckLinear(AdaptedLinear):
+    """`dropped`: adapters of layers below this number are left out, for good; `robust_drop` draws one for each pass."""
 
-    method = "adapterdrop"
-    adapter_layer_names = ("adapterdrop_down", "adapterdrop_up", "adapterdrop_down_bias", "adapterdrop_up_bias")
-    other_param_names = ("configs", "depth", "dropped", "drawn")
+    other_param_names = ("dropped",)
 
-    def __init__(self, base_layer: nn.Module, **quantization_kwargs: object) -> None:
-        super().__init__(base_layer, **quantization_kwargs)
-        for name in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict())
-        self.configs: dict[str, AdapterDropConfig] = {}
-        self.depth: dict[str, int] = {}
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.dropped: dict[str, int] = {}
-        self.drawn: dict[str, int] = {}
-
-    def add(self, adapter: str, config: AdapterDropConfig, depth: int) -> None:
-        """Give this linear, in layer `depth`, the bottleneck of `adapter`; U = 0 unless `init_weights` is False."""
-        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        dtype = dtype if dtype is not None and dtype.is_floating_point else torch.float32
-        drawn_on = "meta" if device is not None and device.type == "meta" else "cpu"
-        down = init_kaiming_(torch.empty(config.r, self.out_features, device=drawn_on))
-        up = torch.zeros(self.out_features, config.r, device=drawn_on)
-        if config.init_weights is False:
-            init_kaiming_(up)
-        biases = torch.zeros(config.r, device=drawn_on), torch.zeros(self.out_features, device=drawn_on)
-        for name, tensor in zip(self.adapter_layer_names, (down, up, *biases), strict=True):
-            getattr(self, name)[adapter] = nn.Parameter(tensor.to(device=device, dtype=dtype))
-        self.configs[adapter], self.depth[adapter], self.dropped[adapter] = config, depth, 0
-
-    @property
-    def adapters(self) -> Collection[str]:
-        return self.configs
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
@@ -74,20 +56,19 @@ class BottleneckLinear(AdaptedLinear, AdapterDropLayer):
         if adapter_names is not None:
             return self._add_by_sample(y, x, adapter_names)
         for adapter in self.active_adapters:
-            if adapter in self.configs and not self._left_out(adapter):
+            if adapter in self.adapters and not self._left_out(adapter):
                 y = y + self._bottleneck(y, adapter)
         return y
 
     def _bottleneck(self, y: Tensor, adapter: str) -> Tensor:
-        down, up, a, c = (getattr(self, name)[adapter] for name in self.adapter_layer_names)
-        config = self.configs[adapter]
-        h = functional.dropout(y.to(down.dtype), config.lora_dropout, self.training)
-        h = getattr(functional, config.activation)(functional.linear(h, down, a))
-        return functional.linear(h, up, c).to(y.dtype)
+        t, config = self.stored(adapter), self.configs[adapter]
+        h = functional.dropout(y.to(t["down"].dtype), config.lora_dropout, self.training)
+        h = getattr(functional, config.activation)(functional.linear(h, t["down"], t["down_bias"]))
+        return functional.linear(h, t["up"], t["up_bias"]).to(y.dtype)
 
     def _left_out(self, adapter: str) -> bool:
-        dropped = self.drawn.get(adapter, 0) if self.training else 0
-        return self.depth[adapter] < max(dropped, self.dropped[adapter])
+        drawn = self.context(adapter).drawn or 0
+        return self.sites[adapter].layer < max(drawn, self.dropped.get(adapter, 0))
 
     def _add_by_sample(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         if len(adapter_names) != len(x):
@@ -95,19 +76,13 @@ class BottleneckLinear(AdaptedLinear, AdapterDropLayer):
                 f"adapter_names has {len(adapter_names)} names for a batch of {len(x)}: give one name a sample."
             )
         y = y.clone()
-        for adapter in sorted(set(adapter_names) & set(self.configs)):
+        for adapter in sorted(set(adapter_names) & set(self.adapters)):
             if not self._left_out(adapter):
                 rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=y.device)
                 y[rows] = y[rows] + self._bottleneck(y[rows], adapter)
         return y
 
-    def dropout(self, adapter: str) -> float:
-        return self.configs[adapter].lora_dropout
-
-    def tensors(self, adapter: str) -> tuple[Tensor, ...]:
-        raise ExportError(f"adapter {adapter!r}: {_CANNOT}")
-
-    def effective_pair(self, adapter: str) -> FactorPair:
+    def effective_pair(self, adapter: str, context: Context = EVALUATION) -> FactorPair:
         raise ExportError(f"adapter {adapter!r}: {_CANNOT}")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -115,15 +90,3 @@ class BottleneckLinear(AdaptedLinear, AdapterDropLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
-
-
-def draw_depths(model: nn.Module) -> None:
-    """Draw for each robust adapter how many of the lowest layers are left out, from torch's generator of the CPU."""
-    depths: dict[str, int] = {}
-    for layer in model.modules():
-        if isinstance(layer, BottleneckLinear):
-            for adapter, config in layer.configs.items():
-                if config.robust_drop:
-                    if adapter not in depths:
-                        depths[adapter] = int(torch.randint(0, config.robust_drop + 1, ()))
-                    layer.drawn[adapter] = depths[adapter]

@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.config import LinearMethodConfig
-from ziggurat.host.registry import peft_type
+from ziggurat.host.config import MethodConfig
 from ziggurat.host.values import check_flag, is_whole, shown
 
 CITATION = """@article{valipour2023dylora,
@@ -18,7 +17,7 @@ CITATION = """@article{valipour2023dylora,
 
 
 @dataclass
-class DyLoRAConfig(LinearMethodConfig):
+class DyLoRAConfig(MethodConfig):
     """Config of DyLoRA (arXiv 2210.07558): one LoRA adapter that can be cut to any of its leading ranks.
 
     In training every forward draws a rank b, uniform in `min_rank`..r, the same for all linears, and uses the first b
@@ -45,23 +44,13 @@ class DyLoRAConfig(LinearMethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = peft_type("DYLORA")
-        self._check_bias()
         check_flag("frozen", self.frozen)
         for name in ("min_rank", "inference_rank"):
             value = getattr(self, name)
             if not is_whole(value, 1, self.r) and not (value is None and name == "inference_rank"):
                 raise ConfigError(f"{name}={shown(value)}: a whole number from 1 to r={self.r} is needed.")
 
-    def scale(self, rank: int) -> float:
-        """alpha / b, or alpha / sqrt(b) with rsLoRA."""
-        return self.lora_alpha / (rank**0.5 if self.use_rslora else rank)
-
     @property
     def kept_rank(self) -> int:
         """The rank used outside training."""
         return self.r if self.inference_rank is None else self.inference_rank
-
-    @property
-    def citation(self) -> str:
-        return CITATION

@@ -3,11 +3,11 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.config import LinearMethodConfig
-from ziggurat.host.registry import peft_type
+from ziggurat.host.config import MethodConfig
+from ziggurat.host.site import Site
 from ziggurat.host.values import (
     MOST_ENTRIES,
     MOST_RANK,
@@ -37,7 +37,7 @@ CITATION = """@article{zhao2025lor2c,
 
 
 @dataclass
-class LoR2CConfig(LinearMethodConfig):
+class LoR2CConfig(MethodConfig):
     """Config of LoR2C (arXiv 2503.00572): a low-rank residual path around each transformer layer.
 
     h_out = Layer(h_in) + lora_alpha / r * B A dropout(h_in), with A (r, d) and B (d, r), B = 0 at the start. The layers
@@ -71,6 +71,9 @@ class LoR2CConfig(LinearMethodConfig):
     """
 
     no_factors = frozenset({STRUCTURE_KEY})
+    not_from_lora: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("rank_pattern", "alpha_pattern"), "a path goes around a whole layer"
+    )
 
     bias: Literal["none", "all", "lor2c_only"] = field(
         default="none", metadata={"help": "Biases to train: 'none', 'all' or 'lor2c_only'."}
@@ -98,8 +101,11 @@ class LoR2CConfig(LinearMethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = peft_type("LOR2C")
-        self._check_bias()
+        if self.rank_pattern or self.alpha_pattern:
+            raise ConfigError(
+                "rank_pattern and alpha_pattern name linear layers, and a path goes around a whole layer: take them "
+                "out. All paths have the rank r, and the LoRA in place of a path has inject_r."
+            )
         check_flag("share", self.share)
         #: The decisions so far, with their scores; written beside the adapter.
         self.log: list[dict[str, Any]] = []
@@ -137,7 +143,13 @@ class LoR2CConfig(LinearMethodConfig):
     @property
     def scale(self) -> float:
         """alpha / r of a path, or alpha / sqrt(r) with rsLoRA."""
-        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+        return self.scale_of(self.r)
+
+    def dropout_at(self, site: Site) -> float:
+        """Of a path, or of the LoRA in its place."""
+        if site.span is None and self.inject_dropout is not None:
+            return self.inject_dropout
+        return self.lora_dropout
 
     @property
     def may_inject(self) -> bool:
@@ -164,10 +176,6 @@ class LoR2CConfig(LinearMethodConfig):
     def k(self) -> int:
         """How many singular values count as the large ones: r / 2 unless `criterion_k` says otherwise."""
         return self.criterion_k or max(1, self.r // 2)
-
-    @property
-    def citation(self) -> str:
-        return CITATION
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)

@@ -38,7 +38,7 @@ class RestructureCallback(TrainerCallback):
         optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        if model is not None and state.max_steps > 0:
+        if isinstance(model, nn.Module) and state.max_steps > 0:
             records = restructure(model, state.global_step, state.max_steps, optimizer)
             if state.is_world_process_zero:
                 show(records)

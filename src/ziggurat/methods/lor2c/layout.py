@@ -12,14 +12,16 @@ from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Anatomy
 from ziggurat.host.linear import features, is_adaptable
 from ziggurat.host.paths import check_room
+from ziggurat.host.site import Site, body_name
 from ziggurat.host.stream import stream_width
 from ziggurat.host.targets import DEFAULT_TARGETS, near_misses
+from ziggurat.host.tuner import linear_site
 from ziggurat.lowrank.spans import Span, check_spans
 from ziggurat.methods.lor2c.config import LoR2CConfig
 from ziggurat.methods.lor2c.plan import StackState, most_events, paths
 
 
-class Site(NamedTuple):
+class Around(NamedTuple):
     """A layer that paths pass: stack and number, the module that runs the stack, d, and whether a path ends here."""
 
     stack: str
@@ -31,18 +33,23 @@ class Site(NamedTuple):
 
 @dataclass
 class Layout:
-    """`layers`: path in the model -> site. `linears`: path -> (stack, layer). `structure`: the paths at the start."""
+    """`layers`: path -> what is known of it. `linears`: path -> (stack, layer). `structure`: the paths at the start."""
 
-    layers: dict[str, Site] = field(default_factory=dict)
+    layers: dict[str, Around] = field(default_factory=dict)
     linears: dict[str, tuple[str, int]] = field(default_factory=dict)
     structure: dict[str, StackState] = field(default_factory=dict)
 
-    def numbers(self, config: LoR2CConfig, model: nn.Module) -> int:
-        """How many numbers the adapter has: B of every path and its A, or one A a stack, and the LoRA in waiting."""
-        owners = [site for site in self.layers.values() if site.owner]
-        downs = {(site.stack, site.width) if config.share else site: site.width for site in owners}
-        waiting = [sum(features(model.get_submodule(path))) for path in self.linears]
-        return config.r * (sum(site.width for site in owners) + sum(downs.values())) + config.lora_r * sum(waiting)
+    def sites(self, model: nn.Module, anatomy: Anatomy) -> dict[str, Site]:
+        """Where the adapter has tensors: the last layer of every span, and the linear layers that may take over."""
+        found: dict[str, Site] = {}
+        for path, at in self.layers.items():
+            if at.owner:
+                stack, span = body_name(model, at.stack), Span(at.layer, at.layer)
+                depth = anatomy.stacks[at.stack]
+                found[path] = Site(path, stack, at.layer, depth, "", at.width, at.width, span=span)
+        for path in self.linears:
+            found[path] = linear_site(model, anatomy, path, model.get_submodule(path))
+        return found
 
 
 def lay_out(config: LoR2CConfig, model: nn.Module, anatomy: Anatomy, model_type: str | None) -> Layout:
@@ -163,7 +170,7 @@ def _add_sites(
                 f"spans: {tuple(span)} of {stack!r} joins layers of width {widths[span.first]} and {width}; a path "
                 "keeps one width. End the span where the width changes."
             )
-        layout.layers[layers[number]] = Site(stack, number, holder, width, owner=number == span.last)
+        layout.layers[layers[number]] = Around(stack, number, holder, width, owner=number == span.last)
     if config.merges and len(set(widths.values())) > 1:
         raise ConfigError(
             f"merges={config.merges}: the layers of {stack!r} have widths {sorted(set(widths.values()))}, and paths of "

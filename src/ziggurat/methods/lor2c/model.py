@@ -1,7 +1,6 @@
 """LoR2C's tuner: finds the layers of a model, puts paths around them, and refuses what a path can't do."""
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,29 +13,25 @@ from torch.optim import Optimizer
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Anatomy
-from ziggurat.host.linear import AdaptedLinear
+from ziggurat.host.method import Card, Method
 from ziggurat.host.offload import runs_on
-from ziggurat.host.older import check_saved_whole
 from ziggurat.host.paths import CANT_MERGE, attach, detach, handover_of, path_of
 from ziggurat.host.quantised import FLOATS
+from ziggurat.host.registry import register
+from ziggurat.host.site import Site
+from ziggurat.host.tensors import Weight
 from ziggurat.host.trainers import ride_along
-from ziggurat.host.tuner import LinearTuner, _quantization_kwargs, check_stored
-from ziggurat.host.untrusted import check_depth
-from ziggurat.methods.lor2c.config import STRUCTURE_KEY, LoR2CConfig
-from ziggurat.methods.lor2c.layer import LoR2CLayer, LoR2CLinear, LoR2CPath
+from ziggurat.host.tuner import MethodTuner, _quantization
+from ziggurat.methods.lor2c.config import CITATION, STRUCTURE_KEY, LoR2CConfig
+from ziggurat.methods.lor2c.equations import pair, parts, tensors
+from ziggurat.methods.lor2c.layer import LoR2CLinear, LoR2CPath
 from ziggurat.methods.lor2c.layout import Layout, lay_out, means
-from ziggurat.methods.lor2c.paths import Adapter, PathBank, from_json, to_json
-
-#: Where the bank stands in the base model; must not contain the tuner's prefix.
-BANK = "path_bank"
+from ziggurat.methods.lor2c.paths import Adapter, PathBank, acting, from_json, from_tensor, to_json, to_tensor
 
 
-class LoR2CModel(LinearTuner):
+class LoR2CModel(MethodTuner):
     """Puts LoR2C adapters into a model. Made by PEFT from a `LoR2CConfig`; see there."""
 
-    prefix = "lor2c_"
-    tuner_layer_cls = LoR2CLayer
-    layer_cls = LoR2CLinear
     _layout: Layout | None = None
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -67,13 +62,10 @@ class LoR2CModel(LinearTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
-    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
-        """Look at the whole model and raise before anything in it is changed."""
-        assert isinstance(peft_config, LoR2CConfig)
-        self.anatomy = Anatomy(model, layers_pattern=peft_config.layers_pattern)
-        self._layout = lay_out(peft_config, model, self.anatomy, self.get_model_config(model).get("model_type"))
-        check_stored(peft_config, self._layout.numbers(peft_config, model))
-        check_saved_whole(peft_config)
+    def _sites(self, config: Any, model: nn.Module) -> Mapping[str, Site]:
+        anatomy = Anatomy(model, layers_pattern=config.layers_pattern)
+        self._layout = lay_out(config, model, anatomy, self.get_model_config(model).get("model_type"))
+        return self._layout.sites(model, anatomy)
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
         assert isinstance(peft_config, LoR2CConfig)
@@ -98,42 +90,36 @@ class LoR2CModel(LinearTuner):
         if current_key in self._layout.layers:
             self._add_path(peft_config, adapter_name, target, current_key)
             return
+        assert self.sites is not None
         stack, number = self._layout.linears[current_key]
         if not isinstance(target, LoR2CLinear):
-            linear = LoR2CLinear(target, **_quantization_kwargs(self.model))
+            linear = LoR2CLinear(target, **_quantization(self.model))
             self._replace_module(parent, target_name, linear, target)
             self._bank().linears.setdefault(stack, {}).setdefault(number, []).append(linear)
             target = linear
-        self._adapt(peft_config, adapter_name, target, current_key)
+        weight = target.weight_of_base(current_key)
+        self._join(target, adapter_name, peft_config, self.sites[current_key], weight)
+        target.asleep[adapter_name] = True
         target.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
-    def _adapt(self, config: LoR2CConfig, adapter: str, layer: AdaptedLinear, path: str) -> None:
-        assert isinstance(layer, LoR2CLinear)
-        dropout = config.lora_dropout if config.inject_dropout is None else config.inject_dropout
-        layer.join(adapter, config.lora_r, config.lora_scale, dropout, config.init_weights)
-
     def _add_path(self, config: LoR2CConfig, adapter: str, layer: nn.Module, key: str) -> None:
-        assert self._layout is not None
-        site, bank = self._layout.layers[key], self._bank()
+        assert self._layout is not None and self.sites is not None
+        around, bank = self._layout.layers[key], self._bank()
         path = path_of(layer)
         if path is None:
-            holder = self.model.get_submodule(site.holder)
-            path = LoR2CPath(site.layer, handover_of(holder), site.width)
+            holder = self.model.get_submodule(around.holder)
+            path = LoR2CPath(around.layer, handover_of(holder), around.width, *_home(layer))
             attach(layer, holder, path)
-            bank.members.setdefault(site.stack, {})[site.layer] = path
+            bank.members.setdefault(around.stack, {})[around.layer] = path
         if not isinstance(path, LoR2CPath):
             raise ConfigError(f"layer {key!r} has a path of another method ({type(path).__name__}) already.")
-        path.join(adapter, config.scale, config.lora_dropout, *_home(layer))
-        if site.owner:
-            if config.share:
-                name = f"{site.stack}:{site.width}".replace(".", "/")
-                path.own_up(adapter, site.width, config.r, config.init_weights, bank, name)
-            else:
-                path.own(adapter, site.width, config.r, config.init_weights)
+        path.covers[adapter] = None
+        if around.owner:
+            self._join(path, adapter, config, self.sites[key], _no_weight(key))
         path.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _bank(self) -> PathBank:
-        return PathBank.at_root(self.model, BANK)
+        return PathBank.at_root(self.model)
 
     def restructure(
         self, step: int, total_steps: int, optimizer: Optimizer | None = None, adapter: str | None = None
@@ -160,7 +146,7 @@ class LoR2CModel(LinearTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        detach(model, LoR2CLayer)
+        detach(model, LoR2CPath)
         return model
 
     @classmethod
@@ -175,8 +161,9 @@ class LoR2CModel(LinearTuner):
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         known = _bank_of(model).known[adapter_name]
         if known.config.restructures:
-            said = json.dumps({"structure": to_json(known.structure, known.done), "log": known.config.log})
-            found[STRUCTURE_KEY] = torch.frombuffer(bytearray(said.encode()), dtype=torch.uint8).clone()
+            found[STRUCTURE_KEY] = to_tensor(
+                {"structure": to_json(known.structure, known.done), "log": known.config.log}
+            )
         return found
 
     @classmethod
@@ -198,16 +185,23 @@ class LoR2CModel(LinearTuner):
 
 
 def _decode(coded: Tensor) -> tuple[Mapping[str, Any], int, list[dict[str, Any]]]:
+    plain = from_tensor(coded)
     try:
-        said = json.loads(bytes(coded.to(device="cpu", dtype=torch.uint8).tolist()).decode())
-        check_depth(said, STRUCTURE_KEY)
-        log = [dict(entry) for entry in said["log"]]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        log = [dict(entry) for entry in plain["log"]]
+        structure = plain["structure"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"the tensor {STRUCTURE_KEY!r} beside the adapter's weights isn't the JSON that LoR2C writes ({error}): "
-            "the file is damaged, or was converted to another dtype. Save the adapter again."
+            "the file is damaged. Save the adapter again."
         ) from error
-    return *from_json(said["structure"]), log
+    return *from_json(structure), log
+
+
+def _no_weight(path: str) -> Weight:
+    def read() -> Tensor:
+        raise ValueError("a path goes around a whole layer")
+
+    return Weight(path, read)
 
 
 def _bank_of(model: nn.Module) -> PathBank:
@@ -222,3 +216,31 @@ def _home(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
     first = (floating or weights)[0]
     device = runs_on(layer) or first.device if first.is_meta else first.device
     return device, first.dtype if floating else torch.float32
+
+
+def _all_sites(config: LoR2CConfig, model: nn.Module, anatomy: Anatomy) -> dict[str, Site]:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return lay_out(config, model, anatomy, model_type).sites(model, anatomy)
+
+
+METHOD = Method(
+    "lor2c",
+    LoR2CConfig,
+    tensors,
+    pair,
+    Card(
+        "LoR2C",
+        "2503.00572",
+        "low-rank paths around layers; shared, merged, injected by its fields",
+        CITATION,
+        merges=False,
+    ),
+    sites=_all_sites,
+    parts=parts,
+    acting=acting,
+    older_names=(
+        (r"(^|\.)path_bank\.lor2c_shared\.((?:[^.:]+\.)?)(.*):(\d+)$", r"\1bank_lor2c.lor2c_factors.\2\3:\4:A"),
+        (r"\.lor2c_([AB])((?:\.[^.]+)?)$", r".lor2c_factors\2.\1"),
+    ),
+)
+register(METHOD, tuner=LoR2CModel, layer=LoR2CLinear, bank=PathBank, more_layers=(LoR2CPath,))

@@ -1,7 +1,8 @@
 """All paths of a model, adapter by adapter: which there are, what happens to them, what is saved of it."""
 
+import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,11 +10,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.bank import Bank
+from ziggurat.host.site import Site
+from ziggurat.host.tensors import whole
+from ziggurat.host.untrusted import check_depth
 from ziggurat.host.values import is_whole, shown
 from ziggurat.lowrank.spans import check_spans
 from ziggurat.lowrank.spectrum import singular_values
 from ziggurat.methods.lor2c.config import LoR2CConfig
-from ziggurat.methods.lor2c.layer import LoR2CLayer, LoR2CLinear, LoR2CPath, SharedDown
+from ziggurat.methods.lor2c.layer import LoR2CLinear, LoR2CPath
 from ziggurat.methods.lor2c.plan import Decision, Path, StackState, Structure, applied, decide, paths, schedule
 
 
@@ -26,10 +31,9 @@ class Adapter:
     done: int = 0
 
 
-class PathBank(SharedDown, LoR2CLayer):
+class PathBank(Bank):
     """Owned once at the model's root: the shared A's, every adapter's structure, and the one place that changes it."""
 
-    adapter_layer_names = ("lor2c_shared",)
     other_param_names = ("known",)
 
     def __init__(self) -> None:
@@ -71,9 +75,9 @@ class PathBank(SharedDown, LoR2CLayer):
                     _forget_gradient(path, adapter, active=adapter in path.adapters)
             for layer, linears in self.linears.get(stack, {}).items():
                 for linear in linears:
-                    if adapter in linear.awake:
-                        linear.awake[adapter] = layer in state.injected
-                        _forget_gradient(linear, adapter, active=linear.awake[adapter])
+                    if adapter in linear.leaves:
+                        linear.asleep[adapter] = layer not in state.injected
+                        _forget_gradient(linear, adapter, active=layer in state.injected)
         if known.config.restructures:
             known.config.structure = to_json(structure, done)
 
@@ -81,8 +85,8 @@ class PathBank(SharedDown, LoR2CLayer):
         """The singular values of B A of every path, from QR of the factors; no d x d matrix is formed."""
         found = {}
         for path in paths(self.known[adapter].structure):
-            a, b = self.members[path.stack][path.span.last].raw_pair(adapter)
-            found[path] = singular_values(_whole(a), _whole(b)).cpu()
+            t = self.members[path.stack][path.span.last].stored(adapter)
+            found[path] = singular_values(whole(t["A"]), whole(t["B"])).cpu()
         return found
 
     def due(self, adapter: str, step: int, total_steps: int) -> list[Any]:
@@ -130,11 +134,11 @@ class PathBank(SharedDown, LoR2CLayer):
             members = self.members[decision.stack]
             below, owner = members[lower.last], members[upper.last]
             if decision.kept == lower:
-                for name, parameter in below.own_factors(adapter).items():
-                    _move(parameter, owner.own_factors(adapter)[name], optimizer)
-            gone = list(below.own_factors(adapter).values())
+                for name, parameter in below.own_tensors(adapter).items():
+                    _move(parameter, owner.own_tensors(adapter)[name], optimizer)
+            gone = list(below.own_tensors(adapter).values())
         elif decision.injected is not None:
-            gone = list(self.members[decision.stack][decision.injected].own_factors(adapter).values())
+            gone = list(self.members[decision.stack][decision.injected].own_tensors(adapter).values())
         if optimizer is not None:
             for parameter in gone:
                 optimizer.state.pop(parameter, None)
@@ -152,17 +156,18 @@ class PathBank(SharedDown, LoR2CLayer):
         everyone = [path for members in self.members.values() for path in members.values()]
         linears = [linear for layers in self.linears.values() for some in layers.values() for linear in some]
         for module in (*everyone, *linears):
-            own = {id(p): p for p in module.own_factors(adapter).values()}
+            own = {id(p): p for p in module.own_tensors(adapter).values()}
             stored |= own
             if adapter in module.adapters:
-                active |= {id(p): p for p in module.raw_pair(adapter)}
+                active |= {id(p): p for p in module.stored(adapter).values()}
         trained = {key: p for key, p in active.items() if p.requires_grad}
         sizes = {"stored": stored, "active": active, "trained": trained}
         return {name: sum(p.numel() for p in some.values()) for name, some in sizes.items()}
 
     def _forget_shared(self, adapter: str, members: Iterable[LoR2CPath]) -> None:
-        for name in {path.shared[adapter] for path in members if adapter in path.shared}:
-            self(adapter, name).grad = None
+        leaves = [leaf for path in members for shared, leaf in path.leaves.get(adapter, {}).values() if shared]
+        for leaf in set(leaves):
+            self.factors(adapter)[leaf].grad = None
 
     def _check(self, adapter: str, structure: Structure) -> None:
         for stack, state in structure.items():
@@ -173,9 +178,9 @@ class PathBank(SharedDown, LoR2CLayer):
                     f"{', '.join(map(repr, self.members)) or 'no stack'}. Load it into the model it was trained with."
                 )
             ends = [span.last for span in state.spans]
-            paired = [layer for layer in ends if layer in members and adapter in members[layer].lor2c_B]
+            paired = [layer for layer in ends if layer in members and adapter in members[layer].leaves]
             linears = self.linears.get(stack, {})
-            ready = [n for n in state.injected if any(adapter in linear.awake for linear in linears.get(n, ()))]
+            ready = [n for n in state.injected if any(adapter in linear.leaves for linear in linears.get(n, ()))]
             if len(paired) < len(ends) or len(ready) < len(state.injected):
                 lack = sorted({*ends, *state.injected} - {*paired, *ready})
                 raise ConfigError(
@@ -184,12 +189,48 @@ class PathBank(SharedDown, LoR2CLayer):
                     "weights were trained with."
                 )
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self.known.pop(adapter_name, None)
+    def get_extra_state(self) -> Tensor:
+        """The structure of every adapter: with it, a plain `state_dict` says which paths its weights belong to."""
+        return to_tensor({name: to_json(known.structure, known.done) for name, known in self.known.items()})
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take up the structure that `get_extra_state` gave.
+
+        Raises:
+            ConfigError: it needs a path or a linear layer that this model or adapter doesn't have.
+        """
+        for adapter, plain in from_tensor(state).items():
+            if adapter in self.known:
+                self.set_structure(adapter, *from_json(plain))
+
+    def forget(self, adapter: str) -> None:
+        super().forget(adapter)
+        self.known.pop(adapter, None)
 
     def __repr__(self) -> str:
         return f"lor2c.{super().__repr__()}"
+
+
+def to_tensor(plain: Any) -> Tensor:
+    """Plain lists and dicts as JSON in a tensor of bytes, which every format of weights can hold."""
+    return torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8).clone()
+
+
+def from_tensor(coded: Tensor) -> Any:
+    """What `to_tensor` was given.
+
+    Raises:
+        ConfigError: the tensor holds something else.
+    """
+    try:
+        plain = json.loads(bytes(coded.to(device="cpu", dtype=torch.uint8).tolist()).decode())
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"the structure beside an adapter's weights isn't the JSON that LoR2C writes ({error}): the file is "
+            "damaged, or was converted to another dtype. Save the adapter again."
+        ) from error
+    check_depth(plain, "the structure of a LoR2C adapter")
+    return plain
 
 
 def to_json(structure: Structure, done: int) -> dict[str, Any]:
@@ -223,6 +264,50 @@ def from_json(plain: Mapping[str, Any]) -> tuple[dict[str, StackState], int]:
         ) from error
 
 
+def acting(config: LoR2CConfig, sites: dict[str, Site]) -> dict[str, Site]:
+    """The paths that the adapter's structure has, with their spans, and the linear layers that have taken over.
+
+    What an adapter stores for events that never came takes no part.
+    """
+    if config.structure:
+        structure = {site.stack: state for site in sites.values() if (state := _state_of(config, site)) is not None}
+    else:
+        structure = _first_structure(config, sites)
+    found: dict[str, Site] = {}
+    for path, site in sites.items():
+        state = structure.get(site.stack, StackState(()))
+        span = next((span for span in state.spans if span.last == site.layer), None)
+        if site.span is not None and span is not None:
+            found[path] = replace(site, span=span)
+        elif site.span is None and site.layer in state.injected:
+            found[path] = site
+    return found
+
+
+def _state_of(config: LoR2CConfig, site: Site) -> StackState | None:
+    # The structure has the stack's whole path, as the model had it that trained the adapter.
+    structure, _ = from_json(config.structure or {})
+    return next((s for stack, s in structure.items() if f".{stack}".endswith(f".{site.stack}")), None)
+
+
+def _first_structure(config: LoR2CConfig, sites: dict[str, Site]) -> dict[str, StackState]:
+    """What a LoR2C adapter begins with, for a config that was saved before any structure was written into it."""
+    structure: dict[str, StackState] = {}
+    for site in sites.values():
+        if site.stack in structure:
+            continue
+        ends = sorted(s.layer for s in sites.values() if s.stack == site.stack and s.span is not None)
+        spans, injected = (
+            next((v for k, v in value.items() if f".{k}".endswith(f".{site.stack}")), None)
+            if isinstance(value, dict)
+            else value
+            for value in (config.spans, config.injected_layers)
+        )
+        plain = {"spans": spans if spans is not None else [[n, n] for n in ends], "injected": list(injected or ())}
+        structure |= from_json({"stacks": {site.stack: plain}, "done": 0})[0]
+    return structure
+
+
 def _count(value: Any) -> int:
     if not is_whole(value, 0):
         raise ValueError(f"{shown(value)} is no number of layers or events")
@@ -231,7 +316,7 @@ def _count(value: Any) -> int:
 
 def _forget_gradient(module: LoR2CPath | LoR2CLinear, adapter: str, active: bool) -> None:
     if not active:
-        for parameter in module.own_factors(adapter).values():
+        for parameter in module.own_tensors(adapter).values():
             parameter.grad = None
 
 
@@ -245,9 +330,3 @@ def _move(source: nn.Parameter, target: nn.Parameter, optimizer: Optimizer | Non
         optimizer.state[target] = {
             key: value.clone() if isinstance(value, Tensor) else value for key, value in optimizer.state[source].items()
         }
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that FSDP2 has sharded."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor.detach() if gather is None else gather().detach()

@@ -26,7 +26,7 @@ from ziggurat.errors import ExportError
 from ziggurat.host.bare import bare_path, bare_tree, unwrap
 from ziggurat.host.paths import CHILD
 from ziggurat.host.staging import written_beside
-from ziggurat.methods.lor2c.layer import LoR2CLayer, LoR2CLinear
+from ziggurat.methods.lor2c.layer import LoR2CLinear, LoR2CPath
 from ziggurat.methods.lor2c.layout import holder_of
 from ziggurat.methods.lor2c.paths import PathBank
 
@@ -121,7 +121,9 @@ def write_injected_lora(model: nn.Module, out: str | Path, adapter: str | None =
 
 def _bank(base: nn.Module, adapter: str | None) -> tuple[PathBank, str]:
     others = {
-        type(m).__name__ for m in base.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, LoR2CLayer)
+        type(m).__name__
+        for m in base.modules()
+        if isinstance(m, BaseTunerLayer) and not isinstance(m, LoR2CLinear | LoR2CPath | PathBank)
     }
     if others:
         raise ExportError(

@@ -35,9 +35,12 @@ class LoRA2Callback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Check the schedule against the length of the run; take up the averages and masks of a resumed one."""
-        adapters = learning_adapters(model) if model is not None else {}
-        for config in adapters.values():
+        adapters = learning_adapters(model) if isinstance(model, nn.Module) else {}
+        for adapter, config in adapters.items():
             config.schedule(state.max_steps)
+            if not state.global_step:
+                for layer in adapted(model, adapter).values():  # type: ignore[arg-type]
+                    layer.begin(adapter)
         if not adapters or not state.global_step:
             return
         assert model is not None
@@ -64,7 +67,7 @@ class LoRA2Callback(TrainerCallback):
         Label smoothing, loss functions and TRL's trainers make the loss from the model's other outputs.
         The gradient is the same on every process, and comes after gradients were averaged and clipped.
         """
-        hook = hook_of(model) if model is not None else None
+        hook = hook_of(model) if isinstance(model, nn.Module) else None
         if model is None or hook is None:
             return
         joined, hook.joined = hook.joined, False
@@ -95,7 +98,7 @@ class LoRA2Callback(TrainerCallback):
         compete for the best model.
         """
         step = state.global_step + 1
-        for adapter, config in learning_adapters(model).items() if model is not None else ():
+        for adapter, config in learning_adapters(model).items() if isinstance(model, nn.Module) else ():
             assert model is not None
             prune(model, step, state.max_steps, adapter)
             if config.target < config.r and step == config.schedule(state.max_steps).last:
@@ -117,7 +120,7 @@ class LoRA2Callback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Put `orthogonality`, the deviation without its weight, beside the training loss."""
-        if model is None or logs is None or "loss" not in logs or not learning_adapters(model):
+        if not isinstance(model, nn.Module) or logs is None or "loss" not in logs or not learning_adapters(model):
             return
         with torch.no_grad():
             logs["orthogonality"] = float(deviation(model))
@@ -137,7 +140,7 @@ class LoRA2Callback(TrainerCallback):
 
         A callback isn't told which folder a run resumes from, but it is given the state read there.
         """
-        if model is None or not learning_adapters(model) or not (tensors := pruning_state(model)):
+        if not isinstance(model, nn.Module) or not learning_adapters(model) or not (tensors := pruning_state(model)):
             return
         _states(state)[STATE_KEY] = {
             "format": "safetensors, base64",
@@ -156,7 +159,7 @@ class LoRA2Callback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Show where the directions that survived are, one row a layer, one column a role."""
-        if model is None:
+        if not isinstance(model, nn.Module):
             return
         for adapter, config in learning_adapters(model).items():
             layers = adapted(model, adapter)

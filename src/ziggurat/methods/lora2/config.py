@@ -1,12 +1,11 @@
 """What a user says of a LoRA² adapter."""
 
 from dataclasses import dataclass, field
-from math import sqrt
-from typing import Literal
+from typing import Literal, Self
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.config import LinearMethodConfig
-from ziggurat.host.registry import peft_type
+from ziggurat.host.config import MethodConfig
+from ziggurat.host.site import Site
 from ziggurat.host.values import MOST_ALPHA, MOST_ENTRIES, MOST_RANK, is_number, is_whole, shown
 from ziggurat.methods.lora2.schedule import Schedule, check_steps
 
@@ -22,7 +21,7 @@ DEFAULT_OUTER_RANK = 8
 
 
 @dataclass
-class LoRA2Config(LinearMethodConfig):
+class LoRA2Config(MethodConfig):
     """Config of LoRA² (arXiv 2408.06854): two nested planes, the inner one pruned by importance while training.
 
     The update of a linear is dW = scale (u v) diag(E) (V U): U (k, d_in) goes down to the outer rank k, V (r, k) to the
@@ -70,8 +69,6 @@ class LoRA2Config(LinearMethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = peft_type("LORA2")
-        self._check_bias()
         if self.outer_rank is not None and not is_whole(self.outer_rank, 1, MOST_RANK):
             raise ConfigError(
                 f"outer_rank={shown(self.outer_rank)}: a whole number of at least 1 is needed (at most {MOST_RANK:,})."
@@ -99,6 +96,8 @@ class LoRA2Config(LinearMethodConfig):
                 raise ConfigError(
                     f"{name}={shown(value)}: a weight of 0 or more is needed (a finite one, at most {MOST_ALPHA:g})."
                 )
+
+    def _check_rank_pattern(self) -> None:
         pattern = {} if self.rank_pattern is None else self.rank_pattern
         if not isinstance(pattern, dict) or len(pattern) > MOST_ENTRIES or not all(isinstance(p, str) for p in pattern):
             raise ConfigError(
@@ -114,12 +113,16 @@ class LoRA2Config(LinearMethodConfig):
     @property
     def scale(self) -> float:
         """lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA; the same for all linears, pruned or not."""
-        return self.lora_alpha / (sqrt(self.r) if self.use_rslora else self.r)
+        return self.scale_of(self.r)
 
     @property
     def target(self) -> int:
         """Directions left per linear, on average, when training is over."""
         return (self.r + 1) // 2 if self.target_rank is None else self.target_rank
+
+    def at(self, site: Site) -> Self:
+        """The config with the alpha that `alpha_pattern` has for `site`; `rank_at` reads the ranks."""
+        return self.with_values(self.r, self.alpha_at(site))
 
     def rank_at(self, path: str) -> int:
         """The inner rank of the linear at `path`: as `rank_pattern` says of it or of the end of its path, or r."""
@@ -140,7 +143,3 @@ class LoRA2Config(LinearMethodConfig):
             ConfigError: the warm-ups are longer than the run.
         """
         return Schedule.of(self.initial_warmup, self.final_warmup, self.mask_interval, total)
-
-    @property
-    def citation(self) -> str:
-        return CITATION

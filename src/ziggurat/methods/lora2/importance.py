@@ -30,14 +30,9 @@ def sensitivity(weights: Tensor, gradients: Tensor) -> Tensor:
 
 
 def smooth(old: Importance, sensed: Tensor, beta1: float, beta2: float) -> Importance:
-    """Exponential averages I <- beta1 I + (1 - beta1) s and U <- beta2 U + (1 - beta2) |s - I|, I being the new one.
-
-    A step whose gradients aren't finite (loss scaling skips such steps) changes nothing.
-    """
+    """Exponential averages I <- beta1 I + (1 - beta1) s and U <- beta2 U + (1 - beta2) |s - I|, I being the new one."""
     mean = beta1 * old.mean + (1 - beta1) * sensed
-    uncertainty = beta2 * old.uncertainty + (1 - beta2) * (sensed - mean).abs()
-    sound = torch.isfinite(sensed).all()
-    return Importance(torch.where(sound, mean, old.mean), torch.where(sound, uncertainty, old.uncertainty))
+    return Importance(mean, beta2 * old.uncertainty + (1 - beta2) * (sensed - mean).abs())
 
 
 def scores(importance: Importance, k: int) -> Tensor:

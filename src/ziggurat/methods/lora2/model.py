@@ -1,41 +1,31 @@
-"""LoRA²'s tuner: puts the nested planes into a model, prunes them, and drops what was pruned."""
+"""LoRA² as a PEFT method: prunes its directions, and drops what was pruned."""
 
 from typing import Any
 
 from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.linear import AdaptedLinear, features
+from ziggurat.host.method import Card, Method
+from ziggurat.host.registry import register
+from ziggurat.host.site import Site
 from ziggurat.host.trainers import ride_along
-from ziggurat.host.tuner import LinearTuner, check_rank_here
+from ziggurat.host.tuner import MethodTuner
+from ziggurat.host.values import check_room
 from ziggurat.methods.lora2 import pruning
-from ziggurat.methods.lora2.config import LoRA2Config
-from ziggurat.methods.lora2.layer import LoRA2Layer, LoRA2Linear, check_ranks
+from ziggurat.methods.lora2.config import CITATION, LoRA2Config
+from ziggurat.methods.lora2.equations import pair, parts, tensors
+from ziggurat.methods.lora2.layer import LoRA2Linear
 from ziggurat.methods.lora2.regulariser import deviation, hook_into, penalty, unhook
 
 
-class LoRA2Model(LinearTuner):
+class LoRA2Model(MethodTuner):
     """Puts LoRA² adapters into a model. Made by PEFT from a `LoRA2Config`; see there.
 
     In a loop of one's own, `prune` is called once a step; a transformers Trainer needs nothing.
     """
 
-    prefix = "lora2_"
-    tuner_layer_cls = LoRA2Layer
-    layer_cls = LoRA2Linear
-
-    def _check_target(self, config: LoRA2Config, path: str, module: nn.Module) -> None:
-        check_ranks(config, path, *features(module))
-        check_rank_here("r", config.rank_at(path), path, module)
-
-    def _makes(self, config: LoRA2Config, path: str, module: nn.Module) -> dict[str, int]:
-        d_in, d_out = features(module)
-        r, k = config.rank_at(path), config.outer_rank_at(d_in, d_out)
-        return {path: k * (d_in + d_out) + 2 * k * r + r if r else 0}
-
-    def _adapt(self, config: LoRA2Config, adapter: str, layer: AdaptedLinear, path: str) -> None:
-        assert isinstance(layer, LoRA2Linear)
-        layer.add(adapter, config, path)
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         hook_into(self.model)
         from ziggurat.methods.lora2.callback import LoRA2Callback  # loads transformers' Trainer
 
@@ -106,3 +96,27 @@ class LoRA2Model(LinearTuner):
         if adapter not in self.peft_config:
             raise ValueError(f"Adapter {adapter} does not exist; there are {', '.join(self.peft_config)}.")
         return pruning.adapted(self.model, adapter)
+
+
+def check(config: LoRA2Config, site: Site) -> None:
+    """Raise ConfigError if a plane that was asked for has no room in the matrix of `site`."""
+    if config.outer_rank is not None and config.outer_rank > min(site.d_in, site.d_out):
+        raise ConfigError(
+            f"outer_rank={config.outer_rank} is above the matrix: {site.path!r} maps {site.d_in} to {site.d_out}, so "
+            f"at most {min(site.d_in, site.d_out)} directions can be orthonormal there. Lower outer_rank, leave it out "
+            "(8, or less where a matrix is smaller), or leave the module out by exclude_modules."
+        )
+    check_room(config, f"r={config.rank_at(site.path)}", config.rank_at(site.path), site, free=True)
+
+
+METHOD = Method(
+    "lora2",
+    LoRA2Config,
+    tensors,
+    pair,
+    Card("LoRA²", "2408.06854", "two nested planes, pruned by importance", CITATION),
+    check=check,
+    parts=parts,
+    older_names=((r"\.lora2_([UVEvu])((?:\.[^.]+)?)$", r".lora2_factors\2.\1"),),
+)
+register(METHOD, tuner=LoRA2Model, layer=LoRA2Linear)

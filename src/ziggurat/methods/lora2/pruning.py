@@ -6,16 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.bare import unwrap
+from ziggurat.host.tensors import whole
 from ziggurat.methods.lora2.config import LoRA2Config
 from ziggurat.methods.lora2.importance import Importance, entries, scores, sensitivity, smooth, survivors
 from ziggurat.methods.lora2.layer import LoRA2Linear
 from ziggurat.methods.lora2.regulariser import hook_of
 
-#: Linears whose mask is final for some adapter.
+#: Linear layers whose mask is final for some adapter.
 _final: "weakref.WeakSet[LoRA2Linear]" = weakref.WeakSet()
 _watching = False
 
@@ -42,8 +44,9 @@ def prune(model: nn.Module, step: int, total: int, adapter: str) -> int:
 
     To be called after `optimizer.step()` (gradients are unscaled and clipped then) and before they
     are cleared. Averages are updated until the mask is final; on pruning steps all but the best
-    directions of all linears together get E_i = 0. They may grow again until the final phase;
-    from then on the mask stays, and so do its zeros after every step of any torch optimiser.
+    directions of all linear layers together get E_i = 0. They may grow again until the final phase; from then on the
+    mask stays, and so do its zeros after every step of the optimiser that has these factors. Step 1 begins a run: what
+    an earlier one knew is forgotten.
 
     Raises:
         ConfigError: warm-ups longer than the run; no gradients; a step outside 1..total.
@@ -55,11 +58,14 @@ def prune(model: nn.Module, step: int, total: int, adapter: str) -> int:
     schedule = config.schedule(total)
     if not 1 <= step <= total:
         raise ConfigError(f"step={step} of total={total}: steps are counted from 1, the last one is total.")
+    if step == 1:
+        for layer in layers.values():
+            layer.begin(adapter)
     if (hook := hook_of(model)) is not None:
         hook.forwards = 0
-    full = sum(layer.lora2_E[adapter].numel() for layer in layers.values())
+    full = sum(layer.factor(adapter, "E").numel() for layer in layers.values())
     budget = schedule.budget(step, full, min(full, config.target * len(layers)))
-    if not all(layer.final[adapter] for layer in layers.values()):
+    if not all(layer.final.get(adapter, False) for layer in layers.values()):
         scored = _update(layers, adapter, config)
         final = schedule.phase(step) == "final"
         if final or schedule.prunes(step):
@@ -68,15 +74,15 @@ def prune(model: nn.Module, step: int, total: int, adapter: str) -> int:
                 layer.clear_pruned(adapter)
         if not final:
             return budget
-    _stay_final(layers.values())
     for layer in layers.values():
         layer.clear_pruned(adapter)
+    _stay_final(layers.values())
     return budget
 
 
 def _update(layers: Mapping[str, LoRA2Linear], adapter: str, config: LoRA2Config) -> list[Tensor]:
     """Take this step's gradients into the averages; the scores of each linear's directions, (r) each."""
-    if all(layer.lora2_E[adapter].grad is None for layer in layers.values()):
+    if all(layer.factor(adapter, "E").grad is None for layer in layers.values()):
         raise ConfigError(
             f"LoRA² prunes by gradients, and adapter {adapter!r} has none. Call prune(step, total) after "
             "loss.backward() and optimizer.step(), before optimizer.zero_grad()."
@@ -84,35 +90,36 @@ def _update(layers: Mapping[str, LoRA2Linear], adapter: str, config: LoRA2Config
     scored: dict[LoRA2Linear, Tensor] = {}
     alike: dict[Any, list[LoRA2Linear]] = {}
     for layer in layers.values():
-        V = layer.lora2_V[adapter]
+        V = layer.factor(adapter, "V")
         alike.setdefault((V.shape, V.device), []).append(layer)
-    for ((_, k), device), group in alike.items():
-        small = [[getattr(layer, name)[adapter] for layer in group] for name in ("lora2_E", "lora2_V", "lora2_v")]
-        weights = entries(*(torch.stack([_whole(p) for p in factors]).float() for factors in small))
+    sensed: list[Tensor] = []
+    for group in alike.values():
+        small = [[layer.factor(adapter, key) for layer in group] for key in "EVv"]
+        weights = entries(*(torch.stack([whole(p) for p in factors]).float() for factors in small))
         gradients = entries(*(torch.stack([_gradient(p) for p in factors]).float() for factors in small))
-        zeros = torch.zeros_like(weights[0])
+        sensed.append(sensitivity(weights, gradients))
+    # Loss scaling skips a step as a whole where one gradient isn't finite, so its averages are skipped as a whole too.
+    finite = all(bool(torch.isfinite(s).all()) for s in sensed)
+    for (((_, k), device), group), now in zip(alike.items(), sensed, strict=True):
+        zeros = torch.zeros_like(now[0])
         olds = [layer.importance.get(adapter, Importance(zeros, zeros)) for layer in group]
         old = Importance(*(torch.stack([part.to(device) for part in parts]) for parts in zip(*olds, strict=True)))
-        new = smooth(old, sensitivity(weights, gradients), config.beta1, config.beta2)
+        new = smooth(old, now, config.beta1, config.beta2) if finite else old
         for layer, mean, uncertainty, score in zip(group, *new, scores(new, k), strict=True):
             layer.importance[adapter] = Importance(mean, uncertainty)
             scored[layer] = score
     return [scored[layer] for layer in layers.values()]
 
 
-def _whole(t: Tensor) -> Tensor:
-    return t.full_tensor() if hasattr(t, "full_tensor") else t.detach()  # type: ignore[operator]
-
-
 def _gradient(parameter: Tensor) -> Tensor:
     # None: a linear that took no part in this step, such as an expert that no token was sent to.
-    return torch.zeros_like(_whole(parameter)) if parameter.grad is None else _whole(parameter.grad)
+    return torch.zeros_like(whole(parameter)) if parameter.grad is None else whole(parameter.grad)
 
 
 def sensitivities(model: nn.Module, adapter: str = "default") -> int:
     """How many sensitivities one step computes: 2 k r + r for each linear."""
     layers = adapted(model, adapter).values()
-    return sum(2 * layer.lora2_V[adapter].numel() + layer.lora2_E[adapter].numel() for layer in layers)
+    return sum(2 * layer.factor(adapter, "V").numel() + layer.factor(adapter, "E").numel() for layer in layers)
 
 
 def pruning_state(model: nn.Module) -> dict[str, Tensor]:
@@ -124,7 +131,7 @@ def pruning_state(model: nn.Module) -> dict[str, Tensor]:
                 # A copy of its own: the averages of alike linears share memory.
                 state[f"{path}.{adapter}.mean"] = importance.mean.cpu().clone()
                 state[f"{path}.{adapter}.uncertainty"] = importance.uncertainty.cpu().clone()
-                state[f"{path}.{adapter}.final"] = torch.tensor(layer.final[adapter])
+                state[f"{path}.{adapter}.final"] = torch.tensor(layer.final.get(adapter, False))
                 if adapter in layer.kept:
                     state[f"{path}.{adapter}.kept"] = layer.kept[adapter].cpu().clone()
     return state
@@ -140,7 +147,7 @@ def load_pruning_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for path, layer in unwrap(model)[0].named_modules():
         for adapter in layer.learning if isinstance(layer, LoRA2Linear) else ():
             at = f"{path}.{adapter}"
-            k, r = layer.lora2_v[adapter].shape  # type: ignore[union-attr]
+            k, r = layer.factor(adapter, "v").shape  # type: ignore[union-attr]
             mean, uncertainty = state.get(f"{at}.mean"), state.get(f"{at}.uncertainty")
             if mean is None or uncertainty is None or mean.shape != (r, 1 + 2 * k):
                 have = "nothing" if mean is None else f"averages of shape {tuple(mean.shape)}"
@@ -157,7 +164,7 @@ def load_pruning_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _stay_final(layers: Iterable[LoRA2Linear]) -> None:
-    """Keep the pruned directions of `layers` at zero from now on."""
+    """Keep the pruned directions of `layers` at zero after each step of the optimiser that has them."""
     global _watching
     _final.update(layers)
     if not _watching:
@@ -167,8 +174,13 @@ def _stay_final(layers: Iterable[LoRA2Linear]) -> None:
         _watching = True
 
 
-def _clear_final(*_: Any) -> None:
+def _clear_final(optimizer: Optimizer, *_: Any) -> None:
+    if not _final:
+        return
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for layer in list(_final):
+        if not any(layer.final.values()):
+            _final.discard(layer)
         for adapter, final in layer.final.items():
-            if final:
+            if final and id(layer.factor(adapter, "E")) in stepped:
                 layer.clear_pruned(adapter)

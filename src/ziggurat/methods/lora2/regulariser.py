@@ -24,7 +24,7 @@ def learning_linears(model: nn.Module) -> dict[str, list[LoRA2Linear]]:
     for layer in model.modules():
         if isinstance(layer, LoRA2Linear):
             for adapter in layer.learning:
-                if layer.lora2_E[adapter].numel():
+                if layer.factor(adapter, "E").numel():
                     found.setdefault(adapter, []).append(layer)
     return found
 

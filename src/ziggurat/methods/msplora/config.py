@@ -1,14 +1,18 @@
 """What a user says of an MSPLoRA adapter."""
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.config import LinearMethodConfig
-from ziggurat.host.registry import peft_type
+from ziggurat.host.config import MethodConfig
+from ziggurat.host.site import Site
 from ziggurat.host.values import MOST_RANK, check_flag, is_whole, shown
 from ziggurat.methods.msplora.pyramid import Tier, check_tiers, halved_tiers, listed_tiers
 
+#: Where a copy for one site keeps the pyramids that it has worked out, by role.
+_PYRAMIDS = "_pyramids"
 #: The most roles that `rank_pattern` may name.
 MOST_ROLES = 1000
 
@@ -21,7 +25,7 @@ CITATION = """@article{zhao2025msplora,
 
 
 @dataclass
-class MSPLoraConfig(LinearMethodConfig):
+class MSPLoraConfig(MethodConfig):
     """Config of MSPLoRA (arXiv 2503.21838): a pyramid of factor pairs shared by all, some, or no layers.
 
     The update of the linear of one role in layer n is
@@ -63,10 +67,12 @@ class MSPLoraConfig(LinearMethodConfig):
     even_scales: bool = field(default=False, metadata={"help": "Give every tier the scale of the coarsest."})
     train_in_stages: bool = field(default=False, metadata={"help": "Train the tiers one after the other."})
 
+    not_from_lora: ClassVar[dict[str, str]] = {
+        "rank_pattern": "a role has one rank for each tier here, such as {'value': [12, 4, 2]}"
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = peft_type("MSPLORA")
-        self._check_bias()
         check_flag("train_in_stages", self.train_in_stages)
         check_flag("even_scales", self.even_scales)
         for name in ("group_starts", "ranks", "tiers"):
@@ -82,17 +88,40 @@ class MSPLoraConfig(LinearMethodConfig):
         if not is_whole(self.rank_decay, -MOST_RANK, MOST_RANK):
             raise ConfigError(f"rank_decay={shown(self.rank_decay)}: a whole number of at least 1 is needed.")
         check_tiers(self._tiers())
-        self._check_rank_pattern()
+        self._check_ranks_of_roles()
         if self.even_scales and any("lora_alpha" in tier for tier in self.tiers or ()):
             raise ConfigError("even_scales gives every tier the coarsest one's scale; leave lora_alpha out of tiers.")
 
     def pyramid(self, role: str = "") -> tuple[Tier, ...]:
         """The tiers, coarse to fine, of linears of `role`: with the ranks that `rank_pattern` has for it."""
+        known: dict[str, tuple[Tier, ...]] | None = self.__dict__.get(_PYRAMIDS)
+        if known is not None and role in known:
+            return known[role]
         tiers, key = self._tiers(), self.pattern_key(role)
         scale = tiers[0].scale
         if key is not None:
             tiers = tuple(replace(tier, r=r) for tier, r in zip(tiers, self.rank_pattern[key], strict=True))  # type: ignore[index]
-        return tuple(tier.scaled(scale) for tier in tiers) if self.even_scales else tiers
+        if self.even_scales:
+            tiers = tuple(tier.scaled(scale) for tier in tiers)
+        if known is not None:
+            known[role] = tiers
+        return tiers
+
+    def at(self, site: Site) -> Self:
+        """A copy with the alpha that `alpha_pattern` has for `site`, which works its pyramids out once."""
+        here = copy.copy(self)
+        here.lora_alpha = self.alpha_at(site)
+        here.__dict__[_PYRAMIDS] = {}
+        return here
+
+    def check_sites(self, sites: Mapping[str, Site]) -> None:
+        used = {self.pattern_key(site.role) for site in sites.values()}
+        if unused := sorted(set(self.rank_pattern or {}) - used):
+            raise ConfigError(
+                f"rank_pattern[{unused[0]!r}]: no adapted linear layer has this role, or longer keys take them all. A "
+                "key is the name of a target module, or the end of its path inside the layer, without the layer's "
+                "number."
+            )
 
     def pattern_key(self, role: str) -> str | None:
         """The key of `rank_pattern` that counts for `role`."""
@@ -100,6 +129,9 @@ class MSPLoraConfig(LinearMethodConfig):
         return max(fits, key=len, default=None)
 
     def _check_rank_pattern(self) -> None:
+        pass  # below, once the number of tiers is known
+
+    def _check_ranks_of_roles(self) -> None:
         if self.rank_pattern is None:
             return
         number = len(self._tiers())
@@ -142,7 +174,3 @@ class MSPLoraConfig(LinearMethodConfig):
             self.layers_pattern,
         )
         return any(value not in (None, []) for value in fields)
-
-    @property
-    def citation(self) -> str:
-        return CITATION

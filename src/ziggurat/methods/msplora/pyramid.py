@@ -1,7 +1,7 @@
 """The pyramid: which tiers there are, who shares a pair, and what each pair is called.
 
 dW = dW_global + dW_mid + dW_layer for every adapted linear (MSPLoRA, arXiv 2503.21838,
-Eq. 3), each a factor pair (Eq. 4). Pure functions of the config and of a linear's place.
+Eq. 3), each a factor pair (Eq. 4). Pure functions of the config and of a site.
 """
 
 from bisect import bisect_right
@@ -12,8 +12,7 @@ from math import sqrt
 from typing import Any
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.anatomy import Place
-from ziggurat.host.bank import Component
+from ziggurat.host.site import Site
 from ziggurat.host.values import MOST_RANK, check_above_zero, is_whole, shown
 
 #: One group per layer: nobody shares.
@@ -63,42 +62,28 @@ class Tier:
             number = min(number, num_layers)
         return layer * number // num_layers
 
-    def check(self, place: Place) -> None:
-        """Raise ConfigError unless this tier's groups fit the stack of `place`."""
-        if isinstance(self.groups, int) and not self.at_most and self.groups > place.num_layers:
+    def check(self, site: Site) -> None:
+        """Raise ConfigError unless this tier's groups fit the stack of `site`."""
+        if isinstance(self.groups, int) and not self.at_most and self.groups > site.num_layers:
             raise ConfigError(
-                f"num_groups={self.groups}, but the stack {place.stack!r} has {place.num_layers} layers: at most "
-                f"{place.num_layers} groups (tier {self.name!r}). Lower num_groups or give group_starts=[...]."
+                f"num_groups={self.groups}, but the stack {site.stack_path!r} has {site.num_layers} layers: at most "
+                f"{site.num_layers} groups (tier {self.name!r}). Lower num_groups or give group_starts=[...]."
             )
-        if isinstance(self.groups, tuple) and self.groups[-1] >= place.num_layers:
+        if isinstance(self.groups, tuple) and self.groups[-1] >= site.num_layers:
             raise ConfigError(
                 f"group_starts={list(self.groups)}: the last group would begin at layer {self.groups[-1]}, but the "
-                f"stack {place.stack!r} has layers 0 to {place.num_layers - 1} (tier {self.name!r})."
+                f"stack {site.stack_path!r} has layers 0 to {site.num_layers - 1} (tier {self.name!r})."
             )
 
 
-def pair_name(place: Place, tier: Tier, d_in: int, d_out: int) -> str:
-    """What the pair of `tier` at `place` is called: `<stack>:<role>:<d_out>x<d_in>:<tier><group>`, dots as slashes.
-
-    Linears with the same name share the pair, so sharing is per stack, role and shape.
-    """
-    where = f"{place.stack}:{place.role}".replace(".", "/")
-    return f"{where}:{d_out}x{d_in}:{tier.name}{tier.group_of(place.layer, place.num_layers)}"
+def tier_of(leaf: str) -> str:
+    """The name of the tier of the shared tensor called `leaf`, `<stack>:<role>:<d_out>x<d_in>:<group>:A_<tier>`."""
+    return leaf.rpartition(":")[2][2:]
 
 
-def tier_of(pair: str) -> str:
-    """The name of the tier of the pair called `pair`."""
-    return pair.rpartition(":")[2].rstrip("0123456789")
-
-
-def role_of(pair: str) -> str:
-    """The role of the linears that share the pair called `pair`."""
-    return pair.split(":")[1].replace("/", ".")
-
-
-def components(tiers: Sequence[Tier], place: Place, d_in: int, d_out: int) -> tuple[Component, ...]:
-    """The pairs that make up the update of the linear at `place`, coarse to fine."""
-    return tuple(Component(pair_name(place, tier, d_in, d_out), tier.scale) for tier in tiers)
+def role_of(leaf: str) -> str:
+    """The role of the linear layers that share the tensor called `leaf`."""
+    return leaf.split(":")[1].replace("/", ".")
 
 
 def halved_tiers(

@@ -1,0 +1,47 @@
+"""How many trainable parameters an adapter has, from its method's `tensors` alone: nothing is built."""
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.method import Method, method_of, trainable, unique_specs
+from ziggurat.host.targets import DEFAULT_TARGETS
+from ziggurat.host.tuner import sites_of
+
+
+def count(model: nn.Module, config: Any) -> int:
+    """Trainable parameters of the adapter of `config` in `model`, without heads and biases; shared ones count once.
+
+    Raises:
+        ConfigError: the config is none of a registered method, or doesn't fit the model.
+    """
+    method = method_of(config)
+    if method is None:
+        raise ConfigError(
+            f"{type(config).__name__} is no config of a registered method: it has to be built to be counted."
+        )
+    config = with_targets(config, model, method)
+    sites = sites_of(method, config, model)
+    if not sites:
+        raise ConfigError(
+            f"target_modules={config.target_modules!r} matches no linear layer of {type(model).__name__}."
+        )
+    for site in sites.values():
+        if method.check is not None:
+            method.check(config.at(site), site)
+    config.check_sites(sites)
+    return trainable(unique_specs(method, config.at, sites))
+
+
+def with_targets(config: Any, model: nn.Module, method: Method | None = None) -> Any:
+    """A copy of the config with the architecture's default target modules, where it names none."""
+    config = copy.copy(config)
+    if config.target_modules is None and (method is None or method.sites is None):
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        if kind not in DEFAULT_TARGETS:
+            raise ConfigError(f"no default targets for a model of type {kind!r}: give target_modules.")
+        named = DEFAULT_TARGETS[kind]
+        config.target_modules = named if isinstance(named, str) else set(named)
+    return config

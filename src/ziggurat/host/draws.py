@@ -1,0 +1,73 @@
+"""What a method draws once for each forward pass in training, such as DyLoRA's rank."""
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+
+from ziggurat.host.method import Method
+
+#: Passes that may wait for their backward, times the layers of each.
+REMEMBERED = 4096
+
+
+class Draws:
+    """A forward pre-hook on the base model's root: draws for every adapter before each forward pass in training.
+
+    Gradient checkpointing computes a layer again in the backward, when other passes may have begun since. It restores
+    torch's generators first, so the state of the CPU's generator tells which pass a layer is computed for: every pass
+    draws from this generator, and so leaves it in a state of its own. A checkpoint that doesn't restore it
+    (`preserve_rng_state=False`) gets what was drawn last.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self.configs: dict[str, Any] = {}
+        self._last: dict[str, Any] = {}
+        self._by_state: OrderedDict[bytes, dict[str, Any]] = OrderedDict()
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        if model.training:
+            self.draw()
+
+    def draw(self) -> None:
+        """Draw for every adapter, from torch's generator of the CPU."""
+        assert self.method.draw is not None
+        self.draw_as({adapter: self.method.draw(config) for adapter, config in self.configs.items()})
+
+    def draw_as(self, drawn: dict[str, Any]) -> None:
+        """Let these be what was drawn, adapter by adapter, for the passes that begin from now on."""
+        self._last = drawn
+
+    def of(self, adapter: str) -> Any:
+        """What was drawn for `adapter` in the pass that is being computed; None before the first one."""
+        if torch.compiler.is_compiling():  # reading the generator's state would break the graph
+            return self._last.get(adapter)
+        state = torch.get_rng_state().numpy().tobytes()
+        drawn = self._by_state.setdefault(state, self._last)
+        if len(self._by_state) > REMEMBERED:
+            self._by_state.popitem(last=False)
+        return drawn.get(adapter)
+
+    @staticmethod
+    def on(model: nn.Module, method: Method) -> "Draws | None":
+        """The draws of `method` in the model whose root is `model`."""
+        hooks = model._forward_pre_hooks.values()
+        return next((hook for hook in hooks if isinstance(hook, Draws) and hook.method.name == method.name), None)
+
+    @staticmethod
+    def start(model: nn.Module, method: Method) -> "Draws":
+        """As `on`; a new one where there is none."""
+        draws = Draws.on(model, method)
+        if draws is None:
+            draws = Draws(method)
+            model.register_forward_pre_hook(draws)
+        return draws
+
+    @staticmethod
+    def stop(model: nn.Module, method: Method) -> None:
+        """Take the hook off `model`."""
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if isinstance(hook, Draws) and hook.method.name == method.name:
+                del model._forward_pre_hooks[key]

@@ -1,0 +1,63 @@
+"""transformers' own way to load an adapter, with what it doesn't ask a method: names, and whether the file is whole.
+
+`from_pretrained(adapter)`, `load_adapter` and `pipeline` read the file by the names in it and go on where tensors are
+missing. For adapters of registered methods the tensors are handed over under the names that this version and this model
+give them, and a missing one is an error.
+"""
+
+from functools import wraps
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils.save_and_load import load_peft_weights
+from transformers.integrations.peft import PeftAdapterMixin
+
+from ziggurat.host.method import method_of
+from ziggurat.host.names import current_names
+from ziggurat.host.tuner import check_tensors
+
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+
+
+def load_through_methods() -> None:
+    """Wrap `load_adapter` of transformers' models, once."""
+    original = PeftAdapterMixin.load_adapter
+    if hasattr(original, "ziggurat"):
+        return
+
+    @wraps(original)
+    def load_adapter(
+        self: Any,
+        peft_model_id: str | None = None,
+        adapter_name: str | None = None,
+        peft_config: Any = None,
+        adapter_state_dict: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        load = kwargs.get("load_config")
+        source = peft_model_id or getattr(load, "pretrained_model_name_or_path", None)
+        given = {**(getattr(load, "download_kwargs", None) or {}), **(kwargs.get("adapter_kwargs") or {}), **kwargs}
+        hub = {name: given[name] for name in _HUB if given.get(name) is not None}
+        config: Any = peft_config
+        if config is None and source is not None:
+            config = PeftConfig.from_pretrained(str(source), **hub)
+        method = method_of(config)
+        if method is None:
+            return original(self, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **kwargs)
+        state = adapter_state_dict
+        if state is None:
+            state = load_peft_weights(str(source), device="cpu", **hub)
+        named = {
+            name.removeprefix("base_model.model."): tensor
+            for name, tensor in current_names(state, method, self).items()
+            if name.rpartition(".")[2] not in config.no_factors
+        }
+        result = original(self, peft_model_id, adapter_name, config, named, *args, **kwargs)
+        adapter = adapter_name or "default"
+        given = {name.replace(f"{method.store}.", f"{method.store}.{adapter}.", 1) for name in named}
+        check_tensors(method, self, adapter, dict.fromkeys(given))
+        return result
+
+    load_adapter.ziggurat = True  # type: ignore[attr-defined]
+    PeftAdapterMixin.load_adapter = load_adapter  # type: ignore[method-assign]

@@ -1,0 +1,181 @@
+"""What a method is: two functions, and a few facts. Everything else about it is derived.
+
+    tensors(config, site)            -> {key: TensorSpec}   what is stored for a site, and who shares it
+    pair(config, site, t, context)   -> FactorPair          what is computed: the paper's equation
+
+`t` holds the tensors by the keys that `tensors` gave them. The scale is folded into B. `pair` is called in every
+forward pass, with autograd, and for merging, export and analysis, where `context.training` is False.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.site import Site
+from ziggurat.host.tensors import TensorSpec
+from ziggurat.lowrank.pair import FactorPair
+
+Stored = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What besides the tensors decides a pair.
+
+    `training`: inside a forward pass in training mode. `drawn`: what the method's `draw` gave for this pass, the same
+    for all sites, also where gradient checkpointing computes a layer again; None outside training.
+    """
+
+    training: bool = False
+    drawn: Any = None
+
+
+#: Outside training: merging, export, analysis, inference.
+EVALUATION = Context()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A named part of a site's update, for the analysis: a tier, a plane, a path.
+
+    `keys`: the tensors that it is made of; sites where all of them are shared have the part in common, and `group`
+    numbers such parts. `adds`: the site's update is the sum of such parts; False for
+    planes that multiply.
+    """
+
+    name: str
+    pair: FactorPair
+    keys: tuple[str, ...] = ("A", "B")
+    group: int = 0
+    adds: bool = True
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is said of a method to people.
+
+    `shown`: its name in tables. `paper`: its number at arXiv. `about`: one line for the list of methods. `citation`:
+    BibTeX. `merges`: its updates can be added to weights, and so exported as plain LoRA.
+    """
+
+    shown: str
+    paper: str
+    about: str
+    citation: str = ""
+    merges: bool = True
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method. `name`, in lower case, is its PEFT type and the prefix of its parameters.
+
+    `config`: a subclass of `MethodConfig`. `tensors`, `pair`: see the module; `pair` is None for a method whose layer
+    has a forward of its own. `check`: raises ConfigError for a site where the config can't work. `draw`: gives what is
+    drawn once for each forward pass in training. `parts`: the named parts of a site's update, for the analysis; by
+    default the update itself. `sites`: the places that a config adapts, where these aren't its target modules.
+    `acting`: of these sites, those whose update acts now, for a method that restructures. `needs_steps`: whether
+    training with this config needs `ziggurat.step`, and `step` does what is due. `older_names`: regular expressions
+    with replacements, which make of a tensor's name in an older file what it is called now.
+    """
+
+    name: str
+    config: type[Any]
+    tensors: Callable[[Any, Site], dict[str, TensorSpec]]
+    pair: Callable[[Any, Site, Stored, Context], FactorPair] | None
+    card: Card
+    check: Callable[[Any, Site], None] | None = None
+    draw: Callable[[Any], Any] | None = None
+    parts: Callable[[Any, Site, Stored], list[Part]] | None = None
+    sites: Callable[[Any, nn.Module, Any], dict[str, Site]] | None = None
+    acting: Callable[[Any, dict[str, Site]], dict[str, Site]] | None = None
+    needs_steps: Callable[[Any], bool] | None = None
+    step: Callable[..., None] | None = None
+    older_names: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def peft_type(self) -> str:
+        """The name under which PEFT knows it."""
+        return self.name.upper()
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its parameters begin with, after the path of their layer."""
+        return f"{self.name}_"
+
+    @property
+    def store(self) -> str:
+        """The attribute of a layer that holds the tensors, adapter by adapter."""
+        return f"{self.name}_factors"
+
+    @property
+    def bank(self) -> str:
+        """The attribute of the base model that holds what sites share. It doesn't contain the prefix."""
+        return f"bank_{self.name}"
+
+    def __reduce__(self) -> tuple[Callable[[str], "Method"], tuple[str]]:
+        # Copies and pickles of a model hold no functions of the method, only its name.
+        return registered, (self.peft_type,)
+
+
+#: PEFT type -> method. Filled by `registry.register`.
+METHODS: dict[str, Method] = {}
+
+
+def registered(peft_type: str) -> Method:
+    """The method registered under this PEFT type."""
+    return METHODS[peft_type]
+
+
+def method_of(config: Any) -> Method | None:
+    """The method of an adapter's config; None where it is PEFT's own or nobody's."""
+    kind = getattr(config, "peft_type", None)
+    return METHODS.get(str(getattr(kind, "value", kind)))
+
+
+def specs_of(method: Method, config: Any, site: Site) -> dict[str, TensorSpec]:
+    """What `tensors` gives for `site`, checked.
+
+    Raises:
+        ConfigError: a key or shared name that can't be part of a parameter's name, or a side below 1.
+    """
+    specs = method.tensors(config, site)
+    for key, spec in specs.items():
+        leaf = spec.leaf(key)
+        if not isinstance(key, str) or not key.isidentifier() or "." in leaf or method.prefix in leaf:
+            raise ConfigError(
+                f"{method.card.shown} calls a tensor of {site.path!r} {leaf!r}: a key is a Python name, and neither it "
+                f"nor `shared` holds a dot or {method.prefix!r}."
+            )
+        if any(side < 0 for side in spec.shape):
+            raise ConfigError(f"{method.card.shown}: tensor {key!r} of {site.path!r} has the shape {spec.shape}.")
+    return specs
+
+
+def unique_specs(method: Method, config_at: Callable[[Site], Any], sites: Mapping[str, Site]) -> dict[str, TensorSpec]:
+    """Every tensor of an adapter once, by a name that sites which share it agree on.
+
+    Raises:
+        ConfigError: two sites give one name two shapes.
+    """
+    unique: dict[str, TensorSpec] = {}
+    first: dict[str, str] = {}
+    for path, site in sites.items():
+        for key, spec in specs_of(method, config_at(site), site).items():
+            name = spec.leaf(key) if spec.shared else f"{path}.{key}"
+            if name in unique and unique[name].shape != spec.shape:
+                raise ConfigError(
+                    f"{method.card.shown}: {first[name]!r} and {path!r} share the tensor {name!r}, but need it as "
+                    f"{unique[name].shape} and {spec.shape}. Give them other ranks, adapt modules of one shape, or let "
+                    "the method share by shape."
+                )
+            unique.setdefault(name, spec)
+            first.setdefault(name, path)
+    return unique
+
+
+def trainable(specs: Mapping[str, TensorSpec]) -> int:
+    """How many trainable parameters these tensors have."""
+    return sum(spec.size for spec in specs.values() if spec.trains)

@@ -1,0 +1,148 @@
+"""What all tuner layers of methods have in common: their tensors, by adapter, and the pair that they compute."""
+
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ziggurat.host.bank import Bank
+from ziggurat.host.draws import Draws
+from ziggurat.host.method import EVALUATION, Context, Method
+from ziggurat.host.site import Site
+from ziggurat.host.tensors import Factors, TensorSpec, Weight, draw
+from ziggurat.lowrank.pair import FactorPair
+
+BANK, DRAWS = "_bank", "_draws"
+
+
+class MethodLayer(BaseTunerLayer):
+    """A tuner layer at one site. Subclasses by method have `method`, and are modules.
+
+    Tensors that the site has for itself lie here, so that FSDP shards them with the layer; shared ones in the bank at
+    the root, to which a layer holds an unregistered reference.
+    """
+
+    method: ClassVar[Method]
+
+    def _begin(self) -> None:
+        """Set up the attributes of a tuner layer; to be called by `__init__`."""
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+        setattr(self, self.method.store, nn.ModuleDict())
+        self.configs: dict[str, Any] = {}
+        self.sites: dict[str, Site] = {}
+        #: Adapter -> key -> (whether the tensor lies in the bank, its leaf name).
+        self.leaves: dict[str, dict[str, tuple[bool, str]]] = {}
+        #: Adapters that have tensors here and take no part in the forward for now.
+        self.asleep: dict[str, bool] = {}
+
+    @property
+    def stores(self) -> nn.ModuleDict:
+        """Adapter -> `Factors`, the tensors of this layer alone."""
+        return getattr(self, self.method.store)
+
+    @property
+    def adapters(self) -> Collection[str]:
+        """The adapters that act here."""
+        return [adapter for adapter in self.leaves if not self.asleep.get(adapter)]
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.leaves)
+
+    def join(
+        self,
+        adapter: str,
+        config: Any,
+        site: Site,
+        specs: Mapping[str, TensorSpec],
+        *,
+        bank: Bank | None,
+        draws: Draws | None,
+        weight: Weight,
+        device: torch.device | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """Give `adapter` its tensors here; what is shared and exists already is left as it is."""
+        for name, value in ((BANK, bank), (DRAWS, draws)):
+            if value is not None:
+                # Past nn.Module.__setattr__, so that the bank is registered at the root alone.
+                object.__setattr__(self, name, value)
+        own = Factors()
+        self.leaves[adapter] = {}
+        for key, spec in specs.items():
+            leaf = spec.leaf(key)
+            self.leaves[adapter][key] = (bool(spec.shared), leaf)
+            if not spec.shared:
+                own.add(leaf, spec, draw(spec, weight, device, dtype))
+            else:
+                assert bank is not None
+                if leaf not in (shared := bank.factors(adapter)):
+                    shared.add(leaf, spec, draw(spec, weight, device, dtype))
+        self.stores[adapter] = own
+        self.configs[adapter], self.sites[adapter] = config, site
+
+    def stored(self, adapter: str) -> dict[str, Tensor]:
+        """The tensors of `adapter` at this site, by key."""
+        leaves = self.leaves[adapter]
+        shared = [leaf for in_bank, leaf in leaves.values() if in_bank]
+        own: Factors = self.stores[adapter]  # type: ignore[assignment]
+        if not shared:
+            return {key: own[leaf] for key, (_, leaf) in leaves.items()}
+        from_bank = dict(zip(shared, self.__dict__[BANK](adapter, shared), strict=True))
+        tensors = {key: from_bank[leaf] if in_bank else own[leaf] for key, (in_bank, leaf) in leaves.items()}
+        # A shared tensor lies where the first of its layers does; the last key's is the nearest to this layer.
+        home = tensors[next(reversed(tensors))].device
+        if any(t.device != home for t in tensors.values()):
+            tensors = {key: t if t.is_meta else t.to(home) for key, t in tensors.items()}
+        return tensors
+
+    def own_tensors(self, adapter: str) -> dict[str, nn.Parameter]:
+        """The parameters that belong to this layer alone, by key."""
+        if adapter not in self.stores:
+            return {}
+        return dict(self.stores[adapter].named_parameters())
+
+    def context(self, adapter: str) -> Context:
+        """The context of a forward pass that is being computed now."""
+        if not self.training:  # type: ignore[attr-defined]
+            return EVALUATION
+        draws: Draws | None = self.__dict__.get(DRAWS)
+        return Context(True, draws.of(adapter) if draws is not None else None)
+
+    def effective_pair(self, adapter: str, context: Context = EVALUATION) -> FactorPair:
+        """The one pair that says all of `adapter`'s update here: A (rank, d_in), B (d_out, rank), scale folded in."""
+        assert self.method.pair is not None
+        return self.method.pair(self.configs[adapter], self.sites[adapter], self.stored(adapter), context)
+
+    def dropout(self, adapter: str) -> float:
+        """The probability that an input of `adapter`'s update is dropped in training."""
+        return self.configs[adapter].dropout_at(self.sites[adapter])
+
+    def state_of(self, adapter: str) -> tuple[object, ...]:
+        """What changes whenever the pair of `adapter` in a training pass does: its tensors and their versions."""
+        context = self.context(adapter)
+        tensors = self.stored(adapter).values()
+        versions = ((id(t), None if t.is_inference() else t._version) for t in tensors)
+        return self.dropout(adapter), context.drawn, *versions
+
+    def forget(self, adapter: str) -> None:
+        """Take out all of `adapter`, without choosing another active one."""
+        for table in (self.stores, self.configs, self.sites, self.leaves, self.asleep):
+            if adapter in table:
+                del table[adapter]
+
+    def _home(self) -> torch.device | None:
+        """The device that this layer computes on."""
+        raise NotImplementedError
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Never to the meta device, where the tensors just read would be lost, and never to another dtype."""
+        home = device or self._home()
+        if adapter_name not in self.leaves or home is None:
+            return
+        self.stores[adapter_name].move(home)  # type: ignore[operator]
+        if any(in_bank for in_bank, _ in self.leaves[adapter_name].values()):
+            self.__dict__[BANK].factors(adapter_name).move(home)

@@ -1,0 +1,76 @@
+"""A site: where one factor pair acts. Everything that a method may know of the model is here."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ziggurat.lowrank.spans import Span
+
+#: The name of a residual path among the children of its layer. No method's prefix may be part of it.
+CHILD = "residual_path"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear layer, or the residual stream around a span of layers.
+
+    `path`: of the linear layer, or of the span's last layer, in the base model.
+    `stack`: the list of layers that it lies in, as `body_name` names it; outside every stack its own path.
+    `layer`, `num_layers`: its layer, from 0, and the depth of the stack. `role`: its path inside the layer; "" for a
+    span and outside every stack. `d_in`, `d_out`: the input and output size; for a span both are its width.
+    `span`: the layers that a path goes around; None for a linear layer. `expert`, `num_experts`: which expert of its
+    layer this is, and of how many; None where there are none.
+    """
+
+    path: str
+    stack: str
+    layer: int
+    num_layers: int
+    role: str
+    d_in: int
+    d_out: int
+    span: Span | None = None
+    expert: int | None = None
+    num_experts: int | None = None
+
+    @property
+    def stack_path(self) -> str:
+        """The path of the stack in the base model."""
+        tail = f".{self.layer}" + (f".{self.role}" if self.role else "")
+        return self.path.removesuffix(tail)
+
+    @property
+    def kind(self) -> str:
+        """What sites that may share a tensor have in common, as part of its name: stack, role and shape."""
+        return f"{leaf_name(self.stack)}:{leaf_name(self.role)}:{self.d_out}x{self.d_in}"
+
+
+def leaf_name(path: str) -> str:
+    """`path` as part of a parameter's name, in which torch allows no dots."""
+    return path.replace(".", "/")
+
+
+def body_prefix(model: nn.Module) -> str:
+    """The path, with a dot, under which a transformers model with a head holds its body; "" where it is the body."""
+    name = model.base_model_prefix if isinstance(model, PreTrainedModel) else ""
+    return f"{name}." if name and name in model._modules else ""
+
+
+def body_name(model: nn.Module, path: str) -> str:
+    """`path` without the body's own name, so that an adapter fits the model with another head and without one."""
+    return path.removeprefix(body_prefix(model))
+
+
+def with_other_head(path: str, prefix: str, known: Collection[str]) -> str:
+    """`path` as it is called in this model, where an adapter was saved with another head, or without one.
+
+    `prefix`: this model's `body_prefix`. `known`: the paths that it has.
+    """
+    if path in known:
+        return path
+    if prefix and prefix + path in known:
+        return prefix + path
+    shorter = path.partition(".")[2]
+    return shorter if not prefix and shorter in known else path

@@ -1,0 +1,74 @@
+"""The sites of an adapter as they stand in its adapter_config.json, so that its folder alone says where it acts.
+
+{stack: {"path": its path in the base model, "layers": how many, role: "<d_out>x<d_in>", ...}}. A role that isn't in
+every layer has the numbers of its layers behind a colon. The role "(around)" is the residual stream around layers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.site import Site
+from ziggurat.host.values import MOST_ENTRIES, MOST_RANK, is_whole, shown
+from ziggurat.lowrank.spans import Span
+
+AROUND = "(around)"
+
+
+def to_table(sites: Mapping[str, Site]) -> dict[str, dict[str, Any]] | None:
+    """The table of `sites`; None where a path can't be made of stack, layer and role, as where a list skips numbers."""
+    table: dict[str, dict[str, Any]] = {}
+    layers: dict[tuple[str, str, str], list[int]] = {}
+    for path, site in sites.items():
+        tail = f".{site.layer}" + (f".{site.role}" if site.role else "")
+        outside = not site.role and site.span is None
+        if not outside and not path.endswith(tail):
+            return None
+        entry = table.setdefault(site.stack, {"path": path if outside else path.removesuffix(tail)})
+        entry["layers"] = site.num_layers
+        role = AROUND if site.span is not None else site.role
+        layers.setdefault((site.stack, role, f"{site.d_out}x{site.d_in}"), []).append(site.layer)
+    for (stack, role, shape), numbers in layers.items():
+        everywhere = numbers == list(range(table[stack]["layers"]))
+        text = shape if everywhere else f"{shape}:{','.join(map(str, numbers))}"
+        before = table[stack].get(role)
+        table[stack][role] = text if before is None else f"{before};{text}"
+    return table
+
+
+def from_table(table: Any) -> dict[str, Site]:
+    """Path -> site, as `to_table` was given them.
+
+    Raises:
+        ConfigError: it isn't of that form.
+    """
+    try:
+        sites: dict[str, Site] = {}
+        for stack, entry in table.items():
+            path, depth = entry["path"], entry["layers"]
+            if not (isinstance(stack, str) and isinstance(path, str) and is_whole(depth, 1, MOST_RANK)):
+                raise ValueError(f"stack {shown(stack)}")
+            for role, text in entry.items():
+                if role in ("path", "layers"):
+                    continue
+                for part in text.split(";"):
+                    shape, _, numbers = part.partition(":")
+                    d_out, d_in = (int(side) for side in shape.split("x"))
+                    for layer in map(int, numbers.split(",")) if numbers else range(depth):
+                        site = _site(path, stack, layer, depth, role, d_in, d_out)
+                        sites[site.path] = site
+                        if len(sites) > MOST_ENTRIES:
+                            raise ValueError(f"more than {MOST_ENTRIES:,} sites")
+        return sites
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"sites={shown(table)} isn't the table that ziggurat writes ({error}): take it out of adapter_config.json."
+        ) from error
+
+
+def _site(path: str, stack: str, layer: int, depth: int, role: str, d_in: int, d_out: int) -> Site:
+    if role == AROUND:
+        return Site(f"{path}.{layer}", stack, layer, depth, "", d_in, d_out, span=Span(layer, layer))
+    if not role:
+        return Site(path, stack, layer, depth, "", d_in, d_out)
+    return Site(f"{path}.{layer}.{role}", stack, layer, depth, role, d_in, d_out)

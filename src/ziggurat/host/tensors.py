@@ -1,0 +1,211 @@
+"""What a method stores at a site: the description of a tensor, how it is drawn, and the module that holds it."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ziggurat.errors import ConfigError
+from ziggurat.lowrank.pair import FactorPair, init_gaussian_, init_kaiming_
+
+
+class Weight:
+    """The frozen weight of a site, for an initialisation that starts from it. Read only when it is asked for."""
+
+    def __init__(self, path: str, read: Callable[[], Tensor]) -> None:
+        self._path, self._read = path, read
+
+    @cached_property
+    def value(self) -> Tensor:
+        """W (d_out, d_in) in float32 on the CPU, dequantised where it is quantised.
+
+        Raises:
+            ConfigError: the site has no weight that can be read.
+        """
+        try:
+            return self._read().detach().float().cpu()
+        except (AttributeError, ValueError, TypeError, NotImplementedError) as error:
+            raise ConfigError(
+                f"the weight of {self._path!r} can't be read ({error}), and this method starts from it. Choose other "
+                "target_modules, or a base model whose weights are not quantised."
+            ) from error
+
+    @cached_property
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U (d_out, n), S (n), V^T (n, d_in) of W, with n = min(d_out, d_in)."""
+        U, S, Vh = torch.linalg.svd(self.value, full_matrices=False)
+        return U, S, Vh
+
+
+#: Fills a fresh tensor in place. The weight is that of the first site that asks for the tensor.
+Init = Callable[[Tensor, Weight], Any]
+
+
+def kaiming(tensor: Tensor, weight: Weight) -> None:
+    """Uniform in [-1/sqrt(d), 1/sqrt(d)] with d the last side, as LoRA draws A."""
+    init_kaiming_(tensor)
+
+
+def gaussian(tensor: Tensor, weight: Weight) -> None:
+    """Normal with standard deviation 1 / rank, the rank being the last side but one."""
+    init_gaussian_(tensor)
+
+
+def zeros(tensor: Tensor, weight: Weight) -> None:
+    """Zeros, as LoRA's B: the fresh pair's delta is 0."""
+    tensor.zero_()
+
+
+def ones(tensor: Tensor, weight: Weight) -> None:
+    """Ones, for vectors that scale."""
+    tensor.fill_(1.0)
+
+
+def normal(std: float) -> Init:
+    """Normal with mean 0 and this standard deviation."""
+
+    def draw(tensor: Tensor, weight: Weight) -> None:
+        tensor.normal_(0.0, std)
+
+    return draw
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a site.
+
+    `shape`: experts first where there are any. `init`: fills it in place; it may read the frozen weight.
+    `shared`: "" for a tensor of this site alone; otherwise a name without dots, and all sites that give a tensor of
+    this name and key share one. `trainable`: False keeps it as drawn; it is stored all the same.
+    `seed`: the tensor is frozen and never stored: whoever loads the adapter draws it again from this seed, with torch's
+    generator of the CPU.
+    """
+
+    shape: tuple[int, ...]
+    init: Init = kaiming
+    shared: str = ""
+    trainable: bool = True
+    seed: int | None = None
+
+    @property
+    def trains(self) -> bool:
+        return self.trainable and self.seed is None
+
+    @property
+    def size(self) -> int:
+        """The number of entries."""
+        return prod(self.shape)
+
+    def leaf(self, key: str) -> str:
+        """What the tensor called `key` is called among the parameters of its adapter."""
+        return f"{self.shared}:{key}" if self.shared else key
+
+
+def low_rank(
+    rank: int,
+    d_in: int,
+    d_out: int,
+    init_weights: bool | str,
+    *,
+    suffix: str = "",
+    shared: str = "",
+) -> dict[str, TensorSpec]:
+    """`A` (rank, d_in) and `B` (d_out, rank), initialised as `init_weights` says.
+
+    True: A uniform as LoRA's, B = 0. "gaussian": A normal with standard deviation 1 / rank, B = 0. False: both uniform,
+    a pair that changes the model at once, for tests. `suffix` is appended to both keys.
+    """
+    down = gaussian if init_weights == "gaussian" else kaiming
+    up = kaiming if init_weights is False else zeros
+    return {
+        f"A{suffix}": TensorSpec((rank, d_in), down, shared),
+        f"B{suffix}": TensorSpec((d_out, rank), up, shared),
+    }
+
+
+@torch.no_grad()
+def draw(spec: TensorSpec, weight: Weight, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
+    """A fresh tensor. Drawn on the CPU and in float32, so that a seed gives the same adapter on every device.
+
+    On the meta device nothing is drawn and no weight is read.
+    """
+    if device is not None and device.type == "meta":
+        return torch.empty(spec.shape, device="meta", dtype=dtype)
+    tensor = torch.empty(spec.shape, dtype=torch.get_default_dtype(), device="cpu")
+    if spec.seed is None:
+        spec.init(tensor, weight)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            spec.init(tensor, weight)
+    return tensor.to(device=device, dtype=dtype)
+
+
+class Factors(nn.Module):
+    """The tensors of one adapter at one place: parameters that train, buffers that don't, by leaf name."""
+
+    def add(self, leaf: str, spec: TensorSpec, tensor: Tensor) -> None:
+        """Hold `tensor` under the name `leaf`."""
+        if spec.trains:
+            self.register_parameter(leaf, nn.Parameter(tensor))
+        else:
+            self.register_buffer(leaf, tensor, persistent=spec.seed is None)
+
+    def __contains__(self, leaf: str) -> bool:
+        return leaf in self._parameters or leaf in self._buffers
+
+    def __getitem__(self, leaf: str) -> Tensor:
+        tensor = self._parameters[leaf] if leaf in self._parameters else self._buffers[leaf]
+        assert tensor is not None
+        return tensor
+
+    def put(self, leaf: str, tensor: Tensor) -> None:
+        """Replace the tensor called `leaf` by one of another shape. A parameter stays as trainable as it was."""
+        if leaf in self._parameters:
+            self._parameters[leaf] = nn.Parameter(tensor, requires_grad=self[leaf].requires_grad)
+        else:
+            self._buffers[leaf] = tensor
+
+    def names(self) -> list[str]:
+        """The leaf names, in the order of their creation."""
+        return [*self._parameters, *self._buffers]
+
+    def forward(self, leaves: Collection[str]) -> list[Tensor]:
+        """The tensors of these names. Called, not read, so that hooks which gather shards run first."""
+        return [self[leaf] for leaf in leaves]
+
+    def move(self, device: torch.device) -> None:
+        """Bring what lies on the CPU to `device`; nothing moves to the meta device."""
+        if device.type in ("cpu", "meta"):
+            return
+        for leaf, parameter in self._parameters.items():
+            if parameter is not None and parameter.device.type == "cpu":
+                self._parameters[leaf] = parameter if parameter.is_meta else _moved(parameter, device)
+        for leaf, buffer in self._buffers.items():
+            if buffer is not None and buffer.device.type == "cpu":
+                self._buffers[leaf] = buffer.to(device)
+
+
+def _moved(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    parameter.data = parameter.data.to(device)
+    return parameter
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, detached, where FSDP2 has sharded it; all processes must ask."""
+    return tensor.full_tensor().detach() if hasattr(tensor, "full_tensor") else tensor.detach()  # type: ignore[operator]
+
+
+def check_pair(pair: FactorPair, d_in: int, d_out: int, where: str) -> None:
+    """Raise ConfigError unless `pair` is A (rank, d_in) and B (d_out, rank); batched pairs have experts in front."""
+    A, B = pair
+    if A.shape[-1:] == (d_in,) and B.shape[-2:-1] == (d_out,) and A.shape[-2:-1] == B.shape[-1:]:
+        return
+    raise ConfigError(
+        f"{where}: the pair has A {tuple(A.shape)} and B {tuple(B.shape)}; A (rank, {d_in}) and B ({d_out}, rank) are "
+        "needed. Mend the method's `pair`, or the shapes in its `tensors`."
+    )
