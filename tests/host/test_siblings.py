@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from ziggurat import DyLoRAConfig, LoRA2Config, MSPLoraConfig
+from ziggurat import AdapterDropConfig, DyLoRAConfig, LoRA2Config, MSPLoraConfig
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.siblings import SIBLINGS, Siblings
 from ziggurat.lowrank import mask as masks
@@ -213,7 +213,7 @@ def test_copies_and_pickles_share_among_themselves(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_method_with_a_forward_of_its_own_shares_nothing() -> None:
-    assert not any(SIBLINGS in linear.__dict__ for linear in linears(adapted(DyLoRAConfig)).values())
+    assert not any(SIBLINGS in linear.__dict__ for linear in linears(adapted(AdapterDropConfig)).values())
 
 
 @pytest.mark.parametrize("circumstances", [torch.no_grad, torch.inference_mode])

@@ -43,7 +43,7 @@ def load_through_methods() -> None:
         if config is None and source is not None:
             config = PeftConfig.from_pretrained(str(source), **hub)
         method = method_of(config)
-        if method is None:
+        if method is None or config is None:
             return original(self, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **kwargs)
         state = adapter_state_dict
         if state is None:
