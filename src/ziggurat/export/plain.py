@@ -77,7 +77,7 @@ def _export(model: nn.Module, out: Path, adapter: str, serving: bool, add: Calla
         tensors[f"{PREFIX}{path}.lora_B.weight"] = pair.B
     with written_beside(out) as folder:
         save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
             folder / SAFETENSORS_WEIGHTS_NAME,
             metadata={"format": "pt"},
         )

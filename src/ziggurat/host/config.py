@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from peft import LoraConfig, PeftConfig
-from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 
 from ziggurat._distribution import VERSION
@@ -174,6 +174,13 @@ class MethodConfig(PeftConfig):
         return {**plain, "ziggurat_version": VERSION, "ziggurat_format": FORMAT}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's, with a section for the model card. Weights that were written as a pickle are refused."""
+        folder = Path(save_directory)
+        if (folder / WEIGHTS_NAME).exists() and not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+            raise ConfigError(
+                f"{folder / WEIGHTS_NAME} is a pickle, which can run code when it is read, and which ziggurat never "
+                "loads: save the adapter with safe_serialization=True, PEFT's default, and remove that file."
+            )
         super().save_pretrained(save_directory, **kwargs)
         # PEFT gives the base's class along only while it saves.
         base_class = kwargs.get("auto_mapping_dict") or self.auto_mapping or {}

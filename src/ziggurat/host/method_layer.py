@@ -49,6 +49,16 @@ class MethodLayer(BaseTunerLayer):
         """The adapters that act here."""
         return [adapter for adapter in self.leaves if not self.asleep.get(adapter)]
 
+    def training_adapters(self) -> list[str]:
+        """The active adapters that have a trainable tensor at this site."""
+        if self._disable_adapters:
+            return []
+        return [
+            adapter
+            for adapter in self.active_adapters
+            if adapter in self.leaves and any(t.requires_grad for t in self.stored(adapter).values())
+        ]
+
     def _get_available_adapters(self) -> set[str]:
         return set(self.leaves)
 

@@ -20,6 +20,7 @@ from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Anatomy
 from ziggurat.host.bank import Bank
 from ziggurat.host.draws import Draws
+from ziggurat.host.lifecycle import Watch, watch_trainers
 from ziggurat.host.linear import AdaptedLinear, features, is_adaptable
 from ziggurat.host.method import EVALUATION, Method, specs_of, unique_specs
 from ziggurat.host.method_layer import MethodLayer
@@ -83,6 +84,10 @@ class MethodTuner(BaseTuner):
         config.sites = to_table(self.sites)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's. An adapter of this name that the model has already is taken out first, so the new one is fresh."""
+        for module in model.modules():
+            if isinstance(module, self.tuner_layer_cls):
+                module.forget(adapter_name)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:
@@ -93,6 +98,10 @@ class MethodTuner(BaseTuner):
             raise NoMatchingPeftModuleError(f"{error}{hint}") from error
         finally:
             self.sites = None
+        watch_trainers()
+        needs = self.method.needs_steps
+        if needs is not None and needs(self.peft_config[adapter_name]):
+            Watch.start(self.model)
 
     def _create_and_replace(
         self,
@@ -181,6 +190,7 @@ class MethodTuner(BaseTuner):
         if self.bank_cls.of(model) is not None:
             delattr(model, self.method.bank)
         Draws.stop(model, self.method)
+        Watch.stop(model)
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -4,7 +4,8 @@ Torch's own dropout costs about as much on a CPU as the frozen d x d product it 
 draws one number per entry from a serial generator. Here torch's generator gives one seed per mask, a small
 fast generator of numpy's fills it with 16 random bits per entry, and the mask is kept packed, 1/32 of a
 float32 copy. Seeding from torch's default generator is what makes `torch.manual_seed` and the recomputation
-under gradient checkpointing give the same mask again.
+under gradient checkpointing give the same mask again. Processes that train together have mostly seeded it alike, so
+each adds its rank: their rows are dropped by masks of their own.
 """
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 _STEPS = 1 << 16  # the probability is a multiple of 1 / _STEPS
+_APART = 1_000_003  # entries by which the masks of two processes are shifted against each other on a device
 _BLOCK = 1 << 17  # entries drawn at a time: their random bits stay in the processor's cache
 
 
@@ -29,14 +31,21 @@ def keep_scale(p: float) -> float:
     return _STEPS / kept if kept else 0.0
 
 
+def rank() -> int:
+    """This process's number in its process group; 0 without one."""
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return 0 if alone else torch.distributed.get_rank()
+
+
 def draw(x: Tensor, p: float) -> Tensor:
     """A new mask for the entries of x, each dropped with probability p; to be read by `apply` only.
 
     On the CPU one bit per entry, elsewhere one byte. Advances torch's default generator of x's device.
     """
     if x.device.type != "cpu":
-        return torch.empty(x.numel(), dtype=torch.bool, device=x.device).bernoulli_(1 - threshold(p) / _STEPS)
-    generator = np.random.SFC64(int(torch.empty((), dtype=torch.int64, device="cpu").random_()))
+        mask = torch.empty(x.numel(), dtype=torch.bool, device=x.device).bernoulli_(1 - threshold(p) / _STEPS)
+        return mask.roll(rank() * _APART) if rank() else mask
+    generator = np.random.SFC64([int(torch.empty((), dtype=torch.int64, device="cpu").random_()), rank()])
     size, below = x.numel(), threshold(p)
     bits = np.empty((size + 7) // 8, dtype=np.uint8)
     for start in range(0, size, _BLOCK):

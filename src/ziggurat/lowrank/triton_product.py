@@ -61,7 +61,7 @@ class _FusedLowRankAdd(torch.autograd.Function):
     ) -> Tensor:
         _, need_x, need_A, need_B = ctx.needs_input_grad[:4]
         # Drawn on x's device: nothing waits for the GPU, and a captured graph draws anew in each replay.
-        seed = torch.empty(1, dtype=torch.int64, device=x.device).random_() if dropout else None
+        seed = torch.empty(1, dtype=torch.int64, device=x.device).random_().add_(masks.rank()) if dropout else None
         ctx.dropout, ctx.dtype, ctx.x_like = dropout, dtype, (x.shape, x.dtype)
         ctx.A_dtype, ctx.B_dtype = A.dtype, B.dtype
         # detach() shares y's version counter: had somebody saved y for a backward, that would raise there.

@@ -15,10 +15,10 @@ from methods_table import logits
 from tolerance import assert_models_agree
 from ziggurat import LoRA2Config
 from ziggurat.errors import ConfigError
+from ziggurat.host.lifecycle import PATIENCE
 from ziggurat.methods.lora2.importance import Importance, scores, smooth, survivors
 from ziggurat.methods.lora2.layer import LoRA2Linear
 from ziggurat.methods.lora2.pruning import adapted
-from ziggurat.methods.lora2.regulariser import PATIENCE
 from zoo import ZOO
 
 SETTINGS: dict[str, Any] = {"r": 4, "outer_rank": 3, "target_rank": 2, "initial_warmup": 2, "final_warmup": 4}
@@ -239,7 +239,7 @@ def test_a_loop_that_never_prunes_is_told(caplog: pytest.LogCaptureFixture) -> N
     for _ in range(PATIENCE + 5):
         model(torch.ones(1, 4))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "LoRA² prunes nothing" in caplog.text
+    assert "adapter 'default' of LoRA² stays as it is" in caplog.text
 
 
 def test_a_plain_loop_resumes_bitwise(tmp_path: Path) -> None:

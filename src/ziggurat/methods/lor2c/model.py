@@ -223,6 +223,19 @@ def _all_sites(config: LoR2CConfig, model: nn.Module, anatomy: Anatomy) -> dict[
     return lay_out(config, model, anatomy, model_type).sites(model, anatomy)
 
 
+def needs_steps(config: LoR2CConfig) -> bool:
+    """Whether paths merge or inject."""
+    return config.restructures
+
+
+def step(
+    root: nn.Module, adapter: str, config: LoR2CConfig, step: int, total: int, optimizer: Optimizer | None
+) -> None:
+    """Merge and inject what is due before the next step."""
+    if step < total:
+        _bank_of(root).restructure(step, total, optimizer, adapter)
+
+
 METHOD = Method(
     "lor2c",
     LoR2CConfig,
@@ -238,6 +251,8 @@ METHOD = Method(
     sites=_all_sites,
     parts=parts,
     acting=acting,
+    needs_steps=needs_steps,
+    step=step,
     older_names=(
         (r"(^|\.)path_bank\.lor2c_shared\.((?:[^.:]+\.)?)(.*):(\d+)$", r"\1bank_lor2c.lor2c_factors.\2\3:\4:A"),
         (r"\.lor2c_([AB])((?:\.[^.]+)?)$", r".lor2c_factors\2.\1"),

@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.method import Card, Method
@@ -109,6 +110,21 @@ def check(config: LoRA2Config, site: Site) -> None:
     check_room(config, f"r={config.rank_at(site.path)}", config.rank_at(site.path), site, free=True)
 
 
+def needs_steps(config: LoRA2Config) -> bool:
+    """Whether directions are pruned."""
+    return config.target < config.r
+
+
+def step(
+    root: nn.Module, adapter: str, config: LoRA2Config, step: int, total: int, optimizer: Optimizer | None
+) -> None:
+    """Check the schedule before the first step; then rank by the gradients that are there, and prune if it is time."""
+    if step:
+        pruning.prune(root, step, total, adapter)
+    else:
+        config.schedule(total)
+
+
 METHOD = Method(
     "lora2",
     LoRA2Config,
@@ -117,6 +133,8 @@ METHOD = Method(
     Card("LoRA²", "2408.06854", "two nested planes, pruned by importance", CITATION),
     check=check,
     parts=parts,
+    needs_steps=needs_steps,
+    step=step,
     older_names=((r"\.lora2_([UVEvu])((?:\.[^.]+)?)$", r".lora2_factors\2.\1"),),
 )
 register(METHOD, tuner=LoRA2Model, layer=LoRA2Linear)

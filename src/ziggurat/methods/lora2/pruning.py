@@ -11,11 +11,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.bare import unwrap
+from ziggurat.host.lifecycle import Watch
 from ziggurat.host.tensors import whole
 from ziggurat.methods.lora2.config import LoRA2Config
 from ziggurat.methods.lora2.importance import Importance, entries, scores, sensitivity, smooth, survivors
 from ziggurat.methods.lora2.layer import LoRA2Linear
-from ziggurat.methods.lora2.regulariser import hook_of
 
 #: Linear layers whose mask is final for some adapter.
 _final: "weakref.WeakSet[LoRA2Linear]" = weakref.WeakSet()
@@ -61,8 +61,7 @@ def prune(model: nn.Module, step: int, total: int, adapter: str) -> int:
     if step == 1:
         for layer in layers.values():
             layer.begin(adapter)
-    if (hook := hook_of(model)) is not None:
-        hook.forwards = 0
+    Watch.reset(model)
     full = sum(layer.factor(adapter, "E").numel() for layer in layers.values())
     budget = schedule.budget(step, full, min(full, config.target * len(layers)))
     if not all(layer.final.get(adapter, False) for layer in layers.values()):

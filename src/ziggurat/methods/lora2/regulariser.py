@@ -1,6 +1,5 @@
 """The regulariser in the loss: added by a hook on the model's root wherever the model itself returns a loss."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +10,6 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from ziggurat.host.older import trainer_counts_shifted_labels
 from ziggurat.methods.lora2.layer import LoRA2Linear
 from ziggurat.methods.lora2.orthogonality import Planes, cross_plane, orthogonality
-
-logger = logging.getLogger(__name__)
-
-#: Forwards in training without a pruning call before the user is told, once.
-PATIENCE = 1000
 
 
 def learning_linears(model: nn.Module) -> dict[str, list[LoRA2Linear]]:
@@ -74,17 +68,15 @@ class Regulariser:
 
     In evaluation, and where the output holds no loss, it changes nothing. `joined` tells whether a backward has gone
     through a penalty since it was last set to False: TRL and label smoothing make a loss of their own and leave the
-    model's aside. `forwards` counts the forwards in training since directions were last ranked.
+    model's aside.
     """
 
     def __init__(self) -> None:
         self.joined = False
-        self.forwards = 0
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not (model.training and torch.is_grad_enabled()):
             return None
-        self._remind()
         loss = _loss_of(output, kwargs)
         added = penalty(model) if loss is not None else None
         if loss is None or added is None:
@@ -100,15 +92,6 @@ class Regulariser:
         # DDP, where it looks for unused parameters, goes back through every output of the model, and so with no
         # gradient through a loss that nobody used. A zero one is that of a process without rows of its own.
         self.joined = self.joined or gradient is not None
-
-    def _remind(self) -> None:
-        self.forwards += 1
-        if self.forwards == PATIENCE:
-            logger.warning(
-                "%d training forwards without a call of prune(step, total): LoRA² prunes nothing. Call it after "
-                "optimizer.step(), or train with a transformers Trainer, which does it by itself.",
-                PATIENCE,
-            )
 
 
 def hook_of(model: nn.Module) -> Regulariser | None:

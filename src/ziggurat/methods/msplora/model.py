@@ -4,7 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
+from ziggurat.host.bank import Bank
 from ziggurat.host.method import Card, Method
 from ziggurat.host.registry import register
 from ziggurat.host.site import Site
@@ -141,6 +144,21 @@ def check(config: MSPLoraConfig, site: Site) -> None:
         check_room(config, f"rank {tier.r} of tier {tier.name!r}", tier.r, site, free=not site.role)
 
 
+def needs_steps(config: MSPLoraConfig) -> bool:
+    """Whether the tiers train one after the other."""
+    return config.train_in_stages
+
+
+def step(
+    root: nn.Module, adapter: str, config: MSPLoraConfig, step: int, total: int, optimizer: Optimizer | None
+) -> None:
+    """Let the tier learn in whose share of the run the next step lies; after the last step all learn again."""
+    bank = next(module for module in root.modules() if isinstance(module, Bank) and module.method is METHOD)
+    learning = stage(config.pyramid(), step / total)
+    held = [] if step == total else [leaf for leaf in bank.factors(adapter).names() if tier_of(leaf) != learning]
+    bank.hold_still(adapter, held)
+
+
 METHOD = Method(
     "msplora",
     MSPLoraConfig,
@@ -149,6 +167,8 @@ METHOD = Method(
     Card("MSPLoRA", "2503.21838", "a pyramid of shared and private low-rank updates", CITATION),
     check=check,
     parts=parts,
+    needs_steps=needs_steps,
+    step=step,
     older_names=(
         (
             r"(^|\.)pyramid\.msplora_factors\.((?:[^.:]+\.)?)(.*):([^:]*\D)(\d+):([AB])$",

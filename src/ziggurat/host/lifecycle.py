@@ -1,0 +1,122 @@
+"""What training calls once a step, in any loop: stages, pruning and restructuring of the adapters that train."""
+
+import logging
+import sys
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ziggurat.host.bare import unwrap
+from ziggurat.host.method import Method
+from ziggurat.host.method_layer import MethodLayer
+
+logger = logging.getLogger(__name__)
+
+#: Forward passes in training without a call of `step` before the user is told, once.
+PATIENCE = 96
+
+
+def step(model: nn.Module, step: int, total: int, optimizer: Optimizer | None = None) -> None:
+    """Do what the adapters of `model` need when `step` of a run's `total` optimiser steps are done.
+
+    To be called before the first step with 0, and after every `optimizer.step()`, before the gradients are cleared,
+    with 1, 2, ... `total`. Tiers that train in stages change, directions are ranked and pruned by the gradients that
+    are there, paths merge and inject. With the optimiser, a path that moves to another layer takes its moments along.
+    Adapters that need nothing, and those that are frozen, stay as they are. A transformers Trainer does all this by
+    itself.
+
+    Raises:
+        ConfigError: a step outside 0..total, or a run too short for what an adapter's config asks for.
+    """
+    root = _root(model)
+    for method, adapters in _adapters(root).items():
+        for adapter, config in adapters.items():
+            if method.step is not None and method.needs_steps is not None and method.needs_steps(config):
+                method.step(root, adapter, config, step, total, optimizer)
+    Watch.reset(root)
+
+
+def _root(model: nn.Module) -> nn.Module:
+    """The base model inside wrappers for training and inside PEFT's."""
+    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        model = model.module
+    return unwrap(model)[0]
+
+
+def _adapters(root: nn.Module) -> dict[Method, dict[str, Any]]:
+    """Method -> adapter -> config, of the adapters that train."""
+    training: dict[Method, dict[str, Any]] = {}
+    for layer in root.modules():
+        if isinstance(layer, MethodLayer):
+            for adapter in layer.training_adapters():
+                training.setdefault(layer.method, {}).setdefault(adapter, layer.configs[adapter])
+    return training
+
+
+class Watch:
+    """A forward pre-hook on the base model's root: says once that an adapter needs `step` and doesn't get it."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        if not model.training:
+            return
+        self.passes += 1
+        if self.passes != PATIENCE:
+            return
+        for method, adapters in _adapters(model).items():
+            for adapter, config in adapters.items():
+                if method.needs_steps is not None and method.needs_steps(config):
+                    logger.warning(
+                        "%d training passes without a call of ziggurat.step(model, step, total): adapter %r of %s "
+                        "stays as it is, though its config asks for changes during training. Call it after "
+                        "optimizer.step(), or train with a transformers Trainer, which does it by itself.",
+                        *(PATIENCE, adapter, method.card.shown),
+                    )
+
+    @staticmethod
+    def start(model: nn.Module) -> None:
+        """Put the hook on `model`, the root, unless it is there."""
+        if not any(isinstance(hook, Watch) for hook in model._forward_pre_hooks.values()):
+            model.register_forward_pre_hook(Watch())
+
+    @staticmethod
+    def reset(model: Any) -> None:
+        """Begin to count anew: a step was made."""
+        if isinstance(model, nn.Module):
+            for hook in _root(model)._forward_pre_hooks.values():
+                if isinstance(hook, Watch):
+                    hook.passes = 0
+
+    @staticmethod
+    def stop(model: nn.Module) -> None:
+        """Take the hook off `model`."""
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if isinstance(hook, Watch):
+                del model._forward_pre_hooks[key]
+
+
+def check_something_trains(model: Any) -> None:
+    """Warn where a training run begins on a model whose adapters of ours all are frozen."""
+    if not isinstance(model, nn.Module):
+        return
+    root = _root(model)
+    layers = [layer for layer in root.modules() if isinstance(layer, MethodLayer)]
+    if layers and not any(layer.training_adapters() for layer in layers):
+        names = sorted({f"{name!r} ({layer.method.card.shown})" for layer in layers for name in layer.leaves})
+        logger.warning(
+            "training begins, but no parameter of the adapter %s trains: it was loaded frozen. Load it with "
+            "is_trainable=True, or call model.set_adapter(name).",
+            ", ".join(names),
+        )
+
+
+def watch_trainers() -> None:
+    """Let every Trainer made from now on look at what trains, where this process has loaded Trainer at all."""
+    if "transformers.trainer" in sys.modules:
+        from ziggurat.host.trainers import ride_along
+        from ziggurat.host.watching import TrainingWatch
+
+        ride_along(TrainingWatch)
