@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from training_tables import reviews, tiny_recipe, write_csv, write_jsonl
 from transformers import TrainerCallback
 
 from ziggurat.errors import DataError, RecipeError
+from ziggurat.training import folders
 from ziggurat.training.answer import predict
 from ziggurat.training.interrupt import Interrupted
 from ziggurat.training.load import load_adapter_model
@@ -163,6 +165,62 @@ def test_instruction_tuning_lowers_the_perplexity_and_answers(tiny_llama: Path, 
     assert result.metric == "perplexity" and result.after["perplexity"] < 0.5 * result.before["perplexity"]
     found = predict(result.folder, ["what colour sky "], max_new_tokens=2)[0]
     assert isinstance(found.answer, str)
+
+
+def test_rows_that_lose_their_answer_are_counted_before_training(tiny_llama: Path, tmp_path: Path) -> None:
+    long = {"instruction": "say yes", "input": "the film " * 40, "output": "yes"}
+    late = {"prompt": "the film " * 4, "completion": "yes no " * 8}
+    short = {"prompt": "say yes", "completion": "yes"}
+    wide = {"prompt": "the film " * 8, "completion": "yes"}
+    made = tiny_recipe(
+        tiny_llama,
+        write_jsonl(tmp_path / "train.jsonl", [wide, late, short] * 4),
+        tmp_path / "out",
+        task="instruct",
+        data__validation_rows=None,
+        data__validation=str(write_jsonl(tmp_path / "val.jsonl", [wide, short])),
+        data__max_length=16,
+        train__max_steps=1,
+    )
+    assert train(made).notes == [
+        "8 of 12 training rows are longer than 16 tokens and were cut",
+        "4 of 12 training rows have no answer within 16 tokens and are left out",
+        "1 of 2 validation rows are longer than 16 tokens and were cut",
+        "1 of 2 validation rows have no answer within 16 tokens and are left out",
+    ]
+    for_all = made.model_copy(update={"data": made.data.model_copy(update={"loss": "all"}), "overwrite": True})
+    assert "4 of 12 training rows have no answer within 16 tokens" in train(for_all).notes
+    write_jsonl(tmp_path / "train.jsonl", [short])
+    write_jsonl(tmp_path / "val.jsonl", [wide])
+    with pytest.raises(DataError, match="none of the 1 validation rows has an answer within 16 tokens, which"):
+        train(made.model_copy(update={"overwrite": True}))
+    lost = write_jsonl(tmp_path / "long.jsonl", [long] * 10)
+    with pytest.raises(DataError, match=r"none of the 2 training rows .* 64 tokens, .* takes no more, so shorten"):
+        train(tiny_recipe(tiny_llama, lost, tmp_path / "lost", task="instruct"))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_tokens_of_answers_are_those_that_trl_makes(chat: bool, tiny_llama: Path) -> None:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    from ziggurat.training.encode import encode_answers
+
+    asked, said = ("what colour sky is", "the sky is blue")
+    row: dict[str, Any] = {"prompt": asked, "completion": said}
+    if chat:
+        row = {"prompt": [{"role": "user", "content": asked}], "completion": [{"role": "assistant", "content": said}]}
+    table, tokenizer = Dataset.from_list([row] * 2), AutoTokenizer.from_pretrained(str(tiny_llama))
+    ours, cut, unanswered = encode_answers(table, tokenizer, 64, answer_only=True)
+    model = AutoModelForCausalLM.from_pretrained(str(tiny_llama))
+    arguments = SFTConfig(report_to=[], max_length=64, bf16=False, completion_only_loss=True)
+    batches = []
+    for rows in (table, ours):
+        trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+        batches.append(trainer.data_collator([trainer.train_dataset[0]]))
+    assert (cut, unanswered) == (0, 0)
+    assert all(torch.equal(batches[0][name], batches[1][name]) for name in ("input_ids", "labels"))
 
 
 def test_messages_and_the_whole_text(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:

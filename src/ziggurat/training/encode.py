@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +66,51 @@ def encode_texts(
         encoded = tokenizer(first, second, truncation=True, max_length=max_length)
         columns.update({name: encoded[name] for name in encoded if name != "attention_mask"})
     return columns, cut
+
+
+def encode_answers(
+    table: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, answer_only: bool
+) -> tuple[Dataset, int, int]:
+    """Token ids of prompt and completion with a `completion_mask`, how many rows were cut, how many lost the answer.
+
+    A completion begins where the prompt's tokens and those of the whole part. Rows without a token to learn are left
+    out: with `answer_only` those whose prompt fills `max_length`.
+    """
+    from datasets import Dataset
+
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "completion_mask": []}
+    cut = unanswered = 0
+    for row in table:
+        prompt, whole = _with_answer(tokenizer, row["prompt"], row["completion"])  # type: ignore[call-overload]
+        start = common_start(prompt, whole)
+        cut += len(whole) > max_length
+        whole = whole[:max_length]
+        # The first token is predicted from nothing, so nothing is learned from it.
+        unanswered += max(start, 1) >= len(whole)
+        if max(start if answer_only else 0, 1) < len(whole):
+            columns["input_ids"].append(whole)
+            columns["completion_mask"].append([int(place >= start) for place in range(len(whole))])
+    return Dataset.from_dict(columns), cut, unanswered
+
+
+def _with_answer(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt alone, and of prompt and completion: messages, or texts that end in the end-of-text."""
+    if isinstance(prompt, list):
+        return chat_ids(tokenizer, prompt, add_generation_prompt=True), chat_ids(tokenizer, prompt + completion)
+    end = str(tokenizer.eos_token)
+    whole = prompt + completion + ("" if completion.endswith(end) else end)
+    return tokenizer(prompt, verbose=False)["input_ids"], tokenizer(whole, verbose=False)["input_ids"]
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **how: Any) -> list[int]:
+    """Token ids of messages joined by the tokenizer's chat template."""
+    rendered: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **how)
+    return list(rendered["input_ids"])
+
+
+def common_start(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many ids two sequences have in common before they part."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 class Collator:

@@ -21,7 +21,7 @@ from ziggurat.host.older import checkpointing_argument
 
 from . import metrics, trackers
 from .data import Examples
-from .encode import Collator, encode, longest
+from .encode import Collator, encode, encode_answers, longest
 from .exact import ExactTrainer, exact_sft
 from .model import Base
 from .schema import Recipe
@@ -153,19 +153,34 @@ def _instruct(
         completion_only_loss=recipe.data.loss == "answer",
         pad_token=str(base.tokenizer.pad_token),
     )
+    notes = _lowered(recipe, length)
     trainer = exact_sft(SFTTrainer)(
         model=model,
         args=arguments,
-        train_dataset=examples.train,
-        eval_dataset=examples.validation,
+        train_dataset=_answers(recipe, base, examples.train, length, "training", notes),
+        eval_dataset=_answers(recipe, base, examples.validation, length, "validation", notes),
         processing_class=base.tokenizer,
         callbacks=callbacks,
     )
-    cut = sum(len(ids) >= length for ids in trainer.train_dataset["input_ids"])
-    notes = _lowered(recipe, length)
-    if cut:
-        notes.append(f"{cut} of {len(examples.train)} training texts fill all {length} tokens and may be cut")
     return Task(trainer, {}, notes)
+
+
+def _answers(recipe: Recipe, base: Base, table: Dataset, length: int, word: str, notes: list[str]) -> Dataset:
+    """The token ids of a split; `notes` gets what the limit on the length costs. Raises DataError if no row is left."""
+    # TRL would leave rows out in silence.
+    encoded, cut, unanswered = encode_answers(table, base.tokenizer, length, answer_only=recipe.data.loss == "answer")
+    if len(encoded) == 0:
+        do = "raise it" if length == recipe.data.max_length else f"{recipe.model} takes no more, so shorten the prompts"
+        raise DataError(
+            f"data.max_length: none of the {len(table)} {word} rows has an answer within {length} tokens, which the "
+            f"prompts fill; {do}"
+        )
+    if cut:
+        notes.append(f"{cut} of {len(table)} {word} rows are longer than {length} tokens and were cut")
+    if unanswered:
+        gone = " and are left out" if len(encoded) < len(table) else ""
+        notes.append(f"{unanswered} of {len(table)} {word} rows have no answer within {length} tokens{gone}")
+    return encoded
 
 
 def _lowered(recipe: Recipe, length: int) -> list[str]:
