@@ -388,6 +388,19 @@ def test_a_stop_at_a_scoring_step_changes_nothing(
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize("stop", [2, 7])
+def test_batches_of_similar_length_are_resumed_in_any_epoch(
+    stop: int, tiny_bert: Path, reviews_csv: Path, tmp_path: Path
+) -> None:
+    settings = {"train__max_steps": 9, "train__group_by_length": True, "method__lora_dropout": 0.3}
+    with pytest.raises(Interrupted, match=f"stopped at step {stop} of 9"):
+        train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", **settings), callbacks=[StopAt(stop)])
+    train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", **settings, resume=True))
+    train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "straight", **settings))
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "straight")]
+    assert files[0] == files[1]
+
+
 def test_the_table_shows_scores_cost_and_what_to_try_next(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
     made = tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=1)
     result = train(made)
