@@ -401,6 +401,40 @@ def test_batches_of_similar_length_are_resumed_in_any_epoch(
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize("changed", ["data.train", "data.validation", "model"])
+def test_a_run_whose_files_have_changed_is_not_resumed(
+    changed: str, tiny_bert: Path, reviews_csv: Path, tmp_path: Path
+) -> None:
+    places = {"data.train": reviews_csv, "data.validation": tmp_path / "val.csv", "model": tmp_path / "model"}
+    shutil.copy(reviews_csv, places["data.validation"])
+    shutil.copytree(tiny_bert, places["model"])
+    settings = {
+        "data__validation_rows": None,
+        "data__validation": str(places["data.validation"]),
+        "train__max_steps": 3,
+    }
+    with pytest.raises(Interrupted):
+        train(tiny_recipe(places["model"], reviews_csv, tmp_path / "out", **settings), callbacks=[StopAt(2)])
+    place = places[changed] / "tokenizer_config.json" if changed == "model" else places[changed]
+    before = place.read_bytes()
+    place.write_bytes(before + b"\n")
+    again = tiny_recipe(places["model"], reviews_csv, tmp_path / "out", **settings, resume=True)
+    with pytest.raises(RecipeError, match=rf"{changed}: the files that it names have changed since the run began"):
+        train(again)
+    place.write_bytes(before)
+    assert run_info(train(again))["content"].keys() == places.keys()
+
+
+def test_a_run_of_a_version_that_computed_otherwise_is_not_resumed(
+    tiny_bert: Path, reviews_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Interrupted):
+        train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=3), callbacks=[StopAt(2)])
+    monkeypatch.setattr(folders, "COMPUTATION", folders.COMPUTATION + 1)
+    with pytest.raises(RecipeError, match="it was begun by a version that computes otherwise"):
+        train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=3, resume=True))
+
+
 def test_the_table_shows_scores_cost_and_what_to_try_next(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
     made = tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=1)
     result = train(made)
