@@ -160,6 +160,14 @@ def test_the_key_is_the_same_in_every_process(tmp_path: Path) -> None:
     assert told == {run_key(recipe)}
 
 
+def test_labels_have_no_control_characters(tmp_path: Path) -> None:
+    methods = {"Lo\nRA": {"method.name": "lora"}}
+    with pytest.raises(RecipeError, match=r"methods: 'Lo\\nRA': a label has no line breaks"):
+        make_table(values(methods=methods), "mine", tmp_path)
+    with pytest.raises(RecipeError, match=r"tasks: 'own\\x1b\[2J': a label has no line breaks"):
+        make_table(values(tasks={"own\x1b[2J": {"data.train": "mine.csv"}}), "mine", tmp_path)
+
+
 def test_a_folder_is_found_under_another_label(tmp_path: Path) -> None:
     first = make_table(values(), "mine", tmp_path).runs[0]
     folder = Path(first.recipe.folder)
