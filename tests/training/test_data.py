@@ -250,6 +250,13 @@ def test_keys_of_data_sets_with_parts_are_refused_beside_files(reviews_csv: Path
     assert (len(found.train), len(found.validation)) == (12, 8)
 
 
+def test_a_folder_is_read_under_whatever_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_csv(tmp_path / "train.csv", ROWS)
+    monkeypatch.chdir(tmp_path)
+    for name in (".", str(tmp_path)):
+        assert len(load_examples(recipe(name)).train) == 18
+
+
 def test_too_few_rows_to_split(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", ROWS[:2])
     assert "leaves none to learn from" in _said(recipe(path, data__validation_rows=2))
@@ -438,7 +445,7 @@ def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path) -> None
 
 
 def test_the_alpaca_prompt_has_an_input_section_only_with_an_input() -> None:
-    assert "### Input:\nx\n\n### Response:\n" in alpaca_prompt("do", "x")
+    assert alpaca_prompt("do", "x").endswith("### Input:\nx\n\n### Response:")
     assert alpaca_prompt("do", " ") == alpaca_prompt("do") and "Input" not in alpaca_prompt("do")
 
 

@@ -13,10 +13,10 @@ import torch
 import yaml
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from rich.console import Console
-from training_tables import reviews, tiny_recipe, write_csv, write_jsonl
+from training_tables import reviews, save_tiny_llama, tiny_recipe, write_csv, write_jsonl
 from transformers import TrainerCallback
 
-from ziggurat.errors import DataError, RecipeError
+from ziggurat.errors import DataError, RecipeError, StorageError
 from ziggurat.training import folders
 from ziggurat.training.answer import predict
 from ziggurat.training.interrupt import Interrupted
@@ -221,6 +221,54 @@ def test_the_tokens_of_answers_are_those_that_trl_makes(chat: bool, tiny_llama: 
         batches.append(trainer.data_collator([trainer.train_dataset[0]]))
     assert (cut, unanswered) == (0, 0)
     assert all(torch.equal(batches[0][name], batches[1][name]) for name in ("input_ids", "labels"))
+
+
+def test_alpaca_is_asked_in_the_form_that_the_run_records(tiny_llama: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "say yes", "output": "yes"}] * 16)
+    result = train(tiny_recipe(tiny_llama, data, tmp_path / "out", task="instruct", train__max_steps=1))
+    assert run_info(result)["prompt_form"] == "stanford_alpaca"
+    loaded, asked = load_adapter_model(result.folder), []
+
+    class Noting:
+        def __call__(self, text: str) -> Any:
+            asked.append(text)
+            return loaded.tokenizer(text)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(loaded.tokenizer, name)
+
+    old = {key: value for key, value in loaded.run.items() if key != "prompt_form"}
+    for run in (loaded.run, old):
+        predict(replace(loaded, run=run, tokenizer=Noting()), ["say yes"], max_new_tokens=1)
+    assert [text.rpartition("### ")[2] for text in asked] == ["Response:", "Response:\n"]
+
+
+def test_a_text_longer_than_the_models_positions_loses_no_answers(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    save_tiny_llama(tmp_path / "model")
+    sizes = {"n_positions": 12, "n_embd": 32, "n_layer": 4, "n_head": 2, "eos_token_id": 4, "bos_token_id": 2}
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, **sizes)).save_pretrained(str(tmp_path / "model"))
+    data = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "say yes", "completion": "yes"}] * 16)
+    more = {"task": "instruct", "train__max_steps": 1, "method__name": "lora"}
+    result = train(tiny_recipe(tmp_path / "model", data, tmp_path / "out", **more))
+    assert len(predict(result.folder, ["say yes", "say " * 11], max_new_tokens=100)) == 2
+    with pytest.raises(DataError, match=r"text 2 of 3 has 12 tokens, and .*model takes 12, those of the answer too"):
+        predict(result.folder, ["say yes", "say " * 12, "say no"])
+
+
+def test_bf16_trains_on_a_processor(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    made = tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=2, train__precision="bf16")
+    assert train(made).steps == 2
+
+
+def test_a_place_where_no_folder_can_be_made(tiny_bert: Path, reviews_csv: Path) -> None:
+    if not Path("/proc/self").is_dir():
+        pytest.skip("this system has no /proc")
+    with pytest.raises((RecipeError, StorageError), match=r"no folder can be made in '/proc'|not a folder that can be"):
+        train(tiny_recipe(tiny_bert, reviews_csv, Path("/proc/x")))
 
 
 def test_messages_and_the_whole_text(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:

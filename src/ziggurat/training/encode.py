@@ -18,11 +18,17 @@ def longest(tokenizer: PreTrainedTokenizerBase | None, config: Any, wanted: int)
     limits = [wanted]
     if tokenizer is not None and isinstance(tokenizer.model_max_length, int) and tokenizer.model_max_length < 1_000_000:
         limits.append(tokenizer.model_max_length)
-    positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 0:
-        # RoBERTa counts positions from padding_idx + 1: two of its 514 are never used.
-        limits.append(positions - 2 if getattr(config, "model_type", "") in _SHIFTED else positions)
+    limits.append(positions(config) or wanted)
     return min(limits)
+
+
+def positions(config: Any) -> int | None:
+    """How many tokens a model has positions for; None where it doesn't say."""
+    most = getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int) or most <= 0:
+        return None
+    # RoBERTa counts positions from padding_idx + 1: two of its 514 are never used.
+    return most - 2 if getattr(config, "model_type", "") in _SHIFTED else most
 
 
 _SHIFTED = {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "data2vec-text"}
@@ -100,6 +106,25 @@ def _with_answer(tokenizer: PreTrainedTokenizerBase, prompt: Any, completion: An
     end = str(tokenizer.eos_token)
     whole = prompt + completion + ("" if completion.endswith(end) else end)
     return tokenizer(prompt, verbose=False)["input_ids"], tokenizer(whole, verbose=False)["input_ids"]
+
+
+def asked_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of messages that an answer is to follow, as `encode_answers` learned them.
+
+    That is what the generation prompt has in common with a conversation that goes on: some templates open a thought in
+    the one that the other lacks.
+    """
+    answered = chat_ids(tokenizer, [*messages, {"role": "assistant", "content": "Yes"}])
+    opened = chat_ids(tokenizer, messages, add_generation_prompt=True)
+    return opened[: common_start(opened, answered)]
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token by which the chat template ends an answer; None if it ends it by none of its own."""
+    turns = [{"role": "user", "content": "Really?"}, {"role": "assistant", "content": "Yes"}]
+    tail = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition("Yes")[2]
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    return next((int(token) for token in ids if token in tokenizer.added_tokens_decoder), None)  # type: ignore[union-attr]
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **how: Any) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 
 from ziggurat.errors import RecipeError
-from ziggurat.host.staging import write_whole
+from ziggurat.host.staging import told_of_storage, write_whole
 
 from . import workplace
 from .checkpoints import is_whole, newest
@@ -87,6 +88,11 @@ class RunFolder:
             parent = parent.parent
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise RecipeError(f"output: '{parent}' is not a folder that can be written to; choose another output=...")
+        with told_of_storage(self.final):
+            try:
+                tempfile.TemporaryDirectory(dir=parent, prefix=f".{self.final.name}.").cleanup()
+            except FileNotFoundError as error:  # as /proc says it
+                raise RecipeError(f"output: no folder can be made in '{parent}'; choose another output=...") from error
 
     def _check_resume(self, shown: str) -> None:
         if self.last_checkpoint() is None:

@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
 _WITHOUT_INPUT = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
 )
+#: How the prompt ends, as run.json says it: a run that says nothing was trained with a line break.
+TO_THE_LETTER, WITH_LINE_BREAK = "stanford_alpaca", "line break"
 _COLUMNS = {
     "prompt": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
@@ -35,11 +37,12 @@ _UNREAD = ("tools", "images", "chat_template_kwargs")
 TEXTS = ("prompt", "completion", "instruction", "input", "output")
 
 
-def alpaca_prompt(instruction: str, context: str | None = None) -> str:
+def alpaca_prompt(instruction: str, context: str | None = None, form: str = TO_THE_LETTER) -> str:
     """The Alpaca prompt of one instruction, with the input's section only where there is an input."""
+    end = "\n" if form == WITH_LINE_BREAK else ""
     if context and context.strip():
-        return _WITH_INPUT.format(instruction=instruction, input=context)
-    return _WITHOUT_INPUT.format(instruction=instruction)
+        return _WITH_INPUT.format(instruction=instruction, input=context) + end
+    return _WITHOUT_INPUT.format(instruction=instruction) + end
 
 
 def shape_of(recipe: Recipe, table: Dataset, source: str) -> str:
@@ -99,9 +102,8 @@ def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, li
             raise DataError(f"{where}: the prompt is empty; take the row out")
         prompts.append(prompt)
         completions.append(completion)
-    notes = [
-        f"{count} of {len(table)} rows of {source} have {key}, which is not learned" for key, count in lost.items()
-    ]
+    rows = f"of {len(table)} rows of {source}"
+    notes = [f"{count} {rows} have {key}, which is not learned" for key, count in sorted(lost.items())]
     return Dataset.from_dict({"prompt": prompts, "completion": completions}), notes
 
 

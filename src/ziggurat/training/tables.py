@@ -80,7 +80,7 @@ def read_table(
         return _not_empty(loaded, source)
     if _looks_like_a_file(source) and not path.is_dir():
         raise DataError(f"data file {missing_path(source)}")
-    return _from_hub(source, subset, split)
+    return _from_hub(str(path.resolve()) if path.is_dir() else source, subset, split)
 
 
 def require_column(table: Dataset, column: str, key: str, source: str) -> None:
@@ -103,7 +103,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def texts_of(table: Dataset, column: str, source: str) -> list[str]:
-    """A column as texts. Raises DataError where a row has none: what a missing value is called is no text."""
+    """A column as texts. Raises DataError where a row has none, or something else: what stands for it is no text."""
     values = list(table[column])
     missing = [index for index, value in enumerate(values) if value is None]
     if missing:
@@ -111,6 +111,10 @@ def texts_of(table: Dataset, column: str, source: str) -> list[str]:
             f"{len(missing)} of {len(values)} rows of {source} have nothing in column '{column}', "
             f"the first is row {missing[0] + 1}; take them out"
         )
+    odd = next((index for index, value in enumerate(values) if isinstance(value, list | dict | bytes)), None)
+    if odd is not None:
+        kind = type(values[odd]).__name__
+        raise DataError(f"{source}, column '{column}', row {odd + 1}: a text is needed, this is of type {kind}")
     return [str(value) for value in values]
 
 
@@ -250,7 +254,13 @@ def _json(path: Path) -> Any:
     names = dict.fromkeys(name for row in rows for name in row)
     if len(names) > MOST_COLUMNS:
         raise DataError(f"{path}: its objects have {len(names):,} different keys; at most {MOST_COLUMNS:,} are read")
-    return pa.table({name: [row.get(name) for row in rows] for name in names})
+    columns = {}
+    for name in names:
+        try:
+            columns[name] = pa.array([row.get(name) for row in rows])
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DataError(f"{path}: column '{name}' holds values of several kinds: {first_line(error)}") from error
+    return pa.table(columns)
 
 
 def _from_arrow(table: Any, source: str) -> Dataset:
