@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ziggurat.errors import DataError, first_line
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -122,15 +124,24 @@ def asked_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token by which the chat template ends an answer; None if it ends it by none of its own."""
     turns = [{"role": "user", "content": "Really?"}, {"role": "assistant", "content": "Yes"}]
-    tail = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition("Yes")[2]
-    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
-    return next((int(token) for token in ids if token in tokenizer.added_tokens_decoder), None)  # type: ignore[union-attr]
+    tail = _rendered(tokenizer, turns, tokenize=False).rpartition("Yes")[2]
+    ids: Any = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    return next((token for token in ids if token in tokenizer.added_tokens_decoder), None)
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **how: Any) -> list[int]:
-    """Token ids of messages joined by the tokenizer's chat template."""
-    rendered: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **how)
-    return list(rendered["input_ids"])
+    """Token ids of messages joined by the tokenizer's chat template. Raises DataError if it refuses them."""
+    return list(_rendered(tokenizer, messages, tokenize=True, return_dict=True, **how)["input_ids"])
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **how: Any) -> Any:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, **how)
+    except (TemplateError, ValueError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise DataError(f"the chat template refuses messages of {roles}: {first_line(error)}") from error
 
 
 def common_start(first: Sequence[int], second: Sequence[int]) -> int:
