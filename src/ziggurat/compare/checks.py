@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ziggurat.terminal import clean
 from ziggurat.training.glue import GLUE
 from ziggurat.training.nearest import did_you_mean
 from ziggurat.training.source import flatten
@@ -158,7 +159,7 @@ def _label_problems(section: str, labels: Any) -> Iterator[str]:
     """Labels that would break a row or share one: YAML takes 1 and '1' for two labels."""
     seen = [str(label) for label in labels]
     for label in seen:
-        if not label.isprintable():
+        if "\n" in label or clean(label) != label:
             yield f"{section}: {label!r}: a label has no line breaks and no other control characters"
     for label in dict.fromkeys(label for label in seen if seen.count(label) > 1):
         yield f"{section}: '{label}' is given twice"

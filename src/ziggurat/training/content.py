@@ -49,5 +49,8 @@ def digest(place: Path, pattern: str = "**/*", without: tuple[str, ...] = ()) ->
 @cache
 def _of_file(path: Path, size: int, changed: int) -> str:
     """The digest of a file's content, computed once for as long as its size and its time stay."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError:  # whoever needs the file will say so
+        return "not readable"
