@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "ziggurat"
 
 #: The floors of the house, lowest first. A file imports from its own unit and from lower floors.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "extras", "_distribution"),
+    ("errors", "extras", "terminal", "_distribution"),
     ("lowrank",),
     ("host",),
     ("methods",),

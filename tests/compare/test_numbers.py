@@ -218,3 +218,13 @@ def test_sizes_follow_the_task_and_every_method_is_named(tmp_path: Path) -> None
     assert rows["LoRA", "rte"] == "1004" and rows["LoRA", "cola"] == rows["LoRA", "average"] == "8000"
     picture = next(path for path in draw(summary, tmp_path) if path.suffix == ".svg").read_text()
     assert picture.count("<!-- late -->") == 1 and picture.count("<!-- LoRA -->") == 1
+
+
+def test_names_are_no_formulas_in_the_csv_and_no_commands_in_the_page(tmp_path: Path) -> None:
+    methods = {name: {"method.name": "lora", "method.r": r} for r, name in enumerate(("=1+1", "@x", "LoRA-a"), start=1)}
+    table = make_table(values(methods=methods, tasks={"-rte": {"data.train": "a.csv"}}, seeds=[1]), "mine", tmp_path)
+    lines = [line(table, name, "-rte", 1, 50.0) for name in methods]
+    rows = list(csv.DictReader(io.StringIO(table_csv(summarise(table, lines)))))
+    assert [(row["method"], row["task"]) for row in rows] == [("'=1+1", "'-rte"), ("'@x", "'-rte"), ("LoRA-a", "'-rte")]
+    failed = [{"key": "", "method": "@x", "task": "-rte", "seed": 1, "error": "no \x1b[2J"}]
+    assert "- @x on -rte, seed 1: no \\u001b[2J" in markdown(summarise(table, lines), failed)

@@ -1,5 +1,10 @@
 """The table's file: which recipes it makes, what it refuses, when two runs are the same."""
 
+import os
+import shutil
+import subprocess
+import sys
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +80,92 @@ def test_the_key_does_not_follow_how_it_is_said(tmp_path: Path, first: dict[str,
 
     assert key(first) == key(second)
     assert key({"method.lora_dropout": 0.1}) != key({}) != key({"method.r": 9})
+
+
+def test_the_key_knows_the_content_of_local_files(tmp_path: Path, tiny_llama: Path) -> None:
+    places = {name: tmp_path / name for name in ("train.csv", "val.csv", "glue", "model", "tasks")}
+    for name in ("train.csv", "val.csv"):
+        places[name].write_text("text,label\na,1\n")
+    shutil.copytree(tiny_llama, places["model"])
+    (places["glue"] / "rte").mkdir(parents=True)
+    (places["glue"] / "rte" / "train.parquet").write_bytes(b"rows")
+    (places["tasks"] / "mmlu").mkdir(parents=True)
+    (places["tasks"] / "mmlu" / "test.parquet").write_bytes(b"rows")
+    data = {"data.train": str(places["train.csv"]), "data.validation": str(places["val.csv"])}
+    scored = {**data, "evaluate": {"tasks": ["mmlu"], "data": str(places["tasks"])}}
+    whole = {
+        "set": {"model": str(places["model"]), "data.folder": None},
+        "methods": {"LoRA": {"method.name": "lora"}, "base": {"method.name": "none", "tasks": ["mmlu"]}},
+        "tasks": {"own": data, "rte": {"data.folder": str(places["glue"])}, "mmlu": scored},
+    }
+
+    def keys() -> dict[tuple[str, str], str]:
+        runs = make_table(values(**whole, seeds=[1]), "mine", tmp_path / "out").runs
+        return {(run.method, run.task): run.key for run in runs}
+
+    own, rte, mmlu, base = ("LoRA", "own"), ("LoRA", "rte"), ("LoRA", "mmlu"), ("base", "mmlu")
+    changes = [
+        ("train.csv", "text,label\nb,1\n", {own, mmlu}),
+        ("val.csv", "text,label\na,2\n", {own, mmlu}),
+        ("glue/rte/train.parquet", "others", {rte}),
+        ("tasks/mmlu/test.parquet", "others", {mmlu, base}),
+        ("model/config.json", "{}", {own, rte, mmlu, base}),
+        ("model/README.md", "hello", set()),
+        ("glue/cola.parquet", "another task's", set()),
+    ]
+    before = keys()
+    for name, text, affected in changes:
+        (tmp_path / name).write_text(text)
+        after = keys()
+        assert {run for run in after if after[run] != before[run]} == affected, name
+        before = after
+    # What it holds counts, not where it lies.
+    places["train.csv"].rename(tmp_path / "elsewhere.csv")
+    data["data.train"] = scored["data.train"] = str(tmp_path / "elsewhere.csv")
+    assert keys() == before
+
+
+def test_the_key_holds_every_field_of_the_method_and_the_computation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import LoraConfig
+
+    from ziggurat.compare import table
+
+    recipe = make_table(values(), "mine", tmp_path).runs[0].recipe
+    before = run_key(recipe)
+    default = LoraConfig.__dataclass_fields__["lora_dropout"]
+    monkeypatch.setattr(default, "default", 0.1)
+    monkeypatch.setattr(LoraConfig, "__init__", partialmethod(LoraConfig.__init__, lora_dropout=0.1))
+    changed = run_key(recipe)
+    monkeypatch.undo()
+    monkeypatch.setattr(table, "COMPUTATION", table.COMPUTATION + 1)
+    assert len({before, changed, run_key(recipe)}) == 3
+
+
+def test_the_key_is_the_same_in_every_process(tmp_path: Path) -> None:
+    recipe = make_table(values(), "mine", tmp_path).runs[0].recipe
+    words = "import sys; from ziggurat.compare.table import run_key; from ziggurat.training.schema import Recipe; "
+    words += "print(run_key(Recipe.model_validate_json(sys.argv[1])))"
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", words, recipe.model_dump_json()],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    assert told == {run_key(recipe)}
+
+
+def test_labels_have_no_control_characters(tmp_path: Path) -> None:
+    methods = {"Lo\nRA": {"method.name": "lora"}}
+    with pytest.raises(RecipeError, match=r"methods: 'Lo\\nRA': a label has no line breaks"):
+        make_table(values(methods=methods), "mine", tmp_path)
+    with pytest.raises(RecipeError, match=r"tasks: 'own\\x1b\[2J': a label has no line breaks"):
+        make_table(values(tasks={"own\x1b[2J": {"data.train": "mine.csv"}}), "mine", tmp_path)
 
 
 def test_a_folder_is_found_under_another_label(tmp_path: Path) -> None:

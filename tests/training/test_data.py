@@ -12,8 +12,9 @@ from training_tables import reviews, write_csv, write_jsonl
 
 from word_tokenizer import word_tokenizer
 from ziggurat.errors import DataError
+from ziggurat.training import tables
 from ziggurat.training.answer import predict, read_texts
-from ziggurat.training.data import load_examples
+from ziggurat.training.data import class_names, load_examples
 from ziggurat.training.instruct import alpaca_prompt
 from ziggurat.training.load import Loaded
 from ziggurat.training.model import HeadSpec
@@ -249,9 +250,151 @@ def test_keys_of_data_sets_with_parts_are_refused_beside_files(reviews_csv: Path
     assert (len(found.train), len(found.validation)) == (12, 8)
 
 
+def test_a_folder_is_read_under_whatever_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_csv(tmp_path / "train.csv", ROWS)
+    monkeypatch.chdir(tmp_path)
+    for name in (".", str(tmp_path)):
+        assert len(load_examples(recipe(name)).train) == 18
+
+
 def test_too_few_rows_to_split(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", ROWS[:2])
     assert "leaves none to learn from" in _said(recipe(path, data__validation_rows=2))
+
+
+def test_labels_of_text_files_stay_text(tmp_path: Path) -> None:
+    def labels(*given: str, ending: str = "csv", **more: Any) -> tuple[list[str], list[str]]:
+        path, sign = tmp_path / f"labels.{ending}", {"csv": ",", "tsv": "\t"}[ending]
+        path.write_text("".join(f"{text}{sign}{label}\n" for text, label in [("text", "label"), *zip("abcd", given)]))
+        found = load_examples(recipe(path, data__validation=str(path), **more))
+        assert class_names(recipe(path, **more)) == found.label_names
+        return found.label_names, [found.label_names[place] for place in found.train["label"]]
+
+    for ending in ("csv", "tsv"):
+        for given in (["007", "7", "007", "x"], ["01:30", "02:00"], ["true", "False"], ["2024-01-05", "b"]):
+            assert labels(*given, ending=ending)[1] == given
+    # Whole numbers are in their own order, and count the names that the recipe gives.
+    assert labels("10", "9", "-1", "9")[0] == ["-1", "9", "10"]
+    assert labels("1", "0", data__label_names=["no", "yes"])[1] == ["yes", "no"]
+    assert labels("1.0", "2.0")[0] == ["1", "2"]
+    with pytest.raises(DataError, match="has no label in row 3"):
+        labels("1", "2", "NA", "1")
+
+
+def test_labels_of_a_text_file_match_those_of_a_typed_one(tmp_path: Path) -> None:
+    typed = write_jsonl(tmp_path / "val.jsonl", [{"text": "a", "label": 2}, {"text": "b", "label": 1}])
+    for labels, names in ((["1", "2"], ["1", "2"]), (["1", "2", "other"], ["1", "2", "other"])):
+        rows = [{"text": "t", "label": label} for label in labels]
+        train = write_csv(tmp_path / "train.csv", rows)
+        found = load_examples(recipe(train, data__validation=str(typed)))
+        assert found.label_names == names and list(found.validation["label"]) == [1, 0]
+        found = load_examples(recipe(typed, data__validation=str(write_csv(tmp_path / "other.csv", rows[:2]))))
+        assert list(found.validation["label"]) == [0, 1]
+
+
+def test_texts_that_parquet_holds_as_bytes(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def path(texts: list[bytes], labels: list[bytes], kind: Any) -> str:
+        table = pa.table({"text": pa.array(texts, kind), "label": pa.array(labels, kind)})
+        pq.write_table(table, tmp_path / "bytes.parquet")
+        return str(tmp_path / "bytes.parquet")
+
+    texts = ["a good film", "d\u00e9j\u00e0 vu"]
+    for kind in (pa.binary(), pa.large_binary()):
+        made = path([text.encode() for text in texts], [b"pos", b"neg"], kind)
+        found = load_examples(recipe(made, data__validation=made))
+        assert list(found.train["text"]) == texts and found.label_names == ["neg", "pos"]
+    for made, needed in (([b"\xff"], [b"pos"]), "a text"), (([b"a"], [b"\xff"]), "one class"):
+        said = _said(recipe(path(*made, pa.binary())))
+        assert f"row 1: {needed} is needed, this is bytes that are not UTF-8 throughout" in said
+    pq.write_table(pa.table({"prompt": [b"\xff"] * 2, "completion": [b"b"] * 2}), tmp_path / "asked.parquet")
+    asked = recipe(tmp_path / "asked.parquet", task="instruct", data__validation=str(tmp_path / "asked.parquet"))
+    assert "row 1: a text is needed, this is of type bytes" in _said(asked)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", b"text,label\nne,1\n\xe7a va,2\n", "is not in UTF-8: byte 0xe7 in line 3; save it as UTF-8"),
+        ("a.jsonl", b'{"text": "\xe7a"}', "is not in UTF-8: byte 0xe7 in line 1"),
+        ("a.csv", b"text,label\nne,\xc3", "is not in UTF-8: byte 0xc3 in line 2"),
+        ("a.csv", "text,label\n".encode("utf-16"), "is not in UTF-8: byte 0xff in line 1"),
+        ("a.csv", b"text,label,text\na,1,b\n", "has more than one column called 'text'; rename or drop all but one"),
+        ("a.csv", b"text;label\na;1\n", "has no column 'text' (csv is read with commas between its columns, and this"),
+        ("a.json", b"[" * 100_000, "its lists and objects nest too deep"),
+        ("a.jsonl", b'{"text": ' + b"[" * 3000 + b"]" * 3000 + b"}", "its lists and objects nest too deep"),
+    ],
+)
+def test_files_that_cannot_be_read_say_why(name: str, content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert said in _said(recipe(tmp_path / name))
+
+
+def test_a_field_of_many_mebibytes_and_a_column_that_changes_its_kind_late(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"text": "a" * 3_000_000, "label": "x", "number": 1}]
+    rows += [{"text": "b" * 100, "label": "y", "number": 2}] * 20_000 + [{"text": "c", "label": "x", "number": "three"}]
+    path = write_csv(tmp_path / "wide.csv", rows)
+    assert len(load_examples(recipe(path, data__validation=str(path))).train["text"][0]) == 3_000_000
+
+
+def test_maps_are_refused_by_name(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kind = pa.map_(pa.string(), pa.string())
+    pq.write_table(pa.table({"text": ["a"], "extra": pa.array([[("k", "v")]], kind)}), tmp_path / "a.parquet")
+    said = _said(recipe(tmp_path / "a.parquet"))
+    assert "holds maps in 'extra', which are not read: take them out" in said
+
+
+def test_a_small_file_that_stands_for_very_much_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(tables, "LEAST_DECODED", 2**20)
+    monkeypatch.setattr(tables, "MOST_GROWTH", 10)
+    long = pa.array(["a" * 1000] * 2000)
+    for name, column in (("long", long), ("category", long.dictionary_encode()), ("many", pa.nulls(300_000, "string"))):
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.table({"text": column}), path, compression="zstd")
+        assert path.stat().st_size < 10_000
+        said = _said(recipe(path))
+        assert f"bytes and stands for more than {2**20:,}; a file is read to 10 times its size, at least to" in said
+    monkeypatch.setattr(tables, "LEAST_DECODED", 2**28)
+    assert list(read_table(str(tmp_path / "category.parquet"))["text"]) == long.to_pylist()
+
+
+def test_objects_with_thousands_of_keys_are_no_table(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "keys.jsonl", [{f"k{index}": 1} for index in range(2000)])
+    assert "its objects have 2,000 different keys; at most 1,000 are read" in _said(recipe(path))
+
+
+def test_errors_name_rows_of_the_file_whatever_the_split(tmp_path: Path) -> None:
+    rows = reviews(40)
+    for seed in (7, 42):
+        blank = [{**row, "text": "" if index == 8 else row["text"]} for index, row in enumerate(rows)]
+        path = write_csv(tmp_path / "blank.csv", blank)
+        assert "the first is row 9" in _said(recipe(path, seed=seed))
+        asked: list[dict[str, object]] = [{"prompt": "a", "completion": "b"} for _ in range(40)]
+        asked[8]["prompt"] = None
+        said = _said(recipe(write_jsonl(tmp_path / "asked.jsonl", asked), task="instruct", seed=seed))
+        assert "asked.jsonl, row 9: the prompt is empty" in said
+
+
+def test_a_class_that_the_split_leaves_out_of_training_is_told(tmp_path: Path) -> None:
+    rows = [*reviews(40), {"text": "so so", "label": "neutral"}]
+    path = write_csv(tmp_path / "rare.csv", rows)
+    notes = {}
+    for seed in range(12):
+        found = load_examples(recipe(path, seed=seed, data__validation_share=0.2))
+        assert found.label_names == ["neg", "neutral", "pos"] == class_names(recipe(path))
+        notes[1 in found.train["label"]] = found.notes
+    assert len(notes[True]) == 1 and notes[False][1] == (
+        "all rows with the label 'neutral' were split off, so nothing is learned of them; name validation data, or "
+        "choose another seed"
+    )
 
 
 INSTRUCT = {
@@ -302,7 +445,7 @@ def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path) -> None
 
 
 def test_the_alpaca_prompt_has_an_input_section_only_with_an_input() -> None:
-    assert "### Input:\nx\n\n### Response:\n" in alpaca_prompt("do", "x")
+    assert alpaca_prompt("do", "x").endswith("### Input:\nx\n\n### Response:")
     assert alpaca_prompt("do", " ") == alpaca_prompt("do") and "Input" not in alpaca_prompt("do")
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from training_tables import _save_tokenizer
 from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForPreTraining,
     BertModel,
@@ -63,3 +65,26 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     BertConfig(**SIZES).save_pretrained(str(folder))
     with pytest.raises(RecipeError, match="none of the checkpoint's weights fit this bert"):
         load_base(str(folder), PAIRS)
+
+
+@pytest.mark.parametrize("pooling", ["model", "mean"])
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta"])
+def test_a_head_of_another_size_is_made_afresh(kind: str, pooling: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SIZES, n_layers=2, n_heads=2, dim=16, hidden_dim=32, num_labels=5)
+    model = AutoModelForSequenceClassification.from_config(config)
+    spec = HeadSpec("classification", ["a", "b", "c"], pooling=pooling)
+    base = load_base(str(saved(tmp_path, model)), spec)
+    assert base.model.config.num_labels == 3 and any("classifier" in module for module in base.head)
+    own = dict(model.base_model.named_parameters())
+    loaded = dict(base.model.base_model.named_parameters())
+    same = [name for name in own if name in loaded and torch.equal(own[name], loaded[name])]
+    assert set(own) <= {*same, *(name for name in own if "pooler" in name)}
+
+
+def test_an_encoder_of_another_size_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path, BertModel(BertConfig(**SIZES)))
+    BertConfig(**{**SIZES, "intermediate_size": 48}).save_pretrained(str(folder))
+    for pooling in ("model", "mean"):
+        with pytest.raises(RecipeError, match=r"is of shape \(32,.*\), its config says \(48,"):
+            load_base(str(folder), HeadSpec("classification", ["a", "b"], pooling=pooling))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 import yaml
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from rich.console import Console
-from training_tables import reviews, tiny_recipe, write_csv, write_jsonl
+from training_tables import reviews, save_tiny_llama, tiny_recipe, write_csv, write_jsonl
 from transformers import TrainerCallback
 
-from ziggurat.errors import DataError, RecipeError
+from ziggurat.errors import DataError, RecipeError, StorageError
+from ziggurat.training import folders
 from ziggurat.training.answer import predict
 from ziggurat.training.interrupt import Interrupted
 from ziggurat.training.load import load_adapter_model
@@ -163,6 +165,110 @@ def test_instruction_tuning_lowers_the_perplexity_and_answers(tiny_llama: Path, 
     assert result.metric == "perplexity" and result.after["perplexity"] < 0.5 * result.before["perplexity"]
     found = predict(result.folder, ["what colour sky "], max_new_tokens=2)[0]
     assert isinstance(found.answer, str)
+
+
+def test_rows_that_lose_their_answer_are_counted_before_training(tiny_llama: Path, tmp_path: Path) -> None:
+    long = {"instruction": "say yes", "input": "the film " * 40, "output": "yes"}
+    late = {"prompt": "the film " * 4, "completion": "yes no " * 8}
+    short = {"prompt": "say yes", "completion": "yes"}
+    wide = {"prompt": "the film " * 8, "completion": "yes"}
+    made = tiny_recipe(
+        tiny_llama,
+        write_jsonl(tmp_path / "train.jsonl", [wide, late, short] * 4),
+        tmp_path / "out",
+        task="instruct",
+        data__validation_rows=None,
+        data__validation=str(write_jsonl(tmp_path / "val.jsonl", [wide, short])),
+        data__max_length=16,
+        train__max_steps=1,
+    )
+    assert train(made).notes == [
+        "8 of 12 training rows are longer than 16 tokens and were cut",
+        "4 of 12 training rows have no answer within 16 tokens and are left out",
+        "1 of 2 validation rows are longer than 16 tokens and were cut",
+        "1 of 2 validation rows have no answer within 16 tokens and are left out",
+    ]
+    for_all = made.model_copy(update={"data": made.data.model_copy(update={"loss": "all"}), "overwrite": True})
+    assert "4 of 12 training rows have no answer within 16 tokens" in train(for_all).notes
+    write_jsonl(tmp_path / "train.jsonl", [short])
+    write_jsonl(tmp_path / "val.jsonl", [wide])
+    with pytest.raises(DataError, match="none of the 1 validation rows has an answer within 16 tokens, which"):
+        train(made.model_copy(update={"overwrite": True}))
+    lost = write_jsonl(tmp_path / "long.jsonl", [long] * 10)
+    with pytest.raises(DataError, match=r"none of the 2 training rows .* 64 tokens, .* takes no more, so shorten"):
+        train(tiny_recipe(tiny_llama, lost, tmp_path / "lost", task="instruct"))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_tokens_of_answers_are_those_that_trl_makes(chat: bool, tiny_llama: Path) -> None:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    from ziggurat.training.encode import encode_answers
+
+    asked, said = ("what colour sky is", "the sky is blue")
+    row: dict[str, Any] = {"prompt": asked, "completion": said}
+    if chat:
+        row = {"prompt": [{"role": "user", "content": asked}], "completion": [{"role": "assistant", "content": said}]}
+    table, tokenizer = Dataset.from_list([row] * 2), AutoTokenizer.from_pretrained(str(tiny_llama))
+    ours, cut, unanswered = encode_answers(table, tokenizer, 64, answer_only=True)
+    model = AutoModelForCausalLM.from_pretrained(str(tiny_llama))
+    arguments = SFTConfig(report_to=[], max_length=64, bf16=False, completion_only_loss=True)
+    batches = []
+    for rows in (table, ours):
+        trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+        batches.append(trainer.data_collator([trainer.train_dataset[0]]))
+    assert (cut, unanswered) == (0, 0)
+    assert all(torch.equal(batches[0][name], batches[1][name]) for name in ("input_ids", "labels"))
+
+
+def test_alpaca_is_asked_in_the_form_that_the_run_records(tiny_llama: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "say yes", "output": "yes"}] * 16)
+    result = train(tiny_recipe(tiny_llama, data, tmp_path / "out", task="instruct", train__max_steps=1))
+    assert run_info(result)["prompt_form"] == "stanford_alpaca"
+    loaded, asked = load_adapter_model(result.folder), []
+
+    class Noting:
+        def __call__(self, text: str) -> Any:
+            asked.append(text)
+            return loaded.tokenizer(text)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(loaded.tokenizer, name)
+
+    old = {key: value for key, value in loaded.run.items() if key != "prompt_form"}
+    for run in (loaded.run, old):
+        predict(replace(loaded, run=run, tokenizer=Noting()), ["say yes"], max_new_tokens=1)
+    assert [text.rpartition("### ")[2] for text in asked] == ["Response:", "Response:\n"]
+
+
+def test_a_text_longer_than_the_models_positions_loses_no_answers(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    save_tiny_llama(tmp_path / "model")
+    sizes = {"n_positions": 12, "n_embd": 32, "n_layer": 4, "n_head": 2, "eos_token_id": 4, "bos_token_id": 2}
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, **sizes)).save_pretrained(str(tmp_path / "model"))
+    data = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "say yes", "completion": "yes"}] * 16)
+    more = {"task": "instruct", "train__max_steps": 1, "method__name": "lora"}
+    result = train(tiny_recipe(tmp_path / "model", data, tmp_path / "out", **more))
+    assert len(predict(result.folder, ["say yes", "say " * 11], max_new_tokens=100)) == 2
+    with pytest.raises(DataError, match=r"text 2 of 3 has 12 tokens, and .*model takes 12, those of the answer too"):
+        predict(result.folder, ["say yes", "say " * 12, "say no"])
+
+
+def test_bf16_trains_on_a_processor(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    made = tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=2, train__precision="bf16")
+    assert train(made).steps == 2
+
+
+def test_a_place_where_no_folder_can_be_made(tiny_bert: Path, reviews_csv: Path) -> None:
+    if not Path("/proc/self").is_dir():
+        pytest.skip("this system has no /proc")
+    with pytest.raises((RecipeError, StorageError), match=r"no folder can be made in '/proc'|not a folder that can be"):
+        train(tiny_recipe(tiny_bert, reviews_csv, Path("/proc/x")))
 
 
 def test_messages_and_the_whole_text(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> None:
@@ -328,6 +434,53 @@ def test_a_stop_at_a_scoring_step_changes_nothing(
     train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "straight", **settings))
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "straight")]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("stop", [2, 7])
+def test_batches_of_similar_length_are_resumed_in_any_epoch(
+    stop: int, tiny_bert: Path, reviews_csv: Path, tmp_path: Path
+) -> None:
+    settings = {"train__max_steps": 9, "train__group_by_length": True, "method__lora_dropout": 0.3}
+    with pytest.raises(Interrupted, match=f"stopped at step {stop} of 9"):
+        train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", **settings), callbacks=[StopAt(stop)])
+    train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", **settings, resume=True))
+    train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "straight", **settings))
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "straight")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("changed", ["data.train", "data.validation", "model"])
+def test_a_run_whose_files_have_changed_is_not_resumed(
+    changed: str, tiny_bert: Path, reviews_csv: Path, tmp_path: Path
+) -> None:
+    places = {"data.train": reviews_csv, "data.validation": tmp_path / "val.csv", "model": tmp_path / "model"}
+    shutil.copy(reviews_csv, places["data.validation"])
+    shutil.copytree(tiny_bert, places["model"])
+    settings = {
+        "data__validation_rows": None,
+        "data__validation": str(places["data.validation"]),
+        "train__max_steps": 3,
+    }
+    with pytest.raises(Interrupted):
+        train(tiny_recipe(places["model"], reviews_csv, tmp_path / "out", **settings), callbacks=[StopAt(2)])
+    place = places[changed] / "tokenizer_config.json" if changed == "model" else places[changed]
+    before = place.read_bytes()
+    place.write_bytes(before + b"\n")
+    again = tiny_recipe(places["model"], reviews_csv, tmp_path / "out", **settings, resume=True)
+    with pytest.raises(RecipeError, match=rf"{changed}: the files that it names have changed since the run began"):
+        train(again)
+    place.write_bytes(before)
+    assert run_info(train(again))["content"].keys() == places.keys()
+
+
+def test_a_run_of_a_version_that_computed_otherwise_is_not_resumed(
+    tiny_bert: Path, reviews_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Interrupted):
+        train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=3), callbacks=[StopAt(2)])
+    monkeypatch.setattr(folders, "COMPUTATION", folders.COMPUTATION + 1)
+    with pytest.raises(RecipeError, match="it was begun by a version that computes otherwise"):
+        train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=3, resume=True))
 
 
 def test_the_table_shows_scores_cost_and_what_to_try_next(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:

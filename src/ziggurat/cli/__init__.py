@@ -10,6 +10,7 @@ import typer
 
 from ziggurat._distribution import VERSION
 from ziggurat.errors import ZigguratError, first_line
+from ziggurat.terminal import say
 
 from .analyze import analyze, report
 from .compare import compare
@@ -33,7 +34,7 @@ _DEBUG = "--debug"
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"ziggurat {VERSION}")
+        say(f"ziggurat {VERSION}")
         raise typer.Exit
 
 
@@ -87,5 +88,5 @@ def _fail(message: str, code: int) -> NoReturn:
         if not speaks():
             raise SystemExit(code)
         where = f" in process {os.environ.get('RANK', '?')} of {size}"
-    typer.echo(f"error{where}: {message}", err=True)
+    say(f"error{where}: {message}", err=True)
     raise SystemExit(code)

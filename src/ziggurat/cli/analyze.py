@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ziggurat.errors import ExportError
 from ziggurat.host.staging import told_of_storage, write_whole
+from ziggurat.terminal import Console, say
 
 
 def analyze(
@@ -26,8 +28,6 @@ def analyze(
     """Look inside an adapter: spectra, effective ranks, norms, how alike its layers are."""
     from json import loads as parse
 
-    from rich.console import Console
-
     from ziggurat.analysis import write
     from ziggurat.analysis.collect import collect
     from ziggurat.extras import install_command, missing
@@ -35,7 +35,7 @@ def analyze(
     first = collect(adapter)
     second = collect(against) if against is not None else None
     if json:
-        typer.echo(write.json_text(first, second, k=k))
+        say(write.json_text(first, second, k=k))
     else:
         console = Console()
         for one in (first, second):
@@ -51,8 +51,8 @@ def analyze(
             paths = write.write(first, out, second, k=k, pictures=pictures, history=history)
         if not pictures:
             how = install_command(["matplotlib"])
-            typer.echo(f"note: no figures were drawn, as matplotlib is not installed: {how}", err=True)
-        typer.echo(f"{len(paths)} files written to {out}: {', '.join(path.name for path in paths)}", err=json)
+            say(f"note: no figures were drawn, as matplotlib is not installed: {how}", err=True)
+        say(f"{len(paths)} files written to {out}: {', '.join(path.name for path in paths)}", err=json)
 
 
 def report(
@@ -63,5 +63,8 @@ def report(
     from ziggurat.analysis.page import report as page
 
     text = page(runs)
+    head = text.partition("<title>")[0]
+    if out.exists() and not (out.is_file() and out.read_bytes().startswith(head.encode())):
+        raise ExportError(f"'{out}' exists and is no report of this command; name another file by --out")
     write_whole(out, text)
-    typer.echo(f"{out}: {len(text.encode()) // 1024 + 1} KiB")
+    say(f"{out}: {len(text.encode()) // 1024 + 1} KiB")

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from ziggurat.terminal import Console, say
 
 
 def compare(
@@ -23,7 +24,7 @@ def compare(
 
     read = load_table(table, out)
     for line in read.notes:
-        typer.echo(f"note: {line}")
+        say(f"note: {line}")
 
     from ziggurat.compare.fill import fill
     from ziggurat.compare.fill import report as write
@@ -31,12 +32,12 @@ def compare(
     console = Console()
     filled = write(read) if only_report else fill(read, engine=engine, workers=workers, console=console)
     for line in filled.notes:
-        typer.echo(f"note: {line}")
+        say(f"note: {line}")
     done, total = len(filled.summary.lines), len(read.runs)
-    typer.echo(f"{done} of {total} runs are done, {filled.taken} of them now; {len(filled.failed)} failed")
-    typer.echo(f"written: {', '.join(str(path) for path in filled.files)}")
+    say(f"{done} of {total} runs are done, {filled.taken} of them now; {len(filled.failed)} failed")
+    say(f"written: {', '.join(str(path) for path in filled.files)}")
     if filled.stopped:
-        typer.echo("stopped; the same command goes on from here")
+        say("stopped; the same command goes on from here")
         raise typer.Exit(130)
     if filled.failed:
         raise typer.Exit(1)

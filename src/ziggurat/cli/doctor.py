@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ziggurat.terminal import clean, say
+
 
 def doctor(
     words: Annotated[
@@ -40,13 +42,15 @@ def doctor(
     found = sorted(dict.fromkeys(found), key=lambda one: LEVELS.index(one.level))
     for one in found:
         if json:
-            typer.echo(text.dumps(asdict(one)))
+            say(text.dumps(asdict(one)))
             continue
-        typer.secho(f"{one.level}: {one.what}", fg={"error": "red", "warning": "yellow"}.get(one.level), bold=True)
-        typer.echo(f"  {one.why}")
+        typer.secho(
+            clean(f"{one.level}: {one.what}"), fg={"error": "red", "warning": "yellow"}.get(one.level), bold=True
+        )
+        say(f"  {one.why}")
         if one.do:
-            typer.echo(f"  -> {one.do}")
+            say(f"  -> {one.do}")
     if not json and all(one.level == "note" for one in found):
-        typer.echo("no problems found")
+        say("no problems found")
     if any(one.level == "error" for one in found):
         raise typer.Exit(1)

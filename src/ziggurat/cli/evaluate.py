@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ziggurat.host.staging import check_writable, write_whole
+from ziggurat.terminal import say
 
 _HELP = "Adapter folder; or a model without adapter: its folder, .gguf file or name on the hub."
 
@@ -81,7 +82,7 @@ def evaluate(
                 make_ready(rest, data=data, limit=limit, run_code=run_generated_code, keep=keep_tasks)
             )
         if subject.kind == "base":
-            typer.echo(f"{adapter}: a model without adapter")
+            say(f"{adapter}: a model without adapter")
         model, tokenizer, loaded = load_subject(subject, dtype)
         if glue:
             assert loaded is not None
@@ -92,7 +93,7 @@ def evaluate(
             for score in lm.score(model, tokenizer, ready, limit=limit, batch=batch):
                 found[score.task] = {**score.scores, "rows": float(score.rows)}
                 shares[score.task] = list(score.per_cent)
-                typer.echo(_scores(score.task, found[score.task], shares[score.task]))
+                say(_scores(score.task, found[score.task], shares[score.task]))
     if out is not None:
         key = "model" if subject.kind == "base" else "adapter"
         text = json.dumps({key: adapter, "scores": found, "per_cent": shares}, indent=2) + "\n"
@@ -125,10 +126,10 @@ def _glue(
     task = task_of(loaded, name.removeprefix("glue/"))
     if predictions is not None:
         files = write_server_files(loaded, task, predictions, folder)
-        typer.echo(f"{name}: written {', '.join(map(str, files))}")
+        say(f"{name}: written {', '.join(map(str, files))}")
         return {}
     scores = glue_scores(loaded, task, folder, limit)
-    typer.echo(_scores(name, scores, list(scores)))
+    say(_scores(name, scores, list(scores)))
     return {name: scores}
 
 

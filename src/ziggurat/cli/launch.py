@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ziggurat.errors import ConfigError
+from ziggurat.terminal import say
 
 NAMES = ("ddp", "fsdp2", "zero2", "zero3")
 
@@ -25,11 +26,9 @@ def launch_config(
 ) -> None:
     """List the configs for `accelerate launch` that ship, or print the path of one."""
     if name is not None:
-        typer.echo(str(config_file(name)))
+        say(str(config_file(name)))
         return
     for one in NAMES:
         about = config_file(one).read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-        typer.echo(f"{one:<6} {about}")
-    typer.echo(
-        'accelerate launch --config_file "$(ziggurat launch-config ddp)" --num_processes 2 -m ziggurat train ...'
-    )
+        say(f"{one:<6} {about}")
+    say('accelerate launch --config_file "$(ziggurat launch-config ddp)" --num_processes 2 -m ziggurat train ...')

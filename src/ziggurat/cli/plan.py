@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ziggurat.host.staging import write_whole
+from ziggurat.terminal import Console, say
 
 
 def plan(
@@ -51,9 +53,8 @@ def plan(
             measure_memory=memory,
         )
     if json:
-        typer.echo(to_json(found))
+        say(to_json(found))
         return
-    from rich.console import Console
 
     Console().print(show(found), highlight=False)
 
@@ -88,7 +89,6 @@ def suggest(
     out: Annotated[Path, typer.Option(help="Recipe file to write.")] = Path("suggested.yaml"),
 ) -> None:
     """Find a pyramid's ranks and groups for a budget by a short probe run, and write them as a recipe."""
-    from rich.console import Console
 
     from ziggurat.plan.suggest import suggest as run
 
@@ -106,9 +106,9 @@ def suggest(
     )
     write_whole(out, text)
     ranks = ", ".join(f"{tier} {rank}" for tier, rank in found.ranks.items())
-    typer.echo(f"ranks by {found.criterion}: {ranks}; {found.spent:,} of {found.budget:,} parameters")
+    say(f"ranks by {found.criterion}: {ranks}; {found.spent:,} of {found.budget:,} parameters")
     if found.group_starts is not None:
-        typer.echo(f"mid groups begin at layers {', '.join(map(str, found.group_starts))}")
+        say(f"mid groups begin at layers {', '.join(map(str, found.group_starts))}")
     for note in found.notes:
-        typer.echo(f"note: {note}")
-    typer.echo(f"train it with: ziggurat train {out}")
+        say(f"note: {note}")
+    say(f"train it with: ziggurat train {shlex.quote(str(out))}")

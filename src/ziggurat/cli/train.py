@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
+
+from ziggurat.terminal import Console, say
 
 
 def train(
@@ -45,12 +46,12 @@ def train(
         result = run(recipe, console=console)
     except Interrupted as stopped:
         if speaks():
-            typer.echo(f"{stopped}.")
+            say(f"{stopped}.")
             if stopped.checkpoint is None:
-                typer.echo("There is no checkpoint to go on from; the same command starts afresh.")
+                say("There is no checkpoint to go on from; the same command starts afresh.")
             else:
-                typer.echo(f"The checkpoint lies in {stopped.checkpoint}")
-                typer.echo(f"Go on with: {resume_command(given)}")
+                say(f"The checkpoint lies in {stopped.checkpoint}")
+                say(f"Go on with: {resume_command(given)}")
         raise typer.Exit(128 + stopped.signal) from None
     show(console, recipe, result)
 
@@ -80,7 +81,7 @@ def predict(
     else:
         firsts, seconds = [str(text)], [second] if second is not None else None
     for found in answer(loaded, firsts, seconds, max_new_tokens=tokens):
-        typer.echo(found.to_json() if json else found.to_line(alone=file is None))
+        say(found.to_json() if json else found.to_line(alone=file is None))
 
 
 def recipes(
@@ -91,9 +92,9 @@ def recipes(
     from ziggurat.training.source import read_yaml
 
     if name is not None:
-        typer.echo(find_recipe(name)[1].rstrip("\n"))
+        say(find_recipe(name)[1].rstrip("\n"))
         return
     texts = shipped()
     width = max(len(one) for one in texts)
     for one, content in texts.items():
-        typer.echo(f"{one:<{width}}  {read_yaml(content)[0].get('about', '')}")
+        say(f"{one:<{width}}  {read_yaml(content)[0].get('about', '')}")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ziggurat.host.bars import without_bars
+from ziggurat.terminal import say
 
 from .folder import adapter_of_a_run, refuse_taken
 
@@ -33,9 +34,9 @@ def export(
         written = exporting.export_model(loaded.model, out, serving=serving, tokenizer=loaded.tokenizer)
     else:
         written = exporting.export(adapter, out, serving=serving, base_model=base)
-    typer.echo(f"plain LoRA of rank {written.rank} on {written.modules} linears written to {out}")
+    say(f"plain LoRA of rank {written.rank} on {written.modules} linears written to {out}")
     if serving:
-        typer.echo(f"serve it with --max-lora-rank {written.rank}")
+        say(f"serve it with --max-lora-rank {written.rank}")
 
 
 def merge(adapter: Adapter, out: Out, base: Base = None) -> None:
@@ -50,8 +51,6 @@ def merge(adapter: Adapter, out: Out, base: Base = None) -> None:
         else:
             exporting.merge(adapter, out, base_model=base)
     if any(out.glob("modeling_*.py")):
-        typer.echo(
-            f"model with its paths written to {out}: load it with trust_remote_code=True, after reading its code"
-        )
+        say(f"model with its paths written to {out}: load it with trust_remote_code=True, after reading its code")
     else:
-        typer.echo(f"merged model written to {out}")
+        say(f"merged model written to {out}")

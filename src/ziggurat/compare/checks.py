@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ziggurat.terminal import clean
 from ziggurat.training.glue import GLUE
 from ziggurat.training.nearest import did_you_mean
 from ziggurat.training.source import flatten
@@ -59,7 +60,7 @@ def table_problems(values: Any) -> Iterator[str]:
     labels = [str(task) for task in tasks] if isinstance(tasks, dict | list) else []
     for label, keys in methods.items():
         yield from _method_problems(f"methods: {label}", keys, labels)
-    yield from _twice("methods", methods)
+    yield from _label_problems("methods", methods)
     yield from _without_methods(labels, list(methods.values()))
     yield from _run_problems(values, [str(label) for label in methods])
 
@@ -89,7 +90,7 @@ def _tasks_problems(tasks: Any, has_recipe: bool) -> Iterator[str]:
     ):
         yield f"tasks: a list of GLUE's tasks, or a mapping label -> recipe keys, is needed, got {tasks!r}"
         return
-    yield from _twice("tasks", tasks)
+    yield from _label_problems("tasks", tasks)
     for task in tasks:
         keys = tasks[task] if isinstance(tasks, dict) else None
         yield from _key_problems(f"tasks: {task}", keys)
@@ -154,8 +155,11 @@ def _key_problems(where: str, keys: Any) -> Iterator[str]:
         yield "set: method.name: is for each method to say"
 
 
-def _twice(section: str, labels: Any) -> Iterator[str]:
-    """YAML takes 1 and '1' for two labels; they would share a row."""
+def _label_problems(section: str, labels: Any) -> Iterator[str]:
+    """Labels that would break a row or share one: YAML takes 1 and '1' for two labels."""
     seen = [str(label) for label in labels]
+    for label in seen:
+        if "\n" in label or clean(label) != label:
+            yield f"{section}: {label!r}: a label has no line breaks and no other control characters"
     for label in dict.fromkeys(label for label in seen if seen.count(label) > 1):
         yield f"{section}: '{label}' is given twice"

@@ -12,6 +12,7 @@ from typing import Any
 from ziggurat.errors import DataError
 from ziggurat.evaluation.ready import MAIN, Ready, ready
 from ziggurat.host.staging import write_whole
+from ziggurat.training.content import digest
 from ziggurat.training.nearest import did_you_mean
 from ziggurat.training.recipe import resolved
 from ziggurat.training.schema import Recipe
@@ -39,8 +40,9 @@ class Evaluation:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What changes the score of a task."""
-        return {"limit": self.limit, "data": self.data}
+        """What changes the score of a task; of local data what the files hold."""
+        there = self.data is not None and Path(self.data).exists()
+        return {"limit": self.limit, "data": digest(Path(self.data)) if there else self.data}  # type: ignore[arg-type]
 
 
 def read_evaluation(given: dict[str, Any]) -> Evaluation:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ziggurat.terminal import clean
 from ziggurat.training.metrics import lower_is_better
 
 from .columns import AVERAGE
@@ -31,7 +32,7 @@ def markdown(summary: Summary, failed: Sequence[dict[str, Any]] = ()) -> str:
         _missing(summary, failed),
         _where(summary),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return clean("\n\n".join(part for part in parts if part) + "\n")
 
 
 def _how(summary: Summary) -> str:
@@ -203,14 +204,20 @@ def table_csv(summary: Summary) -> str:
             spread = "" if cell.spread is None else cell.spread
             second = summary.second.get((method, column))
             also = [seconds[column], second.mean, second.spread] if second is not None else [None] * 3
+            names = (_no_formula(name) for name in (method, column, metric))
             writer.writerow(
                 [
-                    *(method, column, metric, len(cell.scores), cell.mean, spread),
+                    *(*names, len(cell.scores), cell.mean, spread),
                     *(gap.mean if gap else "", *interval, gap.pairs if gap else ""),
                     *(summary.parameters(method, column), cost.stored_bytes, cost.peak_mb, cost.step_seconds, *also),
                 ]
             )
     return out.getvalue()
+
+
+def _no_formula(name: str) -> str:
+    """A name that a spreadsheet would compute, with a quote in front, which makes a text of it."""
+    return f"'{name}" if name.startswith(("=", "+", "-", "@")) else name
 
 
 def _grid(rows: list[list[str]]) -> str:

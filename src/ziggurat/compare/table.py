@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ziggurat.errors import RecipeError
+from ziggurat.training.content import contents
 from ziggurat.training.folders import UNFINISHED
 from ziggurat.training.glue import GLUE, PREFIX
 from ziggurat.training.nearest import missing_path
-from ziggurat.training.recipe import effective, find_recipe, make_recipe, resolved
+from ziggurat.training.recipe import COMPUTATION, effective, find_recipe, make_recipe, resolved
 from ziggurat.training.schema import Recipe
 from ziggurat.training.source import flatten, read_yaml
 
@@ -77,8 +78,14 @@ class Table:
 
 
 def run_key(recipe: Recipe, evaluation: Evaluation | None = None) -> str:
-    """16 hexadecimal digits of everything in the resolved recipe, and the evaluation, that changes what is computed."""
+    """16 hexadecimal digits of everything that changes what is computed.
+
+    That is the resolved recipe with every field of the method, what the files that it names hold, the evaluation, and
+    the number of the computation.
+    """
     values = effective(computed(recipe))
+    values |= {key: content for key, content in contents(recipe).items() if key in values}
+    values["computation"] = COMPUTATION
     if evaluation is not None:
         values["evaluate"] = {"tasks": evaluation.metrics, **evaluation.settings}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]

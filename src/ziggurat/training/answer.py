@@ -13,8 +13,8 @@ import torch
 from ziggurat.errors import DataError
 
 from .data import text_columns
-from .encode import Collator, encode_texts, longest
-from .instruct import alpaca_prompt
+from .encode import Collator, asked_ids, encode_texts, longest, positions
+from .instruct import WITH_LINE_BREAK, alpaca_prompt
 from .load import Loaded, load_adapter_model
 from .nearest import missing_path
 from .tables import read_lines, read_table, require_column, texts_of
@@ -102,33 +102,39 @@ def _generate(
     loaded: Loaded, texts: Sequence[str], second: Sequence[str] | None, max_new_tokens: int
 ) -> list[Prediction]:
     tokenizer, model = loaded.tokenizer, loaded.model
-    device = next(model.parameters()).device
-    shape = loaded.run.get("shape")
-    found = []
-    for index, text in enumerate(texts):
-        context = second[index] if second is not None else None
-        if shape == "messages":
-            content = text if context is None else f"{text}\n\n{context}"
-            inputs: Any = tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
+    device, most = next(model.parameters()).device, positions(model.config)
+    asked = [_asked(loaded, text, second[index] if second is not None else None) for index, text in enumerate(texts)]
+    for index, ids in enumerate(asked):
+        if most is not None and len(ids) >= most:
+            raise DataError(
+                f"text {index + 1} of {len(texts)} has {len(ids):,} tokens, and {loaded.recipe.model} takes {most:,}, "
+                "those of the answer too; shorten it"
             )
-        else:
-            prompt = alpaca_prompt(text, context) if shape == "alpaca" else text
-            inputs = tokenizer(prompt, return_tensors="pt")
-        ids = inputs["input_ids"].to(device)
+    found = []
+    for text, ids in zip(texts, asked, strict=True):
+        inputs = torch.tensor([ids], device=device)
         output: Any = model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=inputs["attention_mask"].to(device),
-            max_new_tokens=max_new_tokens,
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=min(max_new_tokens, most - len(ids)) if most is not None else max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
-        answer = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        answer = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
         found.append(Prediction(text, str(answer).strip()))
     return found
+
+
+def _asked(loaded: Loaded, text: str, context: str | None) -> list[int]:
+    """Token ids of one question, in the form that the adapter was trained on."""
+    shape = loaded.run.get("shape")
+    if shape == "messages":
+        content = text if context is None else f"{text}\n\n{context}"
+        return asked_ids(loaded.tokenizer, [{"role": "user", "content": content}])
+    prompt = text
+    if shape == "alpaca":
+        prompt = alpaca_prompt(text, context, form=loaded.run.get("prompt_form", WITH_LINE_BREAK))
+    return list(loaded.tokenizer(prompt)["input_ids"])  # type: ignore[arg-type]
 
 
 def read_texts(file: Path, loaded: Loaded) -> tuple[list[str], list[str] | None]:

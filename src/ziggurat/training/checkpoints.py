@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ziggurat.host.staging import sync_tree, write_whole
@@ -16,16 +20,40 @@ from ziggurat.host.staging import sync_tree, write_whole
 SEAL = "whole.json"
 
 
-class NoStepTooMany:
-    """Mixed into a Trainer class: one resumed from a checkpoint of its last step takes no further step.
+class Resumable:
+    """Mixed into a Trainer class: a resumed run learns from the same batches as the uninterrupted one.
 
-    transformers asks whether training is over only after a step.
+    Resumed from a checkpoint of its last step it takes no further step; transformers asks whether training is over only
+    after a step.
     """
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         trainer: Any = self
         if trainer.state.global_step < trainer.state.max_steps:
             super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)  # type: ignore[misc]
+        return OrderOfEpoch(sampler, self) if isinstance(sampler, LengthGroupedSampler) else sampler
+
+
+class OrderOfEpoch(Sampler[int]):
+    """A sampler that draws the order of an epoch from the seed and the epoch's number.
+
+    Left to itself, `LengthGroupedSampler` draws from the global generator, which in the middle of an epoch, where a
+    resumed run begins, is no longer what it was at the epoch's start.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, trainer: Any) -> None:
+        self.sampler, self.trainer = sampler, trainer
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = int(self.trainer.state.epoch or 0)
+        self.sampler.generator = torch.Generator().manual_seed(self.trainer.args.seed + epoch)
+        return iter(self.sampler)
 
 
 class WholeCheckpoints(TrainerCallback):

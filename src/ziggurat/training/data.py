@@ -36,18 +36,31 @@ def load_examples(recipe: Recipe) -> Examples:
     data that the training data lack, a label that isn't a number (regression).
     """
     notes: list[str] = []
-    train, validation = _splits(recipe, notes)
+    train, validation = _tables(recipe)
+    names: list[str] = []
     shape = None
+    # All is checked before a part is split off, so that errors name rows of the file.
     if recipe.task == "instruct":
         from .instruct import shape_of, to_prompts
 
         shape = shape_of(recipe, train, recipe.data.train)
-        names: list[str] = []
-        train, less = to_prompts(recipe, train, recipe.data.train)
-        validation, fewer = to_prompts(recipe, validation, recipe.data.validation or recipe.data.train)
-        notes += [note for note in (less, fewer) if note is not None]
+        train, lost = to_prompts(recipe, train, recipe.data.train)
+        notes += lost
+        if validation is not None:
+            validation, lost = to_prompts(recipe, validation, recipe.data.validation or recipe.data.train)
+            notes += lost
+        if isinstance(train[0]["prompt"], list):
+            shape = "messages"
     else:
         train, validation, names = _labelled(recipe, train, validation)
+    if validation is None:
+        train, validation = _split_off(recipe, train, names, notes)
+    if recipe.task == "instruct":
+        from .instruct import with_answers
+
+        train, less = with_answers(train, recipe.data.train)
+        validation, fewer = with_answers(validation, recipe.data.validation or recipe.data.train)
+        notes += [note for note in (less, fewer) if note is not None]
     data = recipe.data
     for part, limit, word in (
         (train, data.max_train, "learns from"),
@@ -74,25 +87,43 @@ def class_names(recipe: Recipe) -> list[str] | None:
         return list(data.label_names)
     if is_hub_name(data.train):
         return None
-    train = read_table(data.train, subset=data.subset, split=data.train_split)
+    train = _read(recipe, data.train, data.train_split)
     require_column(train, data.label, "data.label", data.train)
     return _known(recipe, train, _class_values(train[data.label], data.label, data.train))[1]
 
 
-def _splits(recipe: Recipe, notes: list[str]) -> tuple[Dataset, Dataset]:
-    data, texts = recipe.data, text_columns(recipe)
+def _tables(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
+    """The training table and the validation table; None where a part of the first is to be split off."""
+    data = recipe.data
     _check_splits(data)
     train, validation = glue_splits(data) or (None, None)
     if validation is not None:
         assert train is not None
         return train, validation
     if train is None:
-        train = read_table(data.train, subset=data.subset, split=data.train_split, texts=texts)
+        train = _read(recipe, data.train, data.train_split)
     if data.validation is not None:
         split = data.validation_split or ("validation" if is_hub_name(data.validation) else "train")
-        return train, read_table(data.validation, subset=data.subset, split=split, demo="validation", texts=texts)
+        return train, _read(recipe, data.validation, split, demo="validation")
     if data.validation_split is not None and not data.train.startswith(PREFIX):
-        return train, read_table(data.train, subset=data.subset, split=data.validation_split)
+        return train, _read(recipe, data.train, data.validation_split)
+    return train, None
+
+
+def _read(recipe: Recipe, source: str, split: str, demo: str = "train") -> Dataset:
+    return read_table(
+        source,
+        subset=recipe.data.subset,
+        split=split,
+        demo=demo,
+        texts=text_columns(recipe),
+        classes=recipe.data.label if recipe.task == "classification" else None,
+    )
+
+
+def _split_off(recipe: Recipe, train: Dataset, names: list[str], notes: list[str]) -> tuple[Dataset, Dataset]:
+    """A part of the training rows for the scores, drawn with the seed. Raises DataError if none is left to learn."""
+    data = recipe.data
     count = data.validation_rows or max(1, round(len(train) * data.validation_share))
     if count >= len(train):
         raise DataError(
@@ -101,6 +132,12 @@ def _splits(recipe: Recipe, notes: list[str]) -> tuple[Dataset, Dataset]:
         )
     parts = train.train_test_split(test_size=count, seed=recipe.seed)
     notes.append(f"no validation data named: {count} of {len(train)} rows split off with seed {recipe.seed}")
+    lost = set(parts["test"]["label"]) - set(parts["train"]["label"]) if recipe.task == "classification" else ()
+    if lost:
+        notes.append(
+            f"all rows with the label {_some([names[label] for label in sorted(lost)])} were split off, so nothing is "
+            "learned of them; name validation data, or choose another seed"
+        )
     return parts["train"], parts["test"]
 
 
@@ -128,9 +165,11 @@ def _check_splits(data: DataPart) -> None:
         raise DataError(f"data.subset: '{data.train}' is a file and has no configurations; drop the key")
 
 
-def _labelled(recipe: Recipe, train: Dataset, validation: Dataset) -> tuple[Dataset, Dataset, list[str]]:
+def _labelled(recipe: Recipe, train: Dataset, validation: Dataset | None) -> tuple[Dataset, Dataset | None, list[str]]:
     data = recipe.data
-    sources = [(train, data.train), (validation, data.validation or data.train)]
+    sources = [(train, data.train)]
+    if validation is not None:
+        sources.append((validation, data.validation or data.train))
     columns = [("data.text", data.text), ("data.label", data.label)]
     if data.text_pair is not None:
         columns.insert(1, ("data.text_pair", data.text_pair))
@@ -144,9 +183,9 @@ def _labelled(recipe: Recipe, train: Dataset, validation: Dataset) -> tuple[Data
         labels = [_numbers(table[data.label], data.label, source) for table, source in sources]
         names: list[str] = []
     else:
-        names, labels = _classes(recipe, train, validation)
+        names, labels = _classes(recipe, sources)
     built = [_assemble(recipe, table, label) for (table, _), label in zip(sources, labels, strict=True)]
-    return built[0], built[1], names
+    return built[0], built[1] if validation is not None else None, names
 
 
 def _assemble(recipe: Recipe, table: Dataset, labels: list[Any]) -> Dataset:
@@ -170,11 +209,15 @@ def _check_texts(texts: Any, key: str, column: str, source: str) -> None:
             f"{key}: {len(empty)} of {len(texts)} rows of {source} have no text in column '{column}', "
             f"the first is row {empty[0] + 1}; take them out"
         )
-    odd = next((index for index, text in enumerate(texts) if isinstance(text, (list, dict))), None)
+    odd = next((index for index, text in enumerate(texts) if isinstance(text, (list, dict, bytes))), None)
     if odd is not None:
         raise DataError(
-            f"{key}: column '{column}' of {source}, row {odd + 1} is not a text but a {type(texts[odd]).__name__}"
+            f"{key}: column '{column}' of {source}, row {odd + 1}: a text is needed, this is {_kind(texts[odd])}"
         )
+
+
+def _kind(value: Any) -> str:
+    return "bytes that are not UTF-8 throughout" if isinstance(value, bytes) else f"a {type(value).__name__}"
 
 
 def _numbers(values: Any, column: str, source: str) -> list[float]:
@@ -195,25 +238,25 @@ def _numbers(values: Any, column: str, source: str) -> list[float]:
     return numbers
 
 
-def _classes(recipe: Recipe, train: Dataset, validation: Dataset) -> tuple[list[str], list[list[int]]]:
-    """Names of the classes and both splits' labels as indices into them."""
-    column, source = recipe.data.label, recipe.data.train
-    values = [
-        _class_values(part[column], column, where)
-        for part, where in ((train, source), (validation, recipe.data.validation or source))
-    ]
-    known, names = _known(recipe, train, values[0])
+def _classes(recipe: Recipe, sources: list[tuple[Dataset, str]]) -> tuple[list[str], list[list[int]]]:
+    """Names of the classes, and each table's labels as indices into them; the first table is the training data."""
+    column = recipe.data.label
+    values = [_class_values(table[column], column, source) for table, source in sources]
+    known, names = _known(recipe, sources[0][0], values[0])
     # By name too: one table may count the classes that the other spells out, or count them in an order of its own.
     place = {name: index for index, name in enumerate(names)} | {value: index for index, value in enumerate(known)}
-    own = getattr(validation.features[column], "names", None)
-    if own is not None and recipe.data.label_names is None:
-        values[1] = [own[value] if value in range(len(own)) else value for value in values[1]]
-    unseen = sorted({str(value) for value in values[1] if value not in place})
-    if unseen:
-        raise DataError(
-            f"data.label: the validation data have {_some(unseen)} in column '{column}', which the training data lack; "
-            f"known: {_some(names)}"
-        )
+    for (table, _), part in zip(sources[1:], values[1:], strict=True):
+        own = getattr(table.features[column], "names", None)
+        if own is not None and recipe.data.label_names is None:
+            part[:] = [own[value] if value in range(len(own)) else value for value in part]
+        # Numbers here may be texts there, where one label that is no number makes texts of all.
+        part[:] = [value if value in place else str(value) for value in part]
+        unseen = sorted({value for value in part if value not in place})
+        if unseen:
+            raise DataError(
+                f"data.label: the validation data have {_some(unseen)} in column '{column}', which the training data "
+                f"lack; known: {_some(names)}"
+            )
     return names, [[place[value] for value in part] for part in values]
 
 
@@ -260,8 +303,11 @@ def _class_values(values: Any, column: str, source: str) -> list[Any]:
                     "set task: regression, or name another column"
                 )
             value = int(value)
-        if isinstance(value, (list, dict)):
-            raise DataError(f"data.label: column '{column}' of {source} holds lists; one class a row is needed")
+        if isinstance(value, (list, dict, bytes)):
+            kind = _kind(value)
+            raise DataError(
+                f"data.label: column '{column}' of {source}, row {index + 1}: one class is needed, this is {kind}"
+            )
         found.append(value)
     kinds = {isinstance(value, str) for value in found}
     return [str(value) for value in found] if len(kinds) > 1 else found

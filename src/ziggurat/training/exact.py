@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from . import metrics
-from .checkpoints import NoStepTooMany
+from .checkpoints import Resumable
 
 #: Where a batch says how many of its rows count, those in front; the others are there again from the epoch's start.
 COUNTED = "counted_rows"
 
 
-class ExactTrainer(NoStepTooMany, Trainer):
+class ExactTrainer(Resumable, Trainer):
     """A Trainer for scored tasks. Its loss is the mean over a step's examples, each counted once.
 
     Over the micro-batches of all processes L = sum_b (n_b / N) L_b: a batch of n_b examples with the mean loss L_b
@@ -67,7 +67,7 @@ class ExactTrainer(NoStepTooMany, Trainer):
 def exact_sft(base: type) -> type:
     """TRL's SFTTrainer `base`, with loss and perplexity of every token once, however the texts are split."""
 
-    class ExactSFTTrainer(NoStepTooMany, base):
+    class ExactSFTTrainer(Resumable, base):
         """SFTTrainer that reports the perplexity beside the loss, so that it can be watched and chosen by.
 
         Perplexity is exp(L), L = -sum_i ln p(token_i | before) / number of tokens, over all validation texts at once.

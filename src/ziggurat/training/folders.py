@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ziggurat.errors import RecipeError
-from ziggurat.host.staging import write_whole
+from ziggurat.host.staging import told_of_storage, write_whole
 
 from . import workplace
 from .checkpoints import is_whole, newest
+from .content import contents
 from .processes import Processes
-from .recipe import differences, effective, resolved, to_yaml
+from .recipe import COMPUTATION, differences, effective, resolved, to_yaml
 from .schema import Recipe
 from .workplace import MAY_REPLACE, RECIPE, RUN
 
@@ -85,6 +88,11 @@ class RunFolder:
             parent = parent.parent
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise RecipeError(f"output: '{parent}' is not a folder that can be written to; choose another output=...")
+        with told_of_storage(self.final):
+            try:
+                tempfile.TemporaryDirectory(dir=parent, prefix=f".{self.final.name}.").cleanup()
+            except FileNotFoundError as error:  # as /proc says it
+                raise RecipeError(f"output: no folder can be made in '{parent}'; choose another output=...") from error
 
     def _check_resume(self, shown: str) -> None:
         if self.last_checkpoint() is None:
@@ -98,13 +106,26 @@ class RunFolder:
                 f"output: '{shown}' was filled by something else since the run began; move that away, and resume then"
             )
         changed = differences(effective(self._stored_recipe()), effective(resolved(self.recipe)))
-        changed += differences({"launched": self._noted().get("launched", ONE)}, {"launched": self._launched()})
+        noted = self._noted()
+        changed += differences({"launched": noted.get("launched", ONE)}, {"launched": self._launched()})
+        if noted.get("computation") != COMPUTATION:
+            changed.append("it was begun by a version that computes otherwise")
+        content = noted.get("content", {})
+        changed += [
+            f"{key}: the files that it names have changed since the run began"
+            for key in content
+            if content[key] != self._content.get(key)
+        ]
         if changed:
             raise RecipeError(
                 "resume: the recipe differs from the interrupted run's:\n"
                 + "\n".join(f"  {line}" for line in changed)
-                + "\nGive the same recipe, launched in the same way, or start afresh with overwrite=true"
+                + "\nGive the same recipe and files, launched in the same way, or start afresh with overwrite=true"
             )
+
+    @cached_property
+    def _content(self) -> dict[str, str]:
+        return contents(self.recipe)
 
     def _stored_recipe(self) -> dict[str, Any]:
         try:
@@ -156,13 +177,14 @@ class RunFolder:
         return launched(self.processes)
 
     def note(self, run: dict[str, Any], folder: Path | None = None) -> None:
-        """Write run.json whole or not at all, with how the run was launched."""
+        """Write run.json whole or not at all, with how the run was launched and what its files held."""
         if not self.processes.main:
             return
         write_whole((folder or self.work) / RUN, self._as_json(run))
 
     def _as_json(self, run: dict[str, Any]) -> str:
-        return json.dumps({**run, "launched": self._launched()}, indent=2, ensure_ascii=False) + "\n"
+        made = {"launched": self._launched(), "computation": COMPUTATION, "content": self._content}
+        return json.dumps({**run, **made}, indent=2, ensure_ascii=False) + "\n"
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that is whole."""

@@ -122,6 +122,12 @@ def glue_splits(data: DataPart) -> tuple[Dataset, Dataset | None] | None:
     return train, read_glue(name, data.validation_split or GLUE[name].validation, data.folder)
 
 
+def glue_home(name: str, folder: str) -> Path:
+    """The folder of a task's files in `folder`, or `folder` itself where it is called like the task."""
+    root = Path(folder).expanduser()
+    return root if root.name == name and not (root / name).is_dir() else root / name
+
+
 def read_glue(name: str, split: str, folder: str | None = None) -> Dataset:
     """The rows of one split, from the hub or from `folder`: `<folder>/<task>/<split>.parquet`, or the hub's file names.
 
@@ -132,7 +138,7 @@ def read_glue(name: str, split: str, folder: str | None = None) -> Dataset:
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise DataError(f"data.folder: {missing_path(root)}")
-    home = root if root.name == name and not (root / name).is_dir() else root / name
+    home = glue_home(name, folder)
     found = sorted([*home.glob(f"{split}.parquet"), *home.glob(f"{split}-*-of-*.parquet")])
     if not found:
         there = sorted(file.name for file in home.glob("*.parquet")) if home.is_dir() else []

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from ziggurat.errors import ConfigError, RecipeError
 from ziggurat.host.untrusted import MOST_RUN, own_file, read_json
 
+from .encode import end_of_turn
 from .folders import RECIPE, RUN
 from .heads import MeanPooledClassifier
 from .methods import METHODS
@@ -71,6 +72,12 @@ def load_adapter_model(folder: str | Path) -> Loaded:
                 raise RecipeError(f"the model in '{folder}' cannot be read: {error}") from error
     if not getattr(model, "is_quantized", False) and not METHODS[recipe.method["name"]].four_bits:
         model = model.to(device())
+    if run.get("shape") == "messages":
+        # A base model may end texts by another token than its chat template ends turns.
+        generation: Any = model.generation_config
+        ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+        ends = [*ends, end_of_turn(tokenizer)]
+        generation.eos_token_id = [*dict.fromkeys(token for token in ends if token is not None)] or None
     return Loaded(model.eval(), tokenizer, recipe, spec, run)
 
 

@@ -177,13 +177,6 @@ def method_fields(name: str) -> dict[str, Any]:
     }
 
 
-def method_defaults(name: str) -> dict[str, Any]:
-    """Field name -> default of the method's config, of the fields that have a plain one."""
-    cls = METHODS[name].config_class()
-    fields = dataclasses.fields(cls) if cls is not None else ()
-    return {item.name: item.default for item in fields if item.default is not dataclasses.MISSING}
-
-
 def method_problems(choice: dict[str, Any]) -> list[str]:
     """Everything wrong with `method.*`: the name, each field, and what the config itself refuses."""
     from .values import explain

@@ -111,17 +111,22 @@ def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tup
         own = getattr(AutoModel._model_mapping[type(config)], "base_model_prefix", "")
         if own and own != MeanPooledClassifier.base_model_prefix:
             where = {**where, "key_mapping": {rf"^{own}\.": f"{MeanPooledClassifier.base_model_prefix}."}}
-        loaded: Any = MeanPooledClassifier.from_pretrained(path, config=config, output_loading_info=True, **where)
+        kind: Any = MeanPooledClassifier
     else:
         config.problem_type = "regression" if spec.task == "regression" else "single_label_classification"
-        loaded = AutoModelForSequenceClassification.from_pretrained(
-            path, config=config, output_loading_info=True, **where
-        )
-    model, info = loaded
+        kind = AutoModelForSequenceClassification
+    # A checkpoint's own head may be of another size: it belongs to another task, and is made afresh.
+    model, info = kind.from_pretrained(
+        path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **where
+    )
     inside = {name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.")}
     if inside and inside <= set(info["missing_keys"]):
         raise ValueError(f"none of the checkpoint's weights fit this {config.model_type}")
-    return model, fresh_modules(model, info["missing_keys"])
+    fresh = fresh_modules(model, info["missing_keys"])
+    for name, there, wanted in info["mismatched_keys"]:
+        if not name.startswith(tuple(f"{module}." for module in fresh)):
+            raise ValueError(f"the checkpoint's {name} is of shape {tuple(there)}, its config says {tuple(wanted)}")
+    return model, fresh
 
 
 def _nf4(dtype: str) -> BitsAndBytesConfig:

@@ -13,12 +13,14 @@ from ziggurat.errors import RecipeError
 
 from .conflicts import conflicts
 from .glue import fill_in, glue_name
-from .methods import METHODS, SYNONYMS, method_defaults, method_problems
+from .methods import METHODS, SYNONYMS, method_config, method_fields, method_problems
 from .nearest import did_you_mean, missing_path, nearest
 from .schema import Recipe, keys
 from .source import MOST_TEXT, flatten, read_overrides, read_yaml
 from .values import explain
 
+#: Raised whenever the same recipe, on the same data, computes something else than before.
+COMPUTATION = 1
 #: What a run is called, where it lies, whom it tells and how it is fed: none of it changes what is computed.
 _WITHOUT_EFFECT = ("about", "name", "output", "train.eval_batch", "train.keep", "train.report_to", "train.workers")
 _SYNONYMS = {
@@ -212,26 +214,24 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
 
 def effective(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a resolved recipe changes what is computed, spelt one way.
+    """What of a resolved recipe changes what is computed, spelt one way: 0.0 is 0, and targets have no order.
 
-    Fields of the method that have their defaults are left out; 0.0 is 0, and targets have no order.
+    Every field of the method is there, with its default where the recipe says nothing.
     """
-    name = flat.get("method.name")
-    defaults = method_defaults(str(name)) if name in METHODS else {}
-    plain = {key: _one_spelling(key, value) for key, value in flat.items() if key not in _WITHOUT_EFFECT}
-    unsaid = [key for key in plain if key.startswith("method.") and key[len("method.") :] in defaults]
-    for key in unsaid:
-        if plain[key] == _one_spelling(key, defaults[key[len("method.") :]]):
-            del plain[key]
-    return plain
+    plain = {key: _one_spelling(value) for key, value in flat.items() if key not in _WITHOUT_EFFECT}
+    choice = {key.removeprefix("method."): value for key, value in flat.items() if key.startswith("method.")}
+    try:
+        config = method_config(choice)
+        fields = (*method_fields(choice["name"]), *METHODS[choice["name"]].fixed)
+        return plain | {f"method.{name}": _one_spelling(getattr(config, name)) for name in fields}
+    except (KeyError, ValueError, TypeError, RecipeError):  # no method of this version, or none that trains
+        return plain
 
 
-def _one_spelling(key: str, value: Any) -> Any:
+def _one_spelling(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    if key == "method.target_modules" and isinstance(value, list | set):
-        return sorted(map(str, value))
-    return value
+    return sorted(map(str, value)) if isinstance(value, set) else value
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -15,6 +15,7 @@ from . import workplace
 from .adapt import Counts
 from .finish import draw_ranks
 from .folders import RECIPE, RunFolder
+from .instruct import TO_THE_LETTER
 from .meter import stored_bytes
 from .model import Base, HeadSpec
 from .recipe import to_yaml
@@ -69,6 +70,7 @@ def save(
             "head": asdict(spec),
             "head_modules": base.head,
             "shape": result.shape,
+            **({"prompt_form": TO_THE_LETTER} if result.shape == "alpaca" else {}),
             "metric": result.metric,
             "before": result.before,
             "after": result.after,

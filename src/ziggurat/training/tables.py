@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import json
+import re
+from collections import Counter
 from collections.abc import Collection
 from functools import partial
 from importlib.resources import as_file, files
@@ -18,6 +22,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
+#: Decoded, a parquet file may have this many times its bytes, or `LEAST_DECODED` bytes where that is more.
+MOST_GROWTH, LEAST_DECODED = 1000, 2**28
+#: Rows of a parquet file that are decoded before their bytes are counted.
+COUNTED_ROWS = 1024
+MOST_COLUMNS = 1000
+#: Labels of text files that are numbers; one with a leading zero, such as a code, is a text.
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d+)?")
 
 
 def is_hub_name(source: str) -> bool:
@@ -40,11 +51,13 @@ def read_table(
     split: str = "train",
     demo: str = "train",
     texts: Collection[str] = (),
+    classes: str | None = None,
 ) -> Dataset:
     """The rows of `source`.
 
-    In csv and tsv files the columns `texts` stay as they are written; of the others, those that hold nothing but
-    numbers, dates or true and false are read as such.
+    In csv and tsv files the columns `texts` stay as they are written, and so do the labels in the column `classes`
+    unless all of them are numbers; of the others, those that hold nothing but numbers, dates or true and false are
+    read as such.
 
     `demo` names the part of the embedded data. csv is comma-separated with quotes, tsv tab-separated without quotes
     (a quote is a sign like others there, as in GLUE's files), json a list of objects or one object a line.
@@ -59,7 +72,7 @@ def read_table(
             return _from_arrow(_parquet(path), f"demo ({demo})")
     path = Path(source).expanduser()
     if path.is_file():
-        return _read_file(path, texts)
+        return _read_file(path, texts, classes)
     if path.is_dir() and (path / "state.json").is_file():
         loaded = datasets.load_from_disk(str(path))
         if isinstance(loaded, datasets.DatasetDict):
@@ -67,13 +80,15 @@ def read_table(
         return _not_empty(loaded, source)
     if _looks_like_a_file(source) and not path.is_dir():
         raise DataError(f"data file {missing_path(source)}")
-    return _from_hub(source, subset, split)
+    return _from_hub(str(path.resolve()) if path.is_dir() else source, subset, split)
 
 
 def require_column(table: Dataset, column: str, key: str, source: str) -> None:
     """Raises DataError that lists the columns and the nearest one."""
     if column not in table.column_names:
         hint = did_you_mean(column, table.column_names)
+        if len(table.column_names) == 1 and source.lower().endswith(".csv") and ";" in table.column_names[0]:
+            hint = " (csv is read with commas between its columns, and this seems to have semicolons)"
         raise DataError(f"{key}: {source} has no column '{column}'{hint}; its columns: {', '.join(table.column_names)}")
 
 
@@ -88,7 +103,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def texts_of(table: Dataset, column: str, source: str) -> list[str]:
-    """A column as texts. Raises DataError where a row has none: what a missing value is called is no text."""
+    """A column as texts. Raises DataError where a row has none, or something else: what stands for it is no text."""
     values = list(table[column])
     missing = [index for index, value in enumerate(values) if value is None]
     if missing:
@@ -96,6 +111,10 @@ def texts_of(table: Dataset, column: str, source: str) -> list[str]:
             f"{len(missing)} of {len(values)} rows of {source} have nothing in column '{column}', "
             f"the first is row {missing[0] + 1}; take them out"
         )
+    odd = next((index for index, value in enumerate(values) if isinstance(value, list | dict | bytes)), None)
+    if odd is not None:
+        kind = type(values[odd]).__name__
+        raise DataError(f"{source}, column '{column}', row {odd + 1}: a text is needed, this is of type {kind}")
     return [str(value) for value in values]
 
 
@@ -110,12 +129,12 @@ def _looks_like_a_file(source: str) -> bool:
     return source.endswith(SUFFIXES) or source.startswith((".", "/", "~", "\\")) or "\\" in source
 
 
-def _read_file(path: Path, texts: Collection[str]) -> Dataset:
+def _read_file(path: Path, texts: Collection[str], classes: str | None) -> Dataset:
     suffix = path.suffix.lower()
     readers = {
         ".parquet": _parquet,
-        ".csv": partial(_csv, texts=texts),
-        ".tsv": partial(_csv, texts=texts),
+        ".csv": partial(_csv, texts=texts, classes=classes),
+        ".tsv": partial(_csv, texts=texts, classes=classes),
         ".json": _json,
         ".jsonl": _json,
         ".ndjson": _json,
@@ -125,21 +144,62 @@ def _read_file(path: Path, texts: Collection[str]) -> Dataset:
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes)")
     try:
-        table = readers[suffix](path)
+        if suffix != ".parquet":
+            _check_encoding(path)
+        return _from_arrow(readers[suffix](path), str(path))
     except DataError:
         raise
+    except RecursionError as error:
+        raise DataError(f"{path} cannot be read as {suffix[1:]}: its lists and objects nest too deep") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} cannot be read as {suffix[1:]}: {first_line(error)}") from error
-    return _from_arrow(table, str(path))
+
+
+def _check_encoding(path: Path) -> None:
+    """Raises DataError with the line of the first byte that is no UTF-8."""
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+    with path.open("rb") as file:
+        part = b"-"
+        while part:
+            part = file.read(2**20)
+            try:
+                decoder.decode(part, final=not part)
+            except UnicodeDecodeError as error:
+                line += error.object.count(b"\n", 0, error.start)
+                raise DataError(
+                    f"{path} is not in UTF-8: byte 0x{error.object[error.start]:02x} in line {line}; save it as UTF-8"
+                ) from error
+            line += part.count(b"\n")
 
 
 def _parquet(path: Path) -> Any:
+    """The table of a parquet file, whose few bytes may stand for very many. Raises DataError if they do."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return pq.read_table(path)
+    most = max(LEAST_DECODED, MOST_GROWTH * path.stat().st_size)
+    too_much = DataError(
+        f"{path} has {path.stat().st_size:,} bytes and stands for more than {most:,}; a file is read to "
+        f"{MOST_GROWTH:,} times its size, at least to {LEAST_DECODED:,} bytes. If it is yours, write it as several"
+    )
+    with pq.ParquetFile(path) as file:
+        # A column that never changes takes no room in the file, and four bytes a row or more in memory.
+        if 4 * file.metadata.num_rows * file.metadata.num_columns > most:
+            raise too_much
+        plain = pa.schema(
+            field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
+            for field in file.schema_arrow
+        )
+        parts, size = [plain.empty_table()], 0
+        for batch in file.iter_batches(batch_size=COUNTED_ROWS):
+            parts.append(pa.Table.from_batches([batch]).cast(plain))
+            size += parts[-1].nbytes
+            if size > most:
+                raise too_much
+        return pa.concat_tables(parts)
 
 
-def _csv(path: Path, texts: Collection[str]) -> Any:
+def _csv(path: Path, texts: Collection[str], classes: str | None) -> Any:
     import pyarrow as pa
     from pyarrow import csv
 
@@ -147,8 +207,27 @@ def _csv(path: Path, texts: Collection[str]) -> Any:
     parse = csv.ParseOptions(
         delimiter="\t" if tabs else ",", quote_char=False if tabs else '"', newlines_in_values=not tabs
     )
-    convert = csv.ConvertOptions(column_types={column: pa.string() for column in texts})
-    return csv.read_csv(path, parse_options=parse, convert_options=convert)
+    written = dict.fromkeys([*texts, *([classes] if classes is not None else [])], pa.string())
+    convert = csv.ConvertOptions(column_types=written)
+    # A row must fit into one block, and the first block alone decides what a column holds.
+    read = csv.ReadOptions(block_size=min(path.stat().st_size + 1, 2**30))
+    table = csv.read_csv(path, read_options=read, parse_options=parse, convert_options=convert)
+    if table.column_names.count(classes) == 1 and classes not in texts:
+        place = table.column_names.index(classes)
+        table = table.set_column(place, classes, _numbers_if_all(table[classes], convert.null_values))
+    return table
+
+
+def _numbers_if_all(column: Any, missing: Collection[str]) -> Any:
+    """A column of texts as numbers where all of it are, `missing` ones apart; else as it is."""
+    import pyarrow as pa
+
+    values = column.to_pylist()
+    given = [value for value in values if value not in missing]
+    if not given or not all(_NUMBER.fullmatch(value) for value in given):
+        return column
+    kind = float if any("." in value for value in given) else int
+    return pa.array([None if value in missing else kind(value) for value in values])
 
 
 def _json(path: Path) -> Any:
@@ -173,15 +252,43 @@ def _json(path: Path) -> Any:
         raise DataError(f"{path}: entry {bad} is a {type(rows[bad]).__name__}, each must be an object")
     # pyarrow's from_pylist takes the first row's keys for those of all rows.
     names = dict.fromkeys(name for row in rows for name in row)
-    return pa.table({name: [row.get(name) for row in rows] for name in names})
+    if len(names) > MOST_COLUMNS:
+        raise DataError(f"{path}: its objects have {len(names):,} different keys; at most {MOST_COLUMNS:,} are read")
+    columns = {}
+    for name in names:
+        try:
+            columns[name] = pa.array([row.get(name) for row in rows])
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DataError(f"{path}: column '{name}' holds values of several kinds: {first_line(error)}") from error
+    return pa.table(columns)
 
 
 def _from_arrow(table: Any, source: str) -> Dataset:
+    import pyarrow as pa
     from datasets import Dataset
 
+    twice = [repr(name) for name, count in Counter(table.column_names).items() if count > 1]
+    if twice:
+        raise DataError(f"{source} has more than one column called {', '.join(twice)}; rename or drop all but one")
     # pandas leaves its index in parquet files; a column nobody wrote would only show up in messages.
-    names = [name for name in table.column_names if not name.startswith("__index_level_")]
-    return _not_empty(Dataset(table.select(names).replace_schema_metadata(None)), source)
+    table = table.select([name for name in table.column_names if not name.startswith("__index_level_")])
+    maps = [f"'{field.name}'" for field in table.schema if _has_map(field.type)]
+    if maps:
+        where = ", ".join(maps)
+        raise DataError(f"{source} holds maps in {where}, which are not read: take them out, or write them as objects")
+    for place, field in enumerate(table.schema):
+        # Hive, Impala and older Spark write texts as bytes without a word that they are texts.
+        if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
+            with contextlib.suppress(pa.ArrowInvalid):  # pictures, say; where a text is needed they are refused
+                table = table.set_column(place, field.name, table[place].cast(pa.string()))
+    return _not_empty(Dataset(table.replace_schema_metadata(None)), source)
+
+
+def _has_map(kind: Any) -> bool:
+    """Whether an Arrow type is a map, or a list or a struct that holds one."""
+    import pyarrow as pa
+
+    return pa.types.is_map(kind) or any(_has_map(kind.field(place).type) for place in range(kind.num_fields))
 
 
 def _not_empty(table: Dataset, source: str) -> Dataset:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import is_torch_bf16_gpu_available
 
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.host.bars import without_bars
@@ -21,7 +22,7 @@ from ziggurat.host.older import checkpointing_argument
 
 from . import metrics, trackers
 from .data import Examples
-from .encode import Collator, encode, longest
+from .encode import Collator, asked_ids, chat_ids, encode, encode_answers, end_of_turn, longest
 from .exact import ExactTrainer, exact_sft
 from .model import Base
 from .schema import Recipe
@@ -139,7 +140,7 @@ def _instruct(
 ) -> Task:
     from trl import SFTConfig, SFTTrainer
 
-    if isinstance(examples.train[0]["prompt"], list) and not base.tokenizer.chat_template:
+    if isinstance(prompt := examples.train[0]["prompt"], list) and not base.tokenizer.chat_template:
         raise DataError(
             f"data.format: the tokenizer of {recipe.model} has no chat template to join messages with; "
             "use a chat model, or columns prompt and completion"
@@ -153,19 +154,55 @@ def _instruct(
         completion_only_loss=recipe.data.loss == "answer",
         pad_token=str(base.tokenizer.pad_token),
     )
+    notes = _lowered(recipe, length)
+    if isinstance(prompt, list):
+        notes += _template_notes(base.tokenizer, prompt)
     trainer = exact_sft(SFTTrainer)(
         model=model,
         args=arguments,
-        train_dataset=examples.train,
-        eval_dataset=examples.validation,
+        train_dataset=_answers(recipe, base, examples.train, length, "training", notes),
+        eval_dataset=_answers(recipe, base, examples.validation, length, "validation", notes),
         processing_class=base.tokenizer,
         callbacks=callbacks,
     )
-    cut = sum(len(ids) >= length for ids in trainer.train_dataset["input_ids"])
-    notes = _lowered(recipe, length)
-    if cut:
-        notes.append(f"{cut} of {len(examples.train)} training texts fill all {length} tokens and may be cut")
     return Task(trainer, {}, notes)
+
+
+def _answers(recipe: Recipe, base: Base, table: Dataset, length: int, word: str, notes: list[str]) -> Dataset:
+    """The token ids of a split; `notes` gets what the limit on the length costs. Raises DataError if no row is left."""
+    # TRL would leave rows out in silence.
+    encoded, cut, unanswered = encode_answers(table, base.tokenizer, length, answer_only=recipe.data.loss == "answer")
+    if len(encoded) == 0:
+        do = "raise it" if length == recipe.data.max_length else f"{recipe.model} takes no more, so shorten the prompts"
+        raise DataError(
+            f"data.max_length: none of the {len(table)} {word} rows has an answer within {length} tokens, which the "
+            f"prompts fill; {do}"
+        )
+    if cut:
+        notes.append(f"{cut} of {len(table)} {word} rows are longer than {length} tokens and were cut")
+    if unanswered:
+        gone = " and are left out" if len(encoded) < len(table) else ""
+        notes.append(f"{unanswered} of {len(table)} {word} rows have no answer within {length} tokens{gone}")
+    return encoded
+
+
+def _template_notes(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]]) -> Iterator[str]:
+    """What other programs have to know to ask an adapter that was trained with this chat template."""
+    opened, asked = chat_ids(tokenizer, prompt, add_generation_prompt=True), asked_ids(tokenizer, prompt)
+    if len(asked) < len(opened):
+        yield (
+            f"the chat template's generation prompt ends in {tokenizer.decode(opened[len(asked) :])!r}, which its "
+            "conversations lack: answers are learned, and asked for by `ziggurat predict`, without it; leave it out "
+            "elsewhere, too"
+        )
+    end = end_of_turn(tokenizer)
+    if end is None:
+        yield "the chat template ends a turn by no token of its own, so answers end at the limit of their length"
+    elif end != tokenizer.eos_token_id:
+        yield (
+            f"the chat template ends a turn by {tokenizer.convert_ids_to_tokens(end)}, and the tokenizer a text by "
+            f"{tokenizer.eos_token}: `ziggurat predict` and merged models stop at either; let other programs stop there"
+        )
 
 
 def _lowered(recipe: Recipe, length: int) -> list[str]:
@@ -177,6 +214,8 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
     train = recipe.train
     if train.precision == "fp16" and not torch.accelerator.is_available():
         raise RecipeError("train.precision: fp16 needs an accelerator, this machine has none; use fp32 or bf16")
+    if train.precision == "bf16" and torch.accelerator.is_available() and not is_torch_bf16_gpu_available():
+        raise RecipeError("train.precision: this machine's accelerator does not compute in bf16; use fp32 or fp16")
     arguments: dict[str, Any] = {
         "output_dir": str(checkpoints),
         "num_train_epochs": train.epochs,
@@ -191,6 +230,7 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
         "max_grad_norm": train.max_grad_norm,
         "bf16": train.precision == "bf16",
         "fp16": train.precision == "fp16",
+        "use_cpu": not torch.accelerator.is_available(),  # said nothing, transformers refuses bf16 there
         checkpointing_argument(): train.gradient_checkpointing,
         "train_sampling_strategy": "group_by_length" if train.group_by_length else "random",
         "load_best_model_at_end": train.best,

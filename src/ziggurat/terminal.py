@@ -1,0 +1,32 @@
+"""What is printed may come from anybody's file: nothing of it reaches the terminal as a command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.segment import Segment
+
+#: Control characters, line breaks and tabs apart, as JSON writes them.
+_CONTROL = {code: f"\\u{code:04x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def clean(text: str) -> str:
+    """`text` with every control character spelt out, among them the escape that terminals obey."""
+    return text.translate(_CONTROL)
+
+
+class Console(RichConsole):
+    """A rich console that prints texts cleaned; its own colours and cursor movements stay."""
+
+    def render(self, *args: Any, **kwargs: Any) -> Iterable[Segment]:
+        for segment in super().render(*args, **kwargs):
+            yield segment if segment.control else segment._replace(text=clean(segment.text))
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print a line, cleaned."""
+    import typer
+
+    typer.echo(clean(text), err=err)

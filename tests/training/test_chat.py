@@ -1,0 +1,138 @@
+"""Conversations: what is read of them, how an adapter is asked, where its answers end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_tables import tiny_recipe, write_jsonl
+from transformers import AutoTokenizer
+
+from ziggurat.errors import DataError
+from ziggurat.export import merge_model
+from ziggurat.training.answer import predict, read_texts
+from ziggurat.training.data import load_examples
+from ziggurat.training.encode import asked_ids, encode_answers, end_of_turn
+from ziggurat.training.load import load_adapter_model
+from ziggurat.training.recipe import make_recipe
+from ziggurat.training.run import train
+
+ASKED, SAID = {"role": "user", "content": "say yes"}, {"role": "assistant", "content": "yes"}
+#: Turns end in [SEP], texts in </s>; an answer is asked for behind [PAD], which conversations lack.
+TEMPLATE = (
+    "{% for m in messages %}[CLS] {{ m['role'] }} {{ m['content'] }} [SEP] {% endfor %}"
+    "{% if add_generation_prompt %}[CLS] assistant [PAD]{% endif %}"
+)
+
+
+def examples(path: Path, *rows: dict[str, Any]) -> Any:
+    data = str(write_jsonl(path / "chat.jsonl", list(rows)))
+    values = {"model": "m", "task": "instruct", "method.name": "lora", "data.train": data, "data.validation": data}
+    return load_examples(make_recipe(values))
+
+
+def turns(*contents: Any, **more: Any) -> dict[str, Any]:
+    """A conversation of these contents; `more` are further keys of the last message."""
+    roles = ["user", "assistant"] * len(contents)
+    found: list[dict[str, Any]] = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+    found[-1] |= more
+    return {"messages": found}
+
+
+def test_parts_of_text_are_read_as_the_text(tmp_path: Path) -> None:
+    parts = [[{"type": "text", "text": "say "}, {"type": "text", "text": "yes"}], [{"type": "text", "text": "yes"}]]
+    found = examples(tmp_path, turns(*parts))
+    assert found.train[0] == {"prompt": [ASKED], "completion": [SAID]} and not found.notes
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            turns([{"type": "image", "url": "x"}], [{"type": "text", "text": "yes"}]),
+            "row 1: a message holds parts that are no",
+        ),
+        (
+            turns("look", [{"type": "text", "text": "yes"}]),
+            "column 'messages' holds values of several kinds: cannot mix",
+        ),
+        (turns("add", "", tool_calls=[{"name": "add"}]), "row 1: a message calls tools (tool_calls)"),
+        (turns("add", None, tool_calls=[{"name": "add"}]), "row 1: a message calls tools (tool_calls)"),
+        (turns("add", "", function_call={"name": "add"}), "row 1: a message calls tools (function_call)"),
+        ({"instruction": ["a", "b"], "output": "c"}, "row 1: a text is needed, this is of type list: ['a', 'b']"),
+        ({"instruction": "a", "output": {"b": 1}}, "row 1: a text is needed, this is of type dict: {'b': 1}"),
+        ({"prompt": "a", "completion": [SAID]}, "row 1: a text is needed, this is of type list"),
+        ({"prompt": [ASKED], "completion": [ASKED]}, "must end with a message of the assistant, this ends with user"),
+    ],
+)
+def test_what_would_be_lost_is_refused(row: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as error:
+        examples(tmp_path, row, row)
+    assert said in str(error.value)
+
+
+def test_what_is_not_learned_is_counted(tmp_path: Path) -> None:
+    rows = [
+        {**turns("say yes", "yes"), "tools": [{"name": "add"}]},
+        turns("say yes", "yes", reasoning_content="I think."),
+        turns("say yes", ""),
+        turns("say yes", "yes"),
+    ]
+    found, path = examples(tmp_path, *rows), tmp_path / "chat.jsonl"
+    assert len(found.train) == len(found.validation) == 3
+    lost = [f"1 of 4 rows of {path} have {key}, which is not learned" for key in ("reasoning_content", "tools")]
+    assert found.notes == [*lost, *lost, *[f"left out 1 of 4 rows of {path}: their answer is empty"] * 2]
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from training_tables import save_tiny_llama
+
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    save_tiny_llama(folder)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("row", [{"prompt": [ASKED], "completion": [SAID]}, {"messages": [ASKED, SAID]}])
+def test_an_adapter_is_asked_as_it_was_trained_and_stops_where_turns_end(
+    row: dict[str, Any], chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_jsonl(tmp_path / "chat.jsonl", [row] * 16)
+    result = train(tiny_recipe(chat_model, data, tmp_path / "out", task="instruct", train__max_steps=1))
+    assert "generation prompt ends in '[PAD]', which its conversations lack" in result.notes[2]
+    assert "ends a turn by [SEP], and the tokenizer a text by </s>" in result.notes[3]
+    loaded = load_adapter_model(result.folder)
+    assert loaded.run["shape"] == "messages"
+    generate, asked = loaded.model.generate, []
+
+    def noting(input_ids: Any, **more: Any) -> Any:
+        asked.append(input_ids[0].tolist())
+        return generate(input_ids=input_ids, **more)
+
+    monkeypatch.setattr(loaded.model, "generate", noting)
+    predict(loaded, ["say yes"], max_new_tokens=2)
+    tokens, _, _ = encode_answers(load_examples(loaded.recipe).train, loaded.tokenizer, 64, answer_only=True)
+    learned = [token for token, answer in zip(*tokens[0].values(), strict=True) if not answer]
+    assert asked == [learned] and loaded.tokenizer.pad_token_id not in learned
+    ends = [loaded.tokenizer.eos_token_id, loaded.tokenizer.sep_token_id]
+    assert loaded.model.generation_config.eos_token_id == ends
+    merge_model(loaded.model, tmp_path / "merged", loaded.tokenizer)
+    assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"] == ends
+    with pytest.raises(DataError, match="column 'prompt', row 1: a text is needed, this is of type list"):
+        read_texts(write_jsonl(tmp_path / "asked.jsonl", [{"prompt": [ASKED]}]), loaded)
+
+
+def test_a_plain_template_is_asked_with_its_whole_generation_prompt(chat_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(chat_model))
+    tokenizer.chat_template = TEMPLATE.replace(" [PAD]", "").replace("[SEP]", "</s>")
+    opened = tokenizer.apply_chat_template([ASKED], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert asked_ids(tokenizer, [ASKED]) == list(opened)
+    assert end_of_turn(tokenizer) == tokenizer.eos_token_id
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    assert end_of_turn(tokenizer) is None
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(DataError, match="refuses messages of user, assistant: System role not supported"):
+        asked_ids(tokenizer, [ASKED])
