@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.method import METHODS
 from ziggurat.host.untrusted import MOST_RUN, own_file, read_json
 
 from .collect import collect
 from .components import Collected
 
-RUN, RECIPE, EVENTS = "run.json", "recipe.yaml", "lor2c_events.json"
+RUN, RECIPE = "run.json", "recipe.yaml"
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +71,17 @@ def read_run(folder: str | Path) -> Run:
         collected, why = collect(folder), ""
     except ConfigError as error:
         collected, why = None, str(error)
-    events = read_json(folder, EVENTS, MOST_RUN) if (folder / EVENTS).is_file() else []
+    events = _events(folder)
     recipe = own_file(folder, RECIPE).read_text(encoding="utf-8")
     return Run(folder.resolve().name, values, recipe, collected, why, events, *_pruned(folder, collected))
+
+
+def _events(folder: Path) -> list[Any]:
+    """What changed the adapter's structure during training, where its method writes such a log."""
+    for method in METHODS.values():
+        if method.events_file and (folder / method.events_file).is_file():
+            return read_json(folder, method.events_file, MOST_RUN)
+    return []
 
 
 def _pruned(folder: Path, collected: Collected | None) -> tuple[dict[str, int], int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ziggurat.errors import ConfigError, MissingExtraError, ZigguratError
 from ziggurat.extras import install_command, missing
+from ziggurat.host.method import does_at_steps
 
 from .finding import LEVELS, Finding, cell
 from .machine import environment, machine
@@ -24,9 +25,8 @@ def distributed(method: str, variables: Mapping[str, str] | None = None, config:
     """
     env = os.environ if variables is None else variables
     if env.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        moves = getattr(config, "restructures", False)
-        if method == "adalora" or moves:
-            needs = "moves weights during training" if moves else "ranks directions by their gradients"
+        needs = "ranks directions by their gradients" if method == "adalora" else does_at_steps(config)
+        if needs:
             yield Finding(
                 "error",
                 f"method {method} with DeepSpeed",

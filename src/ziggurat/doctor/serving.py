@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ziggurat.host.method import method_of
+
 from .facts import METHODS, fact
 from .finding import Finding, cell
 
-#: Words in the names of tensors that are parts of a method's own update.
-_OWN = ("lora_", "lora2_", "lor2c_", "msplora_", "dylora_", "vera_", "lily_", "adapterdrop_")
+#: Words in the names of tensors that are parts of the update of one of PEFT's own methods.
+_PEFTS_OWN = ("lora_", "vera_", "lily_")
 _MERGE = "merge into the model (`ziggurat merge`) and serve that"
 
 
@@ -41,7 +43,9 @@ def serving(folder: str | Path, config: Any, collected: Any, base: Any) -> Itera
             yield from cell(key, method)
         return
     names = list(tensor_shapes(folder))
-    extra = [name for name in names if not any(word in name for word in _OWN)]
+    registered = method_of(config)
+    own = (registered.prefix,) if registered is not None else _PEFTS_OWN
+    extra = [name for name in names if not any(word in name for word in own)]
     if extra:
         yield Finding(
             "warning",
@@ -75,10 +79,9 @@ def serving(folder: str | Path, config: Any, collected: Any, base: Any) -> Itera
                 "vLLM takes the layers' linears, and heads or embeddings of few models; llama.cpp no embeddings",
                 _MERGE,
             )
-    if kind in ("LORA", "MSPLORA", "LORA2", "DYLORA"):
-        yield from _ranks(
-            kind, {c.rank for c in collected.components if c.part in ("update", "lora", "dora")}, SERVING_RANKS
-        )
+    if kind == "LORA" or (registered is not None and registered.card.merges):
+        composed = [c for c in collected.components if not c.stored] or collected.components
+        yield from _ranks(kind, {c.rank for c in composed}, SERVING_RANKS)
     if kind == "LORA":
         yield from _scales(config)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from ziggurat.host.folder import adapter_config, load_adapter, load_base
 from ziggurat.host.linear import AdaptedLinear
+from ziggurat.host.method import method_of
 from ziggurat.host.staging import written_beside
 
 from .beside import copy_tokenizer, name_labels, save_tokenizer
@@ -54,8 +55,9 @@ def merge_model(model: nn.Module, out: str | Path, tokenizer: Any = None) -> Pat
 
 
 def _write_merged(model: Any, folder: Path) -> None:
-    if hasattr(model, "write_self_contained"):  # what no weight can absorb brings its code along
-        model.write_self_contained(folder)
+    method = method_of(next(iter(getattr(model, "peft_config", {}).values()), None))
+    if method is not None and method.write is not None:  # what no weight can absorb brings its code along
+        method.write(model, folder)
         return
     if any(isinstance(module, AdaptedLinear) or hasattr(module, "cannot_export") for module in model.modules()):
         lora_pairs(model)  # refuses, with the reason, what is no update of weights

@@ -9,6 +9,7 @@ forward pass, with autograd, and for merging, export and analysis, where `contex
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,8 +78,12 @@ class Method:
     drawn once for each forward pass in training. `parts`: the named parts of a site's update, for the analysis; by
     default the update itself. `sites`: the places that a config adapts, where these aren't its target modules.
     `acting`: of these sites, those whose update acts now, for a method that restructures. `needs_steps`: whether
-    training with this config needs `ziggurat.step`, and `step` does what is due. `older_names`: regular expressions
-    with replacements, which make of a tensor's name in an older file what it is called now.
+    training with this config needs `ziggurat.step`; `step` does what is due, and `step_does` says it in words, where
+    that needs gradients or weights which DeepSpeed keeps to itself. `finish`: takes the trained PeftModel before it is
+    saved, drops what training left without effect, and gives counts of parameters by name. `picture`: draws what
+    training did into a folder. `write`: writes the model with its adapter where no weight can hold the update.
+    `events_file`: the log that it writes beside an adapter whose structure training changed. `older_names`: regular
+    expressions with replacements, which make of a tensor's name in an older file what it is called now.
     """
 
     name: str
@@ -93,6 +98,11 @@ class Method:
     acting: Callable[[Any, dict[str, Site]], dict[str, Site]] | None = None
     needs_steps: Callable[[Any], bool] | None = None
     step: Callable[..., None] | None = None
+    step_does: str = ""
+    finish: Callable[[Any], dict[str, int]] | None = None
+    picture: Callable[[Any, Path], None] | None = None
+    write: Callable[[Any, Path], None] | None = None
+    events_file: str = ""
     older_names: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -122,6 +132,13 @@ class Method:
 
 #: PEFT type -> method. Filled by `registry.register`.
 METHODS: dict[str, Method] = {}
+
+
+def does_at_steps(config: Any) -> str:
+    """What training with this config does at its steps with gradients or weights, in words; "" if nothing."""
+    method = method_of(config)
+    needs = method is not None and method.needs_steps is not None and method.needs_steps(config)
+    return method.step_does if method is not None and needs else ""
 
 
 def registered(peft_type: str) -> Method:

@@ -70,8 +70,9 @@ def check_saved_whole(config: Any) -> None:
     if hasattr(BaseTuner, "_get_adapter_state_dict"):
         return
     lost = [f"bias={config.bias!r}"] if config.bias != "none" else []
-    if getattr(config, "restructures", False) and not config.inference_mode:
-        lost += [f"{name}={getattr(config, name)}" for name in ("merges", "injections") if getattr(config, name)]
+    needs = config.method.needs_steps
+    if config.no_factors and not config.inference_mode and needs is not None and needs(config):
+        lost.append("what this config changes of its structure during training")
     if lost:
         raise ConfigError(
             f"{', '.join(lost)}: PEFT {peft.__version__} saves the factors of an adapter alone, so what this trains "

@@ -49,6 +49,8 @@ class MethodTuner(BaseTuner):
     target_module_mapping = DEFAULT_TARGETS  # type: ignore[assignment]
     #: The sites of the adapter that is being added.
     sites: Mapping[str, Site] | None = None
+    #: Its name.
+    _adding: str = ""
     #: PEFT before 0.21.2 reads this of every model for sequence-to-sequence, and transformers 5.19 no longer has it.
     _prepare_encoder_decoder_kwargs_for_generation = None
 
@@ -82,12 +84,13 @@ class MethodTuner(BaseTuner):
         check_stored(config, sum(spec.size for spec in specs.values() if spec.seed is None))
         check_saved_whole(config)
         config.sites = to_table(self.sites)
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's. An adapter of this name that the model has already is taken out first, so the new one is fresh."""
         for module in model.modules():
             if isinstance(module, self.tuner_layer_cls):
-                module.forget(adapter_name)
+                module.forget(self._adding)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's. An adapter of this name that the model has already is taken out, so that the new one is fresh."""
+        self._adding = adapter_name
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:

@@ -38,7 +38,16 @@ BESIDE: dict[str, dict[str, Any]] = {
 }
 #: They choose their own places: around layers, behind the feed-forward part.
 _OWN_PLACES = ("lor2c", "sharelor2c", "adapter")
+#: What a row of BESIDE is called where it isn't its method's name.
+_VARIANTS = {"sharelor2c": "ShareLoR2C"}
 LABELS = {"instruct": "tokens", "classification": "classes", "regression": "values"}
+
+
+def variant_name(row: str) -> str:
+    """What tables call a row of `BESIDE`."""
+    from ziggurat.training.methods import shown_name
+
+    return _VARIANTS.get(row) or shown_name(row)
 
 
 @dataclass(frozen=True)

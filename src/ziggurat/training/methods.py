@@ -83,6 +83,27 @@ class Method:
         return found
 
 
+#: PEFT's own methods, as tables call them; a registered method's card says what it is called.
+_SHOWN = {
+    "lora": "LoRA",
+    "adalora": "AdaLoRA",
+    "pissa": "PiSSA",
+    "qlora": "QLoRA",
+    "dora": "DoRA",
+    "vera": "VeRA",
+    "lily": "Lily",
+    "bitfit": "BitFit",
+}
+
+
+def shown_name(name: str) -> str:
+    """What tables call the method that a recipe names `name`."""
+    row = METHODS.get(name)
+    if row is None or row.config is None or row.config.startswith("peft:"):
+        return _SHOWN.get(name, name)
+    return row.config_class().method.card.shown  # type: ignore[union-attr]
+
+
 def _rank(rank: int) -> dict[str, Any]:
     return {"r": rank}
 

@@ -9,18 +9,15 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from .methods import BUDGET, METHODS, method_config, method_fields
+from .methods import BUDGET, METHODS, method_config, method_fields, shown_name
 from .metrics import lower_is_better
 from .result import Result
 from .schema import Recipe
 
-_NAMES = {"msplora": "MSPLoRA", "lor2c": "LoR2C", "lora2": "LoRA²"}
-_NAMES |= {"lora": "LoRA", "dora": "DoRA", "adalora": "AdaLoRA"}
-
 
 def report(recipe: Recipe, result: Result) -> Group:
     """The table of a run (scores, parameters, cost) and the next commands to try."""
-    method = _NAMES.get(result.method, result.method)
+    method = shown_name(result.method)
     rank, last = _ranks(recipe)
     named = method if rank is None else f"{method} r {rank}" + (f" to {last}" if last is not None else "")
     table = Table(title=f"{named}: {recipe.name} on {recipe.model}", title_justify="left", show_header=False)

@@ -13,7 +13,7 @@ from ziggurat._distribution import VERSION
 
 from . import workplace
 from .adapt import Counts
-from .finish import draw_ranks
+from .finish import draw
 from .folders import RECIPE, RunFolder
 from .instruct import TO_THE_LETTER
 from .meter import stored_bytes
@@ -61,7 +61,7 @@ def save(
     ready = workplace.new_result(folder.work)
     with quiet():
         model.save_pretrained(str(ready), **({} if state is None else {"state_dict": state}))  # type: ignore[operator]
-        draw_ranks(model, ready)
+        draw(model, ready)
         base.tokenizer.save_pretrained(str(ready))
     (ready / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
     workplace.keep_logs(folder.work, ready)

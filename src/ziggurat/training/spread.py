@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from ziggurat.errors import ProcessError, RecipeError
 from ziggurat.host.anatomy import Anatomy
+from ziggurat.host.method import does_at_steps
 
 from .processes import Processes
 
@@ -28,10 +29,8 @@ def check(model: nn.Module, processes: Processes) -> None:
     if processes.way != "deepspeed" or not isinstance(model, PeftModel):
         return
     config = model.peft_config["default"]
-    needs = "moves weights during training" if getattr(config, "restructures", False) else None
-    if hasattr(model, "pruning_state") or isinstance(config, AdaLoraConfig):
-        needs = "ranks directions by their gradients"
-    if needs is not None:
+    needs = "ranks directions by their gradients" if isinstance(config, AdaLoraConfig) else does_at_steps(config)
+    if needs:
         raise RecipeError(
             f"method: {type(config).__name__.removesuffix('Config')} {needs}, which DeepSpeed keeps to itself; launch "
             "with ddp or fsdp2 (`ziggurat launch-config`)"

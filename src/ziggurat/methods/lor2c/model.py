@@ -22,7 +22,7 @@ from ziggurat.host.site import Site
 from ziggurat.host.tensors import Weight
 from ziggurat.host.trainers import ride_along
 from ziggurat.host.tuner import MethodTuner, _quantization
-from ziggurat.methods.lor2c.config import CITATION, STRUCTURE_KEY, LoR2CConfig
+from ziggurat.methods.lor2c.config import CITATION, EVENTS_FILE, STRUCTURE_KEY, LoR2CConfig
 from ziggurat.methods.lor2c.equations import pair, parts, tensors
 from ziggurat.methods.lor2c.layer import LoR2CLinear, LoR2CPath
 from ziggurat.methods.lor2c.layout import Layout, lay_out, means
@@ -253,6 +253,10 @@ METHOD = Method(
     acting=acting,
     needs_steps=needs_steps,
     step=step,
+    step_does="moves weights during training",
+    events_file=EVENTS_FILE,
+    finish=lambda model: dict(model.path_counts()),
+    write=lambda model, folder: model.write_self_contained(folder),
     older_names=(
         (r"(^|\.)path_bank\.lor2c_shared\.((?:[^.:]+\.)?)(.*):(\d+)$", r"\1bank_lor2c.lor2c_factors.\2\3:\4:A"),
         (r"\.lor2c_([AB])((?:\.[^.]+)?)$", r".lor2c_factors\2.\1"),

@@ -1,11 +1,13 @@
 """LoRA² as a PEFT method: prunes its directions, and drops what was pruned."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ziggurat.errors import ConfigError
+from ziggurat.extras import missing
 from ziggurat.host.method import Card, Method
 from ziggurat.host.registry import register
 from ziggurat.host.site import Site
@@ -16,6 +18,7 @@ from ziggurat.methods.lora2 import pruning
 from ziggurat.methods.lora2.config import CITATION, LoRA2Config
 from ziggurat.methods.lora2.equations import pair, parts, tensors
 from ziggurat.methods.lora2.layer import LoRA2Linear
+from ziggurat.methods.lora2.ranks import RANKS_PICTURE, heat_map
 from ziggurat.methods.lora2.regulariser import deviation, hook_into, penalty, unhook
 
 
@@ -125,6 +128,20 @@ def step(
         config.schedule(total)
 
 
+def finish(model: Any) -> dict[str, int]:
+    """Drop the pruned directions; how many parameters act now."""
+    if any(model.ranks().values()):
+        model.compact()
+    prefix = model.base_model.prefix
+    return {"active": sum(p.numel() for name, p in model.named_parameters() if prefix in name)}
+
+
+def picture(model: Any, folder: Path) -> None:
+    """Draw the ranks that are left, layers by roles, where matplotlib is installed."""
+    if not missing(["matplotlib"]):
+        heat_map(model, model.ranks(), folder / RANKS_PICTURE)
+
+
 METHOD = Method(
     "lora2",
     LoRA2Config,
@@ -135,6 +152,9 @@ METHOD = Method(
     parts=parts,
     needs_steps=needs_steps,
     step=step,
+    step_does="ranks directions by their gradients",
+    finish=finish,
+    picture=picture,
     older_names=((r"\.lora2_([UVEvu])((?:\.[^.]+)?)$", r".lora2_factors\2.\1"),),
 )
 register(METHOD, tuner=LoRA2Model, layer=LoRA2Linear)

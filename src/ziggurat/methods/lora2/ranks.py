@@ -12,6 +12,8 @@ from ziggurat.host.anatomy import Anatomy
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+#: Picture of the ranks that pruning has left, beside the adapter.
+RANKS_PICTURE = "ranks.png"
 #: Role -> layer -> rank, of one stack.
 Grid = dict[str, dict[int, int]]
 
