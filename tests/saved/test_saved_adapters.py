@@ -102,3 +102,16 @@ def test_lor2c_comes_back_with_the_structure_that_training_gave_it() -> None:
     structure = model.peft_config["default"].structure
     (state,) = structure["stacks"].values()
     assert structure["done"] == 2 and state["injected"] and [last - first for first, last in state["spans"]].count(1)
+
+
+@versions.transformers_calls
+@pytest.mark.parametrize("name", [name for name in FOLDERS if CASES[name].base == "llama"])
+def test_its_body_without_a_head_loads_it_too(name: str) -> None:
+    """By transformers' own way, with the outputs of the model with its head; old names hold the head's prefix."""
+    model, inputs, _ = load(name)
+    body = base("llama").to(CASES[name].dtype).model
+    body.load_adapter(str(ADAPTERS / name))
+    inputs = {key: value for key, value in inputs.items() if key != "labels"}
+    with torch.no_grad():
+        whole = model(**inputs, output_hidden_states=True).hidden_states[-1]
+        assert torch.equal(body.eval()(**inputs).last_hidden_state, whole)

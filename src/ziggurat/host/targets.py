@@ -3,7 +3,9 @@
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any
 
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
@@ -36,6 +38,13 @@ DEFAULT_TARGETS: dict[str, list[str] | str] = {
 }
 """model_type -> target_modules. PEFT's own table decides, so that methods and LoRA adapt the same
 linears; what it lacks is filled in by its rule, queries and values or the projection that holds both."""
+
+
+def targets(config: Any, path: str) -> Any:
+    """Whether a PEFT config means the module at `path`, and in that layer; as PEFT's own check."""
+    # PEFT looks for a layer's number behind a dot, which the paths of a body without a head lack.
+    within = f".{path}" if getattr(config, "layers_to_transform", None) is not None else path
+    return check_target_module_exists(config, within)
 
 
 def near_misses(wanted: str | Iterable[str], model: nn.Module, limit: int = 6) -> list[str]:

@@ -11,7 +11,6 @@ from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
-    check_target_module_exists,
 )
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from ziggurat.host.quantised import changing
 from ziggurat.host.siblings import introduce
 from ziggurat.host.site import Site, body_name
 from ziggurat.host.sites_table import to_table
-from ziggurat.host.targets import DEFAULT_TARGETS, near_misses
+from ziggurat.host.targets import DEFAULT_TARGETS, near_misses, targets
 from ziggurat.host.tensors import Weight, check_pair
 
 #: An adapter may ask for this many parameters whatever its file holds: 256 MiB in float32.
@@ -73,6 +72,9 @@ class MethodTuner(BaseTuner):
                 pair = self.method.pair(config, site, stored, EVALUATION)
                 check_pair(pair, site.d_in, site.d_out, f"{self.method.card.shown} at {site.path!r}")
 
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        return targets(peft_config, key)
+
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Look at the whole model and raise before anything in it is changed."""
         config: Any = peft_config
@@ -84,9 +86,9 @@ class MethodTuner(BaseTuner):
         check_stored(config, sum(spec.size for spec in specs.values() if spec.seed is None))
         check_saved_whole(config)
         config.sites = to_table(self.sites)
-        for module in model.modules():
-            if isinstance(module, self.tuner_layer_cls):
-                module.forget(self._adding)
+        layers: list[Any] = [module for module in model.modules() if isinstance(module, self.tuner_layer_cls)]
+        for layer in layers:
+            layer.forget(self._adding)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's. An adapter of this name that the model has already is taken out, so that the new one is fresh."""
@@ -300,7 +302,7 @@ def target_sites(config: Any, model: nn.Module) -> dict[str, Site]:
     inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     sites: dict[str, Site] = {}
     for path, module in model.named_modules():
-        if not path or path.startswith(inside) or not check_target_module_exists(config, path):
+        if not path or path.startswith(inside) or not targets(config, path):
             continue
         if not is_adaptable(module):
             raise ConfigError(

@@ -62,6 +62,7 @@ class PathBank(Bank):
             ConfigError: `structure` needs a path or a linear that this model or adapter doesn't have.
         """
         known = self.known[adapter]
+        structure = {self._stack_here(stack): state for stack, state in structure.items()}
         self._check(adapter, structure)
         known.structure, known.done = dict(structure), done
         for stack, members in self.members.items():
@@ -168,6 +169,11 @@ class PathBank(Bank):
         leaves = [leaf for path in members for shared, leaf in path.leaves.get(adapter, {}).values() if shared]
         for leaf in set(leaves):
             self.factors(adapter)[leaf].grad = None
+
+    def _stack_here(self, stack: str) -> str:
+        """What the stack is called in this model, where the structure is of a model with another head."""
+        alike = [own for own in self.members if f".{own}".endswith(f".{stack}") or f".{stack}".endswith(f".{own}")]
+        return alike[0] if len(alike) == 1 else stack
 
     def _check(self, adapter: str, structure: Structure) -> None:
         for stack, state in structure.items():
