@@ -13,7 +13,7 @@ from torch import nn
 import versions
 from plain_models import LAYERS, WIDTH, Block, PlainList
 from ziggurat.errors import AnatomyError
-from ziggurat.host.anatomy import Anatomy, Place, find_stacks
+from ziggurat.host.anatomy import Anatomy, Place
 from zoo import ZOO
 
 every_model = pytest.mark.parametrize("name", ZOO)
@@ -46,7 +46,7 @@ def blocks(count: int, width: int = WIDTH) -> list[nn.Module]:
 @every_model
 def test_stacks_are_found(name: str) -> None:
     model = ZOO[name].build()
-    assert find_stacks(model) == ZOO[name].stacks
+    assert Anatomy(model).stacks == ZOO[name].stacks
 
 
 @every_model
@@ -235,7 +235,7 @@ STRUCTURES = {
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_rule(structure: str) -> None:
     model, stacks = STRUCTURES[structure]
-    assert find_stacks(model) == stacks
+    assert Anatomy(model).stacks == stacks
 
 
 def test_members_without_modules_are_not_numbered() -> None:
@@ -252,13 +252,13 @@ def test_a_layer_has_the_empty_role() -> None:
 def test_a_child_that_refers_to_its_parent_ends() -> None:
     model = PlainList(blocks(2))
     model.blocks[0].add_module("owner", model)
-    assert find_stacks(model) == {"blocks": 2}
+    assert Anatomy(model).stacks == {"blocks": 2}
 
 
 def test_weights_on_meta_are_enough() -> None:
     with torch.device("meta"):
         model = PlainList(blocks(80))
-    assert find_stacks(model) == {"blocks": 80}
+    assert Anatomy(model).stacks == {"blocks": 80}
 
 
 names = st.text("abcdefgh_", min_size=1, max_size=6)
@@ -290,22 +290,22 @@ def test_a_stack_is_found_wherever_it_lies(way: list[str], count: int, kind: str
 @pytest.mark.parametrize("pattern", ["layer", ["layer"], ["h", "encoder.layer"], r"lay\w+", "h|layer"])
 def test_pattern_names_the_list_as_the_rule_finds_it(pattern: str | list[str]) -> None:
     model = ZOO["bert"].build()
-    assert find_stacks(model, pattern) == find_stacks(model)
+    assert Anatomy(model, pattern).stacks == Anatomy(model).stacks
 
 
 @pytest.mark.parametrize("empty", [None, "", []])
 def test_an_empty_pattern_is_none(empty: str | list[str] | None) -> None:
-    assert find_stacks(ZOO["bert"].build(), empty) == ZOO["bert"].stacks
+    assert Anatomy(ZOO["bert"].build(), empty).stacks == ZOO["bert"].stacks
 
 
 def test_pattern_is_obeyed_against_the_rule() -> None:
     swin = ZOO["swin"].build()
-    assert find_stacks(swin, "encoder.layers") == {"swin.encoder.layers": 2}
+    assert Anatomy(swin, "encoder.layers").stacks == {"swin.encoder.layers": 2}
     t5 = Anatomy(ZOO["t5"].build(), "layer")
     assert t5.stacks["encoder.block.0.layer"] == 2 and t5.stacks["decoder.block.4.layer"] == 3
     towers = nn.ModuleList([PlainList(blocks(3)), PlainList(blocks(3))])
-    assert find_stacks(towers) == {"": 2}
-    assert find_stacks(towers, "blocks") == {"0.blocks": 3, "1.blocks": 3}
+    assert Anatomy(towers).stacks == {"": 2}
+    assert Anatomy(towers, "blocks").stacks == {"0.blocks": 3, "1.blocks": 3}
 
 
 def test_pattern_matches_whole_components_only() -> None:
@@ -317,7 +317,7 @@ def test_pattern_matches_whole_components_only() -> None:
 
 def test_pattern_makes_linears_layers() -> None:
     model = holder(net=nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)))
-    assert find_stacks(model) == {}
+    assert Anatomy(model).stacks == {}
     anatomy = Anatomy(model, "net")
     assert anatomy.layers("net") == ["net.0", "net.2"]
     assert anatomy.place("net.2") == Place("net", 1, "", 2)

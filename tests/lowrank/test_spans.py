@@ -1,45 +1,11 @@
-"""Groups of the depth and spans of layers."""
-
-from collections import Counter
+"""Spans of layers."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ziggurat.errors import ConfigError
-from ziggurat.lowrank.spans import Span, check_spans, groups_from_starts, groups_of_depth, single_spans
-
-
-def test_published_depths() -> None:
-    assert groups_of_depth(12, 3) == [0] * 4 + [1] * 4 + [2] * 4
-    assert list(Counter(groups_of_depth(32, 3)).values()) == [11, 11, 10]
-
-
-@given(num_layers=st.integers(1, 200), data=st.data())
-def test_groups_are_contiguous_and_as_equal_as_can_be(num_layers: int, data: st.DataObject) -> None:
-    num_groups = data.draw(st.integers(1, num_layers))
-    groups = groups_of_depth(num_layers, num_groups)
-    assert groups == sorted(groups)
-    sizes = Counter(groups)
-    assert set(sizes) == set(range(num_groups))
-    assert max(sizes.values()) - min(sizes.values()) <= 1
-
-
-@pytest.mark.parametrize("num_groups", [0, -1, 5])
-def test_too_many_or_no_groups(num_groups: int) -> None:
-    with pytest.raises(ConfigError, match=rf"num_groups={num_groups}, but the stack has 4 layers: 1 to 4 groups"):
-        groups_of_depth(4, num_groups)
-
-
-def test_groups_from_their_first_layers() -> None:
-    assert groups_from_starts([0, 1, 4], 6) == [0, 1, 1, 1, 2, 2]
-    assert groups_from_starts([0, 4, 8], 12) == groups_of_depth(12, 3)
-
-
-@pytest.mark.parametrize("starts", [[], [1, 2], [0, 3, 3], [0, 4, 2], [0, 6]])
-def test_starts_that_leave_layers_without_a_group(starts: list[int]) -> None:
-    with pytest.raises(ConfigError, match="ascending from 0 and below 6"):
-        groups_from_starts(starts, 6)
+from ziggurat.lowrank.spans import Span, check_spans
 
 
 @given(num_layers=st.integers(1, 40), data=st.data())
@@ -82,7 +48,6 @@ def test_bad_spans(spans: list, message: str) -> None:
 def test_joining() -> None:
     assert Span(0, 1).joined(Span(2, 4)) == Span(0, 4)
     assert list(Span(2, 4).layers) == [2, 3, 4]
-    assert single_spans(3) == [Span(0, 0), Span(1, 1), Span(2, 2)]
     for other in (Span(3, 4), Span(1, 2), Span(0, 0)):
         with pytest.raises(ConfigError, match="the second must start at 2"):
             Span(0, 1).joined(other)

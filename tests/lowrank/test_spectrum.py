@@ -10,16 +10,14 @@ from torch import Tensor
 
 from tolerance import assert_sums_agree
 from ziggurat.errors import ConfigError, ZigguratError
-from ziggurat.lowrank.pair import FactorPair, pad
+from ziggurat.lowrank.pair import FactorPair
 from ziggurat.lowrank.spectrum import (
     effective_rank,
     factored_svd,
     numerical_rank,
-    principal_angles,
     singular_values,
     spectrum_kl,
     stable_rank,
-    subspace_angles,
     top_k_share,
 )
 
@@ -137,34 +135,6 @@ def test_kl_where_a_direction_is_missing() -> None:
 def test_kl_is_finite_and_never_negative(s_i: Tensor, s_j: Tensor) -> None:
     assert 0 <= spectrum_kl(s_i, s_j) < math.inf
     assert spectrum_kl(s_i, s_i) == 0
-
-
-@pytest.mark.parametrize("angle", [0.0, 1e-9, 1e-4, 0.7, math.pi / 2])
-def test_principal_angles_of_planes_turned_by_a_known_angle(angle: float) -> None:
-    torch.manual_seed(1)
-    basis = torch.linalg.qr(torch.randn(9, 4, dtype=torch.float64)).Q
-    turned = torch.stack([basis[:, 0], math.cos(angle) * basis[:, 1] + math.sin(angle) * basis[:, 2]], dim=1)
-    mixed = basis[:, :2] @ torch.tensor([[2.0, 1.0], [0.5, -3.0]], dtype=torch.float64)
-    wanted = torch.tensor([0.0, angle], dtype=torch.float64)
-    torch.testing.assert_close(principal_angles(mixed, turned), wanted, rtol=1e-6, atol=1e-14)
-    torch.testing.assert_close(principal_angles(turned, mixed), wanted, rtol=1e-6, atol=1e-14)
-
-
-def test_a_space_inside_another_has_no_angle_to_it() -> None:
-    V = torch.randn(9, 4, dtype=torch.float64)
-    torch.testing.assert_close(principal_angles(V, V[:, 1:3]), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-14)
-
-
-def test_padding_a_pair_turns_no_subspace() -> None:
-    torch.manual_seed(2)
-    i, j = factors(3, 12, 10), factors(2, 12, 10)
-    out, read = subspace_angles(i, j)
-    assert out.shape == read.shape == (2,)
-    torch.testing.assert_close(out, principal_angles(i.B, j.B), **EXACT)
-    torch.testing.assert_close(read, principal_angles(i.A.T, j.A.T), **EXACT)
-    for wanted, got in zip((out, read), subspace_angles(pad(i, 8), pad(j, 4)), strict=True):
-        torch.testing.assert_close(got, wanted, **EXACT)
-    assert subspace_angles(i, FactorPair(j.A, j.B * 0))[0].shape == (0,)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -20,6 +20,7 @@ from ziggurat.host.folder import adapter_config, load_base
 from ziggurat.host.method import METHODS, method_of
 from ziggurat.host.site import Site
 from ziggurat.host.sites_table import from_table
+from ziggurat.host.tensors import whole
 from ziggurat.host.tuner import sites_of
 
 from .components import UPDATE, Collected, Component, span_text
@@ -145,8 +146,7 @@ def _from_model(model: nn.Module, adapter: str, composed: bool) -> Collected:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    gather = getattr(tensor, "full_tensor", None)  # FSDP2 shards
-    tensor = (tensor if gather is None else gather()).detach().cpu()
+    tensor = whole(tensor).cpu()
     return tensor if tensor.dtype == torch.float64 or not tensor.is_floating_point() else tensor.float()
 
 

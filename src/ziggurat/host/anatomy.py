@@ -151,11 +151,6 @@ class Anatomy:
         return bare
 
 
-def find_stacks(model: nn.Module, layers_pattern: str | Sequence[str] | None = None) -> dict[str, int]:
-    """The paths of the stacks of layers of `model`, and how many layers each has. See `Anatomy`."""
-    return Anatomy(model, layers_pattern).stacks
-
-
 def _distinct(nodes: Sequence[Node]) -> list[Node]:
     first: dict[int, Node] = {}
     for node in nodes:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ziggurat.errors import ConfigError, ZigguratError
-from ziggurat.lowrank.pair import FactorPair
 
 
 def singular_values(A: Tensor, B: Tensor) -> Tensor:
@@ -82,32 +81,6 @@ def spectrum_kl(s_i: Tensor, s_j: Tensor, smoothing: float = 1e-12) -> Tensor:
     p, q = (_smoothed_shares(s, longest, smoothing) for s in spectra)
     # xlogy makes 0 ln 0 = 0 where nothing is smoothed.
     return (torch.special.xlogy(p, p) - torch.special.xlogy(p, q)).sum(-1).clamp(min=0)
-
-
-def principal_angles(U: Tensor, V: Tensor) -> Tensor:
-    """The angles in radians, ascending in 0..pi/2, between the column spaces of U (d, m) and V (d, n).
-
-    min(m, n) of them. The columns of each must be independent. Sines and cosines both come from singular
-    values [Björck & Golub 1973], so small angles are as exact as large ones.
-    """
-    wide, thin = sorted((_exact(U), _exact(V)), key=lambda t: -t.shape[-1])
-    wide, thin = torch.linalg.qr(wide).Q, torch.linalg.qr(thin).Q
-    across = wide.mT @ thin
-    cosines = torch.linalg.svdvals(across)
-    sines = torch.linalg.svdvals(thin - wide @ across).flip(-1)
-    return torch.atan2(sines, cosines)
-
-
-def subspace_angles(i: FactorPair, j: FactorPair) -> tuple[Tensor, Tensor]:
-    """Principal angles between what two updates write and between what they read.
-
-    The first: of the column spaces of ``B @ A``, in the output; the second: of the row spaces, in the
-    input. Only directions with a singular value above rounding (`numerical_rank`) count, so an update of
-    zeros has no angles.
-    """
-    (Ui, si, Vi), (Uj, sj, Vj) = factored_svd(*i), factored_svd(*j)
-    ki, kj = numerical_rank(si), numerical_rank(sj)
-    return principal_angles(Ui[:, :ki], Uj[:, :kj]), principal_angles(Vi[:, :ki], Vj[:, :kj])
 
 
 def numerical_rank(s: Tensor) -> int:

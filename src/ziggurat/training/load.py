@@ -87,7 +87,7 @@ def read_run(path: Path) -> tuple[Recipe, dict[str, Any]]:
         raise RecipeError(f"adapter folder {missing_path(path)}" if not path.exists() else f"'{path}' is not a folder")
     for name in (RUN, RECIPE):
         if not (path / name).is_file():
-            if path.with_name(path.name + ".unfinished") == path or path.name.endswith(".unfinished"):
+            if path.name.endswith(".unfinished"):
                 raise RecipeError(f"'{path}' is an unfinished run; go on with resume=true first")
             inner = sorted(entry.parent.name for entry in path.glob(f"*/{RUN}"))
             hint = f"; its folders that are: {', '.join(inner)}" if inner else ""
