@@ -110,10 +110,10 @@ def test_sensitivities_are_those_of_the_definition() -> None:
     inputs = ZOO["bert"].inputs()
     model(**inputs, labels=torch.tensor([0, 1])).loss.backward()
     found = sensitivities(model)
-    pairs = {n.rsplit(":", 1)[0]: p for n, p in model.named_parameters() if ":global0:A" in n}
+    pairs = {n.rsplit(":", 1)[0]: p for n, p in model.named_parameters() if n.endswith(":A_global")}
     expected = np.zeros(4)
     for name, A in pairs.items():
-        B = dict(model.named_parameters())[f"{name}:B"]
+        B = dict(model.named_parameters())[f"{name}:B_global"]
         score = (A * A.grad).abs().mean(1) + (B * B.grad).abs().mean(0)
         expected += np.sort(score.detach().numpy())[::-1]
     np.testing.assert_allclose(found["global"], expected, rtol=1e-5)

@@ -192,7 +192,7 @@ def test_what_a_model_has_no_room_for(method: str, fields: dict[str, Any], says:
 
 
 def test_outside_of_a_stack_a_rank_is_bounded_too() -> None:
-    with pytest.raises(ConfigError, match=r"rank of tier 'global'=1024 is above the matrix: 'lin0'"):
+    with pytest.raises(ConfigError, match=r"rank 1024 of tier 'global' is above the matrix: 'lin0'"):
         get_peft_model(ZOO["no_stack"].build(), MSPLoraConfig(r=1024, target_modules=["lin0"]))
 
 
@@ -257,7 +257,7 @@ def test_a_config_that_asks_for_more_than_its_file_holds(saved: dict[str, Path],
     (folder / "adapter_config.json").write_text(json.dumps({**said, "tiers": tiers}))
     with torch.device("meta"):
         wide = PlainList([Block(1024) for _ in range(2)])
-    with pytest.raises(ConfigError, match=r"asks for 268,435,456 numbers in this model, and its file holds [\d,]+"):
+    with pytest.raises(ConfigError, match=r"asks for 268,435,456 parameters in this model, and its file holds [\d,]+"):
         PeftModel.from_pretrained(wide, str(folder))
 
 

@@ -28,7 +28,7 @@ def test_they_train_together_and_load_again(tmp_path: Path) -> None:
     bare = logits(ZOO["llama"].build(), inputs)
     assert torch.equal(logits(model.eval(), inputs), bare)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    assert {name.split(".")[-1] for name in trained} >= {"path"}
+    assert "path" in {name.split(".")[-2] for name in trained}
     assert any("msplora_" in name for name in trained)
     assert any("lor2c_" in name for name in trained)
     optimizer = torch.optim.AdamW(trained.values(), lr=2e-2)

@@ -73,8 +73,8 @@ def calls_checkpointed(kinds: set[type[nn.Module]], run: Callable[..., Any]) -> 
 
 def set_dropout(model: PeftModel, p: float) -> None:
     for module in model.modules():
-        if hasattr(module, "lora_dropout"):
-            module.lora_dropout = dict.fromkeys(module.lora_dropout, p)
+        for config in getattr(module, "configs", {}).values():
+            config.lora_dropout = p
 
 
 def loss_of(model: PeftModel, inputs: dict[str, Any], seed: int = 1) -> Tensor:
