@@ -51,7 +51,7 @@ class Fresh:
     `imports`: the modules that are there already, which must not start threads.
     """
 
-    def __init__(self, place: Path, imports: str = "peft, transformers.trainer", **env: str) -> None:
+    def __init__(self, place: Path, imports: str = "datasets, peft, sklearn.metrics, transformers.trainer", **env: str) -> None:
         self.place, self.imports, self.env, self.count = place, imports, {**os.environ, **env}, 0
         self._waiting: Any = None
 
