@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+TO_TRAIN = "datasets, peft, sklearn.metrics, transformers.trainer"
 FORKS = sys.platform == "linux"
 
 _WAIT = """
@@ -51,7 +52,7 @@ class Fresh:
     `imports`: the modules that are there already, which must not start threads.
     """
 
-    def __init__(self, place: Path, imports: str = "datasets, peft, sklearn.metrics, transformers.trainer", **env: str) -> None:
+    def __init__(self, place: Path, imports: str = TO_TRAIN, **env: str) -> None:
         self.place, self.imports, self.env, self.count = place, imports, {**os.environ, **env}, 0
         self._waiting: Any = None
 
