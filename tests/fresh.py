@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ class Fresh:
     """
 
     def __init__(self, place: Path, imports: str = TO_TRAIN, **env: str) -> None:
-        self.place, self.imports, self.env, self.count = place, imports, {**os.environ, **env}, 0
+        self.place, self.imports, self.count = place, imports, 0
+        # accelerate and tests of it leave settings behind in this process.
+        self.env = {n: v for n, v in os.environ.items() if not n.startswith(("ACCELERATE_", "FSDP_"))} | env
         self._waiting: Any = None
 
     def run(self, program: str, *words: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -74,6 +77,16 @@ class Fresh:
         self._waiting.stdin.flush()
         code = int(self._waiting.stdout.readline())
         return subprocess.CompletedProcess(file, code, out.read_text(), err.read_text())
+
+    def run_two(self, work: Callable[..., None], *given: str) -> None:
+        """`work(rank, *given)` in two processes at once."""
+        program = (
+            f"import sys\nfrom torch.multiprocessing import start_processes\nsys.path[:0] = {sys.path!r}\n"
+            f"from {work.__module__} import {work.__name__} as work\nif __name__ == '__main__':\n"
+            f"    start_processes(work, {given!r}, nprocs=2, start_method={'fork' if FORKS else 'spawn'!r})\n"
+        )
+        done = self.run(program)
+        assert done.returncode == 0, done.stderr
 
     def close(self) -> None:
         if self._waiting is not None:

@@ -1,12 +1,10 @@
 """The command: clean errors, exit codes, Ctrl-C and resume in a real process, predict, export, merge."""
 
 import json
-import os
 import shlex
 import signal
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -137,15 +135,13 @@ def test_export_and_merge_give_the_same_scores(place: Path, tmp_path: Path, caps
 
 
 def test_a_run_stopped_by_ctrl_c_resumes_to_the_very_same_adapter(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, fresh: Fresh, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     words = [str(place / "tiny.yaml"), f"output={out}", "train.max_steps=60", "train.evaluate=20"]
     # All three runs are processes of their own, as a user's are, with what other tests left in this one kept out.
-    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
-        monkeypatch.delenv(name)
     process = subprocess.Popen(
-        [*COMMAND, "train", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+        [*COMMAND, "train", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1, env=fresh.env
     )
     assert process.stdout is not None
     seen = ""
@@ -165,10 +161,9 @@ def test_a_run_stopped_by_ctrl_c_resumes_to_the_very_same_adapter(
     assert main("train", *words, "train.lr=0.5", "resume=true") == 2
     assert "train.lr: 0.03 -> 0.5" in capsys.readouterr().err
     straight = tmp_path / "straight"
-    with closing(Fresh(tmp_path)) as programs:
-        for given in (command[1:], ["train", words[0], f"output={straight}", *words[2:]]):
-            done = programs.run("from ziggurat.cli import main; main()", *given)
-            assert done.returncode == 0, done.stderr
+    for given in (command[1:], ["train", words[0], f"output={straight}", *words[2:]]):
+        done = fresh.run("from ziggurat.cli import main; main()", *given)
+        assert done.returncode == 0, done.stderr
     assert json.loads((out / "run.json").read_text())["steps"] == 60
     assert not out.with_name("out.unfinished").exists()
 
