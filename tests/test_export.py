@@ -167,6 +167,7 @@ def test_several_adapters_are_exported_one_by_one(tmp_path: Path) -> None:
         export_model(made, tmp_path / "third", adapter="third")
 
 
+@versions.transformers_calls
 def test_an_adapter_that_transformers_added_is_exported(tmp_path: Path) -> None:
     model, inputs = ZOO["llama"].build(), ZOO["llama"].inputs()
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import versions
 from methods_table import METHODS, logits, zoo_config
 from tolerance import assert_models_agree
 from zoo import ZOO, shallow
@@ -126,6 +127,7 @@ def test_a_trace_computes_other_shapes_too(method: str) -> None:
     assert_models_agree(traced(x), model(x))
 
 
+@versions.compiles
 @pytest.mark.parametrize(
     "method", [name for name in METHODS if name != "dylora"]
 )  # its rank is drawn anew in each step

@@ -69,6 +69,7 @@ def test_autocast(method: str, dtype: torch.dtype) -> None:
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in trained)
 
 
+@versions.compiles
 @versions.compiles_whole
 @every_method
 @pytest.mark.parametrize("model", ["bert", "llama"])
