@@ -20,8 +20,8 @@ import json, os, sys, traceback
 import IMPORTS
 
 def run(program, words, folder, out, err):
-    for stream, place in ((1, out), (2, err)):
-        os.dup2(os.open(place, os.O_WRONLY | os.O_CREAT), stream)
+    for stream, place in enumerate((os.devnull, out, err)):
+        os.dup2(os.open(place, os.O_RDWR | os.O_CREAT), stream)
     os.chdir(folder)
     sys.argv = [program, *words]
     names = {"__name__": "__main__", "__file__": program}
