@@ -1,6 +1,8 @@
 # Every target that needs an environment makes .venv first, as constraints.txt pins it: no activating, nothing else to do.
 THREADS ?= 1
 FILES ?=
+# Each process begins with a half of the tests and takes from the other's end: a file's tests, and their fixtures, stay together.
+TWO := -n 2 --dist worksteal
 QUICK := --ignore=tests/lowrank/test_triton_product.py tests/saved tests/lowrank tests/contracts/test_adapters.py tests/test_imports.py \
 	tests/methods/msplora/test_equations.py tests/methods/lora2/test_equations.py \
 	tests/methods/lor2c/test_path_equation.py tests/methods/dylora
@@ -21,10 +23,10 @@ demo:            ## fine-tune the embedded model on the embedded data (some minu
 	@echo "The command lies in $(BIN): type . $(BIN)/activate once, then these commands as they stand."
 
 test: setup      ## all tests, offline, on two processes of THREADS threads each; FILES for a part
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n 2 $(FILES)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest $(TWO) $(FILES)
 
 quick: setup     ## the heart of the tests in under two minutes: equations, saved adapters, what every method promises
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n 2 $(QUICK)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest $(TWO) $(QUICK)
 
 setup:           ## the environment for developing
 	@.ci/environment dev

@@ -1,8 +1,13 @@
 """Settings of all tests. Lying here, it also puts this folder on the import path: `from zoo import ZOO`."""
 
 import os
+from collections.abc import Iterator
+from contextlib import closing
 
+import pytest
 from hypothesis import settings
+
+from fresh import Fresh
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -10,3 +15,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A deadline fails on a busy machine whatever the code does.
 settings.register_profile("ziggurat", deadline=None)
 settings.load_profile("ziggurat")
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fresh]:
+    with closing(Fresh(tmp_path_factory.mktemp("fresh"))) as programs:
+        yield programs

@@ -4,14 +4,14 @@ A file's ```python blocks run in order in one interpreter, in an empty folder. N
 random ones there (`MODELS`). A block that can't run (it needs a GPU, or shows a fragment) is marked ```python no-run.
 """
 
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from fresh import Fresh
 from peft_suite.tiny_hub import BERT, GROUPED, furnish
 
 ROOT = Path(__file__).parents[1]
@@ -41,22 +41,18 @@ def runnable(page: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fresh]:
     cache = tmp_path_factory.mktemp("hub")
     furnish(cache, MODELS)
-    return cache
+    offline = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with closing(Fresh(tmp_path_factory.mktemp("pages"), **offline)) as programs:
+        yield programs
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page).strip()], ids=lambda page: page.name)
-def test_the_code_of_a_page_runs(page: Path, hub: Path, tmp_path: Path) -> None:
-    program = tmp_path / page.name
-    program.write_text(runnable(page), encoding="utf-8")
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    offline = {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(program)]
-    done = subprocess.run(command, cwd=folder, env={**os.environ, **offline}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_the_code_of_a_page_runs(page: Path, fresh: Fresh, tmp_path: Path) -> None:
+    done = fresh.run(runnable(page), folder=tmp_path)
+    assert done.returncode == 0, f"{page.name}: {done.stderr[-3000:]}"
 
 
 def test_the_pages_have_code_to_run() -> None:

@@ -1,8 +1,6 @@
 """Export to plain LoRA and merging: equal outputs, read by stock PEFT, scaled alike by every server."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import versions
+from fresh import Fresh
 from methods_table import METHODS, logits, zoo_config
 from tolerance import assert_models_agree
 from ziggurat import LoRA2Config
@@ -168,6 +167,7 @@ def test_several_adapters_are_exported_one_by_one(tmp_path: Path) -> None:
         export_model(made, tmp_path / "third", adapter="third")
 
 
+@versions.transformers_calls
 def test_an_adapter_that_transformers_added_is_exported(tmp_path: Path) -> None:
     model, inputs = ZOO["llama"].build(), ZOO["llama"].inputs()
     torch.manual_seed(0)
@@ -216,7 +216,7 @@ assert "ziggurat" not in sys.modules, "stock PEFT needed ziggurat"
 """
 
 
-def test_stock_peft_loads_it_in_a_process_without_ziggurat(tmp_path: Path) -> None:
+def test_stock_peft_loads_it_in_a_process_without_ziggurat(tmp_path: Path, fresh: Fresh) -> None:
     autos = {
         "bert": ("AutoPeftModelForSequenceClassification", {"num_labels": 3}),
         "llama": ("AutoPeftModelForCausalLM", {}),
@@ -230,7 +230,7 @@ def test_stock_peft_loads_it_in_a_process_without_ziggurat(tmp_path: Path) -> No
         assert "ziggurat" not in (tmp_path / model / "out" / "adapter_config.json").read_text()
         torch.save(ZOO[model].inputs(), tmp_path / model / "inputs.pt")
     jobs = json.dumps([(str(tmp_path / model), *auto) for model, auto in autos.items()])
-    done = subprocess.run([sys.executable, "-c", STOCK, jobs], capture_output=True, text=True, check=False)
+    done = fresh.run(STOCK, jobs)
     assert done.returncode == 0, done.stderr
     for model, expected in wanted.items():
         assert_models_agree(torch.load(tmp_path / model / "logits.pt"), expected, sum(ZOO[model].stacks.values()))

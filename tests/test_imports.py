@@ -5,10 +5,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from ziggurat.host.chatter import BEGINS
 
 SOURCE = Path(__file__).parents[1] / "src" / "ziggurat"
 
@@ -161,27 +163,59 @@ def house(folder: Path) -> Path:
     return root
 
 
-@cache
-def loaded_after(*statements: str) -> set[str]:
-    """Top-level packages in a fresh interpreter after `statements`."""
-    code = "; ".join(
-        [*statements, "import sys, json; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"]
+#: What one fresh interpreter does, one after the other.
+STAGES = {
+    "peft": "import peft",
+    "package": "import ziggurat",
+    "command": "import ziggurat.cli, ziggurat.training",
+    "help": "from ziggurat.cli import app; app(args=['--help'], standalone_mode=False)",
+}
+#: What the command and asking for help may not load beyond what the package has: neither names nor parts of it.
+OF_WORK = {"torch", "transformers", "peft", "datasets", "sklearn", "scipy", "trl", "pandas", "pyarrow", "pydantic"}
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Stage -> the modules that it was the first to load; and what all of them wrote on stderr."""
+
+    loaded: dict[str, set[str]]
+    errors: str
+
+    def packages(self, *stages: str) -> set[str]:
+        return {name.partition(".")[0] for stage in stages for name in self.loaded[stage]}
+
+
+@pytest.fixture(scope="module")
+def stages() -> Stages:
+    code = "import sys, json; found = {}\n" + "".join(
+        f"before = set(sys.modules); {statements}; found[{stage!r}] = sorted(set(sys.modules) - before)\n"
+        for stage, statements in STAGES.items()
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    return set(json.loads(done.stdout.splitlines()[-1]))
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}print(json.dumps(found))"], capture_output=True, text=True, check=True
+    )
+    loaded = json.loads(done.stdout.splitlines()[-1])
+    return Stages({stage: set(names) for stage, names in loaded.items()}, done.stderr)
 
 
-def test_importing_the_package_loads_nothing_heavy() -> None:
-    peft_alone = loaded_after("import peft")
-    assert "torch" in peft_alone
-    assert (loaded_after("import ziggurat") - peft_alone) & set(HEAVY) == set()
+def test_importing_the_package_loads_nothing_heavy(stages: Stages) -> None:
+    assert "torch" in stages.packages("peft") and "ziggurat" in stages.packages("package")
+    assert stages.packages("package") & set(HEAVY) == set()
 
 
-def test_asking_for_help_loads_no_more_than_the_package_and_the_parser() -> None:
+def test_importing_the_package_says_nothing_of_bitsandbytes(stages: Stages) -> None:
+    assert BEGINS not in stages.errors
+
+
+def test_the_command_itself_loads_nothing_heavy(stages: Stages) -> None:
+    """`ziggurat COMMAND` may cost what `import ziggurat` costs, and hardly more."""
+    assert "typer" in stages.packages("command")
+    assert stages.packages("command") & OF_WORK == set()
+
+
+def test_asking_for_help_loads_no_more_than_the_package_and_the_parser(stages: Stages) -> None:
     """The package registers its methods with PEFT when it is imported, so torch is there; the rest can wait."""
-    imported = loaded_after("import ziggurat")
-    call = "from ziggurat.cli import app; app(args=['--help'], standalone_mode=False)"
-    assert (loaded_after(call) - imported) & set(HEAVY) <= {"typer"}
+    assert stages.packages("command", "help") & set(HEAVY) <= {"typer"}
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["train", "--help"]], ids=" ".join)

@@ -20,6 +20,8 @@ from plain_models import LAYERS, WIDTH
 LAMBDA = 4.0
 #: Sums in series in a transformer layer: two norms, q k, scores, softmax, values, output, up, down.
 SUMS_IN_A_LAYER = 9
+#: How many tolerances lie at least between a model with its adapter and without, for a comparison to say anything.
+FAR = 4.0
 
 
 def rounding(length: int, depth: int = 1, dtype: torch.dtype = torch.float32) -> float:
@@ -64,10 +66,18 @@ def assert_models_agree(
     *,
     dtype: torch.dtype | None = None,
     size: float = 0.0,
+    without: Tensor | None = None,
     name: str = "",
 ) -> None:
-    """Two models of `zoo` compute `found` and `expected`, by the same formulas; see `model_rounding`."""
-    _assert_close(found, expected, _size(expected, size) * model_rounding(layers, dtype or expected.dtype), name)
+    """Two models of `zoo` compute `found` and `expected`, by the same formulas; see `model_rounding`.
+
+    `without`: what the model gives without its adapter. It has to lie FAR away: in 16 bits the tolerance is a tenth of
+    the output, and a small adapter that is left out would pass.
+    """
+    atol = _size(expected, size) * model_rounding(layers, dtype or expected.dtype)
+    _assert_close(found, expected, atol, name)
+    if without is not None:
+        assert float((without - expected.detach()).abs().max()) > FAR * atol, f"{name}: the adapter hardly shows"
 
 
 def _size(expected: Tensor, size: float) -> float:

@@ -2,20 +2,27 @@
 
 import peft
 import pytest
+import torch
 import transformers
 from packaging.version import Version
 from transformers.generation import GenerationMixin
 
+from ziggurat.host.older import SHARES
 from ziggurat.host.supported import asked_peft
 
 PEFT, TRANSFORMERS = Version(peft.__version__), Version(transformers.__version__)
+TORCH = Version(torch.__version__)
 
 #: transformers' own add_adapter, load_adapter and the like; test_versions.py tests the error that they end in.
 transformers_calls = pytest.mark.skipif(asked_peft() is not None, reason="this transformers asks for a newer PEFT")
 #: PEFT's own classes around models of a task read a setting that transformers logs a warning about.
 compiles_whole = pytest.mark.skipif(Version("0.21") > PEFT, reason="a log call in this PEFT's forward breaks graphs")
+#: Of models of a task in one graph.
+compiles = pytest.mark.skipif(Version("2.7") > TORCH, reason="this torch doesn't compile the context in PEFT's forward")
 #: What check_saved_whole refuses; test_versions.py tests the refusal.
 saves_whole = pytest.mark.skipif(Version("0.21") > PEFT, reason="this PEFT saves the factors of an adapter alone")
+#: Linears that read one input; without, each of them goes down alone.
+shares = pytest.mark.skipif(not SHARES, reason="this torch doesn't tell one checkpoint from another")
 #: PEFT's backends for quantised weights.
 quantised = pytest.mark.skipif(Version("0.20") > PEFT, reason="this PEFT neither reads nor writes quantised weights")
 

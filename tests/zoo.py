@@ -298,3 +298,12 @@ ZOO: dict[str, Zoo] = {
     "plain_sequential": _plain(PlainSequential, ["query", "value"], {"net": LAYERS}),
     "no_stack": _plain(NoStack, ["lin0", "lin1"], {}),
 }
+
+
+def shallow(name: str) -> nn.Module:
+    """`ZOO[name]` with the first two layers of its stack alone, for compiling, which takes its time by the layer."""
+    model, (stack,) = ZOO[name].build(), ZOO[name].stacks
+    parent, _, own = stack.rpartition(".")
+    setattr(model.get_submodule(parent), own, model.get_submodule(stack)[:2])
+    model.config.num_hidden_layers = 2
+    return model

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import multiprocessing
 from two_processes import METHODS, STRATEGIES, build, steps, work
 
+from fresh import Fresh
 from methods_table import logits
 from plain_models import LAYERS
 from tolerance import assert_models_agree, model_rounding
@@ -16,9 +16,9 @@ from zoo import ZOO
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, fresh: Fresh) -> Path:
     out = tmp_path_factory.mktemp("two")
-    multiprocessing.spawn(work, (str(out),), nprocs=2)  # type: ignore[no-untyped-call]
+    fresh.run_two(work, str(out))
     return out
 
 

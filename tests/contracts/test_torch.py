@@ -9,16 +9,17 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import versions
 from methods_table import METHODS, logits, zoo_config
 from tolerance import assert_models_agree
-from zoo import ZOO
+from zoo import ZOO, shallow
 
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
-def double(method: str, model: str = "llama", **fields: Any) -> PeftModel:
+def double(method: str, model: str = "llama", base: nn.Module | None = None, **fields: Any) -> PeftModel:
     torch.manual_seed(0)
-    base = ZOO[model].build()
+    base = ZOO[model].build() if base is None else base
     base.set_attn_implementation("eager")  # the others have no forward derivative
     return get_peft_model(base, zoo_config(method, model, init_weights=False, **fields)).double()
 
@@ -126,12 +127,13 @@ def test_a_trace_computes_other_shapes_too(method: str) -> None:
     assert_models_agree(traced(x), model(x))
 
 
+@versions.compiles
 @pytest.mark.parametrize(
     "method", [name for name in METHODS if name != "dylora"]
 )  # its rank is drawn anew in each step
 def test_compiled_training_is_training(method: str) -> None:
     """Forward and backward in one graph; without dropout, for the compiler draws other numbers."""
-    model = double(method, lora_dropout=0.0).train()
+    model = double(method, base=shallow("llama"), lora_dropout=0.0).train()
     x = embedded(model)
 
     def slopes(run: nn.Module) -> dict[str, Tensor]:

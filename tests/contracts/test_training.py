@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import versions
-from methods_table import METHODS, logits, zoo_config
+from methods_table import METHODS, enlarge, logits, zoo_config
 from tolerance import assert_models_agree, model_rounding
 from word_tokenizer import word_tokenizer
-from zoo import ZOO
+from zoo import ZOO, shallow
 
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -53,22 +53,30 @@ def test_checkpointing_gives_the_same_gradients(method: str, model: str, use_ree
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(method: str, dtype: torch.dtype) -> None:
     adapted, inputs = adapted_model(method, "llama").train(), ZOO["llama"].inputs()
+    enlarge(adapted, method)
+    torch.manual_seed(1)  # DyLoRA draws its rank
     exact = adapted(**inputs, labels=inputs["input_ids"])
+    torch.manual_seed(1)
     with torch.autocast("cpu", dtype=dtype):
-        loss = adapted(**inputs, labels=inputs["input_ids"]).loss
-    loss.backward()
+        found = adapted(**inputs, labels=inputs["input_ids"])
+    found.loss.backward()
+    without = logits(ZOO["llama"].build(), inputs)
+    assert_models_agree(found.logits.float(), exact.logits, dtype=dtype, without=without)
     # A mean of log-probabilities is off by at most twice what the logits are.
     largest = 2 * float(exact.logits.detach().abs().max())
-    torch.testing.assert_close(loss.float(), exact.loss, rtol=0.0, atol=largest * model_rounding(dtype=dtype))
+    torch.testing.assert_close(found.loss.float(), exact.loss, rtol=0.0, atol=largest * model_rounding(dtype=dtype))
     trained = [p for p in adapted.parameters() if p.requires_grad]
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in trained)
 
 
+@versions.compiles
 @versions.compiles_whole
 @every_method
 @pytest.mark.parametrize("model", ["bert", "llama"])
 def test_compile_without_graph_breaks(method: str, model: str) -> None:
-    adapted, inputs = adapted_model(method, model).eval(), ZOO[model].inputs()
+    torch.manual_seed(0)
+    adapted = get_peft_model(shallow(model), zoo_config(method, model, init_weights=False)).eval()
+    inputs = ZOO[model].inputs()
     expected = logits(adapted, inputs)
     torch._dynamo.reset()
     compiled = torch.compile(adapted, fullgraph=True, backend="eager")

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+import versions
 from ziggurat import AdapterDropConfig, DyLoRAConfig, LoRA2Config, MSPLoraConfig
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.siblings import SIBLINGS, Siblings
@@ -87,6 +88,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@versions.shares
 @pytest.mark.parametrize("config", CONFIGS)
 def test_together_and_alone_are_the_same_numbers(config: type, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = adapted(config), torch.randn(2, 5, 12, dtype=torch.float64)
@@ -97,6 +99,7 @@ def test_together_and_alone_are_the_same_numbers(config: type, monkeypatch: pyte
     assert seen == [3]
 
 
+@versions.shares
 def test_one_mask_for_all_three() -> None:
     """By the formula, with the mask drawn once: queries, keys and values of dropout(x) with the same entries zero."""
     p = 0.4
@@ -116,6 +119,7 @@ def test_one_mask_for_all_three() -> None:
     torch.testing.assert_close(out, full("o_proj", inner, own).detach(), **DOUBLE)
 
 
+@versions.shares
 @pytest.mark.parametrize("name", ["self_attn", "cross_attn"])
 def test_another_input_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and values of another input, also where the name doesn't tell: each linear works on its own input."""
@@ -163,6 +167,7 @@ def test_checkpointing_computes_the_same_again(use_reentrant: bool) -> None:
         assert torch.equal(got, wanted)
 
 
+@versions.shares
 def test_the_mask_is_kept_once() -> None:
     def kept(model: nn.Module) -> int:
         sizes: dict[int, int] = {}
@@ -182,6 +187,7 @@ def test_the_mask_is_kept_once() -> None:
     assert kept(alone(model)) == 4 * bits
 
 
+@versions.shares
 def test_hooks_on_a_sibling_keep_it_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hook may have to fetch the factors before the call, as sharding does."""
     model, x = adapted(), torch.randn(2, 5, 12, dtype=torch.float64)
@@ -199,6 +205,7 @@ def test_other_adapters_and_dropouts() -> None:
     assert_equal(step(model, x), step(alone(model), x))
 
 
+@versions.shares
 def test_copies_and_pickles_share_among_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = adapted(), torch.randn(2, 5, 12, dtype=torch.float64)
     linears(model)["q_proj"](x * 1.0)  # its siblings' products are in flight

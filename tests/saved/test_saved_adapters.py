@@ -14,6 +14,8 @@ from torch import Tensor
 
 import versions
 from saved.make import ADAPTERS, CASES, base, outputs
+from tolerance import assert_models_agree, model_rounding
+from zoo import ZOO
 
 FOLDERS = sorted(path.name for path in ADAPTERS.iterdir())
 BY_TRANSFORMERS = [name for name, case in CASES.items() if case.by_transformers]
@@ -40,16 +42,6 @@ def bits(tensors: dict[str, Tensor]) -> list[tuple[Any, ...]]:
     )
 
 
-def tolerance(wanted: Tensor) -> float:
-    """How far an output may lie from what another processor computed: eps, times the depth, times its largest entry.
-
-    Every layer rounds its sums of `width` products, whose errors grow like the root of their number, and passes the
-    errors of the layers before it on; 8 stands for the operations of a layer.
-    """
-    layers, width = 5, 32  # the deepest stack and the longest sum of these models
-    return 8 * torch.finfo(wanted.dtype).eps * layers * width**0.5 * float(wanted.abs().max())
-
-
 def load(name: str) -> tuple[Any, dict[str, Tensor], Tensor]:
     """Model with the adapter `name`, its inputs, and the output it gave."""
     held = load_file(ADAPTERS / name / "expected.safetensors")
@@ -61,6 +53,10 @@ def load(name: str) -> tuple[Any, dict[str, Tensor], Tensor]:
     else:
         model = PeftModel.from_pretrained(model, ADAPTERS / name, **case.get)
     return model.eval(), inputs, held["output"]
+
+
+def layers(name: str) -> int:
+    return sum(ZOO[CASES[name].base].stacks.values())
 
 
 def test_every_method_has_at_least_two() -> None:
@@ -80,11 +76,11 @@ def test_its_tensors_load_bitwise(name: str) -> None:
 @pytest.mark.parametrize("name", LOADABLE)
 def test_it_gives_the_outputs_it_gave(name: str) -> None:
     model, inputs, wanted = load(name)
-    allowed = tolerance(wanted)
-    torch.testing.assert_close(outputs(model, inputs), wanted, rtol=0, atol=allowed)
+    depth = layers(name)
+    assert_models_agree(outputs(model, inputs), wanted, depth)
     # The comparison means something: without the adapter the output is another one.
     without = outputs(base(CASES[name].base), inputs)
-    assert (without - wanted).abs().max() > 50 * allowed
+    assert (without - wanted).abs().max() > 120 * model_rounding(depth) * wanted.abs().max()
 
 
 @versions.transformers_calls
@@ -93,8 +89,7 @@ def test_what_transformers_saved_loads_by_peft_too(name: str) -> None:
     _, inputs, wanted = load(name)
     model = PeftModel.from_pretrained(base(CASES[name].base), ADAPTERS / name).eval()
     assert bits(get_peft_model_state_dict(model)) == bits(load_file(ADAPTERS / name / "adapter_model.safetensors"))
-    allowed = tolerance(wanted)
-    torch.testing.assert_close(outputs(model, inputs), wanted, rtol=0, atol=allowed)
+    assert_models_agree(outputs(model, inputs), wanted, layers(name))
 
 
 def test_lor2c_comes_back_with_the_structure_that_training_gave_it() -> None:

@@ -2,13 +2,15 @@
 
 transformers 5.23 renames gradient checkpointing to activation checkpointing. PEFT 0.21 has an error class of its own
 for targets that match nothing, which was a ValueError before. PEFT 0.20 has backends that read and write quantised
-weights; before it, quantised linear layers train by their own forward, and nothing is merged into them.
+weights; before it, quantised linear layers train by their own forward, and nothing is merged into them. torch 2.8 tells
+what autograd's saved tensors meet; before it, a checkpoint between linears that read one input would go unseen.
 """
 
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import peft
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 from ziggurat.errors import ConfigError
@@ -54,6 +56,10 @@ else:
             """No backend reads or changes quantised weights in this PEFT."""
 
 
+#: Whether linears that read one input can go down together, see siblings.py.
+SHARES = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+
+
 def as_no_match(error: ValueError) -> ValueError:
     """`error`, or PEFT's own class for it if the text says that no target was found."""
     says = any(text in str(error) for text in ("not found in the base model", "No modules were targeted"))
@@ -97,6 +103,7 @@ def checkpointing_argument() -> str:
 
 
 __all__ = [
+    "SHARES",
     "ForwardOnlyQuantizationBackend",
     "NoMatchingPeftModuleError",
     "QuantizationBackend",

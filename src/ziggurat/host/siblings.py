@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ziggurat.host.older import SHARES
 from ziggurat.lowrank.pair import FactorPair, on_device
 from ziggurat.lowrank.product import can_share, down
 
@@ -151,7 +152,7 @@ class Siblings:
 
 def introduce(parent: nn.Module, path: str, kind: "type[AdaptedLinear]") -> None:
     """Let the linears of `kind` in `parent` share, where their names say so; `path` is that of one of them."""
-    if _ACROSS.search(path):
+    if _ACROSS.search(path) or not SHARES:
         return
     for row in READ_THE_SAME:
         members = [child for name in row if isinstance(child := parent._modules.get(name), kind)]

@@ -25,7 +25,7 @@ def _keep(seed, rows, first, groups, threshold, WIDTH: tl.constexpr):
     return tl.interleave(words & 0xFFFF, words >> 16).to(tl.int32) >= threshold
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "threshold"])
 def down(
     x, x_row, w, w_rank, w_col, parts, seed, tokens, columns, rank, groups, threshold, per_split,
     DROP: tl.constexpr, DTYPE: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
@@ -49,7 +49,7 @@ def down(
     tl.store(at, total, mask=inside[:, None] & (ranks < rank)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "threshold"])
 def up(
     parts, w, w_col, w_rank, y, y_row, out, h, seed, tokens, columns, rank, groups, threshold, splits, scale,
     ADD: tl.constexpr, DROP: tl.constexpr, DTYPE: tl.constexpr,
@@ -82,7 +82,7 @@ def up(
     tl.store(out + rows.to(tl.int64)[:, None] * columns + cols[None, :], tile, mask=large)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "threshold"])
 def outer(
     h, x, x_row, parts, seed, tokens, columns, rank, groups, threshold, per_split,
     DROP: tl.constexpr, DTYPE: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
@@ -109,7 +109,7 @@ def outer(
     tl.store(at, total, mask=(ranks < rank)[:, None] & (cols < columns)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "threshold"])
 def write_mask(
     out, seed, tokens, columns, groups, threshold, TOKENS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip

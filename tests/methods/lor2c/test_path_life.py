@@ -36,6 +36,7 @@ def frames(model: nn.Module) -> list[Any]:
     return [m.__dict__[HANDOVER].in_flight() for m in model.modules() if HANDOVER in m.__dict__]
 
 
+@versions.compiles
 @pytest.mark.parametrize("model", ["bert", "llama", "t5"])
 def test_spans_compile_without_breaks(model: str) -> None:
     spans = {"encoder.block": [[0, 2]], "decoder.block": [[1, 3]]} if model == "t5" else SPANS

@@ -1,7 +1,7 @@
 """A folder that transformers loads without ziggurat, and the injected LoRA as stock PEFT loads it."""
 
-import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import versions
+from fresh import Fresh
 from methods_table import logits
 from tolerance import assert_models_agree
 from ziggurat import LoR2CConfig, MSPLoraConfig
@@ -51,6 +52,13 @@ def adapted(model: str, **fields: Any) -> PeftModel:
     return peft
 
 
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fresh]:
+    place = tmp_path_factory.mktemp("served")
+    with closing(Fresh(place, "transformers.modeling_utils", HF_MODULES_CACHE=str(place / "modules"))) as programs:
+        yield programs
+
+
 @pytest.mark.parametrize(
     ("model", "kind", "fields"),
     [
@@ -62,16 +70,16 @@ def adapted(model: str, **fields: Any) -> PeftModel:
     ],
 )
 def test_a_written_folder_gives_the_same_without_ziggurat(
-    model: str, kind: str, fields: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, kind: str, fields: dict, tmp_path: Path, fresh: Fresh
 ) -> None:
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     peft, inputs = adapted(model, **fields), ZOO[model].inputs()
     expected = logits(peft, inputs)
-    folder = write_remote_code_model(peft, None, tmp_path / "served")
+    folder = write_remote_code_model(peft, None, tmp_path / f"served-{model}")
     assert torch.equal(logits(peft, inputs), expected)
     torch.save(inputs, tmp_path / "inputs.pt")
     arguments = [kind, str(folder), str(tmp_path / "inputs.pt"), str(tmp_path / "out.pt")]
-    subprocess.run([sys.executable, "-W", "ignore", "-c", LOAD, *arguments], check=True)
+    done = fresh.run(LOAD, *arguments)
+    assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "out.pt")
     assert_models_agree(found["logits"], expected)
     if "tokens" in found:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 import versions
+from fresh import Fresh
 from methods_table import logits
 from plain_models import WIDTH
 from tolerance import assert_models_agree, assert_sums_agree
@@ -344,8 +345,8 @@ def _one_process(rank: int, folder: str) -> None:
     torch.save(state, Path(folder) / f"rank{rank}.pt")
 
 
-def test_two_processes_prune_the_same(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_one_process, args=(str(tmp_path),), nprocs=2)
+def test_two_processes_prune_the_same(tmp_path: Path, fresh: Fresh) -> None:
+    fresh.run_two(_one_process, str(tmp_path))
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert first.keys() == second.keys()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
