@@ -46,6 +46,7 @@ def factors(model: nn.Module, method: str) -> dict[str, nn.Parameter]:
 # Other heads
 
 
+@versions.transformers_calls
 @every_method
 def test_a_body_loads_what_was_trained_with_a_head_and_back(method: str, tmp_path: Path) -> None:
     LLAMA.build().save_pretrained(str(tmp_path / "base"))
@@ -61,6 +62,7 @@ def test_a_body_loads_what_was_trained_with_a_head_and_back(method: str, tmp_pat
     assert torch.equal(hidden(head), hidden(adapted))
 
 
+@versions.transformers_calls
 @every_method
 def test_transformers_refuses_a_file_that_lacks_tensors(method: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
@@ -164,6 +166,7 @@ def test_a_frozen_adapter_stays_as_it_is_and_the_trainer_says_so(
     assert "no parameter of the adapter 'default' (LoRA²) trains" in caplog.text
 
 
+@versions.saves_whole
 def test_callbacks_pass_over_what_is_no_module(tmp_path: Path) -> None:
     """Every Trainer of a process gets them, SetFit's too, whose model is no torch module."""
     for config in (
@@ -200,6 +203,7 @@ def test_a_staged_run_that_fails_leaves_all_tiers_with_gradients(tmp_path: Path)
 # The structure travels with the state
 
 
+@versions.saves_whole
 def test_a_plain_state_dict_holds_the_structure() -> None:
     torch.manual_seed(0)
     trained = get_peft_model(LLAMA.build(), LoR2CConfig(r=4, merges=1, injections=1, init_weights=False)).eval()
@@ -295,8 +299,8 @@ def test_a_merge_into_half_precision_rounds_once(method: str) -> None:
     exact = {}
     for name, module in model.named_modules():
         if hasattr(module, "get_delta_weight"):
-            deltas = sum(module.get_delta_weight(adapter).double() for adapter in ("default", "second"))
-            exact[name] = module.get_base_layer().weight.double() + deltas
+            pairs = [module.effective_pair(adapter) for adapter in ("default", "second")]
+            exact[name] = module.get_base_layer().weight.double() + sum(B.double() @ A.double() for A, B in pairs)
     model.merge_adapter()
     for name, wanted in exact.items():
         weight = model.get_submodule(name).get_base_layer().weight
@@ -357,6 +361,7 @@ def test_two_passes_before_one_backward_are_computed_again_as_they_were(
 # One call a step, in any loop
 
 
+@versions.saves_whole
 def test_one_call_a_step_does_what_each_adapter_needs() -> None:
     torch.manual_seed(0)
     model = get_peft_model(LLAMA.build(), LoRA2Config(r=4, target_rank=1, target_modules=LLAMA.targets))

@@ -27,6 +27,7 @@ LOADABLE = [
     if name != BIASES or versions.Version("0.21") <= versions.PEFT
 ]
 #: Loaded by PEFT; before 0.21 it leaves out the structure that lies beside LoR2C's factors, and biases.
+WHOLE_NAMES = [name for name in FOLDERS if name not in BY_TRANSFORMERS]
 WHOLE = [
     pytest.param(name, marks=versions.saves_whole if name == BIASES or "lor2c-merged" in name else ())
     for name in FOLDERS
@@ -110,3 +111,25 @@ def test_its_body_without_a_head_loads_it_too(name: str) -> None:
     with torch.no_grad():
         whole = model(**inputs, output_hidden_states=True).hidden_states[-1]
         assert torch.equal(body.eval()(**inputs).last_hidden_state, whole)
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE_NAMES if not CASES[name].get and name != BIASES])
+def test_a_plain_state_dict_of_an_earlier_version_loads(name: str) -> None:
+    """As loops other than PEFT's keep one: all tensors of the adapter, with its name in theirs."""
+    model, inputs, wanted = load(name)
+    expected = outputs(model, inputs)
+    stored = load_file(ADAPTERS / name / "adapter_model.safetensors")
+    prefix = model.base_model.prefix
+    old = {}
+    for key, tensor in stored.items():
+        front, at, leaf = key.rpartition(f".{prefix}")
+        head, dot, tail = leaf.partition(".")
+        if at and "structure" not in leaf:
+            old[f"{front}{at}{head}.default{dot}{tail}"] = tensor
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if prefix in key:
+                parameter.zero_()
+    result = model.load_state_dict(old, strict=False)
+    assert not [key for key in result.unexpected_keys if prefix in key]
+    assert torch.equal(outputs(model, inputs), expected)

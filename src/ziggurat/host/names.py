@@ -7,7 +7,7 @@ name of a shared tensor holds the base model's prefix, so a body without a head 
 
 import re
 from collections.abc import Collection, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -34,13 +34,44 @@ def current_names(state: Mapping[str, T], method: Method, model: nn.Module | Non
     return {_fitted(_renamed(name, method, body), method, prefix, paths): tensor for name, tensor in state.items()}
 
 
+class RenamesOnLoad:
+    """A hook on the base model's root: whatever state dict is loaded, its tensors get the names of this version.
+
+    PEFT before 0.21 asks a method nothing when it loads an adapter, and other loops load state dicts of whole models.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        inside = {name.removeprefix(prefix): name for name in state_dict if name.startswith(prefix)}
+        for (name, given), renamed in zip(inside.items(), current_names(inside, self.method, module), strict=True):
+            if renamed != name:
+                state_dict[prefix + renamed] = state_dict.pop(given)
+
+    @staticmethod
+    def start(root: nn.Module, method: Method) -> None:
+        """Put the hook on `root`, unless it is there."""
+        hooks = (hook.hook for hook in root._load_state_dict_pre_hooks.values())
+        if not any(isinstance(hook, RenamesOnLoad) and hook.method.name == method.name for hook in hooks):
+            root._register_load_state_dict_pre_hook(RenamesOnLoad(method), with_module=True)
+
+    @staticmethod
+    def stop(root: nn.Module, method: Method) -> None:
+        """Take the hook off `root`."""
+        for key, hook in list(root._load_state_dict_pre_hooks.items()):
+            if isinstance(hook.hook, RenamesOnLoad) and hook.hook.method.name == method.name:
+                del root._load_state_dict_pre_hooks[key]
+
+
 def _renamed(name: str, method: Method, body: str) -> str:
     for pattern, replacement in method.older_names:
         renamed, changes = re.subn(pattern, replacement, name, count=1)
         if changes:
             # Older versions put the whole path of the stack into the name of a shared tensor.
-            front, at, leaf = renamed.partition(f"{method.bank}.{method.store}.")
-            return f"{front}{at}{leaf.removeprefix(f'{body}/')}" if at else renamed
+            front, dot, leaf = renamed.rpartition(".")
+            shared = f"{method.bank}.{method.store}" in front
+            return f"{front}{dot}{leaf.removeprefix(f'{body}/')}" if shared else renamed
     return name
 
 

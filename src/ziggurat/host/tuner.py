@@ -23,7 +23,7 @@ from ziggurat.host.lifecycle import Watch, watch_trainers
 from ziggurat.host.linear import AdaptedLinear, features, is_adaptable
 from ziggurat.host.method import EVALUATION, Method, specs_of, unique_specs
 from ziggurat.host.method_layer import MethodLayer
-from ziggurat.host.names import current_names
+from ziggurat.host.names import RenamesOnLoad, current_names
 from ziggurat.host.older import NoMatchingPeftModuleError, as_no_match, check_saved_whole
 from ziggurat.host.quantised import changing
 from ziggurat.host.siblings import introduce
@@ -103,6 +103,7 @@ class MethodTuner(BaseTuner):
             raise NoMatchingPeftModuleError(f"{error}{hint}") from error
         finally:
             self.sites = None
+        RenamesOnLoad.start(self.model, self.method)
         watch_trainers()
         needs = self.method.needs_steps
         if needs is not None and needs(self.peft_config[adapter_name]):
@@ -196,6 +197,7 @@ class MethodTuner(BaseTuner):
             delattr(model, self.method.bank)
         Draws.stop(model, self.method)
         Watch.stop(model)
+        RenamesOnLoad.stop(model, self.method)
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:
