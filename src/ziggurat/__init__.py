@@ -17,8 +17,11 @@ from ziggurat.methods.lor2c.config import LoR2CConfig
 from ziggurat.methods.lor2c.model import LoR2CModel
 from ziggurat.methods.lora2.config import LoRA2Config
 from ziggurat.methods.lora2.model import LoRA2Model
+from ziggurat.methods.loraxs import LoRAXSConfig
 from ziggurat.methods.msplora.config import MSPLoraConfig
 from ziggurat.methods.msplora.model import MSPLoraModel
+from ziggurat.methods.sharelora import ShareLoRAConfig
+from ziggurat.methods.tiedlora import TiedLoRAConfig
 
 __all__ = [
     "AdapterDropConfig",
@@ -29,7 +32,10 @@ __all__ = [
     "LoR2CModel",
     "LoRA2Config",
     "LoRA2Model",
+    "LoRAXSConfig",
     "MSPLoraConfig",
     "MSPLoraModel",
+    "ShareLoRAConfig",
+    "TiedLoRAConfig",
     "__version__",
 ]
