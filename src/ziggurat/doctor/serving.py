@@ -9,8 +9,8 @@ from typing import Any
 from .facts import METHODS, fact
 from .finding import Finding, cell
 
-#: Words in the names of tensors that are parts of a method's own update.
-_OWN = ("lora_", "lora2_", "lor2c_", "msplora_", "dylora_", "vera_", "lily_", "adapterdrop_")
+#: Words in the names of tensors that are parts of an update, of PEFT's methods.
+_OWN = ("lora_", "vera_", "lily_")
 _MERGE = "merge into the model (`ziggurat merge`) and serve that"
 
 
@@ -33,6 +33,7 @@ def serving(folder: str | Path, config: Any, collected: Any, base: Any) -> Itera
     """`collected`: what analysis read of the adapter, or None; `base`: the base's config, or None."""
     from ziggurat.export import SERVING_RANKS
     from ziggurat.host.folder import tensor_shapes
+    from ziggurat.host.method import METHODS as REGISTERED
 
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     method = kind.lower()
@@ -41,7 +42,8 @@ def serving(folder: str | Path, config: Any, collected: Any, base: Any) -> Itera
             yield from cell(key, method)
         return
     names = list(tensor_shapes(folder))
-    extra = [name for name in names if not any(word in name for word in _OWN)]
+    own = (*_OWN, *(registered.prefix for registered in REGISTERED.values()))
+    extra = [name for name in names if not any(word in name for word in own)]
     if extra:
         yield Finding(
             "warning",

@@ -7,15 +7,21 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ziggurat.analysis.components import short_roles
+from ziggurat.host.method import METHODS
 
 from .planner import Plan
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_SHOWN = {"msplora": "MSPLoRA", "lora": "LoRA", "dora": "DoRA", "lora2": "LoRA²", "lor2c": "LoR2C"}
-_SHOWN |= {"sharelor2c": "ShareLoR2C", "adalora": "AdaLoRA", "vera": "VeRA", "lily": "Lily", "adapter": "bottlenecks"}
-_SHOWN |= {"dylora": "DyLoRA", "pissa": "PiSSA", "qlora": "QLoRA"}
+_SHOWN = {"lora": "LoRA", "dora": "DoRA", "sharelor2c": "ShareLoR2C", "adalora": "AdaLoRA", "vera": "VeRA"}
+_SHOWN |= {"lily": "Lily", "adapter": "bottlenecks", "pissa": "PiSSA", "qlora": "QLoRA"}
+
+
+def shown(name: str) -> str:
+    """A method's name in tables; a registered method's is on its card."""
+    method = METHODS.get(name.upper())
+    return method.card.shown if method is not None else _SHOWN.get(name, name)
 
 
 def size(count: float) -> str:
@@ -41,7 +47,7 @@ def show(plan: Plan) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    named = _SHOWN.get(plan.method, plan.method) + (f" r {plan.r}" if plan.r else "")
+    named = shown(plan.method) + (f" r {plan.r}" if plan.r else "")
     parts = Table(title=f"{named} in {plan.model}: {len(plan.modules)} modules", title_justify="left")
     for name in ("part", "role"):
         parts.add_column(name, overflow="fold")
@@ -66,7 +72,7 @@ def show(plan: Plan) -> RenderableType:
         same, paid = at.get("r"), at.get("budget")
         cells = [f"{same.parameters:,}", f"{same.parameters / plan.adapter:.0%}"] if same else ["", ""]
         cells += [str(paid.r), f"{paid.parameters:,}"] if paid else ["too dear", ""]
-        beside.add_row(_SHOWN[method], *cells)
+        beside.add_row(shown(method), *cells)
     lines = [f"base model: {plan.base:,} parameters; the adapter's file: {plan.file:,} bytes ({size(plan.file)})"]
     if plan.head:
         lines.append(f"trained whole beside the adapter (head): {plan.head:,}")

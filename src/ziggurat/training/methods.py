@@ -1,17 +1,22 @@
-"""The methods a recipe can name. A method joins by one row; its fields are read off its PEFT config."""
+"""The methods a recipe can name: all registered ones, PEFT's, and plain choices of weights.
+
+A registered method's row follows from its card; its fields are read off its PEFT config.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
+from ziggurat import AdapterDropConfig, LoRA2Config
 from ziggurat.errors import RecipeError
+from ziggurat.host.method import METHODS as REGISTERED
 
 from .nearest import did_you_mean
 
@@ -47,16 +52,16 @@ SYNONYMS = {
 class Method:
     """One row: either a PEFT config class, or a rule that says which of the model's own weights train.
 
-    `config` is "module:class", imported when first needed. `fixed` are fields that make the method what it is (DoRA
-    is LoRA with use_dora). `trains` gets a parameter's name and says whether it trains; the head always does.
-    `exports` and `merges`: whether `ziggurat export` and `ziggurat merge` have anything to do with its adapters.
-    `ranks` gives the fields that make an adapter of a rank, by which a parameter budget is met. `run` are fields of the
-    config that only the run knows, with what stands in until then. `unread` are fields that the config inherits and the
-    method never reads, with what to do instead. `four_bits`: the base weights are quantised.
+    `config` is the class, or "module:class", imported when first needed. `fixed` are fields that make the method what
+    it is (DoRA is LoRA with use_dora). `trains` gets a parameter's name and says whether it trains; the head always
+    does. `exports` and `merges`: whether `ziggurat export` and `ziggurat merge` work on its adapters. `ranks` gives
+    the fields that make an adapter of a rank, by which a parameter budget is met. `run` are fields of the config that
+    only the run knows, with what stands in until then. `unread` are fields that the config inherits and the method
+    never reads, with what to do instead. `four_bits`: the base weights are quantised.
     """
 
     about: str
-    config: str | None = None
+    config: str | type[Any] | None = None
     fixed: dict[str, Any] = field(default_factory=dict)
     trains: Callable[[str], bool] | None = None
     exports: bool = False
@@ -72,8 +77,8 @@ class Method:
         Raises:
             RecipeError: the installed PEFT doesn't have this method yet.
         """
-        if self.config is None:
-            return None
+        if not isinstance(self.config, str):
+            return self.config
         module, _, name = self.config.partition(":")
         found = getattr(importlib.import_module(module), name, None)
         if found is None:
@@ -97,22 +102,10 @@ def _lora2_ranks(rank: int) -> dict[str, Any]:
     return {"r": rank, "outer_rank": rank}
 
 
-METHODS: dict[str, Method] = {
-    "msplora": Method(
-        "a pyramid of shared and private low-rank updates (arXiv 2503.21838)",
-        "ziggurat:MSPLoraConfig",
-        exports=True,
-        ranks=_rank,
-    ),
-    "lor2c": Method(
-        "low-rank paths around layers; shared, merged, injected by its fields (arXiv 2503.00572)",
-        "ziggurat:LoR2CConfig",
-        merges=False,
-        ranks=_rank,
-    ),
+TABLE: dict[str, Method] = {
     "lora2": Method(
         "two nested planes, pruned by importance (arXiv 2408.06854)",
-        "ziggurat:LoRA2Config",
+        LoRA2Config,
         exports=True,
         ranks=_lora2_ranks,
     ),
@@ -128,9 +121,6 @@ METHODS: dict[str, Method] = {
             "rank_pattern": "the ranks come out of its allocation; take it out",
             **dict.fromkeys(("use_rslora", "alpha_pattern", "lora_bias", "use_qalora"), "take it out"),
         },
-    ),
-    "dylora": Method(
-        "LoRA whose every leading rank works (arXiv 2210.07558)", "ziggurat:DyLoRAConfig", exports=True, ranks=_rank
     ),
     "pissa": Method(
         "LoRA started at the largest singular vectors (arXiv 2404.02948)",
@@ -148,7 +138,7 @@ METHODS: dict[str, Method] = {
     "lily": Method("low-rank updates with shared experts (arXiv 2407.09946)", "peft:LilyConfig", ranks=_rank),
     "adapter": Method(
         "bottlenecks after the layers' feed-forward part, with AdapterDrop by its fields (arXiv 2010.11918)",
-        "ziggurat:AdapterDropConfig",
+        AdapterDropConfig,
         merges=False,
         ranks=_rank,
     ),
@@ -158,6 +148,38 @@ METHODS: dict[str, Method] = {
     "head": Method("the head alone; the model stays as it is", trains=lambda name: False, merges=False),
     "full": Method("every weight of the model", trains=lambda name: True, merges=False),
 }
+
+
+class Methods(Mapping[str, Method]):
+    """The table's rows, and a row for every other registered method, whoever registered it and whenever."""
+
+    def __getitem__(self, name: str) -> Method:
+        return self._rows()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows())
+
+    def __len__(self) -> int:
+        return len(self._rows())
+
+    @staticmethod
+    def _rows() -> dict[str, Method]:
+        named = {row.config for row in TABLE.values()}
+        rows = {
+            method.name: Method(
+                f"{method.card.about} (arXiv {method.card.paper})" if method.card.paper else method.card.about,
+                method.config,
+                exports=method.card.merges,
+                merges=method.card.merges,
+                ranks=_rank,
+            )
+            for method in REGISTERED.values()
+            if method.config not in named
+        }
+        return {**rows, **TABLE}
+
+
+METHODS = Methods()
 
 
 def method_fields(name: str) -> dict[str, Any]:
