@@ -10,12 +10,22 @@ from typing import Literal
 from torch import Tensor
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.config import MethodConfig
-from ziggurat.host.method import Card, Context, Method, Stored
-from ziggurat.host.registry import register
-from ziggurat.host.site import Site
-from ziggurat.host.tensors import Init, TensorSpec, Weight, kaiming, normal, zeros
-from ziggurat.lowrank.pair import FactorPair
+from ziggurat.kit import (
+    Card,
+    Context,
+    FactorPair,
+    Init,
+    Method,
+    MethodConfig,
+    Site,
+    Stored,
+    TensorSpec,
+    Weight,
+    kaiming,
+    normal,
+    register,
+    zeros,
+)
 
 CITATION = """@article{balazy2024loraxs,
   title   = {{LoRA-XS}: Low-Rank Adaptation with Extremely Small Number of Parameters},

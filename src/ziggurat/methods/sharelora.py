@@ -7,13 +7,20 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.config import MethodConfig
-from ziggurat.host.method import Card, Context, Method, Stored
-from ziggurat.host.registry import register
-from ziggurat.host.site import Site
-from ziggurat.host.tensors import TensorSpec, low_rank
-from ziggurat.host.values import check_room, shown
-from ziggurat.lowrank.pair import FactorPair
+from ziggurat.kit import (
+    Card,
+    Context,
+    FactorPair,
+    Method,
+    MethodConfig,
+    Site,
+    Stored,
+    TensorSpec,
+    check_room,
+    low_rank,
+    register,
+    shown,
+)
 
 CITATION = """@article{song2024sharelora,
   title   = {{ShareLoRA}: Parameter Efficient and Robust Large Language Model Fine-tuning via Shared Low-Rank

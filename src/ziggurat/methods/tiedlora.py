@@ -8,13 +8,25 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.config import MethodConfig
-from ziggurat.host.method import Card, Context, Method, Stored
-from ziggurat.host.registry import register
-from ziggurat.host.site import Site
-from ziggurat.host.tensors import Init, TensorSpec, Weight, gaussian, kaiming, ones, zeros
-from ziggurat.host.values import check_room, shown
-from ziggurat.lowrank.pair import FactorPair
+from ziggurat.kit import (
+    Card,
+    Context,
+    FactorPair,
+    Init,
+    Method,
+    MethodConfig,
+    Site,
+    Stored,
+    TensorSpec,
+    Weight,
+    check_room,
+    gaussian,
+    kaiming,
+    ones,
+    register,
+    shown,
+    zeros,
+)
 
 CITATION = """@article{renduchintala2023tiedlora,
   title   = {{Tied-LoRA}: Enhancing parameter efficiency of {LoRA} with Weight Tying},
