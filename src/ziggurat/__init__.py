@@ -9,6 +9,7 @@ from ziggurat.host.supported import check_versions
 check_versions()  # before anything that stands on parts of PEFT and transformers which other versions may not have
 
 from ziggurat._distribution import VERSION as __version__
+from ziggurat.host.plugins import load_installed
 from ziggurat.methods.adapterdrop.config import AdapterDropConfig
 from ziggurat.methods.adapterdrop.model import AdapterDropModel
 from ziggurat.methods.dylora.config import DyLoRAConfig
@@ -39,3 +40,5 @@ __all__ = [
     "TiedLoRAConfig",
     "__version__",
 ]
+
+load_installed()

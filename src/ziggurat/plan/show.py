@@ -7,21 +7,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ziggurat.analysis.components import short_roles
-from ziggurat.host.method import METHODS
+from ziggurat.training.methods import shown
 
 from .planner import Plan
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-_SHOWN = {"lora": "LoRA", "dora": "DoRA", "sharelor2c": "ShareLoR2C", "adalora": "AdaLoRA", "vera": "VeRA"}
-_SHOWN |= {"lily": "Lily", "adapter": "bottlenecks", "pissa": "PiSSA", "qlora": "QLoRA"}
-
-
-def shown(name: str) -> str:
-    """A method's name in tables; a registered method's is on its card."""
-    method = METHODS.get(name.upper())
-    return method.card.shown if method is not None else _SHOWN.get(name, name)
 
 
 def size(count: float) -> str:
@@ -72,7 +63,7 @@ def show(plan: Plan) -> RenderableType:
         same, paid = at.get("r"), at.get("budget")
         cells = [f"{same.parameters:,}", f"{same.parameters / plan.adapter:.0%}"] if same else ["", ""]
         cells += [str(paid.r), f"{paid.parameters:,}"] if paid else ["too dear", ""]
-        beside.add_row(shown(method), *cells)
+        beside.add_row("ShareLoR2C" if method == "sharelor2c" else shown(method), *cells)
     lines = [f"base model: {plan.base:,} parameters; the adapter's file: {plan.file:,} bytes ({size(plan.file)})"]
     if plan.head:
         lines.append(f"trained whole beside the adapter (head): {plan.head:,}")

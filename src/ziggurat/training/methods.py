@@ -57,7 +57,8 @@ class Method:
     does. `exports` and `merges`: whether `ziggurat export` and `ziggurat merge` work on its adapters. `ranks` gives
     the fields that make an adapter of a rank, by which a parameter budget is met. `run` are fields of the config that
     only the run knows, with what stands in until then. `unread` are fields that the config inherits and the method
-    never reads, with what to do instead. `four_bits`: the base weights are quantised.
+    never reads, with what to do instead. `four_bits`: the base weights are quantised. `shown`: its name in tables,
+    where it isn't the one in recipes.
     """
 
     about: str
@@ -70,6 +71,7 @@ class Method:
     run: dict[str, Any] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     four_bits: bool = False
+    shown: str = ""
 
     def config_class(self) -> type[Any] | None:
         """The config's class; None for a method that trains the model's own weights.
@@ -108,8 +110,11 @@ TABLE: dict[str, Method] = {
         LoRA2Config,
         exports=True,
         ranks=_lora2_ranks,
+        shown="LoRA²",
     ),
-    "lora": Method("low-rank updates, one pair a linear (arXiv 2106.09685)", "peft:LoraConfig", ranks=_rank),
+    "lora": Method(
+        "low-rank updates, one pair a linear (arXiv 2106.09685)", "peft:LoraConfig", ranks=_rank, shown="LoRA"
+    ),
     "adalora": Method(
         "LoRA as singular values, pruned by importance (arXiv 2303.10512)",
         "peft:AdaLoraConfig",
@@ -121,26 +126,42 @@ TABLE: dict[str, Method] = {
             "rank_pattern": "the ranks come out of its allocation; take it out",
             **dict.fromkeys(("use_rslora", "alpha_pattern", "lora_bias", "use_qalora"), "take it out"),
         },
+        shown="AdaLoRA",
     ),
     "pissa": Method(
         "LoRA started at the largest singular vectors (arXiv 2404.02948)",
         "peft:LoraConfig",
         {"init_lora_weights": "pissa"},
         ranks=_rank,
+        shown="PiSSA",
     ),
     "qlora": Method(
-        "LoRA on a base in 4 bits, NF4 (arXiv 2305.14314)", "peft:LoraConfig", merges=False, ranks=_rank, four_bits=True
+        "LoRA on a base in 4 bits, NF4 (arXiv 2305.14314)",
+        "peft:LoraConfig",
+        merges=False,
+        ranks=_rank,
+        four_bits=True,
+        shown="QLoRA",
     ),
     "dora": Method(
-        "LoRA with a trained magnitude (arXiv 2402.09353)", "peft:LoraConfig", {"use_dora": True}, ranks=_rank
+        "LoRA with a trained magnitude (arXiv 2402.09353)",
+        "peft:LoraConfig",
+        {"use_dora": True},
+        ranks=_rank,
+        shown="DoRA",
     ),
-    "vera": Method("shared random factors, trained vectors (arXiv 2310.11454)", "peft:VeraConfig", ranks=_rank),
-    "lily": Method("low-rank updates with shared experts (arXiv 2407.09946)", "peft:LilyConfig", ranks=_rank),
+    "vera": Method(
+        "shared random factors, trained vectors (arXiv 2310.11454)", "peft:VeraConfig", ranks=_rank, shown="VeRA"
+    ),
+    "lily": Method(
+        "low-rank updates with shared experts (arXiv 2407.09946)", "peft:LilyConfig", ranks=_rank, shown="Lily"
+    ),
     "adapter": Method(
         "bottlenecks after the layers' feed-forward part, with AdapterDrop by its fields (arXiv 2010.11918)",
         AdapterDropConfig,
         merges=False,
         ranks=_rank,
+        shown="bottlenecks",
     ),
     "bitfit": Method(
         "the biases of the model (arXiv 2106.10199)", trains=lambda name: name.endswith("bias"), merges=False
@@ -172,6 +193,7 @@ class Methods(Mapping[str, Method]):
                 exports=method.card.merges,
                 merges=method.card.merges,
                 ranks=_rank,
+                shown=method.card.shown,
             )
             for method in REGISTERED.values()
             if method.config not in named
@@ -180,6 +202,12 @@ class Methods(Mapping[str, Method]):
 
 
 METHODS = Methods()
+
+
+def shown(name: str) -> str:
+    """The method's name in tables."""
+    row = METHODS.get(name)
+    return row.shown if row is not None and row.shown else name
 
 
 def method_fields(name: str) -> dict[str, Any]:
