@@ -8,7 +8,16 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from ziggurat import AdapterDropConfig, DyLoRAConfig, LoR2CConfig, LoRA2Config, MSPLoraConfig
+from ziggurat import (
+    AdapterDropConfig,
+    DyLoRAConfig,
+    LoR2CConfig,
+    LoRA2Config,
+    LoRAXSConfig,
+    MSPLoraConfig,
+    ShareLoRAConfig,
+    TiedLoRAConfig,
+)
 from zoo import ZOO, Zoo
 
 
@@ -44,6 +53,19 @@ def _dylora(zoo: Zoo, **fields: Any) -> PeftConfig:
     return DyLoRAConfig(**{"r": 4, "target_modules": zoo.targets, "task_type": zoo.task_type, **fields})
 
 
+def _sharelora(zoo: Zoo, **fields: Any) -> PeftConfig:
+    return ShareLoRAConfig(**{"r": 4, "target_modules": zoo.targets, "task_type": zoo.task_type, **fields})
+
+
+def _tiedlora(zoo: Zoo, **fields: Any) -> PeftConfig:
+    return TiedLoRAConfig(**{"r": 4, "target_modules": zoo.targets, "task_type": zoo.task_type, **fields})
+
+
+def _loraxs(zoo: Zoo, **fields: Any) -> PeftConfig:
+    plain = {"r": 4, "init_weights": True, "target_modules": zoo.targets, "task_type": zoo.task_type}
+    return LoRAXSConfig(**{**plain, **fields})
+
+
 def _adapterdrop(zoo: Zoo, **fields: Any) -> PeftConfig:
     return AdapterDropConfig(**{"r": 4, "target_modules": zoo.targets, "task_type": zoo.task_type, **fields})
 
@@ -53,6 +75,9 @@ METHODS: dict[str, Method] = {
     "lor2c": Method(_lor2c, "lor2c_", merges=False, takes_targets=False),
     "lora2": Method(_lora2, "lora2_"),
     "dylora": Method(_dylora, "dylora_"),
+    "sharelora": Method(_sharelora, "sharelora_"),
+    "tiedlora": Method(_tiedlora, "tiedlora_"),
+    "loraxs": Method(_loraxs, "loraxs_"),
     "adapterdrop": Method(_adapterdrop, "adapterdrop_", merges=False),
 }
 

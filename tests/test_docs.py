@@ -1,10 +1,16 @@
 """The Python in README.md and docs/ runs as written, offline.
 
 A file's ```python blocks run in order in one interpreter, in an empty folder. Names of models on the hub stand for tiny
-random ones there (`MODELS`). A block that can't run (it needs a GPU, or shows a fragment) is marked ```python no-run.
+random ones there (`MODELS`). A block that can't run (it needs a GPU, or shows a fragment) is marked ```python no-run. A
+block of any language that is marked with the name of a file (```python mine.py) is written to that file instead, and a
+```bash run block has commands that run there, beside a small reviews.csv.
 """
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,9 +20,13 @@ import pytest
 from fresh import Fresh
 from peft_suite.tiny_hub import BERT, GROUPED, furnish
 
+# The tables of the training tests serve here too.
+sys.path.insert(0, str(Path(__file__).parent / "training"))
+from training_tables import reviews, write_csv
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```python(?P<marks>[^\n]*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(?P<language>\w+)(?P<marks>[^\n]*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 
 _BERT = {**BERT, "num_hidden_layers": 12, "hidden_size": 32}
 #: What each model that a page names is here: a class of transformers, its config's class and fields.
@@ -29,15 +39,30 @@ MODELS = {
 
 
 def runnable(page: Path) -> str:
-    """The page's blocks as one program whose line numbers are the page's."""
+    """The page's Python blocks as one program whose line numbers are the page's."""
     text = page.read_text(encoding="utf-8")
     lines: list[str] = []
     for block in BLOCK.finditer(text):
-        if "no-run" not in block["marks"].split():
+        if block["language"] == "python" and not block["marks"]:
             first = text[: block.start("code")].count("\n")
             lines += [""] * (first - len(lines))
             lines += block["code"].splitlines()
     return "\n".join(lines) + "\n"
+
+
+def marked(page: Path) -> dict[str, str]:
+    """Mark -> code of the page's blocks that are files or commands."""
+    blocks = BLOCK.finditer(page.read_text(encoding="utf-8"))
+    return {mark: b["code"] for b in blocks if (mark := b["marks"].strip()) == "run" or "." in mark}
+
+
+def lay_out(page: Path, folder: Path) -> Path:
+    """A new `folder` with the files that the page names."""
+    folder.mkdir()
+    for name, code in marked(page).items():
+        if name != "run":
+            (folder / name).write_text(code, encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +76,29 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fresh]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page).strip()], ids=lambda page: page.name)
 def test_the_code_of_a_page_runs(page: Path, fresh: Fresh, tmp_path: Path) -> None:
-    done = fresh.run(runnable(page), folder=tmp_path)
+    folder = lay_out(page, tmp_path / "folder")
+    done = fresh.run(f"import sys; sys.path.insert(0, {str(folder)!r})\n" + runnable(page), folder=folder)
     assert done.returncode == 0, f"{page.name}: {done.stderr[-3000:]}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "run" in marked(page)], ids=lambda page: page.name)
+def test_the_commands_of_a_page_run(page: Path, fresh: Fresh, tmp_path: Path) -> None:
+    folder = lay_out(page, tmp_path / "folder")
+    write_csv(folder / "reviews.csv", reviews(48))
+    commands = [shlex.split(line, comments=True) for line in marked(page)["run"].splitlines()]
+    assert len(commands) >= 5
+    for command in commands:
+        assert command[0] == "ziggurat"
+        run([sys.executable, "-W", "ignore", "-m", *command], folder)
+
+
+def run(command: list[str], folder: Path) -> None:
+    """Run `command` in `folder`, whose modules it can import, without network."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, **offline, "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[-3000:]}"
 
 
 def test_the_pages_have_code_to_run() -> None:

@@ -19,10 +19,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "extras", "terminal", "_distribution"),
     ("lowrank",),
     ("host",),
+    ("kit",),
     ("methods",),
     ("__init__",),  # the public names: importing `ziggurat` itself means having all methods
     ("training", "evaluation", "analysis", "export", "plan", "doctor"),
-    ("compare",),
+    ("compare", "testing"),
     ("cli", "__main__"),
 )
 FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

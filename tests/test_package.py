@@ -21,7 +21,14 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SOURCE = ROOT / "src" / "ziggurat"
 INFO = f"{DISTRIBUTION.replace('-', '_')}-{ziggurat.__version__}.dist-info"
-PAPERS = {"2503.21838": "MSPLoRA", "2503.00572": "LoR2C", "2408.06854": "LoRA²"}
+PAPERS = {
+    "2503.21838": "MSPLoRA",
+    "2503.00572": "LoR2C",
+    "2408.06854": "LoRA²",
+    "2406.10785": "ShareLoRA",
+    "2311.09578": "Tied-LoRA",
+    "2405.17604": "LoRA-XS",
+}
 
 
 @pytest.fixture(scope="module")

@@ -108,6 +108,9 @@ def test_lora_injected_into_layers_is_counted() -> None:
         ({"name": "msplora", "r": 8}, 135_168),
         ({"name": "lora", "r": 8, "target_modules": ["query", "value"]}, 294_912),
         ({"name": "lor2c", "r": 8}, 147_456),
+        ({"name": "sharelora", "r": 8}, 2 * 8 * 768 * (1 + 12)),
+        ({"name": "tiedlora", "r": 8}, 2 * (2 * 8 * 768 + 12 * (8 + 768))),
+        ({"name": "loraxs", "r": 8}, 24 * 8**2),
         ({"name": "lor2c", "r": 8, "share": True}, 79_872),
     ],
 )
@@ -115,7 +118,7 @@ def test_the_papers_counts(config: dict[str, Any], parameters: int, roberta: Pat
     assert plan_recipe(roberta, choice=config, measure_memory=False).adapter == parameters
 
 
-@pytest.mark.parametrize("method", ["msplora", "lora2", "lor2c"])
+@pytest.mark.parametrize("method", ["msplora", "lora2", "lor2c", "sharelora", "tiedlora", "loraxs"])
 def test_a_plan_is_the_adapter_that_is_then_written(method: str, tmp_path: Path) -> None:
     zoo = ZOO["bert"]
     config = METHODS[method].config(zoo, modules_to_save=["classifier"])

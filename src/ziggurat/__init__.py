@@ -10,6 +10,7 @@ check_versions()  # before anything that stands on parts of PEFT and transformer
 
 from ziggurat._distribution import VERSION as __version__
 from ziggurat.host.lifecycle import step
+from ziggurat.host.plugins import load_installed
 from ziggurat.methods.adapterdrop.config import AdapterDropConfig
 from ziggurat.methods.adapterdrop.model import AdapterDropModel
 from ziggurat.methods.dylora.config import DyLoRAConfig
@@ -18,8 +19,11 @@ from ziggurat.methods.lor2c.config import LoR2CConfig
 from ziggurat.methods.lor2c.model import LoR2CModel
 from ziggurat.methods.lora2.config import LoRA2Config
 from ziggurat.methods.lora2.model import LoRA2Model
+from ziggurat.methods.loraxs import LoRAXSConfig
 from ziggurat.methods.msplora.config import MSPLoraConfig
 from ziggurat.methods.msplora.model import MSPLoraModel
+from ziggurat.methods.sharelora import ShareLoRAConfig
+from ziggurat.methods.tiedlora import TiedLoRAConfig
 
 __all__ = [
     "AdapterDropConfig",
@@ -30,8 +34,13 @@ __all__ = [
     "LoR2CModel",
     "LoRA2Config",
     "LoRA2Model",
+    "LoRAXSConfig",
     "MSPLoraConfig",
     "MSPLoraModel",
+    "ShareLoRAConfig",
+    "TiedLoRAConfig",
     "__version__",
     "step",
 ]
+
+load_installed()

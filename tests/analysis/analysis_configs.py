@@ -1,6 +1,7 @@
 """A config of every readable method, for a tiny BERT; each gives an update that isn't zero."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from peft import AdaLoraConfig, LoraConfig
@@ -24,6 +25,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "dora": lambda: LoraConfig(r=4, use_dora=True, target_modules=["query", "value"], init_lora_weights=False),
     "pissa": lambda: LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights="pissa"),
+    **{
+        name: partial(METHODS[name].config, ZOO["bert"], init_weights=False, lora_alpha=5)
+        for name in ("sharelora", "tiedlora", "loraxs")
+    },
     "dylora": lambda: METHODS["dylora"].config(ZOO["bert"], init_weights=False, lora_alpha=5, inference_rank=3),
     "adalora": lambda: AdaLoraConfig(
         init_r=6, target_r=4, total_step=10, lora_alpha=5, target_modules=["query", "value"], init_lora_weights=False

@@ -75,7 +75,8 @@ def test_the_file_holds_each_number_once(method: str, model: str, tmp_path: Path
     adapted.save_pretrained(str(tmp_path))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     stored = sum(t.numel() for n, t in tensors.items() if METHODS[method].prefix in n)
-    assert stored == sum(p.numel() for p in own_parameters(adapted, method).values())
+    frozen = [buffer for name, buffer in adapted.named_buffers() if METHODS[method].prefix in name]
+    assert stored == sum(tensor.numel() for tensor in [*own_parameters(adapted, method).values(), *frozen])
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "README.md",
         "adapter_config.json",

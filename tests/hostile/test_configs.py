@@ -15,7 +15,16 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from methods_table import METHODS, logits, zoo_config
-from ziggurat import AdapterDropConfig, DyLoRAConfig, LoR2CConfig, LoRA2Config, MSPLoraConfig
+from ziggurat import (
+    AdapterDropConfig,
+    DyLoRAConfig,
+    LoR2CConfig,
+    LoRA2Config,
+    LoRAXSConfig,
+    MSPLoraConfig,
+    ShareLoRAConfig,
+    TiedLoRAConfig,
+)
 from ziggurat.errors import ConfigError
 from zoo import ZOO
 
@@ -24,6 +33,9 @@ CONFIGS = {
     "lor2c": LoR2CConfig,
     "lora2": LoRA2Config,
     "dylora": DyLoRAConfig,
+    "sharelora": ShareLoRAConfig,
+    "tiedlora": TiedLoRAConfig,
+    "loraxs": LoRAXSConfig,
     "adapterdrop": AdapterDropConfig,
 }
 every_method = pytest.mark.parametrize("method", METHODS)

@@ -100,7 +100,7 @@ def test_yaml_never_builds_objects(tmp_path: Path) -> None:
         ("model: [a", "not readable as YAML"),
         ("train: 3", "train: needs its own keys, for example train.lr: 1.0e-3"),
         ("model: m", "data.train: missing"),
-        ("model: m\ndata.train: a", "method.name: missing; one of msplora, "),
+        ("model: m\ndata.train: a", "method.name: missing; one of "),
         ("method.name: lorra", "'lorra' is not one of"),
     ],
 )

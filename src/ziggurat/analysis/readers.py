@@ -68,7 +68,7 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
                 *part.pair,
                 group=part.group,
                 adds=part.adds,
-                tensors={names[key]: t[key].numel() for key in part.keys},
+                tensors={names[key]: t[key].numel() for key in part.keys if specs[key].trains},
             )
             alike.setdefault((part.name, *component.tensors, "" if together else path), []).append(component)
         if len(parts) > 1:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
+from collections.abc import Iterable
 from typing import Annotated, NoReturn
 
 import typer
@@ -29,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-_DEBUG = "--debug"
+_DEBUG, _PLUGIN = "--debug", "--plugin"
 
 
 def _version(wanted: bool) -> None:
@@ -44,8 +46,15 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
     debug: Annotated[bool, typer.Option(_DEBUG, help="Show the whole traceback of an error.")] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(_PLUGIN, help="A Python file, or a module, that registers methods of your own. Runs its code."),
+    ] = None,
 ) -> None:
-    pass
+    if plugin:
+        from ziggurat.host.plugins import load
+
+        load(plugin)
 
 
 for command in (train, predict, recipes, export, merge, analyze, report, doctor, plan, suggest):
@@ -66,7 +75,7 @@ def main() -> NoReturn:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
-        app(args=[word for word in words if word != _DEBUG], prog_name="ziggurat")
+        app(args=_options_first(word for word in words if word != _DEBUG), prog_name="ziggurat")
     except ZigguratError as error:
         if debug:
             raise
@@ -78,6 +87,19 @@ def main() -> NoReturn:
             raise
         _fail(f"{type(error).__name__}: {first_line(error)} (--debug shows where)", 1)
     raise SystemExit(0)
+
+
+def _options_first(words: Iterable[str]) -> list[str]:
+    """`words` with each `--plugin FILE` before the command, wherever it stood."""
+    first, rest, left = [], [], iter(words)
+    for word in left:
+        if word == _PLUGIN:
+            first += [word, *itertools.islice(left, 1)]
+        elif word.startswith(f"{_PLUGIN}="):
+            first.append(word)
+        else:
+            rest.append(word)
+    return [*first, *rest]
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -31,12 +31,14 @@ def train(
     recipe = load_recipe(names[0] if names else "default", [word for word in given if word not in names])
     check_needs(recipe, "ziggurat train")
 
+    from ziggurat.host.plugins import loaded
     from ziggurat.training.interrupt import Interrupted
     from ziggurat.training.processes import is_main, speaks
     from ziggurat.training.report import show
     from ziggurat.training.run import resume_command
     from ziggurat.training.run import train as run
 
+    plugins = [word for plugin in loaded() for word in ("--plugin", plugin)]
     console = Console(quiet=not is_main())
     console.print(
         f"[bold]{escape(recipe.name)}[/]: {recipe.task} with {recipe.method['name']} on {escape(recipe.model)}",
@@ -51,7 +53,7 @@ def train(
                 say("There is no checkpoint to go on from; the same command starts afresh.")
             else:
                 say(f"The checkpoint lies in {stopped.checkpoint}")
-                say(f"Go on with: {resume_command(given)}")
+                say(f"Go on with: {resume_command([*given, *plugins])}")
         raise typer.Exit(128 + stopped.signal) from None
     show(console, recipe, result)
 

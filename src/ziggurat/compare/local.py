@@ -12,6 +12,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from ziggurat.host.plugins import loaded
+
 from .surroundings import surroundings
 from .table import Run
 from .worker import log_of, serve
@@ -97,7 +99,8 @@ def run_locally(
 def _start(context: Any, run: Run, folder: Path, slot: int, gpu: str | None, threads: int) -> _Active:
     log = log_of(folder, Path(run.recipe.folder).name)
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=serve, args=(run.recipe, run.evaluation, str(log), gpu, threads, theirs))
+    arguments = (run.recipe, run.evaluation, loaded(), str(log), gpu, threads, theirs)
+    process = context.Process(target=serve, args=arguments)
     process.start()
     theirs.close()
     return _Active(run, process, ours, slot, log)

@@ -13,6 +13,7 @@ from typing import Any
 
 from ziggurat.errors import first_line
 from ziggurat.extras import require
+from ziggurat.host.plugins import loaded
 from ziggurat.training.schema import Recipe
 
 from .evaluated import Evaluation
@@ -50,7 +51,7 @@ def run_on_ray(
                 log = log_of(folder.resolve(), Path(run.recipe.folder).name)
                 place = str(Path(run.recipe.folder).expanduser().resolve())
                 recipe = run.recipe.model_copy(update={"output": place})
-                active[task.remote(recipe, run.evaluation, str(log))] = (run, str(log))
+                active[task.remote(recipe, run.evaluation, loaded(), str(log))] = (run, str(log))
                 started(run)
             ended, _ = ray.wait(list(active), timeout=1.0)
             for reference in ended:
@@ -74,11 +75,11 @@ def _outcome(ray: Any, reference: Any, run: Run, log: str) -> Outcome:
     return Outcome(run, status, error=said, log=log, where=where)
 
 
-def _take(recipe: Recipe, evaluation: Evaluation | None, log: str) -> Answer:
+def _take(recipe: Recipe, evaluation: Evaluation | None, plugins: Sequence[str], log: str) -> Answer:
     """What a Ray worker does; like `worker.serve`, but an answer instead of a pipe."""
     from .worker import attempt
 
     with open(log, "a", encoding="utf-8") as file:
         file.write(f"on worker {os.getpid()}\n")
         file.flush()
-        return attempt(recipe, evaluation, file)
+        return attempt(recipe, evaluation, plugins, file)

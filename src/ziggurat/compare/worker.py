@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TextIO
 
 from ziggurat.errors import first_line
+from ziggurat.host.plugins import load
 from ziggurat.training.folders import RUN, RunFolder
 from ziggurat.training.interrupt import Interrupted
 from ziggurat.training.run import train
@@ -50,10 +52,14 @@ def _trained(recipe: Recipe) -> dict[str, Any]:
     return json.loads(info.read_text(encoding="utf-8"))
 
 
-def attempt(recipe: Recipe, evaluation: Evaluation | None, errors: TextIO) -> Answer:
-    """`take`, with how it ended: done and what it gave, or stopped or failed and why; and where it ran."""
+def attempt(recipe: Recipe, evaluation: Evaluation | None, plugins: Sequence[str], errors: TextIO) -> Answer:
+    """`take`, with how it ended: done and what it gave, or stopped or failed and why; and where it ran.
+
+    `plugins` are loaded first.
+    """
     commit()  # it is kept; asked at the end of a long run, the checkout may have gone on
     try:
+        load(plugins)
         return "done", take(recipe, evaluation), surroundings()
     except (Interrupted, KeyboardInterrupt) as error:
         return "stopped", str(error), surroundings()
@@ -63,7 +69,13 @@ def attempt(recipe: Recipe, evaluation: Evaluation | None, errors: TextIO) -> An
 
 
 def serve(
-    recipe: Recipe, evaluation: Evaluation | None, log: str, gpu: str | None, threads: int, answer: Connection
+    recipe: Recipe,
+    evaluation: Evaluation | None,
+    plugins: Sequence[str],
+    log: str,
+    gpu: str | None,
+    threads: int,
+    answer: Connection,
 ) -> None:
     """What a worker process does: send what `attempt` says. What it prints goes to the log."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -75,7 +87,7 @@ def serve(
 
     torch.set_num_threads(threads)
     _stop_with_parent()
-    said = attempt(recipe, evaluation, sys.stderr)
+    said = attempt(recipe, evaluation, plugins, sys.stderr)
     answer.send(said)
     if said[0] == "failed":
         raise SystemExit(1)

@@ -76,8 +76,8 @@ def _export(model: nn.Module, out: Path, adapter: str, serving: bool, add: Calla
         tensors[f"{PREFIX}{path}.lora_A.weight"] = pair.A
         tensors[f"{PREFIX}{path}.lora_B.weight"] = pair.B
     with written_beside(out) as folder:
-        save_file(
-            {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
+        save_file(  # copies, for linear layers may share a factor, and safetensors refuses shared memory
+            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
             folder / SAFETENSORS_WEIGHTS_NAME,
             metadata={"format": "pt"},
         )

@@ -19,7 +19,7 @@ def write_card(folder: Path, config: PeftConfig, library: str, citation: str) ->
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2] if rest else ""
-    section = _section(type(config).__name__, _loading(config, library), citation)
+    section = _section(config, _loading(config, library), citation)
     path.write_text(f"{before.rstrip()}\n\n{section}\n{after.lstrip()}".lstrip(), encoding="utf-8")
 
 
@@ -34,7 +34,7 @@ model = load_adapter_model("path/to/this/folder").model"""
     model = AUTO_CLASSES[TaskType(task)] if known else "AutoModel"
     kind = "" if known else "  # or the class for your task"
     labels = ", num_labels=2)  # as many as it was trained with" if task in ("SEQ_CLS", "TOKEN_CLS") else ")"
-    return f"""import ziggurat  # registers the method with PEFT
+    return f"""import {_package(config)}  # registers the method with PEFT
 from peft import PeftModel
 from transformers import {model}{kind}
 
@@ -42,11 +42,20 @@ base = {model}.from_pretrained("{base}"{labels}
 model = PeftModel.from_pretrained(base, "path/to/this/folder")"""
 
 
-def _section(config_name: str, loading: str, citation: str) -> str:
+def _package(config: PeftConfig) -> str:
+    """What is to be imported for the method: ziggurat, or the module of a method from elsewhere."""
+    module = type(config).__module__
+    return "ziggurat" if module.partition(".")[0] == "ziggurat" else module
+
+
+def _section(config: PeftConfig, loading: str, citation: str) -> str:
+    package = _package(config)
+    where = f", which `pip install {DISTRIBUTION}` brings" if package == "ziggurat" else " and stands on `ziggurat`"
+    cite = f"\n## Citation\n\n```bibtex\n{citation}\n```\n" if citation else ""
     return f"""{BEGIN}
 ## Loading this adapter
 
-The adapter's method ({config_name}) comes from `ziggurat`, which `pip install {DISTRIBUTION}` brings.
+The adapter's method ({type(config).__name__}) comes from `{package}`{where}.
 Import it before loading:
 
 ```python
@@ -54,10 +63,4 @@ Import it before loading:
 ```
 
 Without `ziggurat`: `ziggurat export ADAPTER OUT` writes it as a plain LoRA adapter where the method allows it.
-
-## Citation
-
-```bibtex
-{citation}
-```
-{END}"""
+{cite}{END}"""

@@ -55,7 +55,9 @@ def adapter_config(folder: str | Path) -> PeftConfig:
     kind = read_json(folder, CONFIG_NAME).get("peft_type")
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ConfigError(
-            f"{folder / CONFIG_NAME}: unknown PEFT method {shown(kind)}. Is the package for it installed?"
+            f"{folder / CONFIG_NAME}: unknown PEFT method {shown(kind)}. Install the package that brings it, or name "
+            "its Python file or module by --plugin; in Python, import it first. Its README.md may say where it "
+            "comes from."
         )
     try:
         return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)].from_pretrained(str(folder))

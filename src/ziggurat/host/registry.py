@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
 from ziggurat.errors import ConfigError
@@ -26,7 +26,8 @@ def register(
     """Make `method` a PEFT method: `get_peft_model`, `PeftModel.from_pretrained` and all that stands on them.
 
     For what the two functions can't say: a subclass of the `tuner`, of the adapted linear `layer`, of the `bank`, and
-    `more_layers`, further tuner layers of the method. Registering the same method again does nothing.
+    `more_layers`, further tuner layers of the method. Registering the same method again does nothing; one whose config
+    has the same module and name, as when a notebook's cell runs again, takes the place of the earlier one.
 
     Raises:
         ConfigError: the name is no Python name in lower case, or another package has taken it.
@@ -37,11 +38,13 @@ def register(
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
     if known is method.config:
         return
+    if known is not None and _written_at(known) == _written_at(method.config):
+        unregister(method.name)
+        known = None
     if known is not None:
         raise ConfigError(
-            f"PEFT type {method.peft_type} is taken by {known.__module__}.{known.__qualname__}; "
-            f"{method.config.__module__}.{method.config.__qualname__} can't be registered beside it. Import only one "
-            "of the two packages."
+            f"PEFT type {method.peft_type} is taken by {_written_at(known)}; {_written_at(method.config)} can't be "
+            "registered beside it. Import only one of the two packages."
         )
     method.config.method = method
     shown = method.config.__name__.removesuffix("Config")
@@ -56,6 +59,18 @@ def register(
     load_through_methods()
     register_peft_method(name=method.name, config_cls=method.config, model_cls=tuner_cls)
     METHODS[method.peft_type] = method
+
+
+def unregister(name: str) -> None:
+    """Take the method called `name` out of PEFT's tables and ours. Models that have its adapters stay as they are."""
+    member = peft_type(name.upper())
+    for table in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
+        table.pop(member, None)  # type: ignore[call-overload]
+    METHODS.pop(name.upper(), None)
+
+
+def _written_at(config: type[Any]) -> str:
+    return f"{config.__module__}.{config.__qualname__}"
 
 
 def _of(method: Method, given: type[Any], general: type[Any], name: str) -> type[Any]:

@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from ziggurat.errors import ConfigError
 from ziggurat.lowrank.pair import FactorPair, init_gaussian_, init_kaiming_
 
+#: The smaller side of the largest weight that is decomposed exactly: about a second of one core.
+EXACT_SVD = 1024
+
 
 class Weight:
     """The frozen weight of a site, for an initialisation that starts from it. Read only when it is asked for."""
 
     def __init__(self, path: str, read: Callable[[], Tensor]) -> None:
         self._path, self._read = path, read
+        self._svds: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     @cached_property
     def value(self) -> Tensor:
@@ -34,11 +38,21 @@ class Weight:
                 "target_modules, or a base model whose weights are not quantised."
             ) from error
 
-    @cached_property
-    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U (d_out, n), S (n), V^T (n, d_in) of W, with n = min(d_out, d_in)."""
-        U, S, Vh = torch.linalg.svd(self.value, full_matrices=False)
-        return U, S, Vh
+    def svd(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """U (d_out, rank), S (rank), V^T (rank, d_in): the largest singular values of W and their vectors.
+
+        Exact up to `EXACT_SVD` rows or columns. Above by randomised subspace iteration [Halko, Martinsson and Tropp
+        2011, arXiv 0909.4061], which draws from torch's generator of the CPU.
+        """
+        if rank not in self._svds:
+            W = self.value
+            if min(W.shape) <= EXACT_SVD:
+                U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+            else:
+                U, S, V = torch.svd_lowrank(W, q=min(rank + 10, *W.shape), niter=10)
+                Vh = V.T
+            self._svds[rank] = U[:, :rank], S[:rank], Vh[:rank]
+        return self._svds[rank]
 
 
 #: Fills a fresh tensor in place. The weight is that of the first site that asks for the tensor.
@@ -177,6 +191,12 @@ class Factors(nn.Module):
     def forward(self, leaves: Collection[str]) -> list[Tensor]:
         """The tensors of these names. Called, not read, so that hooks which gather shards run first."""
         return [self[leaf] for leaf in leaves]
+
+    def widen(self) -> None:
+        """Make frozen tensors of 16 bits float32, as PEFT makes parameters."""
+        for leaf, buffer in self._buffers.items():
+            if buffer is not None and buffer.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[leaf] = buffer.float()
 
     def move(self, device: torch.device) -> None:
         """Bring what lies on the CPU to `device`; nothing moves to the meta device."""

@@ -149,6 +149,14 @@ class MethodTuner(BaseTuner):
             bank.quantization_backend = getattr(layer, "quantization_backend", None)
             bank.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT's casts parameters; frozen tensors are buffers, and a pair multiplies both.
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            for module in self.model.modules():
+                if isinstance(module, self.tuner_layer_cls) and adapter_name in module.stores:
+                    module.stores[adapter_name].widen()
+
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]

@@ -32,6 +32,9 @@ BESIDE: dict[str, dict[str, Any]] = {
     "lora2": {"name": "lora2"},
     "lor2c": {"name": "lor2c"},
     "sharelor2c": {"name": "lor2c", "share": True},
+    "sharelora": {"name": "sharelora"},
+    "tiedlora": {"name": "tiedlora"},
+    "loraxs": {"name": "loraxs"},
     "lily": {"name": "lily"},
     "vera": {"name": "vera"},
     "adapter": {"name": "adapter"},
@@ -45,9 +48,9 @@ LABELS = {"instruct": "tokens", "classification": "classes", "regression": "valu
 
 def variant_name(row: str) -> str:
     """What tables call a row of `BESIDE`."""
-    from ziggurat.training.methods import shown_name
+    from ziggurat.training.methods import shown
 
-    return _VARIANTS.get(row) or shown_name(row)
+    return _VARIANTS.get(row) or shown(row)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ziggurat.analysis.components import short_roles
-from ziggurat.training.methods import shown_name
+from ziggurat.training.methods import shown
 
 from .planner import Plan, variant_name
 
@@ -38,7 +38,7 @@ def show(plan: Plan) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    named = shown_name(plan.method) + (f" r {plan.r}" if plan.r else "")
+    named = shown(plan.method) + (f" r {plan.r}" if plan.r else "")
     parts = Table(title=f"{named} in {plan.model}: {len(plan.modules)} modules", title_justify="left")
     for name in ("part", "role"):
         parts.add_column(name, overflow="fold")

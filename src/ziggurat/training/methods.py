@@ -1,17 +1,22 @@
-"""The methods a recipe can name. A method joins by one row; its fields are read off its PEFT config."""
+"""The methods a recipe can name: all registered ones, PEFT's, and plain choices of weights.
+
+A registered method's row follows from its card; its fields are read off its PEFT config.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
+from ziggurat import AdapterDropConfig, LoRA2Config
 from ziggurat.errors import RecipeError
+from ziggurat.host.method import METHODS as REGISTERED
 
 from .nearest import did_you_mean
 
@@ -47,16 +52,17 @@ SYNONYMS = {
 class Method:
     """One row: either a PEFT config class, or a rule that says which of the model's own weights train.
 
-    `config` is "module:class", imported when first needed. `fixed` are fields that make the method what it is (DoRA
-    is LoRA with use_dora). `trains` gets a parameter's name and says whether it trains; the head always does.
-    `exports` and `merges`: whether `ziggurat export` and `ziggurat merge` have anything to do with its adapters.
-    `ranks` gives the fields that make an adapter of a rank, by which a parameter budget is met. `run` are fields of the
-    config that only the run knows, with what stands in until then. `unread` are fields that the config inherits and the
-    method never reads, with what to do instead. `four_bits`: the base weights are quantised.
+    `config` is the class, or "module:class", imported when first needed. `fixed` are fields that make the method what
+    it is (DoRA is LoRA with use_dora). `trains` gets a parameter's name and says whether it trains; the head always
+    does. `exports` and `merges`: whether `ziggurat export` and `ziggurat merge` work on its adapters. `ranks` gives
+    the fields that make an adapter of a rank, by which a parameter budget is met. `run` are fields of the config that
+    only the run knows, with what stands in until then. `unread` are fields that the config inherits and the method
+    never reads, with what to do instead. `four_bits`: the base weights are quantised. `shown`: its name in tables,
+    where it isn't the one in recipes.
     """
 
     about: str
-    config: str | None = None
+    config: str | type[Any] | None = None
     fixed: dict[str, Any] = field(default_factory=dict)
     trains: Callable[[str], bool] | None = None
     exports: bool = False
@@ -65,6 +71,7 @@ class Method:
     run: dict[str, Any] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     four_bits: bool = False
+    shown: str = ""
 
     def config_class(self) -> type[Any] | None:
         """The config's class; None for a method that trains the model's own weights.
@@ -72,8 +79,8 @@ class Method:
         Raises:
             RecipeError: the installed PEFT doesn't have this method yet.
         """
-        if self.config is None:
-            return None
+        if not isinstance(self.config, str):
+            return self.config
         module, _, name = self.config.partition(":")
         found = getattr(importlib.import_module(module), name, None)
         if found is None:
@@ -81,27 +88,6 @@ class Method:
 
             raise RecipeError(f"PEFT {version} has no {name}: install a newer peft, or take another method")
         return found
-
-
-#: PEFT's own methods, as tables call them; a registered method's card says what it is called.
-_SHOWN = {
-    "lora": "LoRA",
-    "adalora": "AdaLoRA",
-    "pissa": "PiSSA",
-    "qlora": "QLoRA",
-    "dora": "DoRA",
-    "vera": "VeRA",
-    "lily": "Lily",
-    "bitfit": "BitFit",
-}
-
-
-def shown_name(name: str) -> str:
-    """What tables call the method that a recipe names `name`."""
-    row = METHODS.get(name)
-    if row is None or row.config is None or row.config.startswith("peft:"):
-        return _SHOWN.get(name, name)
-    return row.config_class().method.card.shown  # type: ignore[union-attr]
 
 
 def _rank(rank: int) -> dict[str, Any]:
@@ -118,26 +104,17 @@ def _lora2_ranks(rank: int) -> dict[str, Any]:
     return {"r": rank, "outer_rank": rank}
 
 
-METHODS: dict[str, Method] = {
-    "msplora": Method(
-        "a pyramid of shared and private low-rank updates (arXiv 2503.21838)",
-        "ziggurat:MSPLoraConfig",
-        exports=True,
-        ranks=_rank,
-    ),
-    "lor2c": Method(
-        "low-rank paths around layers; shared, merged, injected by its fields (arXiv 2503.00572)",
-        "ziggurat:LoR2CConfig",
-        merges=False,
-        ranks=_rank,
-    ),
+TABLE: dict[str, Method] = {
     "lora2": Method(
         "two nested planes, pruned by importance (arXiv 2408.06854)",
-        "ziggurat:LoRA2Config",
+        LoRA2Config,
         exports=True,
         ranks=_lora2_ranks,
+        shown="LoRA²",
     ),
-    "lora": Method("low-rank updates, one pair a linear (arXiv 2106.09685)", "peft:LoraConfig", ranks=_rank),
+    "lora": Method(
+        "low-rank updates, one pair a linear (arXiv 2106.09685)", "peft:LoraConfig", ranks=_rank, shown="LoRA"
+    ),
     "adalora": Method(
         "LoRA as singular values, pruned by importance (arXiv 2303.10512)",
         "peft:AdaLoraConfig",
@@ -149,29 +126,42 @@ METHODS: dict[str, Method] = {
             "rank_pattern": "the ranks come out of its allocation; take it out",
             **dict.fromkeys(("use_rslora", "alpha_pattern", "lora_bias", "use_qalora"), "take it out"),
         },
-    ),
-    "dylora": Method(
-        "LoRA whose every leading rank works (arXiv 2210.07558)", "ziggurat:DyLoRAConfig", exports=True, ranks=_rank
+        shown="AdaLoRA",
     ),
     "pissa": Method(
         "LoRA started at the largest singular vectors (arXiv 2404.02948)",
         "peft:LoraConfig",
         {"init_lora_weights": "pissa"},
         ranks=_rank,
+        shown="PiSSA",
     ),
     "qlora": Method(
-        "LoRA on a base in 4 bits, NF4 (arXiv 2305.14314)", "peft:LoraConfig", merges=False, ranks=_rank, four_bits=True
-    ),
-    "dora": Method(
-        "LoRA with a trained magnitude (arXiv 2402.09353)", "peft:LoraConfig", {"use_dora": True}, ranks=_rank
-    ),
-    "vera": Method("shared random factors, trained vectors (arXiv 2310.11454)", "peft:VeraConfig", ranks=_rank),
-    "lily": Method("low-rank updates with shared experts (arXiv 2407.09946)", "peft:LilyConfig", ranks=_rank),
-    "adapter": Method(
-        "bottlenecks after the layers' feed-forward part, with AdapterDrop by its fields (arXiv 2010.11918)",
-        "ziggurat:AdapterDropConfig",
+        "LoRA on a base in 4 bits, NF4 (arXiv 2305.14314)",
+        "peft:LoraConfig",
         merges=False,
         ranks=_rank,
+        four_bits=True,
+        shown="QLoRA",
+    ),
+    "dora": Method(
+        "LoRA with a trained magnitude (arXiv 2402.09353)",
+        "peft:LoraConfig",
+        {"use_dora": True},
+        ranks=_rank,
+        shown="DoRA",
+    ),
+    "vera": Method(
+        "shared random factors, trained vectors (arXiv 2310.11454)", "peft:VeraConfig", ranks=_rank, shown="VeRA"
+    ),
+    "lily": Method(
+        "low-rank updates with shared experts (arXiv 2407.09946)", "peft:LilyConfig", ranks=_rank, shown="Lily"
+    ),
+    "adapter": Method(
+        "bottlenecks after the layers' feed-forward part, with AdapterDrop by its fields (arXiv 2010.11918)",
+        AdapterDropConfig,
+        merges=False,
+        ranks=_rank,
+        shown="bottlenecks",
     ),
     "bitfit": Method(
         "the biases of the model (arXiv 2106.10199)", trains=lambda name: name.endswith("bias"), merges=False
@@ -179,6 +169,45 @@ METHODS: dict[str, Method] = {
     "head": Method("the head alone; the model stays as it is", trains=lambda name: False, merges=False),
     "full": Method("every weight of the model", trains=lambda name: True, merges=False),
 }
+
+
+class Methods(Mapping[str, Method]):
+    """The table's rows, and a row for every other registered method, whoever registered it and whenever."""
+
+    def __getitem__(self, name: str) -> Method:
+        return self._rows()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows())
+
+    def __len__(self) -> int:
+        return len(self._rows())
+
+    @staticmethod
+    def _rows() -> dict[str, Method]:
+        named = {row.config for row in TABLE.values()}
+        rows = {
+            method.name: Method(
+                f"{method.card.about} (arXiv {method.card.paper})" if method.card.paper else method.card.about,
+                method.config,
+                exports=method.card.merges,
+                merges=method.card.merges,
+                ranks=_rank,
+                shown=method.card.shown,
+            )
+            for method in REGISTERED.values()
+            if method.config not in named
+        }
+        return {**rows, **TABLE}
+
+
+METHODS = Methods()
+
+
+def shown(name: str) -> str:
+    """The method's name in tables."""
+    row = METHODS.get(name)
+    return row.shown if row is not None and row.shown else name
 
 
 def method_fields(name: str) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from .methods import BUDGET, METHODS, method_config, method_fields, shown_name
+from ziggurat.host.plugins import loaded
+
+from .methods import BUDGET, METHODS, method_config, method_fields, shown
 from .metrics import lower_is_better
 from .result import Result
 from .schema import Recipe
@@ -17,7 +19,7 @@ from .schema import Recipe
 
 def report(recipe: Recipe, result: Result) -> Group:
     """The table of a run (scores, parameters, cost) and the next commands to try."""
-    method = shown_name(result.method)
+    method = shown(result.method)
     rank, last = _ranks(recipe)
     named = method if rank is None else f"{method} r {rank}" + (f" to {last}" if last is not None else "")
     table = Table(title=f"{named}: {recipe.name} on {recipe.model}", title_justify="left", show_header=False)
@@ -69,6 +71,7 @@ def _ranks(recipe: Recipe) -> tuple[int | None, int | None]:
 
 def _next(recipe: Recipe, result: Result) -> list[str]:
     folder = shlex.quote(_short(result.folder))
+    plugins = "".join(f" --plugin {shlex.quote(plugin)}" for plugin in loaded())
     if recipe.task == "instruct":
         texts = '"Give three tips for staying healthy."'
     elif recipe.data.text_pair is not None:
@@ -80,7 +83,7 @@ def _next(recipe: Recipe, result: Result) -> list[str]:
         lines.append(f"ziggurat export {folder} {shlex.quote(_short(result.folder) + '-lora')}")
     if METHODS[result.method].merges:
         lines.append(f"ziggurat merge {folder} {shlex.quote(_short(result.folder) + '-merged')}")
-    return lines
+    return [line + plugins for line in lines]
 
 
 def show(console: Console, recipe: Recipe, result: Result) -> None:

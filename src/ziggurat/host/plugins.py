@@ -1,0 +1,82 @@
+"""Methods from outside the package: of installed packages, and of a file or module that the user names.
+
+Nothing else brings code in: a recipe, a run or an adapter's folder only names a method.
+"""
+
+import importlib
+import sys
+import traceback
+import warnings
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+from ziggurat.errors import ConfigError
+
+#: The entry point group whose modules register methods.
+GROUP = "ziggurat.methods"
+
+_loaded: list[str] = []
+
+
+def load_installed() -> None:
+    """Import what installed packages name in `GROUP`. One that can't be imported is warned of, and passed over."""
+    for entry in entry_points(group=GROUP):
+        if entry.module in sys.modules:
+            continue  # it is what imports ziggurat just now
+        try:
+            entry.load()
+        except Exception as error:
+            package = entry.dist.name if entry.dist is not None else entry.module
+            warnings.warn(
+                f"the methods of the package {package!r} are not there: {entry.value} can't be imported "
+                f"({type(error).__name__}: {error}).",
+                stacklevel=2,
+            )
+
+
+def load(plugins: Iterable[str]) -> None:
+    """Run each of `plugins`, a Python file or the name of a module, once.
+
+    Raises:
+        ConfigError: there is no such file or module, or it ends in an error; with its line.
+    """
+    for plugin in plugins:
+        path = Path(plugin).expanduser()
+        is_file = path.suffix == ".py" or path.is_file()
+        if is_file and not path.is_file():
+            raise ConfigError(f"--plugin {plugin}: there is no such file.")
+        name = str(path.resolve()) if is_file else plugin
+        if name in _loaded:
+            continue
+        try:
+            if is_file:
+                _run(path.resolve())
+            else:
+                importlib.import_module(plugin)
+        except Exception as error:
+            frames = [
+                frame for frame in traceback.extract_tb(error.__traceback__) if is_file and frame.filename == name
+            ]
+            line = f" in line {frames[-1].lineno}" if frames else ""
+            raise ConfigError(f"--plugin {plugin}: {type(error).__name__}{line}: {error}") from error
+        _loaded.append(name)
+
+
+def loaded() -> tuple[str, ...]:
+    """The plugins that were loaded, for a process that is to load them, too."""
+    return tuple(_loaded)
+
+
+def _run(path: Path) -> None:
+    """Run `path` as a module that can be imported by its name, so that its classes can be pickled."""
+    name = path.stem if path.stem.isidentifier() and path.stem not in sys.modules else f"ziggurat_plugin_{len(_loaded)}"
+    spec = spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = module = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise

@@ -1,0 +1,37 @@
+"""What a method of one's own is made of: see docs/your-own-method.md."""
+
+from ziggurat.host.config import MethodConfig
+from ziggurat.host.method import EVALUATION, Card, Context, Method, Part, Stored
+from ziggurat.host.registry import register, unregister
+from ziggurat.host.site import Site
+from ziggurat.host.tensors import Init, TensorSpec, Weight, gaussian, kaiming, low_rank, normal, ones, zeros
+from ziggurat.host.values import check_flag, check_room, is_whole, shown
+from ziggurat.lowrank.pair import FactorPair, stack
+
+__all__ = [
+    "EVALUATION",
+    "Card",
+    "Context",
+    "FactorPair",
+    "Init",
+    "Method",
+    "MethodConfig",
+    "Part",
+    "Site",
+    "Stored",
+    "TensorSpec",
+    "Weight",
+    "check_flag",
+    "check_room",
+    "gaussian",
+    "is_whole",
+    "kaiming",
+    "low_rank",
+    "normal",
+    "ones",
+    "register",
+    "shown",
+    "stack",
+    "unregister",
+    "zeros",
+]
