@@ -442,3 +442,48 @@ def test_an_adapter_that_needs_steps_and_gets_none_says_so_once(caplog: pytest.L
         for _ in range(PATIENCE + 3):
             other(**inputs)
     assert "ziggurat.step" not in caplog.text
+
+
+# What LoRA's config says
+
+
+@targeting
+def test_a_config_of_lora_becomes_one_of_the_method(method: str, tmp_path: Path) -> None:
+    if method == "adapterdrop":
+        pytest.skip("its bottlenecks have no alpha")
+    config_class = type(zoo_config(method, "llama"))
+    lora = LoraConfig(
+        r=4, lora_alpha=6, lora_dropout=0.25, use_rslora=True, bias="lora_only", target_modules=["q_proj"],
+        layers_to_transform=[1, 2], exclude_modules=["v_proj"], task_type="CAUSAL_LM", init_lora_weights="gaussian",
+    )  # fmt: skip
+    config = config_class.from_lora(lora)
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.use_rslora) == (4, 6, 0.25, True)
+    assert config.bias == f"{METHODS[method].prefix}only" and config.init_weights == "gaussian"
+    model = get_peft_model(LLAMA.build(), config)
+    assert sorted(model.base_model.targeted_module_names) == [f"model.layers.{n}.self_attn.q_proj" for n in (1, 2)]
+    with pytest.raises(ConfigError, match=r"can't follow LoRA's .*use_dora=True"):
+        config_class.from_lora(LoraConfig(use_dora=True, init_lora_weights="pissa"))
+    assert config_class.from_lora(lora, r=8).r == 8
+
+
+@merging
+def test_an_alpha_of_its_own_scales_one_module(method: str) -> None:
+    plain, patterned = active(method), active(method, alpha_pattern={"layers.1.self_attn.q_proj": 32})
+    for name, module in plain.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            delta, other = (m.get_submodule(name).get_delta_weight("default") for m in (plain, patterned))
+            factor = 2 if name.endswith("layers.1.self_attn.q_proj") else 1  # lora_alpha is 16
+            torch.testing.assert_close(other, factor * delta)
+
+
+@every_method
+def test_rows_of_the_embedding_train_along(method: str, tmp_path: Path) -> None:
+    model = active(method, trainable_token_indices=[7, 11]).train()
+    inputs = LLAMA.inputs()
+    inputs["input_ids"][:, :2] = torch.tensor([7, 11])
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(LLAMA.build(), str(tmp_path)).eval()
+    assert torch.equal(logits(loaded, inputs), logits(model.eval(), inputs))
+    assert hasattr(loaded.get_base_model().model.embed_tokens, "token_adapter")
