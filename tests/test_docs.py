@@ -66,10 +66,15 @@ def lay_out(page: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fresh]:
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = tmp_path_factory.mktemp("hub")
     furnish(cache, MODELS)
-    offline = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return cache
+
+
+@pytest.fixture(scope="module")
+def fresh(hub: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fresh]:
+    offline = {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with closing(Fresh(tmp_path_factory.mktemp("pages"), **offline)) as programs:
         yield programs
 
@@ -82,19 +87,19 @@ def test_the_code_of_a_page_runs(page: Path, fresh: Fresh, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "run" in marked(page)], ids=lambda page: page.name)
-def test_the_commands_of_a_page_run(page: Path, fresh: Fresh, tmp_path: Path) -> None:
+def test_the_commands_of_a_page_run(page: Path, hub: Path, tmp_path: Path) -> None:
     folder = lay_out(page, tmp_path / "folder")
     write_csv(folder / "reviews.csv", reviews(48))
     commands = [shlex.split(line, comments=True) for line in marked(page)["run"].splitlines()]
     assert len(commands) >= 5
     for command in commands:
         assert command[0] == "ziggurat"
-        run([sys.executable, "-W", "ignore", "-m", *command], folder)
+        run([sys.executable, "-W", "ignore", "-m", *command], folder, hub)
 
 
-def run(command: list[str], folder: Path) -> None:
+def run(command: list[str], folder: Path, hub: Path) -> None:
     """Run `command` in `folder`, whose modules it can import, without network."""
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    offline = {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, **offline, "PYTHONPATH": path}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)

@@ -4,6 +4,9 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
 import ziggurat
 from ziggurat.host.bank import Bank
 from ziggurat.host.linear import AdaptedLinear
@@ -58,7 +61,7 @@ def test_no_other_file_asks_for_what_only_a_method_has() -> None:
     own: set[str] = set()
     for method in METHODS.values():
         own |= set(dir(method.config)) - set(dir(method.config.__mro__[1])) - {"hidden_size"}  # the base has one too
-        tuner = getattr(ziggurat, method.config.__name__.replace("Config", "Model"))
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(method.peft_type)]
         own |= {name for kind in (tuner, tuner.layer_cls, tuner.bank_cls) for name in vars(kind)} - shared
     asked = [
         f"{file}:{node.lineno} {node.args[1].value}"

@@ -12,7 +12,15 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer import DEFAULT_CALLBACKS
 
 import versions
@@ -26,6 +34,7 @@ from zoo import ZOO
 
 every_method = pytest.mark.parametrize("method", METHODS)
 merging = pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.merges])
+targeting = pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.takes_targets])
 LLAMA = ZOO["llama"]
 
 
@@ -85,6 +94,37 @@ def test_the_config_says_who_wrote_it_and_a_newer_form_is_refused(tmp_path: Path
     file.write_text(json.dumps(written | {"ziggurat_format": 3, "ziggurat_version": "9.9"}))
     with pytest.raises(ConfigError, match=r"ziggurat_format=3, written by ziggurat '9\.9'.*Install a newer ziggurat"):
         PeftModel.from_pretrained(LLAMA.build(), str(tmp_path))
+
+
+# What is said before training
+
+
+@targeting
+def test_a_fused_mixer_reads_past_the_adapter(method: str) -> None:
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=100, hidden_size=16, num_hidden_layers=2, state_size=4))
+    with pytest.raises(ConfigError, match=r"out_proj' of a mamba model.*takes no part"):
+        get_peft_model(mamba, zoo_config(method, "llama", target_modules=["in_proj", "out_proj"]))
+
+
+@targeting
+def test_experts_that_stay_frozen_are_named(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    base = ZOO["mixtral"].build()
+    fused = [p for name, p in base.named_parameters() if p.dim() == 3]
+    if not fused:
+        pytest.skip("this transformers keeps the experts as linear layers")
+    share = sum(p.numel() for p in fused) / sum(p.numel() for p in base.parameters())
+    with caplog.at_level(logging.WARNING):
+        get_peft_model(base, zoo_config(method, "mixtral", target_modules="all-linear", r=1))
+    assert f"they stay frozen, {100 * share:.0f}% of the model's parameters" in caplog.text
+
+
+@merging
+def test_a_target_tied_to_the_embedding_is_named(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    from contracts.test_numbers import tied_llama
+
+    with caplog.at_level(logging.WARNING):
+        get_peft_model(tied_llama(), zoo_config(method, "llama", target_modules=["lm_head"]))
+    assert "lm_head shares its weight with model.embed_tokens: merging the adapter changes both" in caplog.text
 
 
 # A second adapter on one base

@@ -116,7 +116,7 @@ def test_its_body_without_a_head_loads_it_too(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in WHOLE_NAMES if not CASES[name].get and name != BIASES])
 def test_a_plain_state_dict_of_an_earlier_version_loads(name: str) -> None:
     """As loops other than PEFT's keep one: all tensors of the adapter, with its name in theirs."""
-    model, inputs, wanted = load(name)
+    model, inputs, _ = load(name)
     expected = outputs(model, inputs)
     stored = load_file(ADAPTERS / name / "adapter_model.safetensors")
     prefix = model.base_model.prefix

@@ -57,7 +57,7 @@ else:
 
 
 #: Whether linears that read one input can go down together, see siblings.py.
-SHARES = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+SHARES = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def as_no_match(error: ValueError) -> ValueError:

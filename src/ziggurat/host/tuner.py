@@ -26,6 +26,7 @@ from ziggurat.host.method_layer import MethodLayer
 from ziggurat.host.names import RenamesOnLoad, current_names
 from ziggurat.host.older import NoMatchingPeftModuleError, as_no_match, check_saved_whole
 from ziggurat.host.quantised import changing
+from ziggurat.host.remarks import check_fused_mixers, remark
 from ziggurat.host.siblings import introduce
 from ziggurat.host.site import Site, body_name
 from ziggurat.host.sites_table import to_table
@@ -78,13 +79,17 @@ class MethodTuner(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Look at the whole model and raise before anything in it is changed."""
         config: Any = peft_config
+        all_linear = config.target_modules == "all-linear"  # which PEFT replaces by names
         self.sites = self._sites(config, model)
+        check_fused_mixers(model, self.sites)
         for site in self.sites.values():
             self._check_site(config.at(site), site)
         config.check_sites(self.sites)
         specs = unique_specs(self.method, config.at, self.sites)
         check_stored(config, sum(spec.size for spec in specs.values() if spec.seed is None))
         check_saved_whole(config)
+        if self.method.sites is None:
+            remark(model, self.sites, all_linear)
         config.sites = to_table(self.sites)
         layers: list[Any] = [module for module in model.modules() if isinstance(module, self.tuner_layer_cls)]
         for layer in layers:

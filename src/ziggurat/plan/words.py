@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 from ziggurat.errors import ConfigError, RecipeError
 
@@ -21,9 +22,11 @@ def check_model_word(model: str) -> None:
             own = load_recipe(model).model
         except RecipeError:
             own = "MODEL"
-        raise ConfigError(f"{model} is {what}, and plan wants the model first: ziggurat plan {own} {model}")
+        raise ConfigError(
+            f"{model} is {what}, and plan wants the model first: ziggurat plan {quote(own)} {quote(model)}"
+        )
     if (path / "adapter_config.json").is_file():
         raise ConfigError(
             f"{model} is an adapter's folder, and plan counts before there is one: ziggurat plan MODEL method.r=...; "
-            f"what the adapter has: ziggurat analyze {model}"
+            f"what the adapter has: ziggurat analyze {quote(model)}"
         )
