@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ziggurat import (
     AdapterDropConfig,
+    ASLoRAConfig,
     DyLoRAConfig,
     LoR2CConfig,
     LoRA2Config,
@@ -66,6 +67,11 @@ def _loraxs(zoo: Zoo, **fields: Any) -> PeftConfig:
     return LoRAXSConfig(**{**plain, **fields})
 
 
+def _aslora(zoo: Zoo, **fields: Any) -> PeftConfig:
+    plain = {"r": 4, "groups": 2, "target_modules": zoo.targets, "task_type": zoo.task_type}
+    return ASLoRAConfig(**{**plain, **fields})
+
+
 def _adapterdrop(zoo: Zoo, **fields: Any) -> PeftConfig:
     return AdapterDropConfig(**{"r": 4, "target_modules": zoo.targets, "task_type": zoo.task_type, **fields})
 
@@ -78,6 +84,7 @@ METHODS: dict[str, Method] = {
     "sharelora": Method(_sharelora, "sharelora_"),
     "tiedlora": Method(_tiedlora, "tiedlora_"),
     "loraxs": Method(_loraxs, "loraxs_"),
+    "aslora": Method(_aslora, "aslora_"),
     "adapterdrop": Method(_adapterdrop, "adapterdrop_", merges=False),
 }
 

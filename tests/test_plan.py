@@ -111,6 +111,7 @@ def test_lora_injected_into_layers_is_counted() -> None:
         ({"name": "sharelora", "r": 8}, 2 * 8 * 768 * (1 + 12)),
         ({"name": "tiedlora", "r": 8}, 2 * (2 * 8 * 768 + 12 * (8 + 768))),
         ({"name": "loraxs", "r": 8}, 24 * 8**2),
+        ({"name": "aslora", "r": 8}, 2 * 8 * 768 * (1 + 12)),
         ({"name": "lor2c", "r": 8, "share": True}, 79_872),
     ],
 )
@@ -118,7 +119,7 @@ def test_the_papers_counts(config: dict[str, Any], parameters: int, roberta: Pat
     assert plan_recipe(roberta, choice=config, measure_memory=False).adapter == parameters
 
 
-@pytest.mark.parametrize("method", ["msplora", "lora2", "lor2c", "sharelora", "tiedlora", "loraxs"])
+@pytest.mark.parametrize("method", ["msplora", "lora2", "lor2c", "sharelora", "tiedlora", "loraxs", "aslora"])
 def test_a_plan_is_the_adapter_that_is_then_written(method: str, tmp_path: Path) -> None:
     zoo = ZOO["bert"]
     config = METHODS[method].config(zoo, modules_to_save=["classifier"])

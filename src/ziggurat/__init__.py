@@ -13,6 +13,7 @@ from ziggurat.host.lifecycle import step
 from ziggurat.host.plugins import load_installed
 from ziggurat.methods.adapterdrop.config import AdapterDropConfig
 from ziggurat.methods.adapterdrop.model import AdapterDropModel
+from ziggurat.methods.aslora import ASLoRAConfig
 from ziggurat.methods.dylora.config import DyLoRAConfig
 from ziggurat.methods.dylora.model import DyLoRAModel
 from ziggurat.methods.lor2c.config import LoR2CConfig
@@ -26,6 +27,7 @@ from ziggurat.methods.sharelora import ShareLoRAConfig
 from ziggurat.methods.tiedlora import TiedLoRAConfig
 
 __all__ = [
+    "ASLoRAConfig",
     "AdapterDropConfig",
     "AdapterDropModel",
     "DyLoRAConfig",

@@ -4,6 +4,7 @@ from ziggurat.host.config import MethodConfig
 from ziggurat.host.method import EVALUATION, Card, Context, Method, Part, Stored
 from ziggurat.host.registry import register, unregister
 from ziggurat.host.site import Site
+from ziggurat.host.structure import MergingConfig, acting_parameters, shared_tensors
 from ziggurat.host.tensors import Init, TensorSpec, Weight, gaussian, kaiming, low_rank, normal, ones, zeros
 from ziggurat.host.values import check_flag, check_room, is_whole, shown
 from ziggurat.lowrank.pair import FactorPair, stack
@@ -14,6 +15,7 @@ __all__ = [
     "Context",
     "FactorPair",
     "Init",
+    "MergingConfig",
     "Method",
     "MethodConfig",
     "Part",
@@ -21,6 +23,7 @@ __all__ = [
     "Stored",
     "TensorSpec",
     "Weight",
+    "acting_parameters",
     "check_flag",
     "check_room",
     "gaussian",
@@ -30,6 +33,7 @@ __all__ = [
     "normal",
     "ones",
     "register",
+    "shared_tensors",
     "shown",
     "stack",
     "unregister",

@@ -27,7 +27,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "pissa": lambda: LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights="pissa"),
     **{
         name: partial(METHODS[name].config, ZOO["bert"], init_weights=False, lora_alpha=5)
-        for name in ("sharelora", "tiedlora", "loraxs")
+        for name in ("sharelora", "tiedlora", "loraxs", "aslora")
     },
     "dylora": lambda: METHODS["dylora"].config(ZOO["bert"], init_weights=False, lora_alpha=5, inference_rank=3),
     "adalora": lambda: AdaLoraConfig(

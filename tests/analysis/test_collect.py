@@ -32,7 +32,7 @@ def composed(collected: Collected) -> dict[tuple[int, str], Tensor]:
     return {(c.layers[0], c.role): delta(c.pair) for c in collected.of(part)}
 
 
-@pytest.mark.parametrize("method", ["msplora", "lora2", "dylora", "sharelora", "tiedlora", "loraxs"])
+@pytest.mark.parametrize("method", ["msplora", "lora2", "dylora", "sharelora", "tiedlora", "loraxs", "aslora"])
 def test_the_update_of_a_linear_is_what_its_module_adds(method: str, adapted: Adapted) -> None:
     model = adapted(CONFIGS[method]())
     found = composed(collect(model))

@@ -32,6 +32,7 @@ PAPER: dict[str, tuple[dict[str, Any], int]] = {
     "sharelora": ({"r": 4}, 2 * (4 * D + LAYERS * D * 4)),
     "tiedlora": ({"r": 4}, 2 * (4 * 2 * D + LAYERS * (4 + D))),
     "loraxs": ({"r": 4}, 2 * LAYERS * 4 * 4),
+    "aslora": ({"r": 4, "groups": 2}, 2 * (4 * D + LAYERS * D * 4)),
     "adalora": ({"init_r": 6, "target_r": 4}, 2 * LAYERS * (6 * 2 * D + 6)),
     "vera": ({"r": 16}, 2 * LAYERS * (16 + D)),
     "lily": ({"r": 4, "num_B": 2, "stride_A": 2}, 2 * (2 * 4 * D + 2 * 4 * D) + 2 * LAYERS * 2 * 4),

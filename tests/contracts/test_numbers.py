@@ -22,6 +22,7 @@ DOWN_AND_UP = {
     "msplora": (":A_", ":B_"),
     "sharelora": (":A", ".B"),
     "tiedlora": (":A", ":B"),
+    "aslora": (":A", ":B"),
 }
 halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from methods_table import METHODS, logits, zoo_config
 from ziggurat import (
     AdapterDropConfig,
+    ASLoRAConfig,
     DyLoRAConfig,
     LoR2CConfig,
     LoRA2Config,
@@ -36,6 +37,7 @@ CONFIGS = {
     "sharelora": ShareLoRAConfig,
     "tiedlora": TiedLoRAConfig,
     "loraxs": LoRAXSConfig,
+    "aslora": ASLoRAConfig,
     "adapterdrop": AdapterDropConfig,
 }
 every_method = pytest.mark.parametrize("method", METHODS)

@@ -12,7 +12,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ziggurat.host.anatomy import Place
-from ziggurat.host.method import EVALUATION, Method, Part
+from ziggurat.host.method import EVALUATION, Method, Part, redirected
 from ziggurat.host.names import current_names
 from ziggurat.host.site import CHILD, Site
 from ziggurat.host.tensors import TensorSpec
@@ -53,6 +53,8 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
             key: f"{method.bank}.{method.store}.{spec.leaf(key)}" if spec.shared else _own_name(method, site, key)
             for key, spec in specs.items()
         }
+        read = redirected(method, here, site)
+        names |= {key: f"{method.bank}.{method.store}.{leaf}" for key, (_, leaf) in read.items()}
         if method.pair is None or any(name not in state for name in names.values()):
             continue
         t = {key: state[name] for key, name in names.items()}

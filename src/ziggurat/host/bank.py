@@ -36,6 +36,8 @@ class Bank(nn.Module, BaseTunerLayer):
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
         self._held: dict[str, frozenset[str]] = {}
+        #: Adapter -> a config whose tensors lie here.
+        self.configs: dict[str, Any] = {}
         setattr(self, self.method.store, nn.ModuleDict())
 
     @classmethod
@@ -101,6 +103,7 @@ class Bank(nn.Module, BaseTunerLayer):
         if adapter in self.stores:
             del self.stores[adapter]
         self._held.pop(adapter, None)
+        self.configs.pop(adapter, None)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

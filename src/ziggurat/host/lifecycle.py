@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -17,20 +18,33 @@ logger = logging.getLogger(__name__)
 PATIENCE = 96
 
 
-def step(model: nn.Module, step: int, total: int, optimizer: Optimizer | None = None) -> None:
+#: Names of methods whose `step` a Trainer calls for them; others bring a callback of their own.
+STEPPED: set[str] = set()
+
+
+def step(
+    model: nn.Module,
+    step: int,
+    total: int,
+    optimizer: Optimizer | None = None,
+    *,
+    only: Collection[str] | None = None,
+) -> None:
     """Do what the adapters of `model` need when `step` of a run's `total` optimiser steps are done.
 
     To be called before the first step with 0, and after every `optimizer.step()`, before the gradients are cleared,
     with 1, 2, ... `total`. Tiers that train in stages change, directions are ranked and pruned by the gradients that
     are there, paths merge and inject. With the optimiser, a path that moves to another layer takes its moments along.
     Adapters that need nothing, and those that are frozen, stay as they are. A transformers Trainer does all this by
-    itself.
+    itself. `only`: names of methods; the others are left to someone else.
 
     Raises:
         ConfigError: a step outside 0..total, or a run too short for what an adapter's config asks for.
     """
     root = _root(model)
     for method, adapters in _adapters(root).items():
+        if only is not None and method.name not in only:
+            continue
         for adapter, config in adapters.items():
             if method.step is not None and method.needs_steps is not None and method.needs_steps(config):
                 method.step(root, adapter, config, step, total, optimizer)
@@ -120,3 +134,12 @@ def watch_trainers() -> None:
         from ziggurat.host.watching import TrainingWatch
 
         ride_along(TrainingWatch)
+
+
+def step_in_trainers(method: Method) -> None:
+    """Let every Trainer made from now on call `step` for the adapters of `method`. Loads Trainer."""
+    from ziggurat.host.trainers import ride_along
+    from ziggurat.host.watching import StepCallback
+
+    STEPPED.add(method.name)
+    ride_along(StepCallback)

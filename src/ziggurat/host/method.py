@@ -77,13 +77,15 @@ class Method:
     has a forward of its own. `check`: raises ConfigError for a site where the config can't work. `draw`: gives what is
     drawn once for each forward pass in training. `parts`: the named parts of a site's update, for the analysis; by
     default the update itself. `sites`: the places that a config adapts, where these aren't its target modules.
-    `acting`: of these sites, those whose update acts now, for a method that restructures. `needs_steps`: whether
-    training with this config needs `ziggurat.step`; `step` does what is due, and `step_does` says it in words, where
-    that needs gradients or weights which DeepSpeed keeps to itself. `finish`: takes the trained PeftModel before it is
-    saved, drops what training left without effect, and gives counts of parameters by name. `picture`: draws what
-    training did into a folder. `write`: writes the model with its adapter where no weight can hold the update.
-    `events_file`: the log that it writes beside an adapter whose structure training changed. `older_names`: regular
-    expressions with replacements, which make of a tensor's name in an older file what it is called now.
+    `reads`: for a method whose layers come to share a tensor during training: key -> the shared name that a key of
+    `tensors` reads now; its config is a `MergingConfig`, which keeps this. `acting`: of the sites, those whose update
+    acts now, for a method that restructures. `needs_steps`: whether training with this config needs `ziggurat.step`;
+    `step` does what is due, and `step_does` says it in words, where that needs gradients or weights which DeepSpeed
+    keeps to itself. `finish`: takes the trained PeftModel before it is saved, drops what training left without effect,
+    and gives counts of parameters by name. `picture`: draws what training did into a folder. `write`: writes the model
+    with its adapter where no weight can hold the update. `events_file`: the log that it writes beside an adapter whose
+    structure training changed. `older_names`: regular expressions with replacements, which make of a tensor's
+    name in an older file what it is called now.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Method:
     draw: Callable[[Any], Any] | None = None
     parts: Callable[[Any, Site, Stored], list[Part]] | None = None
     sites: Callable[[Any, nn.Module, Any], dict[str, Site]] | None = None
+    reads: Callable[[Any, Site], dict[str, str]] | None = None
     acting: Callable[[Any, dict[str, Site]], dict[str, Site]] | None = None
     needs_steps: Callable[[Any], bool] | None = None
     step: Callable[..., None] | None = None
@@ -169,6 +172,13 @@ def specs_of(method: Method, config: Any, site: Site) -> dict[str, TensorSpec]:
         if any(side < 0 for side in spec.shape):
             raise ConfigError(f"{method.card.shown}: tensor {key!r} of {site.path!r} has the shape {spec.shape}.")
     return specs
+
+
+def redirected(method: Method, config: Any, site: Site) -> dict[str, tuple[bool, str]]:
+    """Key -> (True: it is shared, leaf name) of the keys that read another tensor now than `tensors` gives them."""
+    if method.reads is None:
+        return {}
+    return {key: (True, f"{shared}:{key}") for key, shared in method.reads(config, site).items()}
 
 
 def unique_specs(method: Method, config_at: Callable[[Site], Any], sites: Mapping[str, Site]) -> dict[str, TensorSpec]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ziggurat.host.bank import Bank
 from ziggurat.host.draws import Draws
-from ziggurat.host.method import EVALUATION, Context, Method
+from ziggurat.host.method import EVALUATION, Context, Method, redirected
 from ziggurat.host.site import Site
 from ziggurat.host.tensors import Factors, TensorSpec, Weight, draw
 from ziggurat.lowrank.pair import FactorPair
@@ -82,6 +82,8 @@ class MethodLayer(BaseTunerLayer):
                 object.__setattr__(self, name, value)
         own = Factors()
         self.leaves[adapter] = {}
+        if bank is not None:
+            bank.configs.setdefault(adapter, config)
         for key, spec in specs.items():
             leaf = spec.leaf(key)
             self.leaves[adapter][key] = (bool(spec.shared), leaf)
@@ -97,6 +99,8 @@ class MethodLayer(BaseTunerLayer):
     def stored(self, adapter: str) -> dict[str, Tensor]:
         """The tensors of `adapter` at this site, by key."""
         leaves = self.leaves[adapter]
+        if self.method.reads is not None:
+            leaves = leaves | redirected(self.method, self.configs[adapter], self.sites[adapter])
         shared = [leaf for in_bank, leaf in leaves.values() if in_bank]
         own: Factors = self.stores[adapter]  # type: ignore[assignment]
         if not shared:

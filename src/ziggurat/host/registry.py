@@ -13,6 +13,7 @@ from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.loading import load_through_methods
 from ziggurat.host.method import METHODS, Method
 from ziggurat.host.peft_type import peft_type
+from ziggurat.host.structure import StructureBank, StructureTuner
 from ziggurat.host.tuner import MethodTuner
 
 
@@ -46,11 +47,14 @@ def register(
             f"PEFT type {method.peft_type} is taken by {_written_at(known)}; {_written_at(method.config)} can't be "
             "registered beside it. Import only one of the two packages."
         )
+    if method.reads is not None:
+        tuner = StructureTuner if tuner is MethodTuner else tuner
+        bank = StructureBank if bank is Bank else bank
     method.config.method = method
     shown = method.config.__name__.removesuffix("Config")
-    layer_cls = _of(method, layer, AdaptedLinear, f"{shown}Linear")
-    bank_cls = _of(method, bank, Bank, f"{shown}Bank")
-    tuner_cls = _of(method, tuner, MethodTuner, f"{shown}Model")
+    layer_cls = _of(method, layer, (AdaptedLinear,), f"{shown}Linear")
+    bank_cls = _of(method, bank, (Bank, StructureBank), f"{shown}Bank")
+    tuner_cls = _of(method, tuner, (MethodTuner, StructureTuner), f"{shown}Model")
     for kind in (layer_cls, bank_cls, *more_layers):
         kind.method, kind.adapter_layer_names = method, (method.store,)
     tuner_cls.method, tuner_cls.prefix = method, method.prefix
@@ -73,14 +77,14 @@ def _written_at(config: type[Any]) -> str:
     return f"{config.__module__}.{config.__qualname__}"
 
 
-def _of(method: Method, given: type[Any], general: type[Any], name: str) -> type[Any]:
-    """`given`, or where it is the `general` class a subclass for this method.
+def _of(method: Method, given: type[Any], general: tuple[type[Any], ...], name: str) -> type[Any]:
+    """`given`, or where it is one of the `general` classes a subclass for this method.
 
     It stands in the module of the method's config, so that models can be pickled.
     """
-    if given is not general:
+    if given not in general:
         return given
     module = sys.modules[method.config.__module__]
-    made = type(name, (general,), {"__module__": module.__name__, "__qualname__": name})
+    made = type(name, (given,), {"__module__": module.__name__, "__qualname__": name})
     setattr(module, name, made)
     return made

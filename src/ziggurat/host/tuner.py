@@ -19,7 +19,7 @@ from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Anatomy
 from ziggurat.host.bank import Bank
 from ziggurat.host.draws import Draws
-from ziggurat.host.lifecycle import Watch, watch_trainers
+from ziggurat.host.lifecycle import Watch, step_in_trainers, watch_trainers
 from ziggurat.host.linear import AdaptedLinear, features, is_adaptable
 from ziggurat.host.method import EVALUATION, Method, specs_of, unique_specs
 from ziggurat.host.method_layer import MethodLayer
@@ -113,6 +113,8 @@ class MethodTuner(BaseTuner):
         needs = self.method.needs_steps
         if needs is not None and needs(self.peft_config[adapter_name]):
             Watch.start(self.model)
+            if type(self).inject_adapter is MethodTuner.inject_adapter:
+                step_in_trainers(self.method)
 
     def _create_and_replace(
         self,

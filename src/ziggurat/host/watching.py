@@ -1,10 +1,11 @@
-"""The callback that looks at a training run as it begins. It loads transformers' Trainer."""
+"""The callbacks that ride along in every Trainer: a look at what trains, and `step`. They load its module."""
 
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ziggurat.host.lifecycle import Watch, check_something_trains
+from ziggurat.host.lifecycle import STEPPED, Watch, check_something_trains, step
 
 
 class TrainingWatch(TrainerCallback):
@@ -19,3 +20,22 @@ class TrainingWatch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         Watch.reset(model)
+
+
+class StepCallback(TrainerCallback):
+    """Calls `ziggurat.step` for methods that bring no callback of their own. Rides along in every Trainer."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        self._step(model, state.global_step, state.max_steps, kwargs.get("optimizer"))
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        self._step(model, state.global_step + 1, state.max_steps, kwargs.get("optimizer"))
+
+    @staticmethod
+    def _step(model: Any, done: int, total: int, optimizer: Any) -> None:
+        if isinstance(model, nn.Module) and total > 0:
+            step(model, done, total, optimizer, only=STEPPED)

@@ -35,6 +35,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "sharelora": {"name": "sharelora"},
     "tiedlora": {"name": "tiedlora"},
     "loraxs": {"name": "loraxs"},
+    "aslora": {"name": "aslora"},
     "lily": {"name": "lily"},
     "vera": {"name": "vera"},
     "adapter": {"name": "adapter"},

@@ -19,6 +19,7 @@ from ziggurat.host.paths import CANT_MERGE, attach, detach, handover_of, path_of
 from ziggurat.host.quantised import FLOATS
 from ziggurat.host.registry import register
 from ziggurat.host.site import Site
+from ziggurat.host.structure import from_tensor, to_tensor
 from ziggurat.host.tensors import Weight
 from ziggurat.host.trainers import ride_along
 from ziggurat.host.tuner import MethodTuner, _quantization
@@ -26,7 +27,7 @@ from ziggurat.methods.lor2c.config import CITATION, EVENTS_FILE, STRUCTURE_KEY, 
 from ziggurat.methods.lor2c.equations import pair, parts, tensors
 from ziggurat.methods.lor2c.layer import LoR2CLinear, LoR2CPath
 from ziggurat.methods.lor2c.layout import Layout, lay_out, means
-from ziggurat.methods.lor2c.paths import Adapter, PathBank, acting, from_json, from_tensor, to_json, to_tensor
+from ziggurat.methods.lor2c.paths import Adapter, PathBank, acting, from_json, to_json
 
 
 class LoR2CModel(MethodTuner):

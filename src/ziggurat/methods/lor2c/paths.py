@@ -1,6 +1,5 @@
 """All paths of a model, adapter by adapter: which there are, what happens to them, what is saved of it."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,8 +11,8 @@ from torch.optim import Optimizer
 from ziggurat.errors import ConfigError
 from ziggurat.host.bank import Bank
 from ziggurat.host.site import Site
+from ziggurat.host.structure import from_tensor, to_tensor
 from ziggurat.host.tensors import whole
-from ziggurat.host.untrusted import check_depth
 from ziggurat.host.values import is_whole, shown
 from ziggurat.lowrank.spans import check_spans
 from ziggurat.lowrank.spectrum import singular_values
@@ -215,28 +214,6 @@ class PathBank(Bank):
 
     def __repr__(self) -> str:
         return f"lor2c.{super().__repr__()}"
-
-
-def to_tensor(plain: Any) -> Tensor:
-    """Plain lists and dicts as JSON in a tensor of bytes, which every format of weights can hold."""
-    return torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8).clone()
-
-
-def from_tensor(coded: Tensor) -> Any:
-    """What `to_tensor` was given.
-
-    Raises:
-        ConfigError: the tensor holds something else.
-    """
-    try:
-        plain = json.loads(bytes(coded.to(device="cpu", dtype=torch.uint8).tolist()).decode())
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(
-            f"the structure beside an adapter's weights isn't the JSON that LoR2C writes ({error}): the file is "
-            "damaged, or was converted to another dtype. Save the adapter again."
-        ) from error
-    check_depth(plain, "the structure of a LoR2C adapter")
-    return plain
 
 
 def to_json(structure: Structure, done: int) -> dict[str, Any]:

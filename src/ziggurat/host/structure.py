@@ -1,0 +1,154 @@
+"""What training has changed about who shares what, saved in an adapter's config and, as a tensor, beside its weights.
+
+A Trainer that resumes, or takes its best checkpoint back, loads weights into a model that is there already and knows
+nothing of the config beside them. So the structure travels with the weights, and is restored before them.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.bank import Bank
+from ziggurat.host.config import MethodConfig
+from ziggurat.host.method import Method
+from ziggurat.host.method_layer import MethodLayer
+from ziggurat.host.site import Site
+from ziggurat.host.tensors import Factors
+from ziggurat.host.tuner import MethodTuner
+from ziggurat.host.untrusted import check_depth
+from ziggurat.host.values import MOST_RANK, is_whole, shown
+
+#: The name of the tensor in an adapter's file.
+STRUCTURE = "structure"
+
+
+def to_tensor(plain: Any) -> Tensor:
+    """Plain lists and dicts as JSON in a tensor of bytes, which every format of weights can hold."""
+    return torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8).clone()
+
+
+def from_tensor(coded: Tensor) -> Any:
+    """What `to_tensor` was given.
+
+    Raises:
+        ConfigError: the tensor holds something else.
+    """
+    try:
+        plain = json.loads(bytes(coded.to(device="cpu", dtype=torch.uint8).tolist()).decode())
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"the structure beside an adapter's weights isn't the JSON that was written ({error}): the file is "
+            "damaged, or was converted to another dtype. Save the adapter again."
+        ) from error
+    check_depth(plain, "the structure of an adapter")
+    return plain
+
+
+@dataclass
+class MergingConfig(MethodConfig):
+    """The config of a method whose layers come to share a tensor during training; see `Method.reads`.
+
+    `structure` maps a site's `kind` to groups of layers, [[0, 2], [1], [3]]; the tensor of a group is that of its first
+    layer. A layer in no group has its own. Copies of the config, as those at single sites, share the mapping.
+    """
+
+    no_factors = frozenset({STRUCTURE})
+
+    structure: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Which layers share what; not for the user to set."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given, self.structure = self.structure, {}
+        self.set_structure({} if given is None else given)
+
+    def set_structure(self, structure: Any) -> None:
+        """Let this be the structure from now on.
+
+        Raises:
+            ConfigError: it isn't of that form, or a layer is in two groups.
+        """
+        try:
+            for groups in structure.values():
+                layers = [layer for group in groups for layer in group]
+                if not all(groups) or not all(is_whole(n, 0, MOST_RANK) for n in layers):
+                    raise ValueError("a group of no layers, or something that is no layer's number")
+                if len(set(layers)) < len(layers):
+                    raise ValueError("a layer is in two groups")
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"structure={shown(structure)}: groups of layers for each role are needed ({error}). It is written by "
+                "training; leave it out."
+            ) from error
+        assert self.structure is not None
+        self.structure.clear()
+        self.structure.update(structure)
+
+    def owner(self, site: Site) -> int:
+        """The layer whose tensor the layer of `site` uses."""
+        groups = (self.structure or {}).get(site.kind, ())
+        return next((group[0] for group in groups if site.layer in group), site.layer)
+
+
+class StructureBank(Bank):
+    """A bank whose `state_dict` says which of its tensors the layers read."""
+
+    def get_extra_state(self) -> Tensor:
+        return to_tensor({adapter: config.structure for adapter, config in self.configs.items()})
+
+    def set_extra_state(self, state: Tensor) -> None:
+        for adapter, structure in from_tensor(state).items():
+            if adapter in self.configs:
+                self.configs[adapter].set_structure(structure)
+
+
+class StructureTuner(MethodTuner):
+    """Saves the structure beside the weights, and restores it before them."""
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return {**state, STRUCTURE: to_tensor(_config(model, adapter_name).structure)}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        weights = {name: tensor for name, tensor in state_dict.items() if name.rpartition(".")[2] != STRUCTURE}
+        for name in state_dict.keys() - weights.keys():
+            _config(model, adapter_name).set_structure(from_tensor(state_dict[name]))
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
+
+
+def shared_tensors(root: nn.Module, method: Method, adapter: str) -> tuple[list[Site], Factors]:
+    """The sites of an adapter in the model whose root is `root`, and its shared tensors, `<shared>:<key>` -> tensor."""
+    layers = [layer for layer in root.modules() if isinstance(layer, MethodLayer) and layer.method is method]
+    sites = [layer.sites[adapter] for layer in layers if adapter in layer.sites]
+    return sites, getattr(root, method.bank).factors(adapter)
+
+
+def acting_parameters(model: nn.Module, method: Method) -> int:
+    """How many parameters the layers of `model` read now, each counted once; stored are also those that went."""
+    layers = [layer for layer in model.modules() if isinstance(layer, MethodLayer) and layer.method is method]
+    tensors = {id(t): t for layer in layers for name in layer.adapters for t in layer.stored(name).values()}
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _config(model: nn.Module, adapter: str) -> Any:
+    """The config of `adapter` that the layers read."""
+    layers = (m for m in model.modules() if isinstance(m, MethodLayer) and adapter in m.configs)
+    return next(layers).configs[adapter]

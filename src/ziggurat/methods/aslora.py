@@ -1,0 +1,141 @@
+"""ASLoRA (arXiv 2412.10135): one A for all layers, and B's that merge during training where they are alike.
+
+dW_n = scale B_g(n) A,  scale = lora_alpha / r.  Every layer begins as a group g(n) of its own; then, one merge after
+the other, the two groups whose B's are nearest, by ||B_i - B_j||_F, go on with one B, until `groups` are left.
+"""
+
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ziggurat.errors import ConfigError
+from ziggurat.kit import (
+    Card,
+    Context,
+    FactorPair,
+    MergingConfig,
+    Method,
+    Site,
+    Stored,
+    TensorSpec,
+    acting_parameters,
+    check_room,
+    is_whole,
+    low_rank,
+    register,
+    shared_tensors,
+    shown,
+)
+
+CITATION = """@article{hu2024aslora,
+  title   = {{ASLoRA}: Adaptive Sharing Low-Rank Adaptation Across Layers},
+  author  = {Hu, Junyan and Xiao, Xue and Zhang, Mengqi and Chen, Yao and Ren, Zhaochun and Chen, Zhumin and
+             Ren, Pengjie},
+  journal = {arXiv preprint arXiv:2412.10135},
+  year    = {2024}
+}"""
+
+
+@dataclass
+class ASLoRAConfig(MergingConfig):
+    """Config of ASLoRA (arXiv 2412.10135).
+
+    The paper's abstract says that A is shared and B's merge during training by similarity. The distance, the mean of
+    the two B's (weighted by their layers) as what a group goes on with, and the even schedule are choices made here.
+    B's that were merged away stay in the optimiser and the file, and take no part.
+
+    Args:
+        groups: how many B's each role and shape is left with.
+        merge_from, merge_until: the part of training, from 0 to 1, over which the merges are spread evenly.
+
+    Raises:
+        ConfigError: values outside these bounds.
+    """
+
+    groups: int = field(default=4, metadata={"help": "B's that each role is left with."})
+    merge_from: float = field(default=0.1, metadata={"help": "Share of training after which B's merge."})
+    merge_until: float = field(default=0.5, metadata={"help": "Share of training at which all merges are done."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_whole(self.groups, 1):
+            raise ConfigError(f"groups={shown(self.groups)}: a whole number of at least 1 is needed.")
+        shares = (self.merge_from, self.merge_until)
+        numbers = all(isinstance(share, int | float) and not isinstance(share, bool) for share in shares)
+        if not numbers or not 0 <= self.merge_from < self.merge_until <= 1:
+            raise ConfigError(
+                f"merge_from={shown(self.merge_from)}, merge_until={shown(self.merge_until)}: shares of training, the "
+                "first below the second, from 0 to 1."
+            )
+
+
+def tensors(config: ASLoRAConfig, site: Site) -> dict[str, TensorSpec]:
+    """A (r, d_in) of all layers of one role and shape, and B (d_out, r) of each."""
+    specs = low_rank(config.r, site.d_in, site.d_out, config.init_weights)
+    return {
+        "A": replace(specs["A"], shared=site.kind),
+        "B": replace(specs["B"], shared=f"{site.kind}:{site.layer}"),
+    }
+
+
+def reads(config: ASLoRAConfig, site: Site) -> dict[str, str]:
+    """B is that of the first layer of the site's group."""
+    return {"B": f"{site.kind}:{config.owner(site)}"}
+
+
+def pair(config: ASLoRAConfig, site: Site, t: Stored, context: Context) -> FactorPair:
+    """A, scale B."""
+    return FactorPair(t["A"], config.scale_of(config.r) * t["B"])
+
+
+def check(config: ASLoRAConfig, site: Site) -> None:
+    """Raise ConfigError if the rank has no room in the matrix of `site`."""
+    check_room(config, f"r={config.r}", config.r, site)
+
+
+@torch.no_grad()
+def step(
+    root: nn.Module, adapter: str, config: ASLoRAConfig, step: int, total: int, optimizer: Optimizer | None
+) -> None:
+    """Merge what is due when `step` of `total` steps are done."""
+    sites, factors = shared_tensors(root, METHOD, adapter)
+    progress = (step / total - config.merge_from) / (config.merge_until - config.merge_from)
+    assert config.structure is not None
+    for kind in {site.kind for site in sites}:
+        layers = sorted(site.layer for site in sites if site.kind == kind)
+        groups = config.structure.setdefault(kind, [[layer] for layer in layers])
+        due = int(min(max(progress, 0.0), 1.0) * max(len(layers) - config.groups, 0) + 1e-9)
+        while len(layers) - len(groups) < due:
+            upper, lower = _nearest([factors[f"{kind}:{group[0]}:B"] for group in groups])
+            kept, dropped = groups[upper], groups[lower]
+            B, gone = factors[f"{kind}:{kept[0]}:B"], factors[f"{kind}:{dropped[0]}:B"]
+            B.lerp_(gone, len(dropped) / (len(kept) + len(dropped)))
+            gone.grad = None
+            if optimizer is not None:
+                optimizer.state.pop(gone, None)
+            groups[upper] = sorted(kept + dropped)
+            del groups[lower]
+
+
+def _nearest(Bs: list[Tensor]) -> tuple[int, int]:
+    """The numbers, in order, of the two matrices with the smallest ||B_i - B_j||_F."""
+    return min(combinations(range(len(Bs)), 2), key=lambda two: float((Bs[two[0]] - Bs[two[1]]).norm()))
+
+
+METHOD = Method(
+    "aslora",
+    ASLoRAConfig,
+    tensors,
+    pair,
+    Card("ASLoRA", "2412.10135", "one A for all layers, and B's that merge in training where they are alike", CITATION),
+    check=check,
+    reads=reads,
+    needs_steps=lambda config: True,
+    step=step,
+    step_does="compares and merges factors during training",
+    finish=lambda model: {"active": acting_parameters(model, METHOD)},
+)
+register(METHOD)
