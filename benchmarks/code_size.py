@@ -1,6 +1,6 @@
 """Lines of code of each part of the package, without docstrings, comments and blank lines; and its longest functions.
 
-    python benchmarks/code_size.py [SOURCE]
+python benchmarks/code_size.py [SOURCE]
 """
 
 import ast
@@ -45,7 +45,9 @@ def main() -> None:
         print(f"{room:12} {lines:6,}")
     print(f"{'core':12} {sum(rooms[room] for room in CORE):6,}  ({', '.join(CORE)})")
     print(f"{'all':12} {sum(rooms.values()):6,}")
-    print("functions over 60 lines:", ", ".join(f"{name} {lines}" for lines, name in sorted(longest)[::-1] if lines > 60))
+    print(
+        "functions over 60 lines:", ", ".join(f"{name} {lines}" for lines, name in sorted(longest)[::-1] if lines > 60)
+    )
 
 
 if __name__ == "__main__":
