@@ -52,7 +52,7 @@ def test_train_ends_with_the_table(place: Path, tmp_path: Path, capsys: pytest.C
     said = capsys.readouterr().out
     assert "tiny: classification with msplora" in said
     assert "note: no validation data named: 8 of 48 rows split off with seed 42" in said
-    for part in ("accuracy, %, before", "trainable numbers, MSPLoRA r 4", "LoRA r 4 on the same linears", "Next:"):
+    for part in ("accuracy before (%)", "trainable parameters, MSPLoRA r 4", "LoRA r 4, same layers", "Next:"):
         assert part in said
 
 

@@ -19,7 +19,7 @@ from ziggurat.training.run import train
 from ziggurat.training.schema import Recipe
 
 D, LAYERS = 64, 4
-#: Method -> fields, and its trainable numbers on query and value (d 64) of 4 layers, by its paper's formula.
+#: Method -> fields, and its trainable parameters on query and value (d 64) of 4 layers, by its paper's formula.
 PAPER: dict[str, tuple[dict[str, Any], int]] = {
     "msplora": ({"r": 4}, 2 * 2 * D * (4 + 3 * 2 + LAYERS * 1)),
     "lor2c": ({"r": 4}, 2 * LAYERS * 4 * D),

@@ -70,7 +70,7 @@ def test_every_command_takes_a_method_of_ones_own(
 
     assert main("train", str(recipe), f"output={run}", *flag) == 0
     said = capsys.readouterr().out
-    assert "trainable numbers, OneA r 4" in said
+    assert "trainable parameters, OneA r 4" in said
     assert METHODS["ONEA"].card.shown == "OneA"
     # One A for each role, one B for each layer.
     info = json.loads((run / "run.json").read_text())

@@ -491,7 +491,7 @@ def test_the_table_shows_scores_cost_and_what_to_try_next(tiny_bert: Path, revie
     text = console.export_text()
     for part in (
         f"{result.before['accuracy']:.2f}",
-        "always the most frequent class",
+        "majority-class baseline",
         f"{result.counts.adapter:,}",
         f"{result.counts.lora:,} ",
         f"ziggurat predict {result.folder} ",
@@ -510,5 +510,5 @@ def test_the_table_names_the_ranks_that_took_effect(tiny_bert: Path, reviews_csv
         made = tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", **more)
         console.print(report(made, replace(result, method=made.method["name"])))
     text = console.export_text()
-    assert "AdaLoRA r 6 to 3: tiny" in text and "LoRA r 6 on the same linears" in text
-    assert "MSPLoRA: tiny" in text and "LoRA of the same rank on the same linears" in text
+    assert "AdaLoRA r 6 to 3: tiny" in text and "LoRA r 6, same layers" in text
+    assert "MSPLoRA: tiny" in text and "LoRA of the same rank, same layers" in text

@@ -84,7 +84,7 @@ def _scores(runs: Sequence[Run]) -> str:
         also = ", ".join(f"{name} {_number(value)}" for name, value in others.items())
         cells = [_number(values[when].get(metric)) for when in ("before", "after", "guess")]
         rows.append([run.name, metric, *cells, also or "-"])
-    return "<h2>Scores</h2>" + _by_run(["run", "metric", "before", "after", "by guessing", "after, also"], rows)
+    return "<h2>Scores</h2>" + _by_run(["run", "metric", "before", "after", "baseline", "other metrics"], rows)
 
 
 def _cost(runs: Sequence[Run]) -> str:

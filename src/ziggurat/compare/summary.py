@@ -17,7 +17,7 @@ from .table import Table
 class Cost:
     """What a method's runs cost.
 
-    `parameters`: task -> the method's own trainable numbers, each counted once, without the head.
+    `parameters`: task -> the method's own trainable parameters, each counted once, without the head.
     """
 
     parameters: dict[str, int]

@@ -42,7 +42,7 @@ def show(plan: Plan) -> RenderableType:
     parts = Table(title=f"{named} in {plan.model}: {len(plan.modules)} modules", title_justify="left")
     for name in ("part", "role"):
         parts.add_column(name, overflow="fold")
-    for name in ("pairs", "rank", "layers a pair", "parameters"):
+    for name in ("pairs", "rank", "layers per pair", "parameters"):
         parts.add_column(name, justify="right")
     short = short_roles(part.role for part in plan.parts)
     stacks = {part.stack for part in plan.parts}
@@ -52,9 +52,9 @@ def show(plan: Plan) -> RenderableType:
         cells = (part.part, role, str(part.pairs), str(part.rank), str(part.shared_by), f"{part.parameters:,}")
         parts.add_row(*cells, end_section=last)
     parts.add_row("adapter", "", "", "", "", f"{plan.adapter:,}", style="bold")
-    beside = Table(title="Beside it", title_justify="left")
+    beside = Table(title="Compared with other methods", title_justify="left")
     beside.add_column("method")
-    for name in (f"at r {plan.r}" if plan.r else "", "of this plan", "rank for its parameters", "which are"):
+    for name in (f"at r {plan.r}" if plan.r else "", "relative size", "rank for its parameters", "which are"):
         beside.add_column(name, justify="right")
     whole = f"{plan.adapter / plan.base:.3%} of the model" if plan.base else ""
     beside.add_row(named, f"{plan.adapter:,}", "100%", "", whole, style="bold", end_section=True)
@@ -62,7 +62,7 @@ def show(plan: Plan) -> RenderableType:
         at = {b.kind: b for b in plan.beside if b.method == method}
         same, paid = at.get("r"), at.get("budget")
         cells = [f"{same.parameters:,}", f"{same.parameters / plan.adapter:.0%}"] if same else ["", ""]
-        cells += [str(paid.r), f"{paid.parameters:,}"] if paid else ["too dear", ""]
+        cells += [str(paid.r), f"{paid.parameters:,}"] if paid else ["over budget", ""]
         beside.add_row(variant_name(method), *cells)
     lines = [f"base model: {plan.base:,} parameters; the adapter's file: {plan.file:,} bytes ({size(plan.file)})"]
     if plan.head:

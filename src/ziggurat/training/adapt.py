@@ -89,7 +89,7 @@ def _has_weight(module: nn.Module) -> bool:
 
 
 def count(recipe: Recipe, model: nn.Module, base: Base) -> Counts:
-    """Count the trainable numbers of an adapted model."""
+    """Count the trainable parameters of an adapted model."""
     unique = {id(parameter): (name, parameter.numel()) for name, parameter in model.named_parameters()}
     on = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     total = sum(size for key, (_, size) in unique.items() if key in on)

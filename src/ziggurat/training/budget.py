@@ -31,7 +31,7 @@ _REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, Attribute
 
 @dataclass(frozen=True)
 class Fit:
-    """The rank that meets a budget, and how many trainable numbers it makes."""
+    """The rank that meets a budget, and how many trainable parameters it makes."""
 
     rank: int
     parameters: int

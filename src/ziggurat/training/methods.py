@@ -288,7 +288,7 @@ def method_config(choice: dict[str, Any], **run: Any) -> Any | None:
 
 
 def budget_problems(name: str, choice: dict[str, Any]) -> list[str]:
-    """What is wrong with `method.budget`: the most trainable numbers that the method's own part may have."""
+    """What is wrong with `method.budget`: the most trainable parameters that the method's own part may have."""
     ranks, value = METHODS[name].ranks, choice[BUDGET]
     if ranks is None:
         return [f"method.budget: {name} has no rank to meet a budget with"]

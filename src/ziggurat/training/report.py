@@ -26,27 +26,27 @@ def report(recipe: Recipe, result: Result) -> Group:
     table.add_column(overflow="fold")
     table.add_column(justify="right", overflow="fold")
     metric = result.metric
-    unit = " (lower is better)" if lower_is_better(metric) else ", %"
+    unit = "lower is better" if lower_is_better(metric) else "%"
     if result.before:
-        table.add_row(f"{metric}{unit}, before", _number(result.before.get(metric)))
-    table.add_row(Text(f"{metric}{unit}, after", style="bold"), Text(_number(result.after.get(metric)), style="bold"))
+        table.add_row(f"{metric} before ({unit})", _number(result.before.get(metric)))
+    table.add_row(Text(f"{metric} after ({unit})", style="bold"), Text(_number(result.after.get(metric)), style="bold"))
     if metric in result.guess:
-        always = "always the mean" if recipe.task == "regression" else "always the most frequent class"
-        table.add_row(always, _number(result.guess[metric]))
+        baseline = "mean baseline" if recipe.task == "regression" else "majority-class baseline"
+        table.add_row(baseline, _number(result.guess[metric]))
     rest = [name for name in result.after if name not in (metric, "loss", "entropy")]
     if rest:
-        table.add_row("after, also", ", ".join(f"{name} {_number(result.after[name])}" for name in rest))
+        table.add_row("other metrics", ", ".join(f"{name} {_number(result.after[name])}" for name in rest))
     table.add_section()
     counts = result.counts
-    table.add_row(f"trainable numbers, {named}", f"{counts.adapter:,}")
+    table.add_row(f"trainable parameters, {named}", f"{counts.adapter:,}")
     if "active" in result.left:
-        table.add_row("of these acting at the end", f"{result.left['active']:,}")
+        table.add_row("of these active at the end", f"{result.left['active']:,}")
     if counts.lora is not None and result.method != "lora":
-        share = f" ({counts.adapter / counts.lora:.0%} of it)" if counts.lora else ""
+        share = f" ({method} trains {counts.adapter / counts.lora:.0%} of that)" if counts.lora else ""
         same = f"r {rank}" if rank is not None else "of the same rank"
-        table.add_row(f"LoRA {same} on the same linears", f"{counts.lora:,}{share}")
+        table.add_row(f"LoRA {same}, same layers", f"{counts.lora:,}{share}")
     if counts.head:
-        table.add_row("and the head, with any method", f"{counts.head:,}")
+        table.add_row("head, trained by every method", f"{counts.head:,}")
     table.add_section()
     table.add_row("seconds", f"{result.seconds:,.0f} for {result.steps} steps")
     if result.peak_mb is not None:

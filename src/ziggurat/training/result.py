@@ -25,7 +25,7 @@ from .trainers import quiet
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave: where the adapter lies, scores by name, trainable numbers, cost.
+    """What a run gave: where the adapter lies, scores by name, trainable parameters, cost.
 
     `before`, `after` and `guess` (of the majority class, or the mean) are scores of the validation data; `shape` is the
     shape that instruction data had; `left` is what acts at the end, for methods that restructure or prune.
