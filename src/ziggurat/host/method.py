@@ -76,16 +76,16 @@ class Method:
     `config`: a subclass of `MethodConfig`. `tensors`, `pair`: see the module; `pair` is None for a method whose layer
     has a forward of its own. `check`: raises ConfigError for a site where the config can't work. `draw`: gives what is
     drawn once for each forward pass in training. `parts`: the named parts of a site's update, for the analysis; by
-    default the update itself. `sites`: the places that a config adapts, where these aren't its target modules.
-    `reads`: for a method whose layers come to share a tensor during training: key -> the shared name that a key of
-    `tensors` reads now; its config is a `MergingConfig`, which keeps this. `acting`: of the sites, those whose update
-    acts now, for a method that restructures. `needs_steps`: whether training with this config needs `ziggurat.step`;
-    `step` does what is due, and `step_does` says it in words, where that needs gradients or weights which DeepSpeed
-    keeps to itself. `finish`: takes the trained PeftModel before it is saved, drops what training left without effect,
-    and gives counts of parameters by name. `picture`: draws what training did into a folder. `write`: writes the model
-    with its adapter where no weight can hold the update. `events_file`: the log that it writes beside an adapter whose
-    structure training changed. `older_names`: regular expressions with replacements, which make of a tensor's
-    name in an older file what it is called now.
+    default the update itself. `sites`: the places that a config adapts, where these aren't its target modules. `reads`:
+    for a method whose layers come to share a tensor during training: key -> the shared name that a key of `tensors`
+    reads now; its config is a `MergingConfig`, which keeps this. `acting`: of the sites, those whose update acts now,
+    for a method that restructures. `needs_steps`: whether training with this config needs `ziggurat.step`; `step` does
+    what is due, and `step_does` says it in words, where that needs gradients or weights which DeepSpeed keeps to
+    itself; `step_fields` are the fields of the config that ask for it. `finish`: takes the trained PeftModel before it
+    is saved, drops what training left without effect, and gives counts of parameters by name. `picture`: draws what
+    training did into a folder. `write`: writes the model with its adapter where no weight can hold the update.
+    `events_file`: the log that it writes beside an adapter whose structure training changed. `older_names`: regular
+    expressions with replacements, which make of a tensor's name in an older file what it is called now.
     """
 
     name: str
@@ -102,6 +102,7 @@ class Method:
     needs_steps: Callable[[Any], bool] | None = None
     step: Callable[..., None] | None = None
     step_does: str = ""
+    step_fields: tuple[str, ...] = ()
     finish: Callable[[Any], dict[str, int]] | None = None
     picture: Callable[[Any, Path], None] | None = None
     write: Callable[[Any, Path], None] | None = None

@@ -78,7 +78,8 @@ def check_saved_whole(config: Any) -> None:
     lost = [f"bias={config.bias!r}"] if config.bias != "none" else []
     needs = config.method.needs_steps
     if config.no_factors and not config.inference_mode and needs is not None and needs(config):
-        lost.append("what this config changes of its structure during training")
+        asked = [f"{name}={getattr(config, name)}" for name in config.method.step_fields if getattr(config, name)]
+        lost += asked or ["the sharing that training changes"]
     if lost:
         raise ConfigError(
             f"{', '.join(lost)}: PEFT {peft.__version__} saves the factors of an adapter alone, so what this trains "

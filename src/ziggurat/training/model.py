@@ -123,7 +123,7 @@ def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tup
     if inside and inside <= set(info["missing_keys"]):
         raise ValueError(f"none of the checkpoint's weights fit this {config.model_type}")
     fresh = fresh_modules(model, info["missing_keys"])
-    for name, there, wanted in info["mismatched_keys"]:
+    for name, there, wanted in sorted(info["mismatched_keys"]):
         if not name.startswith(tuple(f"{module}." for module in fresh)):
             raise ValueError(f"the checkpoint's {name} is of shape {tuple(there)}, its config says {tuple(wanted)}")
     return model, fresh

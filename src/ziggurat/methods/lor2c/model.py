@@ -254,6 +254,7 @@ METHOD = Method(
     acting=acting,
     needs_steps=needs_steps,
     step=step,
+    step_fields=("merges", "injections"),
     step_does="moves weights during training",
     events_file=EVENTS_FILE,
     finish=lambda model: dict(model.path_counts()),
