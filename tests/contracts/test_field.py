@@ -217,7 +217,12 @@ def test_callbacks_pass_over_what_is_no_module(tmp_path: Path) -> None:
         get_peft_model(LLAMA.build(), config)
     trainer = Trainer(LLAMA.build(), arguments(tmp_path), train_dataset=rows())
     ours = [callback for callback in DEFAULT_CALLBACKS if callback.__module__.startswith("ziggurat.")]
-    assert len(ours) == 4
+    assert {kind.__name__ for kind in ours} >= {
+        "TrainingWatch",
+        "LoRA2Callback",
+        "RestructureCallback",
+        "StageCallback",
+    }
     for callback in (kind() for kind in ours):
         for event in (name for name in dir(TrainerCallback) if name.startswith("on_")):
             trainer.state.max_steps = 4
