@@ -1,5 +1,7 @@
 """Dropout masks: right frequencies, reproducible, readable in parts."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -72,3 +74,23 @@ def test_a_mask_longer_than_one_block_of_random_bits() -> None:
 def test_without_memory() -> None:
     x = torch.empty(4, 6, device="meta")
     assert masks.apply(x, masks.draw(x, 0.5)).shape == (4, 6)
+
+
+def _draw_in_a_group(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        drawn.append(masks.draw(torch.empty(64, 16), 0.5))
+    torch.save(drawn, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_that_are_seeded_alike_drop_other_entries(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_draw_in_a_group, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for own in (first, second):
+        assert torch.equal(own[0], own[1])
+    assert not torch.equal(first[0], second[0])
+    torch.manual_seed(0)
+    assert torch.equal(masks.draw(torch.empty(64, 16), 0.5), first[0])
