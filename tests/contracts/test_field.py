@@ -153,6 +153,18 @@ def test_a_second_adapter_on_one_base_is_fresh(method: str, tmp_path: Path) -> N
     assert torch.equal(logits(loaded, LLAMA.inputs()), before)
 
 
+@every_method
+def test_one_config_serves_two_models(method: str) -> None:
+    """Each is saved with the places that it has itself."""
+    config = zoo_config(method, "llama")
+    first = get_peft_model(LLAMA.build(), config)
+    places = copy.deepcopy(first.peft_config["default"].sites)
+    shallower = LLAMA.build().config
+    shallower.num_hidden_layers = 2
+    get_peft_model(AutoModelForCausalLM.from_config(shallower), config)
+    assert places and first.peft_config["default"].sites == places
+
+
 # References
 
 

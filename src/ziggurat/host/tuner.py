@@ -1,5 +1,6 @@
 """The tuner of every method: finds the sites, checks before any change, creates the tensors, loads, merges, unloads."""
 
+import copy
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -98,6 +99,10 @@ class MethodTuner(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's. An adapter of this name that the model has already is taken out, so that the new one is fresh."""
         self._adding = adapter_name
+        config: Any = self.peft_config[adapter_name]
+        if config.sites is not None:
+            # It has served for a model before, which saves it with that model's sites.
+            self.peft_config[adapter_name] = copy.copy(config)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:
