@@ -296,8 +296,8 @@ def whole_checkpoint(run: Run) -> str:
     import torch
     from safetensors.torch import load_file
 
-    from ziggurat.training.folders import RunFolder
-    from ziggurat.training.recipe import load_recipe
+    from ziggurat.recipe.recipe import load_recipe
+    from ziggurat.training.folder.run_folder import RunFolder
 
     folder = RunFolder(load_recipe(str(run.recipe), [])).last_checkpoint()
     if folder is None:
@@ -321,8 +321,8 @@ def whole_checkpoint(run: Run) -> str:
 
 def next_words(run: Run, replacing: bool) -> list[str]:
     """What a user is told to give next: go on where there is a checkpoint, else start again."""
-    from ziggurat.training.folders import RunFolder
-    from ziggurat.training.recipe import load_recipe
+    from ziggurat.recipe.recipe import load_recipe
+    from ziggurat.training.folder.run_folder import RunFolder
 
     if RunFolder(load_recipe(str(run.recipe), [])).last_checkpoint() is not None:
         return ["resume=true"]
@@ -404,11 +404,6 @@ def campaign(kills: int, seed: int, methods: list[str], report: Callable[[str], 
     """The whole campaign in a folder of its own."""
     import torch
     from training_tables import reviews, save_tiny_bert, write_csv
-
-    import ziggurat.cli
-    import ziggurat.methods.lor2c.paths
-    import ziggurat.methods.lora2.callback
-    import ziggurat.training.run  # noqa: F401
 
     torch.set_num_threads(1)
     chance, tally = random.Random(seed), Tally()

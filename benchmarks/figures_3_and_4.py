@@ -20,8 +20,8 @@ import numpy as np
 
 from ziggurat.analysis import Collected, collect, figures, measures, trace
 from ziggurat.analysis.style import new_row, styled
-from ziggurat.training.recipe import load_recipe
-from ziggurat.training.run import train
+from ziggurat.recipe.recipe import load_recipe
+from ziggurat.training.loop.run import train
 
 RUNS = ("msplora", "lora")
 

@@ -114,7 +114,7 @@ def test_export_and_merge_give_the_same_scores(place: Path, tmp_path: Path, caps
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
-    from ziggurat.training.load import load_adapter_model
+    from ziggurat.training.answers.load import load_adapter_model
 
     assert main("export", str(place / "out"), str(tmp_path / "lora")) == 0
     assert main("merge", str(place / "out"), str(tmp_path / "whole")) == 0

@@ -21,7 +21,7 @@ from ziggurat.doctor.checks import Finding
 from ziggurat.doctor.facts import FACTS, SECTIONS, STATUS, markdown, written_into
 from ziggurat.doctor.facts import METHODS as NAMED
 from ziggurat.errors import ConfigError
-from ziggurat.training.recipe import make_recipe
+from ziggurat.recipe.recipe import make_recipe
 from zoo import ZOO
 
 ROOT = Path(__file__).parents[1]

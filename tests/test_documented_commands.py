@@ -37,7 +37,7 @@ def test_train(run: Path) -> None:
 
 
 def test_a_stopped_run_resumes_to_the_same_adapter(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ziggurat.training import run as training
+    from ziggurat.training.loop import run as training
 
     def goes_away(*_: Any) -> None:
         raise OSError("the machine goes away")

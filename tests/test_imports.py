@@ -16,12 +16,13 @@ SOURCE = Path(__file__).parents[1] / "src" / "ziggurat"
 
 #: The floors of the house, lowest first. A file imports from its own unit and from lower floors.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "extras", "terminal", "_distribution"),
-    ("lowrank",),
+    ("errors", "extras", "nearest", "terminal", "_distribution"),
+    ("lowrank", "files"),
     ("host",),
     ("kit",),
     ("methods",),
     ("__init__",),  # the public names: importing `ziggurat` itself means having all methods
+    ("recipe",),
     ("training", "evaluation", "analysis", "export", "plan", "doctor"),
     ("compare", "testing"),
     ("cli", "__main__"),
@@ -69,6 +70,10 @@ def unit_of(name: str, root: Path) -> str:
     return parts[1]
 
 
+#: The rooms of training, lowest first. A room imports from itself and from lower ones.
+ROOMS = ("heads", "devices", "data", "model", "sizing", "folder", "callbacks", "loop", "answers")
+
+
 def method_of(name: str) -> str:
     """The method whose folder a name in `methods` lies in."""
     return [*name.split("."), ""][2]
@@ -97,6 +102,57 @@ def breaches(root: Path) -> list[str]:
                 found.append(f"{where}: a method never imports another")
     found += [f"{where}, which imports it in turn" for (a, b), where in beside.items() if _reaches(b, a, set(beside))]
     return sorted(set(found))
+
+
+def edges_between_files(root: Path) -> set[tuple[str, str]]:
+    """(file, file that it imports from when it is itself imported), as dotted names."""
+    files = {module_name(file, root): file for file in root.rglob("*.py")}
+    edges = set()
+    for name, file in files.items():
+        at_once = {node.lineno for node in _loaded_at_once(ast.parse(file.read_text(encoding="utf-8")))}
+        for line, target in imported_names(file, root):
+            home = target if target in files else target.rpartition(".")[0]
+            if line in at_once and home in files and home != name and files[home].name != "__init__.py":
+                edges.add((name, home))
+    return edges
+
+
+def _loaded_at_once(tree: ast.AST) -> Iterator[ast.stmt]:
+    """The import statements that run when the file is imported: outside functions and `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)):
+                yield from _loaded_at_once(node)
+
+
+def closure(start: str, edges: set[tuple[str, str]]) -> set[str]:
+    """All files that importing `start` loads, itself with them."""
+    seen, todo = set(), [start]
+    while todo:
+        name = todo.pop()
+        if name not in seen:
+            seen.add(name)
+            todo += [b for a, b in edges if a == name]
+    return seen
+
+
+def test_no_file_imports_itself_round_a_circle() -> None:
+    edges = edges_between_files(SOURCE)
+    assert [a for a, b in sorted(edges) if a in closure(b, edges)] == []
+
+
+def test_rooms_of_training_import_downwards() -> None:
+    files = sorted((SOURCE / "training").rglob("*.py"))
+    upwards = []
+    for file in files:
+        room = module_name(file, SOURCE).split(".")[2:3]
+        for line, target in imported_names(file, SOURCE) if room else ():
+            other = target.split(".")[2:3]
+            if target.startswith("ziggurat.training.") and ROOMS.index(other[0]) > ROOMS.index(room[0]):
+                upwards.append(f"{file.relative_to(SOURCE)}:{line}: {target}")
+    assert upwards == []
 
 
 def _reaches(start: str, goal: str, edges: set[tuple[str, str]]) -> bool:
@@ -129,7 +185,7 @@ def test_every_unit_stands_on_a_floor() -> None:
         ("host/bank.py", "import importlib\nimportlib.import_module('ziggurat.training')", "which stands above it"),
         ("methods/one/model.py", "from ziggurat.methods.two import layer", "never imports another"),
         ("methods/one/model.py", "from ..two.layer import X", "never imports another"),
-        ("training/run.py", "from ziggurat import compare", "which stands above it"),
+        ("training/loop/run.py", "from ziggurat import compare", "which stands above it"),
         ("newcomer.py", "", "newcomer: stands on no floor"),
     ],
 )
@@ -144,23 +200,29 @@ def test_a_breach_is_seen(file: str, text: str, breach: str, tmp_path: Path) -> 
 
 def test_a_circle_on_one_floor_is_seen(tmp_path: Path) -> None:
     root = house(tmp_path)
-    (root / "training" / "run.py").write_text("from ziggurat.plan import plan")
+    (root / "training" / "loop" / "run.py").write_text("from ziggurat.plan import plan")
     assert breaches(root) == []
-    (root / "plan.py").write_text("from ziggurat.training.run import run")
+    (root / "plan.py").write_text("from ziggurat.training.loop.run import run")
     assert len(breaches(root)) == 2
 
 
 def house(folder: Path) -> Path:
     """An empty package with every floor, and imports that are allowed."""
     root = folder / "ziggurat"
-    for name in ("lowrank/pair.py", "host/bank.py", "methods/one/model.py", "methods/two/layer.py", "training/run.py"):
+    for name in (
+        "lowrank/pair.py",
+        "host/bank.py",
+        "methods/one/model.py",
+        "methods/two/layer.py",
+        "training/loop/run.py",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("from ziggurat.errors import ConfigError\n")
     (root / "methods" / "one" / "layer.py").write_text("from .model import X\nfrom ziggurat.host.bank import Y")
     for name in ("__init__", "errors", "plan", "compare", "cli"):
         (root / f"{name}.py").write_text("")
     (root / "__init__.py").write_text("from ziggurat.methods.one.model import X")
-    (root / "cli.py").write_text("from ziggurat import X, compare\nfrom ziggurat.training.run import run")
+    (root / "cli.py").write_text("from ziggurat import X, compare\nfrom ziggurat.training.loop.run import run")
     return root
 
 

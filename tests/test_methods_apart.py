@@ -17,7 +17,7 @@ SOURCE = Path(ziggurat.__file__).parent
 #: Files that name methods because that is what they are for.
 LISTS = {
     "__init__.py": "what `import ziggurat` offers",
-    "training/methods.py": "the rows that recipes name, with PEFT's own methods",
+    "recipe/methods.py": "the rows that recipes name, with PEFT's own methods",
     "plan/planner.py": "the methods that a plan is compared with",
     "plan/suggest.py": "the command that lays out a pyramid",
     "plan/allocate.py": "the sizes of a pyramid's tiers, for that command",

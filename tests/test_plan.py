@@ -21,11 +21,11 @@ from ziggurat.errors import ConfigError, RecipeError
 from ziggurat.plan import bare_model, plan, plan_recipe
 from ziggurat.plan.memory import saved_bytes
 from ziggurat.plan.planner import BESIDE
-from ziggurat.training.budget import Fit, count_of, fit_rank, largest_rank, rank_fields, read_budget
-from ziggurat.training.counts import count
-from ziggurat.training.methods import METHODS as RECIPE_METHODS
-from ziggurat.training.methods import method_config
-from ziggurat.training.recipe import make_recipe
+from ziggurat.recipe.methods import METHODS as RECIPE_METHODS
+from ziggurat.recipe.methods import method_config
+from ziggurat.recipe.recipe import make_recipe
+from ziggurat.training.sizing.budget import Fit, count_of, fit_rank, largest_rank, rank_fields, read_budget
+from ziggurat.training.sizing.counts import count
 from zoo import ZOO
 
 ARCHITECTURES = ["bert", "gpt2", "llama", "t5", "swin", "mixtral", "modernbert"]

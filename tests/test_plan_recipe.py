@@ -13,7 +13,7 @@ from methods_table import METHODS
 from test_plan import config_folder, without_dropout
 from ziggurat.plan import plan, plan_recipe
 from ziggurat.plan.memory import checkpointed_bytes, saved_bytes
-from ziggurat.training.run import train
+from ziggurat.training.loop.run import train
 from zoo import ZOO
 
 # Tables of the training tests serve here too.
@@ -101,7 +101,7 @@ def test_checkpointed_activations(name: str) -> None:
 
 def test_a_base_in_four_bits_weighs_what_bitsandbytes_stores(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    from ziggurat.training.model import HeadSpec, load_base
+    from ziggurat.training.model.base import HeadSpec, load_base
 
     save_tiny_bert(tmp_path / "bert")
     data = write_csv(tmp_path / "pairs.csv", PAIRS)

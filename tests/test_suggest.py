@@ -22,10 +22,10 @@ from ziggurat.cli import app
 from ziggurat.errors import ConfigError
 from ziggurat.plan.allocate import boundaries, by_gain, by_width, costs, energies, sensitivities
 from ziggurat.plan.suggest import suggestion
-from ziggurat.training.counts import count
-from ziggurat.training.methods import method_config
-from ziggurat.training.recipe import load_recipe
-from ziggurat.training.run import train
+from ziggurat.recipe.methods import method_config
+from ziggurat.recipe.recipe import load_recipe
+from ziggurat.training.loop.run import train
+from ziggurat.training.sizing.counts import count
 from zoo import ZOO
 
 

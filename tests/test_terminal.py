@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "training"))
 from training_tables import reviews, save_tiny_bert, tiny_recipe, write_csv
 
 from ziggurat.terminal import Console, clean
-from ziggurat.training.run import train
+from ziggurat.training.loop.run import train
 
 CLEAR = "\x1b[2J\x1b]0;owned\x07\x9b31m\r"
 

@@ -11,12 +11,12 @@ from training_tables import reviews, write_csv
 from transformers import AutoModel, TrainerCallback
 
 from ziggurat.errors import RecipeError
-from ziggurat.training.budget import count_of, fit_rank, recipe_model, settle_budget
-from ziggurat.training.load import load_adapter_model
-from ziggurat.training.methods import METHODS
-from ziggurat.training.recipe import make_recipe
-from ziggurat.training.run import train
-from ziggurat.training.schema import Recipe
+from ziggurat.recipe.methods import METHODS
+from ziggurat.recipe.recipe import make_recipe
+from ziggurat.recipe.schema import Recipe
+from ziggurat.training.answers.load import load_adapter_model
+from ziggurat.training.loop.run import train
+from ziggurat.training.sizing.budget import count_of, fit_rank, recipe_model, settle_budget
 
 D, LAYERS = 64, 4
 #: Method -> fields, and its trainable parameters on query and value (d 64) of 4 layers, by its paper's formula.
@@ -115,7 +115,7 @@ def test_adaloras_allocation_is_called_and_reaches_its_target(wide_bert: Path, t
 
 
 def test_adalora_goes_on_where_it_was_interrupted(wide_bert: Path, tmp_path: Path) -> None:
-    from ziggurat.training.interrupt import Interrupted
+    from ziggurat.training.callbacks.interrupt import Interrupted
 
     data = write_csv(tmp_path / "reviews.csv", reviews(32))
     fields: dict[str, Any] = {"init_r": 6, "target_r": 2, "train.max_steps": 8}

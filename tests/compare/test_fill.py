@@ -16,7 +16,7 @@ from ziggurat.compare.fill import fill, report
 from ziggurat.compare.local import run_locally
 from ziggurat.compare.table import Table, make_table
 from ziggurat.errors import RecipeError
-from ziggurat.training.folders import RunFolder
+from ziggurat.training.folder.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from test_fill import small
 from ziggurat.compare import surroundings
 from ziggurat.compare.fill import fill
 from ziggurat.compare.on_ray import run_on_ray
-from ziggurat.training.folders import RunFolder
+from ziggurat.training.folder.run_folder import RunFolder
 
 ray: Any = pytest.importorskip("ray")
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, DebertaV2Config, RobertaConfig
 
-from ziggurat.training.budget import count_of, fit_rank
-from ziggurat.training.recipe import load_recipe, shipped
+from ziggurat.recipe.recipe import load_recipe, shipped
+from ziggurat.training.sizing.budget import count_of, fit_rank
 
 LOR2C = {
     "mnli": (30, 128, 256, 5.0e-4),

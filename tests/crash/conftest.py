@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ziggurat.training.run import train
+from ziggurat.training.loop.run import train
 
 sys.path.insert(0, str(Path(__file__).parent))
 from disks import Disk, make_disk

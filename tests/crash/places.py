@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ziggurat.training.recipe import make_recipe
-from ziggurat.training.schema import Recipe
+from ziggurat.recipe.recipe import make_recipe
+from ziggurat.recipe.schema import Recipe
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 from training_tables import reviews, save_tiny_bert, write_csv

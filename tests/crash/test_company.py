@@ -9,8 +9,8 @@ import pytest
 from places import Place
 
 from ziggurat.errors import RecipeError
-from ziggurat.training import workplace
-from ziggurat.training.folders import RunFolder
+from ziggurat.training.folder import workplace
+from ziggurat.training.folder.run_folder import RunFolder
 
 HOLD = (
     "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"

@@ -13,9 +13,9 @@ from ziggurat.compare.fill import fill
 from ziggurat.compare.results import Results
 from ziggurat.compare.table import make_table
 from ziggurat.errors import RecipeError, StorageError
-from ziggurat.training.checkpoints import newest
-from ziggurat.training.run import train
-from ziggurat.training.workplace import ROOM
+from ziggurat.training.folder.checkpoints import newest
+from ziggurat.training.folder.workplace import ROOM
+from ziggurat.training.loop.run import train
 
 
 class At(TrainerCallback):

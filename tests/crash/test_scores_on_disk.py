@@ -15,7 +15,7 @@ from commands import main
 from ziggurat.errors import StorageError
 from ziggurat.evaluation import glue
 from ziggurat.evaluation.local_tasks import write_tasks
-from ziggurat.host.staging import check_writable
+from ziggurat.files.staging import check_writable
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "evaluation"))
 from glue_folder import write_glue

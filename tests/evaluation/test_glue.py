@@ -24,13 +24,14 @@ from ziggurat.evaluation.glue import (
     write_server_files,
 )
 from ziggurat.evaluation.subject import check_tasks, find_subject
-from ziggurat.training.data import load_examples
-from ziggurat.training.glue import GLUE, HUB, glue_name, read_glue
-from ziggurat.training.load import load_adapter_model
-from ziggurat.training.model import HeadSpec
-from ziggurat.training.recipe import load_recipe, make_recipe, resolved, to_yaml
-from ziggurat.training.run import train
-from ziggurat.training.schema import Recipe
+from ziggurat.recipe.glue import GLUE, HUB, glue_name
+from ziggurat.recipe.recipe import load_recipe, make_recipe, resolved, to_yaml
+from ziggurat.recipe.schema import Recipe
+from ziggurat.training.answers.load import load_adapter_model
+from ziggurat.training.data.glue import read_glue
+from ziggurat.training.data.splits import load_examples
+from ziggurat.training.loop.run import train
+from ziggurat.training.model.base import HeadSpec
 
 EXPECTED = {
     "cola": ("classification", "matthews"),

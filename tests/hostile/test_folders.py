@@ -22,9 +22,9 @@ from ziggurat.analysis.collect import collect
 from ziggurat.cli import app
 from ziggurat.errors import ConfigError, RecipeError, ZigguratError
 from ziggurat.export import export, merge
+from ziggurat.files.untrusted import own_file
 from ziggurat.host.folder import adapter_config, load_adapter, load_base, tensor_shapes
-from ziggurat.host.untrusted import own_file
-from ziggurat.training.load import load_adapter_model
+from ziggurat.training.answers.load import load_adapter_model
 from zoo import ZOO
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

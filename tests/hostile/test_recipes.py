@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ziggurat.errors import RecipeError
-from ziggurat.training.recipe import load_recipe, make_recipe, recipe_of
-from ziggurat.training.schema import Recipe
+from ziggurat.recipe.recipe import load_recipe, make_recipe, recipe_of
+from ziggurat.recipe.schema import Recipe
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)

@@ -10,12 +10,12 @@ from transformers import AutoTokenizer
 
 from ziggurat.errors import DataError
 from ziggurat.export import merge_model
-from ziggurat.training.answer import predict, read_texts
-from ziggurat.training.data import load_examples
-from ziggurat.training.encode import asked_ids, encode_answers, end_of_turn
-from ziggurat.training.load import load_adapter_model
-from ziggurat.training.recipe import make_recipe
-from ziggurat.training.run import train
+from ziggurat.recipe.recipe import make_recipe
+from ziggurat.training.answers.load import load_adapter_model
+from ziggurat.training.answers.predict import predict, read_texts
+from ziggurat.training.data.encode import asked_ids, encode_answers, end_of_turn
+from ziggurat.training.data.splits import load_examples
+from ziggurat.training.loop.run import train
 
 ASKED, SAID = {"role": "user", "content": "say yes"}, {"role": "assistant", "content": "yes"}
 #: Turns end in [SEP], texts in </s>; an answer is asked for behind [PAD], which conversations lack.

@@ -12,15 +12,15 @@ from training_tables import reviews, write_csv, write_jsonl
 
 from word_tokenizer import word_tokenizer
 from ziggurat.errors import DataError
-from ziggurat.training import tables
-from ziggurat.training.answer import predict, read_texts
-from ziggurat.training.data import class_names, load_examples
-from ziggurat.training.instruct import alpaca_prompt
-from ziggurat.training.load import Loaded
-from ziggurat.training.model import HeadSpec
-from ziggurat.training.recipe import make_recipe
-from ziggurat.training.schema import Recipe
-from ziggurat.training.tables import read_lines, read_table, texts_of
+from ziggurat.recipe.recipe import make_recipe
+from ziggurat.recipe.schema import Recipe
+from ziggurat.training.answers.load import Loaded
+from ziggurat.training.answers.predict import predict, read_texts
+from ziggurat.training.data import tables
+from ziggurat.training.data.instruct import alpaca_prompt
+from ziggurat.training.data.splits import class_names, load_examples
+from ziggurat.training.data.tables import read_lines, read_table, texts_of
+from ziggurat.training.model.base import HeadSpec
 
 ROWS = reviews(20)
 

@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 
 from ziggurat.cli import main
 from ziggurat.errors import DivergedError
-from ziggurat.training.recipe import to_yaml
-from ziggurat.training.run import train
+from ziggurat.recipe.recipe import to_yaml
+from ziggurat.training.loop.run import train
 
 recipe_for = partial(tiny_recipe, train__lr=1.0e-2, train__epochs=None, train__max_steps=6, train__save=2)
 

@@ -13,10 +13,10 @@ from ziggurat.doctor import checks
 from ziggurat.errors import ConfigError, RecipeError
 from ziggurat.evaluation.subject import check_tasks, find_subject, load_subject
 from ziggurat.plan import plan_recipe
-from ziggurat.training.bare import bare_config
-from ziggurat.training.load import load_adapter_model
-from ziggurat.training.recipe import make_recipe
-from ziggurat.training.run import train
+from ziggurat.recipe.recipe import make_recipe
+from ziggurat.training.answers.load import load_adapter_model
+from ziggurat.training.loop.run import train
+from ziggurat.training.model.meta import bare_config
 
 #: Ours -> llama.cpp's names of a Llama's tensors.
 NAMES = {

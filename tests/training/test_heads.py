@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from ziggurat.errors import RecipeError
-from ziggurat.training.model import HeadSpec, load_base
+from ziggurat.training.model.base import HeadSpec, load_base
 
 SIZES = {
     "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,

@@ -20,12 +20,12 @@ from training_tables import reviews, save_still_bert, save_tiny_llama, write_csv
 from ziggurat import LoR2CConfig, LoRA2Config, MSPLoraConfig, cli
 from ziggurat.cli.launch import NAMES, config_file
 from ziggurat.errors import RecipeError
-from ziggurat.training.answer import predict
-from ziggurat.training.load import load_adapter_model
-from ziggurat.training.processes import Processes
-from ziggurat.training.recipe import load_recipe
-from ziggurat.training.run import train
-from ziggurat.training.spread import check
+from ziggurat.recipe.recipe import load_recipe
+from ziggurat.training.answers.load import load_adapter_model
+from ziggurat.training.answers.predict import predict
+from ziggurat.training.devices.processes import Processes
+from ziggurat.training.devices.sharding import check
+from ziggurat.training.loop.run import train
 from zoo import ZOO
 
 #: One launch makes twelve runs, on a machine that may have other things to do.

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from ziggurat.errors import RecipeError
-from ziggurat.training.methods import METHODS, method_config, method_fields
-from ziggurat.training.recipe import load_recipe, make_recipe, resolved, shipped, to_yaml
-from ziggurat.training.schema import keys
+from ziggurat.recipe.methods import METHODS, method_config, method_fields
+from ziggurat.recipe.recipe import load_recipe, make_recipe, resolved, shipped, to_yaml
+from ziggurat.recipe.schema import keys
 
 GOOD = {"model": "some/model", "data.train": "a.csv", "method.name": "lora", "method.r": 4}
 

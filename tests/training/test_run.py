@@ -17,14 +17,14 @@ from training_tables import reviews, save_tiny_llama, tiny_recipe, write_csv, wr
 from transformers import TrainerCallback
 
 from ziggurat.errors import DataError, RecipeError, StorageError
-from ziggurat.training import folders
-from ziggurat.training.answer import predict
-from ziggurat.training.interrupt import Interrupted
-from ziggurat.training.load import load_adapter_model
-from ziggurat.training.recipe import load_recipe
-from ziggurat.training.report import report
-from ziggurat.training.result import Result
-from ziggurat.training.run import train
+from ziggurat.recipe.recipe import load_recipe
+from ziggurat.training.answers.load import load_adapter_model
+from ziggurat.training.answers.predict import predict
+from ziggurat.training.callbacks.interrupt import Interrupted
+from ziggurat.training.folder import run_folder as folders
+from ziggurat.training.loop.report import report
+from ziggurat.training.loop.result import Result
+from ziggurat.training.loop.run import train
 
 
 def run_info(result: Result) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def test_the_tokens_of_answers_are_those_that_trl_makes(chat: bool, tiny_llama: 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from ziggurat.training.encode import encode_answers
+    from ziggurat.training.data.encode import encode_answers
 
     asked, said = ("what colour sky is", "the sky is blue")
     row: dict[str, Any] = {"prompt": asked, "completion": said}

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ziggurat.training import metrics
+from ziggurat.nearest import nearest
+from ziggurat.recipe.recipe import make_recipe
 from ziggurat.training.heads import MeanPooledClassifier, mean_pool
-from ziggurat.training.nearest import nearest
-from ziggurat.training.recipe import make_recipe
+from ziggurat.training.loop import metrics
 
 
 def _recipe(task: str):

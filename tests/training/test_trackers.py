@@ -11,10 +11,10 @@ from transformers import TrainerCallback
 from ziggurat.analysis import collect
 from ziggurat.analysis.trace import scalars
 from ziggurat.errors import RecipeError
-from ziggurat.training import trackers
-from ziggurat.training.interrupt import Interrupted
-from ziggurat.training.result import Result
-from ziggurat.training.run import train
+from ziggurat.training.callbacks import trackers
+from ziggurat.training.callbacks.interrupt import Interrupted
+from ziggurat.training.loop.result import Result
+from ziggurat.training.loop.run import train
 
 
 def events(folder: Path) -> dict[str, list[Any]]:

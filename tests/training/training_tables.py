@@ -10,7 +10,7 @@ import torch
 from word_tokenizer import word_tokenizer
 
 if TYPE_CHECKING:
-    from ziggurat.training.schema import Recipe
+    from ziggurat.recipe.schema import Recipe
 
 WORDS = [
     *("the", "a", "film", "story", "actor", "scene", "music", "plot", "is", "was", "and", "not", "very"),
@@ -104,7 +104,7 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
 
 def tiny_recipe(model: Path, data: Path, output: Path, **more: Any) -> "Recipe":
     """A short MSPLoRA run; `more` sets keys (`train__lr` is `train.lr`), and None leaves one out."""
-    from ziggurat.training.recipe import make_recipe
+    from ziggurat.recipe.recipe import make_recipe
 
     values = {
         "name": "tiny",

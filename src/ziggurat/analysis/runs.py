@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ziggurat.errors import ConfigError
+from ziggurat.files.untrusted import MOST_RUN, own_file, read_json
 from ziggurat.host.method import METHODS
-from ziggurat.host.untrusted import MOST_RUN, own_file, read_json
 
 from .collect import collect
 from .components import Collected

@@ -105,7 +105,7 @@ def _options_first(words: Iterable[str]) -> list[str]:
 def _fail(message: str, code: int) -> NoReturn:
     where, size = "", os.environ.get("WORLD_SIZE", "1")
     if size not in ("", "1"):
-        from ziggurat.training.processes import speaks
+        from ziggurat.training.devices.processes import speaks
 
         if not speaks():
             raise SystemExit(code)

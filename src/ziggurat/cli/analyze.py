@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ziggurat.errors import ExportError
-from ziggurat.host.staging import told_of_storage, write_whole
+from ziggurat.files.staging import told_of_storage, write_whole
 from ziggurat.terminal import Console, say
 
 

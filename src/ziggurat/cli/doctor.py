@@ -36,7 +36,7 @@ def doctor(
 
         adapter_config(given[0])  # raises, and says what the folder lacks
     elif given:
-        from ziggurat.training.recipe import load_recipe
+        from ziggurat.recipe.recipe import load_recipe
 
         found += recipe(load_recipe(given[0], given[1:]))
     found = sorted(dict.fromkeys(found), key=lambda one: LEVELS.index(one.level))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ziggurat.host.staging import check_writable, write_whole
+from ziggurat.files.staging import check_writable, write_whole
 from ziggurat.terminal import say
 
 _HELP = "Adapter folder; or a model without adapter: its folder, .gguf file or name on the hub."
@@ -104,7 +104,7 @@ def _check_needs(glue: list[str], rest: list[str]) -> None:
     """Raises MissingExtraError that names all packages that the tasks need and that are missing."""
     from ziggurat.evaluation.glue import needs
     from ziggurat.extras import require
-    from ziggurat.training.glue import GLUE
+    from ziggurat.recipe.glue import GLUE
 
     # Names of no task are reported where the names are read.
     known = [name for name in (one.removeprefix("glue/") for one in glue) if name in GLUE]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ziggurat.errors import ExportError
 
 if TYPE_CHECKING:
-    from ziggurat.training.load import Loaded
+    from ziggurat.training.answers.load import Loaded
 
 
 def from_a_run(folder: Path) -> bool:
@@ -24,7 +24,7 @@ def adapter_of_a_run(folder: Path, base: str | None) -> Loaded | None:
     """
     if base is not None or not from_a_run(folder):
         return None
-    from ziggurat.training.load import load_adapter_model
+    from ziggurat.training.answers.load import load_adapter_model
 
     loaded = load_adapter_model(folder)
     if not hasattr(loaded.model, "peft_config"):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ziggurat.host.staging import write_whole
+from ziggurat.files.staging import write_whole
 from ziggurat.terminal import Console, say
 
 
@@ -30,8 +30,8 @@ def plan(
     from ziggurat.plan.planner import plan_recipe
     from ziggurat.plan.show import show, to_json
     from ziggurat.plan.words import check_model_word
-    from ziggurat.training.recipe import load_recipe
-    from ziggurat.training.source import read_overrides
+    from ziggurat.recipe.recipe import load_recipe
+    from ziggurat.recipe.text import read_overrides
 
     check_model_word(model)
     given = list(words or [])
@@ -62,7 +62,7 @@ def plan(
 def _choice(values: dict[str, object], problems: list[str]) -> dict[str, object]:
     """`method.*` words without a recipe, checked as a recipe's are."""
     from ziggurat.errors import RecipeError
-    from ziggurat.training.methods import BUDGET, METHODS, method_problems
+    from ziggurat.recipe.methods import BUDGET, METHODS, method_problems
 
     problems = problems + [
         f"{key}: without a recipe only method.* can be given" for key in values if not key.startswith("method.")

@@ -21,8 +21,8 @@ def train(
     ] = None,
 ) -> None:
     """Fine-tune a model. Without an argument: the embedded model on the embedded data, in a few minutes, offline."""
-    from ziggurat.training.needs import check as check_needs
-    from ziggurat.training.recipe import load_recipe
+    from ziggurat.recipe.needs import check as check_needs
+    from ziggurat.recipe.recipe import load_recipe
 
     given = list(words or [])
     names = [word for word in given if "=" not in word or Path(word).is_file()]
@@ -32,11 +32,11 @@ def train(
     check_needs(recipe, "ziggurat train")
 
     from ziggurat.host.plugins import loaded
-    from ziggurat.training.interrupt import Interrupted
-    from ziggurat.training.processes import is_main, speaks
-    from ziggurat.training.report import show
-    from ziggurat.training.run import resume_command
-    from ziggurat.training.run import train as run
+    from ziggurat.training.callbacks.interrupt import Interrupted
+    from ziggurat.training.devices.processes import is_main, speaks
+    from ziggurat.training.loop.report import show
+    from ziggurat.training.loop.run import resume_command
+    from ziggurat.training.loop.run import train as run
 
     plugins = [word for plugin in loaded() for word in ("--plugin", plugin)]
     console = Console(quiet=not is_main())
@@ -73,9 +73,9 @@ def predict(
     if (text is None) == (file is None):
         raise typer.BadParameter("give either a text or --file")
 
-    from ziggurat.training.answer import predict as answer
-    from ziggurat.training.answer import read_texts
-    from ziggurat.training.load import load_adapter_model
+    from ziggurat.training.answers.load import load_adapter_model
+    from ziggurat.training.answers.predict import predict as answer
+    from ziggurat.training.answers.predict import read_texts
 
     loaded = load_adapter_model(adapter)
     if file is not None:
@@ -90,8 +90,8 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe, to save and change it.")] = None,
 ) -> None:
     """List the recipes that ship, or print one."""
-    from ziggurat.training.recipe import find_recipe, shipped
-    from ziggurat.training.source import read_yaml
+    from ziggurat.recipe.recipe import find_recipe, shipped
+    from ziggurat.recipe.text import read_yaml
 
     if name is not None:
         say(find_recipe(name)[1].rstrip("\n"))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ziggurat.nearest import did_you_mean
+from ziggurat.recipe.glue import GLUE
+from ziggurat.recipe.text import flatten
 from ziggurat.terminal import clean
-from ziggurat.training.glue import GLUE
-from ziggurat.training.nearest import did_you_mean
-from ziggurat.training.source import flatten
 
 from .evaluated import MAIN, NONE, evaluation_problems
 from .published import PUBLISHED

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ziggurat.training.glue import GLUE, glue_name
+from ziggurat.recipe.glue import GLUE, glue_name
 
 if TYPE_CHECKING:
     from .table import Run

@@ -11,11 +11,11 @@ from typing import Any
 
 from ziggurat.errors import DataError
 from ziggurat.evaluation.ready import MAIN, Ready, ready
-from ziggurat.host.staging import write_whole
-from ziggurat.training.content import digest
-from ziggurat.training.nearest import did_you_mean
-from ziggurat.training.recipe import resolved
-from ziggurat.training.schema import Recipe
+from ziggurat.files.staging import write_whole
+from ziggurat.nearest import did_you_mean
+from ziggurat.recipe.recipe import resolved
+from ziggurat.recipe.schema import Recipe
+from ziggurat.training.data.content import digest
 
 #: The method that trains nothing: the base model as it is, a row to compare with.
 NONE = "none"
@@ -125,7 +125,7 @@ def of_the_base(recipe: Recipe) -> dict[str, Any]:
 
 def base_info() -> dict[str, Any]:
     """What stands for run.json where nothing was trained."""
-    from ziggurat.training.result import versions
+    from ziggurat.training.loop.result import versions
 
     return {"metric": None, "after": {}, "parameters": {"adapter": 0}, "versions": versions()}
 
@@ -177,12 +177,12 @@ def _load(recipe: Recipe) -> tuple[Any, Any]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if recipe.method["name"] != NONE:
-        from ziggurat.training.load import load_adapter_model
+        from ziggurat.training.answers.load import load_adapter_model
 
         trained = load_adapter_model(recipe.folder)
         return trained.model, trained.tokenizer
-    from ziggurat.training.model import HeadSpec, device, load_base
-    from ziggurat.training.trainers import quiet
+    from ziggurat.training.loop.trainers import quiet
+    from ziggurat.training.model.base import HeadSpec, device, load_base
 
     where: dict[str, Any] = {"gguf_file": recipe.gguf_file, "revision": recipe.revision, "dtype": recipe.dtype}
     with quiet():

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from ziggurat.errors import MissingExtraError, RecipeError
 from ziggurat.extras import require
-from ziggurat.host.staging import told_of_storage, write_whole
-from ziggurat.training.needs import needs
+from ziggurat.files.staging import told_of_storage, write_whole
+from ziggurat.recipe.needs import needs
 
 from .evaluated import check_ready
 from .live import LiveTable

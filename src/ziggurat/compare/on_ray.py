@@ -14,7 +14,7 @@ from typing import Any
 from ziggurat.errors import first_line
 from ziggurat.extras import require
 from ziggurat.host.plugins import loaded
-from ziggurat.training.schema import Recipe
+from ziggurat.recipe.schema import Recipe
 
 from .evaluated import Evaluation
 from .local import PATIENCE, Outcome

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ziggurat.terminal import clean
-from ziggurat.training.metrics import lower_is_better
+from ziggurat.training.loop.metrics import lower_is_better
 
 from .columns import AVERAGE
 from .published import published

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ziggurat.host.staging import told_of_storage
+from ziggurat.files.staging import told_of_storage
 
 from .table import Run, Table, computed
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ziggurat.training.methods import BUDGET, METHODS, SYNONYMS, method_fields
-from ziggurat.training.nearest import did_you_mean
+from ziggurat.nearest import did_you_mean
+from ziggurat.recipe.methods import BUDGET, METHODS, SYNONYMS, method_fields
 
 from .evaluated import NONE
 

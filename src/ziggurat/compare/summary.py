@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from ziggurat.training.metrics import lower_is_better
+from ziggurat.training.loop.metrics import lower_is_better
 
 from .columns import AVERAGE
 from .statistics import Cell, Difference, averages, paired

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ziggurat.errors import RecipeError
-from ziggurat.training.content import contents
-from ziggurat.training.folders import UNFINISHED
-from ziggurat.training.glue import GLUE, PREFIX
-from ziggurat.training.nearest import missing_path
-from ziggurat.training.recipe import COMPUTATION, effective, find_recipe, make_recipe, resolved
-from ziggurat.training.schema import Recipe
-from ziggurat.training.source import flatten, read_yaml
+from ziggurat.nearest import missing_path
+from ziggurat.recipe.glue import GLUE, PREFIX
+from ziggurat.recipe.recipe import COMPUTATION, effective, find_recipe, make_recipe, resolved
+from ziggurat.recipe.schema import Recipe
+from ziggurat.recipe.text import flatten, read_yaml
+from ziggurat.training.data.content import contents
+from ziggurat.training.folder.run_folder import UNFINISHED
 
 from .checks import table_problems
 from .columns import Column, columns_of

@@ -17,10 +17,10 @@ from typing import Any, TextIO
 
 from ziggurat.errors import first_line
 from ziggurat.host.plugins import load
-from ziggurat.training.folders import RUN, RunFolder
-from ziggurat.training.interrupt import Interrupted
-from ziggurat.training.run import train
-from ziggurat.training.schema import Recipe
+from ziggurat.recipe.schema import Recipe
+from ziggurat.training.callbacks.interrupt import Interrupted
+from ziggurat.training.folder.run_folder import RUN, RunFolder
+from ziggurat.training.loop.run import train
 
 from .evaluated import NONE, Evaluation, base_info, evaluate_run
 from .surroundings import commit, surroundings

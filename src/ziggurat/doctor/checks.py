@@ -45,7 +45,7 @@ def base_model(
     name: str, method: str, *, revision: str | None = None, gguf_file: str | None = None
 ) -> Iterator[Finding]:
     """The base model's quantisation, told from its config."""
-    from ziggurat.training.bare import bare_config
+    from ziggurat.training.model.meta import bare_config
 
     try:
         config = bare_config(name, revision=revision, gguf_file=gguf_file)
@@ -69,11 +69,11 @@ def recipe(value: Any, variables: Mapping[str, str] | None = None) -> Iterator[F
     """A checked recipe on this machine."""
     import torch
 
-    from ziggurat.training import trackers
-    from ziggurat.training.embedded import PACKAGE, model_path
-    from ziggurat.training.methods import METHODS as ALL
-    from ziggurat.training.model import find_gguf
-    from ziggurat.training.needs import needs
+    from ziggurat.recipe.embedded import PACKAGE, model_path
+    from ziggurat.recipe.methods import METHODS as ALL
+    from ziggurat.recipe.needs import needs
+    from ziggurat.training.callbacks import trackers
+    from ziggurat.training.model.base import find_gguf
 
     method = value.method["name"]
     asking = needs(value)
@@ -106,11 +106,11 @@ def recipe(value: Any, variables: Mapping[str, str] | None = None) -> Iterator[F
 
 def _fit(value: Any, variables: Mapping[str, str] | None) -> Iterator[Finding]:
     """Whether a recipe's method fits its model, its budget met as `ziggurat train` meets it."""
-    from ziggurat.training.adapt import check_targets
-    from ziggurat.training.budget import recipe_model, settle_budget
-    from ziggurat.training.counts import count
-    from ziggurat.training.methods import METHODS as ALL
-    from ziggurat.training.methods import method_config
+    from ziggurat.recipe.methods import METHODS as ALL
+    from ziggurat.recipe.methods import method_config
+    from ziggurat.training.model.adapt import check_targets
+    from ziggurat.training.sizing.budget import recipe_model, settle_budget
+    from ziggurat.training.sizing.counts import count
 
     method, config = value.method["name"], None
     try:
@@ -132,7 +132,7 @@ def adapter(folder: str | Path, variables: Mapping[str, str] | None = None) -> I
     """
     from ziggurat.analysis import collect
     from ziggurat.host.folder import adapter_config
-    from ziggurat.training.bare import bare_config
+    from ziggurat.training.model.meta import bare_config
 
     config = adapter_config(folder)
     kind = str(getattr(config.peft_type, "value", config.peft_type))
@@ -172,7 +172,7 @@ def adapter(folder: str | Path, variables: Mapping[str, str] | None = None) -> I
 
 def _is_embedded(folder: Path) -> bool:
     """Whether the adapter's recipe names the embedded model, which each machine finds in its own packages."""
-    from ziggurat.training.load import read_run
+    from ziggurat.training.answers.load import read_run
 
     try:
         return read_run(folder)[0].model == "embedded"

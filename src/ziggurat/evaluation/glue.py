@@ -10,15 +10,16 @@ import numpy as np
 
 from ziggurat.errors import DataError
 from ziggurat.extras import require
-from ziggurat.host.staging import write_whole
-from ziggurat.training.answer import Prediction, predict
-from ziggurat.training.glue import GLUE, GlueTask, glue_name, read_glue
-from ziggurat.training.load import Loaded
-from ziggurat.training.metrics import score
-from ziggurat.training.model import HeadSpec
-from ziggurat.training.needs import OF_A_TASK
-from ziggurat.training.schema import Recipe
-from ziggurat.training.tables import require_column
+from ziggurat.files.staging import write_whole
+from ziggurat.recipe.glue import GLUE, GlueTask, glue_name
+from ziggurat.recipe.needs import OF_A_TASK
+from ziggurat.recipe.schema import Recipe
+from ziggurat.training.answers.load import Loaded
+from ziggurat.training.answers.predict import Prediction, predict
+from ziggurat.training.data.glue import read_glue
+from ziggurat.training.data.tables import require_column
+from ziggurat.training.loop.metrics import score
+from ziggurat.training.model.base import HeadSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset

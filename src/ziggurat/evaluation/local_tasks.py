@@ -23,9 +23,9 @@ from typing import Any
 import yaml
 
 from ziggurat.errors import DataError
-from ziggurat.host.staging import told_of_storage, write_whole
-from ziggurat.training.nearest import missing_path
-from ziggurat.training.tables import read_table, require_column
+from ziggurat.files.staging import told_of_storage, write_whole
+from ziggurat.nearest import missing_path
+from ziggurat.training.data.tables import read_table, require_column
 
 PREFIX = "ziggurat_"
 #: Shots of the papers' table.

@@ -13,7 +13,7 @@ from typing import Any
 
 from ziggurat.errors import DataError, RecipeError, first_line
 from ziggurat.extras import require
-from ziggurat.training.nearest import missing_path
+from ziggurat.nearest import missing_path
 
 from .local_tasks import SHOTS, write_humaneval, write_tasks
 

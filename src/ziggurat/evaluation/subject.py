@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from ziggurat.errors import ConfigError, RecipeError
 
 if TYPE_CHECKING:
-    from ziggurat.training.load import Loaded
-    from ziggurat.training.model import HeadSpec
-    from ziggurat.training.schema import Recipe
+    from ziggurat.recipe.schema import Recipe
+    from ziggurat.training.answers.load import Loaded
+    from ziggurat.training.model.base import HeadSpec
 
 #: A model's name on the hub.
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -46,7 +46,7 @@ def find_subject(place: str | Path) -> Subject:
 
     path = Path(place).expanduser()
     if (path / "run.json").is_file() and (path / "recipe.yaml").is_file():
-        from ziggurat.training.load import head_of, read_run
+        from ziggurat.training.answers.load import head_of, read_run
 
         recipe, run = read_run(path)
         return Subject("run", str(path), recipe=recipe, head=head_of(run, path))
@@ -75,7 +75,7 @@ def check_tasks(subject: Subject, tasks: list[str]) -> None:
     if glue and subject.kind == "base":
         raise RecipeError(f"{glue[0]} is answered by a trained head; '{subject.model}' is a model without adapter")
     if glue:
-        from ziggurat.training.load import head_of, read_run
+        from ziggurat.training.answers.load import head_of, read_run
 
         from .glue import task_for
 
@@ -113,7 +113,7 @@ def _without_text(subject: Subject) -> str | None:
 def _base_config(subject: Subject) -> Any:
     from transformers import AutoConfig
 
-    from ziggurat.training.embedded import model_path
+    from ziggurat.recipe.embedded import model_path
 
     if subject.gguf_file is not None or any(Path(subject.model).glob("*.gguf")):
         return None  # llama.cpp's format holds models that write
@@ -131,15 +131,15 @@ def load_subject(subject: Subject, dtype: str = "auto") -> tuple[Any, Any, Loade
     Raises:
         RecipeError, ConfigError: something is missing, damaged, or doesn't fit.
     """
-    from ziggurat.training.model import HeadSpec, device, load_base
+    from ziggurat.training.model.base import HeadSpec, device, load_base
 
     if subject.kind == "run":
-        from ziggurat.training.load import load_adapter_model
+        from ziggurat.training.answers.load import load_adapter_model
 
         loaded = load_adapter_model(subject.model)
         return loaded.model, loaded.tokenizer, loaded
     if subject.kind == "base":
-        from ziggurat.training.trainers import quiet
+        from ziggurat.training.loop.trainers import quiet
 
         with quiet():
             base = load_base(subject.model, HeadSpec("instruct", []), gguf_file=subject.gguf_file, dtype=dtype)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.untrusted import MOST_RUN, own_file, read_json
+from ziggurat.files.untrusted import MOST_RUN, own_file, read_json
 
 logger = logging.getLogger(__name__)
 

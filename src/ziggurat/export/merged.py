@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from ziggurat.files.staging import written_beside
 from ziggurat.host.folder import adapter_config, load_adapter, load_base
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.method import method_of
-from ziggurat.host.staging import written_beside
 
 from .beside import copy_tokenizer, name_labels, save_tokenizer
 from .content import bare, check_complete, lora_pairs

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ziggurat.errors import ExportError
+from ziggurat.files.staging import written_beside
 from ziggurat.host.folder import adapter_config, load_adapter, load_base
-from ziggurat.host.staging import written_beside
 from ziggurat.lowrank.pair import FactorPair
 
 from .beside import copy_tokenizer

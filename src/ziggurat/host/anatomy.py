@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from torch import Size, nn
 
 from ziggurat.errors import AnatomyError
-from ziggurat.host.bare import Node, bare_path, bare_tree, unwrap
+
+from .unwrap import Node, bare_path, bare_tree, unwrap
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from peft.utils.other import get_pattern_key
 
 from ziggurat._distribution import VERSION
 from ziggurat.errors import ConfigError
+from ziggurat.files.untrusted import check_factors, check_folder, read_json
 from ziggurat.host.card import write_card
 from ziggurat.host.method import Method
 from ziggurat.host.names import FORMAT
 from ziggurat.host.peft_type import peft_type
 from ziggurat.host.site import Site
-from ziggurat.host.untrusted import check_factors, check_folder, read_json
 from ziggurat.host.values import (
     MOST_RANK,
     check_above_zero,

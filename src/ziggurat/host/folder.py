@@ -11,7 +11,7 @@ from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_
 from torch import nn
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.untrusted import check_folder, own_file, read_json, stored_tensors
+from ziggurat.files.untrusted import check_folder, own_file, read_json, stored_tensors
 from ziggurat.host.values import shown
 
 #: What the last linear of a classification head is called in transformers' models.

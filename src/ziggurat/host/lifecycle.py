@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ziggurat.host.bare import unwrap
 from ziggurat.host.method import Method
 from ziggurat.host.method_layer import MethodLayer
+
+from .unwrap import unwrap
 
 logger = logging.getLogger(__name__)
 

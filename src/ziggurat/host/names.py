@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ziggurat.host.bare import unwrap
 from ziggurat.host.method import Method
 from ziggurat.host.site import CHILD, body_prefix, with_other_head
+
+from .unwrap import unwrap
 
 #: The form of names and config that this version writes, in adapter_config.json. 1: before it was noted there.
 FORMAT = 2

@@ -14,6 +14,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
+from ziggurat.files.untrusted import check_depth
 from ziggurat.host.bank import Bank
 from ziggurat.host.config import MethodConfig
 from ziggurat.host.method import Method
@@ -21,7 +22,6 @@ from ziggurat.host.method_layer import MethodLayer
 from ziggurat.host.site import Site
 from ziggurat.host.tensors import Factors
 from ziggurat.host.tuner import MethodTuner
-from ziggurat.host.untrusted import check_depth
 from ziggurat.host.values import MOST_RANK, is_whole, shown
 
 #: The name of the tensor in an adapter's file.

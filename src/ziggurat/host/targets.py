@@ -9,8 +9,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from ziggurat.host.bare import bare_tree, unwrap
 from ziggurat.host.linear import is_adaptable
+
+from .unwrap import bare_tree, unwrap
 
 _BERT_LIKE = ("albert", "camembert", "data2vec-text", "ernie", "megatron-bert", "rembert", "xlm-roberta-xl")
 _LLAMA_LIKE = (

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ziggurat.training.bare import bare_model as bare_model
+    from ziggurat.training.model.meta import bare_model
 
     from .planner import Plan as Plan
     from .planner import plan as plan
@@ -17,6 +17,6 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     if name in __all__:
-        where = "ziggurat.training.bare" if name == "bare_model" else f"{__name__}.planner"
+        where = "ziggurat.training.model.meta" if name == "bare_model" else f"{__name__}.planner"
         return getattr(import_module(where), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

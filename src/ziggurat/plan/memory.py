@@ -190,7 +190,7 @@ def memory(model: nn.Module, step: Step) -> Memory:
 
 def _four_bit_bytes(model: nn.Module, frozen: Sequence[nn.Parameter]) -> int:
     """Bytes of a base in NF4: its linears but those of the head; the rest is float32, as PEFT prepares it."""
-    from ziggurat.training.model import is_quantised_linear
+    from ziggurat.training.model.base import is_quantised_linear
 
     packed = {
         id(module.weight)

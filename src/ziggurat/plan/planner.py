@@ -49,7 +49,7 @@ LABELS = {"instruct": "tokens", "classification": "classes", "regression": "valu
 
 def variant_name(row: str) -> str:
     """What tables call a row of `BESIDE`."""
-    from ziggurat.training.methods import shown
+    from ziggurat.recipe.methods import shown
 
     return _VARIANTS.get(row) or shown(row)
 
@@ -200,9 +200,9 @@ def _parts(state: Mapping[str, Any], config: Any, anatomy: Anatomy, sites: Mappi
 
 def _beside(model: nn.Module, config: Any, method: str, mine: int) -> tuple[list[Beside], list[str]]:
     """Other methods on the same linears, at the plan's rank and at the most that its `mine` numbers pay, by formula."""
-    from ziggurat.training.budget import fit_rank, rank_fields
-    from ziggurat.training.counts import count
-    from ziggurat.training.methods import method_config
+    from ziggurat.recipe.methods import method_config
+    from ziggurat.training.sizing.budget import fit_rank, rank_fields
+    from ziggurat.training.sizing.counts import count
 
     same = {
         name: value
@@ -257,12 +257,12 @@ def plan_recipe(
         ConfigError: no such model, a method without an adapter, or a budget below the smallest one.
         RecipeError: `choice` isn't one of a method.
     """
-    from ziggurat.training.adapt import beside
-    from ziggurat.training.bare import bare_model
-    from ziggurat.training.bare_base import BareBase, bare_base
-    from ziggurat.training.budget import fit_rank, rank_fields, read_budget
-    from ziggurat.training.encode import longest
-    from ziggurat.training.methods import BUDGET, METHODS, method_config
+    from ziggurat.recipe.methods import BUDGET, METHODS, method_config
+    from ziggurat.training.data.encode import longest
+    from ziggurat.training.model.adapt import beside
+    from ziggurat.training.model.meta import bare_model
+    from ziggurat.training.model.meta_base import BareBase, bare_base
+    from ziggurat.training.sizing.budget import fit_rank, rank_fields, read_budget
 
     chosen = dict(choice or (recipe.method if recipe is not None else {"name": "msplora", "r": 8}))
     method = METHODS[chosen["name"]]

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ziggurat.analysis.components import short_roles
-from ziggurat.training.methods import shown
+from ziggurat.recipe.methods import shown
 
 from .planner import Plan, variant_name
 

@@ -130,11 +130,11 @@ def suggest(
         ConfigError: the recipe's method isn't msplora, the budget is too small, or the probe learned nothing.
         RecipeError, MissingExtraError: as for `ziggurat train`.
     """
-    from ziggurat.training.budget import settle_budget
-    from ziggurat.training.methods import method_config
-    from ziggurat.training.needs import check as check_needs
-    from ziggurat.training.recipe import load_recipe, to_yaml
-    from ziggurat.training.run import train
+    from ziggurat.recipe.methods import method_config
+    from ziggurat.recipe.needs import check as check_needs
+    from ziggurat.recipe.recipe import load_recipe, to_yaml
+    from ziggurat.training.loop.run import train
+    from ziggurat.training.sizing.budget import settle_budget
 
     recipe = load_recipe(source, words)
     check_needs(recipe, "ziggurat suggest")
@@ -189,9 +189,9 @@ _SHAPE = {f"method.{name}" for name in ("ranks", "group_starts", "tiers", "rank_
 
 def _budget(recipe: Any, budget: str | None) -> int:
     """Raises ConfigError where it is no number, or pays for no rank in one of the tiers."""
-    from ziggurat.training.budget import read_budget, recipe_model
-    from ziggurat.training.counts import count
-    from ziggurat.training.methods import method_config
+    from ziggurat.recipe.methods import method_config
+    from ziggurat.training.sizing.budget import read_budget, recipe_model
+    from ziggurat.training.sizing.counts import count
 
     bare = recipe_model(recipe)
     if budget is not None:

@@ -10,7 +10,7 @@ from ziggurat.errors import ConfigError, RecipeError
 
 def check_model_word(model: str) -> None:
     """Raises ConfigError with the command that was meant, where `model` is surely something else."""
-    from ziggurat.training.recipe import load_recipe, shipped
+    from ziggurat.recipe.recipe import load_recipe, shipped
 
     path = Path(model).expanduser()
     if (path / "config.json").is_file() or path.suffix in (".json", ".gguf"):

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from ziggurat.errors import ExportError
-from ziggurat.host.bare import bare_path, bare_tree, unwrap
+from ziggurat.files.staging import written_beside
 from ziggurat.host.paths import CHILD
-from ziggurat.host.staging import written_beside
+from ziggurat.host.unwrap import bare_path, bare_tree, unwrap
 from ziggurat.methods.lor2c.layer import LoR2CLinear, LoR2CPath
 from ziggurat.methods.lor2c.layout import holder_of
 from ziggurat.methods.lor2c.paths import PathBank

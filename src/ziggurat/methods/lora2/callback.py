@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ziggurat.host.bare import unwrap
+from ziggurat.host.unwrap import unwrap
 from ziggurat.methods.lora2.pruning import adapted, learning_adapters, load_pruning_state, prune, pruning_state
 from ziggurat.methods.lora2.ranks import table
 from ziggurat.methods.lora2.regulariser import deviation, hook_of, learning_linears, penalty

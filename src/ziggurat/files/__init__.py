@@ -1,0 +1,1 @@
+"""Files of strangers read with care, own files written whole or not at all. Knows no PEFT."""

@@ -1,0 +1,154 @@
+"""Reading the folder of an adapter that anybody may have made: its own files only, and none that can't be what it says.
+
+Every check comes before the thing it guards: the size of a file before it is read, its form before a config is built
+from it, the numbers in a weights file before a model makes room for as many.
+"""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from ziggurat.errors import ConfigError
+
+#: PEFT's names of an adapter's files, and the pickle that it would read where there are no safetensors.
+CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS_NAME = "adapter_model.bin"
+#: Bytes of a JSON file; the config of an adapter on 20,000 linears, each with a rank of its own, has 2 MiB.
+MOST_JSON = 8 * 2**20
+#: Bytes of what a run wrote of itself, with a line every few steps.
+MOST_RUN = 64 * 2**20
+#: Lists and dicts inside one another. Ours nest three deep.
+MOST_LEVELS = 32
+#: Bytes of the header of a weights file; one of 20,000 linears has 5 MiB.
+MOST_HEADER = 16 * 2**20
+FLOATING = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+
+
+class Stored(NamedTuple):
+    """A tensor as the header of its file tells of it: dtype in safetensors' words, and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def own_file(folder: str | Path, name: str) -> Path:
+    """The path of the file called `name` in `folder`.
+
+    A link is followed where it ends in the folder itself, or in the store of blobs beside the snapshots of the hub's
+    cache; elsewhere it would have us read, and copy, a file that whoever made the folder can't see.
+
+    Raises:
+        ConfigError: there is no such file, it is no regular file, or it is a link out of the folder.
+    """
+    home = Path(folder).resolve()
+    path = home / name
+    if not path.is_file():
+        raise ConfigError(f"{Path(folder) / name} is no file.")
+    real = path.resolve()
+    homes = [home, *(parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots")]
+    if not any(real.is_relative_to(place) for place in homes):
+        raise ConfigError(
+            f"{Path(folder) / name} is a link to {real}, outside its folder, so it isn't read. If you made the link, "
+            "put the file itself there."
+        )
+    return path
+
+
+def read_json(folder: str | Path, name: str, most: int = MOST_JSON) -> Any:
+    """The JSON file called `name` in `folder`, of at most `most` bytes.
+
+    Raises:
+        ConfigError: as `own_file`; it is too large, nests too deep, or isn't JSON in UTF-8.
+    """
+    path = own_file(folder, name)
+    size = path.stat().st_size
+    if size > most:
+        raise ConfigError(f"{path} has {size:,} bytes; at most {most:,} are read of such a file.")
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is no JSON: {error}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} nests lists and dicts deeper than {MOST_LEVELS} levels.") from error
+    check_depth(said, str(path))
+    return said
+
+
+def check_depth(said: Any, where: str) -> None:
+    """Raise ConfigError if lists and dicts nest too deep in `said`, for what walks through them later."""
+    level, depth = [said], 0
+    while level := [v for value in level for v in _inside(value)]:
+        depth += 1
+        if depth > MOST_LEVELS:
+            raise ConfigError(f"{where} nests lists and dicts deeper than {MOST_LEVELS} levels.")
+
+
+def stored_tensors(folder: str | Path) -> dict[str, Stored]:
+    """Name -> dtype and shape of the tensors in the weights file of `folder`, read from its header alone.
+
+    Raises:
+        ConfigError: as `own_file`; or it isn't readable as safetensors.
+    """
+    path = own_file(folder, SAFETENSORS_WEIGHTS_NAME)
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+        (length,) = struct.unpack("<Q", start) if len(start) == 8 else (0,)
+        if length > MOST_HEADER:
+            raise ConfigError(
+                f"{path} can't be read as safetensors: its first bytes announce a header of {length:,} bytes, and at "
+                f"most {MOST_HEADER:,} are read. Is it a file of another kind, renamed?"
+            )
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: Stored(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except (SafetensorError, OSError, RecursionError) as error:
+        raise ConfigError(f"{path} can't be read as safetensors ({error}): was it cut off while copying?") from error
+
+
+def check_folder(folder: str | Path) -> None:
+    """Look at the files of an adapter that PEFT is about to read from `folder`.
+
+    Raises:
+        ConfigError: as `read_json` for the config, which must be a mapping; weights that are a pickle.
+    """
+    folder = Path(folder)
+    said = read_json(folder, CONFIG_NAME)
+    if not isinstance(said, dict):
+        raise ConfigError(f"{folder / CONFIG_NAME} holds a {type(said).__name__}; a config is a mapping of its fields.")
+    if (folder / WEIGHTS_NAME).exists() and not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+        raise ConfigError(
+            f"{folder} holds its weights as {WEIGHTS_NAME}, a pickle, which can run code when it is read. Only "
+            f"{SAFETENSORS_WEIGHTS_NAME} is loaded: ask for the adapter saved with safe_serialization=True."
+        )
+
+
+def check_factors(folder: str | Path, prefix: str, other: frozenset[str]) -> int:
+    """How many numbers the weights file of `folder` holds of the method whose names have `prefix`.
+
+    `other`: last parts of names of tensors that are no factors.
+
+    Raises:
+        ConfigError: as `stored_tensors`; or a factor isn't of floating-point numbers.
+    """
+    numbers = 0
+    for name, stored in stored_tensors(folder).items():
+        if prefix not in name or name.rpartition(".")[2] in other:
+            continue
+        if stored.dtype not in FLOATING:
+            raise ConfigError(
+                f"{Path(folder) / SAFETENSORS_WEIGHTS_NAME}: {name!r} is of {stored.dtype}, and factors are "
+                "floating-point numbers. The file was changed after it was saved."
+            )
+        size = 1
+        for side in stored.shape:
+            size *= side
+        numbers += size
+    return numbers
+
+
+def _inside(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

@@ -1,0 +1,94 @@
+"""Mistakes of a recipe that only two keys together show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ziggurat.nearest import did_you_mean
+
+from .glue import brings_validation
+from .schema import CLASSIFICATION_METRICS, INSTRUCT_METRICS, REGRESSION_METRICS, keys
+
+_TASK_ONLY = {
+    "instruct": ("data.format", "data.loss"),
+    "score": ("data.text", "data.text_pair", "data.label", "head.pooling", "head.dropout", "head.lr"),
+    "classification": ("data.label_names",),
+}
+_METRICS = {
+    "classification": CLASSIFICATION_METRICS,
+    "regression": REGRESSION_METRICS,
+    "instruct": INSTRUCT_METRICS,
+}
+
+
+def conflicts(good: dict[str, Any]) -> list[str]:
+    """What is wrong with keys that are good by themselves; those that aren't take no part."""
+    found: list[str] = []
+    known = keys()
+
+    def value(key: str) -> Any:
+        return good.get(key, known[key].get_default(call_default_factory=True))
+
+    task = value("task")
+    owners = {key: kind for kind, names in _TASK_ONLY.items() for key in names}
+    for key in good:
+        owner = owners.get(key)
+        fits = owner is None or owner == task or (owner == "score" and task != "instruct")
+        if not fits and good[key] != known[key].get_default(call_default_factory=True):
+            found.append(f"{key}: has no meaning with task: {task}")
+    if value("metric") is not None and value("metric") not in _METRICS[task]:
+        found.append(f"metric: {value('metric')} does not go with task: {task}; one of {', '.join(_METRICS[task])}")
+    share, dropout, warmup = (known[key].default for key in ("data.validation_share", "head.dropout", "train.warmup"))
+    if good.get("data.validation_share", share) != share and "data.validation_rows" in good:
+        found.append("data.validation_rows: given beside data.validation_share; keep one")
+    if value("data.validation") is not None or value("data.validation_split") is not None:
+        for key in ("data.validation_share", "data.validation_rows"):
+            if key in good and good[key] != known[key].get_default(call_default_factory=True):
+                found.append(f"{key}: has no meaning where validation data are named")
+    elif good.get("data.validation_share", share) != share and brings_validation(
+        value("data.train"), value("data.folder")
+    ):
+        found.append(
+            f"data.validation_share: has no meaning with {value('data.train')}, which has validation data; "
+            "data.validation_rows splits a part of the training rows off instead"
+        )
+    names = value("data.label_names") or []
+    if len(set(names)) < len(names):
+        found.append(f"data.label_names: two classes have one name: {', '.join(names)}")
+    if value("head.pooling") == "model" and good.get("head.dropout", dropout) != dropout:
+        found.append("head.dropout: has no meaning with head.pooling: model, whose dropout is the model's own")
+    if value("train.scheduler") == "constant" and good.get("train.warmup", warmup) not in (warmup, 0):
+        found.append("train.warmup: has no meaning with train.scheduler: constant; constant_with_warmup has one")
+    if value("train.best"):
+        if value("train.evaluate") == "never":
+            found.append("train.best: needs scores to choose by; set train.evaluate to epoch or a number of steps")
+        elif value("train.evaluate") != value("train.save"):
+            found.append("train.save: must equal train.evaluate when train.best is true")
+    found += tracker_problems(value("train.report_to") or [])
+    if value("resume") and value("overwrite"):
+        found.append("overwrite: contradicts resume; give one of them")
+    name = value("name")
+    if not name.strip() or any(sign in name for sign in "/\\"):
+        found.append(f"name: '{name}' cannot name a folder; use output for a path")
+    return found
+
+
+def known_trackers() -> list[str]:
+    """The names that transformers' Trainer can report to."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    return list(INTEGRATION_TO_CALLBACK)
+
+
+def tracker_problems(names: Sequence[str]) -> list[str]:
+    """What is wrong with a recipe's `train.report_to`, whatever is installed."""
+    allowed = known_trackers() if names else []
+    found = [
+        f"train.report_to: '{name}' is no tracker of transformers{did_you_mean(name, allowed)}; "
+        f"one of {', '.join(allowed)}, or leave the key out to report nowhere"
+        for name in names
+        if name not in allowed
+    ]
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    return found + [f"train.report_to: {name} is named twice" for name in twice]

@@ -1,0 +1,244 @@
+"""Recipes: found, read, checked whole before anything is loaded, and written beside the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+
+from ziggurat.errors import RecipeError
+from ziggurat.nearest import did_you_mean, missing_path, nearest
+
+from .conflicts import conflicts
+from .glue import fill_in, glue_name
+from .methods import METHODS, SYNONYMS, method_config, method_fields, method_problems
+from .schema import Recipe, keys
+from .text import MOST_TEXT, flatten, read_overrides, read_yaml
+from .values import explain
+
+#: Raised whenever the same recipe, on the same data, computes something else than before.
+COMPUTATION = 1
+#: What a run is called, where it lies, whom it tells and how it is fed: none of it changes what is computed.
+_WITHOUT_EFFECT = ("about", "name", "output", "train.eval_batch", "train.keep", "train.report_to", "train.workers")
+_SYNONYMS = {
+    **SYNONYMS,
+    "learning_rate": "train.lr",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "batch_size": "train.batch",
+    "per_device_train_batch_size": "train.batch",
+    "per_device_eval_batch_size": "train.eval_batch",
+    "gradient_accumulation_steps": "train.accumulate",
+    "accumulation": "train.accumulate",
+    "warmup_ratio": "train.warmup",
+    "warmup_steps": "train.warmup",
+    "lr_scheduler_type": "train.scheduler",
+    "wd": "train.weight_decay",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "load_best_model_at_end": "train.best",
+    "metric_for_best_model": "metric",
+    "base_model": "model",
+    "model_name_or_path": "model",
+    "output_dir": "output",
+    "dataset": "data.train",
+    "train_file": "data.train",
+    "validation_file": "data.validation",
+    "test": "data.validation",
+    "eval": "data.validation",
+    "max_seq_length": "data.max_length",
+    "max_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "sentence": "data.text",
+    "labels": "data.label",
+    "pooling": "head.pooling",
+    "logging": "train.report_to",
+    "epoch": "train.epochs",
+    "steps": "train.max_steps",
+    "description": "about",
+}
+
+
+def shipped() -> dict[str, str]:
+    """Name -> text of the recipes that come with the package, the default first."""
+    folder = files("ziggurat") / "recipes"
+    found = {
+        entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".yaml")
+    }
+    return dict(sorted(found.items(), key=lambda item: (item[0] != "default", item[0])))
+
+
+def find_recipe(source: str | Path) -> tuple[str, str]:
+    """The label and the text of a recipe: a file, or the name of a shipped one.
+
+    Raises RecipeError with the nearest names when there is neither.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        try:
+            if path.stat().st_size > MOST_TEXT:
+                raise RecipeError(f"{source} has {path.stat().st_size:,} bytes; a recipe has at most {MOST_TEXT:,}")
+            return path.name, path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{source} cannot be read: {error}") from error
+    names = shipped()
+    if str(source) in names:
+        return f"{source}.yaml", names[str(source)]
+    if path.is_dir():
+        if (path / "recipe.yaml").is_file():
+            return find_recipe(path / "recipe.yaml")
+        raise RecipeError(f"'{source}' is a folder without a recipe.yaml; name a recipe file")
+    if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
+        stem = nearest(path.stem, names)
+        hint = f" The recipe '{stem}' ships with ziggurat." if stem else ""
+        raise RecipeError(f"the recipe {missing_path(source)}.{hint}")
+    hint = did_you_mean(str(source), names)
+    raise RecipeError(
+        f"'{source}' is neither a file nor a recipe that ships with ziggurat{hint}; `ziggurat recipes` lists them"
+    )
+
+
+def load_recipe(source: str | Path = "default", overrides: Iterable[str] = ()) -> Recipe:
+    """Read and check a recipe file or a shipped recipe, with `key=value` words on top.
+
+    Raises RecipeError that lists every mistake of file and words at once.
+    """
+    label, text = find_recipe(source)
+    return recipe_of(text, overrides, label=label, source=source)
+
+
+def recipe_of(text: str, overrides: Iterable[str] = (), *, label: str, source: str | Path = "recipe") -> Recipe:
+    """Check the text of a recipe, with `key=value` words on top; `label` stands in errors, `source` is where it lies.
+
+    Raises RecipeError that lists every mistake of text and words at once.
+    """
+    flat, problems = read_yaml(text)
+    if problems and not flat:
+        raise _refused(label, problems)
+    extra, more = read_overrides(overrides)
+    flat.setdefault("name", Path(label).stem)
+    if label == "recipe.yaml" and flat["name"] == "recipe":
+        flat["name"] = Path(source).resolve().parent.name
+    return _checked(label, flat, extra, problems + more)
+
+
+def make_recipe(values: Mapping[str, Any], overrides: Iterable[str] = (), label: str = "the recipe") -> Recipe:
+    """A recipe from a Python mapping, nested or dotted; the same checks as for a file."""
+    extra, problems = read_overrides(overrides)
+    return _checked(label, flatten(dict(values)), extra, problems)
+
+
+def _refused(label: str, problems: list[str]) -> RecipeError:
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return RecipeError(f"{label} has {count}:\n" + "\n".join(f"  {line}" for line in problems))
+
+
+def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: list[str]) -> Recipe:
+    # An override with no value takes the key out, back to its default: the only way to drop a method's field.
+    flat = {key: value for key, value in {**flat, **extra}.items() if key not in extra or value is not None}
+    problems += fill_in(flat)
+    known = keys()
+    choice = {key.removeprefix("method."): value for key, value in flat.items() if key.startswith("method.")}
+    good: dict[str, Any] = {}
+    for key, value in flat.items():
+        if key.startswith("method."):
+            continue
+        if key in known:
+            info = known[key]
+            said = explain(Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation, value)
+            if said is None:
+                good[key] = value
+            else:
+                problems.append(f"{key}: {said}")
+        elif key in ("data", "head", "train", "method"):
+            problems.append(f"{key}: needs its own keys, {_example(key)}")
+        else:
+            choices = [*known, "method.name", *(f"method.{name}" for name in _fields_of(choice))]
+            problems.append(
+                f"{key}: unknown{did_you_mean(key, choices, _SYNONYMS) or '; docs/recipes.md lists the keys'}"
+            )
+    problems += [
+        f"{key}: missing: {info.description}" for key, info in known.items() if info.is_required() and key not in flat
+    ]
+    problems += conflicts(good)
+    problems += method_problems(choice)
+    if problems:
+        raise _refused(label, problems)
+    nested: dict[str, Any] = {"method": choice, "data": {}}
+    for key, value in good.items():
+        section, dot, inner = key.partition(".")
+        if dot:
+            nested.setdefault(section, {})[inner] = value
+        else:
+            nested[key] = value
+    return Recipe.model_validate(nested)
+
+
+def _fields_of(choice: dict[str, Any]) -> list[str]:
+    from .methods import method_fields
+
+    name = choice.get("name")
+    return list(method_fields(name)) if isinstance(name, str) and name in METHODS else []
+
+
+def _example(section: str) -> str:
+    return {
+        "data": "for example data.train: reviews.csv",
+        "head": "for example head.pooling: mean",
+        "train": "for example train.lr: 1.0e-3",
+        "method": "for example method.name: msplora",
+    }[section]
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as one flat mapping, defaults too but for the method's; paths on this disk are made absolute."""
+    flat: dict[str, Any] = {}
+    for key, value in recipe.model_dump().items():
+        if key == "method":
+            flat.update({f"method.{name}": item for name, item in value.items()})
+        elif isinstance(value, dict):
+            flat.update({f"{key}.{inner}": item for inner, item in value.items()})
+        elif key not in ("resume", "overwrite"):
+            flat[key] = value
+    for key in ("model", "data.train", "data.validation", "data.folder"):
+        value = flat.get(key)
+        named = value in ("embedded", "demo") or glue_name(value) is not None
+        if value is not None and not named and Path(value).expanduser().exists():
+            flat[key] = str(Path(value).expanduser().resolve())
+    return {key: value for key, value in flat.items() if value is not None}
+
+
+def effective(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a resolved recipe changes what is computed, spelt one way: 0.0 is 0, and targets have no order.
+
+    Every field of the method is there, with its default where the recipe says nothing.
+    """
+    plain = {key: _one_spelling(value) for key, value in flat.items() if key not in _WITHOUT_EFFECT}
+    choice = {key.removeprefix("method."): value for key, value in flat.items() if key.startswith("method.")}
+    try:
+        config = method_config(choice)
+        fields = (*method_fields(choice["name"]), *METHODS[choice["name"]].fixed)
+        return plain | {f"method.{name}": _one_spelling(getattr(config, name)) for name in fields}
+    except (KeyError, ValueError, TypeError, RecipeError):  # no method of this version, or none that trains
+        return plain
+
+
+def _one_spelling(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return sorted(map(str, value)) if isinstance(value, set) else value
+
+
+def to_yaml(recipe: Recipe) -> str:
+    return yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True, width=10_000)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Which keys two resolved recipes disagree on, `key: old -> new`."""
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed]

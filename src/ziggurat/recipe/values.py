@@ -1,0 +1,124 @@
+"""Whether one YAML value fits one type, and in plain words why not."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+from ziggurat.nearest import did_you_mean
+
+_EXPONENT = re.compile(r"([+-]?)(\d+)(\.\d*)?[eE]([+-]?\d+)")
+
+
+def explain(hint: Any, value: Any) -> str | None:
+    """None when `value` fits `hint` without any conversion that could hide a slip; else what is wrong and what to do.
+
+    YAML 1.1 reads `4e-4` and `1E5` as texts, so a text where a number belongs says how to write the number. Lists and
+    mappings are allowed to become tuples, sets, enums and dataclasses, since YAML has no other way to write those.
+    """
+    try:
+        adapter = TypeAdapter(hint)
+    except (PydanticSchemaGenerationError, TypeError, NameError):
+        return None
+    try:
+        adapter.validate_python(value, strict=True)
+        return None
+    except ValidationError as error:
+        problem = error
+    except NameError:
+        return None
+    if isinstance(value, (list, dict)) or (isinstance(value, str) and not _wants_number(problem)):
+        try:
+            adapter.validate_python(value)
+            return None
+        except ValidationError as error:
+            problem = error
+    return _words(problem, value)
+
+
+def _wants_number(error: ValidationError) -> bool:
+    kinds = {item["type"].split("_")[0] for item in error.errors()}
+    return bool(kinds & {"int", "float", "bool"})
+
+
+def _words(error: ValidationError, value: Any) -> str:
+    errors = error.errors(include_url=False)
+    kinds = [item["type"] for item in errors]
+    numeric = [kind for kind in kinds if kind in {"int_type", "float_type", "int_parsing", "float_parsing"}]
+    if isinstance(value, str) and numeric:
+        literals = [item for item in errors if item["type"] == "literal_error"]
+        if literals and _number(value) is None:
+            allowed, hint = _literal_list(literals[0]), _nearest_literal(literals[0], value)
+            return f"'{value}' is neither {allowed} nor a number{hint}"
+        return _text_for_number(value, whole=all(kind.startswith("int") for kind in numeric))
+    # In a union the branch that got furthest says most: a bound that was broken tells more than a type.
+    ranked = sorted(errors, key=lambda item: item["type"].endswith("_type"))
+    item = ranked[0]
+    kind, context = item["type"], item.get("ctx", {})
+    shown = _shown(value)
+    if kind == "literal_error":
+        return f"{shown} is not one of {_literal_list(item)}{_nearest_literal(item, str(value))}"
+    bounds = {
+        "greater_than": ("gt", "greater than"),
+        "greater_than_equal": ("ge", "at least"),
+        "less_than": ("lt", "less than"),
+        "less_than_equal": ("le", "at most"),
+    }
+    if kind in bounds:
+        key, words = bounds[kind]
+        return f"must be {words} {context[key]}, got {shown}"
+    if kind == "finite_number":
+        return f"must be a finite number, got {shown}"
+    wanted = {
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "bool_type": "true or false",
+        "bool_parsing": "true or false",
+        "string_type": "a text",
+        "list_type": "a list",
+        "set_type": "a list",
+        "tuple_type": "a list",
+        "dict_type": "a mapping",
+    }
+    names = list(dict.fromkeys(wanted[one] for one in kinds if one in wanted))
+    if names:
+        quotes = "; put it in quotes" if names == ["a text"] and isinstance(value, (int, float)) else ""
+        return f"needs {' or '.join(names)}, got {shown}{quotes}"
+    return f"{item['msg'][0].lower()}{item['msg'][1:]}, got {shown}"
+
+
+def _text_for_number(text: str, whole: bool) -> str:
+    match = _EXPONENT.fullmatch(text.strip())
+    if match is not None:
+        sign, digits, fraction, exponent = match.groups()
+        exponent = exponent if exponent[0] in "+-" else f"+{exponent}"
+        fraction = fraction if fraction and fraction != "." else ".0"
+        return f"'{text}' is text to YAML, write {sign}{digits}{fraction}e{exponent}"
+    number = _number(text)
+    if number is not None:
+        return f"'{text}' is text to YAML, write {text.strip()} without quotes"
+    return f"needs a {'whole ' if whole else ''}number, got '{text}'"
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _literal_list(item: Any) -> str:
+    return str(item["ctx"]["expected"]).replace("'", "").replace(" or ", ", ")
+
+
+def _nearest_literal(item: Any, value: str) -> str:
+    return did_you_mean(value, _literal_list(item).split(", "))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "nothing" if value is None else repr(value)

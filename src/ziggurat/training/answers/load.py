@@ -1,0 +1,120 @@
+"""An adapter folder that `ziggurat train` wrote, back as a model that answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from ziggurat.errors import ConfigError, RecipeError
+from ziggurat.files.untrusted import MOST_RUN, own_file, read_json
+from ziggurat.nearest import missing_path
+from ziggurat.recipe.methods import METHODS
+from ziggurat.recipe.recipe import find_recipe, recipe_of
+from ziggurat.recipe.schema import Recipe
+
+from ..data.encode import end_of_turn
+from ..folder.run_folder import RECIPE, RUN
+from ..heads import MeanPooledClassifier
+from ..loop.trainers import quiet
+from ..model.base import HeadSpec, device, load_base
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Model (in evaluation mode, on the accelerator where there is one), tokenizer, and what they were trained for."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe
+    head: HeadSpec
+    run: dict[str, Any]
+
+
+def load_adapter_model(folder: str | Path) -> Loaded:
+    """Rebuild base model, head and adapter from a folder of `ziggurat train`.
+
+    The base is found again by the recipe's `model`, not by the path of the machine that trained: an adapter on the
+    embedded model can be handed around. Raises RecipeError when the folder is none, or its base can't be found.
+    """
+    path = Path(folder).expanduser()
+    recipe, run = read_run(path)
+    spec = head_of(run, path)
+    with quiet():
+        if (path / "adapter_config.json").is_file():
+            base = load_base(
+                recipe.model,
+                spec,
+                gguf_file=recipe.gguf_file,
+                revision=recipe.revision,
+                dtype=recipe.dtype,
+                tokenizer_from=str(path),
+                four_bits=METHODS[recipe.method["name"]].four_bits,
+            )
+            try:
+                model: nn.Module = PeftModel.from_pretrained(base.model, str(path))
+            except (ValueError, KeyError, RuntimeError, OSError) as error:
+                raise RecipeError(f"the adapter in '{folder}' does not fit {recipe.model}: {error}") from error
+            tokenizer = base.tokenizer
+        else:
+            from transformers import AutoTokenizer
+
+            # No pickle, and no code that the folder brings.
+            safe = {"use_safetensors": True, "trust_remote_code": False}
+            try:
+                model = _whole_class(spec).from_pretrained(str(path), dtype=recipe.dtype, **safe)
+                tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+            except (OSError, ValueError) as error:
+                raise RecipeError(f"the model in '{folder}' cannot be read: {error}") from error
+    if not getattr(model, "is_quantized", False) and not METHODS[recipe.method["name"]].four_bits:
+        model = model.to(device())
+    if run.get("shape") == "messages":
+        # A base model may end texts by another token than its chat template ends turns.
+        generation: Any = model.generation_config
+        ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+        ends = [*ends, end_of_turn(tokenizer)]
+        generation.eos_token_id = [*dict.fromkeys(token for token in ends if token is not None)] or None
+    return Loaded(model.eval(), tokenizer, recipe, spec, run)
+
+
+def read_run(path: Path) -> tuple[Recipe, dict[str, Any]]:
+    """Recipe and run.json of an adapter folder. Raises RecipeError that says what is missing."""
+    if not path.is_dir():
+        raise RecipeError(f"adapter folder {missing_path(path)}" if not path.exists() else f"'{path}' is not a folder")
+    for name in (RUN, RECIPE):
+        if not (path / name).is_file():
+            if path.name.endswith(".unfinished"):
+                raise RecipeError(f"'{path}' is an unfinished run; go on with resume=true first")
+            inner = sorted(entry.parent.name for entry in path.glob(f"*/{RUN}"))
+            hint = f"; its folders that are: {', '.join(inner)}" if inner else ""
+            raise RecipeError(f"'{path}' was not written by `ziggurat train` (it has no {name}){hint}")
+    try:
+        run = read_json(path, RUN, MOST_RUN)
+        label, text = find_recipe(own_file(path, RECIPE))
+    except ConfigError as error:
+        raise RecipeError(f"'{path}' cannot be read: {error}") from error
+    if not isinstance(run, dict) or "head" not in run:
+        raise RecipeError(f"'{path}' is an unfinished run; go on with resume=true first")
+    return recipe_of(text, label=str(path / label)), run
+
+
+def head_of(run: dict[str, Any], path: Path) -> HeadSpec:
+    """What the scores mean, as run.json says. Raises RecipeError if it doesn't."""
+    head = run["head"]
+    names = head.get("label_names") if isinstance(head, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str | int | float) for name in names):
+        raise RecipeError(f"'{path / RUN}' has been changed: its head names no labels")
+    try:
+        return HeadSpec(**head)
+    except TypeError as error:
+        raise RecipeError(f"'{path / RUN}' has been changed: {error}") from error
+
+
+def _whole_class(spec: HeadSpec) -> Any:
+    if spec.task == "instruct":
+        return AutoModelForCausalLM
+    return MeanPooledClassifier if spec.pooling == "mean" else AutoModelForSequenceClassification

@@ -1,0 +1,102 @@
+"""Ctrl-C and SIGTERM end a run at the next step with a checkpoint, not in the middle of one."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..devices.processes import Processes
+
+
+class Interrupted(Exception):
+    """A run was stopped from outside. `checkpoint` is what it left (None before the first step), `signal` by what."""
+
+    def __init__(self, folder: str, checkpoint: str | None, step: int, total: int, number: int) -> None:
+        done = f"stopped at step {step} of {total}" if checkpoint else "stopped before the first step"
+        super().__init__(done)
+        self.folder, self.checkpoint, self.step, self.total, self.signal = (
+            folder,
+            checkpoint,
+            step,
+            total,
+            number,
+        )
+
+
+class StopSignals(TrainerCallback):
+    """While entered, SIGINT and SIGTERM ask the Trainer to save and stop; a second SIGINT stops at once.
+
+    Outside the training loop (loading, scoring before training) there is nothing to save and the signal raises
+    KeyboardInterrupt right away. Signals reach only the main thread: elsewhere this does nothing.
+
+    Of several processes each asks the others after every step: whichever the signal has reached, all stop at the same
+    step. `number` is the signal that came here, `agreed` the one that all stop for.
+    """
+
+    def __init__(self, processes: Processes | None = None) -> None:
+        self.processes = processes or Processes()
+        self.number: int | None = None
+        self.agreed: int | None = None
+        self.learning = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        again = self.number is not None and number == signal.SIGINT
+        self.number = number
+        if again or not self.learning:
+            raise KeyboardInterrupt
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.learning = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        return self._stop(control)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        # A signal during a long scoring is answered right after it.
+        return self._stop(control) if self.learning else control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.agreed is not None:
+            # A Trainer that was stopped in the middle of an epoch calls this too. At the real end of one, a scoring
+            # that is due is made and the checkpoint written again: see `_stop`.
+            ended = state.epoch is not None and float(state.epoch).is_integer()
+            control.should_evaluate = control.should_evaluate and ended
+            control.should_save = control.should_evaluate
+        return control
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.learning = False
+
+    def _stop(self, control: TrainerControl) -> TrainerControl:
+        # A scoring that is due at this very step is still made, before the checkpoint: it draws random numbers, and
+        # without them the resumed run would not be the uninterrupted one.
+        self.agreed = self.processes.most(self.number or 0) or None
+        if self.agreed is not None:
+            control.should_save = control.should_training_stop = True
+        return control

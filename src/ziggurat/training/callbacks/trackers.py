@@ -1,0 +1,53 @@
+"""Trackers that a run reports to (TensorBoard, W&B, trackio, ...): checked before it begins, and where they write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ziggurat.errors import RecipeError
+
+#: transformers' name of a tracker -> the modules of which one must be there, where that isn't the name itself.
+_MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "azure_ml": ("azureml",), "flyte": ("flytekit",)}
+_PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}
+
+
+def lacking(names: Sequence[str]) -> dict[str, str]:
+    """The trackers that aren't installed, with the package that each needs."""
+    # kubeflow is told by the environment of its cluster, not by a package.
+    wanted = {name: _MODULES.get(name, (name,)) for name in names if name != "kubeflow"}
+    return {
+        name: _PACKAGES.get(name, name)
+        for name, modules in wanted.items()
+        if not any(find_spec(module) is not None for module in modules)
+    }
+
+
+def check(names: Sequence[str]) -> None:
+    """Raises RecipeError if a tracker that the recipe names isn't installed."""
+    missing = lacking(names)
+    if missing:
+        raise RecipeError(
+            f"train.report_to: {' and '.join(missing)} not installed here; pip install {' '.join(missing.values())}, "
+            "or take the name out"
+        )
+
+
+def write_into(trainer: Any, folder: Path) -> None:
+    """Let TensorBoard write into `folder`, unless the environment names another (TENSORBOARD_LOGGING_DIR)."""
+    for callback in _tensorboards(trainer):
+        callback.logging_dir = callback.logging_dir or str(folder)
+
+
+def close(trainer: Any) -> None:
+    """Write what TensorBoard's writer still holds back: scoring after the last step opens a new one."""
+    for callback in _tensorboards(trainer):
+        callback.on_train_end(trainer.args, trainer.state, trainer.control)
+
+
+def _tensorboards(trainer: Any) -> list[Any]:
+    from transformers.integrations import TensorBoardCallback
+
+    return [each for each in trainer.callback_handler.callbacks if isinstance(each, TensorBoardCallback)]

@@ -1,0 +1,57 @@
+"""What the local files that a recipe names hold, as digests: a path alone doesn't say whether they have changed."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+from ziggurat.recipe.embedded import EMBEDDED
+from ziggurat.recipe.schema import Recipe
+
+from .glue import glue_home, glue_name
+
+#: Files that loading never reads: hidden ones, and what `datasets` keeps beside a saved data set.
+_BESIDE = (".", "cache-")
+#: Of a model's folder also these.
+_NOT_OF_A_MODEL = (".md", ".py", ".png", ".log")
+
+
+def contents(recipe: Recipe) -> dict[str, str]:
+    """Recipe key -> digest of the files that its value names, of the keys that name something on this machine."""
+    data = recipe.data
+    model, task = Path(recipe.model).expanduser(), glue_name(data.train, data.subset)
+    found = {}
+    if recipe.model != EMBEDDED and model.is_dir():
+        found["model"] = digest(model, "*", _NOT_OF_A_MODEL)
+    if task is not None and data.folder is not None:
+        found["data.folder"] = digest(glue_home(task, data.folder))
+    for key, source in (("data.train", data.train), ("data.validation", data.validation)):
+        if source is not None and source != "demo" and glue_name(source) is None and Path(source).expanduser().exists():
+            found[key] = digest(Path(source).expanduser())
+    return found
+
+
+def digest(place: Path, pattern: str = "**/*", without: tuple[str, ...] = ()) -> str:
+    """The digest of a file, or of the names and the content of the files in a folder, wherever they lie.
+
+    Files whose names end in one of `without` don't count.
+    """
+    whole = hashlib.blake2b(digest_size=16)
+    for path in sorted(place.glob(pattern)) if place.is_dir() else [place]:
+        if path.is_file() and not path.name.startswith(_BESIDE) and path.suffix not in without:
+            state = path.stat()
+            # Of a single file the ending alone, which says how it is read.
+            name = path.relative_to(place).as_posix() + path.suffix
+            whole.update(f"{name}\0{_of_file(path, state.st_size, state.st_mtime_ns)}\n".encode())
+    return whole.hexdigest()
+
+
+@cache
+def _of_file(path: Path, size: int, changed: int) -> str:
+    """The digest of a file's content, computed once for as long as its size and its time stay."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError:  # whoever needs the file will say so
+        return "not readable"

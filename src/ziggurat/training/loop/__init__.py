@@ -1,0 +1,1 @@
+"""One run: trainers, scores, the result."""

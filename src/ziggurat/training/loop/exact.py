@@ -1,0 +1,123 @@
+"""Training steps and scores that don't depend on how many processes and micro-batches they are split over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from ..folder.checkpoints import Resumable
+from . import metrics
+
+#: Where a batch says how many of its rows count, those in front; the others are there again from the epoch's start.
+COUNTED = "counted_rows"
+
+
+class ExactTrainer(Resumable, Trainer):
+    """A Trainer for scored tasks. Its loss is the mean over a step's examples, each counted once.
+
+    Over the micro-batches of all processes L = sum_b (n_b / N) L_b: a batch of n_b examples with the mean loss L_b
+    counts by its share of the N of its step. At the end of an epoch accelerate fills the last batches up with rows from
+    its start, so that all processes have as many; these are left out.
+    """
+
+    # Left to transformers, a model that takes any keyword is believed to divide by `num_items_in_batch` by itself.
+    # BERT doesn't: its loss would be added up over processes and micro-batches.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.world_size == 1:
+            return batches, sum(len(batch["labels"]) for batch in batches)
+        for batch in batches:
+            batch[COUNTED] = len(batch["labels"])
+        if batches and (counted := counted_rows(self, self.args.per_device_train_batch_size)) is not None:
+            # One row stays even where none counts: every process has to go through the model.
+            last = {name: value[: max(counted, 1)] for name, value in batches[-1].items() if isinstance(value, Tensor)}
+            batches[-1] = {**batches[-1], **last, COUNTED: counted}
+        number = torch.tensor([sum(batch[COUNTED] for batch in batches)], device=device)
+        return batches, self.accelerator.gather(number).sum()  # type: ignore[union-attr]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        counted = inputs.pop(COUNTED, len(inputs["labels"]))
+        outputs = model(**inputs)
+        loss = outputs["loss"]
+        if num_items_in_batch is not None:
+            # The processes' gradients are averaged: their number gives back the sum.
+            loss = loss * (counted * self.args.world_size / num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().evaluation_loop(*args, **kwargs)
+        name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+        if output.metrics is not None and name in output.metrics:
+            # transformers averages over batches, of which the last holds rows again.
+            output.metrics[name] = metrics.mean_loss(output.predictions, output.label_ids)
+        return output
+
+
+def exact_sft(base: type) -> type:
+    """TRL's SFTTrainer `base`, with loss and perplexity of every token once, however the texts are split."""
+
+    class ExactSFTTrainer(Resumable, base):
+        """SFTTrainer that reports the perplexity beside the loss, so that it can be watched and chosen by.
+
+        Perplexity is exp(L), L = -sum_i ln p(token_i | before) / number of tokens, over all validation texts at once.
+        """
+
+        def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+            batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
+            if batches and (counted := counted_rows(self, self.args.per_device_train_batch_size)) is not None:
+                batches[-1]["labels"][counted:] = -100
+                number = self._get_num_items_in_batch(batches, device)
+            return batches, number
+
+        def compute_loss(
+            self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            # In scoring the mean over this process's tokens is wanted, to be weighted here.
+            number = num_items_in_batch if self.model.training else None
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=number)
+
+        def prediction_step(
+            self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+        ) -> Any:
+            if (counted := counted_rows(self, self.args.per_device_eval_batch_size)) is not None:
+                inputs["labels"][counted:] = -100
+            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            tokens = inputs["labels"][:, 1:].ne(-100).sum().to(loss)
+            self._sums += self.accelerator.gather(torch.stack([loss * tokens, tokens])[None]).sum(0).cpu().double()
+            return loss, logits, labels
+
+        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+            self._sums = torch.zeros(2, dtype=torch.float64)
+            output = super().evaluation_loop(*args, **kwargs)
+            total, tokens = self._sums.tolist()
+            if tokens:
+                prefix = kwargs.get("metric_key_prefix", "eval")
+                output.metrics[f"{prefix}_loss"] = total / tokens
+                output.metrics[f"{prefix}_perplexity"] = metrics.perplexity(total / tokens)
+            return output
+
+    return ExactSFTTrainer
+
+
+def counted_rows(trainer: Trainer, size: int) -> int | None:
+    """How many rows of the data's last batch of `size` are there for the first time. None: all, or it isn't the last.
+
+    Of the last round of batches the processes have consecutive ones, and only the first N mod (processes x size) of its
+    rows are new. accelerate's own `remainder` forgets the processes where a resumed run skips batches.
+    """
+    state, processes = trainer.accelerator.gradient_state, trainer.args.world_size
+    if processes == 1 or not state.end_of_dataloader:
+        return None
+    rest = len(state.active_dataloader.dataset) % (processes * size)  # type: ignore[union-attr]
+    return min(max(rest - trainer.args.process_index * size, 0), size) if rest else None

@@ -1,0 +1,82 @@
+"""Scores by scikit-learn and scipy, and what guessing would get."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+
+from ziggurat.recipe.schema import Recipe
+
+
+def score(recipe: Recipe, predictions: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
+    """Scores of the validation data, in per cent except the root mean squared error.
+
+    `classes`: how many the adapter knows, whether or not all of them occur here; of no meaning to regression.
+    classification: accuracy, f1 (of class 1 with two classes, else the mean over those that occur), matthews.
+    regression: pearson, spearman, rmse. A constant prediction has no correlation and scores 0.
+    """
+    if recipe.task == "regression":
+        from scipy import stats
+
+        flat, truth = predictions.reshape(-1).astype(np.float64), labels.astype(np.float64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", stats.ConstantInputWarning)
+            pearson = float(stats.pearsonr(flat, truth)[0]) if len(truth) > 1 else 0.0  # type: ignore[arg-type]
+            spearman = float(stats.spearmanr(flat, truth)[0]) if len(truth) > 1 else 0.0  # type: ignore[arg-type]
+        rmse = math.sqrt(float(np.mean((flat - truth) ** 2)))
+        return {"pearson": _percent(pearson), "spearman": _percent(spearman), "rmse": rmse}
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    said = predictions.argmax(-1) if predictions.ndim > 1 else predictions
+    options: Any = {"zero_division": 0, "average": "binary" if classes <= 2 else "macro"}
+    return {
+        "accuracy": _percent(float(accuracy_score(labels, said))),
+        "f1": _percent(float(f1_score(labels, said, **options))),
+        "matthews": _percent(float(matthews_corrcoef(labels, said))),
+    }
+
+
+def outputs_of(predictions: Any) -> np.ndarray:
+    """The model's scores among what it returned: (rows, classes) or (rows, 1)."""
+    return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
+
+
+def mean_loss(predictions: Any, labels: Any) -> float:
+    """The mean over all rows of the loss that training lowers: cross-entropy, or squared error of a single output.
+
+    L = mean_i (ln sum_c exp z_ic - z_iy), or mean_i (z_i - y_i)^2.
+    """
+    scores, truth = outputs_of(predictions).astype(np.float64), np.asarray(labels)
+    if scores.ndim == 1 or scores.shape[-1] == 1:
+        return float(np.mean((scores.reshape(-1) - truth) ** 2))
+    top = scores.max(-1, keepdims=True)
+    logs = np.log(np.exp(scores - top).sum(-1)) + top[:, 0]
+    return float(np.mean(logs - scores[np.arange(len(truth)), truth.astype(np.int64)]))
+
+
+def guessing(recipe: Recipe, train_labels: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
+    """Scores of always answering the training data's most frequent class, or their mean (regression)."""
+    if recipe.task == "regression":
+        return score(recipe, np.full(len(labels), float(np.mean(train_labels))), labels, classes)
+    values, counts = np.unique(train_labels, return_counts=True)
+    return score(recipe, np.full(len(labels), values[counts.argmax()]), labels, classes)
+
+
+_LOWER = ("rmse", "mse", "mae", "loss", "bits_per_byte", "brier_score", "ter", "wer", "cer")
+
+
+def lower_is_better(metric: str) -> bool:
+    """Also for lm-eval's names: word_perplexity, bits_per_byte, brier_score, ter, ..."""
+    return metric.endswith("perplexity") or metric in _LOWER
+
+
+def perplexity(loss: float) -> float:
+    """exp of the mean loss a token; infinite rather than an overflow where the loss is beyond reason."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _percent(value: float) -> float:
+    return 0.0 if math.isnan(value) else 100.0 * value

@@ -1,0 +1,105 @@
+"""What a run gave, and how it is written: the adapter's folder with the recipe and run.json."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ziggurat._distribution import VERSION
+from ziggurat.recipe.recipe import to_yaml
+from ziggurat.recipe.schema import Recipe
+
+from ..data.instruct import TO_THE_LETTER
+from ..folder import workplace
+from ..folder.run_folder import RECIPE, RunFolder
+from ..model.adapt import Counts
+from ..model.base import Base, HeadSpec
+from .finish import draw
+from .meter import stored_bytes
+from .trainers import quiet
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave: where the adapter lies, scores by name, trainable parameters, cost.
+
+    `before`, `after` and `guess` (of the majority class, or the mean) are scores of the validation data; `shape` is the
+    shape that instruction data had; `left` is what acts at the end, for methods that restructure or prune.
+    """
+
+    folder: Path
+    method: str
+    metric: str
+    before: dict[str, float]
+    after: dict[str, float]
+    guess: dict[str, float]
+    counts: Counts
+    seconds: float
+    steps: int
+    peak_mb: float | None
+    step_seconds: float | None = None
+    notes: list[str] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    shape: str | None = None
+    left: dict[str, int] = field(default_factory=dict)
+
+
+def save(
+    folder: RunFolder,
+    recipe: Recipe,
+    base: Base,
+    model: nn.Module,
+    state: dict[str, Any] | None,
+    spec: HeadSpec,
+    result: Result,
+) -> None:
+    """Write the adapter, its tokenizer, recipe and run.json beside the output, whole, and put them in its place."""
+    ready = workplace.new_result(folder.work)
+    with quiet():
+        model.save_pretrained(str(ready), **({} if state is None else {"state_dict": state}))  # type: ignore[operator]
+        draw(model, ready)
+        base.tokenizer.save_pretrained(str(ready))
+    (ready / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
+    workplace.keep_logs(folder.work, ready)
+    folder.note(
+        {
+            "head": asdict(spec),
+            "head_modules": base.head,
+            "shape": result.shape,
+            **({"prompt_form": TO_THE_LETTER} if result.shape == "alpaca" else {}),
+            "metric": result.metric,
+            "before": result.before,
+            "after": result.after,
+            "guess": result.guess,
+            "parameters": asdict(result.counts),
+            "left": result.left,
+            "steps": result.steps,
+            "seconds": round(result.seconds, 2),
+            "peak_mb": result.peak_mb,
+            "step_seconds": result.step_seconds,
+            "stored_bytes": stored_bytes(ready),
+            "seed": recipe.seed,
+            "notes": result.notes,
+            "versions": versions(),
+            "history": result.history,
+        },
+        ready,
+    )
+    folder.publish(ready)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "machine": platform.platform(), "ziggurat": VERSION}
+    for name in ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "trl"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

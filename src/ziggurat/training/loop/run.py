@@ -1,0 +1,244 @@
+"""One run, from a checked recipe to an adapter folder with its scores."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import TrainerCallback, set_seed
+
+from ziggurat.analysis.trace import record_spectra
+from ziggurat.files.staging import told_of_storage
+from ziggurat.recipe import needs
+from ziggurat.recipe.methods import METHODS
+from ziggurat.recipe.schema import Recipe
+
+from ..callbacks import trackers
+from ..callbacks.allocation import callbacks_for
+from ..callbacks.divergence import StopAtNaN
+from ..callbacks.interrupt import Interrupted, StopSignals
+from ..callbacks.progress import LiveProgress
+from ..data.splits import Examples, load_examples
+from ..devices import sharding as spread
+from ..devices.processes import join, launched_size
+from ..folder import workplace
+from ..folder.checkpoints import WholeCheckpoints
+from ..folder.run_folder import RunFolder, launched
+from ..model.adapt import adapt, count
+from ..model.base import Base, HeadSpec, load_base
+from ..sizing.budget import Fit, settle_budget
+from .finish import settle
+from .meter import Meter, expected_bytes, peak_memory
+from .result import Result, save
+from .trainers import Task, make_trainer, quiet
+
+
+def train(recipe: Recipe, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Result:
+    """Train as the recipe says; the folder `recipe.folder` appears when all is done.
+
+    `callbacks` are added to the Trainer's. `console` shows the progress (none: silence). Started by `accelerate launch`
+    or `torchrun`, each of their processes calls this; all get the result, one prints and writes.
+
+    Raises:
+        MissingExtraError: packages that the recipe needs aren't installed.
+        RecipeError: the folder is taken, the model can't be loaded, or the method doesn't fit it.
+        DataError: the data aren't as the recipe says.
+        DivergedError: a loss or a weight became NaN or infinite; says at which step and which checkpoint is good.
+        Interrupted: Ctrl-C or SIGTERM; says which checkpoint there is.
+        ProcessError: another process of the run has gone.
+    """
+    needs.check(recipe)
+    processes = join()
+    trackers.check(recipe.train.report_to or [])
+    recipe, fit = settle_budget(recipe)
+    folder = RunFolder(recipe, processes)
+    folder.check()
+    say = console if console is not None and processes.main else Console(quiet=True)
+    with StopSignals(processes) as stop:
+        try:
+            with processes.noticing_losses():
+                return _train(recipe, folder, stop, say, callbacks, fit)
+        except KeyboardInterrupt:
+            checkpoint = folder.last_checkpoint()
+            step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+            number = stop.number or signal.SIGINT
+            folder.abandon()
+            raise Interrupted(recipe.folder, str(checkpoint) if checkpoint else None, step, 0, number) from None
+        except BaseException as error:
+            if not isinstance(error, Interrupted):
+                folder.abandon()
+            raise
+        finally:
+            folder.lock.release()
+
+
+def _train(
+    recipe: Recipe,
+    folder: RunFolder,
+    stop: StopSignals,
+    say: Console,
+    callbacks: Sequence[TrainerCallback],
+    fit: Fit | None,
+) -> Result:
+    processes = folder.processes
+    with say.status("reading the data") if say.is_terminal else quiet(), quiet(), processes.one_a_machine_first():
+        examples = load_examples(recipe)
+    with say.status(f"loading {recipe.model}") if say.is_terminal else quiet(), quiet():
+        base, model, spec = _model(recipe, examples)
+    spread.check(model, processes)
+    counts = count(recipe, model, base)
+    noted = folder.open()
+    processes.first(lambda: workplace.reserve(folder.work, expected_bytes(model, base.tokenizer)))
+    progress = LiveProgress(say, recipe.main_metric)
+    peft_config = getattr(model, "peft_config", {}).get("default")
+    meter = Meter()
+    extra = [*callbacks_for(peft_config), *callbacks, progress, stop, meter, StopAtNaN(folder.last_checkpoint)]
+    task = make_trainer(recipe, base, model, examples, folder.checkpoints, extra)
+    trainer = task.trainer
+    spread.prepare(trainer, processes)
+    if recipe.spectra != "never":
+        record_spectra(trainer, recipe.spectra)
+    trainer.add_callback(WholeCheckpoints(recipe.train.keep))
+    notes = [*examples.notes, *task.notes]
+    if processes.way != "one":
+        a_step = processes.size * recipe.train.batch * recipe.train.accumulate
+        notes.append(
+            f"{launched(processes)}: {processes.size} x train.batch {recipe.train.batch} x train.accumulate "
+            f"{recipe.train.accumulate} = {a_step} examples a step"
+        )
+    if fit is not None:
+        notes.append(f"rank {fit.rank} meets the budget with {fit.parameters:,} numbers")
+    for line in notes:
+        say.print(f"note: {line}", style="dim", highlight=False)
+    begun = time.monotonic()
+    try:
+        before = noted.get("before")
+        if not recipe.train.evaluate_before:
+            before = before or {}
+        elif before is None and processes.way != "one":
+            # A model is spread over processes together with its optimiser, which only training makes; one that was
+            # scored before, accelerate takes for ready, and its gradients would stay where they are.
+            trainer.args.eval_on_start = not recipe.resume
+            trainer.add_callback(NoteFirst(folder))
+        elif before is None:
+            # The random numbers that scoring takes are given back, so that training is the same with and without it.
+            with (
+                say.status("scoring before training") if say.is_terminal else quiet(),
+                torch.random.fork_rng(_devices()),
+            ):
+                before = _scores(trainer.evaluate())
+            folder.note({"before": before})
+        with told_of_storage(folder.checkpoints, "Make room; where there is a checkpoint, go on with resume=true."):
+            trainer.train(resume_from_checkpoint=str(folder.last_checkpoint()) if recipe.resume else None)
+    finally:
+        progress.close()
+    before = before or _scores(next((line for line in trainer.state.log_history if _first_scores(line)), {}))
+    seconds = time.monotonic() - begun + float(noted.get("seconds", 0.0))
+    if stop.agreed is not None:
+        checkpoint = folder.last_checkpoint()
+        folder.note({"before": before, "seconds": seconds})
+        step, total = trainer.state.global_step, trainer.state.max_steps
+        raise Interrupted(recipe.folder, str(checkpoint) if checkpoint else None, step, total, stop.agreed)
+    # From here on a signal would only cost what has been learned: it ends the program after the folder is there.
+    after = _final_scores(task, recipe)
+    seconds = time.monotonic() - begun + float(noted.get("seconds", 0.0))
+    trackers.close(trainer)
+    state = spread.whole_state(trainer, processes)
+    result = Result(
+        folder=folder.final,
+        method=recipe.method["name"],
+        metric=recipe.main_metric,
+        before=before,
+        after=after,
+        guess=task.guess,
+        counts=counts,
+        seconds=seconds,
+        steps=trainer.state.global_step,
+        peak_mb=peak_memory(),
+        step_seconds=meter.step_seconds,
+        notes=notes,
+        history=[line for line in trainer.state.log_history if line],
+        shape=examples.shape,
+        left=settle(trainer.model),
+    )
+    last = folder.last_checkpoint()
+    left = (
+        f"The checkpoint {last} is whole; make room and go on with resume=true." if last else "There is no checkpoint."
+    )
+    with told_of_storage(folder.final, left):
+        processes.first(lambda: save(folder, recipe, base, trainer.model, state, spec, result))  # type: ignore[arg-type]
+    return result
+
+
+def _devices() -> list[int]:
+    """The GPU whose random numbers scoring may take."""
+    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
+
+
+class NoteFirst(TrainerCallback):
+    """Notes the scores before training in the run's folder, where a resumed run finds them."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            self.folder.note({"before": _scores(metrics or {})})
+
+
+def _first_scores(line: dict[str, Any]) -> bool:
+    return line.get("step") == 0 and any(name.startswith("eval_") for name in line)
+
+
+def _model(recipe: Recipe, examples: Examples) -> tuple[Base, nn.Module, HeadSpec]:
+    spec = HeadSpec(
+        task=recipe.task,
+        label_names=examples.label_names,
+        pooling=recipe.head.pooling,
+        dropout=recipe.head.dropout,
+        pair=recipe.data.text_pair is not None,
+    )
+    # The head is seeded apart from the method, so that every method starts from the same head.
+    set_seed(recipe.seed)
+    base = load_base(
+        recipe.model,
+        spec,
+        gguf_file=recipe.gguf_file,
+        revision=recipe.revision,
+        dtype=recipe.dtype,
+        four_bits=METHODS[recipe.method["name"]].four_bits,
+    )
+    set_seed(recipe.seed)
+    return base, adapt(recipe, base), spec
+
+
+def _scores(logged: dict[str, float]) -> dict[str, float]:
+    timing = ("runtime", "per_second", "preparation_time", "num_tokens")
+    found = {name.removeprefix("eval_"): value for name, value in logged.items() if name.startswith("eval_")}
+    return {name: float(value) for name, value in found.items() if not any(word in name for word in timing)}
+
+
+def _final_scores(task: Task, recipe: Recipe) -> dict[str, float]:
+    """The scores of the weights that are saved; the last evaluation of training stands if it scored just those."""
+    trainer = task.trainer
+    last = trainer.state.log_history[-3:]
+    for line in reversed(last):
+        current = line.get("step") == trainer.state.global_step
+        if not recipe.train.best and current and f"eval_{recipe.main_metric}" in line and trainer.state.global_step:
+            return _scores(line)
+    return _scores(trainer.evaluate())
+
+
+def resume_command(words: Sequence[str]) -> str:
+    """The user's own `ziggurat train` words with resume=true, ready to paste into a shell, or behind the launcher's."""
+    kept = [word for word in words if not word.startswith(("overwrite=", "resume="))]
+    start = "ziggurat" if launched_size() == 1 else "the launcher, as before, -m ziggurat"
+    return f"{start} train " + shlex.join([*kept, "resume=true"])

@@ -1,0 +1,282 @@
+"""The Trainer of each task, set up from a recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import is_torch_bf16_gpu_available
+
+from ziggurat.errors import DataError, RecipeError
+from ziggurat.host.bars import without_bars
+from ziggurat.host.older import checkpointing_argument
+from ziggurat.recipe.schema import Recipe
+
+from ..callbacks import trackers
+from ..data.encode import Collator, asked_ids, chat_ids, encode, encode_answers, end_of_turn, longest
+from ..data.splits import Examples
+from ..folder.workplace import LOGS
+from ..model.base import Base
+from . import metrics
+from .exact import ExactTrainer, exact_sft
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class HeadLrTrainer(ExactTrainer):
+    """Trainer whose head may learn at its own rate."""
+
+    head: tuple[str, ...] = ()
+    head_lr: float | None = None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.head_lr is not None and len(optimizer.param_groups) <= 2:
+            self._split_head(optimizer)
+        return optimizer
+
+    def _split_head(self, optimizer: torch.optim.Optimizer) -> None:
+        # Only fresh groups are split, before the scheduler reads their rates: resuming loads state into the same order.
+        assert self.model is not None
+        mine = {
+            id(parameter)
+            for name, parameter in self.model.named_parameters()
+            if any(name.removeprefix("base_model.model.").startswith(f"{module}.") for module in self.head)
+        }
+        for group in list(optimizer.param_groups):
+            moved = [parameter for parameter in group["params"] if id(parameter) in mine]
+            if moved:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in mine]
+                rest = {key: value for key, value in group.items() if key not in ("params", "lr")}
+                optimizer.add_param_group({**rest, "params": moved, "lr": self.head_lr})
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trainer ready to go, and what guessing would score."""
+
+    trainer: Trainer
+    guess: dict[str, float]
+    notes: list[str]
+
+
+def make_trainer(
+    recipe: Recipe,
+    base: Base,
+    model: nn.Module,
+    examples: Examples,
+    checkpoints: Path,
+    callbacks: list[TrainerCallback],
+) -> Task:
+    """The HF Trainer (or TRL's SFTTrainer) of a recipe's task.
+
+    Raises RecipeError for what this machine can't do, DataError for texts that don't fit the model's tokenizer.
+    """
+    with quiet():
+        make = _instruct if recipe.task == "instruct" else _scored
+        task = make(recipe, base, model, examples, checkpoints, callbacks)
+    trackers.write_into(task.trainer, checkpoints.with_name(LOGS))
+    for kind in (PrinterCallback, ProgressCallback):
+        task.trainer.remove_callback(kind)
+    return task
+
+
+def _scored(
+    recipe: Recipe,
+    base: Base,
+    model: nn.Module,
+    examples: Examples,
+    checkpoints: Path,
+    callbacks: list[TrainerCallback],
+) -> Task:
+    length = longest(base.tokenizer, base.model.config, recipe.data.max_length)
+    notes = _lowered(recipe, length)
+    separate = recipe.head.pooling == "mean" and recipe.data.text_pair is not None
+    parts: list[Dataset] = []
+    for table, word in ((examples.train, "training"), (examples.validation, "validation")):
+        encoded, cut = encode(table, base.tokenizer, length, separate=separate)
+        parts.append(encoded)
+        if cut:
+            notes.append(f"{cut} of {len(table)} {word} texts are longer than {length} tokens and were cut")
+    truth = np.asarray(examples.validation["label"])
+    classes = len(examples.label_names)
+    guess = metrics.guessing(recipe, np.asarray(examples.train["label"]), truth, classes)
+
+    def compute(result: Any) -> dict[str, float]:
+        return metrics.score(recipe, metrics.outputs_of(result.predictions), np.asarray(result.label_ids), classes)
+
+    arguments = TrainingArguments(
+        **_arguments(recipe, checkpoints), label_names=["labels"], remove_unused_columns=False
+    )
+    trainer = HeadLrTrainer(
+        model=model,  # type: ignore[arg-type]
+        args=arguments,
+        train_dataset=parts[0],
+        eval_dataset=parts[1],
+        data_collator=Collator(base.tokenizer, 8 if recipe.train.precision != "fp32" else None),
+        compute_metrics=compute,
+        callbacks=callbacks,
+    )
+    trainer.head, trainer.head_lr = tuple(base.head), recipe.head.lr
+    return Task(trainer, guess, notes)
+
+
+def _instruct(
+    recipe: Recipe,
+    base: Base,
+    model: nn.Module,
+    examples: Examples,
+    checkpoints: Path,
+    callbacks: list[TrainerCallback],
+) -> Task:
+    from trl import SFTConfig, SFTTrainer
+
+    if isinstance(prompt := examples.train[0]["prompt"], list) and not base.tokenizer.chat_template:
+        raise DataError(
+            f"data.format: the tokenizer of {recipe.model} has no chat template to join messages with; "
+            "use a chat model, or columns prompt and completion"
+        )
+    if not base.tokenizer.eos_token:
+        raise RecipeError(f"model: the tokenizer of {recipe.model} has no end-of-text token, so answers could not end")
+    length = longest(base.tokenizer, base.model.config, recipe.data.max_length)
+    arguments = SFTConfig(
+        **_arguments(recipe, checkpoints),
+        max_length=length,
+        completion_only_loss=recipe.data.loss == "answer",
+        pad_token=str(base.tokenizer.pad_token),
+    )
+    notes = _lowered(recipe, length)
+    if isinstance(prompt, list):
+        notes += _template_notes(base.tokenizer, prompt)
+    trainer = exact_sft(SFTTrainer)(
+        model=model,
+        args=arguments,
+        train_dataset=_answers(recipe, base, examples.train, length, "training", notes),
+        eval_dataset=_answers(recipe, base, examples.validation, length, "validation", notes),
+        processing_class=base.tokenizer,
+        callbacks=callbacks,
+    )
+    return Task(trainer, {}, notes)
+
+
+def _answers(recipe: Recipe, base: Base, table: Dataset, length: int, word: str, notes: list[str]) -> Dataset:
+    """The token ids of a split; `notes` gets what the limit on the length costs. Raises DataError if no row is left."""
+    # TRL would leave rows out in silence.
+    encoded, cut, unanswered = encode_answers(table, base.tokenizer, length, answer_only=recipe.data.loss == "answer")
+    if len(encoded) == 0:
+        do = "raise it" if length == recipe.data.max_length else f"{recipe.model} takes no more, so shorten the prompts"
+        raise DataError(
+            f"data.max_length: none of the {len(table)} {word} rows has an answer within {length} tokens, which the "
+            f"prompts fill; {do}"
+        )
+    if cut:
+        notes.append(f"{cut} of {len(table)} {word} rows are longer than {length} tokens and were cut")
+    if unanswered:
+        gone = " and are left out" if len(encoded) < len(table) else ""
+        notes.append(f"{unanswered} of {len(table)} {word} rows have no answer within {length} tokens{gone}")
+    return encoded
+
+
+def _template_notes(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]]) -> Iterator[str]:
+    """What other programs have to know to ask an adapter that was trained with this chat template."""
+    opened, asked = chat_ids(tokenizer, prompt, add_generation_prompt=True), asked_ids(tokenizer, prompt)
+    if len(asked) < len(opened):
+        yield (
+            f"the chat template's generation prompt ends in {tokenizer.decode(opened[len(asked) :])!r}, which its "
+            "conversations lack: answers are learned, and asked for by `ziggurat predict`, without it; leave it out "
+            "elsewhere, too"
+        )
+    end = end_of_turn(tokenizer)
+    if end is None:
+        yield "the chat template ends a turn by no token of its own, so answers end at the limit of their length"
+    elif end != tokenizer.eos_token_id:
+        yield (
+            f"the chat template ends a turn by {tokenizer.convert_ids_to_tokens(end)}, and the tokenizer a text by "
+            f"{tokenizer.eos_token}: `ziggurat predict` and merged models stop at either; let other programs stop there"
+        )
+
+
+def _lowered(recipe: Recipe, length: int) -> list[str]:
+    wanted = recipe.data.max_length
+    return [f"data.max_length {wanted} lowered to {length}, all this model can take"] if length < wanted else []
+
+
+def _arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
+    train = recipe.train
+    if train.precision == "fp16" and not torch.accelerator.is_available():
+        raise RecipeError("train.precision: fp16 needs an accelerator, this machine has none; use fp32 or bf16")
+    if train.precision == "bf16" and torch.accelerator.is_available() and not is_torch_bf16_gpu_available():
+        raise RecipeError("train.precision: this machine's accelerator does not compute in bf16; use fp32 or fp16")
+    arguments: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "num_train_epochs": train.epochs,
+        "max_steps": train.max_steps or -1,
+        "per_device_train_batch_size": train.batch,
+        "per_device_eval_batch_size": train.eval_batch,
+        "gradient_accumulation_steps": train.accumulate,
+        "learning_rate": train.lr,
+        "weight_decay": train.weight_decay,
+        "lr_scheduler_type": train.scheduler,
+        "warmup_steps": train.warmup,
+        "max_grad_norm": train.max_grad_norm,
+        "bf16": train.precision == "bf16",
+        "fp16": train.precision == "fp16",
+        "use_cpu": not torch.accelerator.is_available(),  # said nothing, transformers refuses bf16 there
+        checkpointing_argument(): train.gradient_checkpointing,
+        "train_sampling_strategy": "group_by_length" if train.group_by_length else "random",
+        "load_best_model_at_end": train.best,
+        "metric_for_best_model": recipe.main_metric if train.best else None,
+        "greater_is_better": not metrics.lower_is_better(recipe.main_metric) if train.best else None,
+        "dataloader_num_workers": train.workers,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "seed": recipe.seed,
+        "report_to": list(train.report_to or []),
+        "run_name": recipe.name,
+        "disable_tqdm": True,
+        "logging_strategy": "steps",
+        "logging_steps": 10,
+    }
+    for key, every in (("eval", train.evaluate), ("save", train.save)):
+        if isinstance(every, int):
+            arguments |= {f"{key}_strategy": "steps", f"{key}_steps": every}
+        else:
+            arguments[f"{key}_strategy"] = {"epoch": "epoch", "never": "no"}[every]
+    return arguments
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' own bars and chatter off the terminal; their errors still come through."""
+    import transformers
+
+    try:  # predicting, exporting and merging do without it
+        from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    except ImportError:
+        bars = False
+    else:
+        bars = not are_progress_bars_disabled()
+    level = transformers.logging.get_verbosity()
+    trl = logging.getLogger("trl")
+    trl_level = trl.level
+    if bars:
+        disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    trl.setLevel(logging.ERROR)
+    try:
+        with without_bars():
+            yield
+    finally:
+        trl.setLevel(trl_level)
+        transformers.logging.set_verbosity(level)
+        if bars:
+            enable_progress_bars()

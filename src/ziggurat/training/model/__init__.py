@@ -1,0 +1,1 @@
+"""Base model, head and adapter of a recipe, with and without weights."""

@@ -1,0 +1,131 @@
+"""Put a recipe's method into a base model, and count what trains."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+
+from ziggurat.errors import RecipeError
+from ziggurat.nearest import did_you_mean
+from ziggurat.recipe.embedded import model_path
+from ziggurat.recipe.methods import METHODS, method_config
+from ziggurat.recipe.schema import Recipe
+
+from .base import Base, freeze_all_but
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Trainable numbers, each counted once however many layers share it.
+
+    `adapter` are the method's own, `head` the fresh modules', `lora` what plain LoRA of the same rank on the same
+    linears has (None where the method has no rank).
+    """
+
+    adapter: int
+    head: int
+    lora: int | None
+    total: int
+
+
+def adapt(recipe: Recipe, base: Base) -> nn.Module:
+    """The base model with the recipe's method in it: a PeftModel, or the model itself with only some weights on.
+
+    Raises RecipeError with what the method says of this model (targets that match nothing, ranks too high, ...).
+    """
+    method = METHODS[recipe.method["name"]]
+    if method.config is None:
+        assert method.trains is not None
+        freeze_all_but(base.model, method.trains, base.head)
+        names = [name for name, parameter in base.model.named_parameters() if parameter.requires_grad]
+        if not names or (recipe.method["name"] != "head" and all(_in_head(name, base.head) for name in names)):
+            raise RecipeError(f"method.name: {recipe.method['name']} finds nothing to train in {recipe.model}")
+        return base.model
+    config = method_config(recipe.method, **beside(recipe, base.head))
+    assert config is not None
+    check_targets(config, base.model)
+    if method.four_bits:
+        prepare_model_for_kbit_training(base.model, use_gradient_checkpointing=recipe.train.gradient_checkpointing)
+        for module in base.model.modules():
+            # On some processors the first scoring would repack the weights for a kernel that has no gradient.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    config.base_model_name_or_path = model_path(recipe.model)
+    config.revision = recipe.revision
+    try:
+        return get_peft_model(base.model, config)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise RecipeError(f"method: {recipe.method['name']} cannot adapt {recipe.model}: {error}") from error
+
+
+def beside(recipe: Recipe, head: list[str]) -> dict[str, Any]:
+    """The fields of a method's config that the task gives, not the method: what else trains, and what PEFT calls it."""
+    saved = {"modules_to_save": sorted({*head, *(recipe.method.get("modules_to_save") or [])})} if head else {}
+    return {"task_type": task_type(recipe), **saved}
+
+
+def check_targets(config: Any, model: nn.Module) -> None:
+    """PEFT passes over a target that matches nothing as long as another matches; in a recipe it is a slip."""
+    targets = getattr(config, "target_modules", None)
+    if not isinstance(targets, (list, tuple, set)):
+        return
+    paths = [path for path, _ in model.named_modules() if path]
+    lost = sorted(one for one in targets if not any(path == one or path.endswith(f".{one}") for path in paths))
+    if lost:
+        leaves = dict.fromkeys(path.rpartition(".")[2] for path, module in model.named_modules() if _has_weight(module))
+        said = "; ".join(f"'{one}' matches no module{did_you_mean(one, leaves)}" for one in lost)
+        names = ", ".join(leaf for leaf in leaves if not leaf.isdigit())
+        raise RecipeError(f"method.target_modules: {said}; modules with weights: {names}")
+
+
+def _has_weight(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() == 2
+
+
+def count(recipe: Recipe, model: nn.Module, base: Base) -> Counts:
+    """Count the trainable parameters of an adapted model."""
+    unique = {id(parameter): (name, parameter.numel()) for name, parameter in model.named_parameters()}
+    on = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    total = sum(size for key, (_, size) in unique.items() if key in on)
+    head = sum(size for key, (name, size) in unique.items() if key in on and _in_head(name, base.head))
+    return Counts(adapter=total - head, head=head, lora=_lora_count(recipe, model, base), total=total)
+
+
+def _in_head(name: str, head: list[str]) -> bool:
+    plain = name.removeprefix("base_model.model.")
+    return any(plain.startswith(f"{module}.") for module in head)
+
+
+def _lora_count(recipe: Recipe, model: nn.Module, base: Base) -> int | None:
+    """Build plain LoRA with the method's rank and targets on the meta device, where nothing is stored, and count."""
+    if not isinstance(model, PeftModel):
+        return None
+    config = model.peft_config["default"]
+    rank = getattr(config, "init_r", None) or getattr(config, "r", None)
+    if not isinstance(rank, int) or rank <= 0:
+        return None
+    same = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    fields = {name: getattr(config, name, None) for name in same}
+    lora = LoraConfig(r=rank, **{name: copy.deepcopy(value) for name, value in fields.items() if value is not None})
+    try:
+        with torch.device("meta"):
+            bare = type(base.model)(copy.deepcopy(base.model.config))
+            adapted = get_peft_model(bare, lora)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError):
+        # A method may adapt what LoRA can't (whole layers); then there is nothing to put beside it.
+        return None
+    return sum(parameter.numel() for name, parameter in adapted.named_parameters() if "lora_" in name)
+
+
+def task_type(recipe: Recipe) -> TaskType | None:
+    """PEFT's task of a recipe."""
+    if recipe.task == "instruct":
+        return TaskType.CAUSAL_LM
+    # PEFT has no task for a head of ours: without one it stores the class, from which AutoPeftModel rebuilds it.
+    return TaskType.SEQ_CLS if recipe.head.pooling == "model" else None

@@ -1,0 +1,234 @@
+"""Base model, head and tokenizer of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ziggurat.errors import RecipeError, first_line
+from ziggurat.extras import require
+from ziggurat.nearest import missing_path
+from ziggurat.recipe.embedded import model_path
+
+from ..heads import MeanPooledClassifier
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What the scores mean: how many, their names, one text or two. Stored beside the adapter, needed to reload it."""
+
+    task: str
+    label_names: list[str]
+    pooling: str = "model"
+    dropout: float = 0.1
+    pair: bool = False
+
+    @property
+    def num_labels(self) -> int:
+        return 1 if self.task == "regression" else len(self.label_names)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model ready to be adapted, and the modules that were made afresh and so must train with any method."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    head: list[str]
+
+
+def load_base(
+    model: str,
+    spec: HeadSpec,
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    tokenizer_from: str | None = None,
+    four_bits: bool = False,
+) -> Base:
+    """Load the base model of a task with its head.
+
+    `four_bits`: all linears but those of the head become NF4 with doubly quantised constants (QLoRA).
+
+    Raises RecipeError when the model can't be found or read, has no head for the task, or can't be quantised here;
+    MissingExtraError where packages that it needs aren't installed.
+    """
+    path = model_path(model)
+    gguf_file = find_gguf(path, gguf_file)
+    if gguf_file is not None:
+        require(f"reading {gguf_file}", "gguf")
+    if four_bits:
+        require(f"loading {model} in 4 bits", "bitsandbytes")
+    where: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
+    if gguf_file is not None:
+        where["gguf_file"] = gguf_file
+    try:
+        tokenizer = _tokenizer(tokenizer_from or path, {"trust_remote_code": False} if tokenizer_from else where)
+        config = AutoConfig.from_pretrained(path, **where)
+        how = {**where, "dtype": dtype} | ({"quantization_config": _nf4(dtype)} if four_bits else {})
+        built, fresh = _build(path, spec, config, how)
+        if gguf_file is not None:
+            _forget_gguf(built)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise RecipeError(f"model: {_reason(model, path, error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if built.config.pad_token_id is None:
+        built.config.pad_token_id = tokenizer.pad_token_id
+    return Base(built, tokenizer, fresh)
+
+
+def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
+    if spec.task == "instruct":
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, **where)
+        return model, []
+    config.num_labels = spec.num_labels
+    if spec.label_names:
+        config.id2label = dict(enumerate(spec.label_names))
+        config.label2id = {name: index for index, name in enumerate(spec.label_names)}
+    if spec.pooling == "mean":
+        if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "hidden_size"):
+            raise ValueError(
+                f"head.pooling: mean needs an encoder, this is a {config.model_type}; set head.pooling: model"
+            )
+        config.mean_pooled_pair, config.mean_pooled_dropout = spec.pair, spec.dropout
+        # A checkpoint saved with a head calls its encoder by the architecture's own name, not by this class's.
+        own = getattr(AutoModel._model_mapping[type(config)], "base_model_prefix", "")
+        if own and own != MeanPooledClassifier.base_model_prefix:
+            where = {**where, "key_mapping": {rf"^{own}\.": f"{MeanPooledClassifier.base_model_prefix}."}}
+        kind: Any = MeanPooledClassifier
+    else:
+        config.problem_type = "regression" if spec.task == "regression" else "single_label_classification"
+        kind = AutoModelForSequenceClassification
+    # A checkpoint's own head may be of another size: it belongs to another task, and is made afresh.
+    model, info = kind.from_pretrained(
+        path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **where
+    )
+    inside = {name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.")}
+    if inside and inside <= set(info["missing_keys"]):
+        raise ValueError(f"none of the checkpoint's weights fit this {config.model_type}")
+    fresh = fresh_modules(model, info["missing_keys"])
+    for name, there, wanted in sorted(info["mismatched_keys"]):
+        if not name.startswith(tuple(f"{module}." for module in fresh)):
+            raise ValueError(f"the checkpoint's {name} is of shape {tuple(there)}, its config says {tuple(wanted)}")
+    return model, fresh
+
+
+def _nf4(dtype: str) -> BitsAndBytesConfig:
+    compute = getattr(torch, dtype) if dtype != "auto" else torch.bfloat16
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        # Fresh modules train whole, which 4 bits can't.
+        llm_int8_skip_modules=list(_HEAD_NAMES),
+    )
+
+
+_HEAD_NAMES = ("classifier", "pre_classifier", "score", "pooler", "lm_head", "qa_outputs", "summary")
+
+
+def is_quantised_linear(path: str) -> bool:
+    """Whether QLoRA's base keeps the linear at `path` in 4 bits; transformers leaves out names by start and end."""
+    return not (path.startswith(_HEAD_NAMES) or path.endswith(_HEAD_NAMES))
+
+
+def fresh_modules(model: PreTrainedModel, missing: set[str] | list[str]) -> list[str]:
+    """Names of the modules that must train whatever the method: the head, and what the checkpoint had no weights for.
+
+    The head is every child of the model beside its encoder that has weights, as a whole even where the checkpoint had
+    them: its weights belong to another task. Inside the encoder it's the smallest module that was made afresh (BERT's
+    pooler, say). An embedding that is a buffer in disguise (position ids) has no weights and doesn't count.
+    """
+    prefix = model.base_model_prefix
+    head = [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
+    parameters = dict(model.named_parameters())
+    for key in sorted(missing):
+        owner = key.rpartition(".")[0]
+        if key in parameters and owner and owner.split(".")[0] not in head and owner not in head:
+            head.append(owner)
+    return head
+
+
+def freeze_all_but(model: nn.Module, trains: Any, head: list[str]) -> None:
+    """For methods without factors: leave on the parameters that `trains` names, and the head."""
+    for name, parameter in model.named_parameters():
+        in_head = any(name.startswith(f"{module}.") for module in head)
+        parameter.requires_grad_(bool(trains(name)) or in_head)
+
+
+def _tokenizer(path: str, where: dict[str, Any]) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(path, **where)
+
+
+def find_gguf(path: str, gguf_file: str | None) -> str | None:
+    """The file of llama.cpp's format that is meant: the named one, or the only one in a folder without a config.
+
+    Raises RecipeError if it isn't there, or several are.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return gguf_file
+    found = sorted(entry.name for entry in folder.glob("*.gguf"))
+    if gguf_file is not None:
+        if not (folder / gguf_file).is_file():
+            raise RecipeError(f"gguf_file: {missing_path(folder / gguf_file)}")
+        return gguf_file
+    if (folder / "config.json").is_file() or not found:
+        return None
+    if len(found) > 1:
+        raise RecipeError(f"gguf_file: '{path}' holds several, name one: {', '.join(found)}")
+    return found[0]
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """Let a model read from llama.cpp's format be what it now is, a plain one: its weights were unpacked to floats.
+
+    transformers goes on calling it quantised, refuses to train it, and would save it with that mark.
+    """
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+    model.is_quantized = False  # type: ignore[assignment]
+    if hasattr(model.config, "quantization_config"):
+        delattr(model.config, "quantization_config")
+
+
+def is_path(model: str) -> bool:
+    """Whether a model's name can only be a path: the hub's have one stroke at most."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1
+
+
+def _reason(model: str, path: str, error: Exception) -> str:
+    first = first_line(error)
+    if "head.pooling" in first:
+        return first
+    folder = Path(path)
+    if not folder.is_dir() and is_path(model):
+        return missing_path(model)
+    if folder.is_dir() and not (folder / "config.json").is_file() and "gguf" not in first.lower():
+        return f"'{model}' is a folder without config.json, so not a model saved by transformers"
+    near = "" if folder.is_dir() else " (no folder of this name either)"
+    return f"'{model}' cannot be loaded{near}: {first}"
+
+
+def device() -> torch.device:
+    """The accelerator where there is one, else the processor."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator if accelerator is not None else torch.device("cpu")

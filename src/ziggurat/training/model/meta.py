@@ -1,0 +1,80 @@
+"""A model without weights: built on the meta device from its config alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ziggurat.errors import ConfigError, first_line
+from ziggurat.extras import require
+from ziggurat.nearest import missing_path
+
+
+def bare_model(
+    model: str | Path,
+    task: str | None = None,
+    dtype: str = "auto",
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    **changes: Any,
+) -> nn.Module:
+    """The architecture of `model` (a folder, a config.json, a hub name, or "embedded") on the meta device.
+
+    `task`: "classification", "regression", "instruct" or "encoder" (no head) choose the class; without one it's the
+    one that the config itself names. `changes` replace fields of the config.
+
+    Raises:
+        ConfigError: there is no such model, or transformers can't build it from a config.
+    """
+    import transformers
+
+    config = bare_config(model, revision=revision, gguf_file=gguf_file)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    numbers = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    auto: Any = {
+        "instruct": transformers.AutoModelForCausalLM,
+        "encoder": transformers.AutoModel,
+        "classification": transformers.AutoModelForSequenceClassification,
+        "regression": transformers.AutoModelForSequenceClassification,
+    }.get(task or "")
+    own = getattr(transformers, next(iter(config.architectures or []), ""), None)
+    try:
+        with torch.device("meta"):
+            if auto is not None:
+                return auto.from_config(config, dtype=numbers)
+            return own._from_config(config, dtype=numbers) if own else transformers.AutoModel.from_config(config)
+    except (ValueError, TypeError, AttributeError, ImportError) as error:
+        raise ConfigError(f"{model} can't be built from its config: {error}") from error
+
+
+def bare_config(model: str | Path, *, revision: str | None = None, gguf_file: str | None = None) -> Any:
+    """The config of `model`, of a folder without config.json from its one GGUF file.
+
+    Raises ConfigError where there is none, RecipeError where the GGUF file isn't there or one of several is meant,
+    MissingExtraError where the embedded model or `gguf` isn't installed.
+    """
+    from transformers import AutoConfig
+
+    from ziggurat.recipe.embedded import model_path
+
+    from .base import find_gguf, is_path
+
+    path = model_path(str(model))
+    if is_path(str(model)) and not Path(path).expanduser().exists():
+        raise ConfigError(missing_path(model))
+    found = find_gguf(path, gguf_file)
+    if found is not None:
+        require(f"reading {found}", "gguf")
+    where: dict[str, Any] = {"gguf_file": found} if found is not None else {}
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False, **where)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(
+            f"no config of a model in {str(model)!r}: {first_line(error)} Give a folder that holds a config.json, the "
+            "file itself, or the name of a model on the hub that is in the cache."
+        ) from error

@@ -1,0 +1,120 @@
+"""The base of a recipe without weights: its head, its labels, what the checkpoint lacks, as a run would have them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ziggurat.errors import ConfigError, DataError, MissingExtraError
+from ziggurat.recipe.embedded import model_path
+from ziggurat.recipe.schema import Recipe
+
+from ..data.splits import class_names
+from ..heads import MeanPooledClassifier
+from .base import find_gguf, fresh_modules
+from .meta import bare_config, bare_model
+
+
+@dataclass(frozen=True)
+class BareBase:
+    """A model on the meta device, the modules that train whole beside any adapter, and what had to be assumed."""
+
+    model: nn.Module
+    head: list[str]
+    pair: bool
+    notes: list[str]
+
+
+def bare_base(recipe: Recipe, model: str | Path | None = None) -> BareBase:
+    """What `load_base` would give for the recipe (with another `model`, if named), counted and never loaded.
+
+    Raises:
+        ConfigError: there is no such model, or it can't have the recipe's head.
+    """
+    where = str(model if model is not None else recipe.model)
+    gguf = find_gguf(model_path(where), recipe.gguf_file)
+    if recipe.task == "instruct":
+        found = bare_model(where, "instruct", recipe.dtype, revision=recipe.revision, gguf_file=gguf)
+        return BareBase(found, [], False, [])
+    notes: list[str] = []
+    labels = {"num_labels": _labels(recipe, notes)}
+    pair = recipe.head.pooling == "mean" and recipe.data.text_pair is not None
+    if recipe.head.pooling == "mean":
+        config = bare_config(where, revision=recipe.revision, gguf_file=gguf)
+        if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "hidden_size"):
+            raise ConfigError(
+                f"head.pooling: mean needs an encoder, this is a {config.model_type}; set head.pooling: model"
+            )
+        for name, value in {**labels, "mean_pooled_pair": pair}.items():
+            setattr(config, name, value)
+        dtype = getattr(config, "dtype", None) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+        with torch.device("meta"):
+            built: nn.Module = MeanPooledClassifier._from_config(config, dtype=dtype)
+    else:
+        built = bare_model(where, recipe.task, recipe.dtype, revision=recipe.revision, gguf_file=gguf, **labels)
+    assert isinstance(built, PreTrainedModel)
+    names = _stored_names(model_path(where), recipe.revision) if gguf is None else None
+    lacking = _lacking(built, names) if names is not None else None
+    if lacking is None:
+        notes.append("the model has no safetensors weights here: that the checkpoint has all of the encoder is assumed")
+    return BareBase(built, fresh_modules(built, lacking or []), pair, notes)
+
+
+def _labels(recipe: Recipe, notes: list[str]) -> int:
+    if recipe.task == "regression":
+        return 1
+    try:
+        names = class_names(recipe)
+        if names is not None:
+            return len(names)
+        why = "the data lie on the hub"
+    except (DataError, MissingExtraError) as error:
+        why = f"the data can't be read ({error})"
+    notes.append(f"2 classes are assumed: {why}; data.label_names says how many there are")
+    return 2
+
+
+def _stored_names(path: str, revision: str | None) -> set[str] | None:
+    """The tensors of a checkpoint in a folder or in the cache, None where it isn't."""
+    from huggingface_hub import try_to_load_from_cache
+    from safetensors import safe_open
+
+    def file(name: str) -> str | None:
+        if Path(path).is_dir():
+            return str(Path(path) / name) if (Path(path) / name).is_file() else None
+        try:
+            cached = try_to_load_from_cache(path, name, revision=revision)
+        except ValueError:  # not a name that a hub could have
+            return None
+        return cached if isinstance(cached, str) else None
+
+    if (index := file("model.safetensors.index.json")) is not None:
+        return set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+    if (whole := file("model.safetensors")) is not None:
+        with safe_open(whole, framework="pt") as opened:
+            return set(opened.keys())
+    return None
+
+
+def _lacking(model: PreTrainedModel, stored: Iterable[str]) -> list[str] | None:
+    """Parameters in children of the encoder (a pooler) of which the checkpoint has nothing; None if that is all.
+
+    Names are compared by their ends, for a checkpoint calls its encoder by another prefix or by none.
+    """
+    ends: set[str] = set()
+    for name in stored:
+        words = name.replace(".gamma", ".weight").replace(".beta", ".bias").split(".")
+        ends.update(".".join(words[start:]) for start in range(len(words)))
+    prefix = f"{model.base_model_prefix}."
+    children: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        if name.startswith(prefix):
+            children.setdefault(name.removeprefix(prefix).split(".")[0], []).append(name)
+    absent = [names for names in children.values() if not any(name.removeprefix(prefix) in ends for name in names)]
+    return None if len(absent) == len(children) else [name for names in absent for name in names]

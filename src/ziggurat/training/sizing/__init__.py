@@ -1,0 +1,1 @@
+"""Trainable parameters from shapes, and ranks from a budget."""
