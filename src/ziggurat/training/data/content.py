@@ -7,9 +7,10 @@ from functools import cache
 from pathlib import Path
 
 from ziggurat.recipe.embedded import EMBEDDED
+from ziggurat.recipe.glue import glue_name
 from ziggurat.recipe.schema import Recipe
 
-from .glue import glue_home, glue_name
+from .glue import glue_home
 
 #: Files that loading never reads: hidden ones, and what `datasets` keeps beside a saved data set.
 _BESIDE = (".", "cache-")

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ziggurat.errors import DataError
+from ziggurat.recipe.glue import PREFIX, glue_name
 from ziggurat.recipe.schema import DataPart, Recipe
 
-from .glue import PREFIX, glue_name, glue_splits
+from .glue import glue_splits
 from .tables import draw, is_hub_name, is_one_table, read_table, require_column
 
 if TYPE_CHECKING:
