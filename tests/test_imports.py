@@ -122,9 +122,10 @@ def _loaded_at_once(tree: ast.AST) -> Iterator[ast.stmt]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield node
-        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)):
-                yield from _loaded_at_once(node)
+            continue
+        for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        if not for_types and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _loaded_at_once(node)
 
 
 def closure(start: str, edges: set[tuple[str, str]]) -> set[str]:
