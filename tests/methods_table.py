@@ -34,7 +34,7 @@ class Method:
     config: Callable[..., PeftConfig]
     prefix: str
     merges: bool = True
-    combines: bool = False
+    combines: bool = True
     takes_targets: bool = True
 
 
@@ -77,7 +77,7 @@ def _adapterdrop(zoo: Zoo, **fields: Any) -> PeftConfig:
 
 
 METHODS: dict[str, Method] = {
-    "msplora": Method(_msplora, "msplora_", combines=True),
+    "msplora": Method(_msplora, "msplora_"),
     "lor2c": Method(_lor2c, "lor2c_", merges=False, takes_targets=False),
     "lora2": Method(_lora2, "lora2_"),
     "dylora": Method(_dylora, "dylora_"),
@@ -85,7 +85,7 @@ METHODS: dict[str, Method] = {
     "tiedlora": Method(_tiedlora, "tiedlora_"),
     "loraxs": Method(_loraxs, "loraxs_"),
     "aslora": Method(_aslora, "aslora_"),
-    "adapterdrop": Method(_adapterdrop, "adapterdrop_", merges=False),
+    "adapterdrop": Method(_adapterdrop, "adapterdrop_", merges=False, combines=False),
 }
 
 

@@ -16,6 +16,7 @@ from peft import (
     inject_adapter_in_model,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import merge_utils
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -24,6 +25,8 @@ import versions
 from methods_table import METHODS, logits, zoo_config
 from plain_models import WIDTH
 from tolerance import assert_models_agree, assert_sums_agree
+from ziggurat.host.method_layer import MethodLayer
+from ziggurat.lowrank.pair import delta
 from zoo import ZOO
 
 MODELS = ["bert", "gpt2", "llama", "t5", "plain_list"]
@@ -325,21 +328,66 @@ def test_mixed_batches_refuse_what_cannot_be(method: str) -> None:
         adapted.train()(**inputs, adapter_names=["default", "default"])
 
 
+def layers_of(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, MethodLayer) and "default" in m.adapters]
+
+
 @combining
 @on_models
-def test_weighted_sums_are_exact(method: str, model: str) -> None:
+def test_weighted_sums_are_exact(method: str, model: str, tmp_path: Path) -> None:
     adapted, inputs = active(method, model)
     adapted.add_adapter("second", zoo_config(method, model, init_weights=False))
     adapted.add_weighted_adapter(["default", "second"], [0.3, -2.0], "sum", combination_type="linear")
-    adapted = adapted.double()
-    layers = [m for m in adapted.modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "get_delta_weight")]
-    assert layers
-    for layer in layers:
-        expected = 0.3 * layer.get_delta_weight("default") - 2.0 * layer.get_delta_weight("second")
-        # The sum was made in float32, and cast afterwards.
-        assert_sums_agree(layer.get_delta_weight("sum"), expected, WIDTH, dtype=torch.float32)
+    assert layers_of(adapted)
+    for layer in layers_of(adapted):
+        first, second = (delta(layer.effective_pair(name)).double() for name in ("default", "second"))
+        # The sum was made in float32.
+        assert_sums_agree(
+            delta(layer.effective_pair("sum")).double(), 0.3 * first - 2.0 * second, WIDTH, dtype=torch.float32
+        )
     adapted.set_adapter("sum")
-    assert torch.isfinite(logits(adapted.float(), inputs)).all()
+    expected = logits(adapted, inputs)
+    assert torch.isfinite(expected).all()
+    adapted.save_pretrained(str(tmp_path), selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(ZOO[model].build(), str(tmp_path / "sum")).eval()
+    assert torch.equal(logits(again, inputs), expected)
+
+
+@combining
+@pytest.mark.parametrize("kind", ["svd", "ties", "ties_svd", "dare_linear", "dare_ties_svd", "magnitude_prune"])
+def test_combinations_are_pefts(method: str, kind: str) -> None:
+    """PEFT's functions on the dense updates; at full rank nothing else is lost."""
+    adapted, _ = active(method, "llama")
+    adapted.add_adapter("second", zoo_config(method, "llama", init_weights=False))
+    weights = torch.tensor([0.3, -2.0])
+    more = {} if kind == "svd" else {"density": 0.5}
+    torch.manual_seed(0)  # dare draws which entries it drops
+    adapted.add_weighted_adapter(["default", "second"], weights.tolist(), "sum", kind, svd_rank=WIDTH, **more)
+    torch.manual_seed(0)
+    for layer in layers_of(adapted):
+        both = [delta(layer.effective_pair(name)).detach() for name in ("default", "second")]
+        name = "task_arithmetic" if kind == "svd" else kind.removesuffix("_svd")
+        expected = getattr(merge_utils, name)(both, weights, **more)
+        # Two decompositions and as many products.
+        assert_sums_agree(delta(layer.effective_pair("sum")), expected, 8 * WIDTH, dtype=torch.float32)
+
+
+@combining
+def test_a_combination_that_cannot_be_leaves_nothing(method: str) -> None:
+    adapted, _ = active(method, "llama")
+    names = list(adapted.state_dict())
+    for more in (
+        {"combination_type": "ties"},
+        {"combination_type": "sum"},
+        {"combination_type": "ties", "density": 2},
+    ):
+        with pytest.raises(ValueError, match=r"density|Invalid combination_type"):
+            adapted.add_weighted_adapter(["default"], [1.0], "sum", **more)
+    with pytest.raises(ValueError, match="does not exist"):
+        adapted.add_weighted_adapter(["default", "nobody"], [1.0, 1.0], "sum")
+    with pytest.raises(ValueError, match="one weight for each"):
+        adapted.add_weighted_adapter(["default"], [1.0, 1.0], "sum")
+    assert list(adapted.peft_config) == ["default"] and list(adapted.state_dict()) == names
 
 
 @every_method

@@ -307,19 +307,21 @@ def test_a_sum_may_have_a_rank_above_the_matrix_and_is_saved(tmp_path: Path) -> 
     assert torch.equal(logits(loaded, LLAMA.inputs()), expected)
 
 
-def test_a_sum_that_fails_leaves_no_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = active("msplora")
-    model.add_adapter("second", zoo_config("msplora", "llama", init_weights=False))
+@pytest.mark.parametrize("method", ["msplora", "lora2"])
+def test_a_sum_that_fails_leaves_no_adapter(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = active(method)
+    model.add_adapter("second", zoo_config(method, "llama", init_weights=False))
 
     def fails(*args: Any) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(type(model.base_model), "blend_whole_modules", fails)
+    for module in ("ziggurat.host.blend", "ziggurat.methods.msplora.model"):
+        monkeypatch.setattr(f"{module}.blend_whole_modules", fails)
     for _ in range(2):
         with pytest.raises(MemoryError):
             model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "sum")
         assert "sum" not in model.peft_config
-        assert not any(".sum." in name for name in factors(model, "msplora"))
+        assert not any(".sum." in name for name in factors(model, method))
 
 
 # Merging

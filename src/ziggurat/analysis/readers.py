@@ -12,10 +12,9 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ziggurat.host.anatomy import Place
-from ziggurat.host.method import EVALUATION, Method, Part, redirected
+from ziggurat.host.method import Method, pair_of, parts_of, redirected, specs_of
 from ziggurat.host.names import current_names
 from ziggurat.host.site import CHILD, Site
-from ziggurat.host.tensors import TensorSpec
 from ziggurat.lowrank.pair import FactorPair, stack
 from ziggurat.lowrank.spectrum import factored_svd
 
@@ -48,7 +47,7 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
     updates: list[Component] = []
     for path, site in sites.items():
         here = config.at(site)
-        specs = method.tensors(here, site)
+        specs = specs_of(method, here, site)
         names = {
             key: f"{method.bank}.{method.store}.{spec.leaf(key)}" if spec.shared else _own_name(method, site, key)
             for key, spec in specs.items()
@@ -59,7 +58,7 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
             continue
         t = {key: state[name] for key, name in names.items()}
         layers = tuple(site.span.layers) if site.span is not None else (site.layer,)
-        parts = method.parts(here, site, t) if method.parts is not None else [_update(method, here, site, t, specs)]
+        parts = parts_of(method, here, site, t)
         for part in parts:
             together = all(specs[key].shared for key in part.keys)
             component = Component(
@@ -75,16 +74,11 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
             alike.setdefault((part.name, *component.tensors, "" if together else path), []).append(component)
         if len(parts) > 1:
             rank = min(part.pair.A.shape[0] for part in parts if not part.adds) if not parts[0].adds else None
-            update = _narrowed(method.pair(here, site, t, EVALUATION), rank)
+            update = _narrowed(pair_of(method, here, site, t), rank)
             updates.append(Component(UPDATE, site.stack_path, site.role, layers, *update, stored=False))
     for same in alike.values():
         yield replace(same[0], layers=tuple(sorted({n for component in same for n in component.layers})))
     yield from updates
-
-
-def _update(method: Method, config: Any, site: Site, t: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> Part:
-    assert method.pair is not None
-    return Part(method.name, method.pair(config, site, t, EVALUATION), tuple(specs))
 
 
 def _narrowed(pair: FactorPair, rank: int | None) -> FactorPair:

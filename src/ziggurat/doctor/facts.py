@@ -215,11 +215,27 @@ FACTS: tuple[Fact, ...] = (
     Fact(
         "weighted",
         "use",
-        "add_weighted_adapter",
-        _row("yes", "no", "no"),
-        "only a pyramid's sum keeps its form",
-        "export both as plain LoRA and combine those",
-        (_CONTRACTS + "test_weighted_sums_are_exact",),
+        "add_weighted_adapter (linear, cat, svd, ties, dare, magnitude)",
+        _row("yes"),
+        "sums are exact; of equal pyramids they stay one, else the new adapter shares nothing. LoR2C's adapters need "
+        "paths around the same layers",
+        evidence=(_CONTRACTS + "test_weighted_sums_are_exact", _CONTRACTS + "test_combinations_are_pefts"),
+    ),
+    Fact(
+        "hotswap",
+        "use",
+        "swapping an adapter in place (`ziggurat.hotswap_adapter`)",
+        _row("yes"),
+        "adapters of one config; PEFT's own function knows LoRA alone",
+        evidence=("tests/contracts/test_like_lora.py",),
+    ),
+    Fact(
+        "loraplus",
+        "train",
+        "LoRA+ (`ziggurat.create_loraplus_optimizer`)",
+        _row("yes"),
+        "the factors on the output side (B; LoRA²'s u) get the higher rate; PEFT's own function knows LoRA's names alone",
+        evidence=("tests/contracts/test_like_lora.py",),
     ),
     Fact(
         "plain_peft",

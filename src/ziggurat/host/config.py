@@ -87,6 +87,9 @@ class MethodConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Rows of the embedding that train."}
     )
+    blended: dict[str, int] | None = field(
+        default=None, metadata={"help": "Ranks of a sum of adapters, by path; not for the user to set."}
+    )
     sites: dict[str, Any] | None = field(
         default=None, metadata={"help": "Where the adapter acts; not for the user to set."}
     )
@@ -264,6 +267,9 @@ class MethodConfig(PeftConfig):
                 f"bias={shown(self.bias)}: 'none', 'all' or '{allowed[2]}' (the biases of the adapted linear layers)."
             )
         self._check_rank_pattern()
+        for path, rank in _pattern("blended", self.blended).items():
+            if not is_whole(rank, 1, MOST_RANK):
+                raise ConfigError(f"blended[{shown(path)}]={shown(rank)}: a rank of 1 to {MOST_RANK:,} is needed.")
         for path, alpha in _pattern("alpha_pattern", self.alpha_pattern).items():
             check_above_zero(f"alpha_pattern[{shown(path)}]", alpha)
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ziggurat.host.method import Method
+from ziggurat.host.method import Method, needs_steps
 from ziggurat.host.method_layer import MethodLayer
 
 from .unwrap import unwrap
@@ -47,7 +47,7 @@ def step(
         if only is not None and method.name not in only:
             continue
         for adapter, config in adapters.items():
-            if method.step is not None and method.needs_steps is not None and method.needs_steps(config):
+            if method.step is not None and needs_steps(config):
                 method.step(root, adapter, config, step, total, optimizer)
     Watch.reset(root)
 
@@ -83,7 +83,7 @@ class Watch:
             return
         for method, adapters in _adapters(model).items():
             for adapter, config in adapters.items():
-                if method.needs_steps is not None and method.needs_steps(config):
+                if needs_steps(config):
                     logger.warning(
                         "%d training passes without a call of ziggurat.step(model, step, total): adapter %r of %s "
                         "stays as it is, though its config asks for changes during training. Call it after "

@@ -14,6 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.method import needs_steps
 
 if TYPE_CHECKING:
     from peft.utils.error import NoMatchingPeftModuleError
@@ -76,8 +77,7 @@ def check_saved_whole(config: Any) -> None:
     if hasattr(BaseTuner, "_get_adapter_state_dict"):
         return
     lost = [f"bias={config.bias!r}"] if config.bias != "none" else []
-    needs = config.method.needs_steps
-    if config.no_factors and not config.inference_mode and needs is not None and needs(config):
+    if config.no_factors and not config.inference_mode and needs_steps(config):
         asked = [f"{name}={getattr(config, name)}" for name in config.method.step_fields if getattr(config, name)]
         lost += asked or ["the sharing that training changes"]
     if lost:

@@ -287,3 +287,13 @@ def test_merging_refuses_and_names_what_works() -> None:
             call()
     if versions.Version("0.20") <= versions.PEFT:  # which brought convert_to_lora
         assert model.base_model.supports_lora_conversion() is False
+
+
+def test_adapters_around_different_layers_are_not_summed() -> None:
+    model = adapted(spans=None, merges=1)
+    model.restructure(0, 1)
+    model.restructure(1, 1)
+    model.add_adapter("second", LoR2CConfig(r=4, init_weights=False))
+    with pytest.raises(ValueError, match="paths around different layers"):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+    assert "sum" not in model.peft_config

@@ -22,7 +22,7 @@ def tensors(config: LoRA2Config, site: Site) -> dict[str, TensorSpec]:
     k = k if r else 0  # no direction of the inner plane, no use for the outer one
     shapes = {"U": (k, site.d_in), "V": (r, k), "E": (r,), "v": (k, r), "u": (site.d_out, k)}
     factor, weights = (_random, _above_zero) if config.init_weights is False else (normal(INIT_STD), zeros)
-    return {key: TensorSpec(shape, weights if key == "E" else factor) for key, shape in shapes.items()}
+    return {key: TensorSpec(shape, weights if key == "E" else factor, up=key == "u") for key, shape in shapes.items()}
 
 
 def pair(config: LoRA2Config, site: Site, t: Stored, context: Context) -> FactorPair:

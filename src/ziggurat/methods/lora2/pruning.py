@@ -28,7 +28,7 @@ def adapted(model: nn.Module, adapter: str) -> dict[str, LoRA2Linear]:
     return {
         path: layer
         for path, layer in root.named_modules()
-        if isinstance(layer, LoRA2Linear) and adapter in layer.configs
+        if isinstance(layer, LoRA2Linear) and adapter in layer.configs and layer.has_planes(adapter)
     }
 
 
