@@ -234,7 +234,7 @@ FACTS: tuple[Fact, ...] = (
         "train",
         "LoRA+ (`ziggurat.create_loraplus_optimizer`)",
         _row("yes"),
-        "the factors on the output side (B; LoRA²'s u) get the higher rate; PEFT's own function knows LoRA's names alone",
+        "the factors on the output side (B; LoRA²'s u) get the higher rate; PEFT's own function knows LoRA's names",
         evidence=("tests/contracts/test_like_lora.py",),
     ),
     Fact(

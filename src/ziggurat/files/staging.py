@@ -23,7 +23,7 @@ _TROUBLE = {
     errno.ENOTDIR: "a file stands where a folder should be",
     errno.EIO: "the disk reports an error",
 }
-#: Rust's words for the same numbers, as safetensors passes them on.
+#: How Rust writes the same error numbers, which safetensors passes on.
 _RUST = re.compile(r"os error (\d+)|\bcode: (\d+)")
 #: torch's writer keeps the number to itself; "unexpected pos" is what closing such a file says.
 _TORCH = ("PytorchStreamWriter failed writing", "unexpected pos")
@@ -120,7 +120,7 @@ def sync(path: Path) -> None:
 def told_of_storage(place: Path | str, then: str = "") -> Iterator[None]:
     """Say StorageError, with the place, for what a full, read-only or forbidden disk raises in the block.
 
-    `then`: what is left and what to do, a sentence.
+    `then`: a sentence about the files that remain and what to do.
     """
     try:
         yield
@@ -138,14 +138,14 @@ def storage_trouble(error: BaseException | None) -> str | None:
     """What a disk had against a write, in words; None where the error is of another kind."""
     if error is None:
         return None
-    found = None
+    trouble = None
     if isinstance(error, OSError) and error.errno is not None:
-        found = _TROUBLE.get(error.errno)
+        trouble = _TROUBLE.get(error.errno)
     elif numbers := _RUST.search(str(error)):
-        found = _TROUBLE.get(int(numbers[1] or numbers[2]))
+        trouble = _TROUBLE.get(int(numbers[1] or numbers[2]))
     elif any(sign in str(error) for sign in _TORCH):
-        found = "the disk took only a part, as a full one does"
-    return found or storage_trouble(error.__cause__ or error.__context__)
+        trouble = "the disk took only a part, as a full one does"
+    return trouble or storage_trouble(error.__cause__ or error.__context__)
 
 
 def _umask() -> int:

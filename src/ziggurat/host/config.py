@@ -214,11 +214,11 @@ class MethodConfig(PeftConfig):
             ConfigError: they aren't, or the file holds no mapping.
         """
         path = Path(path_json_file)
-        said = read_json(path.parent, path.name)
-        if not isinstance(said, dict):
-            raise ConfigError(f"{path} holds a {type(said).__name__}; a config is a mapping of its fields.")
-        said.pop("runtime_config", None)
-        return said
+        content = read_json(path.parent, path.name)
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path} holds a {type(content).__name__}; a config is a mapping of its fields.")
+        content.pop("runtime_config", None)
+        return content
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -125,11 +125,11 @@ def _auto_class(config: PeftConfig, folder: str | Path) -> Any:
     library, name = (str(mapping.get(key, "")) for key in ("parent_library", "base_model_class"))
     # Only models of transformers: a config from elsewhere must not make other code run.
     if library.split(".")[0] == "transformers":
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and (
-            issubclass(found, transformers.PreTrainedModel) or name.startswith("AutoModel")
+        model_class = getattr(transformers, name, None)
+        if isinstance(model_class, type) and (
+            issubclass(model_class, transformers.PreTrainedModel) or name.startswith("AutoModel")
         ):
-            return found
+            return model_class
     raise ConfigError(
         f"{folder} doesn't say what task its model is for (task_type is empty and auto_mapping names "
         f"{name or 'no class'!r}). Load the base model yourself and use ziggurat.export.export_model."

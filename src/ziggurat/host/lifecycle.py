@@ -15,7 +15,7 @@ from .unwrap import unwrap
 
 logger = logging.getLogger(__name__)
 
-#: Forward passes in training without a call of `step` before the user is told, once.
+#: Forward passes in training without a call of `step` before one warning.
 PATIENCE = 96
 
 

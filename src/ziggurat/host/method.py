@@ -56,7 +56,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Card:
-    """What is said of a method to people.
+    """What tables, pages and messages say of a method.
 
     `shown`: its name in tables. `paper`: its number at arXiv. `about`: one line for the list of methods. `citation`:
     BibTeX. `merges`: its updates can be added to weights, and so exported as plain LoRA.

@@ -3,7 +3,7 @@
 The two thin products are cheap; what costs is passing over (tokens, d) and keeping copies of it. So one autograd
 operation goes down and one goes up into the base output. They keep x itself (every linear that reads the same x
 keeps the same tensor), the (tokens, rank) product and the dropout mask as bits; a dropped-out copy of x is made
-again in the backward, in parts that fit a processor's cache. Linears that read one x can go down together.
+again in the backward, in parts that fit a processor's cache. Linear layers that read one x can go down together.
 """
 
 import os
@@ -57,7 +57,7 @@ def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.
 
 
 def can_share(x: Tensor, A: Tensor) -> bool:
-    """Whether linears that read this x should take `down` together, and then `up_add` each.
+    """Whether linear layers that read this x should take `down` together, and then `up_add` each.
 
     Not for tensor subclasses, nor where a Triton kernel does all of `low_rank_add` at once; and the caller must see
     to it that torch isn't following the operations (`transformed`).
@@ -118,8 +118,8 @@ def _fused() -> ModuleType | None:
 def down(x: Tensor, As: Sequence[Tensor], dropout: float = 0.0) -> tuple[Tensor, ...]:
     """``dropout(x) A_i^T`` for each A_i (rank_i, d_in), as (tokens, rank_i): x is dropped out once, and read once.
 
-    The dtypes are those of `low_rank_add`. The As have one dtype and go to linears that read the same x: its mask is
-    drawn and kept once, and dL/dx is made once, where each linear alone would do so for itself.
+    The dtypes are those of `low_rank_add`. The As have one dtype and go to linear layers that read the same x:
+    its mask is drawn and kept once, and dL/dx is made once, where each layer alone would do so for itself.
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *As)):
         return _Down.apply(x, dropout, *As)  # type: ignore[no-any-return]
@@ -154,15 +154,15 @@ class _Down(torch.autograd.Function):
     def backward(ctx: Any, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, mask, *As = ctx.saved_tensors
         need_x, need_A = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
-        asked = [i for i, dh in enumerate(dhs) if dh is not None]  # linears that did run
+        asked = [i for i, dh in enumerate(dhs) if dh is not None]  # linear layers that did run
         if not asked:
             return (None,) * (2 + len(As))
         dh = _cat([dhs[i] for i in asked], dim=1)  # type: ignore[misc]
         A = _joined([As[i] for i in asked], ctx.scale, ctx.dtype) if need_x else None
         need_dA = any(need_A[i] for i in asked)
         # With grad mode on, this backward is itself differentiated: nothing in place.
-        slopes = _slopes_twice if torch.is_grad_enabled() else _slopes
-        dA, dx = slopes(dh, x if need_dA else None, A, mask, ctx)
+        gradients = _gradients_twice if torch.is_grad_enabled() else _gradients
+        dA, dx = gradients(dh, x if need_dA else None, A, mask, ctx)
         dAs: list[Tensor | None] = [None] * len(As)
         if dA is not None:
             dA = dA.to(ctx.A_dtype) if mask is None else dA.to(ctx.A_dtype) * ctx.scale
@@ -216,7 +216,7 @@ def _up_add(y: Tensor, h: Tensor, B: Tensor, reuse_y: bool) -> Tensor:
     return out
 
 
-def _slopes(
+def _gradients(
     dh: Tensor, x: Tensor | None, A: Tensor | None, mask: Tensor | None, ctx: Any
 ) -> tuple[Tensor | None, Tensor | None]:
     """dh^T (x * m), (rank, d_in), and (dh A) * m in x's shape and dtype; None for the one whose factor is None."""
@@ -241,10 +241,10 @@ def _slopes(
     return dA, dx.view(shape).to(dtype)
 
 
-def _slopes_twice(
+def _gradients_twice(
     dh: Tensor, x: Tensor | None, A: Tensor | None, mask: Tensor | None, ctx: Any
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`_slopes` from differentiable operations."""
+    """`_gradients` from differentiable operations."""
     shape, dtype = ctx.x_like
     dA = None if x is None else dh.T @ _dropped(x, mask, dh.dtype)
     if A is None:

@@ -34,7 +34,7 @@ class LoRA2Config(MethodConfig):
     Args:
         r: inner rank: how many directions each linear starts with.
         outer_rank: the paper's k. None: 8, or less where a side of the matrix is smaller.
-        target_rank: directions left per linear, on average over all linears. None: half of r, rounded up.
+        target_rank: directions left per linear, on average over all linear layers. None: half of r, rounded up.
             Equal to r: nothing is pruned.
         initial_warmup: how long every direction stays.
         final_warmup: how long, at the end of the run, the final mask is trained with.
@@ -44,9 +44,9 @@ class LoRA2Config(MethodConfig):
         orthogonality: weight in the loss of the factors' deviation from orthonormality. 0: none.
         cross_plane: weight in the loss of ||(U^T V^T)(v^T u^T)||_F, the norm of the update with E = 1: it
             shrinks the factors.
-        rank_pattern: inner rank of single linears, by path; written by `compact()`. 0: no update there.
+        rank_pattern: inner rank of single linear layers, by path; written by `compact()`. 0: no update there.
         init_weights: True or "gaussian": as above. False: random with E not zero, for tests.
-        bias: "none", "all", or "lora2_only" (the biases of the adapted linears).
+        bias: "none", "all", or "lora2_only" (the biases of the adapted linear layers).
 
     Raises:
         ConfigError: values that can't work in any model or run; what can't work in a given model is refused when the
@@ -65,7 +65,7 @@ class LoRA2Config(MethodConfig):
     beta2: float = field(default=0.85, metadata={"help": "Smoothing of their uncertainty."})
     orthogonality: float = field(default=0.1, metadata={"help": "Weight of the orthogonality regulariser."})
     cross_plane: float = field(default=0.0, metadata={"help": "Weight of the cross-plane penalty."})
-    rank_pattern: dict[str, int] | None = field(default=None, metadata={"help": "Inner rank of single linears."})
+    rank_pattern: dict[str, int] | None = field(default=None, metadata={"help": "Inner rank of single linear layers."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,7 +112,7 @@ class LoRA2Config(MethodConfig):
 
     @property
     def scale(self) -> float:
-        """lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA; the same for all linears, pruned or not."""
+        """lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA; the same for all linear layers, pruned or not."""
         return self.scale_of(self.r)
 
     @property
