@@ -191,7 +191,8 @@ def machine() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "ziggurat": ziggurat.__version__, **versions},
         "tag": tag.stdout.strip(),
         "threads": torch.get_num_threads(),
-        "command": ["python", "benchmarks/frontier.py", *sys.argv[1:]],
+        # A folder's name says which one it was; where it lay on the machine is nobody's concern.
+        "command": ["python", "benchmarks/frontier.py", *(word.rpartition("/")[2] for word in sys.argv[1:])],
     }
 
 
