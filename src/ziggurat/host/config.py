@@ -47,6 +47,8 @@ class MethodConfig(PeftConfig):
     method: ClassVar[Method]
     #: Last parts of the names of tensors in the adapter's file that are no factors.
     no_factors: ClassVar[frozenset[str]] = frozenset()
+    #: What `init_weights` may be besides True and False.
+    named_inits: ClassVar[tuple[str, ...]] = ("gaussian",)
     #: Fields of LoRA's config that mean something else here, or nothing; why.
     not_from_lora: ClassVar[dict[str, str]] = {}
 
@@ -259,8 +261,9 @@ class MethodConfig(PeftConfig):
         check_flag("fan_in_fan_out", self.fan_in_fan_out)
         check_names("modules_to_save", self.modules_to_save)
         check_layers("layers_to_transform", self.layers_to_transform)
-        if not (isinstance(self.init_weights, bool) or self.init_weights == "gaussian"):
-            raise ConfigError(f"init_weights={shown(self.init_weights)}: True, False or 'gaussian'.")
+        if not (isinstance(self.init_weights, bool) or self.init_weights in self.named_inits):
+            *others, last = ("True", "False", *map(repr, self.named_inits))
+            raise ConfigError(f"init_weights={shown(self.init_weights)}: {', '.join(others)} or {last}.")
         allowed = ("none", "all", f"{self.method.name}_only")
         if self.bias not in allowed:
             raise ConfigError(

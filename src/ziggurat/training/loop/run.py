@@ -24,6 +24,7 @@ from ..callbacks.allocation import callbacks_for
 from ..callbacks.divergence import StopAtNaN
 from ..callbacks.interrupt import Interrupted, StopSignals
 from ..callbacks.progress import LiveProgress
+from ..callbacks.rising import RisingLoss
 from ..data.splits import Examples, load_examples
 from ..devices import sharding as spread
 from ..devices.processes import join, launched_size
@@ -98,7 +99,14 @@ def _train(
     progress = LiveProgress(say, recipe.main_metric)
     peft_config = getattr(model, "peft_config", {}).get("default")
     meter = Meter()
-    extra = [*callbacks_for(peft_config), *callbacks, progress, stop, meter, StopAtNaN(folder.last_checkpoint)]
+    warnings: list[str] = []
+
+    def warn(text: str) -> None:
+        warnings.append(text)
+        say.print(f"warning: {text}", style="yellow", highlight=False)
+
+    watches = [RisingLoss(warn, _classes(recipe, base)), StopAtNaN(folder.last_checkpoint)]
+    extra = [*callbacks_for(peft_config), *callbacks, progress, stop, meter, *watches]
     task = make_trainer(recipe, base, model, examples, folder.checkpoints, extra)
     trainer = task.trainer
     spread.prepare(trainer, processes)
@@ -162,7 +170,7 @@ def _train(
         steps=trainer.state.global_step,
         peak_mb=peak_memory(),
         step_seconds=meter.step_seconds,
-        notes=notes,
+        notes=[*notes, *warnings],
         history=[line for line in trainer.state.log_history if line],
         shape=examples.shape,
         left=settle(trainer.model),
@@ -174,6 +182,14 @@ def _train(
     with told_of_storage(folder.final, left):
         processes.first(lambda: save(folder, recipe, base, trainer.model, state, spec, result))  # type: ignore[arg-type]
     return result
+
+
+def _classes(recipe: Recipe, base: Base) -> int | None:
+    """Between how many classes or tokens the model chooses; None where it predicts a number."""
+    if recipe.task == "regression":
+        return None
+    config = base.model.config
+    return config.get_text_config().vocab_size if recipe.task == "instruct" else config.num_labels
 
 
 def _devices() -> list[int]:

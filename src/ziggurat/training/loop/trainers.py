@@ -22,6 +22,7 @@ from ziggurat.host.older import checkpointing_argument
 from ziggurat.recipe.schema import Recipe
 
 from ..callbacks import trackers
+from ..callbacks.rising import EVERY
 from ..data.encode import Collator, asked_ids, chat_ids, encode, encode_answers, end_of_turn, longest
 from ..data.splits import Examples
 from ..folder.workplace import LOGS
@@ -244,7 +245,8 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
         "run_name": recipe.name,
         "disable_tqdm": True,
         "logging_strategy": "steps",
-        "logging_steps": 10,
+        "logging_steps": EVERY,
+        "logging_first_step": True,
     }
     for key, every in (("eval", train.evaluate), ("save", train.save)):
         if isinstance(every, int):
