@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from tolerance import assert_sums_agree
 from ziggurat.lowrank import mask as masks
 from ziggurat.lowrank import triton_kernels, triton_product
-from ziggurat.lowrank.triton_product import fused_low_rank_add, keep_mask
+from ziggurat.lowrank.product import down_by, up_add_by
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 
@@ -23,9 +23,17 @@ def operands(*leading: int, d_in: int, d_out: int, rank: int, dtype: torch.dtype
     return tuple(torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes)
 
 
+def fused_low_rank_add(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, p: float, dtype: torch.dtype, reuse_y: bool
+) -> Tensor:
+    """What `low_rank_add` does on a GPU."""
+    (h,) = down_by(triton_product, x, [A], p, dtype)
+    return up_add_by(triton_product, y, h, B, reuse_y)
+
+
 def mask_of_seed(x: Tensor, p: float, seed: int) -> Tensor:
     torch.manual_seed(seed)
-    return keep_mask(x, p, torch.empty(1, dtype=torch.int64).random_())
+    return triton_product.kept(torch.empty(1, dtype=torch.int64).random_(), x.shape, p)
 
 
 def check(inputs: tuple[Tensor, ...], p: float, dtype: torch.dtype, reuse_y: bool = False) -> None:
