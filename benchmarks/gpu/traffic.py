@@ -1,4 +1,4 @@
-"""What the Triton kernels move and multiply, counted from how they are launched: for kernel_table.py and roofline.py."""
+"""What the Triton kernels move and multiply, counted from their launches: for kernel_table.py and roofline.py."""
 
 from typing import NamedTuple
 

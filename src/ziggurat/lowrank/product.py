@@ -1,9 +1,10 @@
 """y + (dropout(x) A^T) B^T: what every adapted linear computes besides its frozen weight.
 
 The two thin products are cheap; what costs is passing over (tokens, d) and keeping copies of it. So one autograd
-operation goes down and one goes up into the base output. They keep x itself (every linear that reads the same x
-keeps the same tensor), the (tokens, rank) product and the dropout mask as bits; a dropped-out copy of x is made
-again in the backward, in parts that fit a processor's cache. Linears that read one x can go down together.
+operation goes down and one goes up into the base output. They keep x itself (every linear layer that reads the same x
+keeps the same tensor), the (tokens, rank) product and the dropout mask, as bits or as a seed. Linear layers that read
+one x can go down together. What the two operations are made of stands in `plain_product`, by torch, and in
+`triton_product`, by kernels for large inputs on a GPU.
 """
 
 import os
@@ -39,8 +40,8 @@ def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.
 
     As in PEFT, x is converted to A's dtype and the sum is rounded to y's; under autocast the products
     are in autocast's dtype, as `torch.nn.functional.linear` has them. Gradients go to y, x, A and B, twice
-    if asked. Where Triton is installed and the GPU and the dtypes suit, Triton kernels do it
-    (ZIGGURAT_TRITON=0 in the environment turns them off). When compiled, traced or transformed (torch.func,
+    if asked. Where Triton is installed, the GPU, dtypes and sizes suit, and there are enough tokens
+    (`triton_product.suits`, `pays`), Triton kernels do it (ZIGGURAT_TRITON=0 in the environment turns them off). When compiled, traced or transformed (torch.func,
     forward-mode derivatives), and for tensor subclasses (DTensor, FakeTensor), it is composed of plain operations with
     torch's own dropout: a compiler fuses them itself.
 
@@ -96,8 +97,8 @@ def owns_output(module: nn.Module) -> bool:
 
 def _parts_for(wide: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> ModuleType:
     """Who computes the products in ``dtype`` of ``wide``, (tokens, d), with factors of d: Triton's kernels or torch."""
-    if wide.is_cuda and (fused := _fused()) and fused.runs_on(wide.device) and fused.suits(wide, factors, dtype):
-        return fused
+    if wide.is_cuda and (fused := _fused()) and fused.runs_on(wide.device):
+        return fused if fused.suits(wide, factors, dtype) and fused.pays(wide) else plain_product
     return plain_product
 
 

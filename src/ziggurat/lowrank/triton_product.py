@@ -20,6 +20,7 @@ _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32
 _MAX_RANK = 128  # above it a tile of (rank, columns) sums does not fit the registers
 _PROGRAMS = 256  # enough to fill a large GPU about twice
 _ADDED = 1024  # sums that one program adds up
+_ENOUGH = 2**21  # entries of (tokens, d) from which on the kernels are chosen, see `pays`
 
 
 def suits(wide: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> bool:
@@ -35,6 +36,16 @@ def suits(wide: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> bool:
     countable = wide.numel() < 2**33 and rank * max(tokens, wide.shape[-1]) < 2**31
     fits = wide.numel() > 0 and wide.shape[-1] % 16 == 0 and 1 <= rank <= _MAX_RANK
     return fits and countable and dtypes_known and dtype in (torch.float16, torch.bfloat16)
+
+
+def pays(wide: Tensor) -> bool:
+    """Whether the kernels are expected to be faster than torch's operations for this (tokens, d).
+
+    They move a third of the bytes, and a processor takes about three times as long to launch each. So they win where
+    the GPU works for longer than it takes to launch: from 2,097,152 entries on, 1,024 tokens of 2,048; and at every
+    size within a CUDA graph, which has no launches (benchmarks/roofline.md).
+    """
+    return wide.numel() >= _ENOUGH or torch.cuda.is_current_stream_capturing()
 
 
 @cache
