@@ -9,6 +9,6 @@ package.__path__ = [str(Path(__file__).resolve().parents[2] / "src" / "ziggurat"
 sys.modules.setdefault("ziggurat", package)
 
 from ziggurat.lowrank import mask as masks  # noqa: E402
-from ziggurat.lowrank import product, triton_product  # noqa: E402
+from ziggurat.lowrank import plain_product, product, triton_product  # noqa: E402
 
-__all__ = ["masks", "product", "triton_product"]
+__all__ = ["masks", "plain_product", "product", "triton_product"]

@@ -49,6 +49,7 @@ class Case(NamedTuple):
     tokens: int
     d_in: int
     d_out: int
+    layers: int = 1  # that read one x, with factors of this rank each
 
     def named(self) -> dict[str, object]:
         return {key: str(v).removeprefix("torch.") if "torch" in str(v) else v for key, v in self._asdict().items()}
@@ -68,8 +69,13 @@ def shares(rehearse: bool) -> list[list[Case]]:
         [Case(rank, dtype, dtype if same else torch.float32, p, *next(turns)) for p in dropouts]
         for rank, dtype, same in kinds
     ]
+    together = [
+        Case(rank, dtypes[0], torch.float32, p, *next(turns), layers=3)
+        for rank in ((5,) if rehearse else (14, 5, 33))
+        for p in dropouts
+    ]
     mask = [Case(0, dtypes[0], torch.float32, p, 64 if rehearse else 4096, 0, 0) for p in DROPOUTS[1:]]
-    return [mask, *found]
+    return [mask, together, *found]
 
 
 def measured(case: Case, device: torch.device) -> dict[str, Any]:
@@ -82,37 +88,41 @@ def measured(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def errors(case: Case, device: torch.device) -> dict[str, float]:
-    """Relative errors of the result and of the gradients, with the kernels' own mask in the reference."""
-    rank, dtype, factors, p, tokens, d_in, d_out = case
+    """Relative errors of the results and of the gradients, with the kernels' own mask in the reference."""
+    rank, dtype, factors, p, tokens, d_in, d_out, layers = case
     torch.manual_seed(0)
-    shapes = (tokens, d_out), (tokens, d_in), (rank, d_in), (d_out, rank)
-    dtypes = dtype, dtype, factors, factors
-    inputs = [torch.randn(s, device=device).to(t).requires_grad_() for s, t in zip(shapes, dtypes, strict=True)]
+
+    def drawn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(dtype).requires_grad_()
+
+    x = drawn(tokens, d_in, dtype=dtype)
+    ys = [drawn(tokens, d_out, dtype=dtype) for _ in range(layers)]
+    As = [drawn(rank, d_in, dtype=factors) for _ in range(layers)]
+    Bs = [drawn(d_out, rank, dtype=factors) for _ in range(layers)]
+    inputs = [x, *ys, *As, *Bs]
     exact = [t.detach().double().requires_grad_() for t in inputs]
     torch.manual_seed(1)
-    seed = torch.empty(1, dtype=torch.int64, device=device).random_()
-    y, x, A, B = exact
-    kept = triton_product.keep_mask(x, p, seed) * masks.keep_scale(p) if p else 1.0
-    wanted = y + ((x * kept) @ A.T) @ B.T
+    kept = triton_product.kept(triton_product.draw(x, p), x.shape, p) * masks.keep_scale(p) if p else 1.0
+    dropped = exact[0] * kept
+    those = [exact[1 + i * layers : 1 + (i + 1) * layers] for i in range(3)]
+    wanted = [y + (dropped @ A.T) @ B.T for y, A, B in zip(*those, strict=True)]
     torch.manual_seed(1)
-    if device.type == "cpu":  # the interpreter; low_rank_add takes the kernels on a GPU only
-        out = triton_product.fused_low_rank_add(*inputs, p, dtype, False)
-    else:
-        with torch.autocast("cuda", dtype):
-            out = product.low_rank_add(*inputs, p)
-    if "_FusedLowRankAdd" not in type(out.grad_fn).__name__:
-        raise AssertionError(f"the kernels were not chosen: {type(out.grad_fn).__name__}")
-    g = torch.randn_like(out)
-    pairs = [(out, wanted)]
-    pairs += zip(torch.autograd.grad(out, inputs, g), torch.autograd.grad(wanted, exact, g.double()), strict=True)
-    found = [((got - want).norm() / want.norm()).item() for got, want in pairs]
-    return dict(zip(("out", "dy", "dx", "dA", "dB"), found, strict=True))
+    hs = product.down_by(triton_product, x, As, p, dtype)
+    out = [product.up_add_by(triton_product, *given, False) for given in zip(ys, hs, Bs, strict=True)]
+    gs = [torch.randn_like(t) for t in out]
+    got = [*out, *torch.autograd.grad(out, inputs, gs)]
+    want = [*wanted, *torch.autograd.grad(wanted, exact, [g.double() for g in gs])]
+    names = [*layers * ["out"], "dx", *(name for name in ("dy", "dA", "dB") for _ in range(layers))]
+    found: dict[str, float] = {}
+    for name, a, b in zip(names, got, want, strict=True):
+        found[name] = max(found.get(name, 0.0), ((a - b).norm() / b.norm()).item())
+    return found
 
 
 def dropped(case: Case, device: torch.device) -> tuple[dict[str, float], float]:
     """How far the frequency of dropped entries lies from the probability; five standard deviations are allowed."""
     p, x = case.dropout, torch.empty(case.tokens, case.tokens, device=device)
-    found = 1 - triton_product.keep_mask(x, p, torch.tensor([7], device=device)).float().mean().item()
+    found = 1 - triton_product.kept(torch.tensor([7], device=device), x.shape, p).float().mean().item()
     return {"frequency": abs(found - p)}, 5 * (p * (1 - p) / x.numel()) ** 0.5 + 1e-5
 
 

@@ -95,7 +95,7 @@ def kernels_in(loss: torch.Tensor) -> int:
         if node is None or node in seen:
             continue
         seen.add(node)
-        found += "_FusedLowRankAdd" in type(node).__name__
+        found += "_UpAdd" in type(node).__name__ and node.parts.__name__.endswith("triton_product")
         waiting += [following for following, _ in node.next_functions]
     return found
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from tolerance import assert_sums_agree
 from ziggurat.lowrank import mask as masks
 from ziggurat.lowrank import triton_kernels, triton_product
-from ziggurat.lowrank.triton_product import fused_low_rank_add, keep_mask
+from ziggurat.lowrank.product import down_by, up_add_by
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 
@@ -23,9 +23,17 @@ def operands(*leading: int, d_in: int, d_out: int, rank: int, dtype: torch.dtype
     return tuple(torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes)
 
 
+def fused_low_rank_add(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, p: float, dtype: torch.dtype, reuse_y: bool
+) -> Tensor:
+    """What `low_rank_add` does on a GPU."""
+    (h,) = down_by(triton_product, x, [A], p, dtype)
+    return up_add_by(triton_product, y, h, B, reuse_y)
+
+
 def mask_of_seed(x: Tensor, p: float, seed: int) -> Tensor:
     torch.manual_seed(seed)
-    return keep_mask(x, p, torch.empty(1, dtype=torch.int64).random_())
+    return triton_product.kept(torch.empty(1, dtype=torch.int64).random_(), x.shape, p)
 
 
 def check(inputs: tuple[Tensor, ...], p: float, dtype: torch.dtype, reuse_y: bool = False) -> None:
@@ -65,6 +73,81 @@ def test_everything_dropped() -> None:
     out = fused_low_rank_add(y, x, A, B, 1.0, torch.float32, False)
     assert torch.equal(out, y)
     assert not any(t.any() for t in torch.autograd.grad(out.sum(), (x, A, B)))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("idle", [None, 1])
+def test_linear_layers_that_share_x(p: float, idle: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of different ranks and widths, one of which may not be used, against float64; x is read once each way."""
+    launched: list[str] = []
+    launch = triton_product._launch
+    monkeypatch.setattr(
+        triton_product,
+        "_launch",
+        lambda kernel, *given, **c: launched.append(kernel.__name__) or launch(kernel, *given, **c),
+    )
+    torch.manual_seed(0)
+    x = torch.randn(2, 35, 48, requires_grad=True)
+    layers = [operands(2, 35, d_in=48, d_out=d, rank=r) for d, r in ((64, 5), (32, 20), (40, 3))]
+    exact_x = x.detach().double().requires_grad_()
+    exact = [tuple(t.detach().double().requires_grad_() for t in layer) for layer in layers]
+    used = [i for i in range(3) if i != idle]
+    kept = mask_of_seed(x, p, 3).double() * masks.keep_scale(p) if p else 1.0
+    wanted = [exact[i][0] + ((exact_x * kept) @ exact[i][2].T) @ exact[i][3].T for i in used]
+    launched.clear()
+    torch.manual_seed(3)
+    hs = down_by(triton_product, x, [A for _, _, A, _ in layers], p, torch.float32)
+    got = [up_add_by(triton_product, layers[i][0], hs[i], layers[i][3], False) for i in used]
+    gs = [torch.randn(t.shape) for t in got]
+    asking = [x, *(t for i in used for t in (layers[i][0], *layers[i][2:]))]
+    exact_asking = [exact_x, *(t for i in used for t in (exact[i][0], *exact[i][2:]))]
+    found = [*got, *torch.autograd.grad(got, asking, gs)]
+    reference = [*wanted, *torch.autograd.grad(wanted, exact_asking, [g.double() for g in gs])]
+    for a, b in zip(found, reference, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-12
+    # Down: x, and each g. Up: each y, and dx. Outer: each dB, and dA of all.
+    assert [launched.count(kernel) for kernel in ("down", "up", "outer")] == [1 + len(used)] * 3
+
+
+def test_a_models_linear_layers_share_x_on_the_fused_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries, keys and values of a real adapted module against the same in float64 without kernels."""
+    from peft import get_peft_model
+
+    from ziggurat import MSPLoraConfig
+    from ziggurat.lowrank import product
+
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (torch.nn.Linear(48, d) for d in (48, 16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+
+    torch.manual_seed(0)
+    config = MSPLoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], init_weights=False)
+    model = get_peft_model(torch.nn.ModuleDict({"self_attn": Attention()}), config).train()
+    attention = model.base_model.model["self_attn"]
+    x = torch.randn(33, 48)
+    results = []
+    seen: list[int] = []
+    for kernels in (False, True):
+        model.float() if kernels else model.double()
+        model.zero_grad()
+        if kernels:
+            down = triton_product.down
+            monkeypatch.setattr(
+                triton_product, "down", lambda x, m, As, *given: seen.append(len(As)) or down(x, m, As, *given)
+            )
+            monkeypatch.setattr(product, "_parts_for", lambda *given: triton_product)
+        inputs = x.to(torch.float32 if kernels else torch.float64).requires_grad_()
+        out = attention(inputs * 1.0)
+        out.square().sum().backward()
+        results.append([out, inputs.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+        inputs.grad = None
+    assert seen == [3]
+    for want, got in zip(*results, strict=True):
+        assert (got - want).norm() <= 1e-5 * want.norm()
 
 
 @pytest.mark.parametrize("programs", [1, 7, 1000])

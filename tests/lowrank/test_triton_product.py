@@ -25,48 +25,66 @@ def test_kernels_in_the_interpreter() -> None:
     assert " passed" in run.stdout or "%]" in run.stdout
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("name", ["down", "up", "outer"])
-def test_kernels_compile_for_gpus(name: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To machine code, without a GPU: bf16 activations, float32 factors, products on tensor cores."""
-    compiler = pytest.importorskip("triton.compiler")
-    backend = pytest.importorskip("triton.backends.compiler")
-    import triton.language as tl
+@pytest.mark.parametrize("rank", [14, 120])
+@pytest.mark.parametrize("name", ["h = drop(x) A'", "y + h B'", "dA = dh' drop(x)"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_120"])
+def test_kernels_compile_for_gpus(
+    name: str, rank: int, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To machine code, without a GPU: no register is spilled, a quarter of an SM's warps fit, tensor cores multiply.
 
-    from ziggurat.lowrank import triton_kernels
+    The largest kernels on the GPUs with the fewest registers a warp and with the least shared memory;
+    benchmarks/kernel_table.md has all of them.
+    """
+    pytest.importorskip("triton.compiler")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    from benchmarks import kernel_table
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants = {"DROP": True, "ADD": False, "DTYPE": tl.bfloat16, "RANK": 16, "TOKENS": 64, "WIDTH": 64, "y": None}
-    pointers = {"x": "*bf16", "w": "*fp32", "out": "*bf16", "h": "*bf16", "parts": "*fp32", "seed": "*i64"}
-    kernel = getattr(triton_kernels, name)
-    names = kernel.arg_names
-    signature = {
-        n: "constexpr" if n in constants else pointers.get(n, "fp32" if n == "scale" else "i32") for n in names
-    }
-    source = compiler.ASTSource(kernel, signature, {(i,): constants[n] for i, n in enumerate(names) if n in constants})
-    compiled = compiler.compile(source, target=backend.GPUTarget("cuda", capability, 32))
-    assert len(compiled.asm["cubin"]) > 0
-    assert "mma" in compiled.asm["ptx"]
-    # The smallest GPUs of compute capability 8.x have 99 KiB of shared memory for a block.
-    assert compiled.metadata.shared <= 99 * 1024
+    row = kernel_table.measured((rank, name, target))
+    assert "error" not in row
+    assert row["stack"] == 0
+    assert row["occupancy"] >= 0.25
+    assert row["products"] > 0
 
 
-def operands(dtype: torch.dtype = torch.bfloat16, rank: int = 4, tokens: int = 3) -> list[torch.Tensor]:
-    shapes = (tokens, 8), (tokens, 6), (rank, 6), (8, rank)
-    return [torch.zeros(shape, dtype=dtype) for shape in shapes]
+def test_a_kernel_that_spills_or_fills_an_sm_alone_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    from benchmarks import kernel_table
+
+    assert kernel_table.occupancy("sm_80", 128, 40 * 1024, 8) == 0.25
+    assert kernel_table.occupancy("sm_80", 129, 40 * 1024, 8) == 0.125
+    assert kernel_table.occupancy("sm_120", 128, 50 * 1024, 8) == pytest.approx(1 / 6, abs=1e-3)
+    assert kernel_table.occupancy("sm_120", 32, 100 * 1024, 8) == 0
+    good = {"target": "sm_80", "stack": 0, "occupancy": 0.25}
+    wrong = [{**good, "stack": 8}, {**good, "occupancy": 0.2}, {"target": "sm_80", "error": "OutOfResources"}]
+    assert kernel_table.bad([good, *wrong]) == wrong
+
+
+def operands(dtype: torch.dtype = torch.bfloat16, rank: int = 4, tokens: int = 3, d: int = 32) -> list[torch.Tensor]:
+    return [torch.zeros(shape, dtype=dtype) for shape in ((tokens, d), (rank, d), (rank, d))]
+
+
+def suits(wide: torch.Tensor, *factors: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> bool:
+    return bool(triton_product.suits(wide, factors, dtype))
 
 
 def test_what_the_kernels_take() -> None:
-    suits = triton_product.suits
-    assert suits(*operands(), torch.bfloat16)
-    assert suits(*operands(torch.float32), torch.float16)
-    assert not suits(*operands(torch.float32), torch.float32)
-    assert not suits(*operands(torch.float64), torch.bfloat16)
-    assert suits(*operands(rank=128), torch.bfloat16)
-    assert not suits(*operands(rank=129), torch.bfloat16)
-    assert not suits(*operands(rank=0), torch.bfloat16)
-    assert not suits(*operands(tokens=0), torch.bfloat16)
+    assert suits(*operands())
+    assert suits(*operands(torch.float32), dtype=torch.float16)
+    assert not suits(*operands(torch.float32), dtype=torch.float32)
+    assert not suits(*operands(torch.float64))
+    assert suits(*operands(rank=64, d=128))
+    assert not suits(*operands(rank=65, d=128))  # 130 for the two that go down together
+    assert not suits(*operands(rank=0))
+    assert not suits(*operands(tokens=0))
+    assert not suits(*operands(d=40))  # its rows don't start at whole 32 bytes
     assert not triton_product.runs_on(torch.device("cpu"))
+
+
+def test_the_kernels_are_chosen_for_large_inputs_alone() -> None:
+    assert triton_product.pays(torch.empty(1024, 2048, device="meta"))
+    assert not triton_product.pays(torch.empty(1023, 2048, device="meta"))
 
 
 def test_the_switch_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,15 +102,15 @@ def test_the_switch_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_on_a_gpu_against_float64(p: float) -> None:
     torch.manual_seed(0)
-    shapes = (3, 100, 200), (3, 100, 136), (14, 136), (200, 14)
+    shapes = (3, 1000, 1024), (3, 1000, 768), (14, 768), (1024, 14)
     inputs = [torch.randn(s, device="cuda", dtype=torch.bfloat16).requires_grad_() for s in shapes]
     exact = [t.detach().double().requires_grad_() for t in inputs]
     torch.manual_seed(1)
     out = product.low_rank_add(*inputs, p)
+    assert out.grad_fn.parts is triton_product  # type: ignore[union-attr]
     torch.manual_seed(1)
-    seed = torch.empty(1, dtype=torch.int64, device="cuda").random_()
     y, x, A, B = exact
-    kept = triton_product.keep_mask(x, p, seed) * product.masks.keep_scale(p) if p else 1.0
+    kept = triton_product.kept(triton_product.draw(x, p), x.shape, p) * product.masks.keep_scale(p) if p else 1.0
     wanted = y + ((x * kept) @ A.T) @ B.T
     g = torch.randn_like(out)
     pairs = [(out, wanted)]

@@ -1,14 +1,15 @@
 """y + (dropout(x) A^T) B^T: what every adapted linear computes besides its frozen weight.
 
 The two thin products are cheap; what costs is passing over (tokens, d) and keeping copies of it. So one autograd
-operation goes down and one goes up into the base output. They keep x itself (every linear that reads the same x
-keeps the same tensor), the (tokens, rank) product and the dropout mask as bits; a dropped-out copy of x is made
-again in the backward, in parts that fit a processor's cache. Linear layers that read one x can go down together.
+operation goes down and one goes up into the base output. They keep x itself (every linear layer that reads the same x
+keeps the same tensor), the (tokens, rank) product and the dropout mask, as bits or as a seed. Linear layers that read
+one x can go down together. What the two operations are made of stands in `plain_product`, by torch, and in
+`triton_product`, by kernels for large inputs on a GPU.
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -19,9 +20,9 @@ from torch.nn import functional as F
 
 from ziggurat.errors import ConfigError
 from ziggurat.lowrank import mask as masks
+from ziggurat.lowrank import plain_product
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
-_PART = 1 << 20  # bytes of x converted or masked at a time on a CPU
 
 
 def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.0, *, reuse_y: bool = False) -> Tensor:
@@ -39,8 +40,8 @@ def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.
 
     As in PEFT, x is converted to A's dtype and the sum is rounded to y's; under autocast the products
     are in autocast's dtype, as `torch.nn.functional.linear` has them. Gradients go to y, x, A and B, twice
-    if asked. Where Triton is installed and the GPU and the dtypes suit, Triton kernels do it
-    (ZIGGURAT_TRITON=0 in the environment turns them off). When compiled, traced or transformed (torch.func,
+    if asked. Where Triton is installed, the GPU, dtypes and sizes suit, and there are enough tokens
+    (`triton_product.suits`, `pays`), Triton kernels do it (ZIGGURAT_TRITON=0 in the environment turns them off). When compiled, traced or transformed (torch.func,
     forward-mode derivatives), and for tensor subclasses (DTensor, FakeTensor), it is composed of plain operations with
     torch's own dropout: a compiler fuses them itself.
 
@@ -50,20 +51,16 @@ def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.
     tensors = (y, x, A, B)
     if transformed() or not all(type(t) in _PLAIN for t in tensors):
         return composed(y, x, A, B, dropout)
-    if fused := _fused_for(*tensors):
-        return fused.fused_low_rank_add(y, x, A, B, dropout, _product_dtype(x, A), reuse_y)
     (h,) = down(x, [A], dropout)
     return up_add(y, h, B, reuse_y=reuse_y)
 
 
 def can_share(x: Tensor, A: Tensor) -> bool:
-    """Whether linear layers that read this x should take `down` together, and then `up_add` each.
+    """Whether linears that read this x should take `down` together, and then `up_add` each.
 
-    Not for tensor subclasses, nor where a Triton kernel does all of `low_rank_add` at once; and the caller must see
-    to it that torch isn't following the operations (`transformed`).
+    Not for tensor subclasses; and the caller must see to it that torch isn't following the operations (`transformed`).
     """
-    plain = type(x) in _PLAIN and type(A) in _PLAIN
-    return plain and not x.is_inference() and _fused_for(x, x, A, A) is None
+    return type(x) in _PLAIN and type(A) in _PLAIN and not x.is_inference()
 
 
 def transformed() -> bool:
@@ -98,10 +95,11 @@ def owns_output(module: nn.Module) -> bool:
     )
 
 
-def _fused_for(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> ModuleType | None:
-    if x.is_cuda and (fused := _fused()) and fused.runs_on(x.device) and fused.suits(y, x, A, B, _product_dtype(x, A)):
-        return fused
-    return None
+def _parts_for(wide: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> ModuleType:
+    """Who computes the products in ``dtype`` of ``wide``, (tokens, d), with factors of d: Triton's kernels or torch."""
+    if wide.is_cuda and (fused := _fused()) and fused.runs_on(wide.device):
+        return fused if fused.suits(wide, factors, dtype) and fused.pays(wide) else plain_product
+    return plain_product
 
 
 @cache
@@ -118,20 +116,31 @@ def _fused() -> ModuleType | None:
 def down(x: Tensor, As: Sequence[Tensor], dropout: float = 0.0) -> tuple[Tensor, ...]:
     """``dropout(x) A_i^T`` for each A_i (rank_i, d_in), as (tokens, rank_i): x is dropped out once, and read once.
 
-    The dtypes are those of `low_rank_add`. The As have one dtype and go to linear layers that read the same x:
-    its mask is drawn and kept once, and dL/dx is made once, where each layer alone would do so for itself.
+    The dtypes are those of `low_rank_add`. The As have one dtype and go to linears that read the same x: its mask is
+    drawn and kept once, and dL/dx is made once, where each linear alone would do so for itself.
     """
+    dtype = _product_dtype(x, As[0])
+    return down_by(_parts_for(x, As, dtype), x, As, dropout, dtype)
+
+
+def down_by(parts: Any, x: Tensor, As: Sequence[Tensor], dropout: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """`down` with the products in ``dtype`` and the functions of ``parts``: `plain_product` or `triton_product`."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *As)):
-        return _Down.apply(x, dropout, *As)  # type: ignore[no-any-return]
-    mask = masks.draw(x, dropout) if dropout else None
-    return _down(x, mask, _joined(As, masks.keep_scale(dropout), _product_dtype(x, As[0]))).split(_ranks(As), dim=1)
+        return _Down.apply(x, dropout, dtype, parts, *As)  # type: ignore[no-any-return]
+    mask = parts.draw(x, dropout) if dropout else None
+    return parts.down(x, mask, As, dropout, dtype).split([A.shape[0] for A in As], dim=1)  # type: ignore[no-any-return]
 
 
 def up_add(y: Tensor, h: Tensor, B: Tensor, *, reuse_y: bool = False) -> Tensor:
     """``y + h B^T`` for h (tokens, rank) from `down`, in y's dtype and shape."""
+    return up_add_by(_parts_for(y, [B], h.dtype), y, h, B, reuse_y)
+
+
+def up_add_by(parts: Any, y: Tensor, h: Tensor, B: Tensor, reuse_y: bool) -> Tensor:
+    """`up_add` with the functions of ``parts``."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (y, h, B)):
-        return _UpAdd.apply(y, h, B, reuse_y)  # type: ignore[no-any-return]
-    return _up_add(y, h, B.to(h.dtype), reuse_y)
+        return _UpAdd.apply(y, h, B, reuse_y, parts)  # type: ignore[no-any-return]
+    return parts.up_add(y, h, B, reuse_y)  # type: ignore[no-any-return]
 
 
 class _Down(torch.autograd.Function):
@@ -141,162 +150,69 @@ class _Down(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropout: float, *As: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        need_x, need_A = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:])
-        ctx.dtype, ctx.scale = _product_dtype(x, As[0]), masks.keep_scale(dropout)
-        ctx.x_like, ctx.A_dtype, ctx.ranks = (x.shape, x.dtype), As[0].dtype, _ranks(As)
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, dropout: float, dtype: torch.dtype, parts: Any, *As: Tensor
+    ) -> tuple[Tensor, ...]:
+        need_x, need_A = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:])
+        ctx.parts, ctx.dropout, ctx.dtype = parts, dropout, dtype
+        ctx.like, ctx.ranks = plain_product.Like(x.shape, x.dtype, As[0].dtype), [A.shape[0] for A in As]
         ctx.set_materialize_grads(False)
-        mask = masks.draw(x, dropout) if dropout else None
+        mask = parts.draw(x, dropout) if dropout else None
         ctx.save_for_backward(x if need_A else None, mask, *(A if need_x else None for A in As))
-        return _down(x, mask, _joined(As, ctx.scale, ctx.dtype)).split(ctx.ranks, dim=1)
+        return parts.down(x, mask, As, dropout, dtype).split(ctx.ranks, dim=1)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, mask, *As = ctx.saved_tensors
-        need_x, need_A = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
+        need_x, need_A = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         asked = [i for i, dh in enumerate(dhs) if dh is not None]  # linear layers that did run
         if not asked:
-            return (None,) * (2 + len(As))
-        dh = _cat([dhs[i] for i in asked], dim=1)  # type: ignore[misc]
-        A = _joined([As[i] for i in asked], ctx.scale, ctx.dtype) if need_x else None
-        need_dA = any(need_A[i] for i in asked)
+            return (None,) * (4 + len(As))
+        dh = plain_product.joined([dhs[i] for i in asked], dim=1)  # type: ignore[misc]
+        x = x if any(need_A[i] for i in asked) else None
         # With grad mode on, this backward is itself differentiated: nothing in place.
-        gradients = _gradients_twice if torch.is_grad_enabled() else _gradients
-        dA, dx = gradients(dh, x if need_dA else None, A, mask, ctx)
+        gradients = partial(_down_gradients_twice, ctx.parts) if torch.is_grad_enabled() else ctx.parts.down_gradients
+        dA, dx = gradients(dh, x, ctx.like, mask, [As[i] for i in asked] if need_x else None, ctx.dropout)
         dAs: list[Tensor | None] = [None] * len(As)
         if dA is not None:
-            dA = dA.to(ctx.A_dtype) if mask is None else dA.to(ctx.A_dtype) * ctx.scale
-            for i, part in zip(asked, dA.split([ctx.ranks[i] for i in asked]), strict=True):
-                dAs[i] = part if need_A[i] else None
-        return dx, None, *dAs
+            for i, dA_i in zip(asked, dA.split([ctx.ranks[i] for i in asked]), strict=True):
+                dAs[i] = dA_i if need_A[i] else None
+        return dx, None, None, None, *dAs
 
 
 class _UpAdd(torch.autograd.Function):
     """out = y + h B^T; with g = dL/dout, (tokens, d_out):  dL/dy = g;  dL/dh = g B;  dL/dB = (h^T g)^T."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, reuse_y: bool) -> Tensor:  # type: ignore[override]
-        _, need_h, need_B, _ = ctx.needs_input_grad
-        ctx.dtype, ctx.B_dtype = h.dtype, B.dtype
+    def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, reuse_y: bool, parts: Any) -> Tensor:  # type: ignore[override]
+        _, need_h, need_B, _, _ = ctx.needs_input_grad
+        ctx.parts, ctx.dtype, ctx.B_dtype = parts, h.dtype, B.dtype
         ctx.save_for_backward(h if need_B else None, B if need_h else None)
-        return _up_add(y, h, B.to(h.dtype), reuse_y)
+        return parts.up_add(y, h, B, reuse_y)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        need_y, need_h, need_B, _ = ctx.needs_input_grad
         h, B = ctx.saved_tensors
-        rows = _flat(g).to(ctx.dtype)
-        dh = rows @ B.to(ctx.dtype) if need_h else None
-        dB = (h.T @ rows).T.to(ctx.B_dtype) if need_B else None
-        return g if need_y else None, dh, dB, None
+        parts = plain_product if torch.is_grad_enabled() else ctx.parts  # which can be differentiated
+        dh, dB = parts.up_gradients(g, h, B, ctx.dtype)
+        return g if ctx.needs_input_grad[0] else None, dh, None if dB is None else dB.to(ctx.B_dtype), None, None
 
 
-def _down(x: Tensor, mask: Tensor | None, A: Tensor) -> Tensor:
-    """(x * m) A^T, (tokens, rank), in A's dtype."""
-    if _fits_one_part(x, mask, A.dtype):
-        return _dropped(x, mask, A.dtype) @ A.T
-    h = A.new_empty(x.numel() // x.shape[-1], A.shape[0])
-    for rows, part, _ in _parts(x, mask, A.dtype):
-        torch.mm(part, A.T, out=h[rows])
-    return h
-
-
-def _up_add(y: Tensor, h: Tensor, B: Tensor, reuse_y: bool) -> Tensor:
-    """y + h B^T in y's dtype and shape. Never a view: autograd lets nobody change a Function's view in place."""
-    if y.dtype != B.dtype or torch._C._len_torch_dispatch_stack():
-        # A mode may keep what it sees, as selective checkpointing does: nothing in place.
-        return torch.add(y, (h @ B.T).view(y.shape)).to(y.dtype)
-    if reuse_y and y.is_contiguous():
-        # detach() shares y's version counter: had somebody saved y for a backward, that would raise there.
-        out = y.detach()
-        _flat(out).addmm_(h, B.T)
-        return out
-    out = torch.empty_like(y, memory_format=torch.contiguous_format)
-    torch.addmm(_flat(y), h, B.T, out=_flat(out))
-    return out
-
-
-def _gradients(
-    dh: Tensor, x: Tensor | None, A: Tensor | None, mask: Tensor | None, ctx: Any
+def _down_gradients_twice(
+    parts: Any,
+    dh: Tensor,
+    x: Tensor | None,
+    like: plain_product.Like,
+    mask: Tensor | None,
+    As: Sequence[Tensor] | None,
+    dropout: float,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dh^T (x * m), (rank, d_in), and (dh A) * m in x's shape and dtype; None for the one whose factor is None."""
-    shape, dtype = ctx.x_like
-    if mask is None or x is None or A is None or _fits_one_part(x, mask, dh.dtype):
-        dA = None
-        if x is not None and not _fits_one_part(x, mask, dh.dtype):
-            dA = dh.new_zeros(dh.shape[1], shape[-1])
-            for rows, part, _ in _parts(x, mask, dh.dtype):
-                dA.addmm_(dh[rows].T, part)
-        elif x is not None:
-            dA = dh.T @ _dropped(x, mask, dh.dtype)
-        if A is None:
-            return dA, None
-        dx = dh @ A
-        return dA, (dx if mask is None else masks.apply(dx, mask, in_place=True)).view(shape).to(dtype)
-    # Both in one pass, so that a part of the mask is unpacked once and a part of dL/dx is masked in the cache.
-    dA, dx = dh.new_zeros(dh.shape[1], shape[-1]), dh.new_empty(dh.shape[0], shape[-1])
-    for rows, part, kept in _parts(x, mask, dh.dtype):
-        dA.addmm_(dh[rows].T, part)
-        torch.mm(dh[rows], A, out=dx[rows]).mul_(kept)  # type: ignore[arg-type]
-    return dA, dx.view(shape).to(dtype)
-
-
-def _gradients_twice(
-    dh: Tensor, x: Tensor | None, A: Tensor | None, mask: Tensor | None, ctx: Any
-) -> tuple[Tensor | None, Tensor | None]:
-    """`_gradients` from differentiable operations."""
-    shape, dtype = ctx.x_like
-    dA = None if x is None else dh.T @ _dropped(x, mask, dh.dtype)
-    if A is None:
-        return dA, None
-    dx = dh @ A
-    return dA, (dx if mask is None else masks.apply(dx, mask)).view(shape).to(dtype)
-
-
-def _fits_one_part(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> bool:
-    # Parts save a copy's trip through memory; without a copy, on other devices, and where adding up the
-    # parts' products would round more often (half precision), x is taken whole.
-    no_copy = mask is None and x.dtype == dtype
-    exact = dtype in (torch.float32, torch.float64)
-    return no_copy or not exact or x.device.type != "cpu" or x.numel() * dtype.itemsize <= _PART
-
-
-def _parts(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """x * m in ``dtype``, some rows at a time: which rows, their part of it (until the next is asked for), and of m."""
-    x = _flat(x)
-    rows = max(1, _PART // (8 * x.shape[-1] * dtype.itemsize)) * 8  # whole bytes of the mask
-    buffer = x.new_empty(rows, x.shape[-1], dtype=dtype)
-    for start in range(0, x.shape[0], rows):
-        part = x[start : start + rows].to(dtype)
-        kept = None if mask is None else masks.kept(mask, start * x.shape[-1], part.numel()).view(part.shape)
-        yield (
-            slice(start, start + rows),
-            part if kept is None else torch.mul(part, kept, out=buffer[: part.shape[0]]),
-            kept,
-        )
-
-
-def _dropped(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    x = _flat(x.to(dtype))
-    return x if mask is None else masks.apply(x, mask)
-
-
-def _joined(As: Sequence[Tensor], scale: float, dtype: torch.dtype) -> Tensor:
-    """[A_1; ...; A_n] times the scale, which goes to the small factor, before rounding to a shorter dtype."""
-    A = _cat(As)
-    return (A if scale == 1 else A * scale).to(dtype)
-
-
-def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
-
-
-def _ranks(As: Sequence[Tensor]) -> list[int]:
-    return [A.shape[0] for A in As]
-
-
-def _flat(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
+    """`down_gradients` of ``parts`` from differentiable operations."""
+    dh = dh * masks.keep_scale(dropout)
+    ones = 1.0 if mask is None else parts.kept(mask, like.shape, dropout)
+    dA = None if x is None else (dh.T @ plain_product.flat(x.to(dh.dtype) * ones)).to(like.A_dtype)
+    dx = None if As is None else ((dh @ plain_product.joined(As).to(dh.dtype)).view(like.shape) * ones).to(like.dtype)
+    return dA, dx
 
 
 def _product_dtype(x: Tensor, A: Tensor) -> torch.dtype:

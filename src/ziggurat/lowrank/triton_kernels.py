@@ -4,15 +4,43 @@ Each reads or writes (tokens, d) once and nothing else of that size. Dropout is 
 dropped if 16 bits of Philox4x32-7 at counter ``t * ceil(d / 8) + k // 8`` are below a threshold, so a seed says
 the whole mask, whatever the tiles, and one draw of 128 bits serves 8 neighbours.
 
-The sums over d or over the tokens are split among programs, each writing its own float32 part: what adds them
-up does so in a fixed order, hence the same result each time. Sizes that are no multiple of a tile are masked.
+The grid is (tiles of the output, splits). A program of a split runs over ``per_split`` columns or tokens. Where these
+are what is summed, each split writes its own float32 part, and `add_parts` adds them in a fixed order, hence the same
+result each time. Sizes that are no multiple of a tile are masked. Offsets into what has only the rank as its second size
+have 32 bits, those into (tokens, d) 64.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
+
 TOKENS = 64  # tokens per tile
 WIDTH = 64  # columns per tile, a multiple of 8
+NARROW = 32  # up to this rank factors are converted in the kernels, beyond it before
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut and compiled."""
+
+    TOKENS: int
+    WIDTH: int
+    num_warps: int = 8
+    num_stages: int = 3  # tiles of a loop in flight, among them the one at work
+
+
+def tile(kernel: str, rank: int) -> Tile:
+    """The tile of `down`, `up` or `outer`: by benchmarks/kernel_table.md, on every GPU without spills, and with a
+    quarter of the warps that an SM can hold."""
+    if padded(rank) <= 64:
+        return Tile(TOKENS, WIDTH)
+    return Tile(TOKENS // 2, WIDTH) if kernel == "outer" else Tile(TOKENS, WIDTH, num_stages=2)
+
+
+def padded(rank: int) -> int:
+    """The rank of the tiles: the tensor cores' products want 16 at least, and tiles are powers of two."""
+    return max(16, 1 << (rank - 1).bit_length())
 
 
 @triton.jit
@@ -27,67 +55,64 @@ def _keep(seed, rows, first, groups, threshold, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "threshold"])
 def down(
-    x, x_row, w, w_rank, w_col, parts, seed, tokens, columns, rank, groups, threshold, per_split,
+    x, x_row, w, w_rank, w_col, out, seed, tokens, columns, rank, groups, threshold, scale, per_split,
     DROP: tl.constexpr, DTYPE: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """parts[s, t, r] = sum over the columns k of split s of (x * keep)[t, k] w[r, k]."""
+    """out[s, t, r] = scale * sum over the columns k of split s of (x * keep)[t, k] w[r, k]."""
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     split = tl.program_id(1)
     ranks = tl.arange(0, RANK)
     inside = rows < tokens
     x += rows.to(tl.int64)[:, None] * x_row
+    w += ranks[None, :] * w_rank
     total = tl.zeros((TOKENS, RANK), dtype=tl.float32)
     for first in range(split * per_split, min((split + 1) * per_split, columns), WIDTH):
         cols = first + tl.arange(0, WIDTH)
         tile = tl.load(x + cols[None, :], mask=inside[:, None] & (cols < columns)[None, :], other=0.0)
         if DROP:
             tile = tl.where(_keep(seed, rows, first, groups, threshold, WIDTH), tile, 0.0)
-        w_at = w + ranks[None, :] * w_rank + cols.to(tl.int64)[:, None] * w_col
-        factor = tl.load(w_at, mask=(ranks < rank)[None, :] & (cols < columns)[:, None], other=0.0)
+        factor = tl.load(w + cols[:, None] * w_col, mask=(ranks < rank)[None, :] & (cols < columns)[:, None], other=0.0)
         total = tl.dot(tile.to(DTYPE), factor.to(DTYPE), total, input_precision="ieee")
-    at = parts + (split.to(tl.int64) * tokens + rows[:, None]) * rank + ranks[None, :]
-    tl.store(at, total, mask=inside[:, None] & (ranks < rank)[None, :])
+    out += split.to(tl.int64) * tokens * rank + (rows * rank)[:, None] + ranks[None, :]
+    tl.store(out, total * scale, mask=inside[:, None] & (ranks < rank)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens", "threshold"])
 def up(
-    parts, w, w_col, w_rank, y, y_row, out, h, seed, tokens, columns, rank, groups, threshold, splits, scale,
+    h, h_row, w, w_rank, w_col, y, y_row, out, seed, tokens, columns, rank, groups, threshold, scale, per_split,
     ADD: tl.constexpr, DROP: tl.constexpr, DTYPE: tl.constexpr,
     RANK: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """h = scale sum_s parts[s], (tokens, rank); out[t, n] = y[t, n] + h[t] . w[n], or keep[t, n] h[t] . w[n]."""
+    """out[t, n] = y[t, n] + scale h[t] . w[:, n], or keep[t, n] scale h[t] . w[:, n], for the columns n of a split."""
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    first = tl.program_id(1) * WIDTH
-    cols = first + tl.arange(0, WIDTH)
+    split = tl.program_id(1)
     ranks = tl.arange(0, RANK)
     inside = rows < tokens
-    small = inside[:, None] & (ranks < rank)[None, :]
-    small_at = rows.to(tl.int64)[:, None] * rank + ranks[None, :]
-    total = tl.zeros((TOKENS, RANK), dtype=tl.float32)
-    part_at = parts + small_at
-    for _ in range(splits):
-        total += tl.load(part_at, mask=small, other=0.0)
-        part_at += tokens * rank
-    rounded = (total * scale).to(DTYPE)
-    if first == 0:
-        tl.store(h + small_at, rounded, mask=small)
-    w_at = w + cols.to(tl.int64)[None, :] * w_col + ranks[:, None] * w_rank
-    factor = tl.load(w_at, mask=(cols < columns)[None, :] & (ranks < rank)[:, None], other=0.0)
-    tile = tl.dot(rounded, factor.to(DTYPE), input_precision="ieee")
-    large = inside[:, None] & (cols < columns)[None, :]
+    small = tl.load(
+        h + (rows * h_row)[:, None] + ranks[None, :], mask=inside[:, None] & (ranks < rank)[None, :], other=0.0
+    ).to(DTYPE)
+    w += ranks[:, None] * w_rank
+    out += rows.to(tl.int64)[:, None] * columns
     if ADD:
-        tile += tl.load(y + rows.to(tl.int64)[:, None] * y_row + cols[None, :], mask=large, other=0.0).to(tl.float32)
-    if DROP:
-        tile = tl.where(_keep(seed, rows, first, groups, threshold, WIDTH), tile, 0.0)
-    tl.store(out + rows.to(tl.int64)[:, None] * columns + cols[None, :], tile, mask=large)
+        y += rows.to(tl.int64)[:, None] * y_row
+    for first in range(split * per_split, min((split + 1) * per_split, columns), WIDTH):
+        cols = first + tl.arange(0, WIDTH)
+        factor = tl.load(w + cols[None, :] * w_col, mask=(cols < columns)[None, :] & (ranks < rank)[:, None], other=0.0)
+        tile = tl.dot(small, factor.to(DTYPE), input_precision="ieee") * scale
+        large = inside[:, None] & (cols < columns)[None, :]
+        if ADD:
+            tile += tl.load(y + cols[None, :], mask=large, other=0.0).to(tl.float32)
+        if DROP:
+            tile = tl.where(_keep(seed, rows, first, groups, threshold, WIDTH), tile, 0.0)
+        tl.store(out + cols[None, :], tile, mask=large)
 
 
 @triton.jit(do_not_specialize=["tokens", "threshold"])
 def outer(
-    h, x, x_row, parts, seed, tokens, columns, rank, groups, threshold, per_split,
+    h, h_row, x, x_row, out, seed, tokens, columns, rank, groups, threshold, scale, per_split,
     DROP: tl.constexpr, DTYPE: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """parts[s, r, n] = sum over the tokens t of split s of h[t, r] (x * keep)[t, n]."""
+    """out[s, r, n] = scale * sum over the tokens t of split s of h[t, r] (x * keep)[t, n]."""
     first = tl.program_id(0) * WIDTH
     split = tl.program_id(1)
     cols = first + tl.arange(0, WIDTH)
@@ -96,17 +121,27 @@ def outer(
     for start in range(split * per_split, min((split + 1) * per_split, tokens), TOKENS):
         rows = start + tl.arange(0, TOKENS)
         inside = rows < tokens
-        far = rows.to(tl.int64)
-        tile = tl.load(
-            x + far[:, None] * x_row + cols[None, :], mask=inside[:, None] & (cols < columns)[None, :], other=0.0
-        )
+        large = inside[:, None] & (cols < columns)[None, :]
+        tile = tl.load(x + rows.to(tl.int64)[:, None] * x_row + cols[None, :], mask=large, other=0.0)
         if DROP:
             tile = tl.where(_keep(seed, rows, first, groups, threshold, WIDTH), tile, 0.0)
         small = inside[None, :] & (ranks < rank)[:, None]
-        factor = tl.load(h + far[None, :] * rank + ranks[:, None], mask=small, other=0.0)
+        factor = tl.load(h + (rows * h_row)[None, :] + ranks[:, None], mask=small, other=0.0)
         total = tl.dot(factor.to(DTYPE), tile.to(DTYPE), total, input_precision="ieee")
-    at = parts + (split * rank + ranks)[:, None].to(tl.int64) * columns + cols[None, :]
-    tl.store(at, total, mask=(ranks < rank)[:, None] & (cols < columns)[None, :])
+    at = out + (split * rank + ranks)[:, None] * columns + cols[None, :]
+    tl.store(at, total * scale, mask=(ranks < rank)[:, None] & (cols < columns)[None, :])
+
+
+@triton.jit(do_not_specialize=["splits"])
+def add_parts(parts, out, size, splits, WIDTH: tl.constexpr):
+    """out[i] = sum_s parts[s, i]."""
+    at = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    inside = at < size
+    total = tl.zeros((WIDTH,), dtype=tl.float32)
+    for _ in range(splits):
+        total += tl.load(parts + at, mask=inside, other=0.0)
+        parts += size
+    tl.store(out + at, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens", "threshold"])

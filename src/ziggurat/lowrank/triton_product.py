@@ -1,9 +1,10 @@
-"""The low-rank addition on CUDA by the kernels of `triton_kernels`: dropout, scale and sum cost no pass of their own.
+"""The parts of `product` by the kernels of `triton_kernels`: dropout, scale and sum cost no pass of their own.
 
-Forward: two launches, and one that draws a seed if there is dropout. Kept for the backward: x itself, the
-(tokens, rank) product and the seed. Backward: four launches and the sums of their parts.
+The functions are those of `plain_product`. A dropout mask is a seed here. Each passes over (tokens, d) once: one
+launch, and one that adds up parts where a sum had to be split to fill the GPU.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -13,21 +14,38 @@ from torch import Tensor
 
 from ziggurat.lowrank import mask as masks
 from ziggurat.lowrank import triton_kernels as kernels
+from ziggurat.lowrank.plain_product import Like, joined, watched
 
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-_MAX_RANK = 128  # above it a tile of (rank, columns) sums no longer fits the registers
+_MAX_RANK = 128  # above it a tile of (rank, columns) sums does not fit the registers
 _PROGRAMS = 256  # enough to fill a large GPU about twice
+_ADDED = 1024  # sums that one program adds up
+_ENOUGH = 2**21  # entries of (tokens, d) from which on the kernels are chosen, see `pays`
 
 
-def suits(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernels should take these, with the products in ``dtype``.
+def suits(wide: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether the kernels should take products in ``dtype`` of (tokens, d) with factors of d that are done together.
 
-    Half-precision products only: float32 ones would not run on tensor cores, and torch's are better at it.
+    Half-precision products only: float32 ones would not run on tensor cores, and torch's are better at it. The width
+    has to be a multiple of 16, so that rows start at whole 32 bytes; else the kernels move every entry by itself.
     """
-    dtypes_known = all(t.dtype in _DTYPES for t in (y, x, A, B)) and dtype in (torch.float16, torch.bfloat16)
-    # The random numbers' counter, one for 8 entries, has 31 bits.
-    countable = x.numel() < 2**33
-    return dtypes_known and 1 <= A.shape[0] <= _MAX_RANK and x.numel() > 0 and y.numel() > 0 and countable
+    rank = sum(min(factor.shape) for factor in factors)
+    dtypes_known = wide.dtype in _DTYPES and all(f.dtype in _DTYPES for f in factors)
+    tokens = wide.numel() // max(1, wide.shape[-1])
+    # The random numbers' counter, one for 8 entries, and offsets into (tokens, rank) and (rank, d) have 31 bits.
+    countable = wide.numel() < 2**33 and rank * max(tokens, wide.shape[-1]) < 2**31
+    fits = wide.numel() > 0 and wide.shape[-1] % 16 == 0 and 1 <= rank <= _MAX_RANK
+    return fits and countable and dtypes_known and dtype in (torch.float16, torch.bfloat16)
+
+
+def pays(wide: Tensor) -> bool:
+    """Whether the kernels are expected to be faster than torch's operations for this (tokens, d).
+
+    They move a third of the bytes, and a processor takes about three times as long to launch each. So they win where
+    the GPU works for longer than it takes to launch: from 2,097,152 entries on, 1,024 tokens of 2,048; and at every
+    size within a CUDA graph, which has no launches (benchmarks/roofline.md).
+    """
+    return wide.numel() >= _ENOUGH or torch.cuda.is_current_stream_capturing()
 
 
 @cache
@@ -37,156 +55,130 @@ def runs_on(device: torch.device) -> bool:
     return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def fused_low_rank_add(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float, dtype: torch.dtype, reuse_y: bool
-) -> Tensor:
-    """`product.low_rank_add` with the products in ``dtype``, for what `suits`."""
-    return _FusedLowRankAdd.apply(y, x, A, B, dropout, dtype, reuse_y)  # type: ignore[no-any-return]
+def draw(x: Tensor, dropout: float) -> Tensor:
+    """A seed, which stands for a new mask of x. Drawn on x's device: nothing waits for the GPU, and a captured graph
+    draws anew in each replay."""
+    return torch.empty(1, dtype=torch.int64, device=x.device).random_().add_(masks.rank())
 
 
-def keep_mask(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
-    """The mask that ``seed`` stands for in this x, as booleans of its shape."""
-    out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    tokens, columns = _rows(x).shape
-    _launch(kernels.write_mask, (_tiles(tokens), _blocks(columns)), out, seed, tokens, columns, *_dropping(x, dropout))
+def kept(mask: Tensor, shape: torch.Size, dropout: float) -> Tensor:
+    """The mask that the seed stands for in an x of this shape, as booleans."""
+    out = torch.empty(shape, dtype=torch.int8, device=mask.device)
+    tokens, columns = _rows(out).shape
+    tile = kernels.Tile(kernels.TOKENS, kernels.WIDTH, num_warps=4)
+    grid = _ceil(tokens, tile.TOKENS), _ceil(columns, tile.WIDTH)
+    _launch(kernels.write_mask, grid, tile, out, mask, tokens, columns, *_dropping(out, dropout))
     return out.bool()
 
 
-class _FusedLowRankAdd(torch.autograd.Function):
-    """As `product.down` and `up_add` in one, with h = (x * m) (s A)^T as (tokens, rank) and the mask m as its seed."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float, dtype: torch.dtype, reuse_y: bool
-    ) -> Tensor:
-        _, need_x, need_A, need_B = ctx.needs_input_grad[:4]
-        # Drawn on x's device: nothing waits for the GPU, and a captured graph draws anew in each replay.
-        seed = torch.empty(1, dtype=torch.int64, device=x.device).random_().add_(masks.rank()) if dropout else None
-        ctx.dropout, ctx.dtype, ctx.x_like = dropout, dtype, (x.shape, x.dtype)
-        ctx.A_dtype, ctx.B_dtype = A.dtype, B.dtype
-        # detach() shares y's version counter: had somebody saved y for a backward, that would raise there.
-        out = y.detach() if reuse_y and y.is_contiguous() else torch.empty(y.shape, dtype=y.dtype, device=y.device)
-        h = _up(_down(x, A, dropout, seed, dtype), B, out, masks.keep_scale(dropout), dtype, add=y)
-        ctx.save_for_backward(
-            x if need_A or need_B else None,
-            h if need_B else None,
-            seed,
-            A if need_x or need_B else None,
-            B if need_x or need_A else None,
-        )
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        need_y, need_x, need_A, need_B = ctx.needs_input_grad[:4]
-        x, h, seed, A, B = ctx.saved_tensors
-        if torch.is_grad_enabled():  # this backward is itself differentiated
-            dx, dA, dB = _plain_backward(ctx, g, x, seed, A, B)
-            return g if need_y else None, dx, dA, dB, None, None, None
-        dx = dA = dB = None
-        if need_B:
-            dB = _outer(h, g, 0.0, None, ctx.dtype).T.to(ctx.B_dtype)
-        if need_x or need_A:
-            parts = _down(g, B.T, 0.0, None, ctx.dtype)
-            scale = masks.keep_scale(ctx.dropout)
-            if need_x:
-                dx = torch.empty(ctx.x_like[0], dtype=ctx.x_like[1], device=g.device)
-                dh = _up(parts, A.T, dx, scale, ctx.dtype, dropout=ctx.dropout, seed=seed)
-            else:
-                dh = (parts.sum(0) * scale).to(ctx.dtype)
-            if need_A:
-                dA = _outer(dh, x, ctx.dropout, seed, ctx.dtype).to(ctx.A_dtype)
-        return g if need_y else None, dx, dA, dB, None, None, None
+def down(x: Tensor, mask: Tensor | None, As: Sequence[Tensor], dropout: float, dtype: torch.dtype) -> Tensor:
+    """h = s (x * m) A^T for A = [A_1; ...; A_n], the mask m and its scale s: (tokens, sum of the ranks) in dtype."""
+    return _down(x, joined(As), mask, dropout, dtype)
 
 
-def _plain_backward(
-    ctx: Any, g: Tensor, x: Tensor | None, seed: Tensor | None, A: Tensor | None, B: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """dx, dA and dB from differentiable operations."""
-    _, need_x, need_A, need_B = ctx.needs_input_grad[:4]
-    dtype, (x_shape, x_dtype) = ctx.dtype, ctx.x_like
-    kept: Tensor | float = 1.0
-    if seed is not None:
-        like = x if x is not None else torch.empty(x_shape, device="meta")
-        mask = keep_mask(like.new_empty(x_shape, device=seed.device), ctx.dropout, seed)
-        kept = mask.to(dtype) * masks.keep_scale(ctx.dropout)
-    rows = g.reshape(-1, g.shape[-1]).to(dtype)
-    dx = dA = dB = None
-    if x is not None:
-        dropped = (x.to(dtype) * kept).reshape(-1, x_shape[-1])
-    if need_B:
-        dB = (rows.T @ (dropped @ A.to(dtype).T)).to(ctx.B_dtype)  # type: ignore[union-attr]
-    if need_x or need_A:
-        dh = rows @ B.to(dtype)  # type: ignore[union-attr]
-        if need_A:
-            dA = (dh.T @ dropped).to(ctx.A_dtype)
-        if need_x:
-            dx = ((dh @ A.to(dtype)).view(x_shape) * kept).to(x_dtype)  # type: ignore[union-attr]
-    return dx, dA, dB
+def down_gradients(
+    dh: Tensor, x: Tensor | None, like: Like, mask: Tensor | None, As: Sequence[Tensor] | None, dropout: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """dL/dA = s dh^T (x * m), (rank, d_in), and dL/dx = s (dh A) * m; None without x, and without the As."""
+    dx = None
+    if As is not None:
+        dx = torch.empty(like.shape, dtype=like.dtype, device=dh.device)
+        _up(dh, joined(As).T, dx, dropout=dropout, seed=mask)
+    return None if x is None else _outer(dh, x, dropout, mask).to(like.A_dtype), dx
 
 
-def _down(x: Tensor, w: Tensor, dropout: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Parts of (x * m) w^T, (splits, tokens, rank) in float32, for w (rank, d): to be summed over the first."""
+def up_add(y: Tensor, h: Tensor, B: Tensor, reuse_y: bool) -> Tensor:
+    """y + h B^T in y's dtype and shape, in y's memory if it may."""
+    # detach() shares y's version counter: had somebody saved y for a backward, that would raise there.
+    in_place = reuse_y and y.is_contiguous() and not watched()
+    out = y.detach() if in_place else torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    _up(h, B, out, add=y)
+    return out
+
+
+def up_gradients(g: Tensor, h: Tensor | None, B: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """dL/dh = g B, and dL/dB = (h^T g)^T in float32; None for the one whose factor is None."""
+    return None if B is None else _down(g, B.T, None, 0.0, dtype), None if h is None else _outer(h, g).T
+
+
+def _down(x: Tensor, w: Tensor, seed: Tensor | None, dropout: float, dtype: torch.dtype) -> Tensor:
+    """s (x * m) w^T, (tokens, rank), for w (rank, d)."""
     x = _rows(x)
     (tokens, columns), rank = x.shape, w.shape[0]
-    splits, per_split = _splits(columns, kernels.WIDTH, _tiles(tokens))
-    parts = torch.empty(splits, tokens, rank, dtype=torch.float32, device=x.device)
+    tile = kernels.tile("down", rank)
+    tiles = _ceil(tokens, tile.TOKENS)
+    splits, per_split = _splits(columns, tile.WIDTH, tiles)
+    w = _factor(w, rank, dtype)
+    out = torch.empty(splits, tokens, rank, dtype=dtype if splits == 1 else torch.float32, device=x.device)
     _launch(
-        kernels.down, (_tiles(tokens), splits), x, x.stride(0), w, *w.stride(), parts, seed,
-        tokens, columns, rank, *_dropping(x, dropout), per_split,
-        DROP=dropout > 0, DTYPE=_DTYPES[dtype], RANK=_padded(rank),
+        kernels.down, (tiles, splits), tile, x, x.stride(0), w, *w.stride(), out, seed,
+        tokens, columns, rank, *_dropping(x, dropout), masks.keep_scale(dropout), per_split,
+        DROP=dropout > 0, DTYPE=_DTYPES[dtype], RANK=kernels.padded(rank),
     )  # fmt: skip
-    return parts
+    return _added(out, dtype)
 
 
 def _up(
-    parts: Tensor,
-    w: Tensor,
-    out: Tensor,
-    scale: float,
-    dtype: torch.dtype,
-    *,
-    add: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """Fill out (..., d) with ``add + h w^T`` or ``(h w^T) * m`` for w (d, rank); returns h = scale sum(parts)."""
-    splits, tokens, rank = parts.shape
+    h: Tensor, w: Tensor, out: Tensor, *, add: Tensor | None = None, dropout: float = 0.0, seed: Tensor | None = None
+) -> None:
+    """Fill out (..., d) with ``add + h w^T`` or ``s (h w^T) * m``, for w (d, rank)."""
+    tokens, rank = h.shape
     columns = out.shape[-1]
+    h = h if h.stride(1) == 1 else h.contiguous()
     add = None if add is None else _rows(add)
-    h = torch.empty(tokens, rank, dtype=dtype, device=out.device)
+    tile = kernels.tile("up", rank)
+    tiles = _ceil(tokens, tile.TOKENS)
+    splits, per_split = _splits(columns, tile.WIDTH, tiles)
+    w = _factor(w, rank, h.dtype)
     _launch(
-        kernels.up, (_tiles(tokens), _blocks(columns)), parts, w, *w.stride(), add, 0 if add is None else add.stride(0),
-        out, h, seed, tokens, columns, rank, *_dropping(out, dropout), splits, scale,
-        ADD=add is not None, DROP=dropout > 0, DTYPE=_DTYPES[dtype], RANK=_padded(rank),
+        kernels.up, (tiles, splits), tile, h, h.stride(0), w, w.stride(1), w.stride(0),
+        add, 0 if add is None else add.stride(0), out, seed,
+        tokens, columns, rank, *_dropping(out, dropout), masks.keep_scale(dropout), per_split,
+        ADD=add is not None, DROP=dropout > 0, DTYPE=_DTYPES[h.dtype], RANK=kernels.padded(rank),
     )  # fmt: skip
-    return h
 
 
-def _outer(h: Tensor, x: Tensor, dropout: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """h^T (x * m), (rank, d) in float32."""
+def _outer(h: Tensor, x: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """s h^T (x * m), (rank, d) in float32."""
     x = _rows(x)
+    h = h if h.stride(1) == 1 else h.contiguous()
     (tokens, columns), rank = x.shape, h.shape[1]
-    splits, per_split = _splits(tokens, kernels.TOKENS, _blocks(columns))
-    parts = torch.empty(splits, rank, columns, dtype=torch.float32, device=x.device)
+    tile = kernels.tile("outer", rank)
+    blocks = _ceil(columns, tile.WIDTH)
+    splits, per_split = _splits(tokens, tile.TOKENS, blocks)
+    out = torch.empty(splits, rank, columns, dtype=torch.float32, device=x.device)
     _launch(
-        kernels.outer, (_blocks(columns), splits), h, x, x.stride(0), parts, seed,
-        tokens, columns, rank, *_dropping(x, dropout), per_split,
-        DROP=dropout > 0, DTYPE=_DTYPES[dtype], RANK=_padded(rank),
+        kernels.outer, (blocks, splits), tile, h, h.stride(0), x, x.stride(0), out, seed,
+        tokens, columns, rank, *_dropping(x, dropout), masks.keep_scale(dropout), per_split,
+        DROP=dropout > 0, DTYPE=_DTYPES[h.dtype], RANK=kernels.padded(rank),
     )  # fmt: skip
-    return parts[0] if splits == 1 else parts.sum(0)
+    return _added(out, torch.float32)
 
 
-def _launch(kernel: Any, grid: tuple[int, int], *args: Any, **constants: Any) -> None:
+def _added(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The parts' sum over the first dimension."""
+    if parts.shape[0] == 1:
+        return parts[0]
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    grid = (_ceil(out.numel(), _ADDED),)
+    _launch(kernels.add_parts, grid, None, parts, out, out.numel(), parts.shape[0], WIDTH=_ADDED)
+    return out
+
+
+def _factor(w: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    # Each tile of tokens reads the whole factor again. From some rank on that is more than x, and a launch that halves
+    # it pays.
+    return w.to(dtype) if rank > kernels.NARROW else w
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], tile: kernels.Tile | None, *args: Any, **constants: Any) -> None:
     device = next(t for t in args if isinstance(t, Tensor))
     with torch.cuda.device_of(device):
-        # Two tiles ahead fit the shared memory of small GPUs (99 KiB) up to rank 64, one ahead beyond.
-        stages = 2 if constants.get("RANK", 0) > 64 else 3
-        kernel[grid](*args, **constants, TOKENS=kernels.TOKENS, WIDTH=kernels.WIDTH, num_stages=stages)
+        kernel[grid](*args, **constants, **({} if tile is None else tile._asdict()))
 
 
 def _splits(length: int, tile: int, programs: int) -> tuple[int, int]:
-    """Into how many parts to split a sum over ``length``, and how long each is: a multiple of the tile."""
+    """Into how many parts to split a loop over ``length``, and how long each is: a multiple of the tile."""
     tiles = _ceil(length, tile)
     splits = max(1, min(tiles, _PROGRAMS // programs))
     per_split = _ceil(tiles, splits)
@@ -198,25 +190,13 @@ def _dropping(x: Tensor, dropout: float) -> tuple[int, int]:
     return _ceil(x.shape[-1], 8), masks.threshold(dropout)
 
 
-def _tiles(tokens: int) -> int:
-    return _ceil(tokens, kernels.TOKENS)
-
-
 def _ceil(size: int, part: int) -> int:
     """How many parts of a size cover it. Triton's own is typed for the values of its kernels."""
     return -(-size // part)
 
 
-def _blocks(columns: int) -> int:
-    return _ceil(columns, kernels.WIDTH)
-
-
-def _padded(rank: int) -> int:
-    # The tensor cores' products want 16 at least, and tiles are powers of two.
-    return max(16, 1 << (rank - 1).bit_length())
-
-
 def _rows(x: Tensor) -> Tensor:
-    """x as (tokens, d), each row without gaps."""
+    """x as (tokens, d), each row without gaps, and at a whole 32 bytes if its width is a multiple of 16."""
     x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
+    aligned = x.shape[1] % 16 != 0 or (x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0)
+    return x if aligned and x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,140 @@
+"""The parts of `product` from torch's operations: for every device and dtype.
+
+A dropped-out copy of x is made in parts that fit a processor's cache. `triton_product` has functions of the same names.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ziggurat.lowrank import mask as masks
+
+_PART = 1 << 20  # bytes of x converted or masked at a time on a CPU
+
+draw = masks.draw
+
+
+class Like(NamedTuple):
+    """What gradients look like: dL/dx has x's shape and dtype, dL/dA has A's dtype."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    A_dtype: torch.dtype
+
+
+def kept(mask: Tensor, shape: torch.Size, dropout: float) -> Tensor:
+    """1 for each entry of an x of this shape that the mask keeps, and 0 for the others."""
+    return masks.kept(mask, 0, shape.numel()).view(shape)
+
+
+def down(x: Tensor, mask: Tensor | None, As: Sequence[Tensor], dropout: float, dtype: torch.dtype) -> Tensor:
+    """h = s (x * m) A^T for A = [A_1; ...; A_n], the mask m and its scale s: (tokens, sum of the ranks) in dtype."""
+    A = _joined(As, masks.keep_scale(dropout), dtype)
+    if _fits_one_part(x, mask, dtype):
+        return dropped(x, mask, dtype) @ A.T
+    h = A.new_empty(x.numel() // x.shape[-1], A.shape[0])
+    for rows, part, _ in _parts(x, mask, dtype):
+        torch.mm(part, A.T, out=h[rows])
+    return h
+
+
+def down_gradients(
+    dh: Tensor, x: Tensor | None, like: Like, mask: Tensor | None, As: Sequence[Tensor] | None, dropout: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """dL/dA = s dh^T (x * m), (rank, d_in), and dL/dx = s (dh A) * m; None without x, and without the As."""
+    scale = masks.keep_scale(dropout)
+    A = None if As is None else _joined(As, scale, dh.dtype)
+    in_parts = x is not None and not _fits_one_part(x, mask, dh.dtype)
+    dA = dx = None
+    if x is not None and A is not None and mask is not None and in_parts:
+        # Both in one pass, so that a part of the mask is unpacked once and a part of dL/dx is masked in the cache.
+        dA, dx = dh.new_zeros(dh.shape[1], x.shape[-1]), dh.new_empty(dh.shape[0], x.shape[-1])
+        for rows, part, ones in _parts(x, mask, dh.dtype):
+            dA.addmm_(dh[rows].T, part)
+            torch.mm(dh[rows], A, out=dx[rows]).mul_(ones)  # type: ignore[arg-type]
+    else:
+        if x is not None and in_parts:
+            dA = dh.new_zeros(dh.shape[1], x.shape[-1])
+            for rows, part, _ in _parts(x, mask, dh.dtype):
+                dA.addmm_(dh[rows].T, part)
+        elif x is not None:
+            dA = dh.T @ dropped(x, mask, dh.dtype)
+        if A is not None:
+            dx = dh @ A
+            dx = dx if mask is None else masks.apply(dx, mask, in_place=True)
+    if dA is not None:
+        dA = dA.to(like.A_dtype) if scale == 1 else dA.to(like.A_dtype) * scale
+    return dA, None if dx is None else dx.view(like.shape).to(like.dtype)
+
+
+def up_add(y: Tensor, h: Tensor, B: Tensor, reuse_y: bool) -> Tensor:
+    """y + h B^T in y's dtype and shape, in y's memory if it may. Never a view: autograd lets nobody change a
+    Function's view in place."""
+    B = B.to(h.dtype)
+    if y.dtype != B.dtype or watched():
+        return torch.add(y, (h @ B.T).view(y.shape)).to(y.dtype)
+    if reuse_y and y.is_contiguous():
+        # detach() shares y's version counter: had somebody saved y for a backward, that would raise there.
+        out = y.detach()
+        flat(out).addmm_(h, B.T)
+        return out
+    out = torch.empty_like(y, memory_format=torch.contiguous_format)
+    torch.addmm(flat(y), h, B.T, out=flat(out))
+    return out
+
+
+def up_gradients(g: Tensor, h: Tensor | None, B: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """dL/dh = g B, and dL/dB = (h^T g)^T in dtype or a longer one; None for the one whose factor is None."""
+    rows = flat(g).to(dtype)
+    return None if B is None else rows @ B.to(dtype), None if h is None else (h.T @ rows).T
+
+
+def watched() -> bool:
+    """Whether a mode sees the operations and may keep what it sees, as selective checkpointing does: nothing in place."""
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
+def flat(t: Tensor) -> Tensor:
+    """t as (tokens, d)."""
+    return t.reshape(-1, t.shape[-1])
+
+
+def dropped(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x * m, (tokens, d)."""
+    x = flat(x.to(dtype))
+    return x if mask is None else masks.apply(x, mask)
+
+
+def joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+
+
+def _joined(As: Sequence[Tensor], scale: float, dtype: torch.dtype) -> Tensor:
+    """[A_1; ...; A_n] times the scale, which goes to the small factor, before rounding to a shorter dtype."""
+    A = joined(As)
+    return (A if scale == 1 else A * scale).to(dtype)
+
+
+def _fits_one_part(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> bool:
+    # Parts save a copy's trip through memory; without a copy, on other devices, and where adding up the
+    # parts' products would round more often (half precision), x is taken whole.
+    no_copy = mask is None and x.dtype == dtype
+    exact = dtype in (torch.float32, torch.float64)
+    return no_copy or not exact or x.device.type != "cpu" or x.numel() * dtype.itemsize <= _PART
+
+
+def _parts(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """x * m in ``dtype``, some rows at a time: which rows, their part of it (until the next is asked for), and of m."""
+    x = flat(x)
+    rows = max(1, _PART // (8 * x.shape[-1] * dtype.itemsize)) * 8  # whole bytes of the mask
+    buffer = x.new_empty(rows, x.shape[-1], dtype=dtype)
+    for start in range(0, x.shape[0], rows):
+        part = x[start : start + rows].to(dtype)
+        ones = None if mask is None else masks.kept(mask, start * x.shape[-1], part.numel()).view(part.shape)
+        yield (
+            slice(start, start + rows),
+            part if ones is None else torch.mul(part, ones, out=buffer[: part.shape[0]]),
+            ones,
+        )
