@@ -15,7 +15,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-
 TOKENS = 64  # tokens per tile
 WIDTH = 64  # columns per tile, a multiple of 8
 NARROW = 32  # up to this rank factors are converted in the kernels, beyond it before
