@@ -106,7 +106,7 @@ def load_table(path: str | Path, output: str | Path | None = None) -> Table:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read: {error}") from error
     if problems:
-        raise _refused(file.stem, problems)
+        raise refused(file.stem, problems)
     return make_table(values, file.stem, output)
 
 
@@ -114,7 +114,7 @@ def make_table(values: Any, name: str, output: str | Path | None = None) -> Tabl
     """A table from a Python mapping; the same checks as for a file."""
     problems = list(table_problems(values))
     if problems:
-        raise _refused(name, problems)
+        raise refused(name, problems)
     methods = {str(label): flatten(keys) for label, keys in values["methods"].items()}
     tasks = _tasks(values["tasks"])
     labels = list(methods)
@@ -148,7 +148,7 @@ def make_table(values: Any, name: str, output: str | Path | None = None) -> Tabl
     found, unlike = columns_of(table.runs, table.tasks)
     problems += [*shared.problems(), *unlike]
     if problems:
-        raise _refused(name, list(dict.fromkeys(problems)))
+        raise refused(name, list(dict.fromkeys(problems)))
     table.columns.extend(found)
     table.notes.extend(shared.notes())
     if table.published is not None and not set(table.metrics) & set(published(table.published).columns):
@@ -266,6 +266,7 @@ def _tasks(given: Any) -> dict[str, dict[str, Any]]:
     return tasks
 
 
-def _refused(name: str, problems: list[str]) -> RecipeError:
+def refused(name: str, problems: list[str]) -> RecipeError:
+    """The error that lists what is wrong with a table."""
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
     return RecipeError(f"the table {name} has {count}:\n" + "\n".join(f"  {line}" for line in problems))
