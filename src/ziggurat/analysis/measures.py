@@ -1,4 +1,4 @@
-"""Numbers about an adapter's components, as rows, numpy arrays and data frames.
+"""Numbers about an adapter's components, as rows and numpy arrays.
 
 Symbols: a component has the update B A with singular values s_1 >= s_2 >= ...; N is the number of layers of a stack.
 """
@@ -6,19 +6,15 @@ Symbols: a component has the update B A with singular values s_1 >= s_2 >= ...; 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from ziggurat.errors import ConfigError
-from ziggurat.extras import require
 from ziggurat.lowrank.spectrum import effective_rank, spectrum_kl, stable_rank, top_k_share
 
 from .components import UPDATE, Collected, Component
-
-if TYPE_CHECKING:
-    import pandas
 
 #: How many of the largest singular values M_eff-k counts where nothing else is said: half the rank of the component.
 HALF = 0
@@ -58,19 +54,11 @@ def rows(collected: Collected, k: int = HALF) -> list[dict[str, Any]]:
     return [row(component, k) for component in collected.components]
 
 
-def frame(collected: Collected, k: int = HALF) -> pandas.DataFrame:
-    """`rows` as a data frame. Raises MissingExtraError without pandas."""
-    require("a data frame", "pandas")
-    import pandas
-
-    return pandas.DataFrame(rows(collected, k))
-
-
 def spectra(collected: Collected, part: str) -> np.ndarray:
     """The singular values of a part's components, one a row, filled up with zeros."""
     values = [component.singular_values for component in _some(collected, part)]
-    longest = max(len(one) for one in values)
-    return np.stack([np.pad(one, (0, longest - len(one))) for one in values])
+    longest = max(map(len, values))
+    return np.stack([np.pad(spectrum, (0, longest - len(spectrum))) for spectrum in values])
 
 
 def mean_spectrum(collected: Collected, part: str, top: int = 8) -> np.ndarray:

@@ -12,9 +12,6 @@ import numpy as np
 from . import measures
 from .components import Collected, Component
 
-#: Columns of a line of `rows`: mean over the linears that both tiers reach.
-MEASURES = ("cosine", "overlap_input", "overlap_output", "angle_input", "angle_output")
-
 
 def least_angle(a: Component, b: Component, side: str = "input") -> float:
     """The smallest principal angle, in degrees, between the row ("input") or column ("output") spaces of B A.
