@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -123,45 +124,54 @@ def plan(
     """
     base = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     anatomy = Anatomy(model, getattr(config, "layers_pattern", None))
-    requires = {id(p): p.requires_grad for p in model.parameters()}
-    try:
-        with torch.device("meta"):
-            adapted = get_peft_model(model, _without_values(config))  # type: ignore[arg-type]
-    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-        raise ConfigError(f"{method or 'the method'} doesn't fit {name}: {error}") from error
-    try:
+    notes = []
+    with _adapted(model, config, f"{method or 'the method'} doesn't fit {name}") as adapted:
         trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
-        head = [n for n in trained if ".modules_to_save." in n]
+        head = sum(p.numel() for n, p in trained.items() if ".modules_to_save." in n)
         state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         used = adapted.peft_config["default"]
         parts = _parts(state, used, anatomy, from_table(getattr(used, "sites", None) or {}))
         modules = list(getattr(adapted, "targeted_module_names", None) or adapted.base_model.targeted_module_names)
-        how = Step(batch, length, LABELS.get(task or ""), pair, checkpointing, four_bits)
-        estimate = memory(adapted, how) if measure_memory else None
-        notes = []
-        if estimate is not None and estimate.activations is None:
-            notes.append("this model's forward looks at values, so its activations can't be counted without weights")
-    finally:
-        adapted.unload()
-        for parameter in model.parameters():
-            parameter.requires_grad_(requires.get(id(parameter), True))
-    total = sum(p.numel() for p in trained.values())
-    in_head = sum(trained[n].numel() for n in head)
-    beside, refused = _beside(model, config, method, total - in_head)
+        step = Step(batch, length, LABELS.get(task or ""), pair, checkpointing, four_bits)
+        estimate = memory(adapted, step) if measure_memory else None
+    if estimate is not None and estimate.activations is None:
+        notes.append("this model's forward looks at values, so its activations can't be counted without weights")
+    adapter = sum(p.numel() for p in trained.values()) - head
+    others, refused = _beside(model, config, method, adapter)
     return Plan(
         model=name,
         method=method,
         r=_rank(config),
         base=base,
-        adapter=total - in_head,
-        head=in_head,
+        adapter=adapter,
+        head=head,
         file=file_bytes(state),
         modules=modules,
         parts=parts,
-        beside=beside,
+        beside=others,
         memory=estimate,
         notes=[*notes, *refused],
     )
+
+
+@contextmanager
+def _adapted(model: nn.Module, config: Any, trouble: str) -> Iterator[Any]:
+    """`model` with the adapter of `config`, on the meta device; afterwards it is as it was.
+
+    Raises ConfigError, which begins with `trouble`, if the config doesn't fit.
+    """
+    trains = {id(p): p.requires_grad for p in model.parameters()}
+    try:
+        with torch.device("meta"):
+            adapted = get_peft_model(model, _without_values(config))  # type: ignore[arg-type]
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise ConfigError(f"{trouble}: {error}") from error
+    try:
+        yield adapted
+    finally:
+        adapted.unload()
+        for parameter in model.parameters():
+            parameter.requires_grad_(trains.get(id(parameter), True))
 
 
 def _without_values(config: Any) -> Any:
