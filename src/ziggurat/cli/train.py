@@ -33,7 +33,7 @@ def train(
 
     from ziggurat.host.plugins import loaded
     from ziggurat.training.callbacks.interrupt import Interrupted
-    from ziggurat.training.devices.processes import is_main, speaks
+    from ziggurat.training.devices.processes import is_first_to_report, is_main
     from ziggurat.training.loop.report import show
     from ziggurat.training.loop.run import resume_command
     from ziggurat.training.loop.run import train as run
@@ -47,7 +47,7 @@ def train(
     try:
         result = run(recipe, console=console)
     except Interrupted as stopped:
-        if speaks():
+        if is_first_to_report():
             say(f"{stopped}.")
             if stopped.checkpoint is None:
                 say("There is no checkpoint to go on from; the same command starts afresh.")

@@ -96,7 +96,7 @@ class StopSignals(TrainerCallback):
     def _stop(self, control: TrainerControl) -> TrainerControl:
         # A scoring that is due at this very step is still made, before the checkpoint: it draws random numbers, and
         # without them the resumed run would not be the uninterrupted one.
-        self.agreed = self.processes.most(self.number or 0) or None
+        self.agreed = self.processes.largest(self.number or 0) or None
         if self.agreed is not None:
             control.should_save = control.should_training_stop = True
         return control
