@@ -90,14 +90,14 @@ def collect_state(
         parts = components(method, plain, config, sites or from_table(config.sites or {}))
     else:
         parts = READERS[kind](plain, config, places)
-    found = [c for c in parts if composed or c.stored]
-    if not found:
+    chosen = [c for c in parts if composed or c.stored]
+    if not chosen:
         raise ConfigError(f"{source} holds no factor pair of {kind}: its {len(plain)} tensors have other names.")
-    names, stacks, roles = (list(dict.fromkeys(getattr(c, name) for c in found)) for name in ("part", "stack", "role"))
-    found.sort(
+    names, stacks, roles = (list(dict.fromkeys(getattr(c, name) for c in chosen)) for name in ("part", "stack", "role"))
+    chosen.sort(
         key=lambda c: (c.part == UPDATE, names.index(c.part), stacks.index(c.stack), roles.index(c.role), c.layers)
     )
-    return Collected(source, kind.lower(), tuple(found), tuple(_notes(found, config)))
+    return Collected(source, kind.lower(), tuple(chosen), tuple(_notes(chosen, config)))
 
 
 def check_readable(model: nn.Module, adapter: str = "default") -> Any:
@@ -150,8 +150,8 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 or not tensor.is_floating_point() else tensor.float()
 
 
-def _notes(found: Iterable[Component], config: Any) -> Iterable[str]:
-    stored = [c for c in found if c.stored]
+def _notes(chosen: Iterable[Component], config: Any) -> Iterable[str]:
+    stored = [c for c in chosen if c.stored]
     broken = [c for c in stored if not c.finite]
     if broken:
         yield (

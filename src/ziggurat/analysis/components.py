@@ -135,11 +135,11 @@ class Collected:
     @property
     def layers(self) -> dict[str, int]:
         """Stack -> how many layers it has, as far as the adapter reaches."""
-        found: dict[str, int] = {}
+        depths: dict[str, int] = {}
         for component in self.components:
             last = component.layers[-1] + 1 if component.layers else 0
-            found[component.stack] = max(found.get(component.stack, 0), last)
-        return found
+            depths[component.stack] = max(depths.get(component.stack, 0), last)
+        return depths
 
     @property
     def roles(self) -> list[str]:

@@ -93,14 +93,14 @@ def energy(collected: Collected, stack: str | None = None) -> dict[str, dict[str
     """
     stack = stack_of(collected, stack)
     parts = collected.stored_parts if all(c.adds for c in collected.components) else [UPDATE]
-    found: dict[str, dict[str, float]] = {}
+    by_part: dict[str, dict[str, float]] = {}
     for part in parts:
         sums: dict[str, list[float]] = {}
         for c in collected.of(part):
             if c.stack == stack:
                 sums.setdefault(c.role, []).extend([float(np.square(c.singular_values).sum())] * max(1, len(c.layers)))
-        found[part] = {role: float(np.mean(values)) for role, values in sums.items()}
-    return found
+        by_part[part] = {role: float(np.mean(values)) for role, values in sums.items()}
+    return by_part
 
 
 def kl_matrix(collected: Collected, part: str | None = None, stack: str | None = None) -> np.ndarray:
@@ -116,20 +116,20 @@ def kl_matrix(collected: Collected, part: str | None = None, stack: str | None =
     return _pairwise(collected, part, stack, divergence)
 
 
-def kl_difference(one: Collected, other: Collected, stack: str | None = None) -> np.ndarray:
-    """(N, N): `kl_matrix` of `one` minus that of `other`: the paper's Fig. 4. Positive: `one` is less redundant.
+def kl_difference(first: Collected, second: Collected, stack: str | None = None) -> np.ndarray:
+    """(N, N): `kl_matrix` of `first` minus that of `second`: the paper's Fig. 4. Positive: `first` is less redundant.
 
     Raises:
         ConfigError: their stacks have different numbers of layers.
     """
-    mine = kl_matrix(one, stack=stack)
-    theirs = kl_matrix(other, stack=stack if stack in other.layers else None)
-    if mine.shape != theirs.shape:
+    difference = kl_matrix(first, stack=stack)
+    other = kl_matrix(second, stack=stack if stack in second.layers else None)
+    if difference.shape != other.shape:
         raise ConfigError(
-            f"{one.source} reaches {len(mine)} layers and {other.source} {len(theirs)}: compare adapters of models of "
-            "one depth."
+            f"{first.source} reaches {len(difference)} layers and {second.source} {len(other)}: compare adapters of "
+            "models of one depth."
         )
-    return mine - theirs
+    return difference - other
 
 
 def cosine_matrix(collected: Collected, part: str | None = None, stack: str | None = None) -> np.ndarray:
@@ -156,17 +156,17 @@ def tier_overlap(collected: Collected, stack: str | None = None, side: str = "in
     stack = stack_of(collected, stack)
     parts = collected.stored_parts
     grid = np.full((len(parts), len(parts)), np.nan)
-    for i, one in enumerate(parts):
-        for j, other in enumerate(parts):
-            found = [
+    for i, first in enumerate(parts):
+        for j, second in enumerate(parts):
+            overlaps = [
                 overlap(a, b, side)
-                for a in collected.of(one)
-                for b in collected.of(other)
+                for a in collected.of(first)
+                for b in collected.of(second)
                 if a.stack == b.stack == stack and a.role == b.role and set(a.layers) & set(b.layers)
                 if a.A.shape[1] == b.A.shape[1] and a.B.shape[0] == b.B.shape[0]
-                if (a is b) == (one == other)
+                if (a is b) == (first == second)
             ]
-            grid[i, j] = mean(found)
+            grid[i, j] = mean(overlaps)
     return grid, parts
 
 
@@ -186,9 +186,9 @@ def overlap(a: Component, b: Component, side: str = "input") -> float:
     """
     if a.shape != b.shape or not (a.finite and b.finite):
         return float("nan")
-    one, other = (c.spaces[0 if side == "output" else 1] for c in (a, b))
-    directions = min(one.shape[1], other.shape[1])
-    return float((one.T @ other).square().sum()) / directions if directions else float("nan")
+    first, second = (c.spaces[0 if side == "output" else 1] for c in (a, b))
+    directions = min(first.shape[1], second.shape[1])
+    return float((first.T @ second).square().sum()) / directions if directions else float("nan")
 
 
 def stack_of(collected: Collected, stack: str | None) -> str:
@@ -226,13 +226,13 @@ def _pairwise(
 
 
 def _some(collected: Collected, part: str) -> list[Component]:
-    found = collected.of(part)
-    if not found:
+    components = collected.of(part)
+    if not components:
         raise ConfigError(f"{collected.source} has no part {part!r}; its parts: {', '.join(collected.parts)}.")
-    return found
+    return components
 
 
 def mean(values: Iterable[float]) -> float:
     """Mean of the finite ones; NaN if there are none."""
-    numbers = [value for value in values if np.isfinite(value)]
-    return float(np.mean(numbers)) if numbers else float("nan")
+    finite = [value for value in values if np.isfinite(value)]
+    return float(np.mean(finite)) if finite else float("nan")

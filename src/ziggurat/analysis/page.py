@@ -104,12 +104,12 @@ def _cost(runs: Sequence[Run]) -> Table:
     rows = []
     for run in runs:
         counts, settings = run.values.get("parameters", {}), run.settings
-        numbers = [counts.get(name) for name in ("adapter", "lora", "head")]
+        parameters = [counts.get(name) for name in ("adapter", "lora", "head")]
         peak, stored = run.values.get("peak_mb"), run.values.get("stored_bytes")
         cells = [
             str(settings.get("model", "-")),
             str(settings.get("method.name", "-")),
-            *(f"{n:,}" if isinstance(n, int) else "-" for n in numbers),
+            *(f"{n:,}" if isinstance(n, int) else "-" for n in parameters),
             f"{stored / 1024:,.0f} KiB" if stored is not None else "-",
             f"{run.values.get('seconds', 0):,.0f}",
             f"{run.values.get('steps', 0):,}",
@@ -159,8 +159,8 @@ def _adapter(collected: Collected) -> Iterator[str]:
         if collected.adds_up:
             grid, parts = measures.tier_overlap(collected, stack)
             yield svg.heat_map("Overlap of the tiers' input subspaces", grid, parts, parts)
-        numbers = [str(n) for n in range(depth)]
-        rows, most = [f"layer {n}" for n in numbers], float(max(2, *(c.rank for c in collected.of(part))))
+        layers = [str(n) for n in range(depth)]
+        rows, most = [f"layer {n}" for n in layers], float(max(2, *(c.rank for c in collected.of(part))))
         # An effective rank lies between 1 and the rank, so its colours mean the same in every run of that rank.
         for value, words, limits in (("effective_rank", "Effective rank", (1.0, most)), ("norm", "Norm", None)):
             grid, roles = measures.by_layer_and_role(collected, part, value, stack)
@@ -168,11 +168,11 @@ def _adapter(collected: Collected) -> Iterator[str]:
             yield svg.heat_map(f"{words} of part {part}", grid, rows, names, limits=limits)
         if depth > 1:
             grid = measures.kl_matrix(collected, stack=stack)
-            yield svg.heat_map("KL between layers' spectra", grid, numbers, numbers, ACROSS)
+            yield svg.heat_map("KL between layers' spectra", grid, layers, layers, ACROSS)
 
 
 def _spectra(run: Run) -> Iterator[str]:
-    top = {name: found for name, found in trace.top_values(run.history).items() if len(found[0]) > 1}
+    top = {name: spectra for name, spectra in trace.top_values(run.history).items() if len(spectra[0]) > 1}
     limit = max((float(np.nanmax(values, initial=0.0)) for _, values in top.values()), default=0.0)
     for name, (epochs, values) in top.items():
         rows = [f"s{n + 1}" for n in range(len(values))]
@@ -195,8 +195,8 @@ def _against(runs: Sequence[Run]) -> Section | None:
         except ConfigError:
             continue
         if len(grid) > 1:
-            numbers = [str(n) for n in range(len(grid))]
-            charts.append(svg.heat_map(f"minus that of {run.name}", grid, numbers, numbers, ACROSS, centred=True))
+            layers = [str(n) for n in range(len(grid))]
+            charts.append(svg.heat_map(f"minus that of {run.name}", grid, layers, layers, ACROSS, centred=True))
     if not charts:
         return None
     name = runs[0].name

@@ -20,10 +20,10 @@ def least_angle(a: Component, b: Component, side: str = "input") -> float:
     """
     if a.shape != b.shape or not (a.finite and b.finite):
         return math.nan
-    one, other = (c.spaces[0 if side == "output" else 1] for c in (a, b))
-    if not min(one.shape[1], other.shape[1]):
+    first, second = (c.spaces[0 if side == "output" else 1] for c in (a, b))
+    if not min(first.shape[1], second.shape[1]):
         return math.nan
-    largest = float(np.linalg.svd((one.T @ other).double().numpy(), compute_uv=False)[0])
+    largest = float(np.linalg.svd((first.T @ second).double().numpy(), compute_uv=False)[0])
     return math.degrees(math.acos(min(1.0, largest)))
 
 
@@ -36,23 +36,23 @@ def rows(collected: Collected) -> list[dict[str, Any]]:
         return []
     lines = []
     for stack in collected.layers:
-        for one, other in combinations(collected.stored_parts, 2):
-            pairs = list(_on_one_linear(collected, one, other, stack))
+        for first, second in combinations(collected.stored_parts, 2):
+            pairs = list(_on_one_linear(collected, first, second, stack))
             if not pairs:
                 continue
-            found = {
+            by_measure = {
                 "cosine": [measures.cosine(a, b) for a, b in pairs],
                 **{f"overlap_{side}": [measures.overlap(a, b, side) for a, b in pairs] for side in ("input", "output")},
                 **{f"angle_{side}": [least_angle(a, b, side) for a, b in pairs] for side in ("input", "output")},
             }
-            means = {name: measures.mean(values) for name, values in found.items()}
-            lines.append({"stack": stack, "part": one, "other": other, "pairs": len(pairs), **means})
+            means = {name: measures.mean(values) for name, values in by_measure.items()}
+            lines.append({"stack": stack, "part": first, "other": second, "pairs": len(pairs), **means})
     return lines
 
 
-def _on_one_linear(collected: Collected, one: str, other: str, stack: str) -> Iterator[tuple[Component, Component]]:
-    for a in collected.of(one):
-        for b in collected.of(other):
+def _on_one_linear(collected: Collected, first: str, second: str, stack: str) -> Iterator[tuple[Component, Component]]:
+    for a in collected.of(first):
+        for b in collected.of(second):
             if (
                 a.stack == b.stack == stack
                 and a.role == b.role

@@ -48,17 +48,19 @@ MAPS = {
 
 def summary(collected: Collected, k: int = measures.HALF) -> list[dict[str, Any]]:
     """One line a part, role and stack: how many components, and the means of their numbers."""
-    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for line in measures.rows(collected, k):
-        found.setdefault((line["part"], line["stack"], line["role"]), []).append(line)
+        groups.setdefault((line["part"], line["stack"], line["role"]), []).append(line)
     lines = []
-    for (part, stack, role), some in found.items():
+    for (part, stack, role), group in groups.items():
         means = {
-            name: _mean([line[name] for line in some])
+            name: _mean([line[name] for line in group])
             for name in ("norm", "m_eff", "effective_rank", "stable_rank", "rank", "m_eff_k")
         }
-        own = sum(line["parameters"] for line in some)
-        lines.append({"part": part, "stack": stack, "role": role, "components": len(some), "parameters": own, **means})
+        parameters = sum(line["parameters"] for line in group)
+        lines.append(
+            {"part": part, "stack": stack, "role": role, "components": len(group), "parameters": parameters, **means}
+        )
     return lines
 
 
@@ -158,7 +160,7 @@ def as_json(collected: Collected, other: Collected | None = None, *, k: int = me
     ]
     stacks = {
         stack: {
-            **{name: one.measure(collected, stack=stack).tolist() for name, one in MAPS.items()},
+            **{name: map_.measure(collected, stack=stack).tolist() for name, map_ in MAPS.items()},
             "energy": measures.energy(collected, stack),
             **({"kl_difference": measures.kl_difference(collected, other, stack).tolist()} if other else {}),
         }
@@ -182,23 +184,23 @@ def json_text(collected: Collected, other: Collected | None = None, *, k: int = 
     return json.dumps(_plain(as_json(collected, other, k=k)), indent=1, allow_nan=False)
 
 
-def against(one: Collected, other: Collected) -> str:
+def against(first: Collected, second: Collected) -> str:
     """In words: which of two adapters has layers whose spectra differ more.
 
     Raises:
         ConfigError: they have different depths.
     """
-    difference = measures.kl_difference(one, other)
+    difference = measures.kl_difference(first, second)
     off = difference[~np.eye(len(difference), dtype=bool)]
     off = off[np.isfinite(off)]
     if not len(off):
         return "There are no two layers with spectra to compare."
-    more = one if off.mean() > 0 else other
-    verdict = f"{more.source} repeats itself less from layer to layer"
+    less_redundant = first if off.mean() > 0 else second
+    verdict = f"{less_redundant.source} repeats itself less from layer to layer"
     if abs(off.mean()) < 5e-5:  # shown as 0
         verdict = "neither repeats itself less from layer to layer"
     return (
-        f"KL between layers, {one.source} minus {other.source}: mean {off.mean():+.4f}, positive in "
+        f"KL between layers, {first.source} minus {second.source}: mean {off.mean():+.4f}, positive in "
         f"{(off > 0).mean():.0%} of the pairs of layers: {verdict}."
     )
 
@@ -214,8 +216,8 @@ def pictures_of(collected: Collected, other: Collected | None = None) -> Iterato
             yield f"{value}{tail}", lambda stack=stack, value=value: figures.role_map(collected, None, value, stack)
         if depth < 2:
             continue
-        for name, one in MAPS.items():
-            yield f"{name}{tail}", partial(_layer_map, one, collected, stack)
+        for name, map_ in MAPS.items():
+            yield f"{name}{tail}", partial(_layer_map, map_, collected, stack)
         if other is not None:
             title = f"KL of {collected.source} minus {other.source}"
             yield (
@@ -234,15 +236,15 @@ def pictures_of(collected: Collected, other: Collected | None = None) -> Iterato
 
 def pictures_over_epochs(history: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The paper's Fig. 3 of a run that recorded spectra."""
-    found = trace.top_values(history)
-    if found:
-        yield "epochs", lambda: figures.figure_3(found)[0]
+    spectra = trace.top_values(history)
+    if spectra:
+        yield "epochs", lambda: figures.figure_3(spectra)[0]
 
 
-def _layer_map(one: Map, collected: Collected, stack: str) -> Any:
-    grid = one.measure(collected, stack=stack)
-    drawn = {"centred": one.centred, "diagonal": one.diagonal, "least": one.least}
-    return figures.layer_map(grid, one.title, one.label, **drawn)
+def _layer_map(map_: Map, collected: Collected, stack: str) -> Any:
+    grid = map_.measure(collected, stack=stack)
+    drawn = {"centred": map_.centred, "diagonal": map_.diagonal, "least": map_.least}
+    return figures.layer_map(grid, map_.title, map_.label, **drawn)
 
 
 def _number(value: float, digits: int) -> str:
@@ -257,7 +259,7 @@ def _mean(values: list[float]) -> float:
 def _plain(value: Any) -> Any:
     """For JSON, which has no NaN: None instead."""
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

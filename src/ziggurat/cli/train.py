@@ -82,8 +82,8 @@ def predict(
         firsts, seconds = read_texts(file, loaded)
     else:
         firsts, seconds = [str(text)], [second] if second is not None else None
-    for found in answer(loaded, firsts, seconds, max_new_tokens=tokens):
-        say(found.to_json() if json else found.to_line(alone=file is None))
+    for prediction in answer(loaded, firsts, seconds, max_new_tokens=tokens):
+        say(prediction.to_json() if json else prediction.to_line(alone=file is None))
 
 
 def recipes(
@@ -97,6 +97,6 @@ def recipes(
         say(find_recipe(name)[1].rstrip("\n"))
         return
     texts = shipped()
-    width = max(len(one) for one in texts)
-    for one, content in texts.items():
-        say(f"{one:<{width}}  {read_yaml(content)[0].get('about', '')}")
+    width = max(map(len, texts))
+    for shipped_name, content in texts.items():
+        say(f"{shipped_name:<{width}}  {read_yaml(content)[0].get('about', '')}")

@@ -102,12 +102,12 @@ def _tasks_problems(tasks: Any, has_recipe: bool) -> Iterator[str]:
             if has_recipe:
                 continue  # whose data it learns from
         if task not in GLUE and "data.train" not in flat:
-            said = f"tasks: '{task}' is not one of GLUE's ({', '.join(GLUE)}) and names no data.train of its own"
+            problem = f"tasks: '{task}' is not one of GLUE's ({', '.join(GLUE)}) and names no data.train of its own"
             if task in MAIN:
-                said += (
+                problem += (
                     f"; what is trained on a task with data.train is scored on {task} by evaluate: {{tasks: [{task}]}}"
                 )
-            yield said
+            yield problem
 
 
 def _method_problems(where: str, keys: Any, tasks: list[str]) -> Iterator[str]:

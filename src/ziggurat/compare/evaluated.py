@@ -100,21 +100,23 @@ def check_ready(evaluations: list[Evaluation]) -> None:
     be read.
     """
     seen: list[Evaluation] = []
-    for one in evaluations:
-        if one not in seen:
-            seen.append(one)
-            data = Path(one.data) if one.data is not None else None
-            with ready(list(one.metrics), data=data, limit=one.limit, run_code=one.run_generated_code) as found:
-                for this in found:
-                    _check_metric(this, one.metrics[this.task])
+    for evaluation in evaluations:
+        if evaluation not in seen:
+            seen.append(evaluation)
+            data = Path(evaluation.data) if evaluation.data is not None else None
+            with ready(
+                list(evaluation.metrics), data=data, limit=evaluation.limit, run_code=evaluation.run_generated_code
+            ) as tasks:
+                for task in tasks:
+                    _check_metric(task, evaluation.metrics[task.task])
 
 
-def _check_metric(this: Ready, metric: str) -> None:
-    known = this.score_names()
+def _check_metric(task: Ready, metric: str) -> None:
+    known = task.score_names()
     if not known:
-        raise DataError(f"evaluate: {this.task} has no score of its own; name {', '.join(this.parts)}")
+        raise DataError(f"evaluate: {task.task} has no score of its own; name {', '.join(task.parts)}")
     if metric not in known:
-        raise DataError(f"evaluate: {this.task} has no metric '{metric}'; it has {', '.join(known)}")
+        raise DataError(f"evaluate: {task.task} has no metric '{metric}'; it has {', '.join(known)}")
 
 
 def of_the_base(recipe: Recipe) -> dict[str, Any]:
@@ -143,10 +145,10 @@ def evaluate_run(recipe: Recipe, evaluation: Evaluation) -> dict[str, dict[str, 
     from ziggurat.evaluation.lm import evaluate
 
     place = Path(recipe.folder).expanduser() / FILE
-    found = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+    scored = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
     loaded: tuple[Any, Any] | None = None
     for task, metric in evaluation.metrics.items():
-        if found.get(task, {}).get("settings") != evaluation.settings:
+        if scored.get(task, {}).get("settings") != evaluation.settings:
             model, tokenizer = loaded = loaded or _load(recipe)
             scores = evaluate(
                 model,
@@ -159,13 +161,13 @@ def evaluate_run(recipe: Recipe, evaluation: Evaluation) -> dict[str, dict[str, 
             )
             if len(scores) != 1:
                 raise DataError(f"evaluate: {task} has no score of its own; name {', '.join(s.task for s in scores)}")
-            found[task] = {**asdict(scores[0]), "settings": evaluation.settings}
+            scored[task] = {**asdict(scores[0]), "settings": evaluation.settings}
             place.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(place, json.dumps(found, indent=2) + "\n")
-        if metric not in found[task]["scores"]:
-            raise DataError(f"evaluate: {task} has no metric '{metric}': {', '.join(found[task]['scores'])}")
+            write_whole(place, json.dumps(scored, indent=2) + "\n")
+        if metric not in scored[task]["scores"]:
+            raise DataError(f"evaluate: {task} has no metric '{metric}': {', '.join(scored[task]['scores'])}")
     return {
-        task: {key: found[task][key] for key in ("scores", "per_cent", "rows", "shots")} for task in evaluation.metrics
+        task: {key: scored[task][key] for key in ("scores", "per_cent", "rows", "shots")} for task in evaluation.metrics
     }
 
 

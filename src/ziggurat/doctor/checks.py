@@ -96,9 +96,9 @@ def recipe(value: Any, variables: Mapping[str, str] | None = None) -> Iterator[F
         if "gguf" not in lacking:  # the recipe doesn't name the file: it is the only one in the model's folder
             yield Finding("error", f"gguf_file: {gguf}", "gguf is not installed", install_command(["gguf"]))
         return
-    found = list(base_model(model_path(value.model), method, revision=value.revision, gguf_file=gguf))
-    yield from found
-    if any("config was not found" in one.why for one in found) or ALL[method].config is None:
+    findings = list(base_model(model_path(value.model), method, revision=value.revision, gguf_file=gguf))
+    yield from findings
+    if any("config was not found" in finding.why for finding in findings) or ALL[method].config is None:
         yield from distributed(method, variables)
     else:
         yield from _fit(value, variables)

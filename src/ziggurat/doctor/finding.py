@@ -27,6 +27,6 @@ def cell(key: str, method: str, what: str = "") -> Iterator[Finding]:
     if status in (None, "yes"):
         return
     levels = {"no": "error", "limited": "note", "untested": "warning"}
-    said = {"no": "doesn't work", "limited": "works with limits", "untested": "untested"}
+    words = {"no": "doesn't work", "limited": "works with limits", "untested": "untested"}
     why, instead = row.reason(method)
-    yield Finding(levels[status], f"{METHODS[method]} with {what or row.what}: {said[status]}", why, instead)
+    yield Finding(levels[status], f"{METHODS[method]} with {what or row.what}: {words[status]}", why, instead)

@@ -44,8 +44,8 @@ def serving(folder: str | Path, config: Any, collected: Any, base: Any) -> Itera
         return
     names = list(tensor_shapes(folder))
     registered = method_of(config)
-    own = (registered.prefix,) if registered is not None else _PEFTS_OWN
-    extra = [name for name in names if not any(word in name for word in own)]
+    prefixes = (registered.prefix,) if registered is not None else _PEFTS_OWN
+    extra = [name for name in names if not any(word in name for word in prefixes)]
     if extra:
         yield Finding(
             "warning",

@@ -153,8 +153,8 @@ def load_subject(subject: Subject, dtype: str = "auto") -> tuple[Any, Any, Loade
     home = Path(subject.model)
     with without_bars():
         model = folder.load_adapter(home, folder.load_base(home))
-    own = (home / "tokenizer_config.json").is_file()
-    name = str(home) if own else folder.adapter_config(home).base_model_name_or_path
+    has_tokenizer = (home / "tokenizer_config.json").is_file()
+    name = str(home) if has_tokenizer else folder.adapter_config(home).base_model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -100,7 +100,7 @@ def _kept(
 
     What enters a layer stays whatever becomes of the layer.
     """
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *inputs.values())}
+    parameters = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *inputs.values())}
     kept: dict[int, Any] = {}
     places: dict[int, int] = {}
     entered: set[int] = set()
@@ -108,7 +108,7 @@ def _kept(
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own and storage._cdata not in kept:
+        if storage._cdata not in parameters and storage._cdata not in kept:
             kept[storage._cdata] = storage  # holding it keeps its address from being used again
             if current and storage._cdata not in entered:
                 places[storage._cdata] = current[-1]
@@ -117,7 +117,7 @@ def _kept(
     def enter(number: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             for tensor in args:
-                if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in own:
+                if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in parameters:
                     kept[storage._cdata] = storage
                     entered.add(storage._cdata)
                     places.pop(storage._cdata, None)
@@ -165,11 +165,11 @@ class _FusedAttention(TorchFunctionMode):
 def memory(model: nn.Module, step: Step) -> Memory:
     """The estimate for an adapted model on the meta device."""
     everything = list({id(p): p for p in model.parameters()}.values())
-    on = [p for p in everything if p.requires_grad]
-    trained = sum(p.numel() * p.itemsize for p in on)
+    trains = [p for p in everything if p.requires_grad]
+    trained = sum(p.numel() * p.itemsize for p in trains)
     frozen = [p for p in everything if not p.requires_grad]
     weights = _four_bit_bytes(model, frozen) if step.four_bits else sum(p.numel() * p.itemsize for p in frozen)
-    numbers = sum(p.numel() for p in on)
+    count = sum(p.numel() for p in trains)
     batch, length = step.batch, step.length
     a = c = 0.0
     activations = None
@@ -185,7 +185,7 @@ def memory(model: nn.Module, step: Step) -> Memory:
     except (RuntimeError, NotImplementedError, ValueError, TypeError, KeyError, IndexError, AttributeError):
         # Some models look at values in their forward (masks, routing), and on the meta device there are none.
         pass
-    return Memory(weights, trained, trained, 8 * numbers, activations, batch, length, a, c)
+    return Memory(weights, trained, trained, 8 * count, activations, batch, length, a, c)
 
 
 def _four_bit_bytes(model: nn.Module, frozen: Sequence[nn.Parameter]) -> int:

@@ -195,20 +195,20 @@ def _parts(state: Mapping[str, Any], config: Any, anatomy: Anatomy, sites: Mappi
         read = READERS[kind](state, config, places)
     else:
         return []
-    found: dict[tuple[str, str, str, int], list[Component]] = {}
+    groups: dict[tuple[str, str, str, int], list[Component]] = {}
     for c in read:
         if c.part != UPDATE:
-            found.setdefault((c.part, c.stack, c.role, c.rank), []).append(c)
+            groups.setdefault((c.part, c.stack, c.role, c.rank), []).append(c)
     parts = []
-    for (part, stack, role, rank), some in found.items():
-        tensors = {name: size for c in some for name, size in c.tensors.items()}
-        numbers = sum(tensors.values()) or sum(c.parameters for c in some)
-        parts.append(Part(part, stack, role, len(some), rank, max(len(c.layers) for c in some), numbers))
+    for (part, stack, role, rank), group in groups.items():
+        tensors = {name: size for c in group for name, size in c.tensors.items()}
+        parameters = sum(tensors.values()) or sum(c.parameters for c in group)
+        parts.append(Part(part, stack, role, len(group), rank, max(len(c.layers) for c in group), parameters))
     order = list(dict.fromkeys(p.part for p in parts))
     return sorted(parts, key=lambda p: (order.index(p.part), p.stack, p.role))
 
 
-def _beside(model: nn.Module, config: Any, method: str, mine: int) -> tuple[list[Beside], list[str]]:
+def _beside(model: nn.Module, config: Any, method: str, parameters: int) -> tuple[list[Beside], list[str]]:
     """Other methods on the same linears, at the plan's rank and at the most that its `mine` numbers pay, by formula."""
     from ziggurat.recipe.methods import method_config
     from ziggurat.training.sizing.budget import fit_rank, rank_fields
@@ -220,7 +220,7 @@ def _beside(model: nn.Module, config: Any, method: str, mine: int) -> tuple[list
         if (value := getattr(config, name, None)) is not None
     }
     rank = _rank(config)
-    found, notes = [], []
+    others, notes = [], []
     for other, fields in BESIDE.items():
         if other == method:
             continue
@@ -228,15 +228,15 @@ def _beside(model: nn.Module, config: Any, method: str, mine: int) -> tuple[list
         try:
             if rank is not None:
                 number = count(model, method_config({**choice, **rank_fields(choice, rank)}))
-                found.append(Beside(other, "r", rank, number))
+                others.append(Beside(other, "r", rank, number))
         except (ValueError, TypeError) as error:
             notes.append(f"{other}, same r: {error}")
         try:
-            fit = fit_rank(model, choice, mine, build=False)
-            found.append(Beside(other, "budget", fit.rank, fit.parameters))
+            fit = fit_rank(model, choice, parameters, build=False)
+            others.append(Beside(other, "budget", fit.rank, fit.parameters))
         except (ConfigError, RecipeError) as error:
             notes.append(f"{other}, same budget: {error}")
-    return found, notes
+    return others, notes
 
 
 def _rank(config: Any) -> int | None:
@@ -285,7 +285,7 @@ def plan_recipe(
     if pays is not None:
         chosen = {key: value for key, value in chosen.items() if key not in ("ranks", *rank_fields(chosen, 8))}
         chosen |= rank_fields(chosen, fit_rank(base.model, chosen, pays).rank)
-    found = plan(
+    planned = plan(
         base.model,
         method_config(chosen, **(beside(recipe, base.head) if recipe is not None else {})),
         name=str(model),
@@ -298,10 +298,10 @@ def plan_recipe(
         checkpointing=recipe is not None and recipe.train.gradient_checkpointing,
         four_bits=method.four_bits,
     )
-    notes = [*base.notes, *found.notes]
+    notes = [*base.notes, *planned.notes]
     if measure_memory and recipe is not None and recipe.train.precision != "fp32":
         notes.append(
             f"train.precision {recipe.train.precision}: the activations are counted in the numbers of the weights; "
             "autocast keeps about half of them, and a copy of the weights that it casts"
         )
-    return replace(found, notes=notes)
+    return replace(planned, notes=notes)

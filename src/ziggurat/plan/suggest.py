@@ -52,12 +52,12 @@ class Suggestion:
     @property
     def rank_pattern(self) -> dict[str, list[int]] | None:
         """Role -> ranks of its tiers, as `MSPLoraConfig` takes them; None if all roles of a tier have one rank."""
-        found: dict[str, list[int]] = {}
+        by_role: dict[str, list[int]] = {}
         for key, rank in self.ranks.items():
             role = key.partition(":")[2]
             if role:
-                found.setdefault(role, []).append(rank)
-        return found or None
+                by_role.setdefault(role, []).append(rank)
+        return by_role or None
 
 
 def suggestion(
@@ -151,14 +151,14 @@ def suggest(
         result = train(quick, console=console, callbacks=[sensitivity])
         collected = collect(result.folder)
     groups = recipe.method.get("num_groups") or 3
-    found = suggestion(collected, total, criterion, groups=groups, sensitivity=sensitivity.gains, by_role=by_role)
-    if (pattern := found.rank_pattern) is not None and len(found.ranks) > sum(map(len, pattern.values())):
-        found.notes.append("linear layers outside the stacks have no role: they get the ranks of the first role")
+    suggested = suggestion(collected, total, criterion, groups=groups, sensitivity=sensitivity.gains, by_role=by_role)
+    if (pattern := suggested.rank_pattern) is not None and len(suggested.ranks) > sum(map(len, pattern.values())):
+        suggested.notes.append("linear layers outside the stacks have no role: they get the ranks of the first role")
     if "tiers" in recipe.method:
         old = f"the recipe's {len(recipe.method['tiers'])} tiers of method.tiers"
-        found.notes.append(f"{old} give way to the three that are suggested: global, mid and layer")
-    final = [*_suggested(recipe, found), *(word for word in dropped if _key(word) not in _SUGGESTED)]
-    return found, to_yaml(load_recipe(source, [*_without(words, [*_SHAPE, *map(_key, final)]), *final]))
+        suggested.notes.append(f"{old} give way to the three that are suggested: global, mid and layer")
+    final = [*_suggested(recipe, suggested), *(word for word in dropped if _key(word) not in _SUGGESTED)]
+    return suggested, to_yaml(load_recipe(source, [*_without(words, [*_SHAPE, *map(_key, final)]), *final]))
 
 
 #: Makes the probe's run quick.
@@ -175,13 +175,13 @@ def _without(words: Sequence[str], keys: Sequence[str]) -> list[str]:
     return [word for word in words if _key(word) not in keys]
 
 
-def _suggested(recipe: Any, found: Suggestion) -> Iterator[str]:
+def _suggested(recipe: Any, suggested: Suggestion) -> Iterator[str]:
     """The suggestion as `key=value` words for the recipe."""
     from ziggurat.recipe.methods import method_config
     from ziggurat.training.sizing.budget import settle_budget
 
-    pattern = found.rank_pattern
-    ranks = list(found.ranks.values()) if pattern is None else next(iter(pattern.values()))
+    pattern = suggested.rank_pattern
+    ranks = list(suggested.ranks.values()) if pattern is None else next(iter(pattern.values()))
     yield f"method.ranks={ranks}"
     if pattern is not None or "rank_pattern" in recipe.method:
         yield f"method.rank_pattern={json.dumps(pattern) if pattern else ''}"
@@ -191,8 +191,8 @@ def _suggested(recipe: Any, found: Suggestion) -> Iterator[str]:
         assert isinstance(config, MSPLoraConfig)
         first = config.pyramid()[0]
         yield f"method.lora_alpha={replace(first, r=ranks[0]).scaled(first.scale).lora_alpha}"
-    if found.group_starts is not None:
-        yield f"method.group_starts={found.group_starts}"
+    if suggested.group_starts is not None:
+        yield f"method.group_starts={suggested.group_starts}"
         yield "method.num_groups="
 
 

@@ -46,8 +46,8 @@ class StopAtNaN(TrainerCallback):
         """
         losses, self._losses = self._losses, []
         if losses:
-            found = torch.stack([loss.float() for loss in losses]).tolist()
-            bad = next((loss for loss in found if not math.isfinite(loss)), None)
+            values = torch.stack([loss.float() for loss in losses]).tolist()
+            bad = next((loss for loss in values if not math.isfinite(loss)), None)
             if bad is not None:
                 raise self._error(args, state, f"the loss is {bad}")
         if control.should_save:

@@ -117,8 +117,8 @@ def step_of(checkpoint: Path) -> int:
 
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint in `folder`."""
-    found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir() else []
-    return max((one for one in found if is_whole(one)), key=step_of, default=None)
+    checkpoints = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir() else []
+    return max((checkpoint for checkpoint in checkpoints if is_whole(checkpoint)), key=step_of, default=None)
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:

@@ -30,12 +30,12 @@ def score(recipe: Recipe, predictions: np.ndarray, labels: np.ndarray, classes: 
         return {"pearson": _percent(pearson), "spearman": _percent(spearman), "rmse": rmse}
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-    said = predictions.argmax(-1) if predictions.ndim > 1 else predictions
+    predicted = predictions.argmax(-1) if predictions.ndim > 1 else predictions
     options: Any = {"zero_division": 0, "average": "binary" if classes <= 2 else "macro"}
     return {
-        "accuracy": _percent(float(accuracy_score(labels, said))),
-        "f1": _percent(float(f1_score(labels, said, **options))),
-        "matthews": _percent(float(matthews_corrcoef(labels, said))),
+        "accuracy": _percent(float(accuracy_score(labels, predicted))),
+        "f1": _percent(float(f1_score(labels, predicted, **options))),
+        "matthews": _percent(float(matthews_corrcoef(labels, predicted))),
     }
 
 

@@ -96,10 +96,10 @@ def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version(), "machine": platform.platform(), "ziggurat": VERSION}
+    installed = {"python": platform.python_version(), "machine": platform.platform(), "ziggurat": VERSION}
     for name in ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "trl"):
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
