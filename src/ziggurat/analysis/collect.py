@@ -31,7 +31,7 @@ _FROM_WEIGHTS = ("pissa", "olora", "corda", "loftq")
 
 
 def collect(source: nn.Module | str | Path, adapter: str = "default", *, composed: bool = True) -> Collected:
-    """Every component of an adapter: tiers, planes, paths, plain pairs, and (`composed`) the update of each linear.
+    """Every component of an adapter: tiers, planes, paths, plain pairs, and (`composed`) each linear layer's update.
 
     `source` is a model with the adapter in it, or the adapter's folder, of which only config and tensors are read; for
     a folder of an older version the base model's config, too.
@@ -156,16 +156,16 @@ def _notes(chosen: Iterable[Component], config: Any) -> Iterable[str]:
     if broken:
         yield (
             f"{len(broken)} of {len(stored)} components have NaN or infinite entries ({_some(broken)}): the training "
-            "diverged or the file is damaged; their numbers are NaN"
+            "diverged or the file is damaged; their measures are NaN"
         )
     zero = [c for c in stored if c.zero]
     if zero:
         yield f"{len(zero)} of {len(stored)} components are exactly zero ({_some(zero)}): B was never trained"
     if getattr(config, "use_dora", False):
-        yield "DoRA rescales each row of W + B A by a trained magnitude; the numbers here are of B A before that"
+        yield "DoRA rescales each row of W + B A by a trained magnitude; the measures here are of B A before that"
     start = str(getattr(config, "init_lora_weights", "")).lower()
     if start.startswith(_FROM_WEIGHTS):
-        yield f"the pairs began as a part of W ({start}); the numbers are of B A, which still holds that part"
+        yield f"the pairs began as a part of W ({start}); the measures are of B A, which still holds that part"
     if all(len(c.layers) == 1 for c in stored) and len({(c.stack, c.layers) for c in stored}) == 1:
         yield f"the adapter reaches {span_text(stored[0].layers)} only, so there are no layers to compare"
 

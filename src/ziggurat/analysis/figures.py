@@ -26,7 +26,7 @@ def role_map(
     stack: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Heat map, layers down and roles across, of one number of `measures.row`."""
+    """Heat map, layers down and roles across, of one measure of `measures.row`."""
     part = part or collected.by_layer
     grid, roles = measures.by_layer_and_role(collected, part, value, stack)
     short = short_roles(roles)
@@ -73,7 +73,7 @@ def layer_map(
 
 
 def energy_bars(collected: Collected, stack: str | None = None, ax: Axes | None = None) -> Axes:
-    """What each part adds to a linear of each role, ||B A||_F^2 averaged over layers, stacked by part."""
+    """||B A||_F^2 of each part by role, averaged over layers, as bars stacked by part."""
     from matplotlib.colors import to_rgb
 
     energies = measures.energy(collected, stack)

@@ -1,4 +1,4 @@
-"""Numbers about an adapter's components, as rows and numpy arrays.
+"""Measures of an adapter's components, as rows and numpy arrays.
 
 Symbols: a component has the update B A with singular values s_1 >= s_2 >= ...; N is the number of layers of a stack.
 """
@@ -21,7 +21,7 @@ HALF = 0
 
 
 def row(component: Component, k: int = HALF) -> dict[str, Any]:
-    """One component's numbers.
+    """The measures of one component.
 
     `m_eff` is M_eff-k (arXiv 2503.21838, Eq. 8) for the `m_eff_k` largest values, `norm` the Frobenius norm
     sqrt(sum s^2), `spectral_norm` s_1, `nuclear_norm` sum s. All NaN where a factor isn't finite.
@@ -75,7 +75,7 @@ def mean_spectrum(collected: Collected, part: str, top: int = 8) -> np.ndarray:
 def by_layer_and_role(
     collected: Collected, part: str, value: str = "effective_rank", stack: str | None = None
 ) -> tuple[np.ndarray, list[str]]:
-    """(N, roles) of one number of `row`, and the roles. A shared component stands in every layer it reaches."""
+    """(N, roles) of one measure of `row`, and the roles. A shared component stands in every layer that it reaches."""
     stack = stack_of(collected, stack)
     chosen = [c for c in _some(collected, part) if c.stack == stack]
     roles = list(dict.fromkeys(c.role for c in chosen))
@@ -86,7 +86,7 @@ def by_layer_and_role(
 
 
 def energy(collected: Collected, stack: str | None = None) -> dict[str, dict[str, float]]:
-    """Part -> role -> mean over the layers of ||B A||_F^2: what each stored part adds to one linear of that role.
+    """Part -> role -> mean over the layers of ||B A||_F^2, which each stored part adds to a linear layer of that role.
 
     Parts aren't orthogonal, so these don't add up exactly to the update's own. A shared component counts in every
     layer that it reaches. Planes that multiply instead of adding count as their update.
@@ -120,7 +120,7 @@ def kl_difference(first: Collected, second: Collected, stack: str | None = None)
     """(N, N): `kl_matrix` of `first` minus that of `second`: the paper's Fig. 4. Positive: `first` is less redundant.
 
     Raises:
-        ConfigError: their stacks have different numbers of layers.
+        ConfigError: their stacks differ in depth.
     """
     difference = kl_matrix(first, stack=stack)
     other = kl_matrix(second, stack=stack if stack in second.layers else None)
@@ -143,16 +143,16 @@ def cosine_matrix(collected: Collected, part: str | None = None, stack: str | No
 def overlap_matrix(
     collected: Collected, part: str | None = None, stack: str | None = None, side: str = "input"
 ) -> np.ndarray:
-    """(N, N): how far layers i and j work in one subspace, mean cos^2 of the principal angles, mean over roles.
+    """(N, N): overlap of the subspaces of layers i and j, mean cos^2 of the principal angles, mean over roles.
 
-    `side`: "input" compares the row spaces of B A (what is read), "output" the column spaces (what is written). 1: one
-    space contains the other; two random spaces of rank r in d dimensions give about r / d.
+    `side`: "input" compares the row spaces of B A, "output" the column spaces. 1: one space contains the other; two
+    random spaces of rank r in d dimensions give about r / d.
     """
     return _pairwise(collected, part, stack, lambda a, b: overlap(a, b, side))
 
 
 def tier_overlap(collected: Collected, stack: str | None = None, side: str = "input") -> tuple[np.ndarray, list[str]]:
-    """(parts, parts): `overlap` of two parts that act on the same linear, mean over linears; and the parts."""
+    """(parts, parts): `overlap` of two parts that act on the same linear layer, mean over those; and the parts."""
     stack = stack_of(collected, stack)
     parts = collected.stored_parts
     grid = np.full((len(parts), len(parts)), np.nan)

@@ -22,16 +22,17 @@ from ziggurat.lowrank.spectrum import factored_svd
 from .components import UPDATE, Component
 
 State = Mapping[str, Tensor]
-#: Where the linear or layer at a path lies.
+#: Path of a linear layer or transformer layer -> its place in the model.
 Places = Callable[[str], Place]
 
 _NUMBERED = re.compile(r"^(.*?)\.(\d+)(?:\.(.*))?$")
 
 
 def place_by_name(path: str) -> Place:
-    """The place of a module told from its path alone: the first number counts layers, what stands before is the stack.
+    """The place of a module by its path alone: the first number is the layer's, the path in front of it is the stack's.
 
-    Where stages are numbered outside the layers (Swin), only the model itself knows better. `num_layers` is 0: unknown.
+    This is wrong where stages are numbered outside the layers (Swin), which only the model shows. `num_layers` is 0:
+    unknown.
     """
     match = _NUMBERED.match(path)
     if match is None:

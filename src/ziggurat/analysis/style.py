@@ -1,4 +1,4 @@
-"""How every figure looks: one palette, named layers and roles, numbers in cells where they fit."""
+"""The style of all figures: one palette, named layers and roles, values in cells where they fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How alike the tiers of one adapter are: whether they add to the same update, and in the same directions."""
+"""Similarity of the tiers of one adapter: cosine of their updates, overlap and angles of their subspaces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import measures
 from .components import Collected, Component
 
 
-def least_angle(a: Component, b: Component, side: str = "input") -> float:
+def smallest_angle(a: Component, b: Component, side: str = "input") -> float:
     """The smallest principal angle, in degrees, between the row ("input") or column ("output") spaces of B A.
 
     cos of it is the largest singular value of Q_a^T Q_b, of orthonormal bases [Björck & Golub 1973]. NaN for zeros.
@@ -28,9 +28,9 @@ def least_angle(a: Component, b: Component, side: str = "input") -> float:
 
 
 def rows(collected: Collected) -> list[dict[str, Any]]:
-    """One line a pair of tiers and stack, means over the linears that both act on.
+    """A line for each pair of tiers and each stack: means over the linear layers that both act on.
 
-    None where the parts are planes that multiply.
+    Empty for parts that multiply (planes).
     """
     if not collected.adds_up:
         return []
@@ -43,7 +43,7 @@ def rows(collected: Collected) -> list[dict[str, Any]]:
             by_measure = {
                 "cosine": [measures.cosine(a, b) for a, b in pairs],
                 **{f"overlap_{side}": [measures.overlap(a, b, side) for a, b in pairs] for side in ("input", "output")},
-                **{f"angle_{side}": [least_angle(a, b, side) for a, b in pairs] for side in ("input", "output")},
+                **{f"angle_{side}": [smallest_angle(a, b, side) for a, b in pairs] for side in ("input", "output")},
             }
             means = {name: measures.mean(values) for name, values in by_measure.items()}
             lines.append({"stack": stack, "part": first, "other": second, "pairs": len(pairs), **means})

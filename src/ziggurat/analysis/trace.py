@@ -1,6 +1,6 @@
-"""Spectra while training: recorded by a callback, logged like any other number, read back as arrays.
+"""Spectra while training: recorded by a callback, logged like any other value, read back as arrays.
 
-The numbers go through the Trainer's own logging, so TensorBoard, W&B and trackio get them, checkpoints and run.json
+The values go through the Trainer's own logging, so TensorBoard, W&B and trackio get them, checkpoints and run.json
 keep them, and a resumed run goes on where it was. Names: `spectra/<part>/s1` ... `s8`, the mean singular values from
 the largest (arXiv 2503.21838, Fig. 3), and `spectra/<part>/effective_rank`, `m_eff`, `norm`, means over components.
 """
@@ -59,7 +59,7 @@ def record_spectra(trainer: Any, every: Literal["epoch"] | int = "epoch", adapte
 
 
 def scalars(collected: Collected, top: int = TOP) -> dict[str, float]:
-    """What is logged of an adapter's stored parts. Numbers that aren't finite are left out."""
+    """The values to log for an adapter's stored parts, without those that aren't finite."""
     logged: dict[str, float] = {}
     for part in collected.stored_parts:
         for number, value in enumerate(measures.mean_spectrum(collected, part, top), 1):

@@ -1,4 +1,4 @@
-"""What `ziggurat analyze` leaves: tables on the screen, CSV and JSON, figures."""
+"""The output of `ziggurat analyze`: tables on the screen, CSV and JSON, figures."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ _OVERLAP = "mean cos² of the angles"
 MAPS = {
     "kl": Map(measures.kl_matrix, "KL divergence between spectra", "KL(i || j)", diagonal=True),
     "cosine": Map(measures.cosine_matrix, "Cosine of the updates", "cosine", centred=True, least=0.1),
-    "overlap_input": Map(measures.overlap_matrix, "Overlap of what is read", _OVERLAP, least=0.1),
+    "overlap_input": Map(measures.overlap_matrix, "Overlap of the input subspaces", _OVERLAP, least=0.1),
     "overlap_output": Map(
-        partial(measures.overlap_matrix, side="output"), "Overlap of what is written", _OVERLAP, least=0.1
+        partial(measures.overlap_matrix, side="output"), "Overlap of the output subspaces", _OVERLAP, least=0.1
     ),
 }
 
 
 def summary(collected: Collected, k: int = measures.HALF) -> list[dict[str, Any]]:
-    """One line a part, role and stack: how many components, and the means of their numbers."""
+    """A line for each part, role and stack: the number of components and the means of their measures."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for line in measures.rows(collected, k):
         groups.setdefault((line["part"], line["stack"], line["role"]), []).append(line)
@@ -88,8 +88,8 @@ def table(collected: Collected, k: int = measures.HALF) -> RenderableType:
         shown.add_row(*words, *numbers, end_section=new_part)
     between = [
         f"{line['part']} and {line['other']}{' of ' + line['stack'] if len(stacks) > 1 else ''}: "
-        f"cosine {_number(line['cosine'], 2)}, least angles {_number(line['angle_input'], 0)}° of what is read and "
-        f"{_number(line['angle_output'], 0)}° of what is written"
+        f"cosine {_number(line['cosine'], 2)}, smallest principal angle of the input subspaces "
+        f"{_number(line['angle_input'], 0)}°, of the output subspaces {_number(line['angle_output'], 0)}°"
         for line in tiers.rows(collected)
     ]
     return Group(
@@ -106,7 +106,7 @@ def write(
     pictures: bool = True,
     history: Sequence[Mapping[str, Any]] = (),
 ) -> list[Path]:
-    """Write components.csv, analysis.json (all numbers, spectra and matrices) and the figures to the folder `out`.
+    """Write components.csv, analysis.json (all measures, spectra and matrices) and the figures to the folder `out`.
 
     Methods with tiers get a tiers.csv, too: how alike each pair of tiers is.
 
@@ -185,7 +185,7 @@ def json_text(collected: Collected, other: Collected | None = None, *, k: int = 
 
 
 def against(first: Collected, second: Collected) -> str:
-    """In words: which of two adapters has layers whose spectra differ more.
+    """A sentence that says which of two adapters has layers whose spectra differ more.
 
     Raises:
         ConfigError: they have different depths.
@@ -206,7 +206,7 @@ def against(first: Collected, second: Collected) -> str:
 
 
 def pictures_of(collected: Collected, other: Collected | None = None) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Name -> what draws it, for the figures that say something of this adapter."""
+    """Name -> a function that draws the figure, for the figures that this adapter has."""
     depths = {s: n for s, n in collected.layers.items() if any(c.stack == s and c.layers for c in collected.components)}
     for stack, depth in depths.items():
         tail = f"-{stack.replace('.', '_')}" if len(depths) > 1 else ""

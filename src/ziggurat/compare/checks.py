@@ -1,4 +1,4 @@
-"""What is wrong with a table's file, all of it at once, before a recipe is made of it."""
+"""Mistakes in a table's file, all of them at once, before recipes are made of it."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _without_methods(tasks: list[str], methods: list[Any]) -> Iterator[str]:
 
 
 def _key_problems(where: str, keys: Any) -> Iterator[str]:
-    """What is wrong with recipe keys that a table gives."""
+    """Mistakes in recipe keys that a table gives."""
     if keys is not None and not isinstance(keys, dict):
         yield f"{where}: recipe keys are needed, got {keys!r}"
         return

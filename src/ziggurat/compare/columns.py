@@ -37,7 +37,7 @@ class Column:
         return float(line["score"])
 
     def in_per_cent(self, line: dict[str, Any]) -> bool:
-        """Whether `score` is: of a trained task it is or is lower-is-better, of lm-eval's some are as it gives them."""
+        """True if `score` is a percentage, or of a trained task; some metrics of lm-eval have a scale of their own."""
         return self.evaluated is None or self.metric in line["evaluated"][self.evaluated]["per_cent"]
 
     def second_score(self, line: dict[str, Any]) -> float | None:

@@ -1,4 +1,4 @@
-"""What the adapters of an instruct task are scored on once they are trained: lm-eval's tasks, each a column."""
+"""Scoring the adapters of an instruct task on lm-eval's tasks, each of which is a column."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ziggurat.training.data.content import digest
 
 #: The method that trains nothing: the base model as it is, a row to compare with.
 NONE = "none"
-#: What of a recipe matters to that row; the rest, the seed too, changes nothing about the model.
+#: The keys of a recipe that matter to that row; the others, the seed too, don't change the model.
 _OF_THE_BASE = ("model", "gguf_file", "revision", "dtype")
 #: Where a run's folder keeps the scores of each task as soon as it has them.
 FILE = "evaluation.json"
@@ -40,7 +40,7 @@ class Evaluation:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What changes the score of a task; of local data what the files hold."""
+        """The settings that change the score of a task; local data count by the content of the files."""
         there = self.data is not None and Path(self.data).exists()
         return {"limit": self.limit, "data": digest(Path(self.data)) if there else self.data}  # type: ignore[arg-type]
 
@@ -62,7 +62,7 @@ def _named(tasks: Any) -> dict[str, str | None]:
 
 
 def evaluation_problems(given: Any) -> Iterator[str]:
-    """What is wrong with a task's `evaluate`."""
+    """Mistakes in a task's `evaluate`."""
     if not isinstance(given, dict):
         yield f"{_FORM}, is needed, got {given!r}"
         return
@@ -120,13 +120,13 @@ def _check_metric(task: Ready, metric: str) -> None:
 
 
 def of_the_base(recipe: Recipe) -> dict[str, Any]:
-    """What of a resolved recipe the base model's own row depends on."""
+    """The part of a resolved recipe that the base model's own row depends on."""
     kept = {key: value for key, value in resolved(recipe).items() if key in _OF_THE_BASE}
     return {"method.name": NONE, **kept}
 
 
 def base_info() -> dict[str, Any]:
-    """What stands for run.json where nothing was trained."""
+    """The values in place of run.json where nothing was trained."""
     from ziggurat.training.loop.result import versions
 
     return {"metric": None, "after": {}, "parameters": {"adapter": 0}, "versions": versions()}
@@ -174,7 +174,7 @@ def evaluate_run(recipe: Recipe, evaluation: Evaluation) -> dict[str, dict[str, 
 def _load(recipe: Recipe) -> tuple[Any, Any]:
     import torch
 
-    # What the training held is still waiting for the collector; two models may be more than a GPU takes.
+    # The trained model is still waiting for the garbage collector; two models may be more than a GPU holds.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

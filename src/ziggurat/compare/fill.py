@@ -1,4 +1,4 @@
-"""Fill a table: run what hasn't been done, note each result at once, write the reports."""
+"""Fill a table: start the runs that it lacks, note each result at once, write the reports."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .table import Run, Table
 
 @dataclass(frozen=True)
 class Filled:
-    """What became of a table: its numbers, runs that were taken now, those that failed, and the files written."""
+    """The result of filling a table: its summary, how many runs finished, those that failed, the files written."""
 
     summary: Summary
     taken: int
@@ -40,7 +40,7 @@ class Filled:
 
 
 def fill(table: Table, *, engine: str = "local", workers: int | None = None, console: Console | None = None) -> Filled:
-    """Run what the table lacks; then write table.md, table.csv and the plots into its folder.
+    """Start the runs that the table lacks; then write table.md, table.csv and the plots into its folder.
 
     A run that has been done, by the key of its resolved recipe, is never done again; one that failed is tried again.
     Ctrl-C stops the running ones with a checkpoint, and the same call goes on from there.
@@ -80,14 +80,14 @@ def fill(table: Table, *, engine: str = "local", workers: int | None = None, con
 
 
 def _needs(todo: list[Run], engine: str) -> list[str]:
-    """The packages outside the core that the runs, their scores and the table's intervals take."""
+    """The packages outside the core that the runs, their scores and the table's intervals need."""
     trained = [package for run in todo if run.trains for package in needs(run.recipe)]
     scored = ["lm-eval" for run in todo if run.evaluation is not None]
     return [*trained, "scipy", *scored, *(["ray"] if engine == "ray" else [])]
 
 
 def report(table: Table) -> Filled:
-    """Write the reports of what has been done so far; runs nothing. Raises MissingExtraError without scipy."""
+    """Write the reports from the runs that are done; starts none. Raises MissingExtraError without scipy."""
     return _written(table, Results(table.folder), 0, False)
 
 

@@ -9,8 +9,8 @@ from ziggurat.recipe.methods import BUDGET, METHODS, SYNONYMS, method_fields
 
 from .evaluated import NONE
 
-#: Fields that a method has, but that mean another place there, or nothing: of bottleneck adapters the linears of the
-#: feed-forward part, and no scale.
+#: Fields that mean something else in a method, or nothing: bottleneck adapters target the linear layers of the
+#: feed-forward part, and have no scale.
 _OTHER_MEANING = {"adapter": {"target_modules", "lora_alpha", "use_rslora"}}
 
 
@@ -33,7 +33,7 @@ class Shared:
             fits = self._fits(method_keys, name)
             if fits:
                 taken[key] = value
-            if method_keys.get("method.name") != NONE:  # which takes nothing, and nobody expects it to
+            if method_keys.get("method.name") != NONE:  # it has no fields, and needs no note
                 place = (self._takers if fits else self._others).setdefault(key, [])
                 if label not in place:
                     place.append(label)

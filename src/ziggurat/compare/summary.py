@@ -1,4 +1,4 @@
-"""The numbers of a table: a cell for each method and task, the average, differences, and what the runs cost."""
+"""The summary of a table: a cell for each method and task, the average, differences, and the cost of the runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .table import Table
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method's runs cost.
+    """The cost of a method's runs.
 
     `parameters`: task -> the method's own trainable parameters, each counted once, without the head.
     """
@@ -28,7 +28,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Summary:
-    """All that a report needs. `columns` are the table's, and the average where the metrics may be averaged.
+    """The contents of a report. `columns` are the table's, and the average where the metrics may be averaged.
 
     `second` are the cells of the second metrics; differences and plots are of the first.
     """
@@ -42,7 +42,7 @@ class Summary:
     second: dict[tuple[str, str], Cell] = field(default_factory=dict)
 
     def parameters(self, method: str, column: str) -> int:
-        """Trainable numbers of a method in a column: on its task; of the average, on the task where they are most."""
+        """Trainable parameters of a method in a column: on its task; for the average, the most of any task."""
         counts = self.costs[method].parameters
         tasks = {each.name: each.task for each in self.table.columns}
         return counts[tasks[column]] if column in tasks else max(counts.values())

@@ -1,4 +1,4 @@
-"""What `ziggurat doctor` says of the machine: versions, extras, processor, accelerators, disk."""
+"""The findings of `ziggurat doctor` about the machine: versions, extras, processor, accelerators, disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def environment() -> Iterator[Finding]:
 
 
 def machine() -> Iterator[Finding]:
-    """All there is to say of this machine."""
+    """All findings about this machine, with notes."""
     yield from _requirements()
     yield from _versions()
     yield from _processor()

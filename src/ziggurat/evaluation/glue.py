@@ -52,8 +52,8 @@ def task_for(recipe: Recipe, head: HeadSpec, wanted: str | None = None) -> str:
 def class_order(recipe: Recipe, head: HeadSpec, name: str) -> list[int]:
     """Of each class of the head, in order, its place among the classes of the GLUE task `name`.
 
-    A head that was trained on the task itself has learnt the task's own numbers. Of any other data the names say which
-    class is which, or their numbers (`1`, `LABEL_1`) do. Raises DataError where neither does.
+    A head that was trained on the task itself has the task's own order of classes. For other data the labels' names say
+    which class is which, or the numbers in them (`1`, `LABEL_1`). Raises DataError where neither does.
     """
     classes, names = GLUE[name].classes, [str(label) for label in head.label_names]
     if glue_name(recipe.data.train, recipe.data.subset) == name:

@@ -1,8 +1,8 @@
-"""How many ranks each tier deserves, and where the groups should end: pure functions of measured numbers.
+"""How many ranks each tier deserves, and where the groups should end: pure functions of measurements.
 
-Symbols: tier t holds P_t pairs, so one rank of it costs c_t = sum over its pairs of (d_in + d_out); gain g_t[k] is what
-its k-th direction is worth, over all linears that it reaches. With `by_role` what is told of a tier is told of a tier's
-pairs of one role, under the key `<tier>:<role>`.
+Symbols: tier t holds P_t pairs, so one rank of it costs c_t = sum over its pairs of (d_in + d_out); gain g_t[k] is the
+worth of its k-th direction, over all linear layers that it reaches. With `by_role` each role of a tier counts as a
+tier, under the key `<tier>:<role>`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def costs(collected: Collected, by_role: bool = False) -> dict[str, int]:
 
 
 def energies(collected: Collected, by_role: bool = False) -> dict[str, np.ndarray]:
-    """Tier -> (rank,) sum over the linears it reaches of s_k^2: the squared norm that its k-th directions add."""
+    """Tier -> (rank,) sum over the linear layers it reaches of s_k^2: the squared norm that its k-th directions add."""
     by_tier = {}
     for key, components in _shared_out(collected, by_role).items():
         gains = np.zeros(max(c.rank for c in components))

@@ -1,13 +1,13 @@
-"""What a training step needs: weights, what is trained with its gradients and AdamW's moments, saved activations.
+"""The memory of a training step: weights, trained parameters with gradients and AdamW's moments, saved activations.
 
 Activations are counted, not guessed: one forward of the adapted model on the meta device, which computes nothing,
 with every tensor that autograd would keep for the backward. Attention that asks torch for a fused kernel is counted as
-one keeps it: inputs, output and one number a row, not the L x L weights. Per sample all grows as a L + c L^2 with the
+one keeps it: inputs, output and one value per row, not the L x L weights. Per sample all grows as a L + c L^2 with the
 length L (c is not 0 where attention is written out, or has a mask); two lengths give a and c.
 
-With gradient checkpointing there stay what is outside the layers, every layer's input, and all of the layer that is
-being computed again, the largest. NF4 weights (QLoRA) take 4 bits, a byte a block of 64 for its scale, and a float32 a
-256 blocks [Dettmers et al. 2023, double quantisation].
+With gradient checkpointing these stay: tensors outside the layers, every layer's input, and all of the largest layer,
+while it is computed again. NF4 weights (QLoRA) take 4 bits, a byte per block of 64 for its scale, and a float32 per 256
+blocks [Dettmers et al. 2023, double quantisation].
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 class Memory:
     """Bytes of one training step. `activations` is None where the model can't be traced without weights.
 
-    weights + 2 x trained (values and gradients) + 8 a trained number (AdamW's two moments in float32) + activations,
-    with activations = batch (a L + c L^2). Not in it: the device's context, kernels' workspaces, fragmentation.
+    weights + 2 x trained (values and gradients) + 8 per trainable parameter (AdamW's two moments in float32) +
+    activations, with activations = batch (a L + c L^2). Not in it: the device's context, kernels' workspaces,
+    fragmentation.
     """
 
     weights: int
@@ -46,15 +47,15 @@ class Memory:
 
     @property
     def formula(self) -> str:
-        """The activations' formula with its numbers, in bytes."""
+        """The formula of the activations with its coefficients, in bytes."""
         if self.activations is None:
-            return "weights + 2 x trained + 8 a trained number; activations unknown"
+            return "weights + 2 x trained + 8 per trainable parameter; activations unknown"
         return f"batch x ({self.a:,.0f} L + {self.c:,.1f} L²) bytes"
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step takes: `labels` are "tokens", "classes", "values" or None; `pair`: two texts, encoded apart."""
+    """The input of a step: `labels` are "tokens", "classes", "values" or None; `pair`: two texts, encoded apart."""
 
     batch: int
     length: int
@@ -189,7 +190,7 @@ def memory(model: nn.Module, step: Step) -> Memory:
 
 
 def _four_bit_bytes(model: nn.Module, frozen: Sequence[nn.Parameter]) -> int:
-    """Bytes of a base in NF4: its linears but those of the head; the rest is float32, as PEFT prepares it."""
+    """Bytes of a base in NF4: its linear layers but those of the head; the rest is float32, as PEFT prepares it."""
     from ziggurat.training.model.base import is_quantised_linear
 
     packed = {

@@ -1,4 +1,4 @@
-"""What a method would do to a model, counted before there are any weights."""
+"""The plan of a method for a model, counted before there are any weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ziggurat.host.sites_table import from_table
 from .disk import file_bytes
 from .memory import Memory, Step, memory
 
-#: Shown name -> the method's fields beside its rank. PiSSA, QLoRA and DyLoRA train as many numbers as LoRA.
+#: Shown name -> the method's fields beside its rank. PiSSA, QLoRA and DyLoRA train as many parameters as LoRA.
 BESIDE: dict[str, dict[str, Any]] = {
     "msplora": {"name": "msplora"},
     "lora": {"name": "lora"},
@@ -70,7 +70,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Beside:
-    """Another method: "r" beside the plan's at the same rank, "budget" at the most rank that the same budget pays."""
+    """Another method at the plan's rank (`kind` "r"), or at the largest rank within its budget ("budget")."""
 
     method: str
     kind: str
@@ -82,7 +82,7 @@ class Beside:
 class Plan:
     """All of it. Counts are exact; `memory` says itself what it leaves out.
 
-    `adapter` counts the method's own numbers, `head` those of modules trained whole; `file` is the size of
+    `adapter` counts the method's own trainable parameters, `head` those of modules trained whole; `file` is the size of
     adapter_model.safetensors in bytes.
     """
 
@@ -117,7 +117,7 @@ def plan(
     """Count what `config` trains in `model`, which lies on the meta device and comes back as it was.
 
     For the memory: `pair`, two texts encoded apart; `checkpointing`, the layers' activations are computed again;
-    `four_bits`, the base's linears are NF4 (QLoRA).
+    `four_bits`, the base's linear layers are NF4 (QLoRA).
 
     Raises:
         ConfigError: the config doesn't fit the model, with what the method says of it.
@@ -175,7 +175,7 @@ def _adapted(model: nn.Module, config: Any, trouble: str) -> Iterator[Any]:
 
 
 def _without_values(config: Any) -> Any:
-    """The config with an initialisation that needs no weights; how many numbers there are doesn't change."""
+    """The config with an initialisation that needs no weights; the number of parameters doesn't change."""
     config = copy.deepcopy(config)
     if isinstance(getattr(config, "init_lora_weights", None), str):
         config.init_lora_weights = True
@@ -209,7 +209,7 @@ def _parts(state: Mapping[str, Any], config: Any, anatomy: Anatomy, sites: Mappi
 
 
 def _beside(model: nn.Module, config: Any, method: str, parameters: int) -> tuple[list[Beside], list[str]]:
-    """Other methods on the same linears, at the plan's rank and at the most that its `mine` numbers pay, by formula."""
+    """Other methods on the same layers: at the plan's rank, and at the largest rank within `parameters`; by formula."""
     from ziggurat.recipe.methods import method_config
     from ziggurat.training.sizing.budget import fit_rank, rank_fields
     from ziggurat.training.sizing.counts import count
@@ -301,7 +301,7 @@ def plan_recipe(
     notes = [*base.notes, *planned.notes]
     if measure_memory and recipe is not None and recipe.train.precision != "fp32":
         notes.append(
-            f"train.precision {recipe.train.precision}: the activations are counted in the numbers of the weights; "
+            f"train.precision {recipe.train.precision}: the activations are counted in the dtype of the weights; "
             "autocast keeps about half of them, and a copy of the weights that it casts"
         )
     return replace(planned, notes=notes)

@@ -1,4 +1,4 @@
-"""What was named as a model and is none: a recipe, the folder of a run, an adapter."""
+"""Names given as a model that are something else: a recipe, the folder of a run, an adapter."""
 
 from __future__ import annotations
 

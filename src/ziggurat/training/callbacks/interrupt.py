@@ -13,7 +13,7 @@ from ..devices.processes import Processes
 
 
 class Interrupted(Exception):
-    """A run was stopped from outside. `checkpoint` is what it left (None before the first step), `signal` by what."""
+    """A run was stopped by a signal, number `signal`. `checkpoint` is its last one (None before the first step)."""
 
     def __init__(self, folder: str, checkpoint: str | None, step: int, total: int, number: int) -> None:
         done = f"stopped at step {step} of {total}" if checkpoint else "stopped before the first step"

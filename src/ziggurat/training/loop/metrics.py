@@ -1,4 +1,4 @@
-"""Scores by scikit-learn and scipy, and what guessing would get."""
+"""Scores by scikit-learn and scipy, and the majority-class or mean baseline."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def mean_loss(predictions: Any, labels: Any) -> float:
 
 
 def guessing(recipe: Recipe, train_labels: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
-    """Scores of always answering the training data's most frequent class, or their mean (regression)."""
+    """Scores of the majority-class baseline, or of the mean baseline (regression)."""
     if recipe.task == "regression":
         return score(recipe, np.full(len(labels), float(np.mean(train_labels))), labels, classes)
     values, counts = np.unique(train_labels, return_counts=True)
@@ -74,7 +74,7 @@ def lower_is_better(metric: str) -> bool:
 
 
 def perplexity(loss: float) -> float:
-    """exp of the mean loss a token; infinite rather than an overflow where the loss is beyond reason."""
+    """exp of the mean loss per token; infinite where this would overflow."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
