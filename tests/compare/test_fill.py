@@ -113,7 +113,7 @@ def test_what_does_not_exist_is_found_once_before_the_first_run(wide_bert: Path,
         "the table small has 3 problems:",
         "  model: './no-model' does not exist",
         f"  own: data.text: {tmp_path / 'mine.csv'} has no column 'text'",
-        "  gone: data.train: './gone.csv' does not exist",
+        "  gone: data file './gone.csv' does not exist",
     ]
     assert not (tmp_path / "out" / "runs").exists()
 
