@@ -21,21 +21,22 @@ from ziggurat.lowrank.spectrum import factored_svd
 from .components import UPDATE, Component
 
 State = Mapping[str, Tensor]
-#: Where the linear or layer at a path lies.
+#: Path of a linear layer or transformer layer -> its place in the model.
 Places = Callable[[str], Place]
 
 _NUMBERED = re.compile(r"^(.*?)\.(\d+)(?:\.(.*))?$")
 
 
 def place_by_name(path: str) -> Place:
-    """The place of a module told from its path alone: the first number counts layers, what stands before is the stack.
+    """The place of a module by its path alone: the first number is the layer's, the path in front of it is the stack's.
 
-    Where stages are numbered outside the layers (Swin), only the model itself knows better. `num_layers` is 0: unknown.
+    This is wrong where stages are numbered outside the layers (Swin), which only the model shows. `num_layers` is 0:
+    unknown.
     """
-    found = _NUMBERED.match(path)
-    if found is None:
+    match = _NUMBERED.match(path)
+    if match is None:
         return Place(stack=path, layer=0, role="", num_layers=1)
-    return Place(found[1], int(found[2]), found[3] or "", 0)
+    return Place(match[1], int(match[2]), match[3] or "", 0)
 
 
 def components(method: Method, state: State, config: Any, sites: Mapping[str, Site]) -> Iterator[Component]:
@@ -129,9 +130,9 @@ READERS: dict[str, Callable[[State, Any, Places], Iterator[Component]]] = {
 
 def _grouped(state: State, pattern: str) -> dict[str, dict[str, Tensor]]:
     """Path -> leaf -> tensor, for the names that match `pattern`, which says what is which."""
-    found: dict[str, dict[str, Tensor]] = {}
+    groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         match = re.match(pattern, name)
         if match:
-            found.setdefault(match[1].removeprefix("base_model.model."), {})[match[2]] = tensor
-    return found
+            groups.setdefault(match[1].removeprefix("base_model.model."), {})[match[2]] = tensor
+    return groups

@@ -44,10 +44,10 @@ class Run:
         import yaml
 
         try:
-            found = yaml.safe_load(self.recipe)
+            values = yaml.safe_load(self.recipe)
         except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
             raise ConfigError(f"{self.name}: its {RECIPE} is no YAML: {error}.") from error
-        return found if isinstance(found, dict) else {}
+        return values if isinstance(values, dict) else {}
 
 
 def read_run(folder: str | Path) -> Run:

@@ -60,10 +60,10 @@ def line_chart(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[
     return _svg(total, title, parts)
 
 
-def bars(title: str, found: Mapping[str, Mapping[str, float]], x_name: str) -> str:
+def bars(title: str, lengths: Mapping[str, Mapping[str, float]], x_name: str) -> str:
     """Stacked horizontal bars: part -> row -> length. The share of its row stands in each piece that has room."""
-    rows = list(dict.fromkeys(row for by_row in found.values() for row in by_row))
-    totals = {row: sum(by_row.get(row, 0.0) for by_row in found.values()) for row in rows}
+    rows = list(dict.fromkeys(row for by_row in lengths.values() for row in by_row))
+    totals = {row: sum(by_row.get(row, 0.0) for by_row in lengths.values()) for row in rows}
     longest = max(totals.values(), default=0.0)
     if not rows or not np.isfinite(longest) or longest <= 0:
         return ""
@@ -71,7 +71,7 @@ def bars(title: str, found: Mapping[str, Mapping[str, float]], x_name: str) -> s
     room = WIDTH - left - _RIGHT
     parts = [_text(12, 16, _cut(title, 44), "t")]
     x, y = left, 26
-    for number, part in enumerate(found):
+    for number, part in enumerate(lengths):
         wide = 20 + 6.4 * len(_cut(part, 16))
         if x + wide > WIDTH - _RIGHT:
             x, y = left, y + 16
@@ -82,7 +82,7 @@ def bars(title: str, found: Mapping[str, Mapping[str, float]], x_name: str) -> s
     for line, row in enumerate(rows):
         start, y = float(left), top + 30 * line
         parts.append(_text(left - 6, y + 15, _cut(row, 17), "n e"))
-        for number, by_row in enumerate(found.values()):
+        for number, by_row in enumerate(lengths.values()):
             wide = by_row.get(row, 0.0) / longest * room
             parts.append(
                 f'<rect class="b c{number % 8}" x="{start:.1f}" y="{y}" width="{max(wide - 1, 0):.1f}" height="22" '

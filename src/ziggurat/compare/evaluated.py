@@ -1,4 +1,4 @@
-"""What the adapters of an instruct task are scored on once they are trained: lm-eval's tasks, each a column."""
+"""Scoring the adapters of an instruct task on lm-eval's tasks, each of which is a column."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ziggurat.training.data.content import digest
 
 #: The method that trains nothing: the base model as it is, a row to compare with.
 NONE = "none"
-#: What of a recipe matters to that row; the rest, the seed too, changes nothing about the model.
+#: The keys of a recipe that matter to that row; the others, the seed too, don't change the model.
 _OF_THE_BASE = ("model", "gguf_file", "revision", "dtype")
 #: Where a run's folder keeps the scores of each task as soon as it has them.
 FILE = "evaluation.json"
@@ -40,7 +40,7 @@ class Evaluation:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What changes the score of a task; of local data what the files hold."""
+        """The settings that change the score of a task; local data count by the content of the files."""
         there = self.data is not None and Path(self.data).exists()
         return {"limit": self.limit, "data": digest(Path(self.data)) if there else self.data}  # type: ignore[arg-type]
 
@@ -62,7 +62,7 @@ def _named(tasks: Any) -> dict[str, str | None]:
 
 
 def evaluation_problems(given: Any) -> Iterator[str]:
-    """What is wrong with a task's `evaluate`."""
+    """Mistakes in a task's `evaluate`."""
     if not isinstance(given, dict):
         yield f"{_FORM}, is needed, got {given!r}"
         return
@@ -100,31 +100,33 @@ def check_ready(evaluations: list[Evaluation]) -> None:
     be read.
     """
     seen: list[Evaluation] = []
-    for one in evaluations:
-        if one not in seen:
-            seen.append(one)
-            data = Path(one.data) if one.data is not None else None
-            with ready(list(one.metrics), data=data, limit=one.limit, run_code=one.run_generated_code) as found:
-                for this in found:
-                    _check_metric(this, one.metrics[this.task])
+    for evaluation in evaluations:
+        if evaluation not in seen:
+            seen.append(evaluation)
+            data = Path(evaluation.data) if evaluation.data is not None else None
+            with ready(
+                list(evaluation.metrics), data=data, limit=evaluation.limit, run_code=evaluation.run_generated_code
+            ) as tasks:
+                for task in tasks:
+                    _check_metric(task, evaluation.metrics[task.task])
 
 
-def _check_metric(this: Ready, metric: str) -> None:
-    known = this.score_names()
+def _check_metric(task: Ready, metric: str) -> None:
+    known = task.score_names()
     if not known:
-        raise DataError(f"evaluate: {this.task} has no score of its own; name {', '.join(this.parts)}")
+        raise DataError(f"evaluate: {task.task} has no score of its own; name {', '.join(task.parts)}")
     if metric not in known:
-        raise DataError(f"evaluate: {this.task} has no metric '{metric}'; it has {', '.join(known)}")
+        raise DataError(f"evaluate: {task.task} has no metric '{metric}'; it has {', '.join(known)}")
 
 
 def of_the_base(recipe: Recipe) -> dict[str, Any]:
-    """What of a resolved recipe the base model's own row depends on."""
+    """The part of a resolved recipe that the base model's own row depends on."""
     kept = {key: value for key, value in resolved(recipe).items() if key in _OF_THE_BASE}
     return {"method.name": NONE, **kept}
 
 
 def base_info() -> dict[str, Any]:
-    """What stands for run.json where nothing was trained."""
+    """The values in place of run.json where nothing was trained."""
     from ziggurat.training.loop.result import versions
 
     return {"metric": None, "after": {}, "parameters": {"adapter": 0}, "versions": versions()}
@@ -143,10 +145,10 @@ def evaluate_run(recipe: Recipe, evaluation: Evaluation) -> dict[str, dict[str, 
     from ziggurat.evaluation.lm import evaluate
 
     place = Path(recipe.folder).expanduser() / FILE
-    found = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+    scored = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
     loaded: tuple[Any, Any] | None = None
     for task, metric in evaluation.metrics.items():
-        if found.get(task, {}).get("settings") != evaluation.settings:
+        if scored.get(task, {}).get("settings") != evaluation.settings:
             model, tokenizer = loaded = loaded or _load(recipe)
             scores = evaluate(
                 model,
@@ -159,20 +161,20 @@ def evaluate_run(recipe: Recipe, evaluation: Evaluation) -> dict[str, dict[str, 
             )
             if len(scores) != 1:
                 raise DataError(f"evaluate: {task} has no score of its own; name {', '.join(s.task for s in scores)}")
-            found[task] = {**asdict(scores[0]), "settings": evaluation.settings}
+            scored[task] = {**asdict(scores[0]), "settings": evaluation.settings}
             place.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(place, json.dumps(found, indent=2) + "\n")
-        if metric not in found[task]["scores"]:
-            raise DataError(f"evaluate: {task} has no metric '{metric}': {', '.join(found[task]['scores'])}")
+            write_whole(place, json.dumps(scored, indent=2) + "\n")
+        if metric not in scored[task]["scores"]:
+            raise DataError(f"evaluate: {task} has no metric '{metric}': {', '.join(scored[task]['scores'])}")
     return {
-        task: {key: found[task][key] for key in ("scores", "per_cent", "rows", "shots")} for task in evaluation.metrics
+        task: {key: scored[task][key] for key in ("scores", "per_cent", "rows", "shots")} for task in evaluation.metrics
     }
 
 
 def _load(recipe: Recipe) -> tuple[Any, Any]:
     import torch
 
-    # What the training held is still waiting for the collector; two models may be more than a GPU takes.
+    # The trained model is still waiting for the garbage collector; two models may be more than a GPU holds.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

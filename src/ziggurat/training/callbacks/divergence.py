@@ -1,4 +1,4 @@
-"""A loss that is no number any more ends the run: what was learned before stays, and the error says where and why."""
+"""A NaN or infinite loss ends the run: earlier checkpoints stay, and the error says where and why."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class StopAtNaN(TrainerCallback):
         """
         losses, self._losses = self._losses, []
         if losses:
-            found = torch.stack([loss.float() for loss in losses]).tolist()
-            bad = next((loss for loss in found if not math.isfinite(loss)), None)
+            values = torch.stack([loss.float() for loss in losses]).tolist()
+            bad = next((loss for loss in values if not math.isfinite(loss)), None)
             if bad is not None:
                 raise self._error(args, state, f"the loss is {bad}")
         if control.should_save:
@@ -106,12 +106,12 @@ def _kept(checkpoint: Path | None) -> str:
 
 
 def _hint(args: TrainingArguments) -> str:
-    """What most often makes a loss NaN, under these settings."""
+    """The most frequent remedies of a NaN loss, for these settings."""
     parts = []
     if args.fp16:
         parts.append("set train.precision to bf16 or fp32, since fp16 overflows above 65,504")
     parts.append(f"lower train.lr (now {args.learning_rate:g})")
     if not args.max_grad_norm:
         parts.append("clip gradients by train.max_grad_norm=1.0")
-    parts.append("or look for damaged weights in the base model and for labels or numbers in the data that are NaN")
+    parts.append("or look for damaged weights in the base model and for NaN in the data")
     return f"What helps: {', '.join(parts)}."

@@ -13,7 +13,7 @@ from ..devices.processes import Processes
 
 
 class Interrupted(Exception):
-    """A run was stopped from outside. `checkpoint` is what it left (None before the first step), `signal` by what."""
+    """A run was stopped by a signal, number `signal`. `checkpoint` is its last one (None before the first step)."""
 
     def __init__(self, folder: str, checkpoint: str | None, step: int, total: int, number: int) -> None:
         done = f"stopped at step {step} of {total}" if checkpoint else "stopped before the first step"
@@ -96,7 +96,7 @@ class StopSignals(TrainerCallback):
     def _stop(self, control: TrainerControl) -> TrainerControl:
         # A scoring that is due at this very step is still made, before the checkpoint: it draws random numbers, and
         # without them the resumed run would not be the uninterrupted one.
-        self.agreed = self.processes.most(self.number or 0) or None
+        self.agreed = self.processes.largest(self.number or 0) or None
         if self.agreed is not None:
             control.should_save = control.should_training_stop = True
         return control

@@ -1,4 +1,4 @@
-"""The live bar while a run learns; plain lines where nobody watches."""
+"""The progress bar while a run trains; plain lines on a console that is no terminal."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class LiveProgress(TrainerCallback):
             TextColumn("learning"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[said]}"),
+            TextColumn("{task.fields[shown]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
         )
-        self.task = self.bar.add_task("learning", total=state.max_steps, completed=state.global_step, said="")
+        self.task = self.bar.add_task("learning", total=state.max_steps, completed=state.global_step, shown="")
         self.bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -94,4 +94,4 @@ class LiveProgress(TrainerCallback):
         if self.bar is not None:
             parts = [f"loss {self.loss:.3f}"] if self.loss is not None else []
             parts += [f"{self.metric} {self.score:.2f}"] if self.score is not None else []
-            self.bar.update(self.task, said="  ".join(parts))
+            self.bar.update(self.task, shown="  ".join(parts))

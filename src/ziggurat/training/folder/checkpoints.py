@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or don't count, whatever ends the program while one is written."""
+"""Checkpoints that are whole or don't count, whenever the program is ended while one is written."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class OrderOfEpoch(Sampler[int]):
 
 
 class WholeCheckpoints(TrainerCallback):
-    """Seals each checkpoint once all of it is on the disk, and only then lets older ones go.
+    """Seals each checkpoint once all of it is on the disk, and only then deletes older ones.
 
     The Trainer writes file after file into the checkpoint's folder, then callbacks add theirs, so this one comes last,
     and the Trainer itself must delete nothing (`save_total_limit=None`).
@@ -96,13 +96,13 @@ class WholeCheckpoints(TrainerCallback):
 
 
 def seal(checkpoint: Path) -> None:
-    """Note that the checkpoint is whole, after all of it is on the disk."""
+    """Mark the checkpoint as whole, once all of it is on the disk."""
     sync_tree(checkpoint)
     write_whole(checkpoint / SEAL, json.dumps(_sizes(checkpoint), indent=1))
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether all files that the seal names are there, as long as they were."""
+    """True if all files that the seal names are there, with the sizes that it names."""
     try:
         sizes = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
         return isinstance(sizes, dict) and {name: (checkpoint / name).stat().st_size for name in sizes} == sizes
@@ -117,8 +117,8 @@ def step_of(checkpoint: Path) -> int:
 
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint in `folder`."""
-    found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir() else []
-    return max((one for one in found if is_whole(one)), key=step_of, default=None)
+    checkpoints = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir() else []
+    return max((checkpoint for checkpoint in checkpoints if is_whole(checkpoint)), key=step_of, default=None)
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What a run costs: time a step, peak memory, bytes stored."""
+"""The cost of a run: time per step, peak memory, bytes stored."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _now() -> float:
 
 
 def peak_memory() -> float | None:
-    """MiB at most in use: on the GPU since training began, else resident in this process. None if nobody knows."""
+    """MiB at most in use: on the GPU since training began, else resident in this process. None if unknown."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     try:

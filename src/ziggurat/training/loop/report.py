@@ -1,4 +1,4 @@
-"""What the terminal shows after a run."""
+"""The summary of a run on the terminal."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class HeadLrTrainer(ExactTrainer):
 
 @dataclass(frozen=True)
 class Task:
-    """A trainer ready to go, and what guessing would score."""
+    """A trainer ready to start, and the scores of the majority-class or mean baseline."""
 
     trainer: Trainer
     guess: dict[str, float]
@@ -189,7 +189,7 @@ def _answers(recipe: Recipe, base: Base, table: Dataset, length: int, word: str,
 
 
 def _template_notes(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]]) -> Iterator[str]:
-    """What other programs have to know to ask an adapter that was trained with this chat template."""
+    """Notes for other programs that use an adapter trained with this chat template."""
     opened, asked = chat_ids(tokenizer, prompt, add_generation_prompt=True), asked_ids(tokenizer, prompt)
     if len(asked) < len(opened):
         yield (
@@ -232,7 +232,7 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
         "max_grad_norm": train.max_grad_norm,
         "bf16": train.precision == "bf16",
         "fp16": train.precision == "fp16",
-        "use_cpu": not torch.accelerator.is_available(),  # said nothing, transformers refuses bf16 there
+        "use_cpu": not torch.accelerator.is_available(),  # without this transformers refuses bf16 there
         checkpointing_argument(): train.gradient_checkpointing,
         "train_sampling_strategy": "group_by_length" if train.group_by_length else "random",
         "load_best_model_at_end": train.best,
@@ -258,7 +258,7 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' own bars and chatter off the terminal; their errors still come through."""
+    """Switch off the libraries' progress bars and warnings; errors are still shown."""
     import transformers
 
     try:  # predicting, exporting and merging do without it
