@@ -118,15 +118,6 @@ def test_experts_that_stay_frozen_are_named(method: str, caplog: pytest.LogCaptu
     assert f"they stay frozen, {100 * share:.0f}% of the model's parameters" in caplog.text
 
 
-@merging
-def test_a_target_tied_to_the_embedding_is_named(method: str, caplog: pytest.LogCaptureFixture) -> None:
-    from contracts.test_numbers import tied_llama
-
-    with caplog.at_level(logging.WARNING):
-        get_peft_model(tied_llama(), zoo_config(method, "llama", target_modules=["lm_head"]))
-    assert "lm_head shares its weight with model.embed_tokens: merging the adapter changes both" in caplog.text
-
-
 # A second adapter on one base
 
 

@@ -35,6 +35,8 @@ from ziggurat.host.site import Site, body_name
 from ziggurat.host.sites_table import to_table
 from ziggurat.host.targets import DEFAULT_TARGETS, near_misses, targets
 from ziggurat.host.tensors import Weight, check_pair
+from ziggurat.host.tied import note_shared, note_untied
+from ziggurat.host.vocabulary import grown_beside_adapters
 
 #: An adapter may ask for this many parameters whatever its file holds: 256 MiB in float32.
 UNCHECKED = 2**26
@@ -92,7 +94,7 @@ class MethodTuner(BaseTuner):
         check_stored(config, sum(spec.size for spec in specs.values() if spec.seed is None))
         check_saved_whole(config)
         if self.method.sites is None:
-            remark(model, self.sites, all_linear)
+            remark(model, all_linear)
         config.sites = to_table(self.sites)
         layers: list[Any] = [module for module in model.modules() if isinstance(module, self.tuner_layer_cls)]
         for layer in layers:
@@ -171,6 +173,18 @@ class MethodTuner(BaseTuner):
                     module.stores[adapter_name].widen()
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return own | grown_beside_adapters(model, config, state_dict)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -187,7 +201,9 @@ class MethodTuner(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         # First of all the method's own refusal: a quantised weight's says to merge elsewhere.
         self._check_merge_allowed()
-        with changing(self._reached(adapter_names), "merged into"):
+        reached = self._reached(adapter_names)
+        note_shared(self.model, (layer for _, layer in reached))
+        with changing(reached, "merged into"):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
@@ -212,6 +228,7 @@ class MethodTuner(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_merge_allowed()
+            note_shared(self.model, (layer for _, layer in self._reached(adapter_names)))
         with changing(self._reached(adapter_names), "merged into") if merge else nullcontext():
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if self.bank_cls.of(model) is not None:
@@ -219,6 +236,7 @@ class MethodTuner(BaseTuner):
         Draws.stop(model, self.method)
         Watch.stop(model)
         RenamesOnLoad.stop(model, self.method)
+        note_untied(model)
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:
