@@ -24,7 +24,7 @@ from ..callbacks.allocation import callbacks_for
 from ..callbacks.divergence import StopAtNaN
 from ..callbacks.interrupt import Interrupted, StopSignals
 from ..callbacks.progress import LiveProgress
-from ..data.splits import Examples, load_examples
+from ..data.examples import Examples, load_examples
 from ..devices import sharding as spread
 from ..devices.processes import join, launched_size
 from ..folder import workplace
