@@ -11,9 +11,9 @@ from .glue import brings_validation
 from .schema import CLASSIFICATION_METRICS, INSTRUCT_METRICS, REGRESSION_METRICS, keys
 
 _TASK_ONLY = {
-    "instruct": ("data.format", "data.loss"),
+    "instruct": ("data.format", "data.loss", "data.as_chat", "data.packing"),
     "score": ("data.text", "data.text_pair", "data.label", "head.pooling", "head.dropout", "head.lr"),
-    "classification": ("data.label_names",),
+    "classification": ("data.label_names", "data.similar_labels"),
 }
 _METRICS = {
     "classification": CLASSIFICATION_METRICS,

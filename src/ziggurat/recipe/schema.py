@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,6 +11,9 @@ Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Every = Literal["epoch", "never"] | Positive
+
+#: Tokens of a scored text, and the most of an instruction's row, where the recipe names no length.
+SCORED_LENGTH, MOST_LENGTH = 256, 2048
 
 CLASSIFICATION_METRICS = ("accuracy", "f1", "matthews")
 REGRESSION_METRICS = ("pearson", "spearman")
@@ -20,6 +24,43 @@ class Part(BaseModel):
     """One section of a recipe: unknown keys are refused, nothing is converted, nothing changes afterwards."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _named(what: str) -> Any:
+    return Field(default=None, description=f"column with {what}")
+
+
+class ColumnsPart(Part):
+    """What the columns of instruction and preference data are called, where a file calls them otherwise."""
+
+    messages: str | None = _named("the conversation (else messages, conversations or conversation)")
+    role: str | None = Field(default=None, description="key of a message with its role (else role or from)")
+    content: str | None = Field(default=None, description="key of a message with its text (else content or value)")
+    tools: str | None = _named("the tools that a conversation may call (else tools)")
+    system: str | None = _named("the system prompt (else system)")
+    history: str | None = _named("earlier turns, as pairs of question and answer (else history)")
+    prompt: str | None = _named("the prompt (else prompt, question or query)")
+    completion: str | None = _named("the answer to it (else completion, answer or response)")
+    instruction: str | None = _named("Alpaca's instruction (else instruction)")
+    input: str | None = _named("Alpaca's input (else input or context)")
+    output: str | None = _named("Alpaca's answer (else output or response)")
+    text: str | None = _named("plain text (else text)")
+
+
+class RolesPart(Part):
+    """Further names of the roles in conversations, beside the usual ones."""
+
+    system: list[str] | None = Field(default=None, description="of the system prompt (beside system, developer)")
+    user: list[str] | None = Field(default=None, description="of the user (beside user, human, prompter)")
+    assistant: list[str] | None = Field(
+        default=None, description="of the assistant (beside assistant, gpt, model, bot, ...)"
+    )
+    tool: list[str] | None = Field(
+        default=None, description="of what a tool returns (beside tool, observation, function, ...)"
+    )
+    call: list[str] | None = Field(
+        default=None, description="of a message that is a call of a tool in JSON (beside function_call, tool_call)"
+    )
 
 
 class DataPart(Part):
@@ -45,14 +86,33 @@ class DataPart(Part):
     text_pair: str | None = Field(default=None, description="column with the second text")
     label: str = Field(default="label", description="column with the class or the number to predict")
     label_names: list[str] | None = Field(default=None, description="names of the classes 0, 1, ...")
-    format: Literal["auto", "prompt", "alpaca", "messages"] = Field(
+    format: Literal["auto", "prompt", "alpaca", "messages", "text"] = Field(
         default="auto",
-        description="instruct: columns prompt + completion, instruction (+ input) + output, or messages",
+        description="instruct: prompt + completion, instruction (+ input) + output, conversations, or plain text",
     )
-    loss: Literal["answer", "all"] = Field(
-        default="answer", description="instruct: learn the answer only, or the whole text"
+    as_chat: bool = Field(
+        default=False,
+        description="instruct: prompt and answer become messages of user and assistant, joined by the chat template",
     )
-    max_length: Positive = Field(default=256, description="tokens; longer texts are cut, and counted")
+    loss: Literal["answer", "last", "all"] = Field(
+        default="answer", description="instruct: learn all answers of a conversation, the last one, or the whole text"
+    )
+    packing: bool = Field(
+        default=False, description="plain text: rows are joined and cut into pieces of max_length, so nothing is lost"
+    )
+    max_length: Positive | None = Field(
+        default=None,
+        description=f"tokens; longer rows are cut, and counted. Without it {SCORED_LENGTH}, for instruct as many as "
+        f"95% of the training rows have, at most {MOST_LENGTH}",
+    )
+    drop_missing: bool = Field(
+        default=False, description="leave out rows that lack a text or a label, and count them, instead of an error"
+    )
+    similar_labels: Literal["merge", "keep"] | None = Field(
+        default=None, description="labels that differ by case or blanks alone: one class, or a class each"
+    )
+    columns: ColumnsPart = ColumnsPart()
+    roles: RolesPart = RolesPart()
 
 
 class HeadPart(Part):
@@ -151,13 +211,13 @@ class Recipe(Part):
 
 def keys() -> dict[str, Any]:
     """Every dotted key but the method's own fields, with pydantic's description of it."""
-    found: dict[str, Any] = {}
-    for name, info in Recipe.model_fields.items():
-        if name == "method":
-            continue
-        part = info.annotation
-        if isinstance(part, type) and issubclass(part, Part):
-            found.update({f"{name}.{inner}": item for inner, item in part.model_fields.items()})
+    return {key: info for key, info in _keys_of(Recipe, "") if key != "method"}
+
+
+def _keys_of(part: type[Part], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, info in part.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, Part):
+            yield from _keys_of(inner, f"{prefix}{name}.")
         else:
-            found[name] = info
-    return found
+            yield f"{prefix}{name}", info

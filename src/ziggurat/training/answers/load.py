@@ -17,7 +17,7 @@ from ziggurat.recipe.methods import METHODS
 from ziggurat.recipe.recipe import find_recipe, recipe_of
 from ziggurat.recipe.schema import Recipe
 
-from ..data.encode import end_of_turn
+from ..data.template import end_of_turn
 from ..folder.run_folder import RECIPE, RUN
 from ..heads import MeanPooledClassifier
 from ..loop.trainers import quiet

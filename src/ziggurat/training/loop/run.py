@@ -26,7 +26,7 @@ from ..callbacks.divergence import StopAtNaN
 from ..callbacks.interrupt import Interrupted, StopSignals
 from ..callbacks.progress import LiveProgress
 from ..callbacks.rising import RisingLoss
-from ..data.splits import Examples, load_examples
+from ..data.examples import Examples, load_examples
 from ..devices import sharding
 from ..devices.processes import Processes, join, launched_size
 from ..folder import workplace

@@ -19,12 +19,14 @@ from transformers.utils import is_torch_bf16_gpu_available
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.host.bars import without_bars
 from ziggurat.host.older import checkpointing_argument
-from ziggurat.recipe.schema import Recipe
+from ziggurat.recipe.schema import SCORED_LENGTH, Recipe
 
 from ..callbacks import trackers
 from ..callbacks.rising import EVERY
-from ..data.encode import Collator, asked_ids, chat_ids, encode, encode_answers, end_of_turn, longest
-from ..data.splits import Examples
+from ..data.encode import Collator, encode, longest, spread
+from ..data.examples import Examples
+from ..data.template import asked_ids, chat_ids, end_of_turn
+from ..data.tokens import encode_rows
 from ..folder.workplace import LOGS
 from ..model.base import Base
 from . import metrics
@@ -100,14 +102,17 @@ def _scored(
     checkpoints: Path,
     callbacks: list[TrainerCallback],
 ) -> Task:
-    length = longest(base.tokenizer, base.model.config, recipe.data.max_length)
-    notes = _lowered(recipe, length)
+    wanted = recipe.data.max_length or SCORED_LENGTH
+    length = longest(base.tokenizer, base.model.config, wanted)
+    notes = [f"data.max_length {wanted} lowered to {length}, all this model can take"] if length < wanted else []
     separate = recipe.head.pooling == "mean" and recipe.data.text_pair is not None
     parts: list[Dataset] = []
     for table, word in ((examples.train, "training"), (examples.validation, "validation")):
-        encoded, cut = encode(table, base.tokenizer, length, separate=separate)
+        encoded, lengths = encode(table, base.tokenizer, length, separate=separate)
         parts.append(encoded)
-        if cut:
+        if word == "training":
+            notes.append(spread(lengths, "training texts"))
+        if cut := sum(tokens > length for tokens in lengths):
             notes.append(f"{cut} of {len(table)} {word} texts are longer than {length} tokens and were cut")
     truth = np.asarray(examples.validation["label"])
     classes = len(examples.label_names)
@@ -142,54 +147,36 @@ def _instruct(
 ) -> Task:
     from trl import SFTConfig, SFTTrainer
 
-    if isinstance(prompt := examples.train[0]["prompt"], list) and not base.tokenizer.chat_template:
+    if examples.shape == "messages" and not base.tokenizer.chat_template:
         raise DataError(
             f"data.format: the tokenizer of {recipe.model} has no chat template to join messages with; "
             "use a chat model, or columns prompt and completion"
         )
     if not base.tokenizer.eos_token:
         raise RecipeError(f"model: the tokenizer of {recipe.model} has no end-of-text token, so answers could not end")
-    length = longest(base.tokenizer, base.model.config, recipe.data.max_length)
+    train, validation, length, notes = encode_rows(recipe, base.tokenizer, base.model.config, examples)
+    if examples.shape == "messages":
+        notes += _template_notes(base.tokenizer)
     arguments = SFTConfig(
         **_arguments(recipe, checkpoints),
         max_length=length,
-        completion_only_loss=recipe.data.loss == "answer",
+        completion_only_loss=True,  # the mask says what is learned, of whatever data
         pad_token=str(base.tokenizer.pad_token),
     )
-    notes = _lowered(recipe, length)
-    if isinstance(prompt, list):
-        notes += _template_notes(base.tokenizer, prompt)
     trainer = exact_sft(SFTTrainer)(
         model=model,
         args=arguments,
-        train_dataset=_answers(recipe, base, examples.train, length, "training", notes),
-        eval_dataset=_answers(recipe, base, examples.validation, length, "validation", notes),
+        train_dataset=train,
+        eval_dataset=validation,
         processing_class=base.tokenizer,
         callbacks=callbacks,
     )
     return Task(trainer, {}, notes)
 
 
-def _answers(recipe: Recipe, base: Base, table: Dataset, length: int, word: str, notes: list[str]) -> Dataset:
-    """The token ids of a split; `notes` gets what the limit on the length costs. Raises DataError if no row is left."""
-    # TRL would leave rows out in silence.
-    encoded, cut, unanswered = encode_answers(table, base.tokenizer, length, answer_only=recipe.data.loss == "answer")
-    if len(encoded) == 0:
-        do = "raise it" if length == recipe.data.max_length else f"{recipe.model} takes no more, so shorten the prompts"
-        raise DataError(
-            f"data.max_length: none of the {len(table)} {word} rows has an answer within {length} tokens, which the "
-            f"prompts fill; {do}"
-        )
-    if cut:
-        notes.append(f"{cut} of {len(table)} {word} rows are longer than {length} tokens and were cut")
-    if unanswered:
-        gone = " and are left out" if len(encoded) < len(table) else ""
-        notes.append(f"{unanswered} of {len(table)} {word} rows have no answer within {length} tokens{gone}")
-    return encoded
-
-
-def _template_notes(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]]) -> Iterator[str]:
+def _template_notes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Notes for other programs that use an adapter trained with this chat template."""
+    prompt = [{"role": "user", "content": "Really?"}]
     opened, asked = chat_ids(tokenizer, prompt, add_generation_prompt=True), asked_ids(tokenizer, prompt)
     if len(asked) < len(opened):
         yield (
@@ -205,11 +192,6 @@ def _template_notes(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, s
             f"the chat template ends a turn by {tokenizer.convert_ids_to_tokens(end)}, and the tokenizer a text by "
             f"{tokenizer.eos_token}: `ziggurat predict` and merged models stop at either; let other programs stop there"
         )
-
-
-def _lowered(recipe: Recipe, length: int) -> list[str]:
-    wanted = recipe.data.max_length
-    return [f"data.max_length {wanted} lowered to {length}, all this model can take"] if length < wanted else []
 
 
 def _arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:

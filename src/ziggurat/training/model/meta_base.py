@@ -15,7 +15,7 @@ from ziggurat.errors import ConfigError, DataError, MissingExtraError
 from ziggurat.recipe.embedded import model_path
 from ziggurat.recipe.schema import Recipe
 
-from ..data.splits import class_names
+from ..data.examples import class_names
 from ..heads import MeanPooledClassifier
 from .base import find_gguf, fresh_modules
 from .meta import bare_config, bare_model
