@@ -5,11 +5,15 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ziggurat.host.card import keep_section
 from ziggurat.host.lifecycle import STEPPED, Watch, check_something_trains, step
 
 
 class TrainingWatch(TrainerCallback):
-    """Says so where no parameter of an adapter trains. Rides along in every Trainer."""
+    """Says so where no parameter of an adapter trains, and keeps its model card. Rides along in every Trainer."""
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        keep_section()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
