@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -382,6 +383,44 @@ def test_a_pyramid_of_one_tier_is_exported(tmp_path: Path) -> None:
 def test_a_pickle_is_refused_when_it_would_be_written(method: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="safe_serialization=True"):
         active(method).save_pretrained(str(tmp_path / "pickled"), safe_serialization=False)
+
+
+@pytest.mark.parametrize("trl", [False, True], ids=["transformers", "trl"])
+def test_a_trainers_own_model_card_keeps_how_to_load(trl: bool, tmp_path: Path) -> None:
+    LLAMA.build().save_pretrained(str(tmp_path / "base"))
+    model = active("msplora", AutoModelForCausalLM.from_pretrained(str(tmp_path / "base")))
+    if trl:
+        from trl import SFTConfig, SFTTrainer
+
+        rows = Dataset.from_list([{"text": "a b c"}] * 2)
+        args: Any = SFTConfig(output_dir=str(tmp_path / "run"), report_to=[], bf16=False)
+        trainer: Any = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=_tokenizer())
+    else:
+        trainer = Trainer(model=model, args=TrainingArguments(output_dir=str(tmp_path / "run"), report_to=[]))
+    for _ in range(2):
+        trainer.save_model()
+        trainer.create_model_card()
+        card = (tmp_path / "run" / "README.md").read_text()
+        assert card.count("## Loading this adapter") == 1 and "import ziggurat  # registers the method" in card
+        assert ("TRL" in card) == trl
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no modes")
+def test_the_umask_says_who_reads_the_weights(tmp_path: Path) -> None:
+    from ziggurat.export import merge
+
+    before = os.umask(0o027)
+    try:
+        LLAMA.build().save_pretrained(str(tmp_path / "base"))
+        model = active("msplora", AutoModelForCausalLM.from_pretrained(str(tmp_path / "base")))
+        model.save_pretrained(str(tmp_path / "adapter"))
+        export_model(model, tmp_path / "plain")
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    finally:
+        os.umask(before)
+    for folder in ("adapter", "plain", "merged"):
+        files = [file for file in (tmp_path / folder).iterdir() if file.is_file()]
+        assert {oct(file.stat().st_mode & 0o777) for file in files} == {"0o640"}, folder
 
 
 # What is drawn once a pass

@@ -120,6 +120,7 @@ def test_baselines_run_and_reload(method: str, tiny_bert: Path, reviews_csv: Pat
     before = load_adapter_model(result.folder).run["after"]["accuracy"]
     texts = [row["text"] for row in reviews(48)]
     assert len(predict(result.folder, texts)) == 48 and 0.0 <= before <= 100.0
+    assert len({file.stat().st_mode for file in result.folder.iterdir() if file.is_file()}) == 1  # the umask's
 
 
 def test_the_head_learns_at_its_own_rate(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def written_beside(target: Path) -> Iterator[Path]:
         try:
             yield folder
             folder.chmod(0o777 & ~_umask())
+            open_weights(folder)
             sync_tree(folder)
             if os.name == "nt" and target.is_dir():  # elsewhere a rename replaces an empty folder
                 target.rmdir()
@@ -95,6 +96,18 @@ def check_writable(path: Path) -> None:
         # Not empty: a full disk still takes names.
         with tempfile.NamedTemporaryFile(dir=home, prefix=f".{path.name}.", buffering=0) as file:
             file.write(bytes(4096))
+
+
+def open_weights(folder: Path) -> None:
+    """Let the umask say who may read the weights in `folder`, as with other files: safetensors lets their owner alone.
+
+    What belongs to somebody else, and file systems without modes, stay as they are.
+    """
+    mode = 0o666 & ~_umask()
+    for file in folder.rglob("*.safetensors"):
+        with contextlib.suppress(PermissionError):
+            if not file.is_symlink():
+                file.chmod(mode)
 
 
 def sync_tree(folder: Path) -> None:

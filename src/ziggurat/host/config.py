@@ -12,6 +12,7 @@ from peft.utils.other import get_pattern_key
 
 from ziggurat._distribution import VERSION
 from ziggurat.errors import ConfigError
+from ziggurat.files.staging import open_weights
 from ziggurat.files.untrusted import check_factors, check_folder, read_json
 from ziggurat.host.card import write_card
 from ziggurat.host.method import Method
@@ -187,9 +188,10 @@ class MethodConfig(PeftConfig):
                 "loads: save the adapter with safe_serialization=True, PEFT's default, and remove that file."
             )
         super().save_pretrained(save_directory, **kwargs)
+        open_weights(folder)
         # PEFT gives the base's class along only while it saves.
         base_class = kwargs.get("auto_mapping_dict") or self.auto_mapping or {}
-        write_card(Path(save_directory), self, base_class.get("parent_library") or "", self.citation)
+        write_card(folder, self, base_class.get("parent_library") or "", self.citation)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

@@ -5,11 +5,18 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ziggurat.host.card import keep_section
 from ziggurat.host.lifecycle import STEPPED, Watch, check_moves, check_something_trains, step
 
 
 class TrainingWatch(TrainerCallback):
-    """Says so where no parameter of an adapter trains, and where it hardly moves. Rides along in every Trainer."""
+    """Warns where no parameter of an adapter trains and where it hardly moves, and keeps the model card's section.
+
+    Rides along in every Trainer.
+    """
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        keep_section()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

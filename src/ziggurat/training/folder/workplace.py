@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from ziggurat.errors import RecipeError
-from ziggurat.files.staging import storage_trouble, sync, sync_tree, told_of_storage
+from ziggurat.files.staging import open_weights, storage_trouble, sync, sync_tree, told_of_storage
 
 RECIPE, RUN = "recipe.yaml", "run.json"
 #: The finished result on its way to its place, and what stood there before.
@@ -135,6 +135,7 @@ def keep_logs(work: Path, ready: Path) -> None:
 
 def finish(work: Path, ready: Path) -> None:
     """Declare the result in `ready` whole."""
+    open_weights(ready)
     sync_tree(ready)
     ready.rename(work / DONE)
     sync(work)
