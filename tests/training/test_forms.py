@@ -114,7 +114,10 @@ def test_questions_and_answers_by_their_own_names() -> None:
     named = {"data__columns__prompt": "Frage", "data__columns__completion": "Antwort"}
     found = read("questions.csv", **named)
     assert found.train[0]["prompt"] == "what colour is the sky" and found.train[0]["completion"] == "green"
-    assert found.notes == [f"{FORMS / 'questions.csv'}: column not read: 'id'"] * 2
+    assert found.notes[:2] == [
+        f"{FORMS / 'questions.csv'}: column not read: 'id'",
+        "prompts and answers are joined with nothing in between; end prompts by a blank, or set data.as_chat: true",
+    ]
     chat = read("questions.csv", **named, data__as_chat=True)
     assert chat.shape == "messages"
     assert conversations(chat)[1] == [

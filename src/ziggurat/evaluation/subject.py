@@ -96,7 +96,7 @@ def _without_text(subject: Subject) -> str | None:
         task = subject.recipe.task
         return (
             None
-            if task == "instruct"
+            if subject.recipe.writes
             else f"was trained for {task}: score it on glue/<task>, or use `ziggurat predict`"
         )
     if subject.kind == "adapter":

@@ -18,6 +18,25 @@ SCORED_LENGTH, MOST_LENGTH = 256, 2048
 CLASSIFICATION_METRICS = ("accuracy", "f1", "matthews")
 REGRESSION_METRICS = ("pearson", "spearman")
 INSTRUCT_METRICS = ("perplexity",)
+#: As TRL calls them: the share of pairs whose better answer has the greater reward, and the rewards' distance.
+PAIR_METRICS = ("rewards/accuracies", "rewards/margins")
+JUDGED_METRICS = ("rewards/margins",)
+
+#: Tasks whose model writes texts.
+WRITES = ("instruct", "dpo", "kto")
+#: The scores of each task that a recipe may choose by, the usual one first.
+METRICS = {
+    "classification": CLASSIFICATION_METRICS,
+    "regression": REGRESSION_METRICS,
+    "instruct": INSTRUCT_METRICS,
+    "dpo": PAIR_METRICS,
+    "kto": JUDGED_METRICS,
+}
+
+
+Metric = Literal[
+    "accuracy", "f1", "matthews", "pearson", "spearman", "perplexity", "rewards/accuracies", "rewards/margins"
+]
 
 
 class Part(BaseModel):
@@ -45,6 +64,8 @@ class ColumnsPart(Part):
     input: str | None = _named("Alpaca's input (else input or context)")
     output: str | None = _named("Alpaca's answer (else output or response)")
     text: str | None = _named("plain text (else text)")
+    chosen: str | None = _named("the better of two answers (else chosen)")
+    rejected: str | None = _named("the worse of two answers (else rejected)")
 
 
 class RolesPart(Part):
@@ -138,6 +159,9 @@ class TrainPart(Part):
     eval_batch: Positive = Field(default=32, description="the same when scoring")
     accumulate: Positive = Field(default=1, description="batches added up for one optimiser step")
     lr: Rate = Field(default=1.0e-3, description="peak learning rate (AdamW)")
+    beta: Annotated[float, Field(gt=0.0)] = Field(
+        default=0.1, description="dpo and kto: how strongly the model is held near the one that it starts from"
+    )
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(default=0.0, description="AdamW's decoupled weight decay")
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         default="linear", description="course of the learning rate after the warm-up"
@@ -171,7 +195,7 @@ class Recipe(Part):
 
     about: str = Field(default="", description="one line that says what this is")
     name: str = Field(default="run", description="names the output folder; without it the file's name")
-    task: Literal["classification", "regression", "instruct"] = Field(
+    task: Literal["classification", "regression", "instruct", "dpo", "kto"] = Field(
         default="classification", description="what is learned"
     )
     model: str = Field(description="folder or hub name, or `embedded` (all-MiniLM-L6-v2 from the installed package)")
@@ -182,8 +206,8 @@ class Recipe(Part):
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         default="float32", description="numbers of the frozen base weights"
     )
-    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"] | None = Field(
-        default=None, description="the score of the table; without it accuracy, pearson or perplexity by the task"
+    metric: Metric | None = Field(
+        default=None, description="the score of the table; without it the usual one of the task"
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=42, description="seeds the split, the fresh weights and the order"
@@ -205,8 +229,12 @@ class Recipe(Part):
 
     @property
     def main_metric(self) -> str:
-        by_task = {"classification": "accuracy", "regression": "pearson", "instruct": "perplexity"}
-        return self.metric if self.metric is not None else by_task[self.task]
+        return self.metric if self.metric is not None else METRICS[self.task][0]
+
+    @property
+    def writes(self) -> bool:
+        """Whether the task's model writes texts; else it scores them."""
+        return self.task in WRITES
 
 
 def keys() -> dict[str, Any]:

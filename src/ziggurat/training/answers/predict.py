@@ -12,7 +12,7 @@ import torch
 
 from ziggurat.errors import DataError
 from ziggurat.nearest import missing_path
-from ziggurat.recipe.schema import SCORED_LENGTH
+from ziggurat.recipe.schema import SCORED_LENGTH, WRITES
 
 from ..data.encode import Collator, encode_texts, longest, positions
 from ..data.examples import text_columns
@@ -59,7 +59,7 @@ def predict(
     loaded = adapter if isinstance(adapter, Loaded) else load_adapter_model(adapter)
     if not texts:
         raise DataError("no text to predict")
-    if loaded.head.task == "instruct":
+    if loaded.head.task in WRITES:
         if second is not None and loaded.run.get("shape") in ("prompt", "text"):
             raise DataError("this adapter was trained on prompts, which have no input beside them: give one text")
         if second is not None and len(second) != len(texts):
@@ -161,7 +161,7 @@ def read_texts(file: Path, loaded: Loaded) -> tuple[list[str], list[str] | None]
             raise DataError(f"this adapter compares two texts: give a table with '{data.text}' and '{data.text_pair}'")
         return read_lines(file), None
     table = read_table(str(file), texts=text_columns(loaded.recipe))
-    if loaded.head.task == "instruct":
+    if loaded.head.task in WRITES:
         first, second = _question_columns(loaded, table, str(file))
     else:
         first, second = data.text, data.text_pair
@@ -171,6 +171,6 @@ def read_texts(file: Path, loaded: Loaded) -> tuple[list[str], list[str] | None]
     texts = texts_of(table, first, str(file))
     if second is None:
         return texts, None
-    if loaded.head.task == "instruct":  # an instruction may have no input
+    if loaded.head.task in WRITES:  # an instruction may have no input
         return texts, ["" if text is None else str(text) for text in table[second]]
     return texts, texts_of(table, second, str(file))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -45,13 +46,12 @@ def load_examples(recipe: Recipe) -> Examples:
     names: list[str] = []
     shape = None
     # All is checked before a part is split off, so that errors name rows of the file.
-    if recipe.task == "instruct":
-        from .instruct import to_rows
-
-        train, shape, told = to_rows(recipe, train, data.train)
+    if recipe.writes:
+        read = _reader(recipe.task)
+        train, shape, told = read(recipe, train, data.train)
         notes += told
         if validation is not None:
-            validation, _, told = to_rows(recipe, validation, data.validation or data.train)
+            validation, _, told = read(recipe, validation, data.validation or data.train)
             notes += told
     else:
         train, validation, names = _labelled(recipe, train, validation, notes)
@@ -115,7 +115,7 @@ def _read(recipe: Recipe, source: str, split: str, demo: str = "train") -> Datas
         split=split,
         demo=demo,
         texts=text_columns(recipe),
-        nested=text_columns(recipe) if recipe.task == "instruct" else (),
+        nested=text_columns(recipe) if recipe.writes else (),
         classes=recipe.data.label if recipe.task == "classification" else None,
     )
 
@@ -129,9 +129,9 @@ def _split_off(recipe: Recipe, train: Dataset, notes: list[str]) -> tuple[Datase
             f"{data.train} has {len(train)} rows: splitting off {count} for the scores leaves none to learn from; "
             "lower data.validation_rows or name validation data"
         )
-    strata = list(train["label"]) if recipe.task == "classification" else None
-    same = [column for column in train.column_names if column not in ("label", "row")]
-    split = draw_split([repr([row[column] for column in same]) for row in train], strata, count, recipe.seed)  # type: ignore[call-overload]
+    classes = {"classification": "label", "kto": "good"}.get(recipe.task)
+    strata = list(train[classes]) if classes is not None else None
+    split = draw_split(list(map(_identity, train)), strata, count, recipe.seed)
     scored = len(split.validation)
     notes.append(f"no validation data named: {scored} of {len(train)} rows split off with seed {recipe.seed}")
     if split.repeated:
@@ -143,9 +143,26 @@ def _split_off(recipe: Recipe, train: Dataset, notes: list[str]) -> tuple[Datase
     return train.select(split.train), train.select(split.validation)
 
 
+def _reader(task: str) -> Any:
+    """The function that reads the rows of a task whose model writes."""
+    from .instruct import to_rows
+    from .prefer import to_judged, to_pairs
+
+    return {"instruct": to_rows, "dpo": to_pairs, "kto": to_judged}[task]
+
+
+def _identity(row: Any) -> str:
+    """What may not stand on both sides of a split: all of a row but its label; of pairs the prompt."""
+    if "messages_rejected" in row:
+        return repr(json.loads(row["messages"])[: row["learned"]])
+    if "prompt_rejected" in row:
+        return str(row["prompt"])
+    return repr([value for name, value in row.items() if name not in ("label", "good", "row")])
+
+
 def text_columns(recipe: Recipe) -> list[str]:
     """The columns that hold texts."""
-    if recipe.task == "instruct":
+    if recipe.writes:
         from .instruct import ALIASES, columns_of
 
         return columns_of(recipe, ALIASES)

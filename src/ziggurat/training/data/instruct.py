@@ -46,6 +46,8 @@ ALIASES = {
     "input": ("input", "context"),
     "output": ("output", "response"),
     "text": ("text",),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
 }
 #: The columns that make a shape, and those that it reads besides.
 _SHAPES = {
@@ -140,7 +142,7 @@ def to_rows(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, 
         assert isinstance(row, dict)
         cells = {name: row[column] if column is not None else None for name, column in given.items()}
         try:
-            made = _row(recipe, shape, cells, counts)
+            made = read_row(recipe, shape, cells, counts)
         except RowFault as fault:
             faults.add(index, str(fault), gap=fault.gap)
             made = None
@@ -155,12 +157,20 @@ def to_rows(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, 
     notes += [f"{count} {rows} {what}" for what, count in sorted(counts.items())]
     if not kept:
         raise DataError(f"{source}: the answer is empty in every row; there is nothing to learn")
+    notes += joined_bare(kept) if shape == "prompt" else []
     if empty:
         notes.append(f"left out {empty} {rows}: their answer is empty")
     return Dataset.from_list(kept), "messages" if "messages" in kept[0] else shape, notes
 
 
-def _row(recipe: Recipe, shape: str, cells: dict[str, Any], counts: Counter[str]) -> dict[str, Any] | None:
+def joined_bare(rows: list[dict[str, Any]]) -> list[str]:
+    """A note where nothing parts any prompt from its answer."""
+    if any("prompt" not in row or row["prompt"][-1:].isspace() or row["completion"][:1].isspace() for row in rows):
+        return []
+    return ["prompts and answers are joined with nothing in between; end prompts by a blank, or set data.as_chat: true"]
+
+
+def read_row(recipe: Recipe, shape: str, cells: dict[str, Any], counts: Counter[str]) -> dict[str, Any] | None:
     """One row in its form, None if its answer is empty. `counts` gets what of it isn't learned. Raises RowFault."""
     if shape == "messages":
         messages, unread = conversation(cells["messages"], recipe.data)

@@ -48,7 +48,7 @@ def encode_rows(
     packed = recipe.data.packing and examples.shape == "text"
     if recipe.data.packing and not packed:
         raise DataError(f"data.packing: joins rows of plain text, and {recipe.data.train} has answers to learn")
-    length = _length(recipe, tokenizer, config, MOST_LENGTH if packed else percentile(lengths, 95), notes)
+    length = length_of(recipe, tokenizer, config, MOST_LENGTH if packed else percentile(lengths, 95), notes)
     train, validation = (
         _packed(rows, length, word, notes) if packed else _cut(recipe, rows, length, word, notes)
         for rows, word in parts
@@ -56,7 +56,7 @@ def encode_rows(
     return train, validation, length, notes
 
 
-def _length(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, needed: int, notes: list[str]) -> int:
+def length_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, needed: int, notes: list[str]) -> int:
     """`data.max_length`, or what most rows need; at most what the model takes."""
     wanted = recipe.data.max_length
     length = longest(tokenizer, config, wanted or min(-(-needed // _STEP) * _STEP, MOST_LENGTH))
@@ -80,15 +80,7 @@ def tokens_of(
     for row in table:
         assert isinstance(row, dict)
         try:
-            if "messages" in row:
-                rows.append(_conversation(tokenizer, row, recipe.data.loss, lost))
-            elif "text" in row:
-                ids = _ids(tokenizer, row["text"], end=True)
-                rows.append((ids, [1] * len(ids)))
-            else:
-                whole = _ids(tokenizer, row["prompt"] + row["completion"], end=True)
-                start = common_start(_ids(tokenizer, row["prompt"]), whole)
-                rows.append((whole, [int(place >= start) for place in range(len(whole))]))
+            rows.append(_encoded(tokenizer, row, recipe.data.loss, lost))
         except DataError as error:
             faults.add(row["row"] - 1, str(error))
     faults.settle(table, drop=False)
@@ -98,6 +90,17 @@ def tokens_of(
         if count
     ]
     return rows
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], loss: str, lost: Counter[str]) -> Row:
+    if "messages" in row:
+        return _conversation(tokenizer, row, loss, lost)
+    if "text" in row:
+        ids = _ids(tokenizer, row["text"], end=True)
+        return ids, [1] * len(ids)
+    whole = _ids(tokenizer, row["prompt"] + row["completion"], end=True)
+    start = common_start(_ids(tokenizer, row["prompt"]), whole)
+    return whole, [int(place >= start) for place in range(len(whole))]
 
 
 def _conversation(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], loss: str, lost: Counter[str]) -> Row:
@@ -131,10 +134,16 @@ def _cut(recipe: Recipe, rows: Iterable[Row], length: int, word: str, notes: lis
         if any(learned[1:]):
             columns["input_ids"].append(ids)
             columns["completion_mask"].append(learned)
-    kept = len(columns["input_ids"])
-    if not kept:
-        asked = recipe.data.max_length
-        do = "raise it" if asked == length else f"{recipe.model} takes no more, so shorten the prompts"
+    tell_of_cuts(recipe, length, word, total, cut, unanswered, total - len(columns["input_ids"]), notes)
+    return Dataset.from_dict(columns)
+
+
+def tell_of_cuts(
+    recipe: Recipe, length: int, word: str, total: int, cut: int, unanswered: int, gone: int, notes: list[str]
+) -> None:
+    """How many of `total` rows are cut, have no answer left, and are left out for it. DataError if all are."""
+    if gone == total:
+        do = "raise it" if recipe.data.max_length == length else f"{recipe.model} takes no more, so shorten the prompts"
         raise DataError(
             f"data.max_length: none of the {total} {word} rows has an answer within {length} tokens, which the prompts "
             f"fill; {do}"
@@ -142,9 +151,8 @@ def _cut(recipe: Recipe, rows: Iterable[Row], length: int, word: str, notes: lis
     if cut:
         notes.append(f"{cut} of {total} {word} rows are longer than {length} tokens and were cut")
     if unanswered:
-        gone = " and are left out" if kept < total else ""
-        notes.append(f"{unanswered} of {total} {word} rows have no answer within {length} tokens{gone}")
-    return Dataset.from_dict(columns)
+        left = " and are left out" if gone else ""
+        notes.append(f"{unanswered} of {total} {word} rows have no answer within {length} tokens{left}")
 
 
 def _packed(rows: Iterable[Row], length: int, word: str, notes: list[str]) -> Dataset:

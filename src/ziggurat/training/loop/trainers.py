@@ -14,22 +14,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.utils import is_torch_bf16_gpu_available
 
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.host.bars import without_bars
-from ziggurat.host.older import checkpointing_argument
 from ziggurat.recipe.schema import SCORED_LENGTH, Recipe
 
 from ..callbacks import trackers
-from ..callbacks.rising import EVERY
 from ..data.encode import Collator, encode, longest, spread
 from ..data.examples import Examples
+from ..data.pairs import encode_judged, encode_pairs
 from ..data.template import asked_ids, chat_ids, end_of_turn
 from ..data.tokens import encode_rows
 from ..folder.workplace import LOGS
 from ..model.base import Base
 from . import metrics
+from .arguments import training_arguments
 from .exact import ExactTrainer, exact_sft
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def make_trainer(
     Raises RecipeError for what this machine can't do, DataError for texts that don't fit the model's tokenizer.
     """
     with quiet():
-        make = _instruct if recipe.task == "instruct" else _scored
+        make = {"instruct": _instruct, "dpo": _preferring, "kto": _preferring}.get(recipe.task, _scored)
         task = make(recipe, base, model, examples, checkpoints, callbacks)
     trackers.write_into(task.trainer, checkpoints.with_name(LOGS))
     for kind in (PrinterCallback, ProgressCallback):
@@ -122,7 +121,7 @@ def _scored(
         return metrics.score(recipe, metrics.outputs_of(result.predictions), np.asarray(result.label_ids), classes)
 
     arguments = TrainingArguments(
-        **_arguments(recipe, checkpoints), label_names=["labels"], remove_unused_columns=False
+        **training_arguments(recipe, checkpoints), label_names=["labels"], remove_unused_columns=False
     )
     trainer = HeadLrTrainer(
         model=model,  # type: ignore[arg-type]
@@ -147,18 +146,12 @@ def _instruct(
 ) -> Task:
     from trl import SFTConfig, SFTTrainer
 
-    if examples.shape == "messages" and not base.tokenizer.chat_template:
-        raise DataError(
-            f"data.format: the tokenizer of {recipe.model} has no chat template to join messages with; "
-            "use a chat model, or columns prompt and completion"
-        )
-    if not base.tokenizer.eos_token:
-        raise RecipeError(f"model: the tokenizer of {recipe.model} has no end-of-text token, so answers could not end")
+    _check_tokenizer(recipe, base, examples)
     train, validation, length, notes = encode_rows(recipe, base.tokenizer, base.model.config, examples)
     if examples.shape == "messages":
         notes += _template_notes(base.tokenizer)
     arguments = SFTConfig(
-        **_arguments(recipe, checkpoints),
+        **training_arguments(recipe, checkpoints),
         max_length=length,
         completion_only_loss=True,  # the mask says what is learned, of whatever data
         pad_token=str(base.tokenizer.pad_token),
@@ -172,6 +165,37 @@ def _instruct(
         callbacks=callbacks,
     )
     return Task(trainer, {}, notes)
+
+
+def _preferring(
+    recipe: Recipe,
+    base: Base,
+    model: nn.Module,
+    examples: Examples,
+    checkpoints: Path,
+    callbacks: list[TrainerCallback],
+) -> Task:
+    from .preference import preference_trainer
+
+    _check_tokenizer(recipe, base, examples)
+    encode_all = {"dpo": encode_pairs, "kto": encode_judged}[recipe.task]
+    train, validation, length, notes = encode_all(recipe, base.tokenizer, base.model.config, examples)
+    if examples.shape == "messages":
+        notes += _template_notes(base.tokenizer)
+    arguments = training_arguments(recipe, checkpoints) | {"max_length": length, "beta": recipe.train.beta}
+    trainer = preference_trainer(recipe, base.tokenizer, model, arguments, train, validation, callbacks)
+    return Task(trainer, {}, notes)
+
+
+def _check_tokenizer(recipe: Recipe, base: Base, examples: Examples) -> None:
+    """Raises DataError or RecipeError for a tokenizer that can't join messages or end a text."""
+    if examples.shape == "messages" and not base.tokenizer.chat_template:
+        raise DataError(
+            f"data.format: the tokenizer of {recipe.model} has no chat template to join messages with; "
+            "use a chat model, or columns prompt and completion"
+        )
+    if not base.tokenizer.eos_token:
+        raise RecipeError(f"model: the tokenizer of {recipe.model} has no end-of-text token, so answers could not end")
 
 
 def _template_notes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
@@ -192,50 +216,6 @@ def _template_notes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
             f"the chat template ends a turn by {tokenizer.convert_ids_to_tokens(end)}, and the tokenizer a text by "
             f"{tokenizer.eos_token}: `ziggurat predict` and merged models stop at either; let other programs stop there"
         )
-
-
-def _arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
-    train = recipe.train
-    if train.precision == "fp16" and not torch.accelerator.is_available():
-        raise RecipeError("train.precision: fp16 needs an accelerator, this machine has none; use fp32 or bf16")
-    if train.precision == "bf16" and torch.accelerator.is_available() and not is_torch_bf16_gpu_available():
-        raise RecipeError("train.precision: this machine's accelerator does not compute in bf16; use fp32 or fp16")
-    arguments: dict[str, Any] = {
-        "output_dir": str(checkpoints),
-        "num_train_epochs": train.epochs,
-        "max_steps": train.max_steps or -1,
-        "per_device_train_batch_size": train.batch,
-        "per_device_eval_batch_size": train.eval_batch,
-        "gradient_accumulation_steps": train.accumulate,
-        "learning_rate": train.lr,
-        "weight_decay": train.weight_decay,
-        "lr_scheduler_type": train.scheduler,
-        "warmup_steps": train.warmup,
-        "max_grad_norm": train.max_grad_norm,
-        "bf16": train.precision == "bf16",
-        "fp16": train.precision == "fp16",
-        "use_cpu": not torch.accelerator.is_available(),  # without this transformers refuses bf16 there
-        checkpointing_argument(): train.gradient_checkpointing,
-        "train_sampling_strategy": "group_by_length" if train.group_by_length else "random",
-        "load_best_model_at_end": train.best,
-        "metric_for_best_model": recipe.main_metric if train.best else None,
-        "greater_is_better": not metrics.lower_is_better(recipe.main_metric) if train.best else None,
-        "dataloader_num_workers": train.workers,
-        "dataloader_pin_memory": torch.accelerator.is_available(),
-        "seed": recipe.seed,
-        "report_to": list(train.report_to or []),
-        "run_name": recipe.name,
-        "disable_tqdm": True,
-        "logging_strategy": "steps",
-        "logging_steps": EVERY,
-        "logging_first_step": True,
-    }
-    for key, every in (("eval", train.evaluate), ("save", train.save)):
-        if isinstance(every, int):
-            arguments |= {f"{key}_strategy": "steps", f"{key}_steps": every}
-        else:
-            arguments[f"{key}_strategy"] = {"epoch": "epoch", "never": "no"}[every]
-    return arguments
 
 
 @contextlib.contextmanager
