@@ -112,12 +112,7 @@ def pyramid(collected: Collected, stack: str | None = None, role: str | None = N
     ax = ax or new_axes(2.0 + 0.55 * max(8, min(depth, 32)), 1.0 + 0.8 * len(parts))
     colours = scale()
     for level, part in enumerate(parts):
-        boxes: dict[tuple[int, ...], list[tuple[float, int]]] = {}
-        for c in collected.of(part):
-            if c.stack == stack and c.layers and role in (None, c.role):
-                boxes.setdefault(c.layers, []).append((measures.row(c)["effective_rank"], c.rank))
-        for layers, values in boxes.items():
-            erank, rank = (float(np.mean([v[i] for v in values])) for i in (0, 1))
+        for layers, (erank, rank) in measures.rank_use(collected, part, stack, role).items():
             share = erank / rank if np.isfinite(erank) and rank else 0.0
             width, fill = layers[-1] - layers[0] + 1, colours(0.08 + 0.8 * share)
             ax.add_patch(

@@ -85,6 +85,17 @@ def by_layer_and_role(
     return grid, roles
 
 
+def rank_use(
+    collected: Collected, part: str, stack: str, role: str | None = None
+) -> dict[tuple[int, ...], tuple[float, float]]:
+    """Layers that a pair reaches -> (effective rank, rank), mean over the roles, or of `role` alone."""
+    pairs: dict[tuple[int, ...], list[tuple[float, int]]] = {}
+    for c in collected.of(part):
+        if c.stack == stack and c.layers and role in (None, c.role):
+            pairs.setdefault(c.layers, []).append((row(c)["effective_rank"], c.rank))
+    return {layers: tuple(float(mean) for mean in np.mean(values, axis=0)) for layers, values in pairs.items()}  # type: ignore[misc]
+
+
 def energy(collected: Collected, stack: str | None = None) -> dict[str, dict[str, float]]:
     """Part -> role -> mean over the layers of ||B A||_F^2, which each stored part adds to a linear layer of that role.
 

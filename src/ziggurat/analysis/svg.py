@@ -155,16 +155,11 @@ def pyramid(collected: Collected, stack: str | None = None) -> str:
     side = (WIDTH - left - _RIGHT) / depth
     parts = [_text(12, 16, "Effective rank by part, mean over roles", "t")]
     for level, part in enumerate(collected.stored_parts):
-        boxes: dict[tuple[int, ...], list[tuple[float, int]]] = {}
-        for c in collected.of(part):
-            if c.stack == stack and c.layers:
-                boxes.setdefault(c.layers, []).append((measures.row(c)["effective_rank"], c.rank))
         y = 30 + level * (tall + 6)
         ranks = sorted({c.rank for c in collected.of(part)})
         parts.append(_text(left - 8, y + 15, _cut(part, 9), "n e"))
         parts.append(_text(left - 8, y + 28, f"rank {ranks[-1]}", "n e"))
-        for layers, values in boxes.items():
-            erank, rank = (float(np.mean([value[i] for value in values])) for i in (0, 1))
+        for layers, (erank, rank) in measures.rank_use(collected, part, stack).items():
             share = erank / rank if np.isfinite(erank) and rank else 0.0
             x, wide = left + layers[0] * side, (layers[-1] - layers[0] + 1) * side - 1.5
             kind, depth_of = _shade(share, 0.0, 1.0)

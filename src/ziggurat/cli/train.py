@@ -52,7 +52,7 @@ def train(
             if stopped.checkpoint is None:
                 say("There is no checkpoint to go on from; the same command starts afresh.")
             else:
-                say(f"The checkpoint lies in {stopped.checkpoint}")
+                say(f"The checkpoint is in {stopped.checkpoint}")
                 say(f"Go on with: {resume_command([*given, *plugins])}")
         raise typer.Exit(128 + stopped.signal) from None
     show(console, recipe, result)

@@ -36,7 +36,7 @@ class Results:
         """Append a line, whole and on the disk before this returns. Raises StorageError if the disk doesn't take it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         torn = self.path.is_file() and self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n")
-        left = "The finished run lies in its folder; make room, and the same command notes it."
+        left = "The finished run is in its folder; make room, and the same command notes it."
         with told_of_storage(self.path, left), self.path.open("a", encoding="utf-8") as file:
             file.write(("\n" if torn else "") + json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()

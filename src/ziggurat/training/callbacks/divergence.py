@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ziggurat.errors import DivergedError
 
@@ -30,15 +30,13 @@ class StopAtNaN(TrainerCallback):
         self._losses: list[Tensor] = []
         self._handle: Any = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         args.logging_nan_inf_filter = False
         model: nn.Module = kwargs["model"]
         self._losses.clear()
         self._handle = model.register_forward_hook(self._keep_loss)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Read the losses of the micro-batches of this step, in one transfer from the device.
 
         Raises:
@@ -53,21 +51,17 @@ class StopAtNaN(TrainerCallback):
         if control.should_save:
             self._check_weights(args, state, kwargs["model"])
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_save:
             self._check_weights(args, state, kwargs["model"])
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A Trainer that makes its loss outside the model shows it only here.
         loss = (kwargs.get("logs") or {}).get("loss")
         if isinstance(loss, float) and not math.isfinite(loss):
             raise self._error(args, state, f"the loss is {loss}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
         self._check_weights(args, state, kwargs["model"])
 
@@ -100,7 +94,7 @@ def _kept(checkpoint: Path | None) -> str:
     if checkpoint is None:
         return "There is no checkpoint from before."
     return (
-        f"The last good checkpoint lies in {checkpoint}: resume=true goes on from there with the same recipe; after a "
+        f"The last good checkpoint is in {checkpoint}: resume=true goes on from there with the same recipe; after a "
         "change to it, overwrite=true starts afresh."
     )
 

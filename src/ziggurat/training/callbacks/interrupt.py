@@ -7,7 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl
 
 from ..devices.processes import Processes
 
@@ -61,25 +61,17 @@ class StopSignals(TrainerCallback):
         if again or not self.learning:
             raise KeyboardInterrupt
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.learning = True
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> TrainerControl:
         return self._stop(control)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> TrainerControl:
         # A signal during a long scoring is answered right after it.
         return self._stop(control) if self.learning else control
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> TrainerControl:
         if self.agreed is not None:
             # A Trainer that was stopped in the middle of an epoch calls this too. At the real end of one, a scoring
             # that is due is made and the checkpoint written again: see `_stop`.
@@ -88,9 +80,7 @@ class StopSignals(TrainerCallback):
             control.should_save = control.should_evaluate
         return control
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.learning = False
 
     def _stop(self, control: TrainerControl) -> TrainerControl:

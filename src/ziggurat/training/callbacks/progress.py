@@ -13,7 +13,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 
 class LiveProgress(TrainerCallback):
@@ -27,9 +27,7 @@ class LiveProgress(TrainerCallback):
         self.loss: float | None = None
         self.score: float | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.console.is_terminal or not state.is_world_process_zero:
             return
         self.bar = Progress(
@@ -46,27 +44,20 @@ class LiveProgress(TrainerCallback):
         self.task = self.bar.add_task("learning", total=state.max_steps, completed=state.global_step, shown="")
         self.bar.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and isinstance(logs.get("loss"), (int, float)):
             self.loss = float(logs["loss"])
             self._say()
 
     def on_evaluate(
         self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
+        args: Any,
+        state: Any,
+        control: Any,
         metrics: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -79,9 +70,7 @@ class LiveProgress(TrainerCallback):
         elif state.is_world_process_zero and state.global_step < state.max_steps:
             self.console.print(f"step {state.global_step} of {state.max_steps}: {self.metric} {self.score:.2f}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
 
     def close(self) -> None:

@@ -150,11 +150,11 @@ def settle(work: Path, final: Path, may_replace: Callable[[Path], bool]) -> None
     """
     done = work / DONE
     if done.is_dir():
-        with told_of_storage(final, f"The finished result lies in '{done}'."):
+        with told_of_storage(final, f"The finished result is in '{done}'."):
             if filled(final):
                 if not may_replace(final):
                     raise RecipeError(
-                        f"output: '{final}' was filled by something else meanwhile; the result lies in '{done}'. "
+                        f"output: '{final}' was filled by something else meanwhile; the result is in '{done}'. "
                         "Move one of them away"
                     )
                 final.rename(work / REPLACED)

@@ -7,13 +7,14 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 
 from ziggurat.files.staging import told_of_storage
 from ziggurat.recipe import needs
@@ -74,11 +75,9 @@ def train(recipe: Recipe, *, console: Console | None = None, callbacks: Sequence
             with processes.reporting_lost_ones():
                 return _train(recipe, folder, stop, console, callbacks, fit)
         except KeyboardInterrupt:
-            checkpoint = folder.last_checkpoint()
-            step = step_of(checkpoint) if checkpoint else 0
-            number = stop.number or signal.SIGINT
+            stopped = _interrupted(recipe, folder, stop.number or signal.SIGINT)
             folder.abandon()
-            raise Interrupted(recipe.folder, _text(checkpoint), step, 0, number) from None
+            raise stopped from None
         except BaseException as error:
             if not isinstance(error, Interrupted):
                 folder.abandon()
@@ -105,18 +104,12 @@ def _train(
     noted = folder.open()
     processes.first(lambda: workplace.reserve(folder.work, expected_bytes(model, base.tokenizer)))
     progress, meter = LiveProgress(console, recipe.main_metric), Meter()
-    warnings: list[str] = []
-
-    def warn(text: str) -> None:
-        warnings.append(text)
-        console.print(f"warning: {text}", style="yellow", highlight=False)
-
-    rising = RisingLoss(warn, _classes(recipe, base))
+    notes: list[str] = []
+    note = partial(_note, console, notes)
+    rising = RisingLoss(partial(note, kind="warning", style="yellow"), _classes(recipe, base))
     task = _task(recipe, base, model, examples, folder, [*callbacks, progress, stop, meter, rising])
     trainer = task.trainer
-    notes = [*examples.notes, *task.notes, *_notes(recipe, processes, fit)]
-    for line in notes:
-        console.print(f"note: {line}", style="dim", highlight=False)
+    note(*examples.notes, *task.notes, *_notes(recipe, processes, fit))
     begun = time.monotonic() - float(noted.get("seconds", 0.0))
     try:
         before = _score_before(recipe, trainer, folder, noted.get("before"), console)
@@ -127,8 +120,7 @@ def _train(
     before = before or _scores(next((line for line in trainer.state.log_history if _first_scores(line)), {}))
     if stop.agreed is not None:
         folder.note({"before": before, "seconds": time.monotonic() - begun})
-        step, total = trainer.state.global_step, trainer.state.max_steps
-        raise Interrupted(recipe.folder, _text(folder.last_checkpoint()), step, total, stop.agreed)
+        raise _interrupted(recipe, folder, stop.agreed, trainer.state)
     # From here on signals are deferred until the result is saved: they could only lose what has been learned.
     after = _final_scores(task, recipe)
     seconds = time.monotonic() - begun
@@ -146,7 +138,7 @@ def _train(
         steps=trainer.state.global_step,
         peak_mb=peak_memory(),
         step_seconds=meter.step_seconds,
-        notes=[*notes, *warnings],
+        notes=notes,
         history=[line for line in trainer.state.log_history if line],
         shape=examples.shape,
         left=settle(trainer.model),
@@ -154,6 +146,13 @@ def _train(
     with told_of_storage(folder.final, _hint(folder.last_checkpoint())):
         processes.first(lambda: save(folder, recipe, base, trainer.model, state, spec, result))  # type: ignore[arg-type]
     return result
+
+
+def _note(console: Console, notes: list[str], *texts: str, kind: str = "note", style: str = "dim") -> None:
+    """Print notes, and keep them for run.json."""
+    notes += texts
+    for text in texts:
+        console.print(f"{kind}: {text}", style=style, highlight=False)
 
 
 def _classes(recipe: Recipe, base: Base) -> int | None:
@@ -175,8 +174,12 @@ def _status(console: Console, text: str) -> AbstractContextManager[Any]:
     return console.status(text) if console.is_terminal else nullcontext()
 
 
-def _text(path: Path | None) -> str | None:
-    return str(path) if path is not None else None
+def _interrupted(recipe: Recipe, folder: RunFolder, number: int, state: TrainerState | None = None) -> Interrupted:
+    """The exception of a run that the signal `number` has stopped; without `state` outside the training loop."""
+    checkpoint = folder.last_checkpoint()
+    step = state.global_step if state is not None else step_of(checkpoint) if checkpoint is not None else 0
+    total = state.max_steps if state is not None else 0
+    return Interrupted(recipe.folder, str(checkpoint) if checkpoint is not None else None, step, total, number)
 
 
 def _task(
