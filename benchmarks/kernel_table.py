@@ -2,10 +2,10 @@
 
     python -m benchmarks.kernel_table --out benchmarks/kernel_table.jsonl > benchmarks/kernel_table.md
 
-Triton compiles for any target and its wheel brings ptxas and cuobjdump. Activations are bf16, factors float32 (bf16 above
-rank 32), and the compiler gets the hints that it gets when the kernels run: widths and pointers are multiples of 16, ranks
-only where they are. "instructions" are those of the loop, in warps' instructions for each 32 entries of (tokens, d). Exit
-code 1 if a kernel spills or less than a quarter of an SM's warps fit.
+Triton compiles for any target and its wheel brings ptxas and cuobjdump. Activations are bf16, factors float32 (bf16
+above rank 32), and the compiler gets the hints that it gets when the kernels run: widths and pointers are multiples
+of 16, ranks only where they are. "instructions" are those of the loop, in warps' instructions for each 32 entries of
+(tokens, d). Exit code 1 if a kernel spills or less than a quarter of an SM's warps fit.
 """
 
 import argparse
@@ -65,12 +65,12 @@ HEAD = """# The Triton kernels, compiled
 
     python -m benchmarks.kernel_table --out benchmarks/kernel_table.jsonl > benchmarks/kernel_table.md
 
-No GPU took part: {count} kernels compiled by Triton {triton}'s own ptxas; {wrong} of them spill on an NVIDIA GPU or leave it
-less than a quarter of an SM's warps. A cell is registers a thread (+ stack, which is what spills), shared memory, and the
-share of an SM's warps that fit. Activations bf16, factors float32 (bf16 above rank 32). "MiB (least)" are the bytes that
-all programs read and write for {tokens} tokens of {d}, most of them in the L2 cache where a factor is read again, and those
-with each operand moved once. "instructions" are warps' instructions of the loop for each 32 entries of (tokens, d). gfx942
-is compiled to see that it can be; `runs_on` takes NVIDIA's GPUs alone."""
+No GPU took part: {count} kernels compiled by Triton {triton}'s own ptxas; {wrong} of them spill on an NVIDIA GPU or
+leave it less than a quarter of an SM's warps. A cell is registers a thread (+ stack, which is what spills), shared
+memory, and the share of an SM's warps that fit. Activations bf16, factors float32 (bf16 above rank 32). "MiB (least)"
+are the bytes that all programs read and write for {tokens} tokens of {d}, most of them in the L2 cache where a factor
+is read again, and those with each operand moved once. "instructions" are warps' instructions of the loop for each 32
+entries of (tokens, d). gfx942 is compiled to see that it can be; `runs_on` takes NVIDIA's GPUs alone."""
 
 
 def compiled(name: str, rank: int, target: str) -> Any:

@@ -1,10 +1,10 @@
-"""One adapted linear layer, forward and backward, counted: bytes, FLOPs and launches of each way, and the time they allow.
+"""One adapted linear layer, forward and backward, counted: bytes, FLOPs and launches, and the time that they allow.
 
     python -m benchmarks.roofline > benchmarks/roofline.md
 
 Nothing is measured. A kernel takes as long as its slowest resource: memory, L2 cache (kernels that read a factor
-again), tensor cores, or the issue of its instructions (Triton's, counted in kernel_table.jsonl). The layer takes the sum
-of its kernels, or the processor's time to launch them if that is longer; a CUDA graph has no such time.
+again), tensor cores, or the issue of its instructions (Triton's, counted in kernel_table.jsonl). The layer takes the
+sum of its kernels, or the processor's time to launch them if that is longer; a CUDA graph has no such time.
 """
 
 import json
@@ -21,7 +21,7 @@ from benchmarks.gpu import traffic  # noqa: E402
 
 
 class Card(NamedTuple):
-    """As its maker states it: TB/s of memory, dense bf16 TFLOP/s with float32 sums, SMs, GHz; and L2's bytes a clock."""
+    """Its maker's TB/s of memory, dense bf16 TFLOP/s with float32 sums, SMs, GHz; and L2's bytes a clock."""
 
     name: str
     target: str
@@ -38,7 +38,7 @@ CARDS = (
     Card("RTX 4090", "sm_89", 1.01, 165, 128, 2.52, 4096),
     Card("RTX 5090", "sm_120", 1.79, 210, 170, 2.41, 5440),
 )
-#: Shares of these rates that kernels reach: memory, L2, a large product's tensor cores, Triton's, issue of instructions.
+#: Shares of these rates that kernels reach; `tensor` in torch's products, `triton` in the kernels'.
 REACHED = {"memory": 0.85, "l2": 0.6, "tensor": 0.7, "triton": 0.35, "issue": 0.6}
 #: Microseconds: the shortest kernel; a processor's time to launch by torch, by Triton.
 SHORTEST, BY_TORCH, BY_TRITON = 2.0, 5.0, 15.0
@@ -47,11 +47,11 @@ HEAD = f"""# One adapted linear layer, counted
 
     python -m benchmarks.roofline > benchmarks/roofline.md
 
-Nothing here is measured. Forward and backward in bf16 autocast, factors float32, gradients to x and the factors. Kernels are
-assumed to reach these shares of a card's rates: {", ".join(f"{name} {share}" for name, share in REACHED.items())}; none takes
-less than {SHORTEST:g} µs, and a processor needs {BY_TORCH:g} µs to launch one by torch and {BY_TRITON:g} µs by Triton.
-`gpu/all.sh` measures all of it. Ratios are to the frozen layer: launched one by one, and within a CUDA graph in brackets.
-"PEFT LoRA" has the same rank as the other two.
+Nothing here is measured. Forward and backward in bf16 autocast, factors float32, gradients to x and the factors.
+Kernels are assumed to reach these shares of a card's rates: {", ".join(f"{name} {share}" for name, share in REACHED.items())};
+none takes less than {SHORTEST:g} µs, and a processor needs {BY_TORCH:g} µs to launch one by torch and {BY_TRITON:g} µs
+by Triton. `gpu/all.sh` measures all of it. Ratios are to the frozen layer: launched one by one, and within a CUDA graph in
+brackets. "PEFT LoRA" has the same rank as the other two.
 """
 
 
@@ -98,7 +98,7 @@ def frozen(layer: Layer, card: Card) -> list[Kernel]:
 
 
 def peft(layer: Layer, card: Card) -> list[Kernel]:
-    """LoRA as PEFT writes it, factors in float32 under bf16 autocast: x goes to float32, is dropped out and goes back."""
+    """LoRA as PEFT writes it, factors in float32 under bf16 autocast: x goes to float32 for dropout, and back."""
     p = layer.dropout
     forward = [6, 9, 6] if p else [6, 6]
     backward = [6, 9, 6] if p else [6, 6]

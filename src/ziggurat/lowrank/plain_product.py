@@ -92,7 +92,7 @@ def up_gradients(g: Tensor, h: Tensor | None, B: Tensor | None, dtype: torch.dty
 
 
 def watched() -> bool:
-    """Whether a mode sees the operations and may keep what it sees, as selective checkpointing does: nothing in place."""
+    """Whether a mode sees the results and may keep them, as selective checkpointing does: then nothing is done in place."""
     return bool(torch._C._len_torch_dispatch_stack())
 
 

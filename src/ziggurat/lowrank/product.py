@@ -38,12 +38,12 @@ def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.
                       else reads, and whose own backward does not need it: see `owns_output`
     ================  =====================================================================
 
-    As in PEFT, x is converted to A's dtype and the sum is rounded to y's; under autocast the products
-    are in autocast's dtype, as `torch.nn.functional.linear` has them. Gradients go to y, x, A and B, twice
-    if asked. Where Triton is installed, the GPU, dtypes and sizes suit, and there are enough tokens
-    (`triton_product.suits`, `pays`), Triton kernels do it (ZIGGURAT_TRITON=0 in the environment turns them off). When compiled, traced or transformed (torch.func,
-    forward-mode derivatives), and for tensor subclasses (DTensor, FakeTensor), it is composed of plain operations with
-    torch's own dropout: a compiler fuses them itself.
+    As in PEFT, x is converted to A's dtype and the sum is rounded to y's; under autocast the products are in
+    autocast's dtype, as `torch.nn.functional.linear` has them. Gradients go to y, x, A and B, twice if asked. Where
+    Triton is installed, the GPU, dtypes and sizes suit, and there are enough tokens (`triton_product.suits`, `pays`),
+    Triton kernels do it (ZIGGURAT_TRITON=0 in the environment turns them off). When compiled, traced or transformed
+    (torch.func, forward-mode derivatives), and for tensor subclasses (DTensor, FakeTensor), it is composed of plain
+    operations with torch's own dropout: a compiler fuses them itself.
 
     Raises ConfigError if the shapes do not fit each other or dropout is outside 0..1.
     """

@@ -6,15 +6,14 @@ the whole mask, whatever the tiles, and one draw of 128 bits serves 8 neighbours
 
 The grid is (tiles of the output, splits). A program of a split runs over ``per_split`` columns or tokens. Where these
 are what is summed, each split writes its own float32 part, and `add_parts` adds them in a fixed order, hence the same
-result each time. Sizes that are no multiple of a tile are masked. Offsets into what has only the rank as its second size
-have 32 bits, those into (tokens, d) 64.
+result each time. Sizes that are no multiple of a tile are masked. Offsets into (tokens, d) have 64 bits, those into
+what has the rank as its second size 32.
 """
 
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
-
 
 TOKENS = 64  # tokens per tile
 WIDTH = 64  # columns per tile, a multiple of 8
@@ -35,7 +34,12 @@ def tile(kernel: str, rank: int) -> Tile:
     quarter of the warps that an SM can hold."""
     if padded(rank) <= 64:
         return Tile(TOKENS, WIDTH)
-    return Tile(TOKENS // 2, WIDTH) if kernel == "outer" else Tile(TOKENS, WIDTH, num_stages=2)
+    wide = {
+        "down": Tile(TOKENS, WIDTH // 2),
+        "up": Tile(TOKENS, WIDTH, num_stages=2),
+        "outer": Tile(TOKENS // 2, WIDTH),
+    }
+    return wide[kernel]
 
 
 def padded(rank: int) -> int:

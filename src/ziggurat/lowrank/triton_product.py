@@ -45,7 +45,7 @@ def pays(wide: Tensor) -> bool:
     the GPU works for longer than it takes to launch: from 2,097,152 entries on, 1,024 tokens of 2,048; and at every
     size within a CUDA graph, which has no launches (benchmarks/roofline.md).
     """
-    return wide.numel() >= _ENOUGH or torch.cuda.is_current_stream_capturing()
+    return wide.numel() >= _ENOUGH or (wide.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 @cache
