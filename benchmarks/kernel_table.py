@@ -2,10 +2,10 @@
 
     python -m benchmarks.kernel_table --out benchmarks/kernel_table.jsonl > benchmarks/kernel_table.md
 
-Triton compiles for any target and its wheel brings ptxas and cuobjdump. Activations are bf16, factors float32 (bf16 above
-rank 32), and the compiler gets the hints that it gets when the kernels run: widths and pointers are multiples of 16, ranks
-only where they are. "instructions" are those of the loop, in warps' instructions for each 32 entries of (tokens, d). Exit
-code 1 if a kernel spills or less than a quarter of an SM's warps fit.
+Triton compiles for any target and its wheel brings ptxas and cuobjdump. Activations are bf16, factors float32 (bf16
+above rank 32), and the compiler gets the hints that it gets when the kernels run: widths and pointers are multiples
+of 16, ranks only where they are. "instructions" are those of the loop, in warps' instructions for each 32 entries of
+(tokens, d). Exit code 1 if a kernel spills or less than a quarter of an SM's warps fit.
 """
 
 import argparse
@@ -47,16 +47,14 @@ TARGETS = {
     "gfx942": Target("MI300X", 64, 64, 32),
 }
 RANKS = (14, 30, 60, 120)  # none a multiple of 16, which is the harder case
-#: Name -> the kernel, which stride of the factor is 1, whether y is added, whether entries are dropped.
-KERNELS: dict[str, tuple[str, str | None, bool, bool]] = {
-    "h = x A'": ("down", "w_col", False, False),
-    "h = drop(x) A'": ("down", "w_col", False, True),
-    "dh = g B": ("down", "w_rank", False, False),
-    "y + h B'": ("up", "w_rank", True, False),
-    "dx = dh A": ("up", "w_col", False, False),
-    "dx = drop(dh A)": ("up", "w_col", False, True),
-    "dA = dh' x": ("outer", None, False, False),
-    "dA = dh' drop(x)": ("outer", None, False, True),
+#: Name -> the kernel, and whether entries are dropped.
+KERNELS = {
+    "h = drop(x) A'": ("down", True),
+    "dx = drop(dh A)": ("up", True),
+    "dA = dh' drop(x)": ("outer", True),
+    "h = x A'": ("down", False),
+    "dx = dh A": ("up", False),
+    "dA = dh' x": ("outer", False),
 }
 #: Of (tokens, d), for the bytes.
 TOKENS, D = 4096, 2048
@@ -65,12 +63,12 @@ HEAD = """# The Triton kernels, compiled
 
     python -m benchmarks.kernel_table --out benchmarks/kernel_table.jsonl > benchmarks/kernel_table.md
 
-No GPU took part: {count} kernels compiled by Triton {triton}'s own ptxas; {wrong} of them spill on an NVIDIA GPU or leave it
-less than a quarter of an SM's warps. A cell is registers a thread (+ stack, which is what spills), shared memory, and the
-share of an SM's warps that fit. Activations bf16, factors float32 (bf16 above rank 32). "MiB (least)" are the bytes that
-all programs read and write for {tokens} tokens of {d}, most of them in the L2 cache where a factor is read again, and those
-with each operand moved once. "instructions" are warps' instructions of the loop for each 32 entries of (tokens, d). gfx942
-is compiled to see that it can be; `runs_on` takes NVIDIA's GPUs alone."""
+No GPU took part: {count} kernels compiled by Triton {triton}'s own ptxas; {wrong} of them spill on an NVIDIA GPU or
+leave it less than a quarter of an SM's warps. A cell is registers a thread (+ stack, which is what spills), shared
+memory, and the share of an SM's warps that fit. Activations bf16, factors float32 (bf16 above rank 32). "MiB (least)"
+are the bytes that all programs read and write for {tokens} tokens of {d}, most of them in the L2 cache where a factor
+is read again, and those with each operand moved once. "instructions" are warps' instructions of the loop for each 32
+entries of (tokens, d). gfx942 is compiled to see that it can be; `runs_on` takes NVIDIA's GPUs alone."""
 
 
 def compiled(name: str, rank: int, target: str) -> Any:
@@ -80,41 +78,27 @@ def compiled(name: str, rank: int, target: str) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    kernel, unit, adds, drops = KERNELS[name]
+    kernel, drops = KERNELS[name]
     kernels = triton_product.kernels
     tile = kernels.tile(kernel, rank)
     function = getattr(kernels, kernel)
     constants: dict[str, Any] = {"DROP": drops, "DTYPE": tl.bfloat16, "RANK": kernels.padded(rank)}
-    constants |= {"TOKENS": tile.TOKENS, "WIDTH": tile.WIDTH, "ADD": adds}
-    constants |= {} if unit is None else {unit: 1}
-    constants |= {} if drops else {"seed": None}
-    constants |= {} if adds else {"y": None, "y_row": 0}
+    constants |= {"TOKENS": tile.TOKENS, "WIDTH": tile.WIDTH} | ({} if drops else {"seed": None})
+    factor = "*fp32" if rank <= kernels.NARROW else "*bf16"
     summed = "*bf16" if kernel == "up" else "*fp32"
-    pointers = {
-        "x": "*bf16",
-        "y": "*bf16",
-        "h": "*bf16",
-        "w": "*fp32" if rank <= kernels.NARROW else "*bf16",
-        "out": summed,
-        "seed": "*i64",
-    }
+    pointers = {"x": "*bf16", "h": "*bf16", "w": factor, "out": summed, "seed": "*i64"}
+    wide = {"columns", "x_row", "w_rank", "per_split", *(("rank", "h_row") if rank % 16 == 0 else ())}
     signature, hints = {}, {}
     for place, argument in enumerate(function.arg_names):
         signature[argument] = pointers.get(argument, "fp32" if argument == "scale" else "i32")
         if argument in constants:
             signature[argument] = "constexpr"
-        elif (argument in pointers or argument in aligned(unit, rank)) and argument != "scale":
+        elif argument in pointers or argument in wide:
             hints[place,] = [["tt.divisibility", 16]]
     values = {(i,): constants[n] for i, n in enumerate(function.arg_names) if n in constants}
     source = ASTSource(function, signature, values, hints)
     gpu = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
     return compile(source, target=gpu, options={"num_warps": tile.num_warps, "num_stages": tile.num_stages})
-
-
-def aligned(unit: str | None, rank: int) -> set[str]:
-    """The sizes and strides that are multiples of 16: widths always, what is a rank only if it is one."""
-    wide = {"columns", "x_row", "y_row", "per_split", "w_rank" if unit == "w_col" else ""}
-    return wide | ({"rank", "h_row", "w_col"} if rank % 16 == 0 else set())
 
 
 def measured(case: tuple[int, str, str]) -> dict[str, Any]:
@@ -123,7 +107,7 @@ def measured(case: tuple[int, str, str]) -> dict[str, Any]:
 
     warnings.simplefilter("ignore")
     rank, name, target = case
-    kernel, _, adds, _ = KERNELS[name]
+    kernel, _ = KERNELS[name]
     tile = traffic.kernels.tile(kernel, rank)
     row: dict[str, Any] = {"kernel": name, "rank": rank, "target": target, "tile": list(tile)}
     try:
@@ -136,7 +120,7 @@ def measured(case: tuple[int, str, str]) -> dict[str, Any]:
     row["occupancy"] = occupancy(target, row["registers"], row["shared"], tile.num_warps)
     if "loop" in row:
         row["instructions"] = round(row.pop("loop") * tile.num_warps * 32 / (tile.TOKENS * tile.WIDTH), 1)
-    counted = getattr(traffic, kernel)(TOKENS, D, rank, *([adds] if kernel == "up" else []))
+    counted = getattr(traffic, kernel)(TOKENS, D, rank)
     row["MiB"], row["MiB least"] = round(counted.moved / 2**20, 1), round(counted.least / 2**20, 1)
     return row
 

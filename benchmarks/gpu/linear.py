@@ -68,7 +68,7 @@ def by(parts: ModuleType) -> Add:
 
     def add(ys: Ys, x: Tensor, As: Ys, Bs: Ys, p: float) -> Ys:
         hs = product.down_by(parts, x, As, p, x.dtype)
-        return [product.up_add_by(parts, y, h, B, True) for y, h, B in zip(ys, hs, Bs, strict=True)]
+        return [product.up_add(y, h, B, reuse_y=True) for y, h, B in zip(ys, hs, Bs, strict=True)]
 
     return add
 

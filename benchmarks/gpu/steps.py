@@ -5,8 +5,8 @@
 A step is forward, loss, backward and fused AdamW, as in `benchmarks/paired.py`: the frozen model's passes gradients
 through all of its layers. The base's weights are bf16, the adapters' factors float32, as PEFT makes them. "saved" is
 what autograd keeps between forward and backward, "peak" is what a step needs beyond the weights and the optimiser's
-state. "kernels" counts the linear layers whose forward took the Triton kernels. After the shapes, the slowest of our
-ways is profiled; compiled steps come last, because compiling may use up the time.
+state. "kernels" counts how often the forward went down by the Triton kernels, for one or several linear layers. After
+the shapes, the slowest of our ways is profiled; compiled steps come last, because compiling may use up the time.
 """
 
 import os
@@ -88,14 +88,14 @@ class Way:
 
 
 def kernels_in(loss: torch.Tensor) -> int:
-    """How many additions in the loss's graph were made by the Triton kernels."""
+    """How often the loss's graph goes down by the Triton kernels."""
     seen, waiting, found = set(), [loss.grad_fn], 0
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        found += "_UpAdd" in type(node).__name__ and node.parts.__name__.endswith("triton_product")
+        found += "_Down" in type(node).__name__ and node.parts.__name__.endswith("triton_product")
         waiting += [following for following, _ in node.next_functions]
     return found
 

@@ -35,12 +35,12 @@ def down(tokens: int, d: int, rank: int) -> Traffic:
     )
 
 
-def up(tokens: int, d: int, rank: int, add: bool) -> Traffic:
-    """(tokens, rank) times (rank, d), added to (tokens, d) or not."""
+def up(tokens: int, d: int, rank: int) -> Traffic:
+    """(tokens, rank) times (rank, d)."""
     tile = kernels.tile("up", rank)
     tiles = -(-tokens // tile.TOKENS)
     splits, _ = triton_product._splits(d, tile.WIDTH, tiles)
-    wide = (1 + add) * tokens * d * HALF
+    wide = tokens * d * HALF
     moved = wide + _factor(d, rank, tiles) + splits * tokens * rank * HALF
     least = wide + rank * d * SINGLE + tokens * rank * HALF
     return Traffic(moved, least, _flops(tokens, d, rank), 1 + (rank > kernels.NARROW))

@@ -73,7 +73,8 @@ def up_add(y: Tensor, h: Tensor, B: Tensor, reuse_y: bool) -> Tensor:
     """y + h B^T in y's dtype and shape, in y's memory if it may. Never a view: autograd lets nobody change a
     Function's view in place."""
     B = B.to(h.dtype)
-    if y.dtype != B.dtype or watched():
+    if y.dtype != B.dtype or torch._C._len_torch_dispatch_stack():
+        # A mode may keep what it sees, as selective checkpointing does: nothing in place.
         return torch.add(y, (h @ B.T).view(y.shape)).to(y.dtype)
     if reuse_y and y.is_contiguous():
         # detach() shares y's version counter: had somebody saved y for a backward, that would raise there.
@@ -83,17 +84,6 @@ def up_add(y: Tensor, h: Tensor, B: Tensor, reuse_y: bool) -> Tensor:
     out = torch.empty_like(y, memory_format=torch.contiguous_format)
     torch.addmm(flat(y), h, B.T, out=flat(out))
     return out
-
-
-def up_gradients(g: Tensor, h: Tensor | None, B: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """dL/dh = g B, and dL/dB = (h^T g)^T in dtype or a longer one; None for the one whose factor is None."""
-    rows = flat(g).to(dtype)
-    return None if B is None else rows @ B.to(dtype), None if h is None else (h.T @ rows).T
-
-
-def watched() -> bool:
-    """Whether a mode sees the operations and may keep what it sees, as selective checkpointing does: nothing in place."""
-    return bool(torch._C._len_torch_dispatch_stack())
 
 
 def flat(t: Tensor) -> Tensor:

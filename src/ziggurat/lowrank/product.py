@@ -3,8 +3,8 @@
 The two thin products are cheap; what costs is passing over (tokens, d) and keeping copies of it. So one autograd
 operation goes down and one goes up into the base output. They keep x itself (every linear layer that reads the same x
 keeps the same tensor), the (tokens, rank) product and the dropout mask, as bits or as a seed. Linear layers that read
-one x can go down together. What the two operations are made of stands in `plain_product`, by torch, and in
-`triton_product`, by kernels for large inputs on a GPU.
+one x can go down together. Torch does both (`plain_product`); large inputs on a GPU that are dropped out go down by
+Triton kernels (`triton_product`), which draw the mask as they read x.
 """
 
 import os
@@ -38,12 +38,12 @@ def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.
                       else reads, and whose own backward does not need it: see `owns_output`
     ================  =====================================================================
 
-    As in PEFT, x is converted to A's dtype and the sum is rounded to y's; under autocast the products
-    are in autocast's dtype, as `torch.nn.functional.linear` has them. Gradients go to y, x, A and B, twice
-    if asked. Where Triton is installed, the GPU, dtypes and sizes suit, and there are enough tokens
-    (`triton_product.suits`, `pays`), Triton kernels do it (ZIGGURAT_TRITON=0 in the environment turns them off). When compiled, traced or transformed (torch.func,
-    forward-mode derivatives), and for tensor subclasses (DTensor, FakeTensor), it is composed of plain operations with
-    torch's own dropout: a compiler fuses them itself.
+    As in PEFT, x is converted to A's dtype and the sum is rounded to y's; under autocast the products are in
+    autocast's dtype, as `torch.nn.functional.linear` has them. Gradients go to y, x, A and B, twice if asked. Where
+    Triton is installed, the GPU, dtypes and sizes suit, and there are enough tokens (`triton_product.suits`, `pays`),
+    Triton kernels do it (ZIGGURAT_TRITON=0 in the environment turns them off). When compiled, traced or transformed
+    (torch.func, forward-mode derivatives), and for tensor subclasses (DTensor, FakeTensor), it is composed of plain
+    operations with torch's own dropout: a compiler fuses them itself.
 
     Raises ConfigError if the shapes do not fit each other or dropout is outside 0..1.
     """
@@ -95,10 +95,10 @@ def owns_output(module: nn.Module) -> bool:
     )
 
 
-def _parts_for(wide: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> ModuleType:
-    """Who computes the products in ``dtype`` of ``wide``, (tokens, d), with factors of d: Triton's kernels or torch."""
-    if wide.is_cuda and (fused := _fused()) and fused.runs_on(wide.device):
-        return fused if fused.suits(wide, factors, dtype) and fused.pays(wide) else plain_product
+def _parts_for(x: Tensor, As: Sequence[Tensor], dropout: float, dtype: torch.dtype) -> ModuleType:
+    """Who goes down with the products in ``dtype``: Triton's kernels, or torch."""
+    if x.is_cuda and (fused := _fused()) and fused.runs_on(x.device) and fused.suits(x, As, dropout, dtype):
+        return fused
     return plain_product
 
 
@@ -120,7 +120,7 @@ def down(x: Tensor, As: Sequence[Tensor], dropout: float = 0.0) -> tuple[Tensor,
     drawn and kept once, and dL/dx is made once, where each linear alone would do so for itself.
     """
     dtype = _product_dtype(x, As[0])
-    return down_by(_parts_for(x, As, dtype), x, As, dropout, dtype)
+    return down_by(_parts_for(x, As, dropout, dtype), x, As, dropout, dtype)
 
 
 def down_by(parts: Any, x: Tensor, As: Sequence[Tensor], dropout: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -133,14 +133,9 @@ def down_by(parts: Any, x: Tensor, As: Sequence[Tensor], dropout: float, dtype: 
 
 def up_add(y: Tensor, h: Tensor, B: Tensor, *, reuse_y: bool = False) -> Tensor:
     """``y + h B^T`` for h (tokens, rank) from `down`, in y's dtype and shape."""
-    return up_add_by(_parts_for(y, [B], h.dtype), y, h, B, reuse_y)
-
-
-def up_add_by(parts: Any, y: Tensor, h: Tensor, B: Tensor, reuse_y: bool) -> Tensor:
-    """`up_add` with the functions of ``parts``."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (y, h, B)):
-        return _UpAdd.apply(y, h, B, reuse_y, parts)  # type: ignore[no-any-return]
-    return parts.up_add(y, h, B, reuse_y)  # type: ignore[no-any-return]
+        return _UpAdd.apply(y, h, B, reuse_y)  # type: ignore[no-any-return]
+    return plain_product.up_add(y, h, B, reuse_y)
 
 
 class _Down(torch.autograd.Function):
@@ -184,18 +179,20 @@ class _UpAdd(torch.autograd.Function):
     """out = y + h B^T; with g = dL/dout, (tokens, d_out):  dL/dy = g;  dL/dh = g B;  dL/dB = (h^T g)^T."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, reuse_y: bool, parts: Any) -> Tensor:  # type: ignore[override]
-        _, need_h, need_B, _, _ = ctx.needs_input_grad
-        ctx.parts, ctx.dtype, ctx.B_dtype = parts, h.dtype, B.dtype
+    def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, reuse_y: bool) -> Tensor:  # type: ignore[override]
+        _, need_h, need_B, _ = ctx.needs_input_grad
+        ctx.dtype, ctx.B_dtype = h.dtype, B.dtype
         ctx.save_for_backward(h if need_B else None, B if need_h else None)
-        return parts.up_add(y, h, B, reuse_y)  # type: ignore[no-any-return]
+        return plain_product.up_add(y, h, B, reuse_y)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        need_y, need_h, need_B, _ = ctx.needs_input_grad
         h, B = ctx.saved_tensors
-        parts = plain_product if torch.is_grad_enabled() else ctx.parts  # which can be differentiated
-        dh, dB = parts.up_gradients(g, h, B, ctx.dtype)
-        return g if ctx.needs_input_grad[0] else None, dh, None if dB is None else dB.to(ctx.B_dtype), None, None
+        rows = plain_product.flat(g).to(ctx.dtype)
+        dh = rows @ B.to(ctx.dtype) if need_h else None
+        dB = (h.T @ rows).T.to(ctx.B_dtype) if need_B else None
+        return g if need_y else None, dh, dB, None
 
 
 def _down_gradients_twice(

@@ -1,4 +1,4 @@
-"""Triton kernels for a factor pair on many tokens: down to the rank, up from it, and the factors' gradients.
+"""Triton kernels for many tokens that are dropped out and go down to the rank, and for the gradients of that.
 
 Each reads or writes (tokens, d) once and nothing else of that size. Dropout is drawn inside: entry (t, k) is
 dropped if 16 bits of Philox4x32-7 at counter ``t * ceil(d / 8) + k // 8`` are below a threshold, so a seed says
@@ -6,8 +6,8 @@ the whole mask, whatever the tiles, and one draw of 128 bits serves 8 neighbours
 
 The grid is (tiles of the output, splits). A program of a split runs over ``per_split`` columns or tokens. Where these
 are what is summed, each split writes its own float32 part, and `add_parts` adds them in a fixed order, hence the same
-result each time. Sizes that are no multiple of a tile are masked. Offsets into what has only the rank as its second size
-have 32 bits, those into (tokens, d) 64.
+result each time. Sizes that are no multiple of a tile are masked. Offsets into (tokens, d) have 64 bits, those into
+what has the rank as its second size 32.
 """
 
 from typing import NamedTuple
@@ -34,7 +34,12 @@ def tile(kernel: str, rank: int) -> Tile:
     quarter of the warps that an SM can hold."""
     if padded(rank) <= 64:
         return Tile(TOKENS, WIDTH)
-    return Tile(TOKENS // 2, WIDTH) if kernel == "outer" else Tile(TOKENS, WIDTH, num_stages=2)
+    wide = {
+        "down": Tile(TOKENS, WIDTH // 2),
+        "up": Tile(TOKENS, WIDTH, num_stages=2),
+        "outer": Tile(TOKENS // 2, WIDTH),
+    }
+    return wide[kernel]
 
 
 def padded(rank: int) -> int:
@@ -54,7 +59,7 @@ def _keep(seed, rows, first, groups, threshold, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "threshold"])
 def down(
-    x, x_row, w, w_rank, w_col, out, seed, tokens, columns, rank, groups, threshold, scale, per_split,
+    x, x_row, w, w_rank, out, seed, tokens, columns, rank, groups, threshold, scale, per_split,
     DROP: tl.constexpr, DTYPE: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """out[s, t, r] = scale * sum over the columns k of split s of (x * keep)[t, k] w[r, k]."""
@@ -70,7 +75,7 @@ def down(
         tile = tl.load(x + cols[None, :], mask=inside[:, None] & (cols < columns)[None, :], other=0.0)
         if DROP:
             tile = tl.where(_keep(seed, rows, first, groups, threshold, WIDTH), tile, 0.0)
-        factor = tl.load(w + cols[:, None] * w_col, mask=(ranks < rank)[None, :] & (cols < columns)[:, None], other=0.0)
+        factor = tl.load(w + cols[:, None], mask=(ranks < rank)[None, :] & (cols < columns)[:, None], other=0.0)
         total = tl.dot(tile.to(DTYPE), factor.to(DTYPE), total, input_precision="ieee")
     out += split.to(tl.int64) * tokens * rank + (rows * rank)[:, None] + ranks[None, :]
     tl.store(out, total * scale, mask=inside[:, None] & (ranks < rank)[None, :])
@@ -78,11 +83,10 @@ def down(
 
 @triton.jit(do_not_specialize=["tokens", "threshold"])
 def up(
-    h, h_row, w, w_rank, w_col, y, y_row, out, seed, tokens, columns, rank, groups, threshold, scale, per_split,
-    ADD: tl.constexpr, DROP: tl.constexpr, DTYPE: tl.constexpr,
-    RANK: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+    h, h_row, w, w_rank, out, seed, tokens, columns, rank, groups, threshold, scale, per_split,
+    DROP: tl.constexpr, DTYPE: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """out[t, n] = y[t, n] + scale h[t] . w[:, n], or keep[t, n] scale h[t] . w[:, n], for the columns n of a split."""
+    """out[t, n] = keep[t, n] scale h[t] . w[:, n], for the columns n of a split."""
     rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     split = tl.program_id(1)
     ranks = tl.arange(0, RANK)
@@ -92,18 +96,13 @@ def up(
     ).to(DTYPE)
     w += ranks[:, None] * w_rank
     out += rows.to(tl.int64)[:, None] * columns
-    if ADD:
-        y += rows.to(tl.int64)[:, None] * y_row
     for first in range(split * per_split, min((split + 1) * per_split, columns), WIDTH):
         cols = first + tl.arange(0, WIDTH)
-        factor = tl.load(w + cols[None, :] * w_col, mask=(cols < columns)[None, :] & (ranks < rank)[:, None], other=0.0)
+        factor = tl.load(w + cols[None, :], mask=(cols < columns)[None, :] & (ranks < rank)[:, None], other=0.0)
         tile = tl.dot(small, factor.to(DTYPE), input_precision="ieee") * scale
-        large = inside[:, None] & (cols < columns)[None, :]
-        if ADD:
-            tile += tl.load(y + cols[None, :], mask=large, other=0.0).to(tl.float32)
         if DROP:
             tile = tl.where(_keep(seed, rows, first, groups, threshold, WIDTH), tile, 0.0)
-        tl.store(out + cols[None, :], tile, mask=large)
+        tl.store(out + cols[None, :], tile, mask=inside[:, None] & (cols < columns)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens", "threshold"])

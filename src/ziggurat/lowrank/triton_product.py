@@ -1,4 +1,4 @@
-"""The parts of `product` by the kernels of `triton_kernels`: dropout, scale and sum cost no pass of their own.
+"""Going down by the kernels of `triton_kernels`: dropout and scale cost no pass of their own.
 
 The functions are those of `plain_product`. A dropout mask is a seed here. Each passes over (tokens, d) once: one
 launch, and one that adds up parts where a sum had to be split to fill the GPU.
@@ -14,38 +14,32 @@ from torch import Tensor
 
 from ziggurat.lowrank import mask as masks
 from ziggurat.lowrank import triton_kernels as kernels
-from ziggurat.lowrank.plain_product import Like, joined, watched
+from ziggurat.lowrank.plain_product import Like, joined
 
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _MAX_RANK = 128  # above it a tile of (rank, columns) sums does not fit the registers
 _PROGRAMS = 256  # enough to fill a large GPU about twice
 _ADDED = 1024  # sums that one program adds up
-_ENOUGH = 2**21  # entries of (tokens, d) from which on the kernels are chosen, see `pays`
+_ENOUGH = 2**21  # entries of (tokens, d) from which on the kernels are chosen, see `suits`
 
 
-def suits(wide: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether the kernels should take products in ``dtype`` of (tokens, d) with factors of d that are done together.
+def suits(x: Tensor, As: Sequence[Tensor], dropout: float, dtype: torch.dtype) -> bool:
+    """Whether the kernels should take dropout(x) to the ranks of the As together, with the products in ``dtype``.
 
-    Half-precision products only: float32 ones would not run on tensor cores, and torch's are better at it. The width
-    has to be a multiple of 16, so that rows start at whole 32 bytes; else the kernels move every entry by itself.
+    They save the passes of dropout and nothing else: without it torch moves as many bytes. To launch them takes a
+    processor longer, so they win where a GPU is at work for longer than that: from 2,097,152 entries of x on, 1,024
+    tokens of 2,048; within a CUDA graph, which has no launches, at every size (benchmarks/roofline.md). Half-precision
+    products only: float32 ones would not run on tensor cores. The width has to be a multiple of 16, so that rows start
+    at whole 32 bytes; else the kernels would move every entry by itself.
     """
-    rank = sum(min(factor.shape) for factor in factors)
-    dtypes_known = wide.dtype in _DTYPES and all(f.dtype in _DTYPES for f in factors)
-    tokens = wide.numel() // max(1, wide.shape[-1])
+    rank = sum(A.shape[0] for A in As)
+    tokens = x.numel() // max(1, x.shape[-1])
+    enough = x.numel() >= _ENOUGH or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    fits = x.numel() > 0 and x.shape[-1] % 16 == 0 and 1 <= rank <= _MAX_RANK
     # The random numbers' counter, one for 8 entries, and offsets into (tokens, rank) and (rank, d) have 31 bits.
-    countable = wide.numel() < 2**33 and rank * max(tokens, wide.shape[-1]) < 2**31
-    fits = wide.numel() > 0 and wide.shape[-1] % 16 == 0 and 1 <= rank <= _MAX_RANK
-    return fits and countable and dtypes_known and dtype in (torch.float16, torch.bfloat16)
-
-
-def pays(wide: Tensor) -> bool:
-    """Whether the kernels are expected to be faster than torch's operations for this (tokens, d).
-
-    They move a third of the bytes, and a processor takes about three times as long to launch each. So they win where
-    the GPU works for longer than it takes to launch: from 2,097,152 entries on, 1,024 tokens of 2,048; and at every
-    size within a CUDA graph, which has no launches (benchmarks/roofline.md).
-    """
-    return wide.numel() >= _ENOUGH or torch.cuda.is_current_stream_capturing()
+    countable = x.numel() < 2**33 and rank * max(tokens, x.shape[-1]) < 2**31
+    dtypes_known = all(t.dtype in _DTYPES for t in (x, *As)) and dtype in (torch.float16, torch.bfloat16)
+    return dropout > 0 and enough and fits and countable and dtypes_known
 
 
 @cache
@@ -83,22 +77,8 @@ def down_gradients(
     dx = None
     if As is not None:
         dx = torch.empty(like.shape, dtype=like.dtype, device=dh.device)
-        _up(dh, joined(As).T, dx, dropout=dropout, seed=mask)
+        _up(dh, joined(As), dx, dropout, mask)
     return None if x is None else _outer(dh, x, dropout, mask).to(like.A_dtype), dx
-
-
-def up_add(y: Tensor, h: Tensor, B: Tensor, reuse_y: bool) -> Tensor:
-    """y + h B^T in y's dtype and shape, in y's memory if it may."""
-    # detach() shares y's version counter: had somebody saved y for a backward, that would raise there.
-    in_place = reuse_y and y.is_contiguous() and not watched()
-    out = y.detach() if in_place else torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    _up(h, B, out, add=y)
-    return out
-
-
-def up_gradients(g: Tensor, h: Tensor | None, B: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """dL/dh = g B, and dL/dB = (h^T g)^T in float32; None for the one whose factor is None."""
-    return None if B is None else _down(g, B.T, None, 0.0, dtype), None if h is None else _outer(h, g).T
 
 
 def _down(x: Tensor, w: Tensor, seed: Tensor | None, dropout: float, dtype: torch.dtype) -> Tensor:
@@ -111,34 +91,30 @@ def _down(x: Tensor, w: Tensor, seed: Tensor | None, dropout: float, dtype: torc
     w = _factor(w, rank, dtype)
     out = torch.empty(splits, tokens, rank, dtype=dtype if splits == 1 else torch.float32, device=x.device)
     _launch(
-        kernels.down, (tiles, splits), tile, x, x.stride(0), w, *w.stride(), out, seed,
+        kernels.down, (tiles, splits), tile, x, x.stride(0), w, w.stride(0), out, seed,
         tokens, columns, rank, *_dropping(x, dropout), masks.keep_scale(dropout), per_split,
         DROP=dropout > 0, DTYPE=_DTYPES[dtype], RANK=kernels.padded(rank),
     )  # fmt: skip
     return _added(out, dtype)
 
 
-def _up(
-    h: Tensor, w: Tensor, out: Tensor, *, add: Tensor | None = None, dropout: float = 0.0, seed: Tensor | None = None
-) -> None:
-    """Fill out (..., d) with ``add + h w^T`` or ``s (h w^T) * m``, for w (d, rank)."""
+def _up(h: Tensor, w: Tensor, out: Tensor, dropout: float, seed: Tensor | None) -> None:
+    """Fill out (..., d) with s (h w) * m, for w (rank, d)."""
     tokens, rank = h.shape
     columns = out.shape[-1]
     h = h if h.stride(1) == 1 else h.contiguous()
-    add = None if add is None else _rows(add)
     tile = kernels.tile("up", rank)
     tiles = _ceil(tokens, tile.TOKENS)
     splits, per_split = _splits(columns, tile.WIDTH, tiles)
     w = _factor(w, rank, h.dtype)
     _launch(
-        kernels.up, (tiles, splits), tile, h, h.stride(0), w, w.stride(1), w.stride(0),
-        add, 0 if add is None else add.stride(0), out, seed,
+        kernels.up, (tiles, splits), tile, h, h.stride(0), w, w.stride(0), out, seed,
         tokens, columns, rank, *_dropping(out, dropout), masks.keep_scale(dropout), per_split,
-        ADD=add is not None, DROP=dropout > 0, DTYPE=_DTYPES[h.dtype], RANK=kernels.padded(rank),
+        DROP=dropout > 0, DTYPE=_DTYPES[h.dtype], RANK=kernels.padded(rank),
     )  # fmt: skip
 
 
-def _outer(h: Tensor, x: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> Tensor:
+def _outer(h: Tensor, x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     """s h^T (x * m), (rank, d) in float32."""
     x = _rows(x)
     h = h if h.stride(1) == 1 else h.contiguous()
@@ -166,8 +142,8 @@ def _added(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _factor(w: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
-    # Each tile of tokens reads the whole factor again. From some rank on that is more than x, and a launch that halves
-    # it pays.
+    """w with rows without gaps; converted where its rank is wide, since each tile of tokens reads it again."""
+    w = w if w.stride(1) == 1 else w.contiguous()
     return w.to(dtype) if rank > kernels.NARROW else w
 
 
