@@ -47,8 +47,13 @@ def _how(summary: Summary) -> str:
     seeds = ", ".join(map(str, table.seeds))
     text = f"Model: {', '.join(models)}. Seeds: {seeds}. Mean ± standard deviation over the seeds.{chosen}"
     for task, one in {run.task: run.evaluation for run in table.runs if run.evaluation is not None}.items():
-        text += f" Trained on {task}, scored by lm-eval on {', '.join(one.metrics)}"
-        text += f" (the first {one.limit} questions of each task or subject)." if one.limit is not None else "."
+        text += f" Trained on {task}"
+        if one.lm_tasks:
+            text += f", scored by lm-eval on {', '.join(one.lm_tasks)}"
+            text += f" (the first {one.limit} questions of each task or subject)" if one.limit is not None else ""
+        if one.retention is not None:
+            text += f"; retention is the perplexity of the text {Path(one.retention).name} / without the adapter"
+        text += "."
     return text
 
 
