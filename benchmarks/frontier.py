@@ -57,7 +57,7 @@ def missing(plan: dict[str, Any], lines: list[dict[str, Any]]) -> Iterator[Run]:
     """The runs that can be started, in the plan's order: a group's first rates, its other rates, its other seeds."""
     done = {line["key"]: line for line in lines}
     for group in plan["groups"]:
-        tuned = [list(_tuning(plan, group, name, rates, done)) for name, rates in group["rates"].items()]
+        tuned = [_tuning(plan, group, name, rates, done) for name, rates in group["rates"].items()]
         longest = max(map(len, tuned))
         turns = [runs[turn] for turn in range(longest) for runs in tuned if turn < len(runs)]
         yield from (run for run in turns if run.key not in done)
@@ -72,9 +72,16 @@ def missing(plan: dict[str, Any], lines: list[dict[str, Any]]) -> Iterator[Run]:
                         yield again
 
 
+def planned(plan: dict[str, Any], done: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, list[Run]]]:
+    """Group, method and its runs with the first seed, of the whole plan; `done`: lines by key."""
+    for group in plan["groups"]:
+        for name, rates in group["rates"].items():
+            yield group, name, _tuning(plan, group, name, rates, done)
+
+
 def _tuning(
     plan: dict[str, Any], group: dict[str, Any], name: str, rates: list[float], done: dict[str, Any]
-) -> Iterator[Run]:
+) -> list[Run]:
     """A method's runs with the first seed: the rates of the plan, then those beyond a best one that is the last."""
     config = dict(plan["methods"][name])
     if config and config["config"] != "LoR2CConfig":
@@ -87,7 +94,7 @@ def _tuning(
         if best is None or len(runs) < 3 or min(r.rate for r in runs) < best.rate < max(r.rate for r in runs):
             break
         runs.append(best._replace(rate=best.rate * (2 if best.rate == max(r.rate for r in runs) else 0.5)))
-    yield from runs
+    return runs
 
 
 def best_rate(runs: list[Run], done: dict[str, Any]) -> Run | None:
@@ -151,7 +158,7 @@ def measured(run: Run, model_folder: Path, splits: Splits, plain: Rows, batch: i
     torch.manual_seed(run.seed)
     model = adapted(base, run.config)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    begun = time.monotonic()
+    begun, worked = time.monotonic(), time.process_time()
     result = trained(model, splits.training, run.rate, run.seed, batch) if run.config else {}
     training = time.monotonic() - begun
     after = {f"{name}_after": round(loss_on(model, rows), 5) for name, rows in _evaluated(splits, plain).items()}
@@ -165,6 +172,7 @@ def measured(run: Run, model_folder: Path, splits: Splits, plain: Rows, batch: i
         **{name: value if math.isfinite(value) else None for name, value in after.items()},
         "training_seconds": round(training, 1),
         "seconds": round(time.monotonic() - begun, 1),
+        "cpu_seconds": round(time.process_time() - worked, 1),
         **result,
     }
 
@@ -176,9 +184,9 @@ def _evaluated(splits: Splits, plain: Rows) -> dict[str, Rows]:
 def beside(line: dict[str, Any], frozen: dict[str, Any] | None, classes: int) -> dict[str, Any]:
     """The losses before, which are the frozen model's, and whether the run broke: it ended above its start, or a
     step's loss was above that of a uniform guess, or no number."""
+    before = {f"{name}_before": (frozen or line)[f"{name}_after"] for name in ("tuning", "reported", "plain")}
     if frozen is None:
-        return {f"{name}_before": line[f"{name}_after"] for name in ("tuning", "reported", "plain")}
-    before = {f"{name}_before": frozen[f"{name}_after"] for name in ("tuning", "reported", "plain")}
+        return before
     ended, losses = line["tuning_after"], line["losses"]
     broke = ended is None or ended > before["tuning_before"] or not max(losses) <= math.log(classes)
     return {**before, "diverged": broke}
@@ -232,6 +240,8 @@ def main() -> None:
         try:
             line = measured(run, args.model, splits[run.task], plain, plan["batch"])
             frozen = next((old for old in read(args.out) if old["task"] == run.task and not old["config"]), None)
+            if run.config and frozen is None:
+                raise ValueError(f"{run.task} has no run of the frozen model: put `frozen: [0]` first in the plan.")
             line = {**head, **line, **beside(line, frozen, len(tokenizer)), **machine()}
         except Exception as error:  # the other runs go on; the line says which one did not
             line = {**head, "error": f"{type(error).__name__}: {error}"[:600], **machine()}

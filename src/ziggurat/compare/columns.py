@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ziggurat.recipe.glue import GLUE, glue_name
 
+from .evaluated import RETENTION
+
 if TYPE_CHECKING:
     from .table import Run
 
@@ -42,7 +44,8 @@ class Column:
 
     def second_score(self, line: dict[str, Any]) -> float | None:
         """The second metric's score in a finished line; None where there is none."""
-        value = line.get("after", {}).get(self.second)
+        scores = line["evaluated"][self.evaluated]["scores"] if self.evaluated is not None else line.get("after", {})
+        value = scores.get(self.second)
         return None if value is None else float(value)
 
 
@@ -54,7 +57,10 @@ def columns_of(runs: list[Run], tasks: list[str]) -> tuple[list[Column], list[st
         by_method = {run.method: run for run in runs if run.task == task}
         for run in list(by_method.values())[:1]:
             if run.evaluation is not None:
-                columns += [Column(name, task, metric, None, name) for name, metric in run.evaluation.metrics.items()]
+                columns += [
+                    Column(name, task, metric, "before" if name == RETENTION else None, name)
+                    for name, metric in run.evaluation.metrics.items()
+                ]
             else:
                 columns.append(Column(task, task, run.recipe.main_metric, _second(run)))
         metrics = {run.recipe.main_metric for run in by_method.values()}

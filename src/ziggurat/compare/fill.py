@@ -82,7 +82,7 @@ def fill(table: Table, *, engine: str = "local", workers: int | None = None, con
 def _needs(todo: list[Run], engine: str) -> list[str]:
     """The packages outside the core that the runs, their scores and the table's intervals need."""
     trained = [package for run in todo if run.trains for package in needs(run.recipe)]
-    scored = ["lm-eval" for run in todo if run.evaluation is not None]
+    scored = ["lm-eval" for run in todo if run.evaluation is not None and run.evaluation.lm_tasks]
     return [*trained, "scipy", *scored, *(["ray"] if engine == "ray" else [])]
 
 

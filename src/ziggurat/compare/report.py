@@ -47,12 +47,14 @@ def _how(summary: Summary) -> str:
     seeds = ", ".join(map(str, table.seeds))
     text = f"Model: {', '.join(models)}. Seeds: {seeds}. Mean ± standard deviation over the seeds.{chosen}"
     for task, evaluation in {run.task: run.evaluation for run in table.runs if run.evaluation is not None}.items():
-        text += f" Trained on {task}, scored by lm-eval on {', '.join(evaluation.metrics)}"
-        text += (
-            f" (the first {evaluation.limit} questions of each task or subject)."
-            if evaluation.limit is not None
-            else "."
-        )
+        text += f" Trained on {task}"
+        if evaluation.lm_tasks:
+            text += f", scored by lm-eval on {', '.join(evaluation.lm_tasks)}"
+            if evaluation.limit is not None:
+                text += f" (the first {evaluation.limit} questions of each task or subject)"
+        if evaluation.retention is not None:
+            text += f"; retention is the perplexity of the text {Path(evaluation.retention).name} / without the adapter"
+        text += "."
     return text
 
 

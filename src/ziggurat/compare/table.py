@@ -88,6 +88,8 @@ def run_key(recipe: Recipe, evaluation: Evaluation | None = None) -> str:
     values["computation"] = COMPUTATION
     if evaluation is not None:
         values["evaluate"] = {"tasks": evaluation.metrics, **evaluation.settings}
+        if evaluation.retention is not None:
+            values["evaluate"] |= evaluation.text_settings
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
