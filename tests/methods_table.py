@@ -29,7 +29,8 @@ class Method:
 
     `config`: makes its config for an architecture; `prefix`: what its parameters' names hold; `merges`:
     its update is one of weights, so that it can be merged and exported; `combines`: it has
-    add_weighted_adapter; `takes_targets`: its config has target_modules.
+    add_weighted_adapter; `takes_targets`: its config has target_modules; `kit`: it is its two functions and nothing
+    else, so that what a tuner, layer or bank of its own could break needs no test on every model.
     """
 
     config: Callable[..., PeftConfig]
@@ -37,6 +38,7 @@ class Method:
     merges: bool = True
     combines: bool = False
     takes_targets: bool = True
+    kit: bool = False
 
 
 def _msplora(zoo: Zoo, **fields: Any) -> PeftConfig:
@@ -82,10 +84,10 @@ METHODS: dict[str, Method] = {
     "lor2c": Method(_lor2c, "lor2c_", merges=False, takes_targets=False),
     "lora2": Method(_lora2, "lora2_"),
     "dylora": Method(_dylora, "dylora_"),
-    "sharelora": Method(_sharelora, "sharelora_"),
-    "tiedlora": Method(_tiedlora, "tiedlora_"),
-    "loraxs": Method(_loraxs, "loraxs_"),
-    "aslora": Method(_aslora, "aslora_"),
+    "sharelora": Method(_sharelora, "sharelora_", kit=True),
+    "tiedlora": Method(_tiedlora, "tiedlora_", kit=True),
+    "loraxs": Method(_loraxs, "loraxs_", kit=True),
+    "aslora": Method(_aslora, "aslora_", kit=True),
     "adapterdrop": Method(_adapterdrop, "adapterdrop_", merges=False),
 }
 if not hasattr(BaseTuner, "_get_adapter_state_dict"):

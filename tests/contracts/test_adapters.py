@@ -1,6 +1,7 @@
 """What every method owes a PEFT user, on an encoder, two decoders, a model of two stacks and a plain one."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,29 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import versions
-from methods_table import METHODS, logits, zoo_config
+from methods_table import METHODS, Method, logits, zoo_config
 from plain_models import WIDTH
 from tolerance import assert_models_agree, assert_sums_agree
 from zoo import ZOO
 
 MODELS = ["bert", "gpt2", "llama", "t5", "plain_list"]
+#: Two stacks, and a model that isn't transformers'.
+KIT_MODELS = ["t5", "plain_list"]
+
+
+def on_models(which: Callable[[Method], bool]) -> pytest.MarkDecorator:
+    """The methods of which `which` is true, each on its models."""
+    pairs = [
+        (name, model) for model in MODELS for name, row in METHODS.items()
+        if which(row) and (model in KIT_MODELS or not row.kit)
+    ]  # fmt: skip
+    return pytest.mark.parametrize(("method", "model"), pairs)
+
 
 every_method = pytest.mark.parametrize("method", METHODS)
 merging = pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.merges])
-combining = pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.combines])
 targeting = pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.takes_targets])
-on_models = pytest.mark.parametrize("model", MODELS)
+every_method_on_models = on_models(lambda row: True)
 
 
 def own_parameters(model: nn.Module, method: str) -> dict[str, nn.Parameter]:
@@ -45,8 +57,7 @@ def active(method: str, model: str, seed: int = 0) -> tuple[PeftModel, dict]:
     return get_peft_model(ZOO[model].build(), zoo_config(method, model, init_weights=False)).eval(), ZOO[model].inputs()
 
 
-@every_method
-@on_models
+@every_method_on_models
 def test_a_fresh_adapter_changes_nothing(method: str, model: str) -> None:
     base, inputs = ZOO[model].build(), ZOO[model].inputs()
     before = logits(base, inputs)
@@ -54,8 +65,7 @@ def test_a_fresh_adapter_changes_nothing(method: str, model: str) -> None:
     assert torch.equal(logits(adapted, inputs), before)
 
 
-@every_method
-@on_models
+@every_method_on_models
 def test_an_adapter_reloads_bitwise(method: str, model: str, tmp_path: Path) -> None:
     adapted, inputs = active(method, model)
     expected = logits(adapted, inputs)
@@ -68,8 +78,7 @@ def test_an_adapter_reloads_bitwise(method: str, model: str, tmp_path: Path) -> 
         assert torch.equal(logits(loaded, inputs), expected)
 
 
-@every_method
-@on_models
+@every_method_on_models
 def test_the_file_holds_each_number_once(method: str, model: str, tmp_path: Path) -> None:
     adapted, _ = active(method, model)
     adapted.save_pretrained(str(tmp_path))
@@ -156,8 +165,7 @@ def test_adapters_saved_by_transformers_load_in_peft(method: str, tmp_path: Path
     assert torch.equal(logits(loaded, inputs), expected)
 
 
-@every_method
-@on_models
+@every_method_on_models
 def test_injection_without_a_peft_model(method: str, model: str) -> None:
     torch.manual_seed(0)
     base = inject_adapter_in_model(zoo_config(method, model, init_weights=False), ZOO[model].build()).eval()
@@ -165,8 +173,7 @@ def test_injection_without_a_peft_model(method: str, model: str) -> None:
     assert torch.equal(logits(base, inputs), logits(adapted, inputs))
 
 
-@every_method
-@on_models
+@every_method_on_models
 def test_several_adapters_stay_apart(method: str, model: str, tmp_path: Path) -> None:
     adapted, inputs = active(method, model)
     first = logits(adapted, inputs)
@@ -203,8 +210,7 @@ def test_only_the_active_adapter_trains(method: str) -> None:
     assert all("modules_to_save.second" in name for name in backbone)
 
 
-@every_method
-@on_models
+@every_method_on_models
 def test_disabling_gives_the_base_model(method: str, model: str) -> None:
     adapted, inputs = active(method, model)
     expected = logits(adapted, inputs)
@@ -213,8 +219,7 @@ def test_disabling_gives_the_base_model(method: str, model: str) -> None:
     assert torch.equal(logits(adapted, inputs), expected)
 
 
-@every_method
-@on_models
+@every_method_on_models
 def test_a_copy_shares_nothing_with_the_original(method: str, model: str) -> None:
     adapted, inputs = active(method, model)
     expected = logits(adapted, inputs)
@@ -227,8 +232,7 @@ def test_a_copy_shares_nothing_with_the_original(method: str, model: str) -> Non
     assert torch.equal(logits(adapted, inputs), expected)
 
 
-@every_method
-@on_models
+@every_method_on_models
 def test_unload_gives_the_base_model_back(method: str, model: str) -> None:
     adapted, inputs = active(method, model)
     bare = adapted.unload()
@@ -237,8 +241,7 @@ def test_unload_gives_the_base_model_back(method: str, model: str) -> None:
     assert list(bare.state_dict()) == list(ZOO[model].build().state_dict())
 
 
-@every_method
-@on_models
+@every_method_on_models
 def test_status_is_regular(method: str, model: str) -> None:
     adapted, _ = active(method, model)
     status = adapted.get_model_status()
@@ -261,8 +264,7 @@ def status_of_merged_lora(model: str) -> list[str] | str:
     return lora.get_model_status().merged_adapters
 
 
-@merging
-@on_models
+@on_models(lambda row: row.merges)
 def test_merging_keeps_the_output(method: str, model: str) -> None:
     adapted, inputs = active(method, model)
     expected = logits(adapted, inputs)
@@ -325,8 +327,7 @@ def test_mixed_batches_refuse_what_cannot_be(method: str) -> None:
         adapted.train()(**inputs, adapter_names=["default", "default"])
 
 
-@combining
-@on_models
+@on_models(lambda row: row.combines)
 def test_weighted_sums_are_exact(method: str, model: str) -> None:
     adapted, inputs = active(method, model)
     adapted.add_adapter("second", zoo_config(method, model, init_weights=False))
