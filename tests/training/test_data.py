@@ -482,9 +482,9 @@ def test_equal_rows_stay_on_one_side_of_the_split(tmp_path: Path) -> None:
         assert not set(found.train["text"]) & set(found.validation["text"])
         assert "60 of 90 rows repeat an earlier one; equal rows stay on one side of the split" in found.notes
     same = write_csv(tmp_path / "b.csv", [{"text": "a", "label": index % 2} for index in range(10)])
-    assert "9 of 10 rows repeat an earlier one" in load_examples(recipe(same)).notes
+    assert "9 of 10 rows repeat an earlier one, on both sides of the split" in load_examples(recipe(same)).notes
     lone = write_csv(tmp_path / "c.csv", [{"text": f"t{index}", "label": f"c{index}"} for index in range(9)])
-    assert "every class would lose its only text; name validation data" in _said(recipe(lone))
+    assert "every class would lose its only row; name validation data" in _said(recipe(lone))
 
 
 def test_few_scored_rows_are_told(tmp_path: Path) -> None:
