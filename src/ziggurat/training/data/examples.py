@@ -117,6 +117,8 @@ def _read(recipe: Recipe, source: str, split: str, demo: str = "train") -> Datas
         texts=text_columns(recipe),
         nested=text_columns(recipe) if recipe.writes else (),
         classes=recipe.data.label if recipe.task == "classification" else None,
+        encoding=recipe.data.encoding,
+        delimiter=recipe.data.delimiter,
     )
 
 
