@@ -1,4 +1,5 @@
-"""Lines of code of each part of the package, without docstrings, comments and blank lines; and its longest functions.
+"""Lines of code of each part of the package, without docstrings, comments and blank lines; its longest functions; and
+how many of its files `ziggurat train` imports at once.
 
 python benchmarks/code_size.py [SOURCE]
 """
@@ -11,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 CORE = ("lowrank", "files", "host", "methods", "export")
+TRAIN = "ziggurat.training.loop.run"
 _LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING}
 
 
@@ -29,8 +31,45 @@ def code_lines(text: str) -> int:
 def functions(path: Path) -> list[tuple[int, str]]:
     """(lines, name) of every function of a module, with its signature and docstring."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
-    return [((node.end_lineno or node.lineno) - node.lineno + 1, f"{path.name}:{node.name}") for node in found]
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return [((node.end_lineno or node.lineno) - node.lineno + 1, f"{path.name}:{node.name}") for node in nodes]
+
+
+def imported_at_once(source: Path, start: str) -> set[str]:
+    """The files of the package that importing the module `start` imports, itself with them.
+
+    Imports inside functions and for types only don't count, nor do packages' `__init__`.
+    """
+    files = {".".join(file.relative_to(source.parent).with_suffix("").parts): file for file in source.rglob("*.py")}
+    reached: set[str] = set()
+    waiting = [start]
+    while waiting:
+        name = waiting.pop()
+        if name in files and name not in reached:
+            reached.add(name)
+            waiting += _imports(name, files[name])
+    return reached
+
+
+def _imports(name: str, file: Path) -> list[str]:
+    parents = name.split(".")[:-1]
+    names = []
+    waiting: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
+    while waiting:
+        for node in ast.iter_child_nodes(waiting.pop()):
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = parents[: len(parents) - node.level + 1] if node.level else []
+                module = ".".join([*base, *filter(None, [node.module])])
+                names += [module, *(f"{module}.{alias.name}" for alias in node.names)]
+            elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not _for_types(node):
+                waiting.append(node)
+    return names
+
+
+def _for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
 
 
 def main() -> None:
@@ -45,9 +84,9 @@ def main() -> None:
         print(f"{room:12} {lines:6,}")
     print(f"{'core':12} {sum(rooms[room] for room in CORE):6,}  ({', '.join(CORE)})")
     print(f"{'all':12} {sum(rooms.values()):6,}")
-    print(
-        "functions over 60 lines:", ", ".join(f"{name} {lines}" for lines, name in sorted(longest)[::-1] if lines > 60)
-    )
+    long = [f"{name} {lines}" for lines, name in sorted(longest)[::-1] if lines > 60]
+    print("functions over 60 lines:", ", ".join(long) or "none")
+    print("files that train imports at once:", len(imported_at_once(source, TRAIN)))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,8 @@ block of any language that is marked with the name of a file (```python mine.py)
 ```bash run block has commands that run there, beside a small reviews.csv.
 """
 
-import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -87,23 +85,15 @@ def test_the_code_of_a_page_runs(page: Path, fresh: Fresh, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "run" in marked(page)], ids=lambda page: page.name)
-def test_the_commands_of_a_page_run(page: Path, hub: Path, tmp_path: Path) -> None:
+def test_the_commands_of_a_page_run(page: Path, fresh: Fresh, tmp_path: Path) -> None:
     folder = lay_out(page, tmp_path / "folder")
     write_csv(folder / "reviews.csv", reviews(48))
     commands = [shlex.split(line, comments=True) for line in marked(page)["run"].splitlines()]
     assert len(commands) >= 5
     for command in commands:
         assert command[0] == "ziggurat"
-        run([sys.executable, "-W", "ignore", "-m", *command], folder, hub)
-
-
-def run(command: list[str], folder: Path, hub: Path) -> None:
-    """Run `command` in `folder`, whose modules it can import, without network."""
-    offline = {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, **offline, "PYTHONPATH": path}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[-3000:]}"
+        done = fresh.run("from ziggurat.cli import main; main()", *command[1:], folder=folder)
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[-3000:]}"
 
 
 def test_the_pages_have_code_to_run() -> None:

@@ -120,12 +120,12 @@ def test_a_quantised_base_is_told_from_its_config(tmp_path: Path) -> None:
 
 def test_an_untrained_and_a_diverged_adapter(tmp_path: Path) -> None:
     fresh = saved(tmp_path / "fresh", MSPLoraConfig(r=4, target_modules=["query"]))
-    assert whats(checks.adapter(fresh, {}))["the adapter's numbers"] == "warning"
+    assert whats(checks.adapter(fresh, {}))["the adapter's tensors"] == "warning"
     model = get_peft_model(ZOO["bert"].build(), LoraConfig(r=4, target_modules=["query"], init_lora_weights=False))
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_A" in n).fill_(float("nan"))
     model.save_pretrained(str(tmp_path / "nan"))
-    assert whats(checks.adapter(tmp_path / "nan", {}))["the adapter's numbers"] == "error"
+    assert whats(checks.adapter(tmp_path / "nan", {}))["the adapter's tensors"] == "error"
 
 
 def test_what_servers_refuse_is_said(tmp_path: Path) -> None:

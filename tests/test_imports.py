@@ -144,6 +144,12 @@ def test_no_file_imports_itself_round_a_circle() -> None:
     assert [a for a, b in sorted(edges) if a in closure(b, edges)] == []
 
 
+def test_train_imports_at_once_what_every_run_needs() -> None:
+    loaded = closure("ziggurat.training.loop.run", edges_between_files(SOURCE))
+    assert len(loaded) <= 55
+    assert not [name for name in loaded if name.startswith(("ziggurat.analysis", "ziggurat.training.sizing"))]
+
+
 def test_rooms_of_training_import_downwards() -> None:
     files = sorted((SOURCE / "training").rglob("*.py"))
     upwards = []

@@ -18,7 +18,7 @@ from methods_table import METHODS
 from ziggurat import AdapterDropConfig, DyLoRAConfig, LoR2CConfig, LoRA2Config, MSPLoraConfig
 from ziggurat.cli import app
 from ziggurat.errors import ConfigError, RecipeError
-from ziggurat.plan import bare_model, plan, plan_recipe
+from ziggurat.plan import Plan, bare_model, plan, plan_recipe
 from ziggurat.plan.memory import saved_bytes
 from ziggurat.plan.planner import BESIDE
 from ziggurat.recipe.methods import METHODS as RECIPE_METHODS
@@ -161,13 +161,19 @@ def test_others_stand_beside_it_at_the_same_rank_and_budget(roberta: Path) -> No
     assert all(cost <= 135_168 for (_, kind), (_, cost) in beside.items() if kind == "budget")
 
 
-@pytest.mark.parametrize("method", BESIDE)
-def test_what_stands_beside_it_is_what_would_be_built(method: str, tmp_path: Path) -> None:
-    """The other methods' numbers come from formulas; here each is built at both ranks."""
+@pytest.fixture(scope="module")
+def small_plan(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plan]:
+    """A model's folder, and a plan of DyLoRA on it."""
     config = BertConfig(hidden_size=32, num_hidden_layers=6, num_attention_heads=2, intermediate_size=64, vocab_size=50)
-    folder = config_folder(tmp_path, config, "BertForSequenceClassification")
-    own = {"name": "dylora", "r": 4, "target_modules": ["query", "value"]}
-    found = plan_recipe(folder, choice=own, measure_memory=False)
+    folder = config_folder(tmp_path_factory.mktemp("small"), config, "BertForSequenceClassification")
+    choice = {"name": "dylora", "r": 4, "target_modules": ["query", "value"]}
+    return folder, plan_recipe(folder, choice=choice, measure_memory=False)
+
+
+@pytest.mark.parametrize("method", BESIDE)
+def test_what_stands_beside_it_is_what_would_be_built(method: str, small_plan: tuple[Path, Plan]) -> None:
+    """The other methods' numbers come from formulas; here each is built at both ranks."""
+    folder, found = small_plan
     targets = {} if method in ("lor2c", "sharelor2c", "adapter") else {"target_modules": ["query", "value"]}
     same, paid = (next(b for b in found.beside if (b.method, b.kind) == (method, kind)) for kind in ("r", "budget"))
     for one in (same, paid):

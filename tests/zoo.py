@@ -301,9 +301,10 @@ ZOO: dict[str, Zoo] = {
 
 
 def shallow(name: str) -> nn.Module:
-    """`ZOO[name]` with the first two layers of its stack alone, for compiling, which takes its time by the layer."""
-    model, (stack,) = ZOO[name].build(), ZOO[name].stacks
-    parent, _, own = stack.rpartition(".")
-    setattr(model.get_submodule(parent), own, model.get_submodule(stack)[:2])
+    """`ZOO[name]` with the first two layers of each stack alone, for compiling, which takes its time by the layer."""
+    model = ZOO[name].build()
+    for stack in ZOO[name].stacks:
+        parent, _, own = stack.rpartition(".")
+        setattr(model.get_submodule(parent), own, model.get_submodule(stack)[:2])
     model.config.num_hidden_layers = 2
     return model

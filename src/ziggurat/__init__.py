@@ -10,6 +10,7 @@ check_versions()  # before anything that stands on parts of PEFT and transformer
 
 from ziggurat._distribution import VERSION as __version__
 from ziggurat.host.lifecycle import step
+from ziggurat.host.like_lora import create_loraplus_optimizer, hotswap_adapter
 from ziggurat.host.plugins import load_installed
 from ziggurat.methods.adapterdrop.config import AdapterDropConfig
 from ziggurat.methods.adapterdrop.model import AdapterDropModel
@@ -42,6 +43,8 @@ __all__ = [
     "ShareLoRAConfig",
     "TiedLoRAConfig",
     "__version__",
+    "create_loraplus_optimizer",
+    "hotswap_adapter",
     "step",
 ]
 

@@ -66,16 +66,16 @@ def missing_path(path: str | Path) -> str:
     except OSError as error:
         return f"'{path}' cannot be reached: {where}: {error.strerror or error}"
     if folder / missing != target:
-        said = f"'{path}' does not exist: {where} has no '{missing}'"
+        missing_text = f"'{path}' does not exist: {where} has no '{missing}'"
     else:
-        said = f"'{path}' does not exist"
+        missing_text = f"'{path}' does not exist"
     close = difflib.get_close_matches(missing, names, n=3, cutoff=0.5)
     if close:
-        return f"{said}; nearest in {where}: " + ", ".join(close)
+        return f"{missing_text}; nearest in {where}: " + ", ".join(close)
     if not names:
-        return f"{said}; {where} is empty"
+        return f"{missing_text}; {where} is empty"
     shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    return f"{said}; {where} holds {shown}"
+    return f"{missing_text}; {where} holds {shown}"
 
 
 def _plain(name: str) -> str:

@@ -105,8 +105,8 @@ def _check_counts(case: _Case) -> None:
     counted = count(case.base, case.config)
     assert counted == built, f"count: `tensors` gives {counted:,} trainable parameters, {built:,} were built."
     with torch.device("meta"):
-        bare = get_peft_model(copy.deepcopy(case.base).to("meta"), copy.deepcopy(case.config))
-    planned = sum(p.numel() for p in case.parameters(bare).values())
+        on_meta = get_peft_model(copy.deepcopy(case.base).to("meta"), copy.deepcopy(case.config))
+    planned = sum(p.numel() for p in case.parameters(on_meta).values())
     assert planned == built, f"meta device: {planned:,} trainable parameters, {built:,} on the CPU."
 
 
@@ -153,7 +153,9 @@ def _check_reload(case: _Case, folder: Path) -> None:
     wanted = sum(spec.size for spec in specs.values() if spec.seed is None)
     stored = load_file(folder / "adapter_model.safetensors")
     held = sum(tensor.numel() for name, tensor in stored.items() if case.method.prefix in name)
-    assert held == wanted, f"the file holds {held:,} numbers of the method; `tensors` asks for {wanted:,}, each once."
+    assert held == wanted, (
+        f"the file holds {held:,} parameters of the method; `tensors` asks for {wanted:,}, each once."
+    )
     again = PeftModel.from_pretrained(copy.deepcopy(case.base), str(folder)).eval()
     same = torch.equal(case.outputs(again), case.outputs(model))
     assert same, "an adapter that was saved and loaded again gives other outputs: is all that `pair` uses stored?"

@@ -73,8 +73,8 @@ def test_how_alike_the_tiers_are_is_told_in_numbers(saved: Saved, tmp_path: Path
     for side, number in (("input", 1), ("output", 0)):
         bases = [np.linalg.qr(c.A.double().numpy().T if number else c.B.double().numpy())[0] for c in (a, b)]
         angle = np.degrees(np.arccos(np.linalg.svd(bases[0].T @ bases[1], compute_uv=False)[0]))
-        assert tiers.least_angle(a, b, side) == pytest.approx(angle, abs=1e-3)
-    assert tiers.least_angle(a, a) == pytest.approx(0.0, abs=0.1)
+        assert tiers.smallest_angle(a, b, side) == pytest.approx(angle, abs=1e-3)
+    assert tiers.smallest_angle(a, a) == pytest.approx(0.0, abs=0.1)
     write(collected, tmp_path / "out", pictures=False)
     with (tmp_path / "out" / "tiers.csv").open() as file:
         assert [float(line["cosine"]) for line in csv.DictReader(file)] == [line["cosine"] for line in lines]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training_tables import write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,6 +16,7 @@ from ziggurat.compare.table import Table, make_table
 from ziggurat.compare.worker import take
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.evaluation.lm import evaluate
+from ziggurat.training.answers.load import load_adapter_model
 
 METHODS = {
     "as it is": {"method.name": "none"},
@@ -160,3 +162,50 @@ def test_only_language_models_are_scored_and_only_they_need_no_training(tmp_path
     tasks["rte"]["task"] = "classification"
     with pytest.raises(RecipeError, match="evaluate: is for task: instruct"):
         make_table({"set": {"model": "x"}, "methods": METHODS, "tasks": tasks, "seeds": [1]}, "mine", tmp_path)
+
+
+def test_retention_is_the_perplexity_of_plain_text_with_the_adapter_and_without(llama: Path, tmp_path: Path) -> None:
+    """Against a loop over the whole text, which is shorter than a block; lm-eval isn't asked."""
+    text = tmp_path / "plain.txt"
+    text.write_text("0 1 A B what is the sum " * 5, encoding="utf-8")
+    table = made(llama, tmp_path / "out", {"retention": str(text)}, seeds=[2], published=None)
+    assert table.metrics == {"retention": "perplexity"}
+    filled = fill(table)
+    assert not filled.failed
+    cells, before = filled.summary.cells, filled.summary.second
+    tokenizer = AutoTokenizer.from_pretrained(str(llama))
+    ids = tokenizer(text.read_text(encoding="utf-8").strip(), add_special_tokens=False, return_tensors="pt").input_ids
+    base = AutoModelForCausalLM.from_pretrained(str(llama)).eval()
+    trained = load_adapter_model(table.runs[-1].recipe.folder).model
+    with torch.no_grad():
+        plain, adapted = (float(model(input_ids=ids, labels=ids).loss.exp()) for model in (base, trained))
+    assert cells["as it is", "retention"].scores[2] == pytest.approx(plain, rel=1e-5)
+    assert cells["LoRA", "retention"].scores[2] == pytest.approx(adapted, rel=1e-5)
+    assert before["LoRA", "retention"].scores[2] == pytest.approx(plain, rel=1e-5)
+    assert abs(adapted - plain) > 1e-3
+    page = (tmp_path / "out" / "table.md").read_text()
+    assert "| method | parameters | retention (perplexity / before) |" in page
+    assert f"| {adapted:.2f} / {plain:.2f} |" in page
+    assert "retention is the perplexity of the text plain.txt / without the adapter" in page
+
+    # Another text is scored on the adapter that is there.
+    run_json = (Path(table.runs[-1].recipe.folder) / "run.json").stat().st_mtime_ns
+    text.write_text("B A 1 0 " * 5, encoding="utf-8")
+    again = made(llama, tmp_path / "out", {"retention": str(text)}, seeds=[2], published=None)
+    assert again.runs[-1].key != table.runs[-1].key
+    info = take(again.runs[-1].recipe, again.runs[-1].evaluation)
+    assert info["evaluated"]["retention"]["scores"]["perplexity"] != cells["LoRA", "retention"].scores[2]
+    assert (Path(table.runs[-1].recipe.folder) / "run.json").stat().st_mtime_ns == run_json
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "can't be read as text"), (b"\xff\xfe", "can't be read"), (b" \n", "is empty")]
+)
+def test_a_text_that_is_none_is_refused_before_anything_runs(
+    content: bytes | None, message: str, llama: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "plain.txt"
+    if content is not None:
+        text.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        fill(made(llama, tmp_path / "out", {"retention": str(text)}, published=None))

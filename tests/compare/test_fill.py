@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 from glue_folder import write_glue
+from rich.console import Console
 
+from ziggurat.compare.engines import run_all
 from ziggurat.compare.fill import fill, report
-from ziggurat.compare.local import run_locally
 from ziggurat.compare.table import Table, make_table
 from ziggurat.errors import RecipeError
 from ziggurat.training.folder.run_folder import RunFolder
@@ -36,15 +37,52 @@ def small(model: Path, glue: Path, out: Path, **more: Any) -> Table:
     return make_table(values, "small", out)
 
 
+def csv(place: str | Path) -> dict[str, Any]:
+    return {"data.train": str(place), "data.folder": None}
+
+
+class PrintedAtOnce:
+    """A console that writes into a file through a large buffer; what has arrived there before the first result."""
+
+    def __init__(self, path: Path, results: Path) -> None:
+        self.path, self.results = path, results
+        self.console = Console(file=path.open("w", buffering=2**20))
+        self.before_the_first_result: list[str] = []
+
+    def __enter__(self) -> "PrintedAtOnce":
+        self.watch = threading.Thread(target=self._watch, daemon=True)
+        self.watch.start()
+        return self
+
+    def _watch(self) -> None:
+        while self.console is not None:
+            lines = self.path.read_text().splitlines()
+            if self.results.exists():
+                return
+            self.before_the_first_result = lines
+            time.sleep(0.01)
+
+    def __exit__(self, *_: object) -> None:
+        self.console.file.close()
+        self.watch.join(10)
+
+
 def test_a_table_is_filled_once_and_a_failed_run_is_shown(wide_bert: Path, glue: Path, tmp_path: Path) -> None:
     methods = {
         "LoRA": {"method.name": "lora", "method.r": 2},
         "too many groups": {"method.name": "msplora", "method.num_groups": 9},
     }
     table = small(wide_bert, glue, tmp_path / "out", methods=methods, seeds=[1])
-    filled = fill(table, workers=2)
+    with PrintedAtOnce(tmp_path / "printed", tmp_path / "out" / "results.jsonl") as printed:
+        filled = fill(table, workers=2, console=printed.console)
+    assert printed.before_the_first_result == [
+        "2 of 2 runs to do; checking models, data and tasks",
+        "[0 of 2] LoRA on rte, seed 1: started",
+        "[0 of 2] too many groups on rte, seed 1: started",
+    ]
     assert (filled.taken, len(filled.failed), filled.stopped) == (1, 1, False)
-    assert "num_groups=9" in filled.failed[0]["error"] and Path(filled.failed[0]["log"]).is_file()
+    log = Path(filled.failed[0]["log"])
+    assert "num_groups=9" in filled.failed[0]["error"] and log.stat().st_mode & 0o111 == 0
     names = {path.name for path in filled.files}
     assert {"table.md", "table.csv", "scores.png", "scores.svg"} == names
     assert "too many groups on rte, seed 1: RecipeError" in (tmp_path / "out" / "table.md").read_text()
@@ -61,6 +99,33 @@ def test_a_table_is_filled_once_and_a_failed_run_is_shown(wide_bert: Path, glue:
     assert report(good).summary.lines == again.summary.lines
 
 
+def test_what_does_not_exist_is_found_once_before_the_first_run(wide_bert: Path, glue: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("review,label\ngood,1\nbad,0\n")
+    methods = {
+        "LoRA": {"method.name": "lora", "method.r": 2},
+        "pyramid": {"method.name": "msplora"},
+        "elsewhere": {"method.name": "lora", "tasks": {"rte": {"model": "./no-model"}}},
+    }
+    tasks: dict[str, Any] = {"rte": None, "own": csv(tmp_path / "mine.csv"), "gone": csv("./gone.csv")}
+    with pytest.raises(RecipeError) as error:
+        fill(small(wide_bert, glue, tmp_path / "out", methods=methods, tasks=tasks))
+    assert [line.partition(";")[0].partition(": this folder")[0] for line in str(error.value).splitlines()] == [
+        "the table small has 3 problems:",
+        "  model: './no-model' does not exist",
+        f"  own: data.text: {tmp_path / 'mine.csv'} has no column 'text'",
+        "  gone: data file './gone.csv' does not exist",
+    ]
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_an_answer_may_be_larger_than_a_pipe_holds(wide_bert: Path, glue: Path, tmp_path: Path) -> None:
+    names = ["a" * 50_000, "b" * 50_000]  # they stand in run.json, which the worker sends
+    rows = "".join(f"{word} it,{names[number % 2]}\n" for number, word in enumerate(["like", "hate"] * 10))
+    (tmp_path / "mine.csv").write_text(f"text,label\n{rows}")
+    table = small(wide_bert, glue, tmp_path / "out", tasks={"own": csv(tmp_path / "mine.csv")}, seeds=[1])
+    assert fill(table).taken == 1
+
+
 def test_a_killed_run_is_told_and_taken_up_again(wide_bert: Path, glue: Path, tmp_path: Path) -> None:
     table = small(wide_bert, glue, tmp_path / "out", seeds=[1])
 
@@ -68,7 +133,7 @@ def test_a_killed_run_is_told_and_taken_up_again(wide_bert: Path, glue: Path, tm
         for child in multiprocessing.active_children():
             os.kill(child.pid, signal.SIGKILL)  # type: ignore[arg-type]
 
-    outcomes = list(run_locally(table.runs, tmp_path / "out", 1, kill_it))
+    outcomes = list(run_all(table.runs, tmp_path / "out", "local", 1, kill_it))
     assert [outcome.status for outcome in outcomes] == ["failed"] and "killed by SIGKILL" in outcomes[0].error
     assert fill(table).taken == 1
 
@@ -90,7 +155,7 @@ def test_a_stopped_run_goes_on_from_its_checkpoint(wide_bert: Path, glue: Path, 
 
         threading.Thread(target=stop, daemon=True).start()
 
-    outcome = next(iter(run_locally(table.runs, tmp_path / "out", 1, stop_soon)))
+    outcome = next(iter(run_all(table.runs, tmp_path / "out", "local", 1, stop_soon)))
     assert outcome.status == "stopped" and "of 150" in outcome.error
     checkpoint = folder.last_checkpoint()
     assert checkpoint is not None and 20 <= int(checkpoint.name.rpartition("-")[2]) < 150
@@ -98,7 +163,7 @@ def test_a_stopped_run_goes_on_from_its_checkpoint(wide_bert: Path, glue: Path, 
     assert filled.taken == 1 and filled.summary.lines[0]["steps"] == 150
     # One history over both programs: the second took up the first one's.
     history = json.loads((folder.final / "run.json").read_text())["history"]
-    assert [line["step"] for line in history if "loss" in line][:2] == [10, 20]
+    assert [line["step"] for line in history if "loss" in line][:3] == [1, 10, 20]
 
 
 def test_two_programs_do_not_fill_one_folder(wide_bert: Path, glue: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from glue_folder import write_glue
 from test_fill import small
 
 from ziggurat.compare import surroundings
+from ziggurat.compare.engines import run_all
 from ziggurat.compare.fill import fill
-from ziggurat.compare.on_ray import run_on_ray
 from ziggurat.training.folder.run_folder import RunFolder
 
 ray: Any = pytest.importorskip("ray")
@@ -60,7 +60,7 @@ def test_a_killed_workers_run_is_taken_up_again(
 
     killer = threading.Thread(target=kill_first_worker, daemon=True)
     killer.start()
-    outcomes = {one.run.method: one for one in run_on_ray(table.runs, tmp_path / "out")}
+    outcomes = {one.run.method: one for one in run_all(table.runs, tmp_path / "out", "ray")}
     killer.join(10)
     assert len(killed) == 1
     assert outcomes["LoRA"].status == "done" and outcomes["LoRA"].info is not None
@@ -102,7 +102,7 @@ def test_ctrl_c_waits_for_the_checkpoints(wide_bert: Path, cluster: Any, tmp_pat
     try:
         threading.Thread(target=interrupt_soon, daemon=True).start()
         with pytest.raises(KeyboardInterrupt):
-            list(run_on_ray(table.runs, tmp_path / "out"))
+            list(run_all(table.runs, tmp_path / "out", "ray"))
     finally:
         signal.signal(signal.SIGINT, before)
     # The worker has stopped by now, at a step after the regular checkpoint's.

@@ -1,6 +1,7 @@
 """What every method owes a PEFT user, on an encoder, two decoders, a model of two stacks and a plain one."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,37 @@ from peft import (
     inject_adapter_in_model,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import merge_utils
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import versions
-from methods_table import METHODS, logits, zoo_config
+from methods_table import METHODS, Method, logits, zoo_config
 from plain_models import WIDTH
 from tolerance import assert_models_agree, assert_sums_agree
+from ziggurat.host.method_layer import MethodLayer
+from ziggurat.lowrank.pair import delta
 from zoo import ZOO
 
 MODELS = ["bert", "gpt2", "llama", "t5", "plain_list"]
+#: Two stacks, and a model that isn't transformers'.
+KIT_MODELS = ["t5", "plain_list"]
+
+
+def on_models(which: Callable[[Method], bool]) -> pytest.MarkDecorator:
+    """The methods of which `which` is true, each on its models."""
+    pairs = [
+        (name, model) for model in MODELS for name, row in METHODS.items()
+        if which(row) and (model in KIT_MODELS or not row.kit)
+    ]  # fmt: skip
+    return pytest.mark.parametrize(("method", "model"), pairs)
+
 
 every_method = pytest.mark.parametrize("method", METHODS)
 merging = pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.merges])
-combining = pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.combines])
 targeting = pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.takes_targets])
-on_models = pytest.mark.parametrize("model", MODELS)
+every_method_on_models = on_models(lambda row: True)
 
 
 def own_parameters(model: nn.Module, method: str) -> dict[str, nn.Parameter]:
@@ -45,8 +60,7 @@ def active(method: str, model: str, seed: int = 0) -> tuple[PeftModel, dict]:
     return get_peft_model(ZOO[model].build(), zoo_config(method, model, init_weights=False)).eval(), ZOO[model].inputs()
 
 
-@every_method
-@on_models
+@every_method_on_models
 def test_a_fresh_adapter_changes_nothing(method: str, model: str) -> None:
     base, inputs = ZOO[model].build(), ZOO[model].inputs()
     before = logits(base, inputs)
@@ -54,8 +68,7 @@ def test_a_fresh_adapter_changes_nothing(method: str, model: str) -> None:
     assert torch.equal(logits(adapted, inputs), before)
 
 
-@every_method
-@on_models
+@every_method_on_models
 def test_an_adapter_reloads_bitwise(method: str, model: str, tmp_path: Path) -> None:
     adapted, inputs = active(method, model)
     expected = logits(adapted, inputs)
@@ -68,8 +81,7 @@ def test_an_adapter_reloads_bitwise(method: str, model: str, tmp_path: Path) -> 
         assert torch.equal(logits(loaded, inputs), expected)
 
 
-@every_method
-@on_models
+@every_method_on_models
 def test_the_file_holds_each_number_once(method: str, model: str, tmp_path: Path) -> None:
     adapted, _ = active(method, model)
     adapted.save_pretrained(str(tmp_path))
@@ -156,8 +168,7 @@ def test_adapters_saved_by_transformers_load_in_peft(method: str, tmp_path: Path
     assert torch.equal(logits(loaded, inputs), expected)
 
 
-@every_method
-@on_models
+@every_method_on_models
 def test_injection_without_a_peft_model(method: str, model: str) -> None:
     torch.manual_seed(0)
     base = inject_adapter_in_model(zoo_config(method, model, init_weights=False), ZOO[model].build()).eval()
@@ -165,8 +176,7 @@ def test_injection_without_a_peft_model(method: str, model: str) -> None:
     assert torch.equal(logits(base, inputs), logits(adapted, inputs))
 
 
-@every_method
-@on_models
+@every_method_on_models
 def test_several_adapters_stay_apart(method: str, model: str, tmp_path: Path) -> None:
     adapted, inputs = active(method, model)
     first = logits(adapted, inputs)
@@ -203,8 +213,7 @@ def test_only_the_active_adapter_trains(method: str) -> None:
     assert all("modules_to_save.second" in name for name in backbone)
 
 
-@every_method
-@on_models
+@every_method_on_models
 def test_disabling_gives_the_base_model(method: str, model: str) -> None:
     adapted, inputs = active(method, model)
     expected = logits(adapted, inputs)
@@ -213,8 +222,7 @@ def test_disabling_gives_the_base_model(method: str, model: str) -> None:
     assert torch.equal(logits(adapted, inputs), expected)
 
 
-@every_method
-@on_models
+@every_method_on_models
 def test_a_copy_shares_nothing_with_the_original(method: str, model: str) -> None:
     adapted, inputs = active(method, model)
     expected = logits(adapted, inputs)
@@ -227,8 +235,7 @@ def test_a_copy_shares_nothing_with_the_original(method: str, model: str) -> Non
     assert torch.equal(logits(adapted, inputs), expected)
 
 
-@every_method
-@on_models
+@every_method_on_models
 def test_unload_gives_the_base_model_back(method: str, model: str) -> None:
     adapted, inputs = active(method, model)
     bare = adapted.unload()
@@ -237,8 +244,7 @@ def test_unload_gives_the_base_model_back(method: str, model: str) -> None:
     assert list(bare.state_dict()) == list(ZOO[model].build().state_dict())
 
 
-@every_method
-@on_models
+@every_method_on_models
 def test_status_is_regular(method: str, model: str) -> None:
     adapted, _ = active(method, model)
     status = adapted.get_model_status()
@@ -261,8 +267,7 @@ def status_of_merged_lora(model: str) -> list[str] | str:
     return lora.get_model_status().merged_adapters
 
 
-@merging
-@on_models
+@on_models(lambda row: row.merges)
 def test_merging_keeps_the_output(method: str, model: str) -> None:
     adapted, inputs = active(method, model)
     expected = logits(adapted, inputs)
@@ -325,21 +330,65 @@ def test_mixed_batches_refuse_what_cannot_be(method: str) -> None:
         adapted.train()(**inputs, adapter_names=["default", "default"])
 
 
-@combining
-@on_models
-def test_weighted_sums_are_exact(method: str, model: str) -> None:
+def layers_of(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, MethodLayer) and "default" in m.adapters]
+
+
+@on_models(lambda row: row.combines)
+def test_weighted_sums_are_exact(method: str, model: str, tmp_path: Path) -> None:
     adapted, inputs = active(method, model)
     adapted.add_adapter("second", zoo_config(method, model, init_weights=False))
     adapted.add_weighted_adapter(["default", "second"], [0.3, -2.0], "sum", combination_type="linear")
-    adapted = adapted.double()
-    layers = [m for m in adapted.modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "get_delta_weight")]
-    assert layers
-    for layer in layers:
-        expected = 0.3 * layer.get_delta_weight("default") - 2.0 * layer.get_delta_weight("second")
-        # The sum was made in float32, and cast afterwards.
-        assert_sums_agree(layer.get_delta_weight("sum"), expected, WIDTH, dtype=torch.float32)
+    assert layers_of(adapted)
+    for layer in layers_of(adapted):
+        first, second = (delta(layer.effective_pair(name)).double() for name in ("default", "second"))
+        # The sum was made in float32.
+        assert_sums_agree(
+            delta(layer.effective_pair("sum")).double(), 0.3 * first - 2.0 * second, WIDTH, dtype=torch.float32
+        )
     adapted.set_adapter("sum")
-    assert torch.isfinite(logits(adapted.float(), inputs)).all()
+    expected = logits(adapted, inputs)
+    assert torch.isfinite(expected).all()
+    adapted.save_pretrained(str(tmp_path), selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(ZOO[model].build(), str(tmp_path / "sum")).eval()
+    assert torch.equal(logits(again, inputs), expected)
+
+
+@combining
+@pytest.mark.parametrize("kind", ["svd", "ties", "ties_svd", "dare_linear", "dare_ties_svd", "magnitude_prune"])
+def test_combinations_are_pefts(method: str, kind: str) -> None:
+    """PEFT's functions on the dense updates; at full rank nothing else is lost."""
+    adapted, _ = active(method, "llama")
+    adapted.add_adapter("second", zoo_config(method, "llama", init_weights=False))
+    weights = torch.tensor([0.3, -2.0])
+    more = {} if kind == "svd" else {"density": 0.5}
+    torch.manual_seed(0)  # dare draws which entries it drops
+    adapted.add_weighted_adapter(["default", "second"], weights.tolist(), "sum", kind, svd_rank=WIDTH, **more)
+    torch.manual_seed(0)
+    for layer in layers_of(adapted):
+        both = [delta(layer.effective_pair(name)).detach() for name in ("default", "second")]
+        name = "task_arithmetic" if kind == "svd" else kind.removesuffix("_svd")
+        expected = getattr(merge_utils, name)(both, weights, **more)
+        # Two decompositions and as many products.
+        assert_sums_agree(delta(layer.effective_pair("sum")), expected, 8 * WIDTH, dtype=torch.float32)
+
+
+@combining
+def test_a_combination_that_cannot_be_leaves_nothing(method: str) -> None:
+    adapted, _ = active(method, "llama")
+    names = list(adapted.state_dict())
+    for more in (
+        {"combination_type": "ties"},
+        {"combination_type": "sum"},
+        {"combination_type": "ties", "density": 2},
+    ):
+        with pytest.raises(ValueError, match=r"density|Invalid combination_type"):
+            adapted.add_weighted_adapter(["default"], [1.0], "sum", **more)
+    with pytest.raises(ValueError, match="does not exist"):
+        adapted.add_weighted_adapter(["default", "nobody"], [1.0, 1.0], "sum")
+    with pytest.raises(ValueError, match="one weight for each"):
+        adapted.add_weighted_adapter(["default"], [1.0, 1.0], "sum")
+    assert list(adapted.peft_config) == ["default"] and list(adapted.state_dict()) == names
 
 
 @every_method

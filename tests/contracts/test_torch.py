@@ -129,8 +129,10 @@ def test_a_trace_computes_other_shapes_too(method: str) -> None:
 
 @versions.compiles
 @pytest.mark.parametrize(
-    "method", [name for name in METHODS if name != "dylora"]
-)  # its rank is drawn anew in each step
+    "method",
+    # DyLoRA's rank is drawn anew in each step. What kit methods have in a graph, MSPLoRA and LoRA² have.
+    [name for name, row in METHODS.items() if name != "dylora" and not row.kit],
+)
 def test_compiled_training_is_training(method: str) -> None:
     """Forward and backward in one graph; without dropout, for the compiler draws other numbers."""
     model = double(method, base=shallow("llama"), lora_dropout=0.0).train()

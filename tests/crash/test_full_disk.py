@@ -134,9 +134,7 @@ def test_a_table_loses_no_line(place: Place, disk: Disk, capsys: pytest.CaptureF
     results = Results(table.folder)
     results.add({"key": "a", "status": "done"})
     disk.fill(4_096 if disk.real else 60)
-    with pytest.raises(
-        StorageError, match=r"results\.jsonl' could not be written\. The finished run lies in its folder"
-    ):
+    with pytest.raises(StorageError, match=r"results\.jsonl' could not be written\. The finished run is in its folder"):
         results.add({"key": "b", "status": "done", "text": "x" * 9_000})
     disk.empty()
     assert not results.done("b")

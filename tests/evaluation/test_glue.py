@@ -28,8 +28,8 @@ from ziggurat.recipe.glue import GLUE, HUB, glue_name
 from ziggurat.recipe.recipe import load_recipe, make_recipe, resolved, to_yaml
 from ziggurat.recipe.schema import Recipe
 from ziggurat.training.answers.load import load_adapter_model
+from ziggurat.training.data.examples import load_examples
 from ziggurat.training.data.glue import read_glue
-from ziggurat.training.data.splits import load_examples
 from ziggurat.training.loop.run import train
 from ziggurat.training.model.base import HeadSpec
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from commands import main
+from fresh import Fresh
 from ziggurat.errors import ConfigError
 from ziggurat.host import plugins
 from ziggurat.host.folder import adapter_config
@@ -155,21 +156,16 @@ def package(folder: Path, name: str, code: str) -> None:
     (info / "entry_points.txt").write_text(f"[ziggurat.methods]\nmine = {name}\n")
 
 
-def in_python(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
-    source = str(Path(plugins.__file__).parents[2])
-    path = f"{folder}:{source}"
-    return subprocess.run(
-        [sys.executable, "-W", "always::UserWarning", "-c", textwrap.dedent(code)],
-        env={"PYTHONPATH": path, "PATH": "", "HOME": str(folder), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+def in_python(fresh: Fresh, folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    begin = f"import sys, warnings\nsys.path.insert(0, {str(folder)!r})\nwarnings.simplefilter('always', UserWarning)\n"
+    return fresh.run(begin + textwrap.dedent(code))
 
 
-def test_installed_packages_bring_methods(tmp_path: Path) -> None:
+def test_installed_packages_bring_methods(fresh: Fresh, tmp_path: Path) -> None:
     package(tmp_path, "one_a_package", PLUGIN)
     package(tmp_path, "broken_package", "raise OSError('a disk is gone')")
     done = in_python(
+        fresh,
         tmp_path,
         """
         import ziggurat
@@ -183,7 +179,7 @@ def test_installed_packages_bring_methods(tmp_path: Path) -> None:
     assert "the methods of the package 'broken-package' are not there" in done.stderr
     assert "OSError: a disk is gone" in done.stderr
     # The package first: it imports ziggurat, which doesn't import it again.
-    done = in_python(tmp_path, "import one_a_package; print(one_a_package.OneAConfig.method.name)")
+    done = in_python(fresh, tmp_path, "import one_a_package; print(one_a_package.OneAConfig.method.name)")
     assert (done.returncode, done.stdout) == (0, "onea\n"), done.stderr
 
 

@@ -125,6 +125,7 @@ def test_transformers_asks_in_the_methods_that_are_listed() -> None:
     [
         (ziggurat.MSPLoraConfig(target_modules=["q_proj"], bias="all"), "bias='all'"),
         (ziggurat.LoR2CConfig(merges=1), "merges=1"),
+        (ziggurat.ASLoRAConfig(target_modules=["q_proj"]), "the sharing that training changes"),
     ],
 )
 def test_what_an_older_peft_would_not_save_is_refused_before_training(

@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+import versions
 import ziggurat
 from methods_table import logits
 from ziggurat import ASLoRAConfig
@@ -22,6 +23,7 @@ from ziggurat.host.count import count
 from ziggurat.host.linear import AdaptedLinear
 from zoo import ZOO
 
+pytestmark = versions.saves_whole
 #: Bert of the zoo: 4 layers, width 16.
 LAYERS, D, R, ALPHA = 4, 16, 4, 6
 

@@ -44,9 +44,11 @@ class Needs:
     variants: tuple[dict[str, Any], ...] = ()
     not_on: tuple[str, ...] = ()
     rates: tuple[tuple[str, float], ...] = ()
+    rounding: tuple[tuple[str, int, int], ...] = ()
 
 
 def read_needs(config: str) -> Needs:
     """What the method whose config class is called `config` needs."""
-    said = tomllib.loads(FILE.with_name("methods.toml").read_text(encoding="utf-8")).get(config, {})
+    sections = tomllib.loads(FILE.with_name("methods.toml").read_text(encoding="utf-8"))
+    said = sections[EVERY_METHOD] | sections.get(config, {})
     return Needs(**{name: tuple(value) if isinstance(value, list) else value for name, value in said.items()})

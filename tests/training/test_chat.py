@@ -13,8 +13,9 @@ from ziggurat.export import merge_model
 from ziggurat.recipe.recipe import make_recipe
 from ziggurat.training.answers.load import load_adapter_model
 from ziggurat.training.answers.predict import predict, read_texts
-from ziggurat.training.data.encode import asked_ids, encode_answers, end_of_turn
-from ziggurat.training.data.splits import load_examples
+from ziggurat.training.data.examples import load_examples
+from ziggurat.training.data.template import asked_ids, end_of_turn
+from ziggurat.training.data.tokens import tokens_of
 from ziggurat.training.loop.run import train
 
 ASKED, SAID = {"role": "user", "content": "say yes"}, {"role": "assistant", "content": "yes"}
@@ -42,7 +43,7 @@ def turns(*contents: Any, **more: Any) -> dict[str, Any]:
 def test_parts_of_text_are_read_as_the_text(tmp_path: Path) -> None:
     parts = [[{"type": "text", "text": "say "}, {"type": "text", "text": "yes"}], [{"type": "text", "text": "yes"}]]
     found = examples(tmp_path, turns(*parts))
-    assert found.train[0] == {"prompt": [ASKED], "completion": [SAID]} and not found.notes
+    assert json.loads(found.train[0]["messages"]) == [ASKED, SAID] and not found.notes
 
 
 @pytest.mark.parametrize(
@@ -50,19 +51,15 @@ def test_parts_of_text_are_read_as_the_text(tmp_path: Path) -> None:
     [
         (
             turns([{"type": "image", "url": "x"}], [{"type": "text", "text": "yes"}]),
-            "row 1: a message holds parts that are no",
+            "rows 1, 2: a message holds parts that are no",
         ),
+        ({"instruction": ["a", "b"], "output": "c"}, "rows 1, 2: a text is needed, this is a list: ['a', 'b']"),
+        ({"instruction": "a", "output": {"b": 1}}, "rows 1, 2: a text is needed, this is a dict: {'b': 1}"),
         (
-            turns("look", [{"type": "text", "text": "yes"}]),
-            "column 'messages' holds values of several kinds: cannot mix",
+            {"prompt": "a", "completion": [SAID]},
+            "rows 1, 2: of prompt and answer one is a list of messages and one is a",
         ),
-        (turns("add", "", tool_calls=[{"name": "add"}]), "row 1: a message calls tools (tool_calls)"),
-        (turns("add", None, tool_calls=[{"name": "add"}]), "row 1: a message calls tools (tool_calls)"),
-        (turns("add", "", function_call={"name": "add"}), "row 1: a message calls tools (function_call)"),
-        ({"instruction": ["a", "b"], "output": "c"}, "row 1: a text is needed, this is of type list: ['a', 'b']"),
-        ({"instruction": "a", "output": {"b": 1}}, "row 1: a text is needed, this is of type dict: {'b': 1}"),
-        ({"prompt": "a", "completion": [SAID]}, "row 1: a text is needed, this is of type list"),
-        ({"prompt": [ASKED], "completion": [ASKED]}, "must end with a message of the assistant, this ends with user"),
+        ({"prompt": [ASKED], "completion": [ASKED]}, "rows 1, 2: no message of the assistant"),
     ],
 )
 def test_what_would_be_lost_is_refused(row: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -71,17 +68,22 @@ def test_what_would_be_lost_is_refused(row: dict[str, Any], said: str, tmp_path:
     assert said in str(error.value)
 
 
-def test_what_is_not_learned_is_counted(tmp_path: Path) -> None:
+def test_what_is_not_read_is_counted(tmp_path: Path) -> None:
     rows = [
-        {**turns("say yes", "yes"), "tools": [{"name": "add"}]},
-        turns("say yes", "yes", reasoning_content="I think."),
+        {**turns("say yes", "yes"), "id": 7},
+        turns("say yes", "yes", weight=0.5),
         turns("say yes", ""),
-        turns("say yes", "yes"),
+        turns("say yes", "yes", "and"),
     ]
     found, path = examples(tmp_path, *rows), tmp_path / "chat.jsonl"
     assert len(found.train) == len(found.validation) == 3
-    lost = [f"1 of 4 rows of {path} have {key}, which is not learned" for key in ("reasoning_content", "tools")]
-    assert found.notes == [*lost, *lost, *[f"left out 1 of 4 rows of {path}: their answer is empty"] * 2]
+    lost = [
+        f"{path}: column not read: 'id'",
+        f"1 of 4 rows of {path} go on behind the last answer; what follows it is left out",
+        f"1 of 4 rows of {path} have weight in their messages, which is not read",
+        f"left out 1 of 4 rows of {path}: their answer is empty",
+    ]
+    assert found.notes == lost * 2
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +104,9 @@ def test_an_adapter_is_asked_as_it_was_trained_and_stops_where_turns_end(
 ) -> None:
     data = write_jsonl(tmp_path / "chat.jsonl", [row] * 16)
     result = train(tiny_recipe(chat_model, data, tmp_path / "out", task="instruct", train__max_steps=1))
-    assert "generation prompt ends in '[PAD]', which its conversations lack" in result.notes[2]
-    assert "ends a turn by [SEP], and the tokenizer a text by </s>" in result.notes[3]
+    notes = "\n".join(result.notes)
+    assert "generation prompt ends in '[PAD]', which its conversations lack" in notes
+    assert "ends a turn by [SEP], and the tokenizer a text by </s>" in notes
     loaded = load_adapter_model(result.folder)
     assert loaded.run["shape"] == "messages"
     generate, asked = loaded.model.generate, []
@@ -114,8 +117,8 @@ def test_an_adapter_is_asked_as_it_was_trained_and_stops_where_turns_end(
 
     monkeypatch.setattr(loaded.model, "generate", noting)
     predict(loaded, ["say yes"], max_new_tokens=2)
-    tokens, _, _ = encode_answers(load_examples(loaded.recipe).train, loaded.tokenizer, 64, answer_only=True)
-    learned = [token for token, answer in zip(*tokens[0].values(), strict=True) if not answer]
+    ids, mask = tokens_of(loaded.recipe, loaded.tokenizer, load_examples(loaded.recipe).train, "training", [])[0]
+    learned = ids[: mask.index(1)]
     assert asked == [learned] and loaded.tokenizer.pad_token_id not in learned
     ends = [loaded.tokenizer.eos_token_id, loaded.tokenizer.sep_token_id]
     assert loaded.model.generation_config.eos_token_id == ends

@@ -17,8 +17,8 @@ from ziggurat.recipe.schema import Recipe
 from ziggurat.training.answers.load import Loaded
 from ziggurat.training.answers.predict import predict, read_texts
 from ziggurat.training.data import tables
+from ziggurat.training.data.examples import class_names, load_examples
 from ziggurat.training.data.instruct import alpaca_prompt
-from ziggurat.training.data.splits import class_names, load_examples
 from ziggurat.training.data.tables import read_lines, read_table, texts_of
 from ziggurat.training.model.base import HeadSpec
 
@@ -75,7 +75,11 @@ def test_the_split_is_drawn_with_the_seed_and_said(reviews_csv: Path) -> None:
     other = load_examples(recipe(reviews_csv, data__validation_rows=8, seed=1))
     assert (len(first.train), len(first.validation)) == (40, 8)
     assert list(first.validation["text"]) == list(again.validation["text"]) != list(other.validation["text"])
-    assert first.notes == ["no validation data named: 8 of 48 rows split off with seed 42"]
+    assert first.notes == [
+        "no validation data named: 8 of 48 rows split off with seed 42",
+        "24 of 48 rows repeat an earlier one; equal rows stay on one side of the split",
+        "only 8 rows are scored, where one row more is 12 points: differences may be chance; name validation data",
+    ]
 
 
 def test_max_train_draws_and_says_so(reviews_csv: Path) -> None:
@@ -162,7 +166,7 @@ def test_more_classes_than_names(tmp_path: Path) -> None:
 def test_a_label_that_is_no_number(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", [{"text": "a", "label": "1.0"}, {"text": "b", "label": "high"}])
     said = _said(recipe(path, task="regression", data__validation=str(path)))
-    assert "'high' in row 2" in said and "task: classification" in said
+    assert "row 2: 'high' in column 'label' is no number" in said
 
 
 def test_broken_json_says_the_line(tmp_path: Path) -> None:
@@ -277,7 +281,7 @@ def test_labels_of_text_files_stay_text(tmp_path: Path) -> None:
     assert labels("10", "9", "-1", "9")[0] == ["-1", "9", "10"]
     assert labels("1", "0", data__label_names=["no", "yes"])[1] == ["yes", "no"]
     assert labels("1.0", "2.0")[0] == ["1", "2"]
-    with pytest.raises(DataError, match="has no label in row 3"):
+    with pytest.raises(DataError, match="row 3: no label in column 'label'"):
         labels("1", "2", "NA", "1")
 
 
@@ -308,10 +312,10 @@ def test_texts_that_parquet_holds_as_bytes(tmp_path: Path) -> None:
         assert list(found.train["text"]) == texts and found.label_names == ["neg", "pos"]
     for made, needed in (([b"\xff"], [b"pos"]), "a text"), (([b"a"], [b"\xff"]), "one class"):
         said = _said(recipe(path(*made, pa.binary())))
-        assert f"row 1: {needed} is needed, this is bytes that are not UTF-8 throughout" in said
+        assert f": {needed} is needed, this is bytes that are not UTF-8 throughout" in said
     pq.write_table(pa.table({"prompt": [b"\xff"] * 2, "completion": [b"b"] * 2}), tmp_path / "asked.parquet")
     asked = recipe(tmp_path / "asked.parquet", task="instruct", data__validation=str(tmp_path / "asked.parquet"))
-    assert "row 1: a text is needed, this is of type bytes" in _said(asked)
+    assert "a text is needed, this is bytes that are not UTF-8 throughout" in _said(asked)
 
 
 @pytest.mark.parametrize(
@@ -376,25 +380,12 @@ def test_errors_name_rows_of_the_file_whatever_the_split(tmp_path: Path) -> None
     for seed in (7, 42):
         blank = [{**row, "text": "" if index == 8 else row["text"]} for index, row in enumerate(rows)]
         path = write_csv(tmp_path / "blank.csv", blank)
-        assert "the first is row 9" in _said(recipe(path, seed=seed))
+        assert "blank.csv: 1 of 40 rows cannot be used; take them out of the file" in _said(recipe(path, seed=seed))
+        assert "\n  row 9: no text in column 'text' (data.text)" in _said(recipe(path, seed=seed))
         asked: list[dict[str, object]] = [{"prompt": "a", "completion": "b"} for _ in range(40)]
         asked[8]["prompt"] = None
         said = _said(recipe(write_jsonl(tmp_path / "asked.jsonl", asked), task="instruct", seed=seed))
-        assert "asked.jsonl, row 9: the prompt is empty" in said
-
-
-def test_a_class_that_the_split_leaves_out_of_training_is_told(tmp_path: Path) -> None:
-    rows = [*reviews(40), {"text": "so so", "label": "neutral"}]
-    path = write_csv(tmp_path / "rare.csv", rows)
-    notes = {}
-    for seed in range(12):
-        found = load_examples(recipe(path, seed=seed, data__validation_share=0.2))
-        assert found.label_names == ["neg", "neutral", "pos"] == class_names(recipe(path))
-        notes[1 in found.train["label"]] = found.notes
-    assert len(notes[True]) == 1 and notes[False][1] == (
-        "all rows with the label 'neutral' were split off, so nothing is learned of them; name validation data, or "
-        "choose another seed"
-    )
+        assert said.endswith("row 9: the prompt is empty")
 
 
 INSTRUCT = {
@@ -433,7 +424,11 @@ def test_the_shapes_of_instruction_data(shape: str, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [row, row])
     found = load_examples(recipe(path, task="instruct", data__validation=str(path)))
     assert found.shape == shape
-    assert found.train[0] == {"prompt": prompt, "completion": completion}
+    made = {name: value for name, value in found.train[0].items() if name in ("prompt", "completion", "messages")}
+    if shape == "messages":
+        assert json.loads(made["messages"]) == [*prompt, *completion]
+    else:
+        assert made == {"prompt": prompt, "completion": completion}
 
 
 def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -441,6 +436,7 @@ def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path) -> None
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     found = load_examples(recipe(path, task="instruct", data__validation=str(path)))
     assert list(found.train["completion"]) == list(found.validation["completion"]) == ["one", "two"]
+    assert list(found.train["row"]) == [1, 3]  # rows of the file
     assert found.notes == [f"left out 3 of 5 rows of {path}: their answer is empty"] * 2
 
 
@@ -452,9 +448,9 @@ def test_the_alpaca_prompt_has_an_input_section_only_with_an_input() -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"question": "a", "answer": "b"}, "needs one of: prompt + completion; instruction + output; messages"),
+        ({"said": "a", "then": "b"}, "needs one of: prompt + completion; instruction + output; messages; text"),
         ({"prompt": "a", "completion": " "}, "the answer is empty in every row"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "must end with a message of the assistant"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "rows 1, 2: no message of the assistant"),
         ({"messages": [{"role": "user"}]}, "each message needs role and content"),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]},
@@ -466,3 +462,77 @@ def test_the_alpaca_prompt_has_an_input_section_only_with_an_input() -> None:
 def test_instruction_data_that_do_not_fit(row: dict[str, Any], said: str, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [row, row])
     assert said in _said(recipe(path, task="instruct", data__validation=str(path)))
+
+
+def test_the_split_has_every_class_and_keeps_rare_ones_in_training(tmp_path: Path) -> None:
+    rows = [{"text": f"t{index}", "label": "abc"[index % 10 // 6 + index % 10 // 9]} for index in range(100)]
+    path = write_csv(tmp_path / "a.csv", [*rows, {"text": "so so", "label": "rare"}])
+    for seed in range(12):
+        found = load_examples(recipe(path, seed=seed))
+        counts = [list(found.validation["label"]).count(place) for place in range(4)]
+        assert counts == [6, 3, 1, 0] and 3 in found.train["label"]
+        assert found.label_names == ["a", "b", "c", "rare"] == class_names(recipe(path))
+
+
+def test_equal_rows_stay_on_one_side_of_the_split(tmp_path: Path) -> None:
+    rows = [{"text": f"t{index // 3}", "label": index // 3 % 2} for index in range(90)]
+    for seed in range(6):
+        found = load_examples(recipe(write_csv(tmp_path / "a.csv", rows), seed=seed))
+        assert len(found.validation) == 6 + 3 * (len(found.validation) == 9)
+        assert not set(found.train["text"]) & set(found.validation["text"])
+        assert "60 of 90 rows repeat an earlier one; equal rows stay on one side of the split" in found.notes
+    same = write_csv(tmp_path / "b.csv", [{"text": "a", "label": index % 2} for index in range(10)])
+    assert "9 of 10 rows repeat an earlier one" in load_examples(recipe(same)).notes
+    lone = write_csv(tmp_path / "c.csv", [{"text": f"t{index}", "label": f"c{index}"} for index in range(9)])
+    assert "every class would lose its only text; name validation data" in _said(recipe(lone))
+
+
+def test_few_scored_rows_are_told(tmp_path: Path) -> None:
+    for count, few in ((490, True), (500, False)):
+        rows = [{"text": f"t{index}", "label": index % 2} for index in range(count)]
+        notes = load_examples(recipe(write_csv(tmp_path / "a.csv", rows))).notes
+        assert len(notes) == 1 + few and (notes[-1].startswith("only 49 rows are scored, where one row") or not few)
+
+
+def test_all_bad_rows_of_a_file_are_counted_at_once(tmp_path: Path) -> None:
+    rows = reviews(40)
+    for index in range(3, 12):
+        rows[index]["text"] = " "
+    rows[5]["label"] = rows[20]["label"] = ""
+    path = write_csv(tmp_path / "a.csv", rows)
+    assert _said(recipe(path)).splitlines() == [
+        f"{path}: 10 of 40 rows cannot be used; take them out of the file, or set data.drop_missing: true",
+        "  rows 4, 5, 6, 7, 8 and 4 more: no text in column 'text' (data.text)",
+        "  rows 6, 21: no label in column 'label'",
+    ]
+    found = load_examples(recipe(path, data__drop_missing=True, data__validation=str(path)))
+    assert len(found.train) == len(found.validation) == 30 and "" not in found.label_names
+    assert found.notes[0] == (
+        f"data.drop_missing leaves out 10 of 40 rows of {path}: no text in column 'text' (data.text) (rows 4, 5, 6, "
+        "7, 8 and 4 more); no label in column 'label' (rows 6, 21)"
+    )
+    assert class_names(recipe(path, data__drop_missing=True)) == ["neg", "pos"]
+    numbers = write_csv(tmp_path / "b.csv", [{"text": "a", "label": label} for label in ("1.5", "", "high", "2")])
+    dropping = recipe(numbers, task="regression", data__drop_missing=True)
+    assert "1 of 4 rows cannot be used; mend them, or take them out\n  row 3: 'high'" in _said(dropping)
+    empty = write_csv(tmp_path / "c.csv", [{"text": "", "label": 1}] * 2)
+    assert _said(recipe(empty, data__drop_missing=True)).endswith("none is left")
+
+
+def test_labels_that_differ_by_case_or_blanks_are_asked_about(tmp_path: Path) -> None:
+    labels = ["account", "ACCOUNT ", "account", "billing", "Billing", "billing", "other"]
+    path = write_csv(tmp_path / "a.csv", [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)])
+    said = _said(recipe(path, data__validation=str(path)))
+    assert "'account' (4 rows) and 'ACCOUNT ' (2 rows); 'billing' (4 rows) and 'Billing' (2 rows); set" in said
+    merged = recipe(path, data__validation=str(path), data__similar_labels="merge")
+    found = load_examples(merged)
+    assert found.label_names == ["account", "billing", "other"] == class_names(merged)
+    assert list(found.train["label"]) == [0, 0, 0, 1, 1, 1, 2]
+    kept = load_examples(recipe(path, data__validation=str(path), data__similar_labels="keep"))
+    assert len(kept.label_names) == 5
+    # The names of the recipe are spellings, too, and so are the validation data's.
+    named = {"data__similar_labels": "merge", "data__label_names": ["Billing", "Account", "other"]}
+    assert list(load_examples(recipe(path, data__validation=str(path), **named)).train["label"])[:4] == [1, 1, 1, 0]
+    plain = write_csv(tmp_path / "b.csv", [{"text": "a", "label": label} for label in ("account", "billing")])
+    other = write_csv(tmp_path / "c.csv", [{"text": "a", "label": "Account"}])
+    assert "'account' (1 row) and 'Account' (1 row)" in _said(recipe(plain, data__validation=str(other)))

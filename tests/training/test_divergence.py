@@ -78,7 +78,7 @@ def test_a_spoilt_weight_leaves_the_checkpoint_before_and_the_run_goes_on(
     with pytest.raises(DivergedError) as caught:
         train(recipe_for(tiny_bert, reviews_csv, tmp_path / "out"), callbacks=[Spoil(3, value)])
     checkpoint = tmp_path / "out.unfinished" / "checkpoints" / "checkpoint-2"
-    assert f"The last good checkpoint lies in {checkpoint}" in str(caught.value)
+    assert f"The last good checkpoint is in {checkpoint}" in str(caught.value)
     assert str(caught.value).startswith("step 4 of 6: the loss is ")
     assert [folder.name for folder in checkpoint.parent.glob("checkpoint-*")] == ["checkpoint-2"]
     assert finite(checkpoint)

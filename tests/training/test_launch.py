@@ -17,6 +17,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from training_tables import reviews, save_still_bert, save_tiny_llama, write_csv, write_jsonl
 
+from fresh import FORKS, Fresh
 from ziggurat import LoR2CConfig, LoRA2Config, MSPLoraConfig, cli
 from ziggurat.cli.launch import NAMES, config_file
 from ziggurat.errors import RecipeError
@@ -89,6 +90,14 @@ def launch(launcher: list[str], *words: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+def launch_forks(fresh: Fresh, *words: str) -> tuple[int, str]:
+    """The same by `two_forks.py`, where forks are safe."""
+    if not FORKS:
+        return launch(TORCHRUN, *words)
+    done = fresh.run(Path(__file__).with_name("two_forks.py").read_text(encoding="utf-8"), *words)
+    return done.returncode, done.stdout + done.stderr
+
+
 def jobs(place: Place, name: str, listed: list[dict[str, Any]]) -> list[str]:
     file = place.folder / f"{name}.json"
     file.write_text(json.dumps([{"way": "ddp", "trouble": None, **job} for job in listed]))
@@ -96,8 +105,11 @@ def jobs(place: Place, name: str, listed: list[dict[str, Any]]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def launched(place: Place) -> Place:
-    """All runs on two processes, in one launch, which ends with one that fails where a finished run lies."""
+def launched(place: Place, fresh: Fresh) -> Place:
+    """All runs on two processes, in one launch, which ends with one that fails where a finished run lies.
+
+    torchrun itself launches the runs of other tests: its three processes load the libraries anew.
+    """
     words = place.words("kept", "train.max_steps=2")
     train(load_recipe(words[0], words[1:]))
     shutil.copytree(place.folder / "kept", place.folder / "before")
@@ -115,7 +127,7 @@ def launched(place: Place) -> Place:
         {"words": [*stop, "resume=true"]},
         {"words": place.words("kept", "overwrite=true", "train.save=2"), "trouble": ["error", 1, 5]},
     ]
-    code, output = launch(TORCHRUN, *jobs(place, "all", listed))
+    code, output = launch_forks(fresh, *jobs(place, "all", listed))
     (place.folder / "log").write_text(output)
     assert code != 0 and f"codes of process 1: {[*[0] * 9, 143, 0, 1]}" in output, output
     return place

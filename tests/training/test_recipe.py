@@ -40,7 +40,7 @@ seed: -1
         "train.lr: '4e-4' is text to YAML, write 4.0e-4",
         "train.batch: needs a whole number, got 16.5",
         "head.poling: unknown, did you mean head.pooling?",
-        "task: 'clasification' is not one of classification, regression, instruct, did you mean classification?",
+        "task: 'clasification' is not one of classification, regression, instruct, dpo, kto, did you mean classification?",
         "seed: must be at least 0, got -1",
         "method.rank: unknown, did you mean method.r?",
         "method.use_dora: needs true or false, got 'maybe'",
@@ -253,3 +253,19 @@ def test_the_documentation_names_every_key() -> None:
     text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
     missing = [name for name in [*keys(), *METHODS] if f"`{name}`" not in text]
     assert not missing
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("sequence_len", "data.max_length"),
+        ("val_set_size", "data.validation_share"),
+        ("field_messages", "data.columns.messages"),
+        ("user_tag", "data.roles.user"),
+        ("sample_packing", "data.packing"),
+        ("train_on_inputs", "data.loss"),
+        ("micro_batch_size", "train.batch"),
+    ],
+)
+def test_names_of_other_tools_are_answered_with_ours(theirs: str, ours: str, tmp_path: Path) -> None:
+    assert f"{theirs}: unknown, did you mean {ours}?" in problems(f"{theirs}: 1\n", tmp_path)

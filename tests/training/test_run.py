@@ -120,6 +120,7 @@ def test_baselines_run_and_reload(method: str, tiny_bert: Path, reviews_csv: Pat
     before = load_adapter_model(result.folder).run["after"]["accuracy"]
     texts = [row["text"] for row in reviews(48)]
     assert len(predict(result.folder, texts)) == 48 and 0.0 <= before <= 100.0
+    assert len({file.stat().st_mode for file in result.folder.iterdir() if file.is_file()}) == 1  # the umask's
 
 
 def test_the_head_learns_at_its_own_rate(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
@@ -156,6 +157,8 @@ def test_instruction_tuning_lowers_the_perplexity_and_answers(tiny_llama: Path, 
         data,
         tmp_path / "out",
         task="instruct",
+        data__validation=str(data),
+        data__validation_rows=None,
         data__max_length=32,
         train__max_steps=25,
         method__r=8,
@@ -182,7 +185,7 @@ def test_rows_that_lose_their_answer_are_counted_before_training(tiny_llama: Pat
         data__max_length=16,
         train__max_steps=1,
     )
-    assert train(made).notes == [
+    assert train(made).notes[1:] == [
         "8 of 12 training rows are longer than 16 tokens and were cut",
         "4 of 12 training rows have no answer within 16 tokens and are left out",
         "1 of 2 validation rows are longer than 16 tokens and were cut",
@@ -200,26 +203,30 @@ def test_rows_that_lose_their_answer_are_counted_before_training(tiny_llama: Pat
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_the_tokens_of_answers_are_those_that_trl_makes(chat: bool, tiny_llama: Path) -> None:
+def test_the_tokens_of_answers_are_those_that_trl_makes(chat: bool, tiny_llama: Path, tmp_path: Path) -> None:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from ziggurat.training.data.encode import encode_answers
+    from ziggurat.training.data.examples import load_examples
+    from ziggurat.training.data.tokens import encode_rows
 
     asked, said = ("what colour sky is", "the sky is blue")
     row: dict[str, Any] = {"prompt": asked, "completion": said}
     if chat:
         row = {"prompt": [{"role": "user", "content": asked}], "completion": [{"role": "assistant", "content": said}]}
+    data = write_jsonl(tmp_path / "a.jsonl", [row] * 2)
     table, tokenizer = Dataset.from_list([row] * 2), AutoTokenizer.from_pretrained(str(tiny_llama))
-    ours, cut, unanswered = encode_answers(table, tokenizer, 64, answer_only=True)
     model = AutoModelForCausalLM.from_pretrained(str(tiny_llama))
+    more = {"task": "instruct", "data__validation": str(data), "data__validation_rows": None}
+    made = tiny_recipe(tiny_llama, data, tmp_path / "out", **more)
+    ours, _, length, _ = encode_rows(made, tokenizer, model.config, load_examples(made))
     arguments = SFTConfig(report_to=[], max_length=64, bf16=False, completion_only_loss=True)
     batches = []
     for rows in (table, ours):
         trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
         batches.append(trainer.data_collator([trainer.train_dataset[0]]))
-    assert (cut, unanswered) == (0, 0)
+    assert length == 64
     assert all(torch.equal(batches[0][name], batches[1][name]) for name in ("input_ids", "labels"))
 
 

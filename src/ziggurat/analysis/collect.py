@@ -31,7 +31,7 @@ _FROM_WEIGHTS = ("pissa", "olora", "corda", "loftq")
 
 
 def collect(source: nn.Module | str | Path, adapter: str = "default", *, composed: bool = True) -> Collected:
-    """Every component of an adapter: tiers, planes, paths, plain pairs, and (`composed`) the update of each linear.
+    """Every component of an adapter: tiers, planes, paths, plain pairs, and (`composed`) each linear layer's update.
 
     `source` is a model with the adapter in it, or the adapter's folder, of which only config and tensors are read; for
     a folder of an older version the base model's config, too.
@@ -90,14 +90,14 @@ def collect_state(
         parts = components(method, plain, config, sites or from_table(config.sites or {}))
     else:
         parts = READERS[kind](plain, config, places)
-    found = [c for c in parts if composed or c.stored]
-    if not found:
+    chosen = [c for c in parts if composed or c.stored]
+    if not chosen:
         raise ConfigError(f"{source} holds no factor pair of {kind}: its {len(plain)} tensors have other names.")
-    names, stacks, roles = (list(dict.fromkeys(getattr(c, name) for c in found)) for name in ("part", "stack", "role"))
-    found.sort(
+    names, stacks, roles = (list(dict.fromkeys(getattr(c, name) for c in chosen)) for name in ("part", "stack", "role"))
+    chosen.sort(
         key=lambda c: (c.part == UPDATE, names.index(c.part), stacks.index(c.stack), roles.index(c.role), c.layers)
     )
-    return Collected(source, kind.lower(), tuple(found), tuple(_notes(found, config)))
+    return Collected(source, kind.lower(), tuple(chosen), tuple(_notes(chosen, config)))
 
 
 def check_readable(model: nn.Module, adapter: str = "default") -> Any:
@@ -150,22 +150,22 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 or not tensor.is_floating_point() else tensor.float()
 
 
-def _notes(found: Iterable[Component], config: Any) -> Iterable[str]:
-    stored = [c for c in found if c.stored]
+def _notes(chosen: Iterable[Component], config: Any) -> Iterable[str]:
+    stored = [c for c in chosen if c.stored]
     broken = [c for c in stored if not c.finite]
     if broken:
         yield (
             f"{len(broken)} of {len(stored)} components have NaN or infinite entries ({_some(broken)}): the training "
-            "diverged or the file is damaged; their numbers are NaN"
+            "diverged or the file is damaged; their measures are NaN"
         )
     zero = [c for c in stored if c.zero]
     if zero:
         yield f"{len(zero)} of {len(stored)} components are exactly zero ({_some(zero)}): B was never trained"
     if getattr(config, "use_dora", False):
-        yield "DoRA rescales each row of W + B A by a trained magnitude; the numbers here are of B A before that"
+        yield "DoRA rescales each row of W + B A by a trained magnitude; the measures here are of B A before that"
     start = str(getattr(config, "init_lora_weights", "")).lower()
     if start.startswith(_FROM_WEIGHTS):
-        yield f"the pairs began as a part of W ({start}); the numbers are of B A, which still holds that part"
+        yield f"the pairs began as a part of W ({start}); the measures are of B A, which still holds that part"
     if all(len(c.layers) == 1 for c in stored) and len({(c.stack, c.layers) for c in stored}) == 1:
         yield f"the adapter reaches {span_text(stored[0].layers)} only, so there are no layers to compare"
 

@@ -1,4 +1,4 @@
-"""What an adapter is made of, as plain values: one `Component` a factor pair, `Collected` all of an adapter's."""
+"""The parts of an adapter as plain values: a `Component` for each factor pair, `Collected` for all of an adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ziggurat.lowrank.pair import FactorPair
 from ziggurat.lowrank.spectrum import factored_svd, numerical_rank, singular_values
 
-#: The part that a linear's composed update has where a method builds it of several components.
+#: The part name of a linear layer's composed update, where a method makes it of several components.
 UPDATE = "update"
 
 
@@ -21,7 +21,7 @@ class Component:
     """One low-rank update B A, with its scale in B.
 
     `part` says what it is in its method: a tier's name ("global", "mid", "layer"), a plane ("outer", "inner"), "path",
-    "injected", "lora", "adalora", "dylora" or "dora", or "update" for the composed update of one linear. `stack`,
+    "injected", "lora", "adalora", "dylora" or "dora", or "update" for the composed update of one linear layer. `stack`,
     `role` and `layers` say where it acts (role "": around the layer itself); `group` numbers the pairs of a shared
     tier. A is (rank, d_in), B (d_out, rank), both on the CPU in float32 or float64. `stored`: whether the adapter's
     file holds it; composed updates are made of others. `adds`: the update is the sum of such parts. `tensors`: what it
@@ -51,7 +51,7 @@ class Component:
 
     @property
     def parameters(self) -> int:
-        """Numbers in the two factors."""
+        """Entries of the two factors."""
         return self.A.numel() + self.B.numel()
 
     @property
@@ -135,11 +135,11 @@ class Collected:
     @property
     def layers(self) -> dict[str, int]:
         """Stack -> how many layers it has, as far as the adapter reaches."""
-        found: dict[str, int] = {}
+        depths: dict[str, int] = {}
         for component in self.components:
             last = component.layers[-1] + 1 if component.layers else 0
-            found[component.stack] = max(found.get(component.stack, 0), last)
-        return found
+            depths[component.stack] = max(depths.get(component.stack, 0), last)
+        return depths
 
     @property
     def roles(self) -> list[str]:

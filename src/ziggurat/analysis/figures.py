@@ -26,7 +26,7 @@ def role_map(
     stack: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Heat map, layers down and roles across, of one number of `measures.row`."""
+    """Heat map, layers down and roles across, of one measure of `measures.row`."""
     part = part or collected.by_layer
     grid, roles = measures.by_layer_and_role(collected, part, value, stack)
     short = short_roles(roles)
@@ -73,29 +73,29 @@ def layer_map(
 
 
 def energy_bars(collected: Collected, stack: str | None = None, ax: Axes | None = None) -> Axes:
-    """What each part adds to a linear of each role, ||B A||_F^2 averaged over layers, stacked by part."""
+    """||B A||_F^2 of each part by role, averaged over layers, as bars stacked by part."""
     from matplotlib.colors import to_rgb
 
-    found = measures.energy(collected, stack)
-    roles = list(dict.fromkeys(role for by_role in found.values() for role in by_role))
+    energies = measures.energy(collected, stack)
+    roles = list(dict.fromkeys(role for by_role in energies.values() for role in by_role))
     short = short_roles(roles)
     ax = ax or new_axes(5.2, 1.5 + 0.42 * max(2, len(roles)))
     left = np.zeros(len(roles))
-    totals = np.array([sum(by_role.get(role, 0.0) for by_role in found.values()) for role in roles])
-    for part, by_role in found.items():
+    totals = np.array([sum(by_role.get(role, 0.0) for by_role in energies.values()) for role in roles])
+    for part, by_role in energies.items():
         width = np.array([by_role.get(role, 0.0) for role in roles])
-        colour = part_colour(part, list(found))
+        colour = part_colour(part, list(energies))
         ax.barh(range(len(roles)), width, left=left, height=0.62, color=colour, label=part, edgecolor="white")
-        for n, (start, one, whole) in enumerate(zip(left, width, totals, strict=True)):
-            if whole and one / totals.max() > 0.08:
+        for n, (start, length, whole) in enumerate(zip(left, width, totals, strict=True)):
+            if whole and length / totals.max() > 0.08:
                 ink = text_colour(to_rgb(colour))
-                ax.text(start + one / 2, n, f"{one / whole:.0%}", ha="center", va="center", color=ink, fontsize=8)
+                ax.text(start + length / 2, n, f"{length / whole:.0%}", ha="center", va="center", color=ink, fontsize=8)
         left += width
     ax.set_yticks(range(len(roles)), [short[role] for role in roles])
     ax.invert_yaxis()
     ax.set_xlabel("mean squared norm of the update, summed over parts")
     ax.set_title("Energy by part", pad=22)
-    ax.legend(frameon=False, ncols=len(found), loc="lower left", bbox_to_anchor=(-0.02, 0.97), handlelength=1)
+    ax.legend(frameon=False, ncols=len(energies), loc="lower left", bbox_to_anchor=(-0.02, 0.97), handlelength=1)
     return ax
 
 
@@ -112,12 +112,7 @@ def pyramid(collected: Collected, stack: str | None = None, role: str | None = N
     ax = ax or new_axes(2.0 + 0.55 * max(8, min(depth, 32)), 1.0 + 0.8 * len(parts))
     colours = scale()
     for level, part in enumerate(parts):
-        boxes: dict[tuple[int, ...], list[tuple[float, int]]] = {}
-        for c in collected.of(part):
-            if c.stack == stack and c.layers and role in (None, c.role):
-                boxes.setdefault(c.layers, []).append((measures.row(c)["effective_rank"], c.rank))
-        for layers, values in boxes.items():
-            erank, rank = (float(np.mean([v[i] for v in values])) for i in (0, 1))
+        for layers, (erank, rank) in measures.rank_use(collected, part, stack, role).items():
             share = erank / rank if np.isfinite(erank) and rank else 0.0
             width, fill = layers[-1] - layers[0] + 1, colours(0.08 + 0.8 * share)
             ax.add_patch(
@@ -192,17 +187,19 @@ def spectra_over_epochs(
     return ax
 
 
-def figure_3(found: Mapping[str, tuple[np.ndarray, np.ndarray]], axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
+def figure_3(
+    spectra: Mapping[str, tuple[np.ndarray, np.ndarray]], axes: Sequence[Axes] | None = None
+) -> Sequence[Axes]:
     """The paper's Fig. 3 whole: `spectra_over_epochs` of every part side by side, on one scale with one colour bar.
 
-    `found`: part -> (epochs, values), from `trace.top_values`.
+    `spectra`: part -> (epochs, values), from `trace.top_values`.
     """
-    limit = max((float(np.nanmax(values, initial=0.0)) for _, values in found.values()), default=0.0)
-    tall = max(len(values) for _, values in found.values())
+    limit = max((float(np.nanmax(values, initial=0.0)) for _, values in spectra.values()), default=0.0)
+    tall = max(len(values) for _, values in spectra.values())
     if axes is None:
-        wide = [max(3, min(len(epochs), 24)) for epochs, _ in found.values()]
+        wide = [max(3, min(len(epochs), 24)) for epochs, _ in spectra.values()]
         axes = new_row(1.6 + 0.42 * sum(wide) + 0.5 * len(wide), 1.4 + 0.3 * tall, [float(w) for w in wide])
-    for ax, (part, (epochs, values)) in zip(axes, found.items(), strict=True):
+    for ax, (part, (epochs, values)) in zip(axes, spectra.items(), strict=True):
         spectra_over_epochs(values, [round(float(e), 2) for e in epochs], part, ax, limit, bar=False)
         ax.set_ylim(tall - 0.5, -0.5)  # cells of one height, where a tier has fewer values
         if ax is not axes[0]:

@@ -1,4 +1,4 @@
-"""Numbers about an adapter's components, as rows, numpy arrays and data frames.
+"""Measures of an adapter's components, as rows and numpy arrays.
 
 Symbols: a component has the update B A with singular values s_1 >= s_2 >= ...; N is the number of layers of a stack.
 """
@@ -6,26 +6,22 @@ Symbols: a component has the update B A with singular values s_1 >= s_2 >= ...; 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from ziggurat.errors import ConfigError
-from ziggurat.extras import require
 from ziggurat.lowrank.spectrum import effective_rank, spectrum_kl, stable_rank, top_k_share
 
 from .components import UPDATE, Collected, Component
-
-if TYPE_CHECKING:
-    import pandas
 
 #: How many of the largest singular values M_eff-k counts where nothing else is said: half the rank of the component.
 HALF = 0
 
 
 def row(component: Component, k: int = HALF) -> dict[str, Any]:
-    """One component's numbers.
+    """The measures of one component.
 
     `m_eff` is M_eff-k (arXiv 2503.21838, Eq. 8) for the `m_eff_k` largest values, `norm` the Frobenius norm
     sqrt(sum s^2), `spectral_norm` s_1, `nuclear_norm` sum s. All NaN where a factor isn't finite.
@@ -58,19 +54,11 @@ def rows(collected: Collected, k: int = HALF) -> list[dict[str, Any]]:
     return [row(component, k) for component in collected.components]
 
 
-def frame(collected: Collected, k: int = HALF) -> pandas.DataFrame:
-    """`rows` as a data frame. Raises MissingExtraError without pandas."""
-    require("a data frame", "pandas")
-    import pandas
-
-    return pandas.DataFrame(rows(collected, k))
-
-
 def spectra(collected: Collected, part: str) -> np.ndarray:
     """The singular values of a part's components, one a row, filled up with zeros."""
     values = [component.singular_values for component in _some(collected, part)]
-    longest = max(len(one) for one in values)
-    return np.stack([np.pad(one, (0, longest - len(one))) for one in values])
+    longest = max(map(len, values))
+    return np.stack([np.pad(spectrum, (0, longest - len(spectrum))) for spectrum in values])
 
 
 def mean_spectrum(collected: Collected, part: str, top: int = 8) -> np.ndarray:
@@ -87,7 +75,7 @@ def mean_spectrum(collected: Collected, part: str, top: int = 8) -> np.ndarray:
 def by_layer_and_role(
     collected: Collected, part: str, value: str = "effective_rank", stack: str | None = None
 ) -> tuple[np.ndarray, list[str]]:
-    """(N, roles) of one number of `row`, and the roles. A shared component stands in every layer it reaches."""
+    """(N, roles) of one measure of `row`, and the roles. A shared component stands in every layer that it reaches."""
     stack = stack_of(collected, stack)
     chosen = [c for c in _some(collected, part) if c.stack == stack]
     roles = list(dict.fromkeys(c.role for c in chosen))
@@ -97,22 +85,33 @@ def by_layer_and_role(
     return grid, roles
 
 
+def rank_use(
+    collected: Collected, part: str, stack: str, role: str | None = None
+) -> dict[tuple[int, ...], tuple[float, float]]:
+    """Layers that a pair reaches -> (effective rank, rank), mean over the roles, or of `role` alone."""
+    pairs: dict[tuple[int, ...], list[tuple[float, int]]] = {}
+    for c in collected.of(part):
+        if c.stack == stack and c.layers and role in (None, c.role):
+            pairs.setdefault(c.layers, []).append((row(c)["effective_rank"], c.rank))
+    return {layers: tuple(float(mean) for mean in np.mean(values, axis=0)) for layers, values in pairs.items()}  # type: ignore[misc]
+
+
 def energy(collected: Collected, stack: str | None = None) -> dict[str, dict[str, float]]:
-    """Part -> role -> mean over the layers of ||B A||_F^2: what each stored part adds to one linear of that role.
+    """Part -> role -> mean over the layers of ||B A||_F^2, which each stored part adds to a linear layer of that role.
 
     Parts aren't orthogonal, so these don't add up exactly to the update's own. A shared component counts in every
     layer that it reaches. Planes that multiply instead of adding count as their update.
     """
     stack = stack_of(collected, stack)
     parts = collected.stored_parts if all(c.adds for c in collected.components) else [UPDATE]
-    found: dict[str, dict[str, float]] = {}
+    by_part: dict[str, dict[str, float]] = {}
     for part in parts:
         sums: dict[str, list[float]] = {}
         for c in collected.of(part):
             if c.stack == stack:
                 sums.setdefault(c.role, []).extend([float(np.square(c.singular_values).sum())] * max(1, len(c.layers)))
-        found[part] = {role: float(np.mean(values)) for role, values in sums.items()}
-    return found
+        by_part[part] = {role: float(np.mean(values)) for role, values in sums.items()}
+    return by_part
 
 
 def kl_matrix(collected: Collected, part: str | None = None, stack: str | None = None) -> np.ndarray:
@@ -128,20 +127,20 @@ def kl_matrix(collected: Collected, part: str | None = None, stack: str | None =
     return _pairwise(collected, part, stack, divergence)
 
 
-def kl_difference(one: Collected, other: Collected, stack: str | None = None) -> np.ndarray:
-    """(N, N): `kl_matrix` of `one` minus that of `other`: the paper's Fig. 4. Positive: `one` is less redundant.
+def kl_difference(first: Collected, second: Collected, stack: str | None = None) -> np.ndarray:
+    """(N, N): `kl_matrix` of `first` minus that of `second`: the paper's Fig. 4. Positive: `first` is less redundant.
 
     Raises:
-        ConfigError: their stacks have different numbers of layers.
+        ConfigError: their stacks differ in depth.
     """
-    mine = kl_matrix(one, stack=stack)
-    theirs = kl_matrix(other, stack=stack if stack in other.layers else None)
-    if mine.shape != theirs.shape:
+    difference = kl_matrix(first, stack=stack)
+    other = kl_matrix(second, stack=stack if stack in second.layers else None)
+    if difference.shape != other.shape:
         raise ConfigError(
-            f"{one.source} reaches {len(mine)} layers and {other.source} {len(theirs)}: compare adapters of models of "
-            "one depth."
+            f"{first.source} reaches {len(difference)} layers and {second.source} {len(other)}: compare adapters of "
+            "models of one depth."
         )
-    return mine - theirs
+    return difference - other
 
 
 def cosine_matrix(collected: Collected, part: str | None = None, stack: str | None = None) -> np.ndarray:
@@ -155,30 +154,30 @@ def cosine_matrix(collected: Collected, part: str | None = None, stack: str | No
 def overlap_matrix(
     collected: Collected, part: str | None = None, stack: str | None = None, side: str = "input"
 ) -> np.ndarray:
-    """(N, N): how far layers i and j work in one subspace, mean cos^2 of the principal angles, mean over roles.
+    """(N, N): overlap of the subspaces of layers i and j, mean cos^2 of the principal angles, mean over roles.
 
-    `side`: "input" compares the row spaces of B A (what is read), "output" the column spaces (what is written). 1: one
-    space contains the other; two random spaces of rank r in d dimensions give about r / d.
+    `side`: "input" compares the row spaces of B A, "output" the column spaces. 1: one space contains the other; two
+    random spaces of rank r in d dimensions give about r / d.
     """
     return _pairwise(collected, part, stack, lambda a, b: overlap(a, b, side))
 
 
 def tier_overlap(collected: Collected, stack: str | None = None, side: str = "input") -> tuple[np.ndarray, list[str]]:
-    """(parts, parts): `overlap` of two parts that act on the same linear, mean over linears; and the parts."""
+    """(parts, parts): `overlap` of two parts that act on the same linear layer, mean over those; and the parts."""
     stack = stack_of(collected, stack)
     parts = collected.stored_parts
     grid = np.full((len(parts), len(parts)), np.nan)
-    for i, one in enumerate(parts):
-        for j, other in enumerate(parts):
-            found = [
+    for i, first in enumerate(parts):
+        for j, second in enumerate(parts):
+            overlaps = [
                 overlap(a, b, side)
-                for a in collected.of(one)
-                for b in collected.of(other)
+                for a in collected.of(first)
+                for b in collected.of(second)
                 if a.stack == b.stack == stack and a.role == b.role and set(a.layers) & set(b.layers)
                 if a.A.shape[1] == b.A.shape[1] and a.B.shape[0] == b.B.shape[0]
-                if (a is b) == (one == other)
+                if (a is b) == (first == second)
             ]
-            grid[i, j] = mean(found)
+            grid[i, j] = mean(overlaps)
     return grid, parts
 
 
@@ -198,9 +197,9 @@ def overlap(a: Component, b: Component, side: str = "input") -> float:
     """
     if a.shape != b.shape or not (a.finite and b.finite):
         return float("nan")
-    one, other = (c.spaces[0 if side == "output" else 1] for c in (a, b))
-    directions = min(one.shape[1], other.shape[1])
-    return float((one.T @ other).square().sum()) / directions if directions else float("nan")
+    first, second = (c.spaces[0 if side == "output" else 1] for c in (a, b))
+    directions = min(first.shape[1], second.shape[1])
+    return float((first.T @ second).square().sum()) / directions if directions else float("nan")
 
 
 def stack_of(collected: Collected, stack: str | None) -> str:
@@ -238,13 +237,13 @@ def _pairwise(
 
 
 def _some(collected: Collected, part: str) -> list[Component]:
-    found = collected.of(part)
-    if not found:
+    components = collected.of(part)
+    if not components:
         raise ConfigError(f"{collected.source} has no part {part!r}; its parts: {', '.join(collected.parts)}.")
-    return found
+    return components
 
 
 def mean(values: Iterable[float]) -> float:
     """Mean of the finite ones; NaN if there are none."""
-    numbers = [value for value in values if np.isfinite(value)]
-    return float(np.mean(numbers)) if numbers else float("nan")
+    finite = [value for value in values if np.isfinite(value)]
+    return float(np.mean(finite)) if finite else float("nan")

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from html import escape
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from ziggurat.errors import ConfigError
 
 from . import measures, svg, trace
 from .components import Collected, short_roles
-from .page_style import STYLE
 from .runs import Run, read_run
 
+TEMPLATE = "page.html.jinja"
 ACROSS = "layer j across, i down"
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: charts in a grid, with notes and texts in front."""
+
+    title: str
+    charts: Iterable[Markup]
+    texts: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 def report(folders: Sequence[str | Path]) -> str:
@@ -29,18 +41,25 @@ def report(folders: Sequence[str | Path]) -> str:
     if not folders:
         raise ConfigError("name one run folder or more.")
     runs = [replace(read_run(folder), name=name) for folder, name in zip(folders, names_of(folders), strict=True)]
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    tables = f'<div class="two"><section>{_scores(runs)}</section><section>{_cost(runs)}</section></div>'
-    body = [f"<h1>{escape(title)}</h1>", tables, _section("Curves", _curves(runs))]
-    body.append(_section("Compared", _against(runs)))
-    for run in runs:
-        body += [_section(f"{run.name}: inside the adapter", _inside(run)), _decisions(run), _recipe(run)]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{STYLE}</style></head><body><main>'
-        + "".join(body)
-        + "</main></body></html>\n"
+    loader = FileSystemLoader(Path(__file__).parent)
+    template = Environment(autoescape=True, undefined=StrictUndefined, loader=loader).get_template(TEMPLATE)
+    return template.render(
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        scores=_scores(runs),
+        cost=_cost(runs),
+        curves=_section("Curves", _curves(runs)),
+        compared=_against(runs),
+        runs=[
+            {
+                "name": run.name,
+                "inside": _inside(run),
+                "events": [[str(event.get(key, "")) for key in ("step", "kind", "reason")] for event in run.events],
+                "pruned": _pruned(run),
+                "recipe": run.recipe,
+                "versions": ", ".join(f"{name} {v}" for name, v in run.values.get("versions", {}).items()),
+            }
+            for run in runs
+        ],
     )
 
 
@@ -63,20 +82,14 @@ def names_of(folders: Sequence[str | Path]) -> list[str]:
     return names
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="s"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _by_run(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _by_run(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """One row a run, its name first; up to three runs stand side by side instead, which fits on a phone."""
     if len(rows) <= 3:
         head, *rows = zip(*[head, *rows], strict=True)
-    return _table(head, rows)
+    return head, rows
 
 
-def _scores(runs: Sequence[Run]) -> str:
+def _scores(runs: Sequence[Run]) -> Table:
     rows = []
     for run in runs:
         values, metric = run.values, run.values["metric"]
@@ -84,19 +97,19 @@ def _scores(runs: Sequence[Run]) -> str:
         also = ", ".join(f"{name} {_number(value)}" for name, value in others.items())
         cells = [_number(values[when].get(metric)) for when in ("before", "after", "guess")]
         rows.append([run.name, metric, *cells, also or "-"])
-    return "<h2>Scores</h2>" + _by_run(["run", "metric", "before", "after", "baseline", "other metrics"], rows)
+    return _by_run(["run", "metric", "before", "after", "baseline", "other metrics"], rows)
 
 
-def _cost(runs: Sequence[Run]) -> str:
+def _cost(runs: Sequence[Run]) -> Table:
     rows = []
     for run in runs:
-        counts, said = run.values.get("parameters", {}), run.settings
-        numbers = [counts.get(name) for name in ("adapter", "lora", "head")]
+        counts, settings = run.values.get("parameters", {}), run.settings
+        parameters = [counts.get(name) for name in ("adapter", "lora", "head")]
         peak, stored = run.values.get("peak_mb"), run.values.get("stored_bytes")
         cells = [
-            str(said.get("model", "-")),
-            str(said.get("method.name", "-")),
-            *(f"{n:,}" if isinstance(n, int) else "-" for n in numbers),
+            str(settings.get("model", "-")),
+            str(settings.get("method.name", "-")),
+            *(f"{n:,}" if isinstance(n, int) else "-" for n in parameters),
             f"{stored / 1024:,.0f} KiB" if stored is not None else "-",
             f"{run.values.get('seconds', 0):,.0f}",
             f"{run.values.get('steps', 0):,}",
@@ -104,13 +117,12 @@ def _cost(runs: Sequence[Run]) -> str:
         ]
         rows.append([run.name, *cells])
     names = ["run", "model", "method", "adapter's parameters", "LoRA of that rank", "head", "stored"]
-    return "<h2>Parameters and memory</h2>" + _by_run([*names, "seconds", "steps", "peak memory"], rows)
+    return _by_run([*names, "seconds", "steps", "peak memory"], rows)
 
 
-def _curves(runs: Sequence[Run]) -> list[str]:
+def _curves(runs: Sequence[Run]) -> Iterator[str]:
     wanted = ["loss", *dict.fromkeys(f"eval_{run.values['metric']}" for run in runs), "eval_loss", "learning_rate"]
     titles = {"loss": "Training loss", "eval_loss": "Validation loss", "learning_rate": "Learning rate"}
-    charts = []
     for name in wanted:
         series = {}
         for run in runs:
@@ -121,54 +133,58 @@ def _curves(runs: Sequence[Run]) -> list[str]:
         # One point a run is no curve; the tables say it.
         if any(len(x) > 1 for x, _ in series.values()):
             title = titles.get(name, f"Validation {name.removeprefix('eval_')}")
-            charts.append(svg.line_chart(title, series, "epoch"))
-    return [chart for chart in charts if chart]
+            yield svg.line_chart(title, series, "epoch")
 
 
-def _inside(run: Run) -> list[str]:
-    collected = run.collected
-    if collected is None:
-        return [f"<p>{escape(run.why)}</p>"]
-    charts = [f'<p class="note">{escape(note)}</p>' for note in collected.notes]
+def _inside(run: Run) -> Section | None:
+    title = f"{run.name}: inside the adapter"
+    if run.collected is None:
+        return _section(title, [], [run.why])
+    return _section(title, [*_adapter(run.collected), *_spectra(run)], notes=run.collected.notes)
+
+
+def _adapter(collected: Collected) -> Iterator[str]:
     part = collected.by_layer
     short = short_roles(collected.roles)
     for stack, depth in collected.layers.items():
         if not any(c.stack == stack and c.layers for c in collected.components):
             continue
-        charts.append(svg.pyramid(collected, stack))
+        yield svg.pyramid(collected, stack)
         energy = {
             name: {short[role]: value for role, value in by_role.items()}
             for name, by_role in measures.energy(collected, stack).items()
         }
         if len(energy) > 1:
-            charts.append(svg.bars("Energy by part, share of its role", energy, "mean ‖B A‖²"))
+            yield svg.bars("Energy by part, share of its role", energy, "mean ‖B A‖²")
         if collected.adds_up:
             grid, parts = measures.tier_overlap(collected, stack)
-            charts.append(svg.heat_map("Overlap of the tiers, of what is read", grid, parts, parts))
-        numbers = [str(n) for n in range(depth)]
-        rows, most = [f"layer {n}" for n in numbers], float(max(2, *(c.rank for c in collected.of(part))))
+            yield svg.heat_map("Overlap of the tiers' input subspaces", grid, parts, parts)
+        layers = [str(n) for n in range(depth)]
+        rows, most = [f"layer {n}" for n in layers], float(max(2, *(c.rank for c in collected.of(part))))
         # An effective rank lies between 1 and the rank, so its colours mean the same in every run of that rank.
         for value, words, limits in (("effective_rank", "Effective rank", (1.0, most)), ("norm", "Norm", None)):
             grid, roles = measures.by_layer_and_role(collected, part, value, stack)
             names = [short[r] for r in roles]
-            charts.append(svg.heat_map(f"{words} of part {part}", grid, rows, names, limits=limits))
+            yield svg.heat_map(f"{words} of part {part}", grid, rows, names, limits=limits)
         if depth > 1:
             grid = measures.kl_matrix(collected, stack=stack)
-            charts.append(svg.heat_map("KL between layers' spectra", grid, numbers, numbers, ACROSS))
-    top = {name: found for name, found in trace.top_values(run.history).items() if len(found[0]) > 1}
+            yield svg.heat_map("KL between layers' spectra", grid, layers, layers, ACROSS)
+
+
+def _spectra(run: Run) -> Iterator[str]:
+    top = {name: spectra for name, spectra in trace.top_values(run.history).items() if len(spectra[0]) > 1}
     limit = max((float(np.nanmax(values, initial=0.0)) for _, values in top.values()), default=0.0)
     for name, (epochs, values) in top.items():
         rows = [f"s{n + 1}" for n in range(len(values))]
         columns = [f"{epoch:g}" for epoch in np.round(epochs, 2)]
         title = f"Singular values of part {name}"
-        charts.append(svg.heat_map(title, values, rows, columns, "epoch", limits=(0.0, limit)))
+        yield svg.heat_map(title, values, rows, columns, "epoch", limits=(0.0, limit))
     ranks = {name: (list(x), list(y)) for name, (x, y) in trace.series(run.history, "effective_rank").items()}
     if any(len(x) > 1 for x, _ in ranks.values()):
-        charts.append(svg.line_chart("Effective rank while training", ranks, "epoch"))
-    return [chart for chart in charts if chart]
+        yield svg.line_chart("Effective rank while training", ranks, "epoch")
 
 
-def _against(runs: Sequence[Run]) -> list[str]:
+def _against(runs: Sequence[Run]) -> Section | None:
     """The paper's Fig. 4 of the first run against each other one that has the same layers."""
     first, charts = runs[0].collected, []
     for run in runs[1:]:
@@ -179,27 +195,22 @@ def _against(runs: Sequence[Run]) -> list[str]:
         except ConfigError:
             continue
         if len(grid) > 1:
-            numbers = [str(n) for n in range(len(grid))]
-            charts.append(svg.heat_map(f"minus that of {run.name}", grid, numbers, numbers, ACROSS, centred=True))
-    if charts:
-        name = escape(runs[0].name)
-        charts.insert(0, f"<p>KL between layers' spectra of {name}; positive: {name} is less redundant there.</p>")
-    return charts
+            layers = [str(n) for n in range(len(grid))]
+            charts.append(svg.heat_map(f"minus that of {run.name}", grid, layers, layers, ACROSS, centred=True))
+    if not charts:
+        return None
+    name = runs[0].name
+    text = f"KL between layers' spectra of {name}; positive: {name} is less redundant there."
+    return _section("Compared", charts, [text])
 
 
-def _decisions(run: Run) -> str:
-    name = escape(run.name)
-    found = ""
-    if run.events:
-        rows = [[str(event.get(key, "")) for key in ("step", "kind", "reason")] for event in run.events]
-        found += f"<h2>{name}: decisions</h2>" + _table(["step", "what", "why"], rows)
-    if run.left:
-        total, most = sum(run.left.values()), run.most * len(run.left)
-        charts = [f"<p>{total:,} of {most:,} directions are left, {most - total:,} were pruned.</p>"]
-        if run.collected is not None:
-            charts += list(_left(run, run.collected))
-        found += _section(f"{run.name}: pruned", charts)
-    return found
+def _pruned(run: Run) -> Section | None:
+    if not run.left:
+        return None
+    total, most = sum(run.left.values()), run.most * len(run.left)
+    text = f"{total:,} of {most:,} directions are left, {most - total:,} were pruned."
+    charts = [] if run.collected is None else _left(run, run.collected)
+    return _section(f"{run.name}: pruned", charts, [text])
 
 
 def _left(run: Run, collected: Collected) -> Iterator[str]:
@@ -208,26 +219,17 @@ def _left(run: Run, collected: Collected) -> Iterator[str]:
         grid, roles = measures.by_layer_and_role(collected, part, "rank", stack)
         short = short_roles(collected.roles)
         rows = [f"layer {n}" for n in range(len(grid))]
-        # A linear that lost all its directions has no component.
+        # A linear layer that lost all its directions has no component.
         grid = np.nan_to_num(grid)
         yield svg.heat_map(
             f"Directions left, of {run.most}", grid, rows, [short[r] for r in roles], digits=0, limits=limits
         )
 
 
-def _recipe(run: Run) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in run.values.get("versions", {}).items())
-    return (
-        f"<details><summary>{escape(run.name)}: the resolved recipe</summary><pre>{escape(run.recipe)}</pre>"
-        f"<p>{escape(versions)}</p></details>"
-    )
-
-
-def _section(title: str, charts: Sequence[str]) -> str:
-    if not charts:
-        return ""
-    cells = "".join(f"<figure>{chart}</figure>" if chart.startswith("<svg") else chart for chart in charts)
-    return f'<h2>{escape(title)}</h2><div class="grid">{cells}</div>'
+def _section(title: str, charts: Iterable[str], texts: Sequence[str] = (), notes: Sequence[str] = ()) -> Section | None:
+    """A section of those charts that have something to show; None where there is nothing."""
+    drawn = [Markup(chart) for chart in charts if chart]  # noqa: S704  svg.py escapes every text in it
+    return Section(title, drawn, texts, notes) if drawn or texts or notes else None
 
 
 def _number(value: Any) -> str:

@@ -12,31 +12,31 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ziggurat.host.anatomy import Place
-from ziggurat.host.method import EVALUATION, Method, Part, redirected
+from ziggurat.host.method import Method, pair_of, parts_of, redirected, specs_of
 from ziggurat.host.names import current_names
 from ziggurat.host.site import CHILD, Site
-from ziggurat.host.tensors import TensorSpec
 from ziggurat.lowrank.pair import FactorPair, stack
 from ziggurat.lowrank.spectrum import factored_svd
 
 from .components import UPDATE, Component
 
 State = Mapping[str, Tensor]
-#: Where the linear or layer at a path lies.
+#: Path of a linear layer or transformer layer -> its place in the model.
 Places = Callable[[str], Place]
 
 _NUMBERED = re.compile(r"^(.*?)\.(\d+)(?:\.(.*))?$")
 
 
 def place_by_name(path: str) -> Place:
-    """The place of a module told from its path alone: the first number counts layers, what stands before is the stack.
+    """The place of a module by its path alone: the first number is the layer's, the path in front of it is the stack's.
 
-    Where stages are numbered outside the layers (Swin), only the model itself knows better. `num_layers` is 0: unknown.
+    This is wrong where stages are numbered outside the layers (Swin), which only the model shows. `num_layers` is 0:
+    unknown.
     """
-    found = _NUMBERED.match(path)
-    if found is None:
+    match = _NUMBERED.match(path)
+    if match is None:
         return Place(stack=path, layer=0, role="", num_layers=1)
-    return Place(found[1], int(found[2]), found[3] or "", 0)
+    return Place(match[1], int(match[2]), match[3] or "", 0)
 
 
 def components(method: Method, state: State, config: Any, sites: Mapping[str, Site]) -> Iterator[Component]:
@@ -48,7 +48,7 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
     updates: list[Component] = []
     for path, site in sites.items():
         here = config.at(site)
-        specs = method.tensors(here, site)
+        specs = specs_of(method, here, site)
         names = {
             key: f"{method.bank}.{method.store}.{spec.leaf(key)}" if spec.shared else _own_name(method, site, key)
             for key, spec in specs.items()
@@ -59,7 +59,7 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
             continue
         t = {key: state[name] for key, name in names.items()}
         layers = tuple(site.span.layers) if site.span is not None else (site.layer,)
-        parts = method.parts(here, site, t) if method.parts is not None else [_update(method, here, site, t, specs)]
+        parts = parts_of(method, here, site, t)
         for part in parts:
             together = all(specs[key].shared for key in part.keys)
             component = Component(
@@ -75,16 +75,11 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
             alike.setdefault((part.name, *component.tensors, "" if together else path), []).append(component)
         if len(parts) > 1:
             rank = min(part.pair.A.shape[0] for part in parts if not part.adds) if not parts[0].adds else None
-            update = _narrowed(method.pair(here, site, t, EVALUATION), rank)
+            update = _narrowed(pair_of(method, here, site, t), rank)
             updates.append(Component(UPDATE, site.stack_path, site.role, layers, *update, stored=False))
     for same in alike.values():
         yield replace(same[0], layers=tuple(sorted({n for component in same for n in component.layers})))
     yield from updates
-
-
-def _update(method: Method, config: Any, site: Site, t: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> Part:
-    assert method.pair is not None
-    return Part(method.name, method.pair(config, site, t, EVALUATION), tuple(specs))
 
 
 def _narrowed(pair: FactorPair, rank: int | None) -> FactorPair:
@@ -135,9 +130,9 @@ READERS: dict[str, Callable[[State, Any, Places], Iterator[Component]]] = {
 
 def _grouped(state: State, pattern: str) -> dict[str, dict[str, Tensor]]:
     """Path -> leaf -> tensor, for the names that match `pattern`, which says what is which."""
-    found: dict[str, dict[str, Tensor]] = {}
+    groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         match = re.match(pattern, name)
         if match:
-            found.setdefault(match[1].removeprefix("base_model.model."), {})[match[2]] = tensor
-    return found
+            groups.setdefault(match[1].removeprefix("base_model.model."), {})[match[2]] = tensor
+    return groups

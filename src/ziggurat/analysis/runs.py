@@ -44,10 +44,10 @@ class Run:
         import yaml
 
         try:
-            found = yaml.safe_load(self.recipe)
+            values = yaml.safe_load(self.recipe)
         except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
             raise ConfigError(f"{self.name}: its {RECIPE} is no YAML: {error}.") from error
-        return found if isinstance(found, dict) else {}
+        return values if isinstance(values, dict) else {}
 
 
 def read_run(folder: str | Path) -> Run:
@@ -62,7 +62,7 @@ def read_run(folder: str | Path) -> Run:
     for name in (RUN, RECIPE):
         if not (folder / name).is_file():
             inside = sorted(str(path.parent) for path in folder.glob(f"*/{RUN}"))
-            hint = f" Runs lie in {', '.join(inside)}." if inside else ""
+            hint = f" Runs are in {', '.join(inside)}." if inside else ""
             raise ConfigError(f"{folder} holds no run of `ziggurat train`: it has no {name}.{hint}")
     values = read_json(folder, RUN, MOST_RUN)
     if not isinstance(values, dict) or "after" not in values:

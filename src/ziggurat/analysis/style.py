@@ -1,4 +1,4 @@
-"""How every figure looks: one palette, named layers and roles, numbers in cells where they fit."""
+"""The style of all figures: one palette, named layers and roles, values in cells where they fit."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def new_row(width: float, height: float, widths: Sequence[float]) -> list[Axes]:
 
         grid = {"width_ratios": list(widths)}
         layout = "constrained" if len(widths) > 1 else None  # room for each one's colour bar
-        found = Figure(figsize=(width, height), layout=layout).subplots(1, len(widths), squeeze=False, gridspec_kw=grid)
-        return list(found[0])
+        axes = Figure(figsize=(width, height), layout=layout).subplots(1, len(widths), squeeze=False, gridspec_kw=grid)
+        return list(axes[0])
 
 
 def part_colour(part: str, parts: Sequence[str]) -> str:

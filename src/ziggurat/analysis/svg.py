@@ -60,10 +60,10 @@ def line_chart(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[
     return _svg(total, title, parts)
 
 
-def bars(title: str, found: Mapping[str, Mapping[str, float]], x_name: str) -> str:
+def bars(title: str, lengths: Mapping[str, Mapping[str, float]], x_name: str) -> str:
     """Stacked horizontal bars: part -> row -> length. The share of its row stands in each piece that has room."""
-    rows = list(dict.fromkeys(row for by_row in found.values() for row in by_row))
-    totals = {row: sum(by_row.get(row, 0.0) for by_row in found.values()) for row in rows}
+    rows = list(dict.fromkeys(row for by_row in lengths.values() for row in by_row))
+    totals = {row: sum(by_row.get(row, 0.0) for by_row in lengths.values()) for row in rows}
     longest = max(totals.values(), default=0.0)
     if not rows or not np.isfinite(longest) or longest <= 0:
         return ""
@@ -71,7 +71,7 @@ def bars(title: str, found: Mapping[str, Mapping[str, float]], x_name: str) -> s
     room = WIDTH - left - _RIGHT
     parts = [_text(12, 16, _cut(title, 44), "t")]
     x, y = left, 26
-    for number, part in enumerate(found):
+    for number, part in enumerate(lengths):
         wide = 20 + 6.4 * len(_cut(part, 16))
         if x + wide > WIDTH - _RIGHT:
             x, y = left, y + 16
@@ -82,7 +82,7 @@ def bars(title: str, found: Mapping[str, Mapping[str, float]], x_name: str) -> s
     for line, row in enumerate(rows):
         start, y = float(left), top + 30 * line
         parts.append(_text(left - 6, y + 15, _cut(row, 17), "n e"))
-        for number, by_row in enumerate(found.values()):
+        for number, by_row in enumerate(lengths.values()):
             wide = by_row.get(row, 0.0) / longest * room
             parts.append(
                 f'<rect class="b c{number % 8}" x="{start:.1f}" y="{y}" width="{max(wide - 1, 0):.1f}" height="22" '
@@ -155,16 +155,11 @@ def pyramid(collected: Collected, stack: str | None = None) -> str:
     side = (WIDTH - left - _RIGHT) / depth
     parts = [_text(12, 16, "Effective rank by part, mean over roles", "t")]
     for level, part in enumerate(collected.stored_parts):
-        boxes: dict[tuple[int, ...], list[tuple[float, int]]] = {}
-        for c in collected.of(part):
-            if c.stack == stack and c.layers:
-                boxes.setdefault(c.layers, []).append((measures.row(c)["effective_rank"], c.rank))
         y = 30 + level * (tall + 6)
         ranks = sorted({c.rank for c in collected.of(part)})
         parts.append(_text(left - 8, y + 15, _cut(part, 9), "n e"))
         parts.append(_text(left - 8, y + 28, f"rank {ranks[-1]}", "n e"))
-        for layers, values in boxes.items():
-            erank, rank = (float(np.mean([value[i] for value in values])) for i in (0, 1))
+        for layers, (erank, rank) in measures.rank_use(collected, part, stack).items():
             share = erank / rank if np.isfinite(erank) and rank else 0.0
             x, wide = left + layers[0] * side, (layers[-1] - layers[0] + 1) * side - 1.5
             kind, depth_of = _shade(share, 0.0, 1.0)

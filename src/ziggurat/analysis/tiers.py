@@ -1,4 +1,4 @@
-"""How alike the tiers of one adapter are: whether they add to the same update, and in the same directions."""
+"""Similarity of the tiers of one adapter: cosine of their updates, overlap and angles of their subspaces."""
 
 from __future__ import annotations
 
@@ -12,50 +12,47 @@ import numpy as np
 from . import measures
 from .components import Collected, Component
 
-#: Columns of a line of `rows`: mean over the linears that both tiers reach.
-MEASURES = ("cosine", "overlap_input", "overlap_output", "angle_input", "angle_output")
 
-
-def least_angle(a: Component, b: Component, side: str = "input") -> float:
+def smallest_angle(a: Component, b: Component, side: str = "input") -> float:
     """The smallest principal angle, in degrees, between the row ("input") or column ("output") spaces of B A.
 
     cos of it is the largest singular value of Q_a^T Q_b, of orthonormal bases [Björck & Golub 1973]. NaN for zeros.
     """
     if a.shape != b.shape or not (a.finite and b.finite):
         return math.nan
-    one, other = (c.spaces[0 if side == "output" else 1] for c in (a, b))
-    if not min(one.shape[1], other.shape[1]):
+    first, second = (c.spaces[0 if side == "output" else 1] for c in (a, b))
+    if not min(first.shape[1], second.shape[1]):
         return math.nan
-    largest = float(np.linalg.svd((one.T @ other).double().numpy(), compute_uv=False)[0])
+    largest = float(np.linalg.svd((first.T @ second).double().numpy(), compute_uv=False)[0])
     return math.degrees(math.acos(min(1.0, largest)))
 
 
 def rows(collected: Collected) -> list[dict[str, Any]]:
-    """One line a pair of tiers and stack, means over the linears that both act on.
+    """A line for each pair of tiers and each stack: means over the linear layers that both act on.
 
-    None where the parts are planes that multiply.
+    Empty for parts that multiply (planes).
     """
     if not collected.adds_up:
         return []
     lines = []
     for stack in collected.layers:
-        for one, other in combinations(collected.stored_parts, 2):
-            pairs = list(_on_one_linear(collected, one, other, stack))
+        for first, second in combinations(collected.stored_parts, 2):
+            pairs = list(_on_one_linear(collected, first, second, stack))
             if not pairs:
                 continue
-            found = {
+            by_measure = {
                 "cosine": [measures.cosine(a, b) for a, b in pairs],
                 **{f"overlap_{side}": [measures.overlap(a, b, side) for a, b in pairs] for side in ("input", "output")},
-                **{f"angle_{side}": [least_angle(a, b, side) for a, b in pairs] for side in ("input", "output")},
+                **{f"angle_{side}": [smallest_angle(a, b, side) for a, b in pairs] for side in ("input", "output")},
             }
-            means = {name: measures.mean(values) for name, values in found.items()}
-            lines.append({"stack": stack, "part": one, "other": other, "pairs": len(pairs), **means})
+            means = {name: measures.mean(values) for name, values in by_measure.items()}
+            lines.append({"stack": stack, "part": first, "other": second, "pairs": len(pairs), **means})
     return lines
 
 
-def _on_one_linear(collected: Collected, one: str, other: str, stack: str) -> Iterator[tuple[Component, Component]]:
-    for a in collected.of(one):
-        for b in collected.of(other):
+def _on_one_linear(collected: Collected, first: str, second: str, stack: str) -> Iterator[tuple[Component, Component]]:
+    for a in collected.of(first):
+        for b in collected.of(second):
             if (
                 a.stack == b.stack == stack
                 and a.role == b.role

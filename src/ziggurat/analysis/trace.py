@@ -1,6 +1,6 @@
-"""Spectra while training: recorded by a callback, logged like any other number, read back as arrays.
+"""Spectra while training: recorded by a callback, logged like any other value, read back as arrays.
 
-The numbers go through the Trainer's own logging, so TensorBoard, W&B and trackio get them, checkpoints and run.json
+The values go through the Trainer's own logging, so TensorBoard, W&B and trackio get them, checkpoints and run.json
 keep them, and a resumed run goes on where it was. Names: `spectra/<part>/s1` ... `s8`, the mean singular values from
 the largest (arXiv 2503.21838, Fig. 3), and `spectra/<part>/effective_rank`, `m_eff`, `norm`, means over components.
 """
@@ -59,21 +59,21 @@ def record_spectra(trainer: Any, every: Literal["epoch"] | int = "epoch", adapte
 
 
 def scalars(collected: Collected, top: int = TOP) -> dict[str, float]:
-    """What is logged of an adapter's stored parts. Numbers that aren't finite are left out."""
-    found: dict[str, float] = {}
+    """The values to log for an adapter's stored parts, without those that aren't finite."""
+    logged: dict[str, float] = {}
     for part in collected.stored_parts:
         for number, value in enumerate(measures.mean_spectrum(collected, part, top), 1):
-            found[f"{PREFIX}{part}/s{number}"] = float(value)
+            logged[f"{PREFIX}{part}/s{number}"] = float(value)
         lines = [measures.row(component) for component in collected.of(part)]
         for name in _MEANS:
             finite = [line[name] for line in lines if math.isfinite(line[name])]
-            found[f"{PREFIX}{part}/{name}"] = float(np.mean(finite)) if finite else math.nan
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+            logged[f"{PREFIX}{part}/{name}"] = float(np.mean(finite)) if finite else math.nan
+    return {name: value for name, value in logged.items() if math.isfinite(value)}
 
 
 def top_values(history: Iterable[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Part -> (epochs (n,), singular values (top, n)) from a Trainer's `state.log_history` or run.json's history."""
-    found: dict[str, list[tuple[float, dict[int, float]]]] = {}
+    records_by_part: dict[str, list[tuple[float, dict[int, float]]]] = {}
     for line in history:
         by_part: dict[str, dict[int, float]] = {}
         for name, value in line.items():
@@ -81,9 +81,9 @@ def top_values(history: Iterable[Mapping[str, Any]]) -> dict[str, tuple[np.ndarr
             if match:
                 by_part.setdefault(match[1], {})[int(match[2])] = float(value)
         for part, values in by_part.items():
-            found.setdefault(part, []).append((float(line.get("epoch", math.nan)), values))
+            records_by_part.setdefault(part, []).append((float(line.get("epoch", math.nan)), values))
     result = {}
-    for part, records in found.items():
+    for part, records in records_by_part.items():
         height = max(max(values) for _, values in records)
         grid = np.full((height, len(records)), np.nan)
         for column, (_, values) in enumerate(records):
@@ -95,10 +95,10 @@ def top_values(history: Iterable[Mapping[str, Any]]) -> dict[str, tuple[np.ndarr
 
 def series(history: Iterable[Mapping[str, Any]], name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Part -> (epochs, values) of "effective_rank", "m_eff" or "norm"."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    points: dict[str, list[tuple[float, float]]] = {}
     for line in history:
         for key, value in line.items():
             match = re.fullmatch(rf"{PREFIX}(.+)/{re.escape(name)}", key)
             if match:
-                found.setdefault(match[1], []).append((float(line.get("epoch", math.nan)), float(value)))
-    return {part: (np.array(pairs)[:, 0], np.array(pairs)[:, 1]) for part, pairs in found.items()}
+                points.setdefault(match[1], []).append((float(line.get("epoch", math.nan)), float(value)))
+    return {part: (np.array(pairs)[:, 0], np.array(pairs)[:, 1]) for part, pairs in points.items()}

@@ -1,4 +1,4 @@
-"""What `ziggurat analyze` leaves: tables on the screen, CSV and JSON, figures."""
+"""The output of `ziggurat analyze`: tables on the screen, CSV and JSON, figures."""
 
 from __future__ import annotations
 
@@ -39,26 +39,28 @@ _OVERLAP = "mean cos² of the angles"
 MAPS = {
     "kl": Map(measures.kl_matrix, "KL divergence between spectra", "KL(i || j)", diagonal=True),
     "cosine": Map(measures.cosine_matrix, "Cosine of the updates", "cosine", centred=True, least=0.1),
-    "overlap_input": Map(measures.overlap_matrix, "Overlap of what is read", _OVERLAP, least=0.1),
+    "overlap_input": Map(measures.overlap_matrix, "Overlap of the input subspaces", _OVERLAP, least=0.1),
     "overlap_output": Map(
-        partial(measures.overlap_matrix, side="output"), "Overlap of what is written", _OVERLAP, least=0.1
+        partial(measures.overlap_matrix, side="output"), "Overlap of the output subspaces", _OVERLAP, least=0.1
     ),
 }
 
 
 def summary(collected: Collected, k: int = measures.HALF) -> list[dict[str, Any]]:
-    """One line a part, role and stack: how many components, and the means of their numbers."""
-    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    """A line for each part, role and stack: the number of components and the means of their measures."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for line in measures.rows(collected, k):
-        found.setdefault((line["part"], line["stack"], line["role"]), []).append(line)
+        groups.setdefault((line["part"], line["stack"], line["role"]), []).append(line)
     lines = []
-    for (part, stack, role), some in found.items():
+    for (part, stack, role), group in groups.items():
         means = {
-            name: _mean([line[name] for line in some])
+            name: _mean([line[name] for line in group])
             for name in ("norm", "m_eff", "effective_rank", "stable_rank", "rank", "m_eff_k")
         }
-        own = sum(line["parameters"] for line in some)
-        lines.append({"part": part, "stack": stack, "role": role, "components": len(some), "parameters": own, **means})
+        parameters = sum(line["parameters"] for line in group)
+        lines.append(
+            {"part": part, "stack": stack, "role": role, "components": len(group), "parameters": parameters, **means}
+        )
     return lines
 
 
@@ -86,8 +88,8 @@ def table(collected: Collected, k: int = measures.HALF) -> RenderableType:
         shown.add_row(*words, *numbers, end_section=new_part)
     between = [
         f"{line['part']} and {line['other']}{' of ' + line['stack'] if len(stacks) > 1 else ''}: "
-        f"cosine {_number(line['cosine'], 2)}, least angles {_number(line['angle_input'], 0)}° of what is read and "
-        f"{_number(line['angle_output'], 0)}° of what is written"
+        f"cosine {_number(line['cosine'], 2)}, smallest principal angle of the input subspaces "
+        f"{_number(line['angle_input'], 0)}°, of the output subspaces {_number(line['angle_output'], 0)}°"
         for line in tiers.rows(collected)
     ]
     return Group(
@@ -104,7 +106,7 @@ def write(
     pictures: bool = True,
     history: Sequence[Mapping[str, Any]] = (),
 ) -> list[Path]:
-    """Write components.csv, analysis.json (all numbers, spectra and matrices) and the figures to the folder `out`.
+    """Write components.csv, analysis.json (all measures, spectra and matrices) and the figures to the folder `out`.
 
     Methods with tiers get a tiers.csv, too: how alike each pair of tiers is.
 
@@ -158,7 +160,7 @@ def as_json(collected: Collected, other: Collected | None = None, *, k: int = me
     ]
     stacks = {
         stack: {
-            **{name: one.measure(collected, stack=stack).tolist() for name, one in MAPS.items()},
+            **{name: map_.measure(collected, stack=stack).tolist() for name, map_ in MAPS.items()},
             "energy": measures.energy(collected, stack),
             **({"kl_difference": measures.kl_difference(collected, other, stack).tolist()} if other else {}),
         }
@@ -182,29 +184,29 @@ def json_text(collected: Collected, other: Collected | None = None, *, k: int = 
     return json.dumps(_plain(as_json(collected, other, k=k)), indent=1, allow_nan=False)
 
 
-def against(one: Collected, other: Collected) -> str:
-    """In words: which of two adapters has layers whose spectra differ more.
+def against(first: Collected, second: Collected) -> str:
+    """A sentence that says which of two adapters has layers whose spectra differ more.
 
     Raises:
         ConfigError: they have different depths.
     """
-    difference = measures.kl_difference(one, other)
+    difference = measures.kl_difference(first, second)
     off = difference[~np.eye(len(difference), dtype=bool)]
     off = off[np.isfinite(off)]
     if not len(off):
         return "There are no two layers with spectra to compare."
-    more = one if off.mean() > 0 else other
-    verdict = f"{more.source} repeats itself less from layer to layer"
+    less_redundant = first if off.mean() > 0 else second
+    verdict = f"{less_redundant.source} repeats itself less from layer to layer"
     if abs(off.mean()) < 5e-5:  # shown as 0
         verdict = "neither repeats itself less from layer to layer"
     return (
-        f"KL between layers, {one.source} minus {other.source}: mean {off.mean():+.4f}, positive in "
+        f"KL between layers, {first.source} minus {second.source}: mean {off.mean():+.4f}, positive in "
         f"{(off > 0).mean():.0%} of the pairs of layers: {verdict}."
     )
 
 
 def pictures_of(collected: Collected, other: Collected | None = None) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Name -> what draws it, for the figures that say something of this adapter."""
+    """Name -> a function that draws the figure, for the figures that this adapter has."""
     depths = {s: n for s, n in collected.layers.items() if any(c.stack == s and c.layers for c in collected.components)}
     for stack, depth in depths.items():
         tail = f"-{stack.replace('.', '_')}" if len(depths) > 1 else ""
@@ -214,8 +216,8 @@ def pictures_of(collected: Collected, other: Collected | None = None) -> Iterato
             yield f"{value}{tail}", lambda stack=stack, value=value: figures.role_map(collected, None, value, stack)
         if depth < 2:
             continue
-        for name, one in MAPS.items():
-            yield f"{name}{tail}", partial(_layer_map, one, collected, stack)
+        for name, map_ in MAPS.items():
+            yield f"{name}{tail}", partial(_layer_map, map_, collected, stack)
         if other is not None:
             title = f"KL of {collected.source} minus {other.source}"
             yield (
@@ -234,15 +236,15 @@ def pictures_of(collected: Collected, other: Collected | None = None) -> Iterato
 
 def pictures_over_epochs(history: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The paper's Fig. 3 of a run that recorded spectra."""
-    found = trace.top_values(history)
-    if found:
-        yield "epochs", lambda: figures.figure_3(found)[0]
+    spectra = trace.top_values(history)
+    if spectra:
+        yield "epochs", lambda: figures.figure_3(spectra)[0]
 
 
-def _layer_map(one: Map, collected: Collected, stack: str) -> Any:
-    grid = one.measure(collected, stack=stack)
-    drawn = {"centred": one.centred, "diagonal": one.diagonal, "least": one.least}
-    return figures.layer_map(grid, one.title, one.label, **drawn)
+def _layer_map(map_: Map, collected: Collected, stack: str) -> Any:
+    grid = map_.measure(collected, stack=stack)
+    drawn = {"centred": map_.centred, "diagonal": map_.diagonal, "least": map_.least}
+    return figures.layer_map(grid, map_.title, map_.label, **drawn)
 
 
 def _number(value: float, digits: int) -> str:
@@ -257,7 +259,7 @@ def _mean(values: list[float]) -> float:
 def _plain(value: Any) -> Any:
     """For JSON, which has no NaN: None instead."""
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -105,9 +105,9 @@ def _options_first(words: Iterable[str]) -> list[str]:
 def _fail(message: str, code: int) -> NoReturn:
     where, size = "", os.environ.get("WORLD_SIZE", "1")
     if size not in ("", "1"):
-        from ziggurat.training.devices.processes import speaks
+        from ziggurat.training.devices.processes import is_first_to_report
 
-        if not speaks():
+        if not is_first_to_report():
             raise SystemExit(code)
         where = f" in process {os.environ.get('RANK', '?')} of {size}"
     say(f"error{where}: {message}", err=True)

@@ -38,9 +38,9 @@ def analyze(
         say(write.json_text(first, second, k=k))
     else:
         console = Console()
-        for one in (first, second):
-            if one is not None:
-                console.print(write.table(one, k))
+        for collected in (first, second):
+            if collected is not None:
+                console.print(write.table(collected, k))
         if second is not None:
             console.print(write.against(first, second), highlight=False)
     if out is not None:

@@ -24,13 +24,13 @@ def doctor(
     from ziggurat.doctor.checks import LEVELS, adapter, environment, machine, recipe
 
     given = list(words or [])
-    found = list(environment() if given else machine())
+    findings = list(environment() if given else machine())
     if given and (Path(given[0]) / "adapter_config.json").is_file():
         if given[1:]:
             raise typer.BadParameter(
                 f"an adapter's folder is checked as it is; {' '.join(given[1:])} has no meaning there"
             )
-        found += adapter(given[0])
+        findings += adapter(given[0])
     elif given and Path(given[0]).is_dir() and not (Path(given[0]) / "recipe.yaml").is_file():
         from ziggurat.host.folder import adapter_config
 
@@ -38,19 +38,21 @@ def doctor(
     elif given:
         from ziggurat.recipe.recipe import load_recipe
 
-        found += recipe(load_recipe(given[0], given[1:]))
-    found = sorted(dict.fromkeys(found), key=lambda one: LEVELS.index(one.level))
-    for one in found:
+        findings += recipe(load_recipe(given[0], given[1:]))
+    findings = sorted(dict.fromkeys(findings), key=lambda finding: LEVELS.index(finding.level))
+    for finding in findings:
         if json:
-            say(text.dumps(asdict(one)))
+            say(text.dumps(asdict(finding)))
             continue
         typer.secho(
-            clean(f"{one.level}: {one.what}"), fg={"error": "red", "warning": "yellow"}.get(one.level), bold=True
+            clean(f"{finding.level}: {finding.what}"),
+            fg={"error": "red", "warning": "yellow"}.get(finding.level),
+            bold=True,
         )
-        say(f"  {one.why}")
-        if one.do:
-            say(f"  -> {one.do}")
-    if not json and all(one.level == "note" for one in found):
+        say(f"  {finding.why}")
+        if finding.do:
+            say(f"  -> {finding.do}")
+    if not json and all(finding.level == "note" for finding in findings):
         say("no problems found")
-    if any(one.level == "error" for one in found):
+    if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)

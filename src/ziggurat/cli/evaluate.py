@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ziggurat.files.staging import check_writable, write_whole
 from ziggurat.terminal import say
+
+if TYPE_CHECKING:
+    from ziggurat.evaluation.subject import Subject
 
 _HELP = "Adapter folder; or a model without adapter: its folder, .gguf file or name on the hub."
 
@@ -18,10 +22,10 @@ def evaluate(
     adapter: Annotated[str, typer.Argument(help=_HELP)],
     tasks: Annotated[str, typer.Option(help="mmlu,bbh,drop,humaneval, glue/<task>, or any text task of lm-eval.")],
     data: Annotated[Path | None, typer.Option(help="Folder of local parquet, one folder a task; else the hub.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions a task (a subject of MMLU is a task).")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Texts a device takes at once.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions per task (a subject of MMLU is a task).")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Texts at a time (batch size).")] = 8,
     dtype: Annotated[
-        str, typer.Option(help="Model without adapter: numbers of its weights (auto, float32, bfloat16, float16).")
+        str, typer.Option(help="Model without adapter: dtype of its weights (auto, float32, bfloat16, float16).")
     ] = "auto",
     run_generated_code: Annotated[
         bool, typer.Option("--run-generated-code", help="HumanEval and its like: let code that the model writes run.")
@@ -35,43 +39,17 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="JSON file to write the scores to.")] = None,
 ) -> None:
     """Score a trained adapter, or a model without one, on tasks."""
-    import json
-
-    names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
-    if not names:
-        raise typer.BadParameter("--tasks names none")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"--dtype {dtype}: auto, float32, bfloat16 or float16")
-    glue = [name for name in names if name.startswith("glue/")]
-    rest = [name for name in names if name not in glue]
-    if predictions is not None and not glue:
-        raise typer.BadParameter("--predictions is for glue/<task>")
-    if predictions is not None and limit is not None:
-        raise typer.BadParameter(
-            "--limit leaves rows out, and GLUE's server wants them all; drop it with --predictions"
-        )
-    # Scoring takes hours; a place that takes no file is to be known before.
+    glue, rest = _read_tasks(tasks)
+    _check_options(glue, dtype, limit, predictions)
     out, predictions, keep_tasks = (path and path.expanduser() for path in (out, predictions, keep_tasks))
+    # Scoring takes hours; a place that takes no file is to be known before.
     for place in (out, predictions and predictions / "x.tsv", keep_tasks and keep_tasks / "x.yaml"):
         if place is not None:
             check_writable(place)
     _check_needs(glue, rest)
-    from ziggurat.evaluation.ready import check_folder
-    from ziggurat.evaluation.subject import check_tasks, find_subject, load_subject
-
-    check_folder(data)
-    subject = find_subject(adapter)
-    check_tasks(subject, names)
-    if dtype != "auto" and subject.kind != "base":
-        raise typer.BadParameter("--dtype is for a model without adapter; an adapter's base has the numbers of its run")
-    for name in glue:
-        from ziggurat.evaluation.glue import check_data
-
-        assert subject.recipe is not None
-        folder = str(data) if data is not None else subject.recipe.data.folder
-        check_data(name.removeprefix("glue/"), folder, server=predictions is not None)
-    found: dict[str, dict[str, float]] = {}
-    shares: dict[str, list[str]] = {}
+    subject = _find(adapter, glue, rest, dtype, data, server=predictions is not None)
+    scores: dict[str, dict[str, float]] = {}
+    per_cent: dict[str, list[str]] = {}
     with ExitStack() as stack:
         ready: list[Any] = []
         if rest:
@@ -83,21 +61,59 @@ def evaluate(
             )
         if subject.kind == "base":
             say(f"{adapter}: a model without adapter")
+        from ziggurat.evaluation.subject import load_subject
+
         model, tokenizer, loaded = load_subject(subject, dtype)
-        if glue:
-            assert loaded is not None
-            for name in glue:
-                found |= _glue(loaded, name, data, limit, predictions)
-            shares |= {name: [one for one in scores if not one.endswith(_PLAIN)] for name, scores in found.items()}
-        if rest:
-            for score in lm.score(model, tokenizer, ready, limit=limit, batch=batch):
-                found[score.task] = {**score.scores, "rows": float(score.rows)}
-                shares[score.task] = list(score.per_cent)
-                say(_scores(score.task, found[score.task], shares[score.task]))
+        for name in glue:
+            scores |= _glue(loaded, name, data, limit, predictions)
+        per_cent |= {task: [name for name in values if not name.endswith(_PLAIN)] for task, values in scores.items()}
+        for score in lm.score(model, tokenizer, ready, limit=limit, batch=batch) if rest else ():
+            scores[score.task] = {**score.scores, "rows": float(score.rows)}
+            per_cent[score.task] = list(score.per_cent)
+            say(_scores(score.task, scores[score.task], per_cent[score.task]))
     if out is not None:
         key = "model" if subject.kind == "base" else "adapter"
-        text = json.dumps({key: adapter, "scores": found, "per_cent": shares}, indent=2) + "\n"
+        text = json.dumps({key: adapter, "scores": scores, "per_cent": per_cent}, indent=2) + "\n"
         write_whole(out, text, then="The scores stand above; nothing was changed there.")
+
+
+def _read_tasks(tasks: str) -> tuple[list[str], list[str]]:
+    """The names in `--tasks`: GLUE's, and those for lm-eval."""
+    names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+    if not names:
+        raise typer.BadParameter("--tasks names none")
+    glue = [name for name in names if name.startswith("glue/")]
+    return glue, [name for name in names if name not in glue]
+
+
+def _check_options(glue: list[str], dtype: str, limit: int | None, predictions: Path | None) -> None:
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"--dtype {dtype}: auto, float32, bfloat16 or float16")
+    if predictions is not None and not glue:
+        raise typer.BadParameter("--predictions is for glue/<task>")
+    if predictions is not None and limit is not None:
+        raise typer.BadParameter(
+            "--limit leaves rows out, and GLUE's server wants them all; drop it with --predictions"
+        )
+
+
+def _find(adapter: str, glue: list[str], rest: list[str], dtype: str, data: Path | None, *, server: bool) -> Subject:
+    """What is to be scored, seen to fit the tasks and their data before a model is loaded."""
+    from ziggurat.evaluation.ready import check_folder
+    from ziggurat.evaluation.subject import check_tasks, find_subject
+
+    check_folder(data)
+    subject = find_subject(adapter)
+    check_tasks(subject, [*glue, *rest])
+    if dtype != "auto" and subject.kind != "base":
+        raise typer.BadParameter("--dtype is for a model without adapter; an adapter's base has the dtype of its run")
+    for name in glue:
+        from ziggurat.evaluation.glue import check_data
+
+        assert subject.recipe is not None
+        folder = str(data) if data is not None else subject.recipe.data.folder
+        check_data(name.removeprefix("glue/"), folder, server=server)
+    return subject
 
 
 def _check_needs(glue: list[str], rest: list[str]) -> None:
@@ -106,20 +122,20 @@ def _check_needs(glue: list[str], rest: list[str]) -> None:
     from ziggurat.extras import require
     from ziggurat.recipe.glue import GLUE
 
-    # Names of no task are reported where the names are read.
-    known = [name for name in (one.removeprefix("glue/") for one in glue) if name in GLUE]
+    # Unknown names are reported where the names are read.
+    known = [name for name in (task.removeprefix("glue/") for task in glue) if name in GLUE]
     packages = [package for name in known for package in needs(name)]
     require("ziggurat eval", *packages, *(["lm-eval"] if rest else []))
 
 
-#: Of GLUE's scores those that are no shares.
+#: Of GLUE's scores those that are no percentages.
 _PLAIN = ("rows", "rmse")
 
 
 def _glue(
     loaded: Any, name: str, data: Path | None, limit: int | None, predictions: Path | None
 ) -> dict[str, dict[str, float]]:
-    """Scores of one task, said; none where GLUE's server is to give them."""
+    """The scores of one task, which are printed; none where GLUE's server is to give them."""
     from ziggurat.evaluation.glue import glue_scores, task_of, write_server_files
 
     folder = str(data) if data is not None else loaded.recipe.data.folder
@@ -133,10 +149,10 @@ def _glue(
     return {name: scores}
 
 
-def _scores(task: str, scores: dict[str, float], shares: list[str]) -> str:
-    """Shares in per cent with two digits; other numbers with the four that lm-eval's own table has."""
+def _scores(task: str, scores: dict[str, float], per_cent: list[str]) -> str:
+    """Percentages with two digits; other scores with the four that lm-eval's own table has."""
     shown = ", ".join(
-        f"{name} {value:.2f}" if name in shares else f"{name} {value:.4f}"
+        f"{name} {value:.2f}" if name in per_cent else f"{name} {value:.4f}"
         for name, value in scores.items()
         if not name.endswith("rows")
     )

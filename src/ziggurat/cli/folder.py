@@ -1,4 +1,4 @@
-"""What several commands ask of an adapter's folder and of the folder they write."""
+"""Questions of several commands about an adapter's folder and the folder that they write."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def from_a_run(folder: Path) -> bool:
-    """Whether the folder's own recipe says how to rebuild its model, head and label names included."""
+    """True if the folder has a recipe by which its model can be built again, with its head and label names."""
     return (folder / "run.json").is_file() and (folder / "recipe.yaml").is_file()
 
 
 def adapter_of_a_run(folder: Path, base: str | None) -> Loaded | None:
-    """What `ziggurat train` left in `folder`; None where another program wrote it, or `base` overrules its model.
+    """The model and tokenizer of a run of `ziggurat train`; None if another program wrote `folder`, or `base` is given.
 
     Raises:
         ExportError: the run trained the whole model: there is no adapter.

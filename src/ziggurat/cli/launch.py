@@ -28,7 +28,7 @@ def launch_config(
     if name is not None:
         say(str(config_file(name)))
         return
-    for one in NAMES:
-        about = config_file(one).read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-        say(f"{one:<6} {about}")
+    for known in NAMES:
+        about = config_file(known).read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        say(f"{known:<6} {about}")
     say('accelerate launch --config_file "$(ziggurat launch-config ddp)" --num_processes 2 -m ziggurat train ...')

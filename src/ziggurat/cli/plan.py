@@ -41,9 +41,9 @@ def plan(
     rest = [word for word in given if word not in names]
     if names:
         recipe = load_recipe(names[0], rest)
-        found = plan_recipe(model, recipe, budget=budget, batch=batch, length=length, measure_memory=memory)
+        planned = plan_recipe(model, recipe, budget=budget, batch=batch, length=length, measure_memory=memory)
     else:
-        found = plan_recipe(
+        planned = plan_recipe(
             model,
             None,
             _choice(*read_overrides(rest)),
@@ -53,10 +53,10 @@ def plan(
             measure_memory=memory,
         )
     if json:
-        say(to_json(found))
+        say(to_json(planned))
         return
 
-    Console().print(show(found), highlight=False)
+    Console().print(show(planned), highlight=False)
 
 
 def _choice(values: dict[str, object], problems: list[str]) -> dict[str, object]:
@@ -94,7 +94,7 @@ def suggest(
 
     if out.exists():
         raise typer.BadParameter(f"{out} exists already; name another file by --out")
-    found, text = run(
+    suggested, text = run(
         words[0],
         words[1:],
         budget=budget,
@@ -105,10 +105,10 @@ def suggest(
         console=Console(),
     )
     write_whole(out, text)
-    ranks = ", ".join(f"{tier} {rank}" for tier, rank in found.ranks.items())
-    say(f"ranks by {found.criterion}: {ranks}; {found.spent:,} of {found.budget:,} parameters")
-    if found.group_starts is not None:
-        say(f"mid groups begin at layers {', '.join(map(str, found.group_starts))}")
-    for note in found.notes:
+    ranks = ", ".join(f"{tier} {rank}" for tier, rank in suggested.ranks.items())
+    say(f"ranks by {suggested.criterion}: {ranks}; {suggested.spent:,} of {suggested.budget:,} parameters")
+    if suggested.group_starts is not None:
+        say(f"mid groups begin at layers {', '.join(map(str, suggested.group_starts))}")
+    for note in suggested.notes:
         say(f"note: {note}")
     say(f"train it with: ziggurat train {shlex.quote(str(out))}")

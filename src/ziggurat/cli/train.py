@@ -33,7 +33,7 @@ def train(
 
     from ziggurat.host.plugins import loaded
     from ziggurat.training.callbacks.interrupt import Interrupted
-    from ziggurat.training.devices.processes import is_main, speaks
+    from ziggurat.training.devices.processes import is_first_to_report, is_main
     from ziggurat.training.loop.report import show
     from ziggurat.training.loop.run import resume_command
     from ziggurat.training.loop.run import train as run
@@ -47,12 +47,12 @@ def train(
     try:
         result = run(recipe, console=console)
     except Interrupted as stopped:
-        if speaks():
+        if is_first_to_report():
             say(f"{stopped}.")
             if stopped.checkpoint is None:
                 say("There is no checkpoint to go on from; the same command starts afresh.")
             else:
-                say(f"The checkpoint lies in {stopped.checkpoint}")
+                say(f"The checkpoint is in {stopped.checkpoint}")
                 say(f"Go on with: {resume_command([*given, *plugins])}")
         raise typer.Exit(128 + stopped.signal) from None
     show(console, recipe, result)
@@ -82,8 +82,8 @@ def predict(
         firsts, seconds = read_texts(file, loaded)
     else:
         firsts, seconds = [str(text)], [second] if second is not None else None
-    for found in answer(loaded, firsts, seconds, max_new_tokens=tokens):
-        say(found.to_json() if json else found.to_line(alone=file is None))
+    for prediction in answer(loaded, firsts, seconds, max_new_tokens=tokens):
+        say(prediction.to_json() if json else prediction.to_line(alone=file is None))
 
 
 def recipes(
@@ -97,6 +97,6 @@ def recipes(
         say(find_recipe(name)[1].rstrip("\n"))
         return
     texts = shipped()
-    width = max(len(one) for one in texts)
-    for one, content in texts.items():
-        say(f"{one:<{width}}  {read_yaml(content)[0].get('about', '')}")
+    width = max(map(len, texts))
+    for shipped_name, content in texts.items():
+        say(f"{shipped_name:<{width}}  {read_yaml(content)[0].get('about', '')}")

@@ -34,7 +34,7 @@ def export(
         written = exporting.export_model(loaded.model, out, serving=serving, tokenizer=loaded.tokenizer)
     else:
         written = exporting.export(adapter, out, serving=serving, base_model=base)
-    say(f"plain LoRA of rank {written.rank} on {written.modules} linears written to {out}")
+    say(f"plain LoRA of rank {written.rank} on {written.modules} linear layers written to {out}")
     if serving:
         say(f"serve it with --max-lora-rank {written.rank}")
 

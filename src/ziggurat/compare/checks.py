@@ -1,4 +1,4 @@
-"""What is wrong with a table's file, all of it at once, before a recipe is made of it."""
+"""Mistakes in a table's file, all of them at once, before recipes are made of it."""
 
 from __future__ import annotations
 
@@ -102,12 +102,12 @@ def _tasks_problems(tasks: Any, has_recipe: bool) -> Iterator[str]:
             if has_recipe:
                 continue  # whose data it learns from
         if task not in GLUE and "data.train" not in flat:
-            said = f"tasks: '{task}' is not one of GLUE's ({', '.join(GLUE)}) and names no data.train of its own"
+            problem = f"tasks: '{task}' is not one of GLUE's ({', '.join(GLUE)}) and names no data.train of its own"
             if task in MAIN:
-                said += (
+                problem += (
                     f"; what is trained on a task with data.train is scored on {task} by evaluate: {{tasks: [{task}]}}"
                 )
-            yield said
+            yield problem
 
 
 def _method_problems(where: str, keys: Any, tasks: list[str]) -> Iterator[str]:
@@ -144,7 +144,7 @@ def _without_methods(tasks: list[str], methods: list[Any]) -> Iterator[str]:
 
 
 def _key_problems(where: str, keys: Any) -> Iterator[str]:
-    """What is wrong with recipe keys that a table gives."""
+    """Mistakes in recipe keys that a table gives."""
     if keys is not None and not isinstance(keys, dict):
         yield f"{where}: recipe keys are needed, got {keys!r}"
         return

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ziggurat.recipe.glue import GLUE, glue_name
 
+from .evaluated import RETENTION
+
 if TYPE_CHECKING:
     from .table import Run
 
@@ -37,37 +39,41 @@ class Column:
         return float(line["score"])
 
     def in_per_cent(self, line: dict[str, Any]) -> bool:
-        """Whether `score` is: of a trained task it is or is lower-is-better, of lm-eval's some are as it gives them."""
+        """True if `score` is a percentage, or of a trained task; some metrics of lm-eval have a scale of their own."""
         return self.evaluated is None or self.metric in line["evaluated"][self.evaluated]["per_cent"]
 
     def second_score(self, line: dict[str, Any]) -> float | None:
         """The second metric's score in a finished line; None where there is none."""
-        value = line.get("after", {}).get(self.second)
+        scores = line["evaluated"][self.evaluated]["scores"] if self.evaluated is not None else line.get("after", {})
+        value = scores.get(self.second)
         return None if value is None else float(value)
 
 
 def columns_of(runs: list[Run], tasks: list[str]) -> tuple[list[Column], list[str]]:
     """The columns of a table's tasks, and where its methods don't agree on what a column shows."""
-    found: list[Column] = []
+    columns: list[Column] = []
     problems = []
     for task in tasks:
-        own = {run.method: run for run in runs if run.task == task}
-        for run in list(own.values())[:1]:
+        by_method = {run.method: run for run in runs if run.task == task}
+        for run in list(by_method.values())[:1]:
             if run.evaluation is not None:
-                found += [Column(name, task, metric, None, name) for name, metric in run.evaluation.metrics.items()]
+                columns += [
+                    Column(name, task, metric, "before" if name == RETENTION else None, name)
+                    for name, metric in run.evaluation.metrics.items()
+                ]
             else:
-                found.append(Column(task, task, run.recipe.main_metric, _second(run)))
-        metrics = {run.recipe.main_metric for run in own.values()}
-        if len(metrics) > 1 and all(run.evaluation is None for run in own.values()):
-            said = ", ".join(f"{run.recipe.main_metric} in {method}" for method, run in own.items())
-            problems.append(f"tasks: {task}: a column holds one metric; set it for the task ({said})")
-    count = Counter(column.name for column in found)
-    for place, column in enumerate(found):
+                columns.append(Column(task, task, run.recipe.main_metric, _second(run)))
+        metrics = {run.recipe.main_metric for run in by_method.values()}
+        if len(metrics) > 1 and all(run.evaluation is None for run in by_method.values()):
+            different = ", ".join(f"{run.recipe.main_metric} in {method}" for method, run in by_method.items())
+            problems.append(f"tasks: {task}: a column holds one metric; set it for the task ({different})")
+    count = Counter(column.name for column in columns)
+    for place, column in enumerate(columns):
         if count[column.name] > 1:
-            found[place] = replace(column, name=f"{column.task} {column.name}")
-    if AVERAGE in (column.name for column in found):
+            columns[place] = replace(column, name=f"{column.task} {column.name}")
+    if AVERAGE in (column.name for column in columns):
         problems.append(f"tasks: {AVERAGE}: so the table calls the mean over the tasks; give this task another name")
-    return found, problems
+    return columns, problems
 
 
 def _second(run: Run) -> str | None:

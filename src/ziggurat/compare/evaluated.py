@@ -1,4 +1,4 @@
-"""What the adapters of an instruct task are scored on once they are trained: lm-eval's tasks, each a column."""
+"""Scoring the adapters of an instruct task on lm-eval's tasks and on plain text, each of which is a column."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from ziggurat.errors import DataError
 from ziggurat.evaluation.ready import MAIN, Ready, ready
+from ziggurat.evaluation.retention import read_text, retention
 from ziggurat.files.staging import write_whole
 from ziggurat.nearest import did_you_mean
 from ziggurat.recipe.recipe import resolved
@@ -19,41 +20,61 @@ from ziggurat.training.data.content import digest
 
 #: The method that trains nothing: the base model as it is, a row to compare with.
 NONE = "none"
-#: What of a recipe matters to that row; the rest, the seed too, changes nothing about the model.
+#: The keys of a recipe that matter to that row; the others, the seed too, don't change the model.
 _OF_THE_BASE = ("model", "gguf_file", "revision", "dtype")
 #: Where a run's folder keeps the scores of each task as soon as it has them.
 FILE = "evaluation.json"
 
-_KEYS = ("tasks", "limit", "data", "run_generated_code", "batch")
-_FORM = "a mapping with tasks, and limit, data, run_generated_code and batch where they are needed"
+#: The column of the perplexity of plain text, with the adapter and without.
+RETENTION = "retention"
+
+_KEYS = ("tasks", RETENTION, "limit", "data", "run_generated_code", "batch")
+_FORM = "a mapping with tasks or retention, and limit, data, run_generated_code and batch where they are needed"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Tasks with the metric that each reports, as `ziggurat eval` takes them; `data` is an absolute path or None."""
+    """Tasks with the metric that each reports, as `ziggurat eval` takes them, and `retention` beside them.
+
+    `data` and `retention`, a file of plain text, are absolute paths or None.
+    """
 
     metrics: dict[str, str]
     limit: int | None = None
     data: str | None = None
     run_generated_code: bool = False
     batch: int = 8
+    retention: str | None = None
+
+    @property
+    def lm_tasks(self) -> list[str]:
+        """The tasks that lm-eval scores."""
+        return [task for task in self.metrics if task != RETENTION]
+
+    @property
+    def text_settings(self) -> dict[str, Any]:
+        """What changes the score of plain text: what the file holds."""
+        there = self.retention is not None and Path(self.retention).exists()
+        return {"text": digest(Path(self.retention)) if there else self.retention}  # type: ignore[arg-type]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What changes the score of a task; of local data what the files hold."""
+        """The settings that change the score of a task; local data count by the content of the files."""
         there = self.data is not None and Path(self.data).exists()
         return {"limit": self.limit, "data": digest(Path(self.data)) if there else self.data}  # type: ignore[arg-type]
 
 
 def read_evaluation(given: dict[str, Any]) -> Evaluation:
     """The evaluation of a mapping in which `evaluation_problems` found nothing."""
-    tasks, data = given["tasks"], given.get("data")
+    tasks, data, text = given.get("tasks") or {}, given.get("data"), given.get(RETENTION)
+    metrics = {str(task): metric or MAIN[task] for task, metric in _named(tasks).items()}
     return Evaluation(
-        metrics={str(task): metric or MAIN[task] for task, metric in _named(tasks).items()},
+        metrics=metrics | ({RETENTION: "perplexity"} if text is not None else {}),
         limit=given.get("limit"),
         data=str(Path(data).expanduser().resolve()) if data is not None else None,
         run_generated_code=given.get("run_generated_code", False),
         batch=given.get("batch", 8),
+        retention=str(Path(text).expanduser().resolve()) if text is not None else None,
     )
 
 
@@ -62,7 +83,7 @@ def _named(tasks: Any) -> dict[str, str | None]:
 
 
 def evaluation_problems(given: Any) -> Iterator[str]:
-    """What is wrong with a task's `evaluate`."""
+    """Mistakes in a task's `evaluate`."""
     if not isinstance(given, dict):
         yield f"{_FORM}, is needed, got {given!r}"
         return
@@ -70,7 +91,9 @@ def evaluation_problems(given: Any) -> Iterator[str]:
         if key not in _KEYS:
             yield f"{key}: unknown{did_you_mean(str(key), _KEYS) or ', one of ' + ', '.join(_KEYS)}"
     tasks = given.get("tasks")
-    if not tasks or not isinstance(tasks, list | dict) or not all(isinstance(task, str) for task in tasks):
+    if tasks is None and given.get(RETENTION) is not None:
+        pass  # plain text alone
+    elif not tasks or not isinstance(tasks, list | dict) or not all(isinstance(task, str) for task in tasks):
         yield f"tasks: a list of {', '.join(MAIN)}, or a mapping task -> metric, is needed, got {tasks!r}"
     else:
         for task, metric in _named(tasks).items():
@@ -89,6 +112,8 @@ def evaluation_problems(given: Any) -> Iterator[str]:
             yield f"{key}: a whole number from 1 on is needed, got {value!r}"
     if given.get("data") is not None and not isinstance(given["data"], str):
         yield f"data: a folder of local parquet is needed, got {given['data']!r}"
+    if given.get(RETENTION) is not None and not isinstance(given[RETENTION], str):
+        yield f"{RETENTION}: a file of plain text is needed, got {given[RETENTION]!r}"
     if type(given.get("run_generated_code", False)) is not bool:
         yield f"run_generated_code: true or false is needed, got {given['run_generated_code']!r}"
 
@@ -100,31 +125,37 @@ def check_ready(evaluations: list[Evaluation]) -> None:
     be read.
     """
     seen: list[Evaluation] = []
-    for one in evaluations:
-        if one not in seen:
-            seen.append(one)
-            data = Path(one.data) if one.data is not None else None
-            with ready(list(one.metrics), data=data, limit=one.limit, run_code=one.run_generated_code) as found:
-                for this in found:
-                    _check_metric(this, one.metrics[this.task])
+    for evaluation in evaluations:
+        if evaluation not in seen:
+            seen.append(evaluation)
+            if evaluation.retention is not None:
+                read_text(Path(evaluation.retention))
+            if not evaluation.lm_tasks:
+                continue
+            data = Path(evaluation.data) if evaluation.data is not None else None
+            with ready(
+                evaluation.lm_tasks, data=data, limit=evaluation.limit, run_code=evaluation.run_generated_code
+            ) as tasks:
+                for task in tasks:
+                    _check_metric(task, evaluation.metrics[task.task])
 
 
-def _check_metric(this: Ready, metric: str) -> None:
-    known = this.score_names()
+def _check_metric(task: Ready, metric: str) -> None:
+    known = task.score_names()
     if not known:
-        raise DataError(f"evaluate: {this.task} has no score of its own; name {', '.join(this.parts)}")
+        raise DataError(f"evaluate: {task.task} has no score of its own; name {', '.join(task.parts)}")
     if metric not in known:
-        raise DataError(f"evaluate: {this.task} has no metric '{metric}'; it has {', '.join(known)}")
+        raise DataError(f"evaluate: {task.task} has no metric '{metric}'; it has {', '.join(known)}")
 
 
 def of_the_base(recipe: Recipe) -> dict[str, Any]:
-    """What of a resolved recipe the base model's own row depends on."""
+    """The part of a resolved recipe that the base model's own row depends on."""
     kept = {key: value for key, value in resolved(recipe).items() if key in _OF_THE_BASE}
     return {"method.name": NONE, **kept}
 
 
 def base_info() -> dict[str, Any]:
-    """What stands for run.json where nothing was trained."""
+    """The values in place of run.json where nothing was trained."""
     from ziggurat.training.loop.result import versions
 
     return {"metric": None, "after": {}, "parameters": {"adapter": 0}, "versions": versions()}
@@ -140,39 +171,49 @@ def evaluate_run(recipe: Recipe, evaluation: Evaluation) -> dict[str, dict[str, 
         MissingExtraError: lm-eval isn't installed.
         RecipeError: lm-eval knows no such task.
     """
-    from ziggurat.evaluation.lm import evaluate
-
     place = Path(recipe.folder).expanduser() / FILE
-    found = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+    scored = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
     loaded: tuple[Any, Any] | None = None
     for task, metric in evaluation.metrics.items():
-        if found.get(task, {}).get("settings") != evaluation.settings:
-            model, tokenizer = loaded = loaded or _load(recipe)
-            scores = evaluate(
-                model,
-                tokenizer,
-                [task],
-                data=Path(evaluation.data) if evaluation.data is not None else None,
-                limit=evaluation.limit,
-                batch=evaluation.batch,
-                run_code=evaluation.run_generated_code,
-            )
-            if len(scores) != 1:
-                raise DataError(f"evaluate: {task} has no score of its own; name {', '.join(s.task for s in scores)}")
-            found[task] = {**asdict(scores[0]), "settings": evaluation.settings}
+        settings = evaluation.text_settings if task == RETENTION else evaluation.settings
+        if scored.get(task, {}).get("settings") != settings:
+            loaded = loaded or _load(recipe)
+            scored[task] = {**_scored(*loaded, task, evaluation), "settings": settings}
             place.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(place, json.dumps(found, indent=2) + "\n")
-        if metric not in found[task]["scores"]:
-            raise DataError(f"evaluate: {task} has no metric '{metric}': {', '.join(found[task]['scores'])}")
+            write_whole(place, json.dumps(scored, indent=2) + "\n")
+        if metric not in scored[task]["scores"]:
+            raise DataError(f"evaluate: {task} has no metric '{metric}': {', '.join(scored[task]['scores'])}")
     return {
-        task: {key: found[task][key] for key in ("scores", "per_cent", "rows", "shots")} for task in evaluation.metrics
+        task: {key: scored[task][key] for key in ("scores", "per_cent", "rows", "shots")} for task in evaluation.metrics
     }
+
+
+def _scored(model: Any, tokenizer: Any, task: str, evaluation: Evaluation) -> dict[str, Any]:
+    """One task's scores, as `TaskScore` holds them."""
+    if task == RETENTION:
+        assert evaluation.retention is not None
+        scores, tokens = retention(model, tokenizer, read_text(Path(evaluation.retention)), evaluation.batch)
+        return {"task": task, "scores": scores, "rows": tokens, "shots": None, "notes": [], "per_cent": ()}
+    from ziggurat.evaluation.lm import evaluate
+
+    several = evaluate(
+        model,
+        tokenizer,
+        [task],
+        data=Path(evaluation.data) if evaluation.data is not None else None,
+        limit=evaluation.limit,
+        batch=evaluation.batch,
+        run_code=evaluation.run_generated_code,
+    )
+    if len(several) != 1:
+        raise DataError(f"evaluate: {task} has no score of its own; name {', '.join(s.task for s in several)}")
+    return asdict(several[0])
 
 
 def _load(recipe: Recipe) -> tuple[Any, Any]:
     import torch
 
-    # What the training held is still waiting for the collector; two models may be more than a GPU takes.
+    # The trained model is still waiting for the garbage collector; two models may be more than a GPU holds.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

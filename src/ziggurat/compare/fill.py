@@ -1,14 +1,15 @@
-"""Fill a table: run what hasn't been done, note each result at once, write the reports."""
+"""Fill a table: start the runs that it lacks, note each result at once, write the reports."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from ziggurat.errors import MissingExtraError, RecipeError
@@ -16,21 +17,19 @@ from ziggurat.extras import require
 from ziggurat.files.staging import told_of_storage, write_whole
 from ziggurat.recipe.needs import needs
 
-from .evaluated import check_ready
+from .engines import Outcome, check_engine, run_all
+from .inputs import check_inputs
 from .live import LiveTable
-from .local import Outcome, run_locally
 from .plot import draw
 from .report import markdown, table_csv
 from .results import Results, failed_line, line_of
 from .summary import Summary, summarise
 from .table import Run, Table
 
-Engine = Callable[[list[Run], Path, int | None, Callable[[Run], None]], Iterator[Outcome]]
-
 
 @dataclass(frozen=True)
 class Filled:
-    """What became of a table: its numbers, runs that were taken now, those that failed, and the files written."""
+    """The result of filling a table: its summary, how many runs finished, those that failed, the files written."""
 
     summary: Summary
     taken: int
@@ -41,54 +40,54 @@ class Filled:
 
 
 def fill(table: Table, *, engine: str = "local", workers: int | None = None, console: Console | None = None) -> Filled:
-    """Run what the table lacks; then write table.md, table.csv and the plots into its folder.
+    """Start the runs that the table lacks; then write table.md, table.csv and the plots into its folder.
 
     A run that has been done, by the key of its resolved recipe, is never done again; one that failed is tried again.
     Ctrl-C stops the running ones with a checkpoint, and the same call goes on from there.
 
     Raises:
         MissingExtraError: packages that one of the runs, its evaluation or the engine needs aren't installed.
-        RecipeError: another program is filling the folder, there is no such engine, or lm-eval knows no such task.
+        RecipeError: another program is filling the folder; there is no such engine; models, files or columns of the
+            runs don't exist (all are named, each once); lm-eval knows no such task.
         DataError: lm-eval's data can't be read.
     """
-    say = console or Console(quiet=True)
-    left = "Finished runs lie in their folders; make room, and the same command goes on from there."
+    check_engine(engine)
+    console = console or Console(quiet=True)
+    left = "Finished runs are in their folders; make room, and the same command goes on from there."
     with told_of_storage(table.folder, left), _alone(table.folder):
         results = Results(table.folder)
         todo = [run for run in table.runs if not results.done(run.key)]
         # Two cells of a table may be the same run; it is taken once.
         todo = list({run.key: run for run in todo}.values())
         require(f"filling the table {table.name}", *_needs(todo, engine))
-        check_ready([run.evaluation for run in todo if run.evaluation is not None])
-        taken, stopped = 0, False
-        with LiveTable(table, results, say) as live:
-            outcomes = _engine(engine)(todo, table.folder, workers, live.started)
+        with LiveTable(table, results, console) as live:
+            live.say(f"{len(todo)} of {len(table.runs)} runs to do; checking models, data and tasks")
+            check_inputs(table.name, todo)
+            taken, stopped = 0, False
+            outcomes = run_all(todo, table.folder, engine, workers, live.started)
             try:
                 for outcome in outcomes:
                     _note(table, results, outcome)
                     taken += outcome.status == "done"
-                    stopped = stopped or outcome.status == "stopped"
                     live.ended(outcome)
-                    if stopped:
+                    if stopped := outcome.status == "stopped":
                         break
             except KeyboardInterrupt:
                 stopped = True
             finally:
-                close = getattr(outcomes, "close", None)
-                if close is not None:
-                    close()
+                outcomes.close()
         return _written(table, results, taken, stopped)
 
 
 def _needs(todo: list[Run], engine: str) -> list[str]:
-    """The packages outside the core that the runs, their scores and the table's intervals take."""
+    """The packages outside the core that the runs, their scores and the table's intervals need."""
     trained = [package for run in todo if run.trains for package in needs(run.recipe)]
-    scored = ["lm-eval" for run in todo if run.evaluation is not None]
+    scored = ["lm-eval" for run in todo if run.evaluation is not None and run.evaluation.lm_tasks]
     return [*trained, "scipy", *scored, *(["ray"] if engine == "ray" else [])]
 
 
 def report(table: Table) -> Filled:
-    """Write the reports of what has been done so far; runs nothing. Raises MissingExtraError without scipy."""
+    """Write the reports from the runs that are done; starts none. Raises MissingExtraError without scipy."""
     return _written(table, Results(table.folder), 0, False)
 
 
@@ -117,28 +116,12 @@ def _note(table: Table, results: Results, outcome: Outcome) -> None:
         results.add(failed_line(outcome.run, outcome.error, outcome.log, outcome.where))
 
 
-def _engine(name: str) -> Engine:
-    if name == "local":
-        return run_locally
-    if name == "ray":
-        from .on_ray import run_on_ray
-
-        return run_on_ray
-    raise RecipeError(f"engine: '{name}' is not one of local, ray")
-
-
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock: two programs at once would train the same runs into the same folders."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RecipeError(f"another program is filling '{folder}'; wait for it, or name another --out") from error
-        yield
+        with FileLock(folder / ".lock", blocking=False):
+            yield
+    except Timeout as error:
+        raise RecipeError(f"another program is filling '{folder}'; wait for it, or name another --out") from error

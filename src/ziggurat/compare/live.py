@@ -12,13 +12,13 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from .columns import Column
-from .local import Outcome
+from .engines import Outcome
 from .results import Results
 from .table import Run, Table
 
 
 class LiveTable:
-    """Methods by tasks: mean so far, seeds done, running and failed. Plain lines where nobody watches."""
+    """Methods by tasks: mean so far, seeds done, running and failed; on a console that is no terminal, plain lines."""
 
     def __init__(self, table: Table, results: Results, console: Console) -> None:
         self.table, self.results, self.console = table, results, console
@@ -38,27 +38,30 @@ class LiveTable:
 
     def started(self, run: Run) -> None:
         self.running[run.key] = time.monotonic()
+        if self._live is None:
+            self.say(f"{self._place(run)}: started")
 
     def ended(self, outcome: Outcome) -> None:
-        """Note an ended run; a failed one is told at once, with where its output lies."""
+        """Note an ended run, and print the reason of a failed one at once, with the path of its log."""
         begun = self.running.pop(outcome.run.key, time.monotonic())
-        run = outcome.run
-        where = f"{run.method} on {run.task}, seed {run.seed}"
-        done = sum(self.results.done(one.key) for one in self.table.runs)
-        count = f"[{done} of {len(self.table.runs)}]"
+        run, place = outcome.run, self._place(outcome.run)
         if outcome.status == "done":
             line = self.results.lines[run.key]
             if self._live is None:
-                took = time.monotonic() - begun
-                own = [column for column in self.table.columns if column.task == run.task]
-                scores = (f"{one.evaluated or ''} {one.metric} {one.score(line):.2f}".strip() for one in own)
-                self._say(f"{count} {where}: {', '.join(scores)} ({took:.0f} s)")
+                columns = [column for column in self.table.columns if column.task == run.task]
+                scores = (f"{c.evaluated or ''} {c.metric} {c.score(line):.2f}".strip() for c in columns)
+                self.say(f"{place}: {', '.join(scores)} ({time.monotonic() - begun:.0f} s)")
         elif outcome.status == "failed":
             self.failed[run.key] = outcome.error
-            self._say(f"{count} {where} FAILED: {outcome.error} ({outcome.log})")
+            self.say(f"{place} FAILED: {outcome.error} ({outcome.log})")
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Print a line at once, a pipe or a file too."""
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _place(self, run: Run) -> str:
+        done = sum(self.results.done(each.key) for each in self.table.runs)
+        return f"[{done} of {len(self.table.runs)}] {run.method} on {run.task}, seed {run.seed}"
 
     def __rich__(self) -> Grid:
         done = sum(self.results.done(run.key) for run in self.table.runs)

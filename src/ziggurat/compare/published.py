@@ -36,9 +36,9 @@ class Published:
 def published(name: str) -> Published:
     """The published table called `name`, one of `PUBLISHED`."""
     text = (files("ziggurat") / "compare" / "published.yaml").read_text(encoding="utf-8")
-    found = yaml.safe_load(text)[name]
+    values = yaml.safe_load(text)[name]
     rows = [
-        Figure(method, label, parameters, dict(zip(found["columns"], scores, strict=True)))
-        for method, label, parameters, *scores in found["rows"]
+        Figure(method, label, parameters, dict(zip(values["columns"], scores, strict=True)))
+        for method, label, parameters, *scores in values["rows"]
     ]
-    return Published(found["source"], found["model"], found["note"], found["columns"], rows)
+    return Published(values["source"], values["model"], values["note"], values["columns"], rows)

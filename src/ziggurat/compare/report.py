@@ -46,9 +46,15 @@ def _how(summary: Summary) -> str:
     }.get(frozenset(best), "")
     seeds = ", ".join(map(str, table.seeds))
     text = f"Model: {', '.join(models)}. Seeds: {seeds}. Mean ± standard deviation over the seeds.{chosen}"
-    for task, one in {run.task: run.evaluation for run in table.runs if run.evaluation is not None}.items():
-        text += f" Trained on {task}, scored by lm-eval on {', '.join(one.metrics)}"
-        text += f" (the first {one.limit} questions of each task or subject)." if one.limit is not None else "."
+    for task, evaluation in {run.task: run.evaluation for run in table.runs if run.evaluation is not None}.items():
+        text += f" Trained on {task}"
+        if evaluation.lm_tasks:
+            text += f", scored by lm-eval on {', '.join(evaluation.lm_tasks)}"
+            if evaluation.limit is not None:
+                text += f" (the first {evaluation.limit} questions of each task or subject)"
+        if evaluation.retention is not None:
+            text += f"; retention is the perplexity of the text {Path(evaluation.retention).name} / without the adapter"
+        text += "."
     return text
 
 
@@ -108,9 +114,9 @@ def _published_rows(summary: Summary, method: str) -> list[list[str]]:
 def _published_note(summary: Summary) -> str:
     if summary.table.published is None:
         return ""
-    found = published(summary.table.published)
+    table = published(summary.table.published)
     return (
-        f"Rows in italics are not measured here: {found.source}, {found.model}, {found.note}. They stand beside for "
+        f"Rows in italics are not measured here: {table.source}, {table.model}, {table.note}. They stand beside for "
         "orientation; models, seeds and the choice of the epoch differ, so no difference to them is taken."
     )
 

@@ -36,7 +36,7 @@ class Results:
         """Append a line, whole and on the disk before this returns. Raises StorageError if the disk doesn't take it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         torn = self.path.is_file() and self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n")
-        left = "The finished run lies in its folder; make room, and the same command notes it."
+        left = "The finished run is in its folder; make room, and the same command notes it."
         with told_of_storage(self.path, left), self.path.open("a", encoding="utf-8") as file:
             file.write(("\n" if torn else "") + json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
@@ -45,20 +45,20 @@ class Results:
 
     def of(self, table: Table) -> list[dict[str, Any]]:
         """The finished lines of a table's runs, under the labels that the table now gives them."""
-        found = []
+        lines = []
         for run in table.runs:
             if self.done(run.key):
-                found.append({**self.lines[run.key], "method": run.method, "task": run.task, "seed": run.seed})
-        return found
+                lines.append({**self.lines[run.key], "method": run.method, "task": run.task, "seed": run.seed})
+        return lines
 
     def failed(self, table: Table) -> list[dict[str, Any]]:
         """The lines of a table's runs that failed, each run once, under the labels that the table now gives them."""
-        found: dict[str, dict[str, Any]] = {}
+        lines: dict[str, dict[str, Any]] = {}
         for run in table.runs:
             line = self.lines.get(run.key, {})
             if line.get("status") == "failed":
-                found.setdefault(run.key, {**line, "method": run.method, "task": run.task, "seed": run.seed})
-        return list(found.values())
+                lines.setdefault(run.key, {**line, "method": run.method, "task": run.task, "seed": run.seed})
+        return list(lines.values())
 
 
 def line_of(run: Run, info: dict[str, Any], where: dict[str, Any]) -> dict[str, Any]:

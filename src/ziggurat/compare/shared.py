@@ -9,8 +9,8 @@ from ziggurat.recipe.methods import BUDGET, METHODS, SYNONYMS, method_fields
 
 from .evaluated import NONE
 
-#: Fields that a method has, but that mean another place there, or nothing: of bottleneck adapters the linears of the
-#: feed-forward part, and no scale.
+#: Fields that mean something else in a method, or nothing: bottleneck adapters target the linear layers of the
+#: feed-forward part, and have no scale.
 _OTHER_MEANING = {"adapter": {"target_modules", "lora_alpha", "use_rslora"}}
 
 
@@ -22,7 +22,7 @@ class Shared:
         self._others: dict[str, list[str]] = {}
         self._fields: set[str] = set()
 
-    def part(self, label: str, own: dict[str, object], given: dict[str, object]) -> dict[str, object]:
+    def part(self, label: str, method_keys: dict[str, object], given: dict[str, object]) -> dict[str, object]:
         """Of `given`, all but the `method.*` keys that the method with the keys `own` can't take."""
         taken = {}
         for key, value in given.items():
@@ -30,27 +30,27 @@ class Shared:
             if section != "method":
                 taken[key] = value
                 continue
-            fits = self._fits(own, name)
+            fits = self._fits(method_keys, name)
             if fits:
                 taken[key] = value
-            if own.get("method.name") != NONE:  # which takes nothing, and nobody expects it to
+            if method_keys.get("method.name") != NONE:  # it has no fields, and needs no note
                 place = (self._takers if fits else self._others).setdefault(key, [])
                 if label not in place:
                     place.append(label)
         return taken
 
-    def _fits(self, own: dict[str, object], name: str) -> bool:
-        method = METHODS.get(str(own.get("method.name")))
+    def _fits(self, method_keys: dict[str, object], name: str) -> bool:
+        method = METHODS.get(str(method_keys.get("method.name")))
         if method is None:
             return False
-        self._fields |= set(fields := method_fields(str(own["method.name"])))
+        self._fields |= set(fields := method_fields(str(method_keys["method.name"])))
         ranks = set(method.ranks(8)) if method.ranks is not None else set()
         if name == BUDGET:
-            return bool(ranks) and not any(f"method.{rank}" in own for rank in ranks)
-        if name in _OTHER_MEANING.get(str(own["method.name"]), ()):
+            return bool(ranks) and not any(f"method.{rank}" in method_keys for rank in ranks)
+        if name in _OTHER_MEANING.get(str(method_keys["method.name"]), ()):
             return False
         # A method that names a budget of its own has its rank from there.
-        return name in fields and not (name in ranks and f"method.{BUDGET}" in own)
+        return name in fields and not (name in ranks and f"method.{BUDGET}" in method_keys)
 
     def notes(self) -> Iterator[str]:
         for key, labels in self._others.items():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from ziggurat.extras import require
 
@@ -61,10 +64,12 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float], confidence: f
     if len(gaps) == 1:
         return Difference(1, gaps[0], None)
     require("an interval of paired differences", "scipy")
-    from scipy.stats import t
+    from scipy.stats import ttest_1samp
 
-    quantile = float(t.ppf(0.5 + confidence / 200, len(gaps) - 1))
-    return Difference(len(gaps), statistics.fmean(gaps), quantile * _deviation(gaps) / math.sqrt(len(gaps)))
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)  # differences without any spread, or infinite ones
+        low, high = ttest_1samp(gaps, 0.0).confidence_interval(confidence / 100)
+    return Difference(len(gaps), statistics.fmean(gaps), float(high - low) / 2)
 
 
 def _deviation(values: list[float]) -> float:

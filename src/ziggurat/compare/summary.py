@@ -1,4 +1,4 @@
-"""The numbers of a table: a cell for each method and task, the average, differences, and what the runs cost."""
+"""The summary of a table: a cell for each method and task, the average, differences, and the cost of the runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .table import Table
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method's runs cost.
+    """The cost of a method's runs.
 
     `parameters`: task -> the method's own trainable parameters, each counted once, without the head.
     """
@@ -28,7 +28,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Summary:
-    """All that a report needs. `columns` are the table's, and the average where the metrics may be averaged.
+    """The contents of a report. `columns` are the table's, and the average where the metrics may be averaged.
 
     `second` are the cells of the second metrics; differences and plots are of the first.
     """
@@ -42,9 +42,9 @@ class Summary:
     second: dict[tuple[str, str], Cell] = field(default_factory=dict)
 
     def parameters(self, method: str, column: str) -> int:
-        """Trainable numbers of a method in a column: on its task; of the average, on the task where they are most."""
+        """Trainable parameters of a method in a column: on its task; for the average, the most of any task."""
         counts = self.costs[method].parameters
-        tasks = {one.name: one.task for one in self.table.columns}
+        tasks = {each.name: each.task for each in self.table.columns}
         return counts[tasks[column]] if column in tasks else max(counts.values())
 
     def better(self, method: str, column: str) -> bool:
@@ -62,11 +62,11 @@ def summarise(table: Table, lines: list[dict[str, Any]]) -> Summary:
     second: dict[tuple[str, str], Cell] = {}
     for method in table.methods:
         for column in table.columns:
-            own = [line for line in lines if (line["method"], line["task"]) == (method, column.task)]
-            if own:
-                cells[method, column.name] = Cell({line["seed"]: column.score(line) for line in own})
-            found = {line["seed"]: column.second_score(line) for line in own}
-            scores = {seed: score for seed, score in found.items() if score is not None}
+            of_cell = [line for line in lines if (line["method"], line["task"]) == (method, column.task)]
+            if of_cell:
+                cells[method, column.name] = Cell({line["seed"]: column.score(line) for line in of_cell})
+            seconds = {line["seed"]: column.second_score(line) for line in of_cell}
+            scores = {seed: score for seed, score in seconds.items() if score is not None}
             if scores:
                 second[method, column.name] = Cell(scores)
     columns = [column.name for column in table.columns]
@@ -89,20 +89,20 @@ def summarise(table: Table, lines: list[dict[str, Any]]) -> Summary:
 
 
 def _costs(table: Table, lines: list[dict[str, Any]]) -> dict[str, Cost]:
-    found: dict[str, Cost] = {}
+    costs: dict[str, Cost] = {}
     for method in table.methods:
-        own = [line for line in lines if line["method"] == method]
-        if own:
-            found[method] = Cost(
+        of_method = [line for line in lines if line["method"] == method]
+        if of_method:
+            costs[method] = Cost(
                 parameters={
-                    task: max(line["parameters"]["adapter"] for line in own if line["task"] == task)
-                    for task in dict.fromkeys(line["task"] for line in own)
+                    task: max(line["parameters"]["adapter"] for line in of_method if line["task"] == task)
+                    for task in dict.fromkeys(line["task"] for line in of_method)
                 },
-                stored_bytes=_median(own, "stored_bytes"),
-                peak_mb=_median(own, "peak_mb"),
-                step_seconds=_median(own, "step_seconds"),
+                stored_bytes=_median(of_method, "stored_bytes"),
+                peak_mb=_median(of_method, "peak_mb"),
+                step_seconds=_median(of_method, "step_seconds"),
             )
-    return found
+    return costs
 
 
 def _median(lines: list[dict[str, Any]], name: str) -> float | None:

@@ -42,10 +42,10 @@ def hardware() -> dict[str, Any]:
     """Processor, cores, and the accelerators that this process may use."""
     import torch
 
-    found: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count()}
+    values: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count()}
     if torch.cuda.is_available():
-        found["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return found
+        values["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return values
 
 
 @cache

@@ -88,6 +88,8 @@ def run_key(recipe: Recipe, evaluation: Evaluation | None = None) -> str:
     values["computation"] = COMPUTATION
     if evaluation is not None:
         values["evaluate"] = {"tasks": evaluation.metrics, **evaluation.settings}
+        if evaluation.retention is not None:
+            values["evaluate"] |= evaluation.text_settings
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -106,7 +108,7 @@ def load_table(path: str | Path, output: str | Path | None = None) -> Table:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read: {error}") from error
     if problems:
-        raise _refused(file.stem, problems)
+        raise refused(file.stem, problems)
     return make_table(values, file.stem, output)
 
 
@@ -114,7 +116,7 @@ def make_table(values: Any, name: str, output: str | Path | None = None) -> Tabl
     """A table from a Python mapping; the same checks as for a file."""
     problems = list(table_problems(values))
     if problems:
-        raise _refused(name, problems)
+        raise refused(name, problems)
     methods = {str(label): flatten(keys) for label, keys in values["methods"].items()}
     tasks = _tasks(values["tasks"])
     labels = list(methods)
@@ -137,33 +139,33 @@ def make_table(values: Any, name: str, output: str | Path | None = None) -> Tabl
     for seed in table.seeds:
         for task, of_task in tasks.items():
             for method, of_method in methods.items():
-                own = _keys_on(task, of_method)
-                if own is None:
+                method_keys = _keys_on(task, of_method)
+                if method_keys is None:
                     continue
                 try:
-                    table.runs.append(_run(table, base, shared, places, method, task, seed, own, of_task))
+                    table.runs.append(_run(table, base, shared, places, method, task, seed, method_keys, of_task))
                 except RecipeError as error:
                     lines = str(error).splitlines()[1:] or [str(error)]
                     problems += [f"{method} on {task}: {line.strip()}" for line in lines]
-    found, unlike = columns_of(table.runs, table.tasks)
+    columns, unlike = columns_of(table.runs, table.tasks)
     problems += [*shared.problems(), *unlike]
     if problems:
-        raise _refused(name, list(dict.fromkeys(problems)))
-    table.columns.extend(found)
+        raise refused(name, list(dict.fromkeys(problems)))
+    table.columns.extend(columns)
     table.notes.extend(shared.notes())
     if table.published is not None and not set(table.metrics) & set(published(table.published).columns):
-        columns = ", ".join(published(table.published).columns)
-        table.notes.append(f"published: {table.published} has figures for {columns}, no column of this table")
+        names = ", ".join(published(table.published).columns)
+        table.notes.append(f"published: {table.published} has figures for {names}, no column of this table")
     return table
 
 
 def _keys_on(task: str, of_method: dict[str, Any]) -> dict[str, Any] | None:
     """A method's recipe keys on one task; None where the method is for other tasks only."""
-    own = dict(of_method)
-    single = own.pop("tasks", None) or {}
+    keys = dict(of_method)
+    single = keys.pop("tasks", None) or {}
     if isinstance(single, list):
-        return own if task in map(str, single) else None
-    return {**own, **flatten({str(label): keys for label, keys in single.items()}.get(task) or {})}
+        return keys if task in map(str, single) else None
+    return {**keys, **flatten({str(label): keys for label, keys in single.items()}.get(task) or {})}
 
 
 def _run(
@@ -174,7 +176,7 @@ def _run(
     method: str,
     task: str,
     seed: int,
-    own: dict[str, Any],
+    method_keys: dict[str, Any],
     of_task: dict[str, Any],
 ) -> Run:
     recipe_keys, for_all = base
@@ -186,8 +188,8 @@ def _run(
         texts = evaluation is not None or {**for_all, **of_task}.get("task") == "instruct"
         kept = (*_KEPT, "data.loss") if texts else _KEPT
         recipe_keys = {key: value for key, value in recipe_keys.items() if key not in foreign or key in kept}
-    given = shared.part(method, own, {**for_all, **of_task})
-    trains = own["method.name"] != NONE
+    given = shared.part(method, method_keys, {**for_all, **of_task})
+    trains = method_keys["method.name"] != NONE
     if evaluation is not None:
         given.setdefault("task", recipe_keys.get("task", "instruct"))
     elif not trains:
@@ -195,9 +197,12 @@ def _run(
     # The base model's row is the same whatever the seed; it is scored once.
     where = {"seed": seed, "name": f"{method} {task} {seed}"}
     if not trains:
-        own, where = {**own, "method.name": "head"}, {"seed": table.seeds[0], "name": f"{method} {task}"}
+        method_keys, where = (
+            {**method_keys, "method.name": "head"},
+            {"seed": table.seeds[0], "name": f"{method} {task}"},
+        )
     where["name"] = "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in str(where["name"]))
-    values = {**recipe_keys, **given, **own, **where}
+    values = {**recipe_keys, **given, **method_keys, **where}
     values = {key: value for key, value in values.items() if value is not None}
     recipe = make_recipe({**values, "output": "-"}, label=f"{method} on {task}")
     if evaluation is not None and recipe.task != "instruct":
@@ -229,10 +234,10 @@ class Places:
     def of(self, label: str, training: str, key: str) -> Path:
         """The folder of the run `key`; `training` is the key of its recipe alone."""
         short = label.encode()[:_MOST_LABEL].decode(errors="ignore")
-        own = f"{short}-{training[:8]}"
+        standard = f"{short}-{training[:8]}"
         there = self._there.get(training[:8], [])
-        free = (name for name in ([own] if own in there else there) if self._taken.get(name, key) == key)
-        name = next(free, own if self._taken.get(own, key) == key else f"{own}-{key[:8]}")
+        free = (name for name in ([standard] if standard in there else there) if self._taken.get(name, key) == key)
+        name = next(free, standard if self._taken.get(standard, key) == key else f"{standard}-{key[:8]}")
         self._taken[name] = key
         return self.root / name
 
@@ -244,8 +249,8 @@ def _base(values: dict[str, Any]) -> tuple[tuple[dict[str, Any], dict[str, Any]]
     if values.get("recipe") is not None:
         try:
             label, text = find_recipe(values["recipe"])
-            flat, found = read_yaml(text)
-            problems += [f"recipe {label}: {line}" for line in found]
+            flat, mistakes = read_yaml(text)
+            problems += [f"recipe {label}: {line}" for line in mistakes]
         except RecipeError as error:
             problems.append(f"recipe: {error}")
     flat = {key: value for key, value in flat.items() if not key.startswith("method.")}
@@ -266,6 +271,7 @@ def _tasks(given: Any) -> dict[str, dict[str, Any]]:
     return tasks
 
 
-def _refused(name: str, problems: list[str]) -> RecipeError:
+def refused(name: str, problems: list[str]) -> RecipeError:
+    """The error that lists what is wrong with a table."""
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
     return RecipeError(f"the table {name} has {count}:\n" + "\n".join(f"  {line}" for line in problems))

@@ -1,4 +1,4 @@
-"""One run in a process of its own: taken up where an earlier one was stopped, its output in a log."""
+"""One run in a process of its own: it goes on where an earlier one was stopped, and writes its output into a log."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ Answer = tuple[str, Any, dict[str, Any]]
 def take(recipe: Recipe, evaluation: Evaluation | None = None) -> dict[str, Any]:
     """Train as the recipe says and score what `evaluation` names, unless that has been done.
 
-    Returns run.json, with those scores as `evaluated`. A checkpoint that an interrupted run left is gone on from; what
-    left none is started afresh.
+    Returns run.json, with those scores as `evaluated`. An interrupted run goes on from its checkpoint, or starts afresh
+    where there is none.
     """
     info = base_info() if recipe.method["name"] == NONE else _trained(recipe)
     if evaluation is not None:
@@ -53,11 +53,11 @@ def _trained(recipe: Recipe) -> dict[str, Any]:
 
 
 def attempt(recipe: Recipe, evaluation: Evaluation | None, plugins: Sequence[str], errors: TextIO) -> Answer:
-    """`take`, with how it ended: done and what it gave, or stopped or failed and why; and where it ran.
+    """`take` as an answer: "done" with its result, or "stopped" or "failed" with the reason; and where it ran.
 
     `plugins` are loaded first.
     """
-    commit()  # it is kept; asked at the end of a long run, the checkout may have gone on
+    commit()  # it is kept: at the end of a long run the checkout may be another
     try:
         load(plugins)
         return "done", take(recipe, evaluation), surroundings()
@@ -75,10 +75,10 @@ def serve(
     log: str,
     gpu: str | None,
     threads: int,
-    answer: Connection,
+    pipe: Connection,
 ) -> None:
-    """What a worker process does: send what `attempt` says. What it prints goes to the log."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    """What a process of this machine does: send its answer. All that it prints goes to the log."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(file, 1)
     os.dup2(file, 2)
     if gpu is not None:
@@ -87,14 +87,22 @@ def serve(
 
     torch.set_num_threads(threads)
     _stop_with_parent()
-    said = attempt(recipe, evaluation, plugins, sys.stderr)
-    answer.send(said)
-    if said[0] == "failed":
+    answer = attempt(recipe, evaluation, plugins, sys.stderr)
+    pipe.send(answer)
+    if answer[0] == "failed":
         raise SystemExit(1)
 
 
+def serve_ray(recipe: Recipe, evaluation: Evaluation | None, plugins: Sequence[str], log: str) -> Answer:
+    """What a Ray worker does: return its answer. Its own output is Ray's to keep; errors go to the log."""
+    with open(log, "a", encoding="utf-8") as file:
+        file.write(f"on worker {os.getpid()}\n")
+        file.flush()
+        return attempt(recipe, evaluation, plugins, file)
+
+
 def _stop_with_parent() -> None:
-    """Stop with a checkpoint when the program that asked for this run is gone: nobody would take the result."""
+    """Stop with a checkpoint when the program that asked for this run has ended: nobody would take the result."""
     from multiprocessing import parent_process
 
     parent = parent_process()
@@ -109,7 +117,7 @@ def _stop_with_parent() -> None:
 
 
 def log_of(folder: Path, name: str) -> Path:
-    """Where a run's output goes."""
+    """The file for a run's output."""
     path = folder / "logs" / f"{name}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

@@ -1,4 +1,4 @@
-"""What will not work, and why, before it fails: of this machine, of a recipe, of an adapter's folder."""
+"""Findings about a machine, a recipe or an adapter's folder: problems with their reasons, before anything fails."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["LEVELS", "Finding", "adapter", "base_model", "distributed", "environ
 
 
 def distributed(method: str, variables: Mapping[str, str] | None = None, config: Any = None) -> Iterator[Finding]:
-    """The way of `accelerate launch` or `torchrun`, told from the environment variables that these set.
+    """The way in which `accelerate launch` or `torchrun` started this, by the environment variables that they set.
 
     `config`: the method's, for what depends on its fields.
     """
@@ -44,7 +44,7 @@ def distributed(method: str, variables: Mapping[str, str] | None = None, config:
 def base_model(
     name: str, method: str, *, revision: str | None = None, gguf_file: str | None = None
 ) -> Iterator[Finding]:
-    """The base model's quantisation, told from its config."""
+    """The base model's quantisation, by its config."""
     from ziggurat.training.model.meta import bare_config
 
     try:
@@ -84,7 +84,7 @@ def recipe(value: Any, variables: Mapping[str, str] | None = None) -> Iterator[F
         yield Finding("error", "train.precision: fp16", "this machine has no accelerator", "use fp32 or bf16")
     for name, package in trackers.lacking(value.train.report_to or []).items():
         yield Finding("error", f"train.report_to: {name}", "it is not installed", f"pip install {package}")
-    if PACKAGE in lacking:  # without the model nothing more can be said about it
+    if PACKAGE in lacking:  # without the model nothing more can be checked
         yield from distributed(method, variables)
         return
     try:
@@ -96,9 +96,9 @@ def recipe(value: Any, variables: Mapping[str, str] | None = None) -> Iterator[F
         if "gguf" not in lacking:  # the recipe doesn't name the file: it is the only one in the model's folder
             yield Finding("error", f"gguf_file: {gguf}", "gguf is not installed", install_command(["gguf"]))
         return
-    found = list(base_model(model_path(value.model), method, revision=value.revision, gguf_file=gguf))
-    yield from found
-    if any("config was not found" in one.why for one in found) or ALL[method].config is None:
+    findings = list(base_model(model_path(value.model), method, revision=value.revision, gguf_file=gguf))
+    yield from findings
+    if any("config was not found" in finding.why for finding in findings) or ALL[method].config is None:
         yield from distributed(method, variables)
     else:
         yield from _fit(value, variables)
@@ -125,7 +125,7 @@ def _fit(value: Any, variables: Mapping[str, str] | None) -> Iterator[Finding]:
 
 
 def adapter(folder: str | Path, variables: Mapping[str, str] | None = None) -> Iterator[Finding]:
-    """An adapter's folder: its numbers, its base model, and who can serve it.
+    """An adapter's folder: its tensors, its base model, and the servers that take it.
 
     Raises:
         ConfigError: the folder holds no readable adapter.
@@ -143,11 +143,11 @@ def adapter(folder: str | Path, variables: Mapping[str, str] | None = None) -> I
         if "is an adapter of PEFT method" not in str(error):
             raise
         collected = None
-        yield Finding("note", f"method {kind}", "its numbers were not looked at; analysis doesn't read this method")
+        yield Finding("note", f"method {kind}", "its tensors were not examined; analysis doesn't read this method")
     for note in collected.notes if collected is not None else ():
         broken = "NaN" in note
         untrained = "never trained" in note
-        yield Finding("error" if broken else "warning" if untrained else "note", "the adapter's numbers", note)
+        yield Finding("error" if broken else "warning" if untrained else "note", "the adapter's tensors", note)
     base = str(config.base_model_name_or_path or "")
     if not base:
         yield Finding("warning", "base model", "the config doesn't say which", "give it when loading, and save again")

@@ -1,4 +1,4 @@
-"""One thing that `ziggurat doctor` says, and how it reads off the table of combinations."""
+"""A finding of `ziggurat doctor`, and findings from the table of combinations."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Finding:
 
 
 def cell(key: str, method: str, what: str = "") -> Iterator[Finding]:
-    """What the row `key` says of a method, unless it simply works."""
+    """The finding of the row `key` about a method; none where it works without limits."""
     row = fact(key)
     status = row.cells.get(method)
     if status in (None, "yes"):
         return
     levels = {"no": "error", "limited": "note", "untested": "warning"}
-    said = {"no": "doesn't work", "limited": "works with limits", "untested": "untested"}
+    words = {"no": "doesn't work", "limited": "works with limits", "untested": "untested"}
     why, instead = row.reason(method)
-    yield Finding(levels[status], f"{METHODS[method]} with {what or row.what}: {said[status]}", why, instead)
+    yield Finding(levels[status], f"{METHODS[method]} with {what or row.what}: {words[status]}", why, instead)

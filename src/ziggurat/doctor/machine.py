@@ -1,4 +1,4 @@
-"""What `ziggurat doctor` says of the machine: versions, extras, processor, accelerators, disk."""
+"""The findings of `ziggurat doctor` about the machine: versions, extras, processor, accelerators, disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def environment() -> Iterator[Finding]:
 
 
 def machine() -> Iterator[Finding]:
-    """All there is to say of this machine."""
+    """All findings about this machine, with notes."""
     yield from _requirements()
     yield from _versions()
     yield from _processor()
@@ -98,12 +98,12 @@ def _processor() -> Iterator[Finding]:
         f"processor: {platform.machine()}, {features}, {torch.get_num_threads()} threads",
         f"Python {platform.python_version()}",
     )
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    count = torch.accelerator.device_count() if found is not None else 0
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if accelerator is not None else 0
     yield Finding(
         "note",
-        f"accelerators: {f'{count} of kind {found.type}' if found is not None else 'none'}",
-        "models train on them" if found is not None else "models train on the processor",
+        f"accelerators: {f'{count} of kind {accelerator.type}' if accelerator is not None else 'none'}",
+        "models train on them" if accelerator is not None else "models train on the processor",
     )
 
 

@@ -1,4 +1,4 @@
-"""Who can serve an adapter: vLLM's and llama.cpp's rules, as far as an adapter's folder and its base's config tell."""
+"""Servers for an adapter: vLLM's and llama.cpp's rules, as far as its folder and its base's config show."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def serving(folder: str | Path, config: Any, collected: Any, base: Any) -> Itera
         return
     names = list(tensor_shapes(folder))
     registered = method_of(config)
-    own = (registered.prefix,) if registered is not None else _PEFTS_OWN
-    extra = [name for name in names if not any(word in name for word in own)]
+    prefixes = (registered.prefix,) if registered is not None else _PEFTS_OWN
+    extra = [name for name in names if not any(word in name for word in prefixes)]
     if extra:
         yield Finding(
             "warning",
@@ -76,7 +76,7 @@ def serving(folder: str | Path, config: Any, collected: Any, base: Any) -> Itera
             yield Finding(
                 "warning",
                 f"targets outside the layers ({', '.join(outside[:3])})",
-                "vLLM takes the layers' linears, and heads or embeddings of few models; llama.cpp no embeddings",
+                "vLLM takes linear layers of the stack, heads or embeddings of few models; llama.cpp no embeddings",
                 _MERGE,
             )
     if kind == "LORA" or (registered is not None and registered.card.merges):
@@ -102,7 +102,7 @@ def _ranks(kind: str, ranks: set[int], allowed: Any) -> Iterator[Finding]:
         yield Finding(
             "note",
             f"served as rank {fitting}",
-            f"each linear's update has rank {most} or less, filled up to one that vLLM allows",
+            f"the update of each linear layer has rank {most} or less, filled up to one that vLLM allows",
             "ziggurat export --serving",
         )
 

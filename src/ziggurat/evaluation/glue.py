@@ -52,18 +52,18 @@ def task_for(recipe: Recipe, head: HeadSpec, wanted: str | None = None) -> str:
 def class_order(recipe: Recipe, head: HeadSpec, name: str) -> list[int]:
     """Of each class of the head, in order, its place among the classes of the GLUE task `name`.
 
-    A head that was trained on the task itself has learnt the task's own numbers. Of any other data the names say which
-    class is which, or their numbers (`1`, `LABEL_1`) do. Raises DataError where neither does.
+    A head that was trained on the task itself has the task's own order of classes. For other data the labels' names say
+    which class is which, or the numbers in them (`1`, `LABEL_1`). Raises DataError where neither does.
     """
-    classes, names = GLUE[name].classes, [str(one) for one in head.label_names]
+    classes, names = GLUE[name].classes, [str(label) for label in head.label_names]
     if glue_name(recipe.data.train, recipe.data.subset) == name:
         return list(range(len(classes)))
-    plain = [one.casefold() for one in names]
+    plain = [label.casefold() for label in names]
     if sorted(plain) == sorted(classes):
-        return [classes.index(one) for one in plain]
-    numbers = [int(found[1]) for one in names if (found := re.fullmatch(r"(?:LABEL_)?([0-9]+)", one))]
-    if sorted(numbers) == list(range(len(classes))):
-        return numbers
+        return [classes.index(label) for label in plain]
+    places = [int(match[1]) for label in names if (match := re.fullmatch(r"(?:LABEL_)?([0-9]+)", label))]
+    if sorted(places) == list(range(len(classes))):
+        return places
     raise DataError(
         f"glue/{name} has the classes {', '.join(classes)}; this adapter ({recipe.data.train}) knows "
         f"{', '.join(names)}, and which of them is which isn't known. Train it on data that name their classes so, or "
@@ -105,16 +105,16 @@ def glue_scores(loaded: Loaded, name: str, folder: str | None = None, limit: int
     """
     require(f"scoring glue/{name}", *needs(name))
     task, order = GLUE[name], _order(loaded, name)
-    found: dict[str, float] = {}
+    all_scores: dict[str, float] = {}
     for prefix, split in _scored_splits(name).items():
         table = _read(name, split, folder, "label")
         table = table.select(range(min(limit, len(table)))) if limit else table
         labels = np.asarray(labels_of(table, name, split))
-        said = np.asarray([_number(answer, order) for answer in _answers(loaded, task, table)])
-        scores = score(loaded.recipe, said, labels, len(task.classes))
-        found.update({f"{prefix}{key}": value for key, value in scores.items()})
-        found[f"{prefix}rows"] = float(len(table))
-    return found
+        predictions = np.asarray([_number(answer, order) for answer in _answers(loaded, task, table)])
+        scores = score(loaded.recipe, predictions, labels, len(task.classes))
+        all_scores.update({f"{prefix}{key}": value for key, value in scores.items()})
+        all_scores[f"{prefix}rows"] = float(len(table))
+    return all_scores
 
 
 def write_server_files(loaded: Loaded, name: str, out: Path, folder: str | None = None) -> list[Path]:

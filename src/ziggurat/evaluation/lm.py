@@ -56,12 +56,12 @@ def evaluate(
         StorageError: the disk doesn't take the task files.
     """
     check_writes_text(model)
-    with ready(tasks, data=data, limit=limit, run_code=run_code, keep=keep) as these:
-        return score(model, tokenizer, these, limit=limit, batch=batch)
+    with ready(tasks, data=data, limit=limit, run_code=run_code, keep=keep) as ready_tasks:
+        return score(model, tokenizer, ready_tasks, limit=limit, batch=batch)
 
 
 def score(
-    model: Any, tokenizer: Any, these: list[Ready], *, limit: int | None = None, batch: int = 8
+    model: Any, tokenizer: Any, tasks: list[Ready], *, limit: int | None = None, batch: int = 8
 ) -> list[TaskScore]:
     """Score `model` on tasks that `ready` has seen to.
 
@@ -74,9 +74,9 @@ def score(
     # lm-eval's decorators hide what its functions take.
     make: Any = huggingface.HFLM
     lm = make(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-    for this in these:
-        _check_room(lm, this)
-    return [one for this in these for one in _scored(lm, this, limit)]
+    for task in tasks:
+        _check_room(lm, task)
+    return [task_score for task in tasks for task_score in _scored(lm, task, limit)]
 
 
 def check_writes_text(model: Any) -> None:
@@ -88,72 +88,72 @@ def check_writes_text(model: Any) -> None:
         )
 
 
-def _check_room(lm: Any, this: Ready) -> None:
+def _check_room(lm: Any, task: Ready) -> None:
     """lm-eval sees this when it comes to the task, after those before it were scored, in a bare assertion."""
     from lm_eval.models import utils
 
     read: Any = utils.normalize_gen_kwargs
-    asked = [part.config for part in this.parts.values() if part.config.output_type == "generate_until"]
-    most = max((read(one.generation_kwargs or {}, lm.max_gen_toks)["max_gen_toks"] for one in asked), default=0)
+    asked = [part.config for part in task.parts.values() if part.config.output_type == "generate_until"]
+    most = max((read(config.generation_kwargs or {}, lm.max_gen_toks)["max_gen_toks"] for config in asked), default=0)
     if lm.backend == "causal" and most >= lm.max_length:
         raise RecipeError(
-            f"{this.task} lets a model write up to {most} tokens, and this one has {lm.max_length} positions for "
+            f"{task.task} lets a model write up to {most} tokens, and this one has {lm.max_length} positions for "
             "prompt and answer together: leave the task out"
         )
 
 
-def _scored(lm: Any, this: Ready, limit: int | None) -> list[TaskScore]:
+def _scored(lm: Any, task: Ready, limit: int | None) -> list[TaskScore]:
     import lm_eval
 
     simple_evaluate: Any = lm_eval.simple_evaluate
-    found: Any = simple_evaluate(
+    results: Any = simple_evaluate(
         model=lm,
-        tasks=this.runs,
-        task_manager=this.manager,
-        num_fewshot=this.shots,
+        tasks=task.runs,
+        task_manager=task.manager,
+        num_fewshot=task.shots,
         limit=limit,
         bootstrap_iters=0,
-        log_samples=any("bypass" in part.aggregation() for part in this.parts.values()),
+        log_samples=any("bypass" in part.aggregation() for part in task.parts.values()),
         confirm_run_unsafe_code=True,  # `ready` has asked
     )
-    if this.task == "humaneval":
-        return [_judged(found["samples"][this.name])]
-    return [_score(found, this, name) for root in this.roots for name in _with_scores(found, root)]
+    if task.task == "humaneval":
+        return [_judged(results["samples"][task.name])]
+    return [_score(results, task, name) for root in task.roots for name in _with_scores(results, root)]
 
 
-def _with_scores(found: Any, name: str) -> list[str]:
+def _with_scores(results: Any, name: str) -> list[str]:
     """`name`, or of a group without scores of its own those in it that have some."""
-    if any("," in key for key in _values(found, name)):
+    if any("," in key for key in _values(results, name)):
         return [name]
-    return [one for child in found["group_subtasks"].get(name, []) for one in _with_scores(found, child)]
+    return [part for child in results["group_subtasks"].get(name, []) for part in _with_scores(results, child)]
 
 
-def _values(found: Any, name: str) -> dict[str, Any]:
-    return found.get("groups", {}).get(name) or found["results"].get(name, {})
+def _values(results: Any, name: str) -> dict[str, Any]:
+    return results.get("groups", {}).get(name) or results["results"].get(name, {})
 
 
-def _score(found: Any, this: Ready, name: str) -> TaskScore:
+def _score(results: Any, task: Ready, name: str) -> TaskScore:
     values = {
         key: float(value)
-        for key, value in _values(found, name).items()
+        for key, value in _values(results, name).items()
         if "," in key and "_stderr," not in key and isinstance(value, Real) and not key.startswith("bypass,")
     }
     metrics = [key.partition(",")[0] for key in values]
-    leaves = _leaves(found, name)
+    leaves = _leaves(results, name)
     scores, shares = {}, []
     for (key, value), metric in zip(values.items(), metrics, strict=True):
         shown = metric if metrics.count(metric) == 1 else key
-        share = is_share(metric, value, [this.parts[leaf] for leaf in leaves])
+        share = is_share(metric, value, [task.parts[leaf] for leaf in leaves])
         scores[shown] = 100.0 * value if share else value
         shares += [shown] if share else []
-    rows = sum(found["n-samples"][leaf]["effective"] for leaf in leaves)
-    label = this.task if name == this.name else name
+    rows = sum(results["n-samples"][leaf]["effective"] for leaf in leaves)
+    label = task.task if name == task.name else name
     return TaskScore(label, scores, rows, SHOTS.get(label), per_cent=tuple(shares))
 
 
-def _leaves(found: Any, name: str) -> list[str]:
-    children = found["group_subtasks"].get(name, [])
-    return list(dict.fromkeys(leaf for child in children for leaf in _leaves(found, child))) or [name]
+def _leaves(results: Any, name: str) -> list[str]:
+    children = results["group_subtasks"].get(name, [])
+    return list(dict.fromkeys(leaf for child in children for leaf in _leaves(results, child))) or [name]
 
 
 def _judged(samples: list[dict[str, Any]]) -> TaskScore:

@@ -50,12 +50,12 @@ class Ready:
         if len(self.roots) > 1:
             return []
         (root,) = self.runs
-        filters = list(dict.fromkeys(one.name for part in self.parts.values() for one in part._filters))
+        filters = list(dict.fromkeys(filter_.name for part in self.parts.values() for filter_ in part._filters))
         if any(root is part for part in self.parts.values()):
             named = [(metric, name) for metric in root.aggregation() for name in filters if metric != "bypass"]
         else:
-            said = root.aggregate_metric_list or []
-            named = [(one.metric, name) for one in said for name in one.filter_list or filters]
+            aggregated = root.aggregate_metric_list or []
+            named = [(filter_.metric, name) for filter_ in aggregated for name in filter_.filter_list or filters]
         metrics = [metric for metric, _ in named]
         return [metric if metrics.count(metric) == 1 else f"{metric},{name}" for metric, name in named]
 
@@ -112,9 +112,9 @@ def _manager(names: list[str], folder: Path) -> Any:
     from lm_eval.tasks import TaskManager
 
     if folder.is_dir():
-        found = TaskManager(include_path=str(folder), include_defaults=False)
-        if all(name in found.all_tasks for name in names):
-            return found
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        if all(name in manager.all_tasks for name in names):
+            return manager
     return TaskManager(include_path=str(folder))
 
 
@@ -141,32 +141,32 @@ def runs_code(index: Any, name: str) -> bool:
         return False
     config = entry.cfg or {}
     inside = {*entry.tags, *_children(config.get("task"))} if entry.kind.name in ("GROUP", "TAG") else ()
-    return bool(config.get("unsafe_code")) or any(runs_code(index, one) for one in inside)
+    return bool(config.get("unsafe_code")) or any(runs_code(index, name_inside) for name_inside in inside)
 
 
-def _children(said: Any) -> list[str]:
+def _children(entries: Any) -> list[str]:
     """Names in a group's `task`: names, or mappings that change a task or are a group of their own."""
-    found: list[str] = []
-    for one in said if isinstance(said, list) else [said]:
-        if isinstance(one, str):
-            found.append(one)
-        elif isinstance(one, dict):
-            found += _children(one.get("task"))
-    return found
+    names: list[str] = []
+    for entry in entries if isinstance(entries, list) else [entries]:
+        if isinstance(entry, str):
+            names.append(entry)
+        elif isinstance(entry, dict):
+            names += _children(entry.get("task"))
+    return names
 
 
 def _loaded(manager: Any, task: str, name: str, shots: int | None) -> Ready:
     try:
-        found = manager.load([name])
+        loaded = manager.load([name])
     except ImportError as error:
         raise RecipeError(f"{task}: lm-eval needs more for it: {first_line(error)}") from error
     except (OSError, ValueError) as error:  # ConnectionError and the hub's errors; ValueError: nothing in the cache
         raise DataError(
             f"{task}: its data cannot be read: {first_line(error)}. Offline, give local files by --data"
         ) from error
-    group = found.get("groups", {}).get(name)
-    parts = found["tasks"]
-    other = [part for part, one in parts.items() if getattr(one, "MULTIMODAL", False)]
+    group = loaded.get("groups", {}).get(name)
+    parts = loaded["tasks"]
+    other = [part for part, part_task in parts.items() if getattr(part_task, "MULTIMODAL", False)]
     if other:
         raise RecipeError(f"{task} shows pictures or plays sounds ({other[0]}): only tasks of text can be scored")
     runs, roots = ([group], [name]) if group is not None else (list(parts.values()), list(parts))

@@ -79,10 +79,10 @@ def run_program(program: str, seconds: float = SECONDS, mebibytes: int = MEBIBYT
         finally:
             _end(process)
         verdict.seek(0)
-        said = verdict.read(2**20).decode("utf-8", "replace")
-    if code == 0 and said == _PASSED:
+        output = verdict.read(2**20).decode("utf-8", "replace")
+    if code == 0 and output == _PASSED:
         return Verdict(True)
-    lines = said.splitlines()
+    lines = output.splitlines()
     return Verdict(False, lines[-1] if lines and code != 0 else f"ended with code {code}")
 
 

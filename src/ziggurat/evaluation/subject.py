@@ -96,7 +96,7 @@ def _without_text(subject: Subject) -> str | None:
         task = subject.recipe.task
         return (
             None
-            if task == "instruct"
+            if subject.recipe.writes
             else f"was trained for {task}: score it on glue/<task>, or use `ziggurat predict`"
         )
     if subject.kind == "adapter":
@@ -120,13 +120,13 @@ def _base_config(subject: Subject) -> Any:
     try:
         return AutoConfig.from_pretrained(model_path(subject.model), trust_remote_code=False)
     except (OSError, ValueError, KeyError):
-        return None  # loading says it better
+        return None  # loading raises an error that says more
 
 
 def load_subject(subject: Subject, dtype: str = "auto") -> tuple[Any, Any, Loaded | None]:
     """Model in evaluation mode on the accelerator where there is one, its tokenizer, and of a run all that was left.
 
-    `dtype`: numbers of the weights of a model without adapter; a run's recipe, or an adapter's base, says its own.
+    `dtype`: of the weights of a model without adapter; a run's recipe, or an adapter's base, names its own.
 
     Raises:
         RecipeError, ConfigError: something is missing, damaged, or doesn't fit.
@@ -153,8 +153,8 @@ def load_subject(subject: Subject, dtype: str = "auto") -> tuple[Any, Any, Loade
     home = Path(subject.model)
     with without_bars():
         model = folder.load_adapter(home, folder.load_base(home))
-    own = (home / "tokenizer_config.json").is_file()
-    name = str(home) if own else folder.adapter_config(home).base_model_name_or_path
+    has_tokenizer = (home / "tokenizer_config.json").is_file()
+    name = str(home) if has_tokenizer else folder.adapter_config(home).base_model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -1,18 +1,18 @@
-"""Which of lm-eval's numbers are shares of 1, and so become per cent. All others stay as lm-eval gives them."""
+"""Which of lm-eval's scores are fractions of 1, and so become percentages. Others stay as lm-eval gives them."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-#: Shares by their definition. The name alone isn't enough: SQuAD's `f1` goes from 0 to 100 already.
+#: Fractions by their definition. The name alone isn't enough: SQuAD's `f1` goes from 0 to 100 already.
 SHARES = re.compile(r"acc(_norm|_bytes|_mutual_info|_all)?|accuracy|exact_match|em|f1|mcc|pass[@_](at_)?\d+")
-#: lm-eval's own ways to one number from many that keep a share a share; a task's own function may do anything.
+#: lm-eval's own aggregations that keep a fraction a fraction; a task's own function may do anything.
 KEEPING = ("mean", "nanmean", "f1", "matthews_corrcoef")
 
 
 def is_share(metric: str, value: float, tasks: list[Any]) -> bool:
-    """Whether `value`, of `metric` over lm-eval's `tasks` (those of a group, or one), is a share (Matthews: -1 to 1).
+    """True if `value`, of `metric` over lm-eval's `tasks` (a group's, or one), is a fraction (Matthews: -1 to 1).
 
     lm-eval has no mark for it. The name must be one of `SHARES`, every task that has the metric must make it by one of
     `KEEPING`, and the value must lie in the range.

@@ -7,7 +7,7 @@ so W + B A is plain LoRA with lora_A = A, lora_B = B and lora_alpha = r.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import nn
 
 from ziggurat.errors import ExportError
 from ziggurat.files.staging import written_beside
-from ziggurat.host.folder import adapter_config, load_adapter, load_base
+from ziggurat.host.folder import adapter_config, load_adapter, load_base, tensor_shapes
 from ziggurat.lowrank.pair import FactorPair
 
 from .beside import copy_tokenizer
@@ -59,14 +59,21 @@ def export_model(
     return _export(model, Path(out), adapter, serving, add)
 
 
-def _export(model: nn.Module, out: Path, adapter: str, serving: bool, add: Callable[[Path], Any]) -> Exported:
-    """`export_model`, with `add` to put files into the folder before it appears."""
+def _export(
+    model: nn.Module,
+    out: Path,
+    adapter: str,
+    serving: bool,
+    add: Callable[[Path], Any],
+    saved: Collection[str] | None = None,
+) -> Exported:
+    """`export_model`, with `add` to put files into the folder before it appears. `saved`: as in `other_tensors`."""
     # A pair of rank 0 (LoRA² has pruned all of it) changes nothing, and LoRA knows no rank 0.
     pairs = {path: pair for path, pair in lora_pairs(model, adapter).items() if pair.A.shape[0]}
     if not pairs:
         raise ExportError(f"adapter {adapter!r} has rank 0 everywhere: there is no update to write.")
     config = model.peft_config[adapter]  # type: ignore[index]
-    rest = other_tensors(model, adapter)
+    rest = other_tensors(model, adapter, saved)
     if serving:
         pairs = for_servers(pairs, rest)
     rank = max(pair.A.shape[0] for pair in pairs.values())
@@ -88,7 +95,9 @@ def _export(model: nn.Module, out: Path, adapter: str, serving: bool, add: Calla
 
 
 def export(adapter: str | Path, out: str | Path, *, serving: bool = False, base_model: str | None = None) -> Exported:
-    """Write the adapter in the folder `adapter` to `out` as plain LoRA. The base model's weights aren't needed.
+    """Write the adapter in the folder `adapter` to `out` as plain LoRA.
+
+    The base model's weights aren't needed, unless rows of its embedding train (`trainable_token_indices`).
 
     Raises:
         ConfigError: `adapter` is no adapter's folder, or its base model's config can't be found.
@@ -97,11 +106,16 @@ def export(adapter: str | Path, out: str | Path, *, serving: bool = False, base_
     config = adapter_config(adapter)
     if config.peft_type == PeftType.LORA:
         raise ExportError(f"{adapter} is a plain LoRA adapter already: use it as it is.")
-    model = load_adapter(adapter, load_base(adapter, base_model, on_meta=True))
+    # PEFT can't put rows that train beside an embedding without numbers.
+    on_meta = not getattr(config, "trainable_token_indices", None)
+    model = load_adapter(adapter, load_base(adapter, base_model, on_meta=on_meta))
     unused = check_complete(adapter, model)
     if unused:
         raise ExportError(f"{adapter} also holds {len(unused)} tensors with no place in its model ({unused[0]}, ...).")
-    return _export(model, Path(out), "default", serving, lambda folder: copy_tokenizer(Path(adapter), folder))
+    return _export(
+        *(model, Path(out), "default", serving, lambda folder: copy_tokenizer(Path(adapter), folder)),
+        saved=tensor_shapes(adapter),
+    )
 
 
 def _lora_config(model: nn.Module, config: Any, pairs: dict[str, FactorPair], rank: int) -> LoraConfig:
@@ -110,15 +124,19 @@ def _lora_config(model: nn.Module, config: Any, pairs: dict[str, FactorPair], ra
     different = {path: r for path, r in ranks.items() if r != rank}
     bias: Any = getattr(config, "bias", "none")
     first = base.get_submodule(next(iter(pairs)))
+    taken = [path for path in pairs if taken_for_experts(base, path)]
+    rest = [path for path in pairs if path not in taken]
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=_targets(base, pairs, getattr(config, "modules_to_save", None)),
+        target_modules=_targets(base, rest, getattr(config, "modules_to_save", None)),
+        target_parameters=[f"{path}.weight" for path in taken] or None,
         rank_pattern=dict(different),
         alpha_pattern=dict(different),
         bias="lora_only" if bias.endswith("_only") else bias,
         fan_in_fan_out=bool(getattr(first, "fan_in_fan_out", False)),
         modules_to_save=getattr(config, "modules_to_save", None),
+        trainable_token_indices=getattr(config, "trainable_token_indices", None),
         task_type=config.task_type,
         auto_mapping=config.auto_mapping,
         base_model_name_or_path=config.base_model_name_or_path,
@@ -127,7 +145,25 @@ def _lora_config(model: nn.Module, config: Any, pairs: dict[str, FactorPair], ra
     )
 
 
-def _targets(base: nn.Module, pairs: dict[str, FactorPair], whole: list[str] | None) -> list[str] | str:
+def taken_for_experts(base: nn.Module, path: str) -> bool:
+    """Whether PEFT takes a target module at `path` for one of the experts that transformers 5 has fused.
+
+    It goes by the last name (gate_proj, up_proj, down_proj) on some 30 types of models, and so loses dense layers and
+    shared experts. As a target parameter such a layer is what it is.
+    """
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # an older PEFT takes every name as it is
+        return False
+    lora = LoraConfig(target_modules=[path])
+    try:
+        convert_peft_config_for_transformers(lora, base, None)
+    except ValueError:  # one of two names that are fused into one
+        return True
+    return path not in (lora.target_modules or ())
+
+
+def _targets(base: nn.Module, pairs: Collection[str], whole: list[str] | None) -> list[str] | str:
     """What means exactly the adapted linears: their last names where they suffice, else whole paths, else a regex.
 
     `whole`: the modules_to_save, in which PEFT looks for no targets.

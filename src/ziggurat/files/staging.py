@@ -23,7 +23,7 @@ _TROUBLE = {
     errno.ENOTDIR: "a file stands where a folder should be",
     errno.EIO: "the disk reports an error",
 }
-#: Rust's words for the same numbers, as safetensors passes them on.
+#: How Rust writes the same error numbers, which safetensors passes on.
 _RUST = re.compile(r"os error (\d+)|\bcode: (\d+)")
 #: torch's writer keeps the number to itself; "unexpected pos" is what closing such a file says.
 _TORCH = ("PytorchStreamWriter failed writing", "unexpected pos")
@@ -48,6 +48,7 @@ def written_beside(target: Path) -> Iterator[Path]:
         try:
             yield folder
             folder.chmod(0o777 & ~_umask())
+            open_weights(folder)
             sync_tree(folder)
             if os.name == "nt" and target.is_dir():  # elsewhere a rename replaces an empty folder
                 target.rmdir()
@@ -97,6 +98,18 @@ def check_writable(path: Path) -> None:
             file.write(bytes(4096))
 
 
+def open_weights(folder: Path) -> None:
+    """Let the umask say who may read the weights in `folder`, as with other files: safetensors lets their owner alone.
+
+    What belongs to somebody else, and file systems without modes, stay as they are.
+    """
+    mode = 0o666 & ~_umask()
+    for file in folder.rglob("*.safetensors"):
+        with contextlib.suppress(PermissionError):
+            if not file.is_symlink():
+                file.chmod(mode)
+
+
 def sync_tree(folder: Path) -> None:
     """Make the disk hold the folder and all in it."""
     for path in folder.rglob("*"):
@@ -120,7 +133,7 @@ def sync(path: Path) -> None:
 def told_of_storage(place: Path | str, then: str = "") -> Iterator[None]:
     """Say StorageError, with the place, for what a full, read-only or forbidden disk raises in the block.
 
-    `then`: what is left and what to do, a sentence.
+    `then`: a sentence about the files that remain and what to do.
     """
     try:
         yield
@@ -138,14 +151,14 @@ def storage_trouble(error: BaseException | None) -> str | None:
     """What a disk had against a write, in words; None where the error is of another kind."""
     if error is None:
         return None
-    found = None
+    trouble = None
     if isinstance(error, OSError) and error.errno is not None:
-        found = _TROUBLE.get(error.errno)
+        trouble = _TROUBLE.get(error.errno)
     elif numbers := _RUST.search(str(error)):
-        found = _TROUBLE.get(int(numbers[1] or numbers[2]))
+        trouble = _TROUBLE.get(int(numbers[1] or numbers[2]))
     elif any(sign in str(error) for sign in _TORCH):
-        found = "the disk took only a part, as a full one does"
-    return found or storage_trouble(error.__cause__ or error.__context__)
+        trouble = "the disk took only a part, as a full one does"
+    return trouble or storage_trouble(error.__cause__ or error.__context__)
 
 
 def _umask() -> int:

@@ -1,7 +1,7 @@
 """Reading the folder of an adapter that anybody may have made: its own files only, and none that can't be what it says.
 
 Every check comes before the thing it guards: the size of a file before it is read, its form before a config is built
-from it, the numbers in a weights file before a model makes room for as many.
+from it, the sizes of the tensors in a weights file before a model makes room for them.
 """
 
 import json
@@ -16,13 +16,13 @@ from ziggurat.errors import ConfigError
 #: PEFT's names of an adapter's files, and the pickle that it would read where there are no safetensors.
 CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
-#: Bytes of a JSON file; the config of an adapter on 20,000 linears, each with a rank of its own, has 2 MiB.
+#: Bytes of a JSON file; the config of an adapter on 20,000 linear layers, each with a rank of its own, has 2 MiB.
 MOST_JSON = 8 * 2**20
 #: Bytes of what a run wrote of itself, with a line every few steps.
 MOST_RUN = 64 * 2**20
 #: Lists and dicts inside one another. Ours nest three deep.
 MOST_LEVELS = 32
-#: Bytes of the header of a weights file; one of 20,000 linears has 5 MiB.
+#: Bytes of the header of a weights file; one of 20,000 linear layers has 5 MiB.
 MOST_HEADER = 16 * 2**20
 FLOATING = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
@@ -68,18 +68,18 @@ def read_json(folder: str | Path, name: str, most: int = MOST_JSON) -> Any:
     if size > most:
         raise ConfigError(f"{path} has {size:,} bytes; at most {most:,} are read of such a file.")
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is no JSON: {error}.") from error
     except RecursionError as error:
         raise ConfigError(f"{path} nests lists and dicts deeper than {MOST_LEVELS} levels.") from error
-    check_depth(said, str(path))
-    return said
+    check_depth(content, str(path))
+    return content
 
 
-def check_depth(said: Any, where: str) -> None:
-    """Raise ConfigError if lists and dicts nest too deep in `said`, for what walks through them later."""
-    level, depth = [said], 0
+def check_depth(content: Any, where: str) -> None:
+    """Raise ConfigError if lists and dicts nest too deep in `content`, for what walks through them later."""
+    level, depth = [content], 0
     while level := [v for value in level for v in _inside(value)]:
         depth += 1
         if depth > MOST_LEVELS:
@@ -116,9 +116,11 @@ def check_folder(folder: str | Path) -> None:
         ConfigError: as `read_json` for the config, which must be a mapping; weights that are a pickle.
     """
     folder = Path(folder)
-    said = read_json(folder, CONFIG_NAME)
-    if not isinstance(said, dict):
-        raise ConfigError(f"{folder / CONFIG_NAME} holds a {type(said).__name__}; a config is a mapping of its fields.")
+    content = read_json(folder, CONFIG_NAME)
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{folder / CONFIG_NAME} holds a {type(content).__name__}; a config is a mapping of its fields."
+        )
     if (folder / WEIGHTS_NAME).exists() and not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
         raise ConfigError(
             f"{folder} holds its weights as {WEIGHTS_NAME}, a pickle, which can run code when it is read. Only "
@@ -127,14 +129,14 @@ def check_folder(folder: str | Path) -> None:
 
 
 def check_factors(folder: str | Path, prefix: str, other: frozenset[str]) -> int:
-    """How many numbers the weights file of `folder` holds of the method whose names have `prefix`.
+    """How many parameters the weights file of `folder` holds of the method whose names have `prefix`.
 
     `other`: last parts of names of tensors that are no factors.
 
     Raises:
         ConfigError: as `stored_tensors`; or a factor isn't of floating-point numbers.
     """
-    numbers = 0
+    parameters = 0
     for name, stored in stored_tensors(folder).items():
         if prefix not in name or name.rpartition(".")[2] in other:
             continue
@@ -146,8 +148,8 @@ def check_factors(folder: str | Path, prefix: str, other: frozenset[str]) -> int
         size = 1
         for side in stored.shape:
             size *= side
-        numbers += size
-    return numbers
+        parameters += size
+    return parameters
 
 
 def _inside(value: Any) -> Any:

@@ -1,11 +1,15 @@
 """The part of a saved adapter's model card that PEFT can't write: how to load it, and whom to cite."""
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig, TaskType
 
 from ziggurat._distribution import DISTRIBUTION
 from ziggurat.host.folder import AUTO_CLASSES
+from ziggurat.host.unwrap import unwrap
 
 BEGIN, END = "<!-- ziggurat: begin -->", "<!-- ziggurat: end -->"
 
@@ -21,6 +25,32 @@ def write_card(folder: Path, config: PeftConfig, library: str, citation: str) ->
     after = rest.partition(END)[2] if rest else ""
     section = _section(config, _loading(config, library), citation)
     path.write_text(f"{before.rstrip()}\n\n{section}\n{after.lstrip()}".lstrip(), encoding="utf-8")
+
+
+def keep_section() -> None:
+    """Let each Trainer class that is loaded put the section back when it has written a model card of its own."""
+    from transformers import Trainer
+
+    kinds: list[type] = [Trainer]
+    for kind in kinds:
+        kinds.extend(kind.__subclasses__())
+        writes = kind.__dict__.get("create_model_card")
+        if writes is not None and not hasattr(writes, "ziggurat"):
+            kind.create_model_card = _with_section(writes)  # type: ignore[attr-defined]
+
+
+def _with_section(writes: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(writes)
+    def create_model_card(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = writes(self, *args, **kwargs)
+        folder, model = Path(self.args.output_dir), self.accelerator.unwrap_model(self.model)
+        config = (getattr(model, "peft_config", None) or {}).get("default")
+        if hasattr(config, "citation") and self.is_world_process_zero() and (folder / "README.md").is_file():
+            write_card(folder, config, type(unwrap(model)[0]).__module__, config.citation)
+        return result
+
+    create_model_card.ziggurat = True  # type: ignore[attr-defined]
+    return create_model_card
 
 
 def _loading(config: PeftConfig, library: str) -> str:

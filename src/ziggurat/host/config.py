@@ -12,6 +12,7 @@ from peft.utils.other import get_pattern_key
 
 from ziggurat._distribution import VERSION
 from ziggurat.errors import ConfigError
+from ziggurat.files.staging import open_weights
 from ziggurat.files.untrusted import check_factors, check_folder, read_json
 from ziggurat.host.card import write_card
 from ziggurat.host.method import Method
@@ -47,6 +48,8 @@ class MethodConfig(PeftConfig):
     method: ClassVar[Method]
     #: Last parts of the names of tensors in the adapter's file that are no factors.
     no_factors: ClassVar[frozenset[str]] = frozenset()
+    #: What `init_weights` may be besides True and False.
+    named_inits: ClassVar[tuple[str, ...]] = ("gaussian",)
     #: Fields of LoRA's config that mean something else here, or nothing; why.
     not_from_lora: ClassVar[dict[str, str]] = {}
 
@@ -86,6 +89,9 @@ class MethodConfig(PeftConfig):
     alpha_pattern: dict[str, float] | None = field(default=None, metadata={"help": "Alphas of single target modules."})
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Rows of the embedding that train."}
+    )
+    blended: dict[str, int] | None = field(
+        default=None, metadata={"help": "Ranks of a sum of adapters, by path; not for the user to set."}
     )
     sites: dict[str, Any] | None = field(
         default=None, metadata={"help": "Where the adapter acts; not for the user to set."}
@@ -182,9 +188,10 @@ class MethodConfig(PeftConfig):
                 "loads: save the adapter with safe_serialization=True, PEFT's default, and remove that file."
             )
         super().save_pretrained(save_directory, **kwargs)
+        open_weights(folder)
         # PEFT gives the base's class along only while it saves.
         base_class = kwargs.get("auto_mapping_dict") or self.auto_mapping or {}
-        write_card(Path(save_directory), self, base_class.get("parent_library") or "", self.citation)
+        write_card(folder, self, base_class.get("parent_library") or "", self.citation)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -211,11 +218,11 @@ class MethodConfig(PeftConfig):
             ConfigError: they aren't, or the file holds no mapping.
         """
         path = Path(path_json_file)
-        said = read_json(path.parent, path.name)
-        if not isinstance(said, dict):
-            raise ConfigError(f"{path} holds a {type(said).__name__}; a config is a mapping of its fields.")
-        said.pop("runtime_config", None)
-        return said
+        content = read_json(path.parent, path.name)
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path} holds a {type(content).__name__}; a config is a mapping of its fields.")
+        content.pop("runtime_config", None)
+        return content
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -256,14 +263,18 @@ class MethodConfig(PeftConfig):
         check_flag("fan_in_fan_out", self.fan_in_fan_out)
         check_names("modules_to_save", self.modules_to_save)
         check_layers("layers_to_transform", self.layers_to_transform)
-        if not (isinstance(self.init_weights, bool) or self.init_weights == "gaussian"):
-            raise ConfigError(f"init_weights={shown(self.init_weights)}: True, False or 'gaussian'.")
+        if not (isinstance(self.init_weights, bool) or self.init_weights in self.named_inits):
+            *others, last = ("True", "False", *map(repr, self.named_inits))
+            raise ConfigError(f"init_weights={shown(self.init_weights)}: {', '.join(others)} or {last}.")
         allowed = ("none", "all", f"{self.method.name}_only")
         if self.bias not in allowed:
             raise ConfigError(
                 f"bias={shown(self.bias)}: 'none', 'all' or '{allowed[2]}' (the biases of the adapted linear layers)."
             )
         self._check_rank_pattern()
+        for path, rank in _pattern("blended", self.blended).items():
+            if not is_whole(rank, 1, MOST_RANK):
+                raise ConfigError(f"blended[{shown(path)}]={shown(rank)}: a rank of 1 to {MOST_RANK:,} is needed.")
         for path, alpha in _pattern("alpha_pattern", self.alpha_pattern).items():
             check_above_zero(f"alpha_pattern[{shown(path)}]", alpha)
 

@@ -29,7 +29,7 @@ def count(model: nn.Module, config: Any) -> int:
             f"target_modules={config.target_modules!r} matches no linear layer of {type(model).__name__}."
         )
     for site in sites.values():
-        if method.check is not None:
+        if method.check is not None and config.blended is None:
             method.check(config.at(site), site)
     config.check_sites(sites)
     return trainable(unique_specs(method, config.at, sites))

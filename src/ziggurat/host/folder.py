@@ -1,6 +1,8 @@
 """Reading an adapter's folder: its config, what its file holds, and the base model it belongs to."""
 
+import copy
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ from torch import nn
 from ziggurat.errors import ConfigError
 from ziggurat.files.untrusted import check_folder, own_file, read_json, stored_tensors
 from ziggurat.host.values import shown
+from ziggurat.host.vocabulary import base_name, fit_vocabulary
 
-#: What the last linear of a classification head is called in transformers' models.
-HEAD_WEIGHTS = ("classifier.weight", "classifier.out_proj.weight", "score.weight", "head.weight")
+#: A number of labels that is no other size of a model: where it stands in a shape stand the labels.
+_PROBE = 7919
+#: Tasks whose models have no labels.
+_NO_LABELS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM, TaskType.FEATURE_EXTRACTION)
 
 AUTO_CLASSES = {
     TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
@@ -79,8 +84,8 @@ def tensor_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
 def load_base(folder: str | Path, base_model: str | None = None, *, on_meta: bool = False, **kwargs: Any) -> nn.Module:
     """The base model of the adapter in `folder`, as the adapter's config names it or as `base_model` says.
 
-    `on_meta`: the architecture alone, without weights. The number of labels of a
-    classification head comes from the adapter's own file. Code that the base model's folder brings is never run, unless
+    `on_meta`: the architecture alone, without weights. How many labels a head has, and how many rows embeddings that
+    were resized, is seen from the adapter's file. Code that the base model's folder brings is never run, unless
     `trust_remote_code=True` is among `kwargs`.
 
     Raises:
@@ -93,21 +98,23 @@ def load_base(folder: str | Path, base_model: str | None = None, *, on_meta: boo
     auto = _auto_class(config, folder)
     import transformers
 
-    labels = _num_labels(folder)
+    saved = tensor_shapes(folder)
     extra: dict[str, Any] = {"trust_remote_code": kwargs.pop("trust_remote_code", False)}
-    if labels is not None and config.task_type == TaskType.SEQ_CLS:
-        extra["num_labels"] = labels
     try:
-        if not on_meta:
-            return auto.from_pretrained(name, **extra, **kwargs)
-        model_config = transformers.AutoConfig.from_pretrained(name, **extra)
-        with torch.device("meta"):
-            return auto.from_config(model_config) if hasattr(auto, "from_config") else auto(model_config)
+        if config.task_type not in _NO_LABELS:
+            extra |= _other_labels(auto, transformers.AutoConfig.from_pretrained(name, **extra), saved)
+        if on_meta:
+            model = _on_meta(auto, transformers.AutoConfig.from_pretrained(name, **extra))
+        else:
+            # The checkpoint's own head may have other labels; the adapter's file brings the one that was trained.
+            model = auto.from_pretrained(name, ignore_mismatched_sizes="num_labels" in extra, **extra, **kwargs)
     except OSError as error:
         raise ConfigError(
             f"the base model {name!r} of {folder} can't be loaded: {error}. Give the folder where it lies "
             "(base_model=, --base)."
         ) from error
+    fit_vocabulary(model, saved)
+    return model
 
 
 def load_adapter(folder: str | Path, base: nn.Module) -> PeftModel:
@@ -125,17 +132,29 @@ def _auto_class(config: PeftConfig, folder: str | Path) -> Any:
     library, name = (str(mapping.get(key, "")) for key in ("parent_library", "base_model_class"))
     # Only models of transformers: a config from elsewhere must not make other code run.
     if library.split(".")[0] == "transformers":
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and (
-            issubclass(found, transformers.PreTrainedModel) or name.startswith("AutoModel")
+        model_class = getattr(transformers, name, None)
+        if isinstance(model_class, type) and (
+            issubclass(model_class, transformers.PreTrainedModel) or name.startswith("AutoModel")
         ):
-            return found
+            return model_class
     raise ConfigError(
         f"{folder} doesn't say what task its model is for (task_type is empty and auto_mapping names "
         f"{name or 'no class'!r}). Load the base model yourself and use ziggurat.export.export_model."
     )
 
 
-def _num_labels(folder: str | Path) -> int | None:
-    heads = [shape for name, shape in tensor_shapes(folder).items() if name.endswith(HEAD_WEIGHTS)]
-    return heads[-1][0] if heads else None
+def _on_meta(auto: Any, config: Any) -> Any:
+    with torch.device("meta"):
+        return auto.from_config(config) if hasattr(auto, "from_config") else auto(config)
+
+
+def _other_labels(auto: Any, config: Any, saved: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The number of labels, if the head among `saved` (name -> shape in an adapter's file) has others than `config`."""
+    shapes = {base_name(name): shape for name, shape in saved.items()}
+    probe = copy.deepcopy(config)
+    probe.num_labels = _PROBE
+    for name, weight in _on_meta(auto, probe).named_parameters():
+        if _PROBE in weight.shape and len(shapes.get(name, ())) == weight.dim():
+            labels = shapes[name][list(weight.shape).index(_PROBE)]
+            return {} if labels == config.num_labels else {"num_labels": labels}
+    return {}

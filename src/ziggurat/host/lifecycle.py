@@ -5,19 +5,24 @@ import sys
 from collections.abc import Collection
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ziggurat.host.method import Method
+from ziggurat.host.method import Method, needs_steps
 from ziggurat.host.method_layer import MethodLayer
 
 from .unwrap import unwrap
 
 logger = logging.getLogger(__name__)
 
-#: Forward passes in training without a call of `step` before the user is told, once.
+#: Forward passes in training without a call of `step` before one warning.
 PATIENCE = 96
 
+
+#: An update whose outputs are smaller than this, for inputs of size 1, is nearly zero: LoRA has thirty times as much
+#: after ten steps at a rate of 1e-5.
+NEARLY_ZERO = 1e-5
 
 #: Names of methods whose `step` a Trainer calls for them; others bring a callback of their own.
 STEPPED: set[str] = set()
@@ -47,7 +52,7 @@ def step(
         if only is not None and method.name not in only:
             continue
         for adapter, config in adapters.items():
-            if method.step is not None and method.needs_steps is not None and method.needs_steps(config):
+            if method.step is not None and needs_steps(config):
                 method.step(root, adapter, config, step, total, optimizer)
     Watch.reset(root)
 
@@ -83,7 +88,7 @@ class Watch:
             return
         for method, adapters in _adapters(model).items():
             for adapter, config in adapters.items():
-                if method.needs_steps is not None and method.needs_steps(config):
+                if needs_steps(config):
                     logger.warning(
                         "%d training passes without a call of ziggurat.step(model, step, total): adapter %r of %s "
                         "stays as it is, though its config asks for changes during training. Call it after "
@@ -126,6 +131,35 @@ def check_something_trains(model: Any) -> None:
             "is_trainable=True, or call model.set_adapter(name).",
             ", ".join(names),
         )
+
+
+@torch.no_grad()
+def check_moves(model: Any, when: str, rate: float) -> None:
+    """Warn where the whole update of an adapter that trains is still nearly zero, `when` its warm-up is over.
+
+    The size of an update dW is ||dW||_F / sqrt(d_out), the root of the mean square of its outputs where the inputs are
+    independent with mean square 1. Nothing is said where FSDP2 shards the tensors.
+    """
+    if not isinstance(model, nn.Module):
+        return
+    sizes: dict[tuple[str, str], list[Tensor]] = {}
+    for layer in _root(model).modules():
+        if isinstance(layer, MethodLayer) and layer.method.pair is not None:
+            for adapter in set(layer.training_adapters()) & set(layer.adapters):
+                A, B = (half.detach().float() for half in layer.effective_pair(adapter))
+                if hasattr(A, "full_tensor") or hasattr(B, "full_tensor"):
+                    return
+                square = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)).clamp(min=0) / B.shape[-2]
+                sizes.setdefault((adapter, layer.method.card.shown), []).append(square.max().sqrt().cpu())
+    for (adapter, shown), of_sites in sizes.items():
+        size = float(torch.stack(of_sites).max())
+        if size < NEARLY_ZERO:
+            logger.warning(
+                "%s, the update of adapter %r (%s) is still nearly zero: for inputs of size 1 its outputs have size "
+                "%.1g at most. It hardly learns. Raise the learning rate (now %g), or choose another init_weights "
+                "where the method has one that starts faster.",
+                *(when, adapter, shown, size, rate),
+            )
 
 
 def watch_trainers() -> None:

@@ -58,6 +58,10 @@ class AdaptedLinear(MethodLayer, nn.Module):
         self.requantisation_error: float | None = None
         #: The weight as it was before anything was merged, while something is.
         self._unmerged: Tensor | None = None
+        #: Whether another module holds the base weight too, so that a merge must not change it in place.
+        self.shares_weight = False
+        #: That parameter, in a tuple, while a merge has taken the two apart.
+        self._tied: tuple[nn.Parameter, ...] = ()
 
     def weight_of_base(self, path: str) -> Weight:
         """The frozen weight, (d_out, d_in), for an initialisation that starts from it."""
@@ -155,6 +159,9 @@ class AdaptedLinear(MethodLayer, nn.Module):
                 before = base.weight.data if self._unmerged is None else self._unmerged.to(base.weight.device)
                 summed = self._with_updates(before, [*self.merged_adapters, adapter])
                 _check_finite(summed, adapter, safe_merge)
+                if self.shares_weight and not self._tied:
+                    self._tied = (base.weight,)
+                    base.weight = nn.Parameter(summed, requires_grad=base.weight.requires_grad)
                 self._unmerged, base.weight.data = before, summed
             self.merged_adapters.append(adapter)
 
@@ -162,8 +169,12 @@ class AdaptedLinear(MethodLayer, nn.Module):
     def unmerge(self) -> None:
         """Give W back as it was, bitwise; a quantised W comes back up to rounding."""
         if self._unmerged is not None:
-            weight: Any = self.get_base_layer().weight
-            weight.data, self._unmerged = self._unmerged.to(weight.device), None
+            base: Any = self.get_base_layer()
+            if self._tied:
+                base.weight, self._tied = self._tied[0], ()
+            else:
+                base.weight.data = self._unmerged.to(base.weight.device)
+            self._unmerged = None
             self.merged_adapters.clear()
         if (bank := self.__dict__.get(BANK)) is not None:
             bank.unmerge()  # it only notes which adapters are merged

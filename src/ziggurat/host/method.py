@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.site import Site
-from ziggurat.host.tensors import TensorSpec
+from ziggurat.host.tensors import TensorSpec, low_rank
 from ziggurat.lowrank.pair import FactorPair
 
 Stored = Mapping[str, Tensor]
@@ -56,7 +56,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Card:
-    """What is said of a method to people.
+    """What tables, pages and messages say of a method.
 
     `shown`: its name in tables. `paper`: its number at arXiv. `about`: one line for the list of methods. `citation`:
     BibTeX. `merges`: its updates can be added to weights, and so exported as plain LoRA.
@@ -138,11 +138,18 @@ class Method:
 METHODS: dict[str, Method] = {}
 
 
+def needs_steps(config: Any) -> bool:
+    """Whether training with this config needs `ziggurat.step`; never for another library's config or a blend."""
+    method = method_of(config)
+    if method is None or method.needs_steps is None or config.blended is not None:
+        return False
+    return method.needs_steps(config)
+
+
 def does_at_steps(config: Any) -> str:
     """What training with this config does at its steps with gradients or weights, in words; "" if nothing."""
     method = method_of(config)
-    needs = method is not None and method.needs_steps is not None and method.needs_steps(config)
-    return method.step_does if method is not None and needs else ""
+    return method.step_does if method is not None and needs_steps(config) else ""
 
 
 def registered(peft_type: str) -> Method:
@@ -157,11 +164,14 @@ def method_of(config: Any) -> Method | None:
 
 
 def specs_of(method: Method, config: Any, site: Site) -> dict[str, TensorSpec]:
-    """What `tensors` gives for `site`, checked.
+    """What `tensors` gives for `site`, checked; for a blend, whatever the method, A and B of its rank there.
 
     Raises:
-        ConfigError: a key or shared name that can't be part of a parameter's name, or a side below 1.
+        ConfigError: a key or shared name that can't be part of a parameter's name, or a side below 0.
     """
+    if config.blended is not None:
+        rank = config.at_path(config.blended, site, 0)
+        return low_rank(rank, site.d_in, site.d_out, True) if rank else {}
     specs = method.tensors(config, site)
     for key, spec in specs.items():
         leaf = spec.leaf(key)
@@ -175,9 +185,24 @@ def specs_of(method: Method, config: Any, site: Site) -> dict[str, TensorSpec]:
     return specs
 
 
+def pair_of(method: Method, config: Any, site: Site, stored: Stored, context: Context = EVALUATION) -> FactorPair:
+    """The pair of a site: the method's own, or the stored one of a blend."""
+    if config.blended is not None:
+        return FactorPair(stored["A"], stored["B"])
+    assert method.pair is not None
+    return method.pair(config, site, stored, context)
+
+
+def parts_of(method: Method, config: Any, site: Site, stored: Stored) -> list[Part]:
+    """The named parts of a site's update; the update itself where the method names none."""
+    if method.parts is None or config.blended is not None:
+        return [Part(method.name, pair_of(method, config, site, stored), tuple(stored))]
+    return method.parts(config, site, stored)
+
+
 def redirected(method: Method, config: Any, site: Site) -> dict[str, tuple[bool, str]]:
     """Key -> (True: it is shared, leaf name) of the keys that read another tensor now than `tensors` gives them."""
-    if method.reads is None:
+    if method.reads is None or config.blended is not None:
         return {}
     return {key: (True, f"{shared}:{key}") for key, shared in method.reads(config, site).items()}
 

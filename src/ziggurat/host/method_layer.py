@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ziggurat.host.bank import Bank
 from ziggurat.host.draws import Draws
-from ziggurat.host.method import EVALUATION, Context, Method, redirected
+from ziggurat.host.method import EVALUATION, Context, Method, pair_of, redirected
 from ziggurat.host.site import Site
 from ziggurat.host.tensors import Factors, TensorSpec, Weight, draw
 from ziggurat.lowrank.pair import FactorPair
@@ -128,8 +128,7 @@ class MethodLayer(BaseTunerLayer):
 
     def effective_pair(self, adapter: str, context: Context = EVALUATION) -> FactorPair:
         """The one pair that says all of `adapter`'s update here: A (rank, d_in), B (d_out, rank), scale folded in."""
-        assert self.method.pair is not None
-        return self.method.pair(self.configs[adapter], self.sites[adapter], self.stored(adapter), context)
+        return pair_of(self.method, self.configs[adapter], self.sites[adapter], self.stored(adapter), context)
 
     def dropout(self, adapter: str) -> float:
         """The probability that an input of `adapter`'s update is dropped in training."""

@@ -3,7 +3,7 @@
 transformers 5.23 renames gradient checkpointing to activation checkpointing. PEFT 0.21 has an error class of its own
 for targets that match nothing, which was a ValueError before. PEFT 0.20 has backends that read and write quantised
 weights; before it, quantised linear layers train by their own forward, and nothing is merged into them. torch 2.8 tells
-what autograd's saved tensors meet; before it, a checkpoint between linears that read one input would go unseen.
+what autograd's saved tensors meet; before it, a checkpoint between linear layers that read one input would go unseen.
 """
 
 from functools import cache
@@ -14,6 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.method import needs_steps
 
 if TYPE_CHECKING:
     from peft.utils.error import NoMatchingPeftModuleError
@@ -56,7 +57,7 @@ else:
             """No backend reads or changes quantised weights in this PEFT."""
 
 
-#: Whether linears that read one input can go down together, see siblings.py.
+#: Whether linear layers that read one input can go down together, see siblings.py.
 SHARES = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -76,8 +77,7 @@ def check_saved_whole(config: Any) -> None:
     if hasattr(BaseTuner, "_get_adapter_state_dict"):
         return
     lost = [f"bias={config.bias!r}"] if config.bias != "none" else []
-    needs = config.method.needs_steps
-    if config.no_factors and not config.inference_mode and needs is not None and needs(config):
+    if config.no_factors and not config.inference_mode and needs_steps(config):
         asked = [f"{name}={getattr(config, name)}" for name in config.method.step_fields if getattr(config, name)]
         lost += asked or ["the sharing that training changes"]
     if lost:

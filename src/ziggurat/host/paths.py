@@ -88,15 +88,15 @@ class PathLayer(MethodLayer, nn.Module):
 
     def inputs(self, x: Tensor) -> list[Input]:
         """For each adapter with a path ending here the input of its span; `x` is the layer's own."""
-        found = []
+        inputs = []
         for adapter, span in self.covers.items():
             if span is not None and span.last == self.layer:
                 read = self._handover.take((adapter, span.last)) if span.length > 1 else x
                 if read is not None:
-                    found.append(Input(adapter, read))
+                    inputs.append(Input(adapter, read))
                 elif adapter in self.active_adapters:
                     raise RuntimeError(_lacks(span, self.layer, RECOMPUTED))
-        return found
+        return inputs
 
     def forward(self, y: Tensor, inputs: list[Input], adapter_names: list[str] | None = None) -> Tensor:
         """`y`, the layer's output, with the paths of the active adapters added."""

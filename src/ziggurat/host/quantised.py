@@ -1,4 +1,4 @@
-"""Linears with quantised weights: how to read and change one, and what changing it costs."""
+"""Linear layers with quantised weights: how to read and change one, and what changing it costs."""
 
 import logging
 from collections.abc import Iterable, Iterator

@@ -28,11 +28,10 @@ def check_fused_mixers(model: nn.Module, sites: Mapping[str, Site]) -> None:
             )
 
 
-def remark(model: nn.Module, sites: Mapping[str, Site], all_linear: bool) -> None:
-    """Log what stays frozen though "all-linear" sounds like all, and what a merge would change besides.
+def remark(model: nn.Module, all_linear: bool) -> None:
+    """Log what stays frozen though "all-linear" sounds like all.
 
-    Experts of transformers' mixtures are one parameter of three dimensions, no linear layers. A linear layer that is
-    tied to another module (an output layer to the embedding) changes it along when the adapter is merged.
+    Experts of transformers' mixtures are one parameter of three dimensions, no linear layers.
     """
     if all_linear:
         experts = {name: p.numel() for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name}
@@ -42,14 +41,4 @@ def remark(model: nn.Module, sites: Mapping[str, Site], all_linear: bool) -> Non
                 "target_modules='all-linear' adapts linear layers, and %d experts' parameters of this model are none "
                 "(%s, ...): they stay frozen, %.0f%% of the model's parameters.",
                 *(len(experts), next(iter(experts)), 100 * share),
-            )
-    weights = {path: getattr(model.get_submodule(path), "weight", None) for path in sites}
-    named = {id(p): name for name, p in model.named_parameters()}  # a tied parameter under its first name
-    for path, weight in weights.items():
-        first = named.get(id(weight), "").removesuffix(".weight").removesuffix(".base_layer")
-        if first and first != path:
-            logger.warning(
-                "%s shares its weight with %s: merging the adapter changes both. Keep the adapter beside the model, or "
-                "untie them (tie_word_embeddings=False) before training.",
-                *(path, first),
             )

@@ -1,4 +1,4 @@
-"""Adapted linears of one parent that read the same input, such as queries, keys and values: they go down together.
+"""Adapted linear layers of one parent that read the same input (queries, keys and values) go down together.
 
 The first one called multiplies the input by the A factors of all of them and keeps the others' products for their
 calls, a moment later. So one dropout mask serves them all, x is dropped out once in the forward and once in the
@@ -23,7 +23,7 @@ from ziggurat.lowrank.product import can_share, down
 if TYPE_CHECKING:
     from ziggurat.host.linear import AdaptedLinear
 
-#: Names of linears in one module that read one input. A name that is missing here costs the saving, nothing else.
+#: Names of linear layers in one module that read one input. A name that is missing here costs the saving, nothing else.
 READ_THE_SAME = (
     ("q", "k", "v"),
     ("query", "key", "value"),
@@ -83,7 +83,10 @@ def _reference(hook: object) -> object:
 
 
 class _InFlight:
-    """Products that wait for their linears' calls: for one x of one adapter, one set a thread. Copies are empty."""
+    """Products that wait for the calls of their linear layers: one set for one x of one adapter and thread.
+
+    Copies are empty.
+    """
 
     def __init__(self) -> None:
         self._local = threading.local()
@@ -97,10 +100,10 @@ class _InFlight:
         if of() is not x or circumstances != _Circumstances.of(x):
             self._local.__dict__.pop(adapter, None)
             return None
-        found = waiting.pop(id(linear), None)
+        product = waiting.pop(id(linear), None)
         if not waiting:
             del self._local.__dict__[adapter]
-        return found if found is None or found.state == linear.state_of(adapter) else None
+        return product if product is None or product.state == linear.state_of(adapter) else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_InFlight":
         return _InFlight()
@@ -110,7 +113,7 @@ class _InFlight:
 
 
 class Siblings:
-    """The adapted linears of one parent whose names stand in one row of `READ_THE_SAME`."""
+    """The adapted linear layers of one parent whose names stand in one row of `READ_THE_SAME`."""
 
     def __init__(self) -> None:
         self.members: list[AdaptedLinear] = []
@@ -151,7 +154,7 @@ class Siblings:
 
 
 def introduce(parent: nn.Module, path: str, kind: "type[AdaptedLinear]") -> None:
-    """Let the linears of `kind` in `parent` share, where their names say so; `path` is that of one of them."""
+    """Let the linear layers of `kind` in `parent` share, where their names say so; `path` is that of one of them."""
     if _ACROSS.search(path) or not SHARES:
         return
     for row in READ_THE_SAME:

@@ -1,8 +1,10 @@
-"""The residual stream: which argument of a transformer layer it is, and how wide."""
+"""The residual stream: which argument of a transformer layer it is, how wide, and which lists are of layers."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from ziggurat.errors import ConfigError
@@ -31,11 +33,12 @@ def stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     )
 
 
-def stream_width(layer: nn.Module) -> int | None:
+def stream_width(layer: nn.Module, hidden_size: int | None = None) -> int | None:
     """d of the residual stream that `layer` reads and writes, seen from its shapes; None where they don't tell.
 
     It is an input size of a linear and an output size of one, and the size that most norms have: attention
-    heads and inner layers of experts have other sizes on one of these counts.
+    heads and inner layers of experts have other sizes on one of these counts. `hidden_size`: what the model's config
+    calls so, which is right where a norm has this size too (MobileBERT has more norms in its bottlenecks).
     """
     ins: dict[int, int] = {}
     outs: dict[int, int] = {}
@@ -53,6 +56,22 @@ def stream_width(layer: nn.Module) -> int | None:
             if isinstance(weight, Tensor) and weight.dim() == 1:
                 norms[len(weight)] = norms.get(len(weight), 0) + 1
     both = ins.keys() & outs.keys()
+    if hidden_size in both and hidden_size in norms:
+        return hidden_size
     if not both:
         return None
     return max(both, key=lambda size: (norms.get(size, 0), min(ins[size], outs[size]), ins[size], -size))
+
+
+def are_layers(model: nn.Module, stacks: Mapping[str, Sequence[str]]) -> set[str]:
+    """Which of `stacks` (path -> paths of its members) are lists of transformer layers, by transformers' own mark.
+
+    Layers of its models can be checkpointed; what repeats beside them (the mergers of Qwen3-VL's vision) can't, and
+    needn't keep the shape of its input. Where no member is marked, all stacks count.
+    """
+    marked = {
+        stack
+        for stack, layers in stacks.items()
+        if any(isinstance(model.get_submodule(path), GradientCheckpointingLayer) for path in layers)
+    }
+    return marked or set(stacks)

@@ -1,4 +1,4 @@
-"""Which versions of PEFT and transformers work, which of them only in part, and what is said of each at import.
+"""Which versions of PEFT and transformers work, which of them only in part, and the warning that each gives at import.
 
 The methods stand on private parts of both packages. `tested.json` holds the pairs that `.ci/versions` has run, and
 what does not work under each. An older version than the oldest tested one is refused; a newer one than the newest gets
@@ -116,16 +116,16 @@ def check_versions() -> None:
                 f"{package} {version} is installed, and ziggurat works with {package}>={LOWEST[package]}: "
                 f"pip install '{package}>={LOWEST[package]}'."
             )
-    said = [
+    remarks = [
         f"{package} {version} is newer than {newest(package)}, the newest version that ziggurat was tested with. What "
         "does not work may fail far from its cause; `ziggurat doctor` shows the tested versions."
         for package, version in installed().items()
         if package != "torch" and untested(package, version)
     ]
     if (limited := limits()) is not None:
-        said.append(limited)
+        remarks.append(limited)
         _explain()
-    for text in said:
+    for text in remarks:
         if os.environ.get(STRICT, "") not in ("", "0"):
             raise VersionError(f"{text} ({STRICT} is set, so this is an error.)")
         warnings.warn(text, VersionWarning, stacklevel=3)

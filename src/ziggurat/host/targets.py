@@ -1,4 +1,4 @@
-"""Which linears to adapt where the user names none, and which names were nearly right."""
+"""Which linear layers to adapt where the user names none, and which names were nearly right."""
 
 import difflib
 import re
@@ -27,7 +27,7 @@ DEFAULT_TARGETS: dict[str, list[str] | str] = {
     **{model_type: ["query", "value"] for model_type in _BERT_LIKE},
     **{model_type: ["q_proj", "v_proj"] for model_type in _LLAMA_LIKE},
     "distilbert": ["q_lin", "v_lin"],
-    "gemma3": r".*language_model\..*\.(q_proj|v_proj)",  # the vision tower has linears of the same names
+    "gemma3": r".*language_model\..*\.(q_proj|v_proj)",  # the vision tower has linear layers of the same names
     "modernbert": ["Wqkv"],
     "mpnet": ["q", "v"],
     "persimmon": ["query_key_value"],
@@ -38,7 +38,7 @@ DEFAULT_TARGETS: dict[str, list[str] | str] = {
     **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
 }
 """model_type -> target_modules. PEFT's own table decides, so that methods and LoRA adapt the same
-linears; what it lacks is filled in by its rule, queries and values or the projection that holds both."""
+linear layers; what it lacks is filled in by its rule, queries and values or the projection that holds both."""
 
 
 def targets(config: Any, path: str) -> Any:
@@ -52,9 +52,9 @@ def near_misses(wanted: str | Iterable[str], model: nn.Module, limit: int = 6) -
     """The module names of `model` nearest to target names that matched nothing, best first.
 
     `wanted` is PEFT's `target_modules`: names, or one regular expression, of which the words are
-    compared. A name of n components is compared with the last n components of each path, linears
+    compared. A name of n components is compared with the last n components of each path, linear layers
     first and other modules where no linear is near. Where nothing is near either, the names of the
-    linears are given, the most alike first: they are what can be adapted.
+    linear layers are given, the most alike first: they are what can be adapted.
     """
     names = re.findall(r"\w+(?:\.\w+)*", wanted) if isinstance(wanted, str) else sorted(wanted)
     nodes = [node for node in bare_tree(unwrap(model)[0]).walk() if node.path]

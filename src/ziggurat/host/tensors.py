@@ -96,7 +96,7 @@ class TensorSpec:
     `shared`: "" for a tensor of this site alone; otherwise a name without dots, and all sites that give a tensor of
     this name and key share one. `trainable`: False keeps it as drawn; it is stored all the same.
     `seed`: the tensor is frozen and never stored: whoever loads the adapter draws it again from this seed, with torch's
-    generator of the CPU.
+    generator of the CPU. `up`: it lies on the output side, as LoRA's B; LoRA+ has a rate for such.
     """
 
     shape: tuple[int, ...]
@@ -104,6 +104,7 @@ class TensorSpec:
     shared: str = ""
     trainable: bool = True
     seed: int | None = None
+    up: bool = False
 
     @property
     def trains(self) -> bool:
@@ -137,7 +138,7 @@ def low_rank(
     up = kaiming if init_weights is False else zeros
     return {
         f"A{suffix}": TensorSpec((rank, d_in), down, shared),
-        f"B{suffix}": TensorSpec((d_out, rank), up, shared),
+        f"B{suffix}": TensorSpec((d_out, rank), up, shared, up=True),
     }
 
 

@@ -2,27 +2,29 @@
 
 import copy
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
 )
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Anatomy
 from ziggurat.host.bank import Bank
+from ziggurat.host.blend import add_blend, check_request
 from ziggurat.host.draws import Draws
 from ziggurat.host.lifecycle import Watch, step_in_trainers, watch_trainers
 from ziggurat.host.linear import AdaptedLinear, features, is_adaptable
-from ziggurat.host.method import EVALUATION, Method, specs_of, unique_specs
+from ziggurat.host.method import Method, needs_steps, pair_of, specs_of, unique_specs
 from ziggurat.host.method_layer import MethodLayer
 from ziggurat.host.names import RenamesOnLoad, current_names
 from ziggurat.host.older import NoMatchingPeftModuleError, as_no_match, check_saved_whole
@@ -33,6 +35,8 @@ from ziggurat.host.site import Site, body_name
 from ziggurat.host.sites_table import to_table
 from ziggurat.host.targets import DEFAULT_TARGETS, near_misses, targets
 from ziggurat.host.tensors import Weight, check_pair
+from ziggurat.host.tied import note_shared, note_untied
+from ziggurat.host.vocabulary import grown_beside_adapters
 
 #: An adapter may ask for this many parameters whatever its file holds: 256 MiB in float32.
 UNCHECKED = 2**26
@@ -65,13 +69,13 @@ class MethodTuner(BaseTuner):
 
     def _check_site(self, config: Any, site: Site) -> None:
         """Raise ConfigError where the method can't work at `site`, or its two functions don't fit each other."""
-        if self.method.check is not None:
+        if self.method.check is not None and config.blended is None:
             self.method.check(config, site)
         if self.method.pair is not None:
             specs = specs_of(self.method, config, site)
             if all(spec.size for spec in specs.values()):
                 stored = {key: _on_meta(spec.shape) for key, spec in specs.items()}
-                pair = self.method.pair(config, site, stored, EVALUATION)
+                pair = pair_of(self.method, config, site, stored)
                 check_pair(pair, site.d_in, site.d_out, f"{self.method.card.shown} at {site.path!r}")
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
@@ -90,7 +94,7 @@ class MethodTuner(BaseTuner):
         check_stored(config, sum(spec.size for spec in specs.values() if spec.seed is None))
         check_saved_whole(config)
         if self.method.sites is None:
-            remark(model, self.sites, all_linear)
+            remark(model, all_linear)
         config.sites = to_table(self.sites)
         layers: list[Any] = [module for module in model.modules() if isinstance(module, self.tuner_layer_cls)]
         for layer in layers:
@@ -115,8 +119,7 @@ class MethodTuner(BaseTuner):
             self.sites = None
         RenamesOnLoad.start(self.model, self.method)
         watch_trainers()
-        needs = self.method.needs_steps
-        if needs is not None and needs(self.peft_config[adapter_name]):
+        if needs_steps(self.peft_config[adapter_name]):
             Watch.start(self.model)
             if type(self).inject_adapter is MethodTuner.inject_adapter:
                 step_in_trainers(self.method)
@@ -152,7 +155,7 @@ class MethodTuner(BaseTuner):
         specs = specs_of(self.method, here, site)
         bank = self.bank_cls.at_root(self.model) if any(spec.shared for spec in specs.values()) else None
         draws = None
-        if self.method.draw is not None:
+        if self.method.draw is not None and config.blended is None:
             draws = Draws.start(self.model, self.method)
             draws.configs[adapter] = config
         device, dtype = layer.home()
@@ -168,6 +171,18 @@ class MethodTuner(BaseTuner):
             for module in self.model.modules():
                 if isinstance(module, self.tuner_layer_cls) and adapter_name in module.stores:
                     module.stores[adapter_name].widen()
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return own | grown_beside_adapters(model, config, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -186,7 +201,9 @@ class MethodTuner(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         # First of all the method's own refusal: a quantised weight's says to merge elsewhere.
         self._check_merge_allowed()
-        with changing(self._reached(adapter_names), "merged into"):
+        reached = self._reached(adapter_names)
+        note_shared(self.model, (layer for _, layer in reached))
+        with changing(reached, "merged into"):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
@@ -211,6 +228,7 @@ class MethodTuner(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_merge_allowed()
+            note_shared(self.model, (layer for _, layer in self._reached(adapter_names)))
         with changing(self._reached(adapter_names), "merged into") if merge else nullcontext():
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if self.bank_cls.of(model) is not None:
@@ -218,6 +236,7 @@ class MethodTuner(BaseTuner):
         Draws.stop(model, self.method)
         Watch.stop(model)
         RenamesOnLoad.stop(model, self.method)
+        note_untied(model)
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -239,21 +258,36 @@ class MethodTuner(BaseTuner):
                     module.forget(adapter)
             raise
 
-    def blend_whole_modules(self, adapters: Sequence[str], weights: Sequence[float], adapter: str) -> None:
-        """Give `adapter` the modules that `adapters` train whole: H + sum_i w_i (H_i - H) with H the base model's."""
-        for module in self.model.modules():
-            if not isinstance(module, ModulesToSaveWrapper) or not any(a in module.modules_to_save for a in adapters):
-                continue
-            module.update(adapter)
-            base = dict(module.original_module.named_parameters())
-            trained = [
-                dict(module.modules_to_save[a].named_parameters()) for a in adapters if a in module.modules_to_save
-            ]
-            used = [w for a, w in zip(adapters, weights, strict=True) if a in module.modules_to_save]
-            for name, blended in module.modules_to_save[adapter].named_parameters():
-                moved = [w * (whole[name] - base[name]) for w, whole in zip(used, trained, strict=True)]
-                blended.data.copy_(base[name] + sum(moved))
-                blended.requires_grad_(False)
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter that combines others, as PEFT's LoRA does; `blend.combined` says how.
+
+        "linear" and "cat" are the exact weighted sum of the updates, by ranks that add up. The adapters may differ in
+        targets and ranks. A module that some of them train whole becomes H + sum_i w_i (H_i - H), H the base model's.
+
+        Raises:
+            ValueError: an unknown adapter or combination, lists of unequal length, paths around different layers, or
+                no density where one is needed. No adapter is added then.
+        """
+        if adapter_name in self.peft_config:
+            return
+        if self.method.pair is None:
+            raise ValueError(f"{self.method.card.shown} makes no low-rank update, and can't be combined with weights.")
+        kind = check_request(self.peft_config, adapters, weights, combination_type)
+        options = {"rank": svd_rank, "density": density, "majority_sign_method": majority_sign_method}
+        self._add_combined(adapters, weights, adapter_name, kind, **options)
+
+    def _add_combined(self, adapters: list[str], weights: list[float], adapter: str, kind: str, **options: Any) -> None:
+        add_blend(self, adapters, weights, adapter, kind, **options)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
@@ -370,8 +404,6 @@ def check_stored(config: Any, parameters: int) -> None:
 
 
 def _on_meta(shape: tuple[int, ...]) -> Tensor:
-    import torch
-
     return torch.empty(shape, device="meta")
 
 

@@ -15,7 +15,7 @@ from torch import Size, nn
 
 @dataclass
 class Node:
-    """A module of the bare model, with its children."""
+    """A module of the unwrapped model, with its children."""
 
     path: str
     module: nn.Module
@@ -34,10 +34,10 @@ class Node:
 
     def shapes(self) -> dict[str, Size]:
         """The shape of every weight of this module and those below, by its path from here."""
-        found = {name: weight.shape for name, weight in self.module._parameters.items() if weight is not None}
+        shapes = {name: weight.shape for name, weight in self.module._parameters.items() if weight is not None}
         for name, child in self.children.items():
-            found |= {f"{name}.{inner}": shape for inner, shape in child.shapes().items()}
-        return found
+            shapes |= {f"{name}.{inner}": shape for inner, shape in child.shapes().items()}
+        return shapes
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, str]:
@@ -50,7 +50,7 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def look_through(module: nn.Module) -> nn.Module | None:
-    """The module of the bare model that `module` wraps, or `module` itself; None where it wraps nothing."""
+    """The module of the unwrapped model that `module` wraps, or `module` itself; None where it wraps nothing."""
     while True:
         if isinstance(module, AuxiliaryTrainingWrapper):
             module = module.original_module
@@ -64,7 +64,7 @@ def look_through(module: nn.Module) -> nn.Module | None:
 
 
 def bare_tree(module: nn.Module, path: str = "", above: frozenset[int] = frozenset()) -> Node:
-    """The tree of the bare model's modules. `above` holds the ids of the ancestors, to end cycles."""
+    """The tree of the unwrapped model's modules. `above` holds the ids of the ancestors, to end cycles."""
     node = Node(path, module)
     above = above | {id(module)}
     for name, child in module._modules.items():
@@ -75,7 +75,7 @@ def bare_tree(module: nn.Module, path: str = "", above: frozenset[int] = frozens
 
 
 def bare_path(model: nn.Module, path: str) -> str | None:
-    """The path in the bare model of the module or parameter at `path` of `model`; None where nothing is.
+    """The path in the unwrapped model of the module or parameter at `path` of `model`; None where nothing is.
 
     "q.base_layer" and "q.lora_A.default" are "q"; what an adapter put beside the modules of a layer
     has the path of the layer.

@@ -1,15 +1,22 @@
-"""The callbacks that ride along in every Trainer: a look at what trains, and `step`. They load its module."""
+"""The callbacks that ride along in every Trainer: a look at what trains and moves, and `step`. They load its module."""
 
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ziggurat.host.lifecycle import STEPPED, Watch, check_something_trains, step
+from ziggurat.host.card import keep_section
+from ziggurat.host.lifecycle import STEPPED, Watch, check_moves, check_something_trains, step
 
 
 class TrainingWatch(TrainerCallback):
-    """Says so where no parameter of an adapter trains. Rides along in every Trainer."""
+    """Warns where no parameter of an adapter trains and where it hardly moves, and keeps the model card's section.
+
+    Rides along in every Trainer.
+    """
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        keep_section()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -20,6 +27,10 @@ class TrainingWatch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         Watch.reset(model)
+        warmup, total = args.get_warmup_steps(state.max_steps), state.max_steps
+        # Some steps at the full rate, so that even a run without warm-up has begun to move.
+        if state.global_step == warmup + max(5, total // 20):
+            check_moves(model, f"at step {state.global_step} of {total}, after the warm-up", args.learning_rate)
 
 
 class StepCallback(TrainerCallback):

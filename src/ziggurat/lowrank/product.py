@@ -56,7 +56,7 @@ def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.
 
 
 def can_share(x: Tensor, A: Tensor) -> bool:
-    """Whether linears that read this x should take `down` together, and then `up_add` each.
+    """Whether linear layers that read this x should take `down` together, and then `up_add` each.
 
     Not for tensor subclasses; and the caller must see to it that torch isn't following the operations (`transformed`).
     """
@@ -116,7 +116,7 @@ def _fused() -> ModuleType | None:
 def down(x: Tensor, As: Sequence[Tensor], dropout: float = 0.0) -> tuple[Tensor, ...]:
     """``dropout(x) A_i^T`` for each A_i (rank_i, d_in), as (tokens, rank_i): x is dropped out once, and read once.
 
-    The dtypes are those of `low_rank_add`. The As have one dtype and go to linears that read the same x: its mask is
+    The dtypes are those of `low_rank_add`. The As have one dtype and go to linear layers that read the same x: its mask is
     drawn and kept once, and dL/dx is made once, where each linear alone would do so for itself.
     """
     dtype = _product_dtype(x, As[0])
@@ -160,7 +160,7 @@ class _Down(torch.autograd.Function):
     def backward(ctx: Any, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, mask, *As = ctx.saved_tensors
         need_x, need_A = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
-        asked = [i for i, dh in enumerate(dhs) if dh is not None]  # linears that did run
+        asked = [i for i, dh in enumerate(dhs) if dh is not None]  # linear layers that did run
         if not asked:
             return (None,) * (4 + len(As))
         dh = plain_product.joined([dhs[i] for i in asked], dim=1)  # type: ignore[misc]

@@ -43,7 +43,7 @@ class LoRAXSConfig(MethodConfig):
     """Config of LoRA-XS (arXiv 2405.17604): r^2 trainable parameters for each linear layer.
 
     A and B are stored with the adapter, because a singular value decomposition isn't bitwise the same on another
-    machine: its file holds r (d_in + d_out + r) numbers for each linear layer, a little more than LoRA's.
+    machine: its file holds r (d_in + d_out + r) values for each linear layer, a little more than LoRA's.
 
     Args:
         init_weights: "gaussian": R is normal with standard deviation 1e-5, as in the paper. True: R = 0, so that a

@@ -69,7 +69,7 @@ def tensors(config: TiedLoRAConfig, site: Site) -> dict[str, TensorSpec]:
         zero, vector = "", _around_one
 
     def spec(key: str, shape: tuple[int, ...], init: Init, shared: str = "") -> TensorSpec:
-        return TensorSpec(shape, zeros if key == zero else init, shared, key in config.trained)
+        return TensorSpec(shape, zeros if key == zero else init, shared, key in config.trained, up=key in "Bv")
 
     return {
         "A": spec("A", (config.r, site.d_in), matrix, site.kind),

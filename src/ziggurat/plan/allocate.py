@@ -1,8 +1,8 @@
-"""How many ranks each tier deserves, and where the groups should end: pure functions of measured numbers.
+"""How many ranks each tier deserves, and where the groups should end: pure functions of measurements.
 
-Symbols: tier t holds P_t pairs, so one rank of it costs c_t = sum over its pairs of (d_in + d_out); gain g_t[k] is what
-its k-th direction is worth, over all linears that it reaches. With `by_role` what is told of a tier is told of a tier's
-pairs of one role, under the key `<tier>:<role>`.
+Symbols: tier t holds P_t pairs, so one rank of it costs c_t = sum over its pairs of (d_in + d_out); gain g_t[k] is the
+worth of its k-th direction, over all linear layers that it reaches. With `by_role` each role of a tier counts as a
+tier, under the key `<tier>:<role>`.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ CRITERIA = ("energy", "sensitivity", "effective_rank", "stable_rank")
 
 def costs(collected: Collected, by_role: bool = False) -> dict[str, int]:
     """Tier -> parameters of one rank of all its pairs."""
-    return {key: sum(sum(c.shape) for c in some) for key, some in _shared_out(collected, by_role).items()}
+    return {key: sum(sum(c.shape) for c in components) for key, components in _shared_out(collected, by_role).items()}
 
 
 def energies(collected: Collected, by_role: bool = False) -> dict[str, np.ndarray]:
-    """Tier -> (rank,) sum over the linears it reaches of s_k^2: the squared norm that its k-th directions add."""
-    found = {}
-    for key, some in _shared_out(collected, by_role).items():
-        gains = np.zeros(max(c.rank for c in some))
-        for c in some:
+    """Tier -> (rank,) sum over the linear layers it reaches of s_k^2: the squared norm that its k-th directions add."""
+    by_tier = {}
+    for key, components in _shared_out(collected, by_role).items():
+        gains = np.zeros(max(c.rank for c in components))
+        for c in components:
             values = np.square(np.nan_to_num(c.singular_values))
             gains[: len(values)] += values * max(1, len(c.layers))
-        found[key] = gains
-    return found
+        by_tier[key] = gains
+    return by_tier
 
 
 def widths(collected: Collected, criterion: str, by_role: bool = False) -> dict[str, float]:
     """Tier -> mean "effective_rank" or "stable_rank" of its components that aren't zero."""
-    found = {}
-    for key, some in _shared_out(collected, by_role).items():
-        values = [measures.row(c)[criterion] for c in some if c.finite and not c.zero]
-        found[key] = float(np.mean(values)) if values else 0.0
-    return found
+    by_tier = {}
+    for key, components in _shared_out(collected, by_role).items():
+        values = [measures.row(c)[criterion] for c in components if c.finite and not c.zero]
+        by_tier[key] = float(np.mean(values)) if values else 0.0
+    return by_tier
 
 
 def _shared_out(collected: Collected, by_role: bool) -> dict[str, list[Component]]:
-    found: dict[str, list[Component]] = {}
+    by_key: dict[str, list[Component]] = {}
     for part in collected.stored_parts:
         for c in collected.of(part):
-            found.setdefault(f"{part}:{c.role}" if by_role else part, []).append(c)
-    return found
+            by_key.setdefault(f"{part}:{c.role}" if by_role else part, []).append(c)
+    return by_key
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def sensitivities(model: nn.Module, adapter: str = "default", by_role: bool = Fa
     LoRA²'s and AdaLoRA's sensitivity, from the gradients that lie in the pyramid now; averages over steps are the
     caller's. A shared pair's gradient holds all layers that read it.
     """
-    found: dict[str, np.ndarray] = {}
+    gains_by_tier: dict[str, np.ndarray] = {}
     for bank in (module for module in model.modules() if isinstance(module, Bank)):
         factors = bank.factors(adapter)
         for name in (leaf for leaf in factors.names() if leaf.rpartition(":")[2].startswith("A_")):
@@ -74,8 +74,8 @@ def sensitivities(model: nn.Module, adapter: str = "default", by_role: bool = Fa
             score = (A * A.grad).abs().mean(1) + (B * B.grad).abs().mean(0)
             values = score.sort(descending=True).values.double().cpu().numpy()
             key = f"{tier_of(name)}:{role_of(name)}" if by_role else tier_of(name)
-            found[key] = found.get(key, np.zeros(len(values))) + values
-    return found
+            gains_by_tier[key] = gains_by_tier.get(key, np.zeros(len(values))) + values
+    return gains_by_tier
 
 
 def by_gain(gains: Mapping[str, np.ndarray], cost: Mapping[str, int], budget: int) -> dict[str, int]:

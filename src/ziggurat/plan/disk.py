@@ -21,9 +21,10 @@ _NAMES = {
 
 
 def file_bytes(state: Mapping[str, Tensor]) -> int:
-    """Bytes of the safetensors file with these tensors: 8 for the header's length, the header, the numbers.
+    """Bytes of the safetensors file with these tensors: 8 for the header's length, the header, the data.
 
-    The header is JSON without spaces, filled up to a multiple of 8; tensors lie by falling item size, then name.
+    The header is JSON without spaces, filled up to a multiple of 8; tensors are sorted by item size, the largest first,
+    then by name.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

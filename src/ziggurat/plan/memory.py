@@ -1,13 +1,13 @@
-"""What a training step needs: weights, what is trained with its gradients and AdamW's moments, saved activations.
+"""The memory of a training step: weights, trained parameters with gradients and AdamW's moments, saved activations.
 
 Activations are counted, not guessed: one forward of the adapted model on the meta device, which computes nothing,
 with every tensor that autograd would keep for the backward. Attention that asks torch for a fused kernel is counted as
-one keeps it: inputs, output and one number a row, not the L x L weights. Per sample all grows as a L + c L^2 with the
+one keeps it: inputs, output and one value per row, not the L x L weights. Per sample all grows as a L + c L^2 with the
 length L (c is not 0 where attention is written out, or has a mask); two lengths give a and c.
 
-With gradient checkpointing there stay what is outside the layers, every layer's input, and all of the layer that is
-being computed again, the largest. NF4 weights (QLoRA) take 4 bits, a byte a block of 64 for its scale, and a float32 a
-256 blocks [Dettmers et al. 2023, double quantisation].
+With gradient checkpointing these stay: tensors outside the layers, every layer's input, and all of the largest layer,
+while it is computed again. NF4 weights (QLoRA) take 4 bits, a byte per block of 64 for its scale, and a float32 per 256
+blocks [Dettmers et al. 2023, double quantisation].
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 class Memory:
     """Bytes of one training step. `activations` is None where the model can't be traced without weights.
 
-    weights + 2 x trained (values and gradients) + 8 a trained number (AdamW's two moments in float32) + activations,
-    with activations = batch (a L + c L^2). Not in it: the device's context, kernels' workspaces, fragmentation.
+    weights + 2 x trained (values and gradients) + 8 per trainable parameter (AdamW's two moments in float32) +
+    activations, with activations = batch (a L + c L^2). Not in it: the device's context, kernels' workspaces,
+    fragmentation.
     """
 
     weights: int
@@ -46,15 +47,15 @@ class Memory:
 
     @property
     def formula(self) -> str:
-        """The activations' formula with its numbers, in bytes."""
+        """The formula of the activations with its coefficients, in bytes."""
         if self.activations is None:
-            return "weights + 2 x trained + 8 a trained number; activations unknown"
+            return "weights + 2 x trained + 8 per trainable parameter; activations unknown"
         return f"batch x ({self.a:,.0f} L + {self.c:,.1f} L²) bytes"
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step takes: `labels` are "tokens", "classes", "values" or None; `pair`: two texts, encoded apart."""
+    """The input of a step: `labels` are "tokens", "classes", "values" or None; `pair`: two texts, encoded apart."""
 
     batch: int
     length: int
@@ -100,7 +101,7 @@ def _kept(
 
     What enters a layer stays whatever becomes of the layer.
     """
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *inputs.values())}
+    parameters = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *inputs.values())}
     kept: dict[int, Any] = {}
     places: dict[int, int] = {}
     entered: set[int] = set()
@@ -108,7 +109,7 @@ def _kept(
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own and storage._cdata not in kept:
+        if storage._cdata not in parameters and storage._cdata not in kept:
             kept[storage._cdata] = storage  # holding it keeps its address from being used again
             if current and storage._cdata not in entered:
                 places[storage._cdata] = current[-1]
@@ -117,7 +118,7 @@ def _kept(
     def enter(number: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             for tensor in args:
-                if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in own:
+                if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in parameters:
                     kept[storage._cdata] = storage
                     entered.add(storage._cdata)
                     places.pop(storage._cdata, None)
@@ -165,11 +166,11 @@ class _FusedAttention(TorchFunctionMode):
 def memory(model: nn.Module, step: Step) -> Memory:
     """The estimate for an adapted model on the meta device."""
     everything = list({id(p): p for p in model.parameters()}.values())
-    on = [p for p in everything if p.requires_grad]
-    trained = sum(p.numel() * p.itemsize for p in on)
+    trains = [p for p in everything if p.requires_grad]
+    trained = sum(p.numel() * p.itemsize for p in trains)
     frozen = [p for p in everything if not p.requires_grad]
     weights = _four_bit_bytes(model, frozen) if step.four_bits else sum(p.numel() * p.itemsize for p in frozen)
-    numbers = sum(p.numel() for p in on)
+    count = sum(p.numel() for p in trains)
     batch, length = step.batch, step.length
     a = c = 0.0
     activations = None
@@ -185,11 +186,11 @@ def memory(model: nn.Module, step: Step) -> Memory:
     except (RuntimeError, NotImplementedError, ValueError, TypeError, KeyError, IndexError, AttributeError):
         # Some models look at values in their forward (masks, routing), and on the meta device there are none.
         pass
-    return Memory(weights, trained, trained, 8 * numbers, activations, batch, length, a, c)
+    return Memory(weights, trained, trained, 8 * count, activations, batch, length, a, c)
 
 
 def _four_bit_bytes(model: nn.Module, frozen: Sequence[nn.Parameter]) -> int:
-    """Bytes of a base in NF4: its linears but those of the head; the rest is float32, as PEFT prepares it."""
+    """Bytes of a base in NF4: its linear layers but those of the head; the rest is float32, as PEFT prepares it."""
     from ziggurat.training.model.base import is_quantised_linear
 
     packed = {

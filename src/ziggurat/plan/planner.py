@@ -1,9 +1,10 @@
-"""What a method would do to a model, counted before there are any weights."""
+"""The plan of a method for a model, counted before there are any weights."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ziggurat.host.sites_table import from_table
 from .disk import file_bytes
 from .memory import Memory, Step, memory
 
-#: Shown name -> the method's fields beside its rank. PiSSA, QLoRA and DyLoRA train as many numbers as LoRA.
+#: Shown name -> the method's fields beside its rank. PiSSA, QLoRA and DyLoRA train as many parameters as LoRA.
 BESIDE: dict[str, dict[str, Any]] = {
     "msplora": {"name": "msplora"},
     "lora": {"name": "lora"},
@@ -44,7 +45,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 _OWN_PLACES = ("lor2c", "sharelor2c", "adapter")
 #: What a row of BESIDE is called where it isn't its method's name.
 _VARIANTS = {"sharelor2c": "ShareLoR2C"}
-LABELS = {"instruct": "tokens", "classification": "classes", "regression": "values"}
+LABELS = {**dict.fromkeys(("instruct", "dpo", "kto"), "tokens"), "classification": "classes", "regression": "values"}
 
 
 def variant_name(row: str) -> str:
@@ -69,7 +70,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Beside:
-    """Another method: "r" beside the plan's at the same rank, "budget" at the most rank that the same budget pays."""
+    """Another method at the plan's rank (`kind` "r"), or at the largest rank within its budget ("budget")."""
 
     method: str
     kind: str
@@ -81,7 +82,7 @@ class Beside:
 class Plan:
     """All of it. Counts are exact; `memory` says itself what it leaves out.
 
-    `adapter` counts the method's own numbers, `head` those of modules trained whole; `file` is the size of
+    `adapter` counts the method's own trainable parameters, `head` those of modules trained whole; `file` is the size of
     adapter_model.safetensors in bytes.
     """
 
@@ -116,56 +117,65 @@ def plan(
     """Count what `config` trains in `model`, which lies on the meta device and comes back as it was.
 
     For the memory: `pair`, two texts encoded apart; `checkpointing`, the layers' activations are computed again;
-    `four_bits`, the base's linears are NF4 (QLoRA).
+    `four_bits`, the base's linear layers are NF4 (QLoRA).
 
     Raises:
         ConfigError: the config doesn't fit the model, with what the method says of it.
     """
     base = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     anatomy = Anatomy(model, getattr(config, "layers_pattern", None))
-    requires = {id(p): p.requires_grad for p in model.parameters()}
-    try:
-        with torch.device("meta"):
-            adapted = get_peft_model(model, _without_values(config))  # type: ignore[arg-type]
-    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-        raise ConfigError(f"{method or 'the method'} doesn't fit {name}: {error}") from error
-    try:
+    notes = []
+    with _adapted(model, config, f"{method or 'the method'} doesn't fit {name}") as adapted:
         trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
-        head = [n for n in trained if ".modules_to_save." in n]
+        head = sum(p.numel() for n, p in trained.items() if ".modules_to_save." in n)
         state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         used = adapted.peft_config["default"]
         parts = _parts(state, used, anatomy, from_table(getattr(used, "sites", None) or {}))
         modules = list(getattr(adapted, "targeted_module_names", None) or adapted.base_model.targeted_module_names)
-        how = Step(batch, length, LABELS.get(task or ""), pair, checkpointing, four_bits)
-        estimate = memory(adapted, how) if measure_memory else None
-        notes = []
-        if estimate is not None and estimate.activations is None:
-            notes.append("this model's forward looks at values, so its activations can't be counted without weights")
-    finally:
-        adapted.unload()
-        for parameter in model.parameters():
-            parameter.requires_grad_(requires.get(id(parameter), True))
-    total = sum(p.numel() for p in trained.values())
-    in_head = sum(trained[n].numel() for n in head)
-    beside, refused = _beside(model, config, method, total - in_head)
+        step = Step(batch, length, LABELS.get(task or ""), pair, checkpointing, four_bits)
+        estimate = memory(adapted, step) if measure_memory else None
+    if estimate is not None and estimate.activations is None:
+        notes.append("this model's forward looks at values, so its activations can't be counted without weights")
+    adapter = sum(p.numel() for p in trained.values()) - head
+    others, refused = _beside(model, config, method, adapter)
     return Plan(
         model=name,
         method=method,
         r=_rank(config),
         base=base,
-        adapter=total - in_head,
-        head=in_head,
+        adapter=adapter,
+        head=head,
         file=file_bytes(state),
         modules=modules,
         parts=parts,
-        beside=beside,
+        beside=others,
         memory=estimate,
         notes=[*notes, *refused],
     )
 
 
+@contextmanager
+def _adapted(model: nn.Module, config: Any, trouble: str) -> Iterator[Any]:
+    """`model` with the adapter of `config`, on the meta device; afterwards it is as it was.
+
+    Raises ConfigError, which begins with `trouble`, if the config doesn't fit.
+    """
+    trains = {id(p): p.requires_grad for p in model.parameters()}
+    try:
+        with torch.device("meta"):
+            adapted = get_peft_model(model, _without_values(config))  # type: ignore[arg-type]
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise ConfigError(f"{trouble}: {error}") from error
+    try:
+        yield adapted
+    finally:
+        adapted.unload()
+        for parameter in model.parameters():
+            parameter.requires_grad_(trains.get(id(parameter), True))
+
+
 def _without_values(config: Any) -> Any:
-    """The config with an initialisation that needs no weights; how many numbers there are doesn't change."""
+    """The config with an initialisation that needs no weights; the number of parameters doesn't change."""
     config = copy.deepcopy(config)
     if isinstance(getattr(config, "init_lora_weights", None), str):
         config.init_lora_weights = True
@@ -185,21 +195,21 @@ def _parts(state: Mapping[str, Any], config: Any, anatomy: Anatomy, sites: Mappi
         read = READERS[kind](state, config, places)
     else:
         return []
-    found: dict[tuple[str, str, str, int], list[Component]] = {}
+    groups: dict[tuple[str, str, str, int], list[Component]] = {}
     for c in read:
         if c.part != UPDATE:
-            found.setdefault((c.part, c.stack, c.role, c.rank), []).append(c)
+            groups.setdefault((c.part, c.stack, c.role, c.rank), []).append(c)
     parts = []
-    for (part, stack, role, rank), some in found.items():
-        tensors = {name: size for c in some for name, size in c.tensors.items()}
-        numbers = sum(tensors.values()) or sum(c.parameters for c in some)
-        parts.append(Part(part, stack, role, len(some), rank, max(len(c.layers) for c in some), numbers))
+    for (part, stack, role, rank), group in groups.items():
+        tensors = {name: size for c in group for name, size in c.tensors.items()}
+        parameters = sum(tensors.values()) or sum(c.parameters for c in group)
+        parts.append(Part(part, stack, role, len(group), rank, max(len(c.layers) for c in group), parameters))
     order = list(dict.fromkeys(p.part for p in parts))
     return sorted(parts, key=lambda p: (order.index(p.part), p.stack, p.role))
 
 
-def _beside(model: nn.Module, config: Any, method: str, mine: int) -> tuple[list[Beside], list[str]]:
-    """Other methods on the same linears, at the plan's rank and at the most that its `mine` numbers pay, by formula."""
+def _beside(model: nn.Module, config: Any, method: str, parameters: int) -> tuple[list[Beside], list[str]]:
+    """Other methods on the same layers: at the plan's rank, and at the largest rank within `parameters`; by formula."""
     from ziggurat.recipe.methods import method_config
     from ziggurat.training.sizing.budget import fit_rank, rank_fields
     from ziggurat.training.sizing.counts import count
@@ -210,7 +220,7 @@ def _beside(model: nn.Module, config: Any, method: str, mine: int) -> tuple[list
         if (value := getattr(config, name, None)) is not None
     }
     rank = _rank(config)
-    found, notes = [], []
+    others, notes = [], []
     for other, fields in BESIDE.items():
         if other == method:
             continue
@@ -218,15 +228,15 @@ def _beside(model: nn.Module, config: Any, method: str, mine: int) -> tuple[list
         try:
             if rank is not None:
                 number = count(model, method_config({**choice, **rank_fields(choice, rank)}))
-                found.append(Beside(other, "r", rank, number))
+                others.append(Beside(other, "r", rank, number))
         except (ValueError, TypeError) as error:
             notes.append(f"{other}, same r: {error}")
         try:
-            fit = fit_rank(model, choice, mine, build=False)
-            found.append(Beside(other, "budget", fit.rank, fit.parameters))
+            fit = fit_rank(model, choice, parameters, build=False)
+            others.append(Beside(other, "budget", fit.rank, fit.parameters))
         except (ConfigError, RecipeError) as error:
             notes.append(f"{other}, same budget: {error}")
-    return found, notes
+    return others, notes
 
 
 def _rank(config: Any) -> int | None:
@@ -258,6 +268,7 @@ def plan_recipe(
         RecipeError: `choice` isn't one of a method.
     """
     from ziggurat.recipe.methods import BUDGET, METHODS, method_config
+    from ziggurat.recipe.schema import SCORED_LENGTH
     from ziggurat.training.data.encode import longest
     from ziggurat.training.model.adapt import beside
     from ziggurat.training.model.meta import bare_model
@@ -268,6 +279,7 @@ def plan_recipe(
     method = METHODS[chosen["name"]]
     if method.config is None:
         raise ConfigError(f"method {chosen['name']} trains weights of the model itself; there is no adapter to plan.")
+    asked = recipe.data.max_length if recipe is not None else None
     base = bare_base(recipe, model) if recipe is not None else BareBase(bare_model(model), [], False, [])
     pays = chosen.pop(BUDGET, None)
     if budget is not None:
@@ -275,23 +287,23 @@ def plan_recipe(
     if pays is not None:
         chosen = {key: value for key, value in chosen.items() if key not in ("ranks", *rank_fields(chosen, 8))}
         chosen |= rank_fields(chosen, fit_rank(base.model, chosen, pays).rank)
-    found = plan(
+    planned = plan(
         base.model,
         method_config(chosen, **(beside(recipe, base.head) if recipe is not None else {})),
         name=str(model),
         method=chosen["name"],
         task=recipe.task if recipe is not None else None,
         batch=batch or (recipe.train.batch if recipe is not None else 16),
-        length=length or longest(None, base.model.config, recipe.data.max_length if recipe is not None else 256),
+        length=length or longest(None, base.model.config, asked or SCORED_LENGTH),
         measure_memory=measure_memory,
         pair=base.pair,
         checkpointing=recipe is not None and recipe.train.gradient_checkpointing,
         four_bits=method.four_bits,
     )
-    notes = [*base.notes, *found.notes]
+    notes = [*base.notes, *planned.notes]
     if measure_memory and recipe is not None and recipe.train.precision != "fp32":
         notes.append(
-            f"train.precision {recipe.train.precision}: the activations are counted in the numbers of the weights; "
+            f"train.precision {recipe.train.precision}: the activations are counted in the dtype of the weights; "
             "autocast keeps about half of them, and a copy of the weights that it casts"
         )
-    return replace(found, notes=notes)
+    return replace(planned, notes=notes)

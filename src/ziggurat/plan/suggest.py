@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,12 @@ class Suggestion:
     @property
     def rank_pattern(self) -> dict[str, list[int]] | None:
         """Role -> ranks of its tiers, as `MSPLoraConfig` takes them; None if all roles of a tier have one rank."""
-        found: dict[str, list[int]] = {}
+        by_role: dict[str, list[int]] = {}
         for key, rank in self.ranks.items():
             role = key.partition(":")[2]
             if role:
-                found.setdefault(role, []).append(rank)
-        return found or None
+                by_role.setdefault(role, []).append(rank)
+        return by_role or None
 
 
 def suggestion(
@@ -130,11 +130,9 @@ def suggest(
         ConfigError: the recipe's method isn't msplora, the budget is too small, or the probe learned nothing.
         RecipeError, MissingExtraError: as for `ziggurat train`.
     """
-    from ziggurat.recipe.methods import method_config
     from ziggurat.recipe.needs import check as check_needs
     from ziggurat.recipe.recipe import load_recipe, to_yaml
     from ziggurat.training.loop.run import train
-    from ziggurat.training.sizing.budget import settle_budget
 
     recipe = load_recipe(source, words)
     check_needs(recipe, "ziggurat suggest")
@@ -144,47 +142,62 @@ def suggest(
     if criterion not in allocate.CRITERIA:
         raise ConfigError(f"criterion {criterion!r}: one of {', '.join(allocate.CRITERIA)}.")
     total = _budget(recipe, budget)
-    callback = SensitivityCallback(by_role)
-    shapes = ("group_starts", "tiers", "rank_pattern", "budget")
-    dropped = [f"method.{name}=" for name in shapes if name in recipe.method]
-    shaped = [word for word in words if word.partition("=")[0] not in _SHAPE]
+    dropped = [f"{key}=" for key in _SHAPE if key != "method.ranks" and key.removeprefix("method.") in recipe.method]
+    sensitivity = SensitivityCallback(by_role)
     with tempfile.TemporaryDirectory() as folder:
-        tiers = f"[{', '.join([str(probe_rank)] * 3)}]"
-        probe = [f"method.ranks={tiers}", f"train.max_steps={probe_steps}", f"output={folder}/probe"]
-        quick = ["train.save=never", "train.evaluate=never", "train.evaluate_before=false", "train.best=false"]
-        quick.append("train.report_to=")
-        own = {word.partition("=")[0] for word in [*probe, *quick]}
-        rest = [word for word in shaped if word.partition("=")[0] not in own]
-        result = train(load_recipe(source, [*rest, *dropped, *probe, *quick]), console=console, callbacks=[callback])
+        probe = [*dropped, f"method.ranks={[probe_rank] * 3}", f"train.max_steps={probe_steps}", *_QUICK]
+        probe.append(f"output={folder}/probe")
+        quick = load_recipe(source, [*_without(words, [*_SHAPE, *map(_key, probe)]), *probe])
+        result = train(quick, console=console, callbacks=[sensitivity])
         collected = collect(result.folder)
     groups = recipe.method.get("num_groups") or 3
-    found = suggestion(collected, total, criterion, groups=groups, sensitivity=callback.gains, by_role=by_role)
-    pattern = found.rank_pattern
-    ranks = list(found.ranks.values()) if pattern is None else next(iter(pattern.values()))
-    kept = ("method.group_starts=", "method.rank_pattern=")
-    final = [f"method.ranks={ranks}", *(word for word in dropped if word not in kept)]
+    suggested = suggestion(collected, total, criterion, groups=groups, sensitivity=sensitivity.gains, by_role=by_role)
+    if (pattern := suggested.rank_pattern) is not None and len(suggested.ranks) > sum(map(len, pattern.values())):
+        suggested.notes.append("linear layers outside the stacks have no role: they get the ranks of the first role")
+    if "tiers" in recipe.method:
+        old = f"the recipe's {len(recipe.method['tiers'])} tiers of method.tiers"
+        suggested.notes.append(f"{old} give way to the three that are suggested: global, mid and layer")
+    final = [*_suggested(recipe, suggested), *(word for word in dropped if _key(word) not in _SUGGESTED)]
+    return suggested, to_yaml(load_recipe(source, [*_without(words, [*_SHAPE, *map(_key, final)]), *final]))
+
+
+#: Makes the probe's run quick.
+_QUICK = ("train.save=never", "train.evaluate=never", "train.evaluate_before=false", "train.best=false")
+_QUICK += ("train.report_to=",)
+_SUGGESTED = ("method.group_starts", "method.rank_pattern")
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0]
+
+
+def _without(words: Sequence[str], keys: Sequence[str]) -> list[str]:
+    return [word for word in words if _key(word) not in keys]
+
+
+def _suggested(recipe: Any, suggested: Suggestion) -> Iterator[str]:
+    """The suggestion as `key=value` words for the recipe."""
+    from ziggurat.recipe.methods import method_config
+    from ziggurat.training.sizing.budget import settle_budget
+
+    pattern = suggested.rank_pattern
+    ranks = list(suggested.ranks.values()) if pattern is None else next(iter(pattern.values()))
+    yield f"method.ranks={ranks}"
     if pattern is not None or "rank_pattern" in recipe.method:
-        final.append(f"method.rank_pattern={json.dumps(pattern) if pattern else ''}")
+        yield f"method.rank_pattern={json.dumps(pattern) if pattern else ''}"
     if recipe.method.get("even_scales"):
         # The scale is lora_alpha over the first rank, which is another one now: the recipe's scale is kept.
         config = method_config(settle_budget(recipe)[0].method)
         assert isinstance(config, MSPLoraConfig)
         first = config.pyramid()[0]
-        wider = replace(first, r=ranks[0])
-        final.append(f"method.lora_alpha={wider.scaled(first.scale).lora_alpha}")
-        shaped = [word for word in shaped if not word.startswith("method.lora_alpha=")]
-    if pattern is not None and len(found.ranks) > sum(map(len, pattern.values())):
-        found.notes.append("linears outside the layers have no role: they get the ranks of the first role")
-    if "tiers" in recipe.method:
-        old = f"the recipe's {len(recipe.method['tiers'])} tiers of method.tiers"
-        found.notes.append(f"{old} give way to the three that are suggested: global, mid and layer")
-    if found.group_starts is not None:
-        final += [f"method.group_starts={found.group_starts}", "method.num_groups="]
-        shaped = [word for word in shaped if not word.startswith("method.num_groups=")]
-    return found, to_yaml(load_recipe(source, [*shaped, *final]))
+        yield f"method.lora_alpha={replace(first, r=ranks[0]).scaled(first.scale).lora_alpha}"
+    if suggested.group_starts is not None:
+        yield f"method.group_starts={suggested.group_starts}"
+        yield "method.num_groups="
 
 
-_SHAPE = {f"method.{name}" for name in ("ranks", "group_starts", "tiers", "rank_pattern", "budget")}
+#: What the suggestion decides.
+_SHAPE = tuple(f"method.{name}" for name in ("ranks", "group_starts", "tiers", "rank_pattern", "budget"))
 
 
 def _budget(recipe: Any, budget: str | None) -> int:

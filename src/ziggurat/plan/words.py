@@ -1,4 +1,4 @@
-"""What was named as a model and is none: a recipe, the folder of a run, an adapter."""
+"""Names given as a model that are something else: a recipe, the folder of a run, an adapter."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def check_model_word(model: str) -> None:
     if is_recipe or (path / "recipe.yaml").is_file():
         what = "a recipe" if is_recipe else "the folder of a run"
         try:
-            own = load_recipe(model).model
+            named = load_recipe(model).model
         except RecipeError:
-            own = "MODEL"
+            named = "MODEL"
         raise ConfigError(
-            f"{model} is {what}, and plan wants the model first: ziggurat plan {quote(own)} {quote(model)}"
+            f"{model} is {what}, and plan wants the model first: ziggurat plan {quote(named)} {quote(model)}"
         )
     if (path / "adapter_config.json").is_file():
         raise ConfigError(

@@ -8,17 +8,22 @@ from typing import Any
 from ziggurat.nearest import did_you_mean
 
 from .glue import brings_validation
-from .schema import CLASSIFICATION_METRICS, INSTRUCT_METRICS, REGRESSION_METRICS, keys
+from .schema import METRICS, WRITES, keys
 
 _TASK_ONLY = {
-    "instruct": ("data.format", "data.loss"),
-    "score": ("data.text", "data.text_pair", "data.label", "head.pooling", "head.dropout", "head.lr"),
-    "classification": ("data.label_names",),
+    "instruct": ("data.format", "data.loss", "data.packing"),
+    "writing": ("data.as_chat",),
+    "preference": ("train.beta",),
+    "labelled": ("data.label",),
+    "score": ("data.text", "data.text_pair", "head.pooling", "head.dropout", "head.lr"),
+    "classification": ("data.label_names", "data.similar_labels"),
 }
-_METRICS = {
-    "classification": CLASSIFICATION_METRICS,
-    "regression": REGRESSION_METRICS,
-    "instruct": INSTRUCT_METRICS,
+#: Kinds of tasks that keys go with.
+_KINDS = {
+    "writing": WRITES,
+    "preference": ("dpo", "kto"),
+    "labelled": ("classification", "regression", "kto"),
+    "score": ("classification", "regression"),
 }
 
 
@@ -34,11 +39,11 @@ def conflicts(good: dict[str, Any]) -> list[str]:
     owners = {key: kind for kind, names in _TASK_ONLY.items() for key in names}
     for key in good:
         owner = owners.get(key)
-        fits = owner is None or owner == task or (owner == "score" and task != "instruct")
+        fits = owner is None or task in _KINDS.get(owner, (owner,))
         if not fits and good[key] != known[key].get_default(call_default_factory=True):
             found.append(f"{key}: has no meaning with task: {task}")
-    if value("metric") is not None and value("metric") not in _METRICS[task]:
-        found.append(f"metric: {value('metric')} does not go with task: {task}; one of {', '.join(_METRICS[task])}")
+    if value("metric") is not None and value("metric") not in METRICS[task]:
+        found.append(f"metric: {value('metric')} does not go with task: {task}; one of {', '.join(METRICS[task])}")
     share, dropout, warmup = (known[key].default for key in ("data.validation_share", "head.dropout", "train.warmup"))
     if good.get("data.validation_share", share) != share and "data.validation_rows" in good:
         found.append("data.validation_rows: given beside data.validation_share; keep one")

@@ -9,7 +9,7 @@ from .methods import METHODS
 from .schema import Recipe
 
 #: Task -> the packages that train or score it.
-OF_A_TASK = {"classification": "scikit-learn", "regression": "scipy", "instruct": "trl"}
+OF_A_TASK = {"classification": "scikit-learn", "regression": "scipy", "instruct": "trl", "dpo": "trl", "kto": "trl"}
 
 
 def needs(recipe: Recipe) -> dict[str, str]:

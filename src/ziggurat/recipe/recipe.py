@@ -16,11 +16,11 @@ from .conflicts import conflicts
 from .glue import fill_in, glue_name
 from .methods import METHODS, SYNONYMS, method_config, method_fields, method_problems
 from .schema import Recipe, keys
-from .text import MOST_TEXT, flatten, read_overrides, read_yaml
+from .text import MOST_TEXT, SECTIONS, flatten, read_overrides, read_yaml
 from .values import explain
 
 #: Raised whenever the same recipe, on the same data, computes something else than before.
-COMPUTATION = 1
+COMPUTATION = 2
 #: What a run is called, where it lies, whom it tells and how it is fed: none of it changes what is computed.
 _WITHOUT_EFFECT = ("about", "name", "output", "train.eval_batch", "train.keep", "train.report_to", "train.workers")
 _SYNONYMS = {
@@ -52,6 +52,30 @@ _SYNONYMS = {
     "max_seq_length": "data.max_length",
     "max_len": "data.max_length",
     "cutoff_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "val_set_size": "data.validation_share",
+    "val_size": "data.validation_share",
+    "max_samples": "data.max_train",
+    "sample_packing": "data.packing",
+    "train_on_inputs": "data.loss",
+    "train_on_prompt": "data.loss",
+    "mask_history": "data.loss",
+    "field_messages": "data.columns.messages",
+    "field_instruction": "data.columns.instruction",
+    "field_input": "data.columns.input",
+    "field_output": "data.columns.output",
+    "field_system": "data.columns.system",
+    "role_tag": "data.columns.role",
+    "content_tag": "data.columns.content",
+    "user_tag": "data.roles.user",
+    "assistant_tag": "data.roles.assistant",
+    "observation_tag": "data.roles.tool",
+    "function_tag": "data.roles.call",
+    "micro_batch_size": "train.batch",
+    "pref_beta": "train.beta",
+    "dpo_beta": "train.beta",
+    "stage": "task",
+    "rl": "task",
     "sentence": "data.text",
     "labels": "data.label",
     "pooling": "head.pooling",
@@ -155,7 +179,7 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
                 good[key] = value
             else:
                 problems.append(f"{key}: {said}")
-        elif key in ("data", "head", "train", "method"):
+        elif key in SECTIONS:
             problems.append(f"{key}: needs its own keys, {_example(key)}")
         else:
             choices = [*known, "method.name", *(f"method.{name}" for name in _fields_of(choice))]
@@ -169,13 +193,13 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
     problems += method_problems(choice)
     if problems:
         raise _refused(label, problems)
-    nested: dict[str, Any] = {"method": choice, "data": {}}
+    nested: dict[str, Any] = {"method": choice}
     for key, value in good.items():
-        section, dot, inner = key.partition(".")
-        if dot:
-            nested.setdefault(section, {})[inner] = value
-        else:
-            nested[key] = value
+        *path, name = key.split(".")
+        part = nested
+        for section in path:
+            part = part.setdefault(section, {})
+        part[name] = value
     return Recipe.model_validate(nested)
 
 
@@ -189,6 +213,8 @@ def _fields_of(choice: dict[str, Any]) -> list[str]:
 def _example(section: str) -> str:
     return {
         "data": "for example data.train: reviews.csv",
+        "data.columns": "for example data.columns.prompt: question",
+        "data.roles": "for example data.roles.user: [customer]",
         "head": "for example head.pooling: mean",
         "train": "for example train.lr: 1.0e-3",
         "method": "for example method.name: msplora",
@@ -197,14 +223,7 @@ def _example(section: str) -> str:
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
     """The recipe as one flat mapping, defaults too but for the method's; paths on this disk are made absolute."""
-    flat: dict[str, Any] = {}
-    for key, value in recipe.model_dump().items():
-        if key == "method":
-            flat.update({f"method.{name}": item for name, item in value.items()})
-        elif isinstance(value, dict):
-            flat.update({f"{key}.{inner}": item for inner, item in value.items()})
-        elif key not in ("resume", "overwrite"):
-            flat[key] = value
+    flat = flatten(recipe.model_dump(exclude={"resume", "overwrite"}))
     for key in ("model", "data.train", "data.validation", "data.folder"):
         value = flat.get(key)
         named = value in ("embedded", "demo") or glue_name(value) is not None

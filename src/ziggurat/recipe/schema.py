@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,15 +12,76 @@ Rate = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Every = Literal["epoch", "never"] | Positive
 
+#: Tokens of a scored text, and the most of an instruction's row, where the recipe names no length.
+SCORED_LENGTH, MOST_LENGTH = 256, 2048
+
 CLASSIFICATION_METRICS = ("accuracy", "f1", "matthews")
 REGRESSION_METRICS = ("pearson", "spearman")
 INSTRUCT_METRICS = ("perplexity",)
+#: As TRL calls them: the share of pairs whose better answer has the greater reward, and the rewards' distance.
+PAIR_METRICS = ("rewards/accuracies", "rewards/margins")
+JUDGED_METRICS = ("rewards/margins",)
+
+#: Tasks whose model writes texts.
+WRITES = ("instruct", "dpo", "kto")
+#: The scores of each task that a recipe may choose by, the usual one first.
+METRICS = {
+    "classification": CLASSIFICATION_METRICS,
+    "regression": REGRESSION_METRICS,
+    "instruct": INSTRUCT_METRICS,
+    "dpo": PAIR_METRICS,
+    "kto": JUDGED_METRICS,
+}
+
+
+Metric = Literal[
+    "accuracy", "f1", "matthews", "pearson", "spearman", "perplexity", "rewards/accuracies", "rewards/margins"
+]
 
 
 class Part(BaseModel):
     """One section of a recipe: unknown keys are refused, nothing is converted, nothing changes afterwards."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _named(what: str) -> Any:
+    return Field(default=None, description=f"column with {what}")
+
+
+class ColumnsPart(Part):
+    """What the columns of instruction and preference data are called, where a file calls them otherwise."""
+
+    messages: str | None = _named("the conversation (else messages, conversations or conversation)")
+    role: str | None = Field(default=None, description="key of a message with its role (else role or from)")
+    content: str | None = Field(default=None, description="key of a message with its text (else content or value)")
+    tools: str | None = _named("the tools that a conversation may call (else tools)")
+    system: str | None = _named("the system prompt (else system)")
+    history: str | None = _named("earlier turns, as pairs of question and answer (else history)")
+    prompt: str | None = _named("the prompt (else prompt, question or query)")
+    completion: str | None = _named("the answer to it (else completion, answer or response)")
+    instruction: str | None = _named("Alpaca's instruction (else instruction)")
+    input: str | None = _named("Alpaca's input (else input or context)")
+    output: str | None = _named("Alpaca's answer (else output or response)")
+    text: str | None = _named("plain text (else text)")
+    chosen: str | None = _named("the better of two answers (else chosen)")
+    rejected: str | None = _named("the worse of two answers (else rejected)")
+
+
+class RolesPart(Part):
+    """Further names of the roles in conversations, beside the usual ones."""
+
+    system: list[str] | None = Field(default=None, description="of the system prompt (beside system, developer)")
+    user: list[str] | None = Field(default=None, description="of the user (beside user, human, prompter)")
+    assistant: list[str] | None = Field(
+        default=None, description="of the assistant (beside assistant, gpt, model, bot, ...)"
+    )
+    tool: list[str] | None = Field(
+        default=None, description="of what a tool returns (beside tool, observation, function, ...)"
+    )
+    call: list[str] | None = Field(
+        default=None, description="of a message that is a call of a tool in JSON (beside function_call, tool_call)"
+    )
 
 
 class DataPart(Part):
@@ -45,14 +107,33 @@ class DataPart(Part):
     text_pair: str | None = Field(default=None, description="column with the second text")
     label: str = Field(default="label", description="column with the class or the number to predict")
     label_names: list[str] | None = Field(default=None, description="names of the classes 0, 1, ...")
-    format: Literal["auto", "prompt", "alpaca", "messages"] = Field(
+    format: Literal["auto", "prompt", "alpaca", "messages", "text"] = Field(
         default="auto",
-        description="instruct: columns prompt + completion, instruction (+ input) + output, or messages",
+        description="instruct: prompt + completion, instruction (+ input) + output, conversations, or plain text",
     )
-    loss: Literal["answer", "all"] = Field(
-        default="answer", description="instruct: learn the answer only, or the whole text"
+    as_chat: bool = Field(
+        default=False,
+        description="instruct: prompt and answer become messages of user and assistant, joined by the chat template",
     )
-    max_length: Positive = Field(default=256, description="tokens; longer texts are cut, and counted")
+    loss: Literal["answer", "last", "all"] = Field(
+        default="answer", description="instruct: learn all answers of a conversation, the last one, or the whole text"
+    )
+    packing: bool = Field(
+        default=False, description="plain text: rows are joined and cut into pieces of max_length, so nothing is lost"
+    )
+    max_length: Positive | None = Field(
+        default=None,
+        description=f"tokens; longer rows are cut, and counted. Without it {SCORED_LENGTH}, for instruct as many as "
+        f"95% of the training rows have, at most {MOST_LENGTH}",
+    )
+    drop_missing: bool = Field(
+        default=False, description="leave out rows that lack a text or a label, and count them, instead of an error"
+    )
+    similar_labels: Literal["merge", "keep"] | None = Field(
+        default=None, description="labels that differ by case or blanks alone: one class, or a class each"
+    )
+    columns: ColumnsPart = ColumnsPart()
+    roles: RolesPart = RolesPart()
 
 
 class HeadPart(Part):
@@ -78,6 +159,9 @@ class TrainPart(Part):
     eval_batch: Positive = Field(default=32, description="the same when scoring")
     accumulate: Positive = Field(default=1, description="batches added up for one optimiser step")
     lr: Rate = Field(default=1.0e-3, description="peak learning rate (AdamW)")
+    beta: Annotated[float, Field(gt=0.0)] = Field(
+        default=0.1, description="dpo and kto: how strongly the model is held near the one that it starts from"
+    )
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(default=0.0, description="AdamW's decoupled weight decay")
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         default="linear", description="course of the learning rate after the warm-up"
@@ -111,7 +195,7 @@ class Recipe(Part):
 
     about: str = Field(default="", description="one line that says what this is")
     name: str = Field(default="run", description="names the output folder; without it the file's name")
-    task: Literal["classification", "regression", "instruct"] = Field(
+    task: Literal["classification", "regression", "instruct", "dpo", "kto"] = Field(
         default="classification", description="what is learned"
     )
     model: str = Field(description="folder or hub name, or `embedded` (all-MiniLM-L6-v2 from the installed package)")
@@ -122,8 +206,8 @@ class Recipe(Part):
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         default="float32", description="numbers of the frozen base weights"
     )
-    metric: Literal["accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"] | None = Field(
-        default=None, description="the score of the table; without it accuracy, pearson or perplexity by the task"
+    metric: Metric | None = Field(
+        default=None, description="the score of the table; without it the usual one of the task"
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=42, description="seeds the split, the fresh weights and the order"
@@ -145,19 +229,23 @@ class Recipe(Part):
 
     @property
     def main_metric(self) -> str:
-        by_task = {"classification": "accuracy", "regression": "pearson", "instruct": "perplexity"}
-        return self.metric if self.metric is not None else by_task[self.task]
+        return self.metric if self.metric is not None else METRICS[self.task][0]
+
+    @property
+    def writes(self) -> bool:
+        """Whether the task's model writes texts; else it scores them."""
+        return self.task in WRITES
 
 
 def keys() -> dict[str, Any]:
     """Every dotted key but the method's own fields, with pydantic's description of it."""
-    found: dict[str, Any] = {}
-    for name, info in Recipe.model_fields.items():
-        if name == "method":
-            continue
-        part = info.annotation
-        if isinstance(part, type) and issubclass(part, Part):
-            found.update({f"{name}.{inner}": item for inner, item in part.model_fields.items()})
+    return {key: info for key, info in _keys_of(Recipe, "") if key != "method"}
+
+
+def _keys_of(part: type[Part], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, info in part.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, Part):
+            yield from _keys_of(inner, f"{prefix}{name}.")
         else:
-            found[name] = info
-    return found
+            yield f"{prefix}{name}", info

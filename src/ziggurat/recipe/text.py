@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import yaml
 
-SECTIONS = ("data", "head", "method", "train")
+SECTIONS = ("data", "data.columns", "data.roles", "head", "method", "train")
 #: Bytes of a recipe; those that ship have at most a few thousand.
 MOST_TEXT = 2**16
 #: Values in a recipe, and lists and mappings inside one another.
@@ -81,24 +81,25 @@ def read_overrides(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     return flat, problems
 
 
-def flatten(mapping: dict[str, Any]) -> dict[str, Any]:
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested or dotted Python mapping as the flat one."""
     flat: dict[str, Any] = {}
-    for key, value in mapping.items():
+    for name, value in mapping.items():
+        key = f"{prefix}{name}"
         if key in SECTIONS and isinstance(value, dict):
-            flat.update({f"{key}.{inner}": item for inner, item in value.items()})
+            flat.update(flatten(value, f"{key}."))
         else:
-            flat[str(key)] = value
+            flat[key] = value
     return flat
 
 
-def _leaves(root: yaml.MappingNode) -> Iterable[tuple[str, yaml.ScalarNode, yaml.Node]]:
-    for key, value in root.value:
-        if key.value in SECTIONS and isinstance(value, yaml.MappingNode):
-            for inner, item in value.value:
-                yield f"{key.value}.", inner, item
+def _leaves(node: yaml.MappingNode, prefix: str = "") -> Iterable[tuple[str, yaml.Node, yaml.Node]]:
+    """Key and value of everything that is no section, with the dotted name of the section that it stands in."""
+    for key, value in node.value:
+        if isinstance(value, yaml.MappingNode) and f"{prefix}{key.value}" in SECTIONS:
+            yield from _leaves(value, f"{prefix}{key.value}.")
         else:
-            yield "", key, value
+            yield prefix, key, value
 
 
 def _value(node: yaml.Node) -> Any:

@@ -3,9 +3,12 @@
 from typing import Any
 
 import pytest
+import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import MobileBertConfig, MobileBertModel, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from methods_table import logits
 from ziggurat import LoR2CConfig
 from ziggurat.errors import ConfigError
 from ziggurat.host.paths import path_of
@@ -111,3 +114,34 @@ def test_the_width_of_the_stream_is_seen_in_every_architecture(model: str) -> No
     for stack in ZOO[model].stacks:
         layers = [m for m in base.get_submodule(stack).children() if any(True for _ in m.children())]
         assert {stream_width(layer) for layer in layers} == {16}
+
+
+def test_more_norms_in_a_bottleneck_are_not_the_stream() -> None:
+    sizes = {"hidden_size": 64, "embedding_size": 16, "intermediate_size": 64, "intra_bottleneck_size": 32}
+    torch.manual_seed(0)
+    base = MobileBertModel(MobileBertConfig(vocab_size=100, num_hidden_layers=2, num_attention_heads=2, **sizes))
+    adapted = get_peft_model(base, LoR2CConfig(r=4, init_weights=False)).eval()
+    assert adapted.path_counts()["active"] == 2 * 2 * 64 * 4
+    out = logits(adapted, ZOO["bert"].inputs())
+    with adapted.disable_adapter():
+        assert not torch.allclose(logits(adapted, ZOO["bert"].inputs()), out, rtol=1e-3, atol=1e-3)
+
+
+def test_what_repeats_beside_the_layers_gets_no_path() -> None:
+    """Qwen3-VL's vision merges patches by a list of modules that change the width."""
+    vision = {"depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "patch_size": 4}
+    merged = {"spatial_merge_size": 2, "out_hidden_size": 32, "deepstack_visual_indexes": [0, 1, 2]}
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 3}
+    text = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 64, "rope_parameters": rope, **heads}
+    tokens = {"image_token_id": 150, "video_token_id": 151, "vision_start_token_id": 152, "vision_end_token_id": 153}
+    torch.manual_seed(0)
+    config = Qwen3VLConfig(text_config=text, vision_config={**vision, **merged}, **tokens)
+    base = Qwen3VLForConditionalGeneration(config).eval()
+    ids = torch.tensor([[5, 152, 150, 150, 150, 150, 153, 7]])
+    inputs = {"input_ids": ids, "mm_token_type_ids": (ids == 150).int()}
+    inputs |= {"pixel_values": torch.randn(16, 3 * 2 * 4 * 4), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    before = logits(base, inputs)
+    adapted = get_peft_model(base, LoR2CConfig(r=4, init_weights=False)).eval()
+    assert adapted.path_counts()["active"] == (4 + 3) * 2 * 32 * 4
+    assert not torch.allclose(logits(adapted, inputs), before, rtol=1e-3, atol=1e-3)

@@ -21,15 +21,15 @@ from tolerance import assert_models_agree
 from ziggurat import LoR2CConfig
 from ziggurat.errors import ConfigError
 from ziggurat.host.paths import HANDOVER, path_of
-from zoo import ZOO
+from zoo import ZOO, shallow
 
 SPANS = [(0, 2), (3, 3)]
 
 
-def adapted(model: str = "llama", seed: int = 0, **fields: Any) -> PeftModel:
+def adapted(model: str = "llama", base: nn.Module | None = None, seed: int = 0, **fields: Any) -> PeftModel:
     torch.manual_seed(seed)
     fields = {"r": 4, "init_weights": False, "spans": SPANS, **fields}
-    return get_peft_model(ZOO[model].build(), LoR2CConfig(**fields)).eval()
+    return get_peft_model(ZOO[model].build() if base is None else base, LoR2CConfig(**fields)).eval()
 
 
 def frames(model: nn.Module) -> list[Any]:
@@ -39,8 +39,8 @@ def frames(model: nn.Module) -> list[Any]:
 @versions.compiles
 @pytest.mark.parametrize("model", ["bert", "llama", "t5"])
 def test_spans_compile_without_breaks(model: str) -> None:
-    spans = {"encoder.block": [[0, 2]], "decoder.block": [[1, 3]]} if model == "t5" else SPANS
-    paths, inputs = adapted(model, spans=spans), ZOO[model].inputs()
+    spans = {"encoder.block": [[0, 1]], "decoder.block": [[0, 1]]} if model == "t5" else [[0, 1]]
+    paths, inputs = adapted(model, shallow(model), spans=spans), ZOO[model].inputs()
     expected = logits(paths, inputs)
     torch._dynamo.reset()
     compiled = torch.compile(paths, fullgraph=True, backend="eager")
@@ -287,3 +287,13 @@ def test_merging_refuses_and_names_what_works() -> None:
             call()
     if versions.Version("0.20") <= versions.PEFT:  # which brought convert_to_lora
         assert model.base_model.supports_lora_conversion() is False
+
+
+def test_adapters_around_different_layers_are_not_summed() -> None:
+    model = adapted(spans=None, merges=1)
+    model.restructure(0, 1)
+    model.restructure(1, 1)
+    model.add_adapter("second", LoR2CConfig(r=4, init_weights=False))
+    with pytest.raises(ValueError, match="paths around different layers"):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+    assert "sum" not in model.peft_config

@@ -37,6 +37,7 @@ from zoo import ZOO
         ({"layers_to_transform": "0"}, "layers_to_transform='0': a layer's number"),
         ({"rank_pattern": [4]}, r"rank_pattern=\[4\]: paths with ranks"),
         ({"rank_pattern": {"a": -1}}, r"rank_pattern\['a'\]=-1"),
+        ({"init_weights": "pissa"}, "init_weights='pissa': True, False, 'gaussian' or 'orthonormal'"),
     ],
 )
 def test_bad_values_are_refused_at_once(fields: dict[str, Any], text: str) -> None:

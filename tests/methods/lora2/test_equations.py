@@ -1,5 +1,7 @@
 """LoRA²'s update, regulariser and counts against the formulas, written out naively."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -66,6 +68,35 @@ def test_a_fresh_adapter_starts_as_the_paper_says() -> None:
         factor = layer.factor("default", name).detach()
         assert abs(float(factor.std()) / 0.02 - 1) < 4 / factor.numel() ** 0.5
         assert abs(float(factor.mean())) < 4 * 0.02 / factor.numel() ** 0.5
+
+
+@pytest.mark.parametrize("fields", [{}, {"r": 4, "outer_rank": 6}, {"r": 6, "outer_rank": 4}, {"use_rslora": True}])
+def test_an_orthonormal_start_changes_nothing_and_learns_as_fast_as_lora(fields: dict[str, Any]) -> None:
+    """The paper's own start is still near zero after as many steps, at the same rate."""
+    size: dict[str, float] = {}
+    for init in ("orthonormal", "gaussian"):
+        torch.manual_seed(0)
+        base = nn.Linear(40, 30, bias=False)
+        config = LoRA2Config(target_modules=["0"], init_weights=init, target_rank=1, **fields)
+        model = get_peft_model(nn.Sequential(base), config)
+        layer = model.base_model.model[0]
+        assert torch.equal(layer.get_delta_weight("default"), torch.zeros(30, 40))
+        x = torch.randn(64, 40)
+        assert torch.equal(model(x), x @ base.weight.T)
+        if init == "orthonormal":
+            U, V, v, _ = layer.planes("default")
+            for factor in (U, V, v):
+                wide = factor if factor.shape[0] <= factor.shape[1] else factor.T
+                torch.testing.assert_close(wide @ wide.T, torch.eye(len(wide)))
+            assert layer.alive("default").all()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (model(x) - x[:, :30]).square().mean().backward()
+            optimizer.step()
+        size[init] = float(layer.get_delta_weight("default").detach().norm())
+    assert size["orthonormal"] > 0.03
+    assert size["gaussian"] < 1e-3 * size["orthonormal"]
 
 
 def test_gradients_of_the_update_reach_every_factor() -> None:

@@ -92,9 +92,6 @@ def test_ranks_by_role_are_read_back(tmp_path: Path) -> None:
         if not component.stored:  # the update that was read is the one that acts
             path = f"base_model.model.{component.stack}.{component.layers[0]}.{component.role}"
             assert_sums_agree(component.B @ component.A, model.get_submodule(path).get_delta_weight("default"), WIDTH)
-    model.add_adapter("other", MSPLoraConfig(r=4, target_modules=["query", "value"]))
-    with pytest.raises(ValueError, match="ranks by role"):
-        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
 
 
 def test_more_or_fewer_tiers() -> None:
@@ -250,15 +247,22 @@ def test_weighted_sums_of_even_scales_are_exact() -> None:
     assert_sums_agree(linear.get_delta_weight("sum"), wanted, WIDTH)
 
 
-def test_weighted_adapters_of_different_structure_are_refused() -> None:
-    model = get_peft_model(ZOO["bert"].build(), MSPLoraConfig(r=4, target_modules=["query"]))
-    model.add_adapter("other", MSPLoraConfig(r=4, target_modules=["query"], num_groups=2))
-    with pytest.raises(ValueError, match="different pyramids"):
-        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
-    with pytest.raises(ValueError, match="does not exist"):
-        model.add_weighted_adapter(["default", "nobody"], [1.0, 1.0], "sum")
-    with pytest.raises(ValueError, match="Invalid combination_type"):
-        model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="ties")
+@pytest.mark.parametrize(
+    "fields",
+    [{"num_groups": 2}, {"r": 8, "target_modules": ["query", "value"]}, {"rank_pattern": {"query": [1, 2, 3]}}],
+)
+def test_sums_of_different_pyramids_are_exact_and_share_nothing(fields: dict) -> None:
+    plain = {"r": 4, "target_modules": ["query"], "init_weights": False}
+    model = get_peft_model(ZOO["bert"].build(), MSPLoraConfig(**plain))
+    model.add_adapter("other", MSPLoraConfig(**{**plain, **fields}))
+    model.add_weighted_adapter(["default", "other"], [1.0, -0.5], "sum")
+    linear = model.get_submodule(_at("query"))
+    wanted = linear.get_delta_weight("default") - 0.5 * linear.get_delta_weight("other")
+    assert_sums_agree(linear.get_delta_weight("sum"), wanted, WIDTH)
+    if "target_modules" in fields:
+        value = model.get_submodule(_at("value"))
+        assert_sums_agree(value.get_delta_weight("sum"), -0.5 * value.get_delta_weight("other"), WIDTH)
+    assert not any(".sum." in name for name, _ in model.named_parameters() if "bank_msplora" in name)
 
 
 def test_a_config_survives_its_file(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Bottleneck adapters after linears, with AdapterDrop (arXiv 2010.11918), a baseline of the papers' tables."""
+"""Bottleneck adapters after linear layers, with AdapterDrop (arXiv 2010.11918), a baseline of the papers' tables."""

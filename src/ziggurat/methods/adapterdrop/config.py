@@ -37,7 +37,7 @@ class AdapterDropConfig(MethodConfig):
         drop_layers: specialised AdapterDrop: layers 0 .. drop_layers - 1 get no adapter.
         robust_drop: robust AdapterDrop: each forward in training leaves out the adapters of the first n layers, n drawn
             uniform in 0..robust_drop. Afterwards `model.drop(n)` leaves out those of the first n layers for speed.
-        bias: "none", "all", or "adapterdrop_only" (the biases of the adapted linears).
+        bias: "none", "all", or "adapterdrop_only" (the biases of the adapted linear layers).
 
     Raises:
         ConfigError: values that can't work in any model; fields that only low-rank updates have.

@@ -20,8 +20,8 @@ CITATION = """@article{valipour2023dylora,
 class DyLoRAConfig(MethodConfig):
     """Config of DyLoRA (arXiv 2210.07558): one LoRA adapter that can be cut to any of its leading ranks.
 
-    In training every forward draws a rank b, uniform in `min_rank`..r, the same for all linears, and uses the first b
-    directions: h = W x + (lora_alpha / b) B[:, :b] A[:b] dropout(x). Otherwise b = `inference_rank`.
+    In training every forward draws a rank b, uniform in `min_rank`..r, the same for all linear layers, and uses the
+    first b directions: h = W x + (lora_alpha / b) B[:, :b] A[:b] dropout(x). Otherwise b = `inference_rank`.
 
     Args:
         r: the largest rank.
@@ -29,7 +29,7 @@ class DyLoRAConfig(MethodConfig):
         frozen: only direction b learns at a step; those before it take part but stay as they are (the paper's
             "Frozen" variant). Default: all of the first b learn.
         inference_rank: the rank used outside training, in merging and in export. None: r.
-        bias: "none", "all", or "dylora_only" (the biases of the adapted linears).
+        bias: "none", "all", or "dylora_only" (the biases of the adapted linear layers).
 
     Raises:
         ConfigError: ranks that don't satisfy 1 <= min_rank, inference_rank <= r.

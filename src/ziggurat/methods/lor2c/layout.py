@@ -13,7 +13,7 @@ from ziggurat.host.anatomy import Anatomy
 from ziggurat.host.linear import features, is_adaptable
 from ziggurat.host.paths import check_room
 from ziggurat.host.site import Site, body_name
-from ziggurat.host.stream import stream_width
+from ziggurat.host.stream import are_layers, stream_width
 from ziggurat.host.targets import DEFAULT_TARGETS, near_misses
 from ziggurat.host.tuner import linear_site
 from ziggurat.lowrank.spans import Span, check_spans
@@ -71,7 +71,9 @@ def lay_out(config: LoR2CConfig, model: nn.Module, anatomy: Anatomy, model_type:
             "that adapts linears."
         )
     layout = Layout()
-    chosen = {stack: _chosen(config, stack, anatomy.layers(stack), model) for stack in anatomy.stacks}
+    stacks = {stack: anatomy.layers(stack) for stack in anatomy.stacks}
+    wanted = stacks if config.layers_pattern else are_layers(model, stacks)
+    chosen = {stack: _chosen(config, stack, layers, model) for stack, layers in stacks.items() if stack in wanted}
     chosen = {stack: layers for stack, layers in chosen.items() if layers}
     _check_stacks(config, anatomy, chosen)
     for stack, layers in chosen.items():
@@ -186,7 +188,7 @@ def holder_of(model: nn.Module, stack: str) -> str:
 
 
 def _width(config: LoR2CConfig, model: nn.Module, layer: str) -> int:
-    width = config.hidden_size or stream_width(model.get_submodule(layer))
+    width = config.hidden_size or stream_width(model.get_submodule(layer), _hidden_size(model, layer))
     if config.hidden_size is not None:
         sides = {side for weight in model.get_submodule(layer).parameters() for side in weight.shape}
         if sides and config.hidden_size not in sides:
@@ -201,6 +203,16 @@ def _width(config: LoR2CConfig, model: nn.Module, layer: str) -> int:
             "Set hidden_size."
         )
     return width
+
+
+def _hidden_size(model: nn.Module, layer: str) -> int | None:
+    """What the config of the innermost model around `layer` calls its hidden size."""
+    parts = layer.split(".")
+    for end in range(len(parts), -1, -1):
+        config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)
+        if isinstance(size := getattr(config, "hidden_size", None), int):
+            return size
+    return None
 
 
 def _check_events(config: LoR2CConfig, layout: Layout) -> None:

@@ -63,6 +63,16 @@ class LoR2CModel(MethodTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
+    def _add_combined(self, adapters: list[str], weights: list[float], adapter: str, kind: str, **options: Any) -> None:
+        known = self._bank().known
+        for name in adapters[1:]:
+            if known[name].structure != known[adapters[0]].structure:
+                raise ValueError(
+                    f"adapters {adapters[0]!r} and {name!r} have paths around different layers, so their updates don't "
+                    "add up. Combine adapters of equal structure."
+                )
+        super()._add_combined(adapters, weights, adapter, kind, **options)
+
     def _sites(self, config: Any, model: nn.Module) -> Mapping[str, Site]:
         anatomy = Anatomy(model, layers_pattern=config.layers_pattern)
         self._layout = lay_out(config, model, anatomy, self.get_model_config(model).get("model_type"))

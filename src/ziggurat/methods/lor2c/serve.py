@@ -25,6 +25,7 @@ from transformers.models.auto import modeling_auto
 from ziggurat.errors import ExportError
 from ziggurat.files.staging import written_beside
 from ziggurat.host.paths import CHILD
+from ziggurat.host.tied import note_untied
 from ziggurat.host.unwrap import bare_path, bare_tree, unwrap
 from ziggurat.methods.lor2c.layer import LoR2CLinear, LoR2CPath
 from ziggurat.methods.lor2c.layout import holder_of
@@ -70,8 +71,9 @@ def write_remote_code_model(model: nn.Module, tokenizer: Any, out: str | Path, a
         own.auto_map |= dict.fromkeys(_auto_classes(kind.__name__), f"{MODULE}.{names['model']}")
         with torch.device("meta"):
             whole = getattr(written, names["model"])(own)
+        # Every name has its tensor, tied ones the same: tie_weights could only tie what was trained apart.
         whole.load_state_dict(weights, strict=False, assign=True)
-        whole.tie_weights()
+        note_untied(whole)
         if lacking := sorted(name for name, tensor in whole.state_dict().items() if tensor.is_meta):
             raise ExportError(f"the model's weights lack {', '.join(lacking[:3])}: is it whole, and not offloaded?")
         if base.can_generate():

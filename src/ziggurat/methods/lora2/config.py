@@ -1,7 +1,7 @@
 """What a user says of a LoRA² adapter."""
 
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.config import MethodConfig
@@ -27,6 +27,8 @@ class LoRA2Config(MethodConfig):
     The update of a linear is dW = scale (u v) diag(E) (V U): U (k, d_in) goes down to the outer rank k, V (r, k) to the
     inner rank r, E (r) weighs each of the r directions, v (k, r) goes back to k and u (d_out, k) to d_out;
     scale = lora_alpha / r. At the start E = 0 and the others are N(0, 0.02^2), so a fresh adapter changes nothing.
+    Only E has a gradient then, and a small one, because the other four are small: the update stays near zero for the
+    first tens of steps. init_weights="orthonormal" starts at zero as well and learns as fast as LoRA.
 
     Steps (`initial_warmup`, `final_warmup`, `mask_interval`) are optimiser steps if whole numbers, shares of the run
     if fractions. A transformers Trainer prunes by itself; a loop of one's own calls `model.prune(step, total)`.
@@ -34,7 +36,7 @@ class LoRA2Config(MethodConfig):
     Args:
         r: inner rank: how many directions each linear starts with.
         outer_rank: the paper's k. None: 8, or less where a side of the matrix is smaller.
-        target_rank: directions left per linear, on average over all linears. None: half of r, rounded up.
+        target_rank: directions left per linear, on average over all linear layers. None: half of r, rounded up.
             Equal to r: nothing is pruned.
         initial_warmup: how long every direction stays.
         final_warmup: how long, at the end of the run, the final mask is trained with.
@@ -44,14 +46,18 @@ class LoRA2Config(MethodConfig):
         orthogonality: weight in the loss of the factors' deviation from orthonormality. 0: none.
         cross_plane: weight in the loss of ||(U^T V^T)(v^T u^T)||_F, the norm of the update with E = 1: it
             shrinks the factors.
-        rank_pattern: inner rank of single linears, by path; written by `compact()`. 0: no update there.
-        init_weights: True or "gaussian": as above. False: random with E not zero, for tests.
-        bias: "none", "all", or "lora2_only" (the biases of the adapted linears).
+        rank_pattern: inner rank of single linear layers, by path; written by `compact()`. 0: no update there.
+        init_weights: True or "gaussian": as above, the paper's. "orthonormal": u = 0, E = 1, and U, V and v have
+            orthonormal rows or columns, whichever are fewer, as the regulariser wants them: u has the gradient that
+            B has in LoRA. False: random with E not zero, for tests.
+        bias: "none", "all", or "lora2_only" (the biases of the adapted linear layers).
 
     Raises:
         ConfigError: values that can't work in any model or run; what can't work in a given model is refused when the
             adapter is put into it, what can't work in a given run before its first step.
     """
+
+    named_inits: ClassVar[tuple[str, ...]] = ("gaussian", "orthonormal")
 
     bias: Literal["none", "all", "lora2_only"] = field(
         default="none", metadata={"help": "Biases to train: 'none', 'all' or 'lora2_only'."}
@@ -65,7 +71,11 @@ class LoRA2Config(MethodConfig):
     beta2: float = field(default=0.85, metadata={"help": "Smoothing of their uncertainty."})
     orthogonality: float = field(default=0.1, metadata={"help": "Weight of the orthogonality regulariser."})
     cross_plane: float = field(default=0.0, metadata={"help": "Weight of the cross-plane penalty."})
-    rank_pattern: dict[str, int] | None = field(default=None, metadata={"help": "Inner rank of single linears."})
+    rank_pattern: dict[str, int] | None = field(default=None, metadata={"help": "Inner rank of single linear layers."})
+    init_weights: bool | Literal["gaussian", "orthonormal"] = field(
+        default=True,
+        metadata={"help": "True or 'gaussian': N(0, 0.02^2), E = 0. 'orthonormal': u = 0, E = 1. False: for tests."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,7 +122,7 @@ class LoRA2Config(MethodConfig):
 
     @property
     def scale(self) -> float:
-        """lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA; the same for all linears, pruned or not."""
+        """lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA; the same for all linear layers, pruned or not."""
         return self.scale_of(self.r)
 
     @property

@@ -28,6 +28,10 @@ class LoRA2Linear(AdaptedLinear):
         """The factor called `key`: U, V, E, v or u."""
         return self.stores[adapter][key]  # type: ignore[index,return-value]
 
+    def has_planes(self, adapter: str) -> bool:
+        """Whether `adapter` has LoRA²'s factors here: a blend of adapters has one plain pair instead."""
+        return "E" in self.stores[adapter]  # type: ignore[operator]
+
     def planes(self, adapter: str) -> Planes:
         """The four factors of `adapter`."""
         t = self.stored(adapter)
@@ -36,7 +40,7 @@ class LoRA2Linear(AdaptedLinear):
     @property
     def learning(self) -> list[str]:
         """The active adapters whose factors train here."""
-        active = [name for name in self.active_adapters if name in self.adapters]
+        active = [name for name in self.active_adapters if name in self.adapters and self.has_planes(name)]
         return [] if self.disable_adapters else [name for name in active if self.factor(name, "E").requires_grad]
 
     def begin(self, adapter: str) -> None:

@@ -18,7 +18,7 @@ class Planes(NamedTuple):
 
 
 def orthogonality(linears: Sequence[Planes]) -> Tensor:
-    """||G - I||_F averaged over all factors of all linears; G is the Gram matrix of a factor's smaller side.
+    """||G - I||_F averaged over all factors of all linear layers; G is the Gram matrix of a factor's smaller side.
 
     U (k, d_in) has rows to be orthonormal, G = U U^T; u (d_out, k) columns, G = u^T u; of V (r, k)
     it is the rows if r <= k and the columns otherwise, of v (k, r) the other way round. The larger
@@ -41,7 +41,7 @@ def orthogonality(linears: Sequence[Planes]) -> Tensor:
 
 
 def cross_plane(linears: Sequence[Planes]) -> Tensor:
-    """||(U^T V^T)(v^T u^T)||_F averaged over the linears: the norm of (u v)(V U), the update with E = 1.
+    """||(U^T V^T)(v^T u^T)||_F averaged over the linear layers: the norm of (u v)(V U), the update with E = 1.
 
     From the k x k Gram matrices alone: with C = v V, the square is tr(C^T (u^T u) C (U U^T)).
     """

@@ -23,12 +23,12 @@ _watching = False
 
 
 def adapted(model: nn.Module, adapter: str) -> dict[str, LoRA2Linear]:
-    """Path in the base model -> linear, for the linears that `adapter` reaches, in the order of the model."""
+    """Path in the base model -> linear, for the linear layers that `adapter` reaches, in the order of the model."""
     root = unwrap(model)[0]
     return {
         path: layer
         for path, layer in root.named_modules()
-        if isinstance(layer, LoRA2Linear) and adapter in layer.configs
+        if isinstance(layer, LoRA2Linear) and adapter in layer.configs and layer.has_planes(adapter)
     }
 
 
@@ -127,7 +127,7 @@ def pruning_state(model: nn.Module) -> dict[str, Tensor]:
     for path, layer in unwrap(model)[0].named_modules():
         if isinstance(layer, LoRA2Linear):
             for adapter, importance in layer.importance.items():
-                # A copy of its own: the averages of alike linears share memory.
+                # A copy of its own: the averages of alike linear layers share memory.
                 state[f"{path}.{adapter}.mean"] = importance.mean.cpu().clone()
                 state[f"{path}.{adapter}.uncertainty"] = importance.uncertainty.cpu().clone()
                 state[f"{path}.{adapter}.final"] = torch.tensor(layer.final.get(adapter, False))
@@ -140,9 +140,9 @@ def load_pruning_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put back what `pruning_state` gave.
 
     Raises:
-        ConfigError: the state is of other linears, adapters or ranks. Nothing has been changed then.
+        ConfigError: the state is of other linear layers, adapters or ranks. Nothing has been changed then.
     """
-    found: list[tuple[LoRA2Linear, str, Importance, str]] = []
+    loaded: list[tuple[LoRA2Linear, str, Importance, str]] = []
     for path, layer in unwrap(model)[0].named_modules():
         for adapter in layer.learning if isinstance(layer, LoRA2Linear) else ():
             at = f"{path}.{adapter}"
@@ -154,8 +154,8 @@ def load_pruning_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                     f"the pruning state holds {have} for {at!r}, which needs ({r}, {1 + 2 * k}): it was saved from "
                     "another model or config. Resume with the config that the run was started with."
                 )
-            found.append((layer, adapter, Importance(mean, uncertainty), at))  # type: ignore[arg-type]
-    for layer, adapter, importance, at in found:
+            loaded.append((layer, adapter, Importance(mean, uncertainty), at))  # type: ignore[arg-type]
+    for layer, adapter, importance, at in loaded:
         layer.importance[adapter] = importance
         layer.final[adapter] = bool(state[f"{at}.final"])
         if f"{at}.kept" in state:

@@ -24,15 +24,15 @@ def grids(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, Grid]:
     What lies in no stack comes last, in a grid without a name, with its path for a role and as layer 0.
     """
     anatomy = Anatomy(model)
-    found: dict[str, Grid] = {}
+    by_stack: dict[str, Grid] = {}
     outside: Grid = {}
     for path, rank in ranks.items():
         place = anatomy.find(path)
         if place is None:
             outside[path] = {0: rank}
         else:
-            found.setdefault(place.stack, {}).setdefault(place.role, {})[place.layer] = rank
-    return found | ({"": outside} if outside else {})
+            by_stack.setdefault(place.stack, {}).setdefault(place.role, {})[place.layer] = rank
+    return by_stack | ({"": outside} if outside else {})
 
 
 def table(model: nn.Module, ranks: Mapping[str, int]) -> str:
@@ -59,13 +59,13 @@ def heat_map(model: nn.Module, ranks: Mapping[str, int], file: str | Path | None
     require("drawing a heat map", "matplotlib")
     from matplotlib.figure import Figure
 
-    found = grids(model, ranks)
+    by_stack = grids(model, ranks)
     highest = max(ranks.values(), default=1) or 1
-    columns = max((layer + 1 for grid in found.values() for at in grid.values() for layer in at), default=1)
-    rows = [len(grid) for grid in found.values()]
+    columns = max((layer + 1 for grid in by_stack.values() for at in grid.values() for layer in at), default=1)
+    rows = [len(grid) for grid in by_stack.values()]
     figure = Figure(figsize=(2.5 + 0.45 * columns, 1.0 + 0.45 * sum(rows) + 0.6 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows)[:, 0]
-    for axis, (stack, grid) in zip(axes, found.items(), strict=True):
+    for axis, (stack, grid) in zip(axes, by_stack.items(), strict=True):
         layers = range(1 + max(layer for at in grid.values() for layer in at))
         values = [[at.get(layer, float("nan")) for layer in layers] for at in grid.values()]
         image = axis.imshow(values, vmin=0, vmax=highest, cmap="viridis", aspect="auto", origin="lower")

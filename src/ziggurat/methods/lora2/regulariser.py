@@ -13,14 +13,14 @@ from ziggurat.methods.lora2.orthogonality import Planes, cross_plane, orthogonal
 
 
 def learning_linears(model: nn.Module) -> dict[str, list[LoRA2Linear]]:
-    """Adapter -> the linears where it is active, trains, and has a direction left."""
-    found: dict[str, list[LoRA2Linear]] = {}
+    """Adapter -> the linear layers where it is active, trains, and has a direction left."""
+    learning: dict[str, list[LoRA2Linear]] = {}
     for layer in model.modules():
         if isinstance(layer, LoRA2Linear):
             for adapter in layer.learning:
                 if layer.factor(adapter, "E").numel():
-                    found.setdefault(adapter, []).append(layer)
-    return found
+                    learning.setdefault(adapter, []).append(layer)
+    return learning
 
 
 def deviation(model: nn.Module) -> Tensor:
@@ -104,7 +104,7 @@ def hook_of(model: nn.Module) -> Regulariser | None:
 
 
 def hook_into(model: nn.Module) -> None:
-    """Put the regulariser's hook on `model`, the root that holds the adapted linears, unless it is there."""
+    """Put the regulariser's hook on `model`, the root that holds the adapted linear layers, unless it is there."""
     if not any(isinstance(hook, Regulariser) for hook in model._forward_hooks.values()):
         model.register_forward_hook(Regulariser(), with_kwargs=True)
 

@@ -42,13 +42,13 @@ class MSPLoraConfig(MethodConfig):
         ranks: instead of `r` and `rank_decay`: the ranks of the global, mid and layer tier.
         tiers: instead of all of these: any number of tiers, coarse to fine, each a dict of `name`, `groups`
             (a number, a list of first layers, or "layers") and optionally `r` and `lora_alpha`.
-        rank_pattern: ranks of the tiers, coarse to fine, for linears of some roles: {"value": [12, 4, 2]}. A key is a
-            role or the end of one, such as "attention.self.value"; the longest that fits counts. Layers of a role
+        rank_pattern: ranks of the tiers, coarse to fine, for linear layers of some roles: {"value": [12, 4, 2]}. A key
+            is a role or the end of one, such as "attention.self.value"; the longest that fits counts. Layers of a role
             share pairs, so a role has the same ranks in all of them.
         even_scales: every tier has the scale of the coarsest, lora_alpha / r (rsLoRA: / sqrt(r)), instead of one that
             grows as its rank falls. One learning rate then suits all tiers, and LoRA's suits the pyramid.
         train_in_stages: train the tiers one after the other, coarse to fine, in equal shares of the run.
-        bias: "none", "all", or "msplora_only" (the biases of the adapted linears).
+        bias: "none", "all", or "msplora_only" (the biases of the adapted linear layers).
 
     Raises:
         ConfigError: values that can't work in any model; what can't work in a given model is refused
@@ -93,7 +93,7 @@ class MSPLoraConfig(MethodConfig):
             raise ConfigError("even_scales gives every tier the coarsest one's scale; leave lora_alpha out of tiers.")
 
     def pyramid(self, role: str = "") -> tuple[Tier, ...]:
-        """The tiers, coarse to fine, of linears of `role`: with the ranks that `rank_pattern` has for it."""
+        """The tiers, coarse to fine, of linear layers of `role`: with the ranks that `rank_pattern` has for it."""
         known: dict[str, tuple[Tier, ...]] | None = self.__dict__.get(_PYRAMIDS)
         if known is not None and role in known:
             return known[role]
@@ -165,7 +165,7 @@ class MSPLoraConfig(MethodConfig):
 
     @property
     def speaks_of_depth(self) -> bool:
-        """Whether the user has said something that only makes sense in a stack of layers."""
+        """Whether the user has set a field that only makes sense in a stack of layers."""
         fields = (
             self.num_groups,
             self.group_starts,

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ziggurat.host.bank import Bank
+from ziggurat.host.blend import blend_whole_modules
 from ziggurat.host.method import Card, Method
 from ziggurat.host.registry import register
 from ziggurat.host.site import Site
@@ -50,42 +51,11 @@ class MSPLoraModel(MethodTuner):
             raise ValueError(f"Adapter {adapter} does not exist; there are {', '.join(self.peft_config)}.")
         return self.peft_config[adapter].pyramid()  # type: ignore[union-attr]
 
-    @torch.no_grad()
-    def add_weighted_adapter(
-        self,
-        adapters: list[str],
-        weights: list[float],
-        adapter_name: str,
-        combination_type: str = "linear",
-        **_: Any,
-    ) -> None:
-        """Add an adapter whose every delta is the weighted sum of the given ones': dW = sum_i w_i dW_i, exactly.
-
-        The ranks add up inside each tier: A = [A_1; A_2; ...], B = [w_1 s_1 B_1, w_2 s_2 B_2, ...] with scale 1, so
-        the new adapter shares as the old ones do. A module that all of them train whole becomes H + sum_i w_i (H_i - H)
-        with H the base model's.
-
-        Raises:
-            ValueError: an unknown adapter, lists of unequal length, or adapters whose pyramids differ. No adapter is
-                added then.
-        """
-        if adapter_name in self.peft_config:
-            return
-        if combination_type not in ("linear", "cat"):
-            raise ValueError(
-                f"Invalid combination_type: {combination_type}. Only 'linear' is supported: the weighted sum, which is "
-                "exact because ranks are concatenated inside the shared pairs."
-            )
-        if len(adapters) != len(weights) or not adapters:
-            raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter.")
-        pyramids = [self._tiers(name) for name in adapters]
-        patterned = [name for name in adapters if self.peft_config[name].rank_pattern]  # type: ignore[union-attr]
-        if patterned:
-            raise ValueError(
-                f"adapter {patterned[0]!r} has ranks by role (rank_pattern), which can't be added up tier by tier. "
-                "Export the adapters to plain LoRA with ziggurat.export and combine those."
-            )
-        self._check_equal_structure(adapters, pyramids)
+    def _add_combined(self, adapters: list[str], weights: list[float], adapter: str, kind: str, **options: Any) -> None:
+        """A sum of equal pyramids stays one: in each tier A = [A_1; ...] and B = [w_1 s_1 B_1, ...]."""
+        if kind not in ("linear", "cat") or not self._equal_pyramids(adapters):
+            return super()._add_combined(adapters, weights, adapter, kind, **options)
+        configs: list[Any] = [self.peft_config[name] for name in adapters]
         tiers = [
             {
                 "name": same[0].name,
@@ -93,42 +63,33 @@ class MSPLoraModel(MethodTuner):
                 "r": (rank := sum(tier.r for tier in same)),
                 "lora_alpha": float(rank),
             }
-            for same in zip(*pyramids, strict=True)
+            for same in zip(*(config.pyramid() for config in configs), strict=True)
         ]
         plain = {"num_groups": None, "group_starts": None, "ranks": None, "alpha_pattern": None}
-        first: Any = self.peft_config[adapters[0]]
-        summed = replace(first, tiers=tiers, **plain, use_rslora=False, even_scales=False, bias="none")
+        summed = replace(configs[0], tiers=tiers, **plain, use_rslora=False, even_scales=False, bias="none")
         summed.any_rank = True
-        with self.added(adapter_name, summed):
+        with self.added(adapter, summed):
             bank = self.bank_cls.at_root(self.model)
-            sums = bank.factors(adapter_name)
-            for layer in (layer for _, layer in self._linears() if adapter_name in layer.leaves):
-                scales = [
-                    {tier.name: tier.scale for tier in layer.configs[name].pyramid(layer.sites[name].role)}
-                    for name in adapters
-                ]
-                for tier in tiers:
-                    name = tier["name"]
-                    down, up = (layer.leaves[adapter_name][f"{half}_{name}"][1] for half in "AB")
-                    olds = [bank.factors(adapter) for adapter in adapters]
-                    factors = [w * scale[name] for w, scale in zip(weights, scales, strict=True)]
+            sums, olds = bank.factors(adapter), [bank.factors(name) for name in adapters]
+            for layer in (layer for _, layer in self._linears() if adapter in layer.leaves):
+                pyramids = [layer.configs[name].pyramid(layer.sites[name].role) for name in adapters]
+                for same in zip(*pyramids, strict=True):
+                    down, up = (layer.leaves[adapter][f"{half}_{same[0].name}"][1] for half in "AB")
+                    factors = [w * tier.scale for w, tier in zip(weights, same, strict=True)]
                     sums[down].copy_(torch.cat([old[down] for old in olds]))
                     sums[up].copy_(torch.cat([f * old[up] for f, old in zip(factors, olds, strict=True)], dim=1))
-            for half in sums.parameters():
-                half.requires_grad_(False)
-            self.blend_whole_modules(adapters, weights, adapter_name)
+            sums.requires_grad_(False)
+            blend_whole_modules(self.model, adapters, weights, adapter)
 
-    def _check_equal_structure(self, adapters: list[str], pyramids: list[tuple[Tier, ...]]) -> None:
+    def _equal_pyramids(self, adapters: list[str]) -> bool:
+        """Whether the shared pairs of these adapters correspond, tier by tier."""
+        configs: list[Any] = [self.peft_config[name] for name in adapters]
+        if any(config.rank_pattern or config.blended for config in configs):
+            return False
         bank = self.bank_cls.at_root(self.model)
-        shapes = [[(t.name, t.groups, t.at_most) for t in pyramid] for pyramid in pyramids]
-        names = [set(bank.factors(adapter).names()) for adapter in adapters]
-        for adapter, shape, leaves in zip(adapters, shapes, names, strict=True):
-            if shape != shapes[0] or leaves != names[0]:
-                raise ValueError(
-                    f"adapters {adapters[0]!r} and {adapter!r} have different pyramids (tiers, groups or targets), so "
-                    "their shared pairs don't correspond. Combine adapters of equal structure, or export them to plain "
-                    "LoRA with ziggurat.export and combine those."
-                )
+        forms = [[(t.name, t.groups, t.at_most) for t in config.pyramid()] for config in configs]
+        leaves = [set(bank.factors(name).names()) for name in adapters]
+        return all(form == forms[0] for form in forms) and all(names == leaves[0] for names in leaves)
 
 
 def stage(tiers: tuple[Tier, ...], progress: float) -> str:

@@ -15,9 +15,9 @@ from ziggurat.files.untrusted import MOST_RUN, own_file, read_json
 from ziggurat.nearest import missing_path
 from ziggurat.recipe.methods import METHODS
 from ziggurat.recipe.recipe import find_recipe, recipe_of
-from ziggurat.recipe.schema import Recipe
+from ziggurat.recipe.schema import WRITES, Recipe
 
-from ..data.encode import end_of_turn
+from ..data.template import end_of_turn
 from ..folder.run_folder import RECIPE, RUN
 from ..heads import MeanPooledClassifier
 from ..loop.trainers import quiet
@@ -115,6 +115,6 @@ def head_of(run: dict[str, Any], path: Path) -> HeadSpec:
 
 
 def _whole_class(spec: HeadSpec) -> Any:
-    if spec.task == "instruct":
+    if spec.task in WRITES:
         return AutoModelForCausalLM
     return MeanPooledClassifier if spec.pooling == "mean" else AutoModelForSequenceClassification

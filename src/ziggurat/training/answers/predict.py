@@ -12,11 +12,13 @@ import torch
 
 from ziggurat.errors import DataError
 from ziggurat.nearest import missing_path
+from ziggurat.recipe.schema import SCORED_LENGTH, WRITES
 
-from ..data.encode import Collator, asked_ids, encode_texts, longest, positions
-from ..data.instruct import WITH_LINE_BREAK, alpaca_prompt
-from ..data.splits import text_columns
+from ..data.encode import Collator, encode_texts, longest, positions
+from ..data.examples import text_columns
+from ..data.instruct import WITH_LINE_BREAK, alpaca_prompt, column_of
 from ..data.tables import read_lines, read_table, require_column, texts_of
+from ..data.template import asked_ids
 from .load import Loaded, load_adapter_model
 
 
@@ -57,8 +59,8 @@ def predict(
     loaded = adapter if isinstance(adapter, Loaded) else load_adapter_model(adapter)
     if not texts:
         raise DataError("no text to predict")
-    if loaded.head.task == "instruct":
-        if second is not None and loaded.run.get("shape") == "prompt":
+    if loaded.head.task in WRITES:
+        if second is not None and loaded.run.get("shape") in ("prompt", "text"):
             raise DataError("this adapter was trained on prompts, which have no input beside them: give one text")
         if second is not None and len(second) != len(texts):
             raise DataError(f"{len(texts)} instructions, but {len(second)} inputs")
@@ -78,7 +80,7 @@ def predict(
 @torch.no_grad()
 def _score(loaded: Loaded, texts: Sequence[str], second: Sequence[str] | None, batch: int) -> list[Prediction]:
     config: Any = loaded.model.config
-    length = longest(loaded.tokenizer, config, loaded.recipe.data.max_length)
+    length = longest(loaded.tokenizer, config, loaded.recipe.data.max_length or SCORED_LENGTH)
     separate = loaded.head.pooling == "mean" and loaded.head.pair
     columns, _ = encode_texts(texts, second, loaded.tokenizer, length, separate=separate)
     collate, device = Collator(loaded.tokenizer), next(loaded.model.parameters()).device
@@ -137,6 +139,15 @@ def _asked(loaded: Loaded, text: str, context: str | None) -> list[int]:
     return list(loaded.tokenizer(prompt)["input_ids"])  # type: ignore[arg-type]
 
 
+def _question_columns(loaded: Loaded, table: Any, source: str) -> tuple[str, str | None]:
+    """The columns of the questions and of what belongs to them."""
+    names = ("instruction", "prompt") if loaded.run.get("shape") == "alpaca" else ("prompt", "instruction")
+    found = (column_of(loaded.recipe, name, table, source) for name in names)
+    first = next((column for column in found if column is not None), names[0])
+    context = column_of(loaded.recipe, "input", table, source)
+    return first, context if loaded.run.get("shape") not in ("prompt", "text") else None
+
+
 def read_texts(file: Path, loaded: Loaded) -> tuple[list[str], list[str] | None]:
     """Texts of a .txt file (one a line) or of a table with the columns the adapter was trained on.
 
@@ -150,9 +161,8 @@ def read_texts(file: Path, loaded: Loaded) -> tuple[list[str], list[str] | None]
             raise DataError(f"this adapter compares two texts: give a table with '{data.text}' and '{data.text_pair}'")
         return read_lines(file), None
     table = read_table(str(file), texts=text_columns(loaded.recipe))
-    if loaded.head.task == "instruct":
-        first, second = ("instruction", "input") if loaded.run.get("shape") == "alpaca" else ("prompt", None)
-        second = second if second in table.column_names else None
+    if loaded.head.task in WRITES:
+        first, second = _question_columns(loaded, table, str(file))
     else:
         first, second = data.text, data.text_pair
     for column in (first, second):
@@ -161,6 +171,6 @@ def read_texts(file: Path, loaded: Loaded) -> tuple[list[str], list[str] | None]
     texts = texts_of(table, first, str(file))
     if second is None:
         return texts, None
-    if loaded.head.task == "instruct":  # an instruction may have no input
+    if loaded.head.task in WRITES:  # an instruction may have no input
         return texts, ["" if text is None else str(text) for text in table[second]]
     return texts, texts_of(table, second, str(file))

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import AdaLoraConfig
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ziggurat.errors import RecipeError
@@ -33,9 +33,7 @@ class AdaLoRAAllocation(TrainerCallback):
         self.config = config
         self.kept: dict[str, list[bool]] | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Raises RecipeError if the warm-ups leave no step for the allocation."""
         config, total = self.config, state.max_steps
         config.total_step = total
@@ -49,24 +47,18 @@ class AdaLoRAAllocation(TrainerCallback):
         if state.global_step:
             self._restore(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", model)
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.config.rank_pattern = self.kept
         model.base_model.update_and_allocate(state.global_step)
         self.kept, self.config.rank_pattern = self.config.rank_pattern, None
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Tell the config which directions are kept, read off E: they may be those of an earlier, better checkpoint."""
         if self.kept is not None:
             E = dict(model.base_model.model.named_parameters())
             self.config.rank_pattern = {name: E[name].detach().ne(0).flatten().tolist() for name in self.kept}
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if not (state.is_world_process_zero and folder.is_dir()):
             return

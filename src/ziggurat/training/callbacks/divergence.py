@@ -1,4 +1,4 @@
-"""A loss that is no number any more ends the run: what was learned before stays, and the error says where and why."""
+"""A NaN or infinite loss ends the run: earlier checkpoints stay, and the error says where and why."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ziggurat.errors import DivergedError
 
@@ -30,15 +30,13 @@ class StopAtNaN(TrainerCallback):
         self._losses: list[Tensor] = []
         self._handle: Any = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         args.logging_nan_inf_filter = False
         model: nn.Module = kwargs["model"]
         self._losses.clear()
         self._handle = model.register_forward_hook(self._keep_loss)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Read the losses of the micro-batches of this step, in one transfer from the device.
 
         Raises:
@@ -46,28 +44,24 @@ class StopAtNaN(TrainerCallback):
         """
         losses, self._losses = self._losses, []
         if losses:
-            found = torch.stack([loss.float() for loss in losses]).tolist()
-            bad = next((loss for loss in found if not math.isfinite(loss)), None)
+            values = torch.stack([loss.float() for loss in losses]).tolist()
+            bad = next((loss for loss in values if not math.isfinite(loss)), None)
             if bad is not None:
                 raise self._error(args, state, f"the loss is {bad}")
         if control.should_save:
             self._check_weights(args, state, kwargs["model"])
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_save:
             self._check_weights(args, state, kwargs["model"])
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A Trainer that makes its loss outside the model shows it only here.
         loss = (kwargs.get("logs") or {}).get("loss")
         if isinstance(loss, float) and not math.isfinite(loss):
             raise self._error(args, state, f"the loss is {loss}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
         self._check_weights(args, state, kwargs["model"])
 
@@ -100,18 +94,18 @@ def _kept(checkpoint: Path | None) -> str:
     if checkpoint is None:
         return "There is no checkpoint from before."
     return (
-        f"The last good checkpoint lies in {checkpoint}: resume=true goes on from there with the same recipe; after a "
+        f"The last good checkpoint is in {checkpoint}: resume=true goes on from there with the same recipe; after a "
         "change to it, overwrite=true starts afresh."
     )
 
 
 def _hint(args: TrainingArguments) -> str:
-    """What most often makes a loss NaN, under these settings."""
+    """The most frequent remedies of a NaN loss, for these settings."""
     parts = []
     if args.fp16:
         parts.append("set train.precision to bf16 or fp32, since fp16 overflows above 65,504")
     parts.append(f"lower train.lr (now {args.learning_rate:g})")
     if not args.max_grad_norm:
         parts.append("clip gradients by train.max_grad_norm=1.0")
-    parts.append("or look for damaged weights in the base model and for labels or numbers in the data that are NaN")
+    parts.append("or look for damaged weights in the base model and for NaN in the data")
     return f"What helps: {', '.join(parts)}."

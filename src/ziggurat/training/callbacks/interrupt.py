@@ -7,13 +7,13 @@ import threading
 from types import FrameType
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl
 
 from ..devices.processes import Processes
 
 
 class Interrupted(Exception):
-    """A run was stopped from outside. `checkpoint` is what it left (None before the first step), `signal` by what."""
+    """A run was stopped by a signal, number `signal`. `checkpoint` is its last one (None before the first step)."""
 
     def __init__(self, folder: str, checkpoint: str | None, step: int, total: int, number: int) -> None:
         done = f"stopped at step {step} of {total}" if checkpoint else "stopped before the first step"
@@ -61,25 +61,17 @@ class StopSignals(TrainerCallback):
         if again or not self.learning:
             raise KeyboardInterrupt
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.learning = True
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> TrainerControl:
         return self._stop(control)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> TrainerControl:
         # A signal during a long scoring is answered right after it.
         return self._stop(control) if self.learning else control
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> TrainerControl:
         if self.agreed is not None:
             # A Trainer that was stopped in the middle of an epoch calls this too. At the real end of one, a scoring
             # that is due is made and the checkpoint written again: see `_stop`.
@@ -88,15 +80,13 @@ class StopSignals(TrainerCallback):
             control.should_save = control.should_evaluate
         return control
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.learning = False
 
     def _stop(self, control: TrainerControl) -> TrainerControl:
         # A scoring that is due at this very step is still made, before the checkpoint: it draws random numbers, and
         # without them the resumed run would not be the uninterrupted one.
-        self.agreed = self.processes.most(self.number or 0) or None
+        self.agreed = self.processes.largest(self.number or 0) or None
         if self.agreed is not None:
             control.should_save = control.should_training_stop = True
         return control

@@ -1,4 +1,4 @@
-"""The live bar while a run learns; plain lines where nobody watches."""
+"""The progress bar while a run trains; plain lines on a console that is no terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 
 class LiveProgress(TrainerCallback):
@@ -27,46 +27,37 @@ class LiveProgress(TrainerCallback):
         self.loss: float | None = None
         self.score: float | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.console.is_terminal or not state.is_world_process_zero:
             return
         self.bar = Progress(
             TextColumn("learning"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[said]}"),
+            TextColumn("{task.fields[shown]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
         )
-        self.task = self.bar.add_task("learning", total=state.max_steps, completed=state.global_step, said="")
+        self.task = self.bar.add_task("learning", total=state.max_steps, completed=state.global_step, shown="")
         self.bar.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and isinstance(logs.get("loss"), (int, float)):
             self.loss = float(logs["loss"])
             self._say()
 
     def on_evaluate(
         self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
+        args: Any,
+        state: Any,
+        control: Any,
         metrics: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -79,9 +70,7 @@ class LiveProgress(TrainerCallback):
         elif state.is_world_process_zero and state.global_step < state.max_steps:
             self.console.print(f"step {state.global_step} of {state.max_steps}: {self.metric} {self.score:.2f}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
 
     def close(self) -> None:
@@ -94,4 +83,4 @@ class LiveProgress(TrainerCallback):
         if self.bar is not None:
             parts = [f"loss {self.loss:.3f}"] if self.loss is not None else []
             parts += [f"{self.metric} {self.score:.2f}"] if self.score is not None else []
-            self.bar.update(self.task, said="  ".join(parts))
+            self.bar.update(self.task, shown="  ".join(parts))

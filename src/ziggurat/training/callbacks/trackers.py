@@ -16,7 +16,7 @@ _PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytek
 
 def lacking(names: Sequence[str]) -> dict[str, str]:
     """The trackers that aren't installed, with the package that each needs."""
-    # kubeflow is told by the environment of its cluster, not by a package.
+    # kubeflow needs no package: it reads the environment of its cluster.
     wanted = {name: _MODULES.get(name, (name,)) for name in names if name != "kubeflow"}
     return {
         name: _PACKAGES.get(name, name)
@@ -42,7 +42,7 @@ def write_into(trainer: Any, folder: Path) -> None:
 
 
 def close(trainer: Any) -> None:
-    """Write what TensorBoard's writer still holds back: scoring after the last step opens a new one."""
+    """Flush TensorBoard's writer: scoring after the last step opens a new one."""
     for callback in _tensorboards(trainer):
         callback.on_train_end(trainer.args, trainer.state, trainer.control)
 

@@ -1,15 +1,24 @@
-"""Instruction data as prompt and completion, in whichever of the three usual shapes they come."""
+"""Instruction data in whichever of the usual shapes they come, as texts, conversations or plain text."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ziggurat.errors import DataError
 from ziggurat.recipe.schema import Recipe
 
+from .chat import Message, as_messages, conversation, parsed, tools_of
+from .faults import Faults, RowFault, kind_of
+from .tables import require_column
+
 if TYPE_CHECKING:
     from datasets import Dataset
+
+dumps = partial(json.dumps, ensure_ascii=False)
 
 # The Alpaca prompt (tatsu-lab/stanford_alpaca, train.py), which MSPLoRA's instruction runs use: models that were
 # tuned on it expect it to the letter.
@@ -25,15 +34,30 @@ _WITHOUT_INPUT = (
 )
 #: How the prompt ends, as run.json says it: a run that says nothing was trained with a line break.
 TO_THE_LETTER, WITH_LINE_BREAK = "stanford_alpaca", "line break"
-_COLUMNS = {
-    "prompt": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-    "messages": ("messages",),
+#: What each column may be called where `data.columns` doesn't say, by the key of `data.columns`.
+ALIASES = {
+    "messages": ("messages", "conversations", "conversation"),
+    "tools": ("tools",),
+    "system": ("system",),
+    "history": ("history",),
+    "prompt": ("prompt", "question", "query"),
+    "completion": ("completion", "answer", "response"),
+    "instruction": ("instruction",),
+    "input": ("input", "context"),
+    "output": ("output", "response"),
+    "text": ("text",),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
 }
-#: Columns beside these that a chat template could put into the prompt.
-_UNREAD = ("tools", "images", "chat_template_kwargs")
-#: Columns of instruction data that hold texts, whatever their texts look like.
-TEXTS = ("prompt", "completion", "instruction", "input", "output")
+#: The columns that make a shape, and those that it reads besides.
+_SHAPES = {
+    "prompt": (("prompt", "completion"), ("tools", "system", "history")),
+    "alpaca": (("instruction", "output"), ("input", "system", "history")),
+    "messages": (("messages",), ("tools", "system")),
+    "text": (("text",), ()),
+}
+#: Columns that say which of two answers is better, or whether one is good: they make no instruction data.
+_PREFERRED = ("chosen", "rejected")
 
 
 def alpaca_prompt(instruction: str, context: str | None = None, form: str = TO_THE_LETTER) -> str:
@@ -44,111 +68,176 @@ def alpaca_prompt(instruction: str, context: str | None = None, form: str = TO_T
     return _WITHOUT_INPUT.format(instruction=instruction) + end
 
 
+def column_of(recipe: Recipe, name: str, table: Dataset, source: str) -> str | None:
+    """The column that stands for `name`, by `data.columns` or by its usual names. DataError if the one named lacks."""
+    chosen = getattr(recipe.data.columns, name)
+    if chosen is not None:
+        require_column(table, chosen, f"data.columns.{name}", source)
+        return chosen
+    return next((column for column in ALIASES[name] if column in table.column_names), None)
+
+
+def columns_of(recipe: Recipe, names: Iterable[str]) -> list[str]:
+    """Every column that may stand for one of `names`."""
+    found: dict[str, None] = {}
+    for name in names:
+        chosen = getattr(recipe.data.columns, name)
+        found |= dict.fromkeys([chosen] if chosen is not None else ALIASES[name])
+    return list(found)
+
+
 def shape_of(recipe: Recipe, table: Dataset, source: str) -> str:
-    """`prompt`, `alpaca` or `messages`: as the recipe says, or by the columns. DataError when none fits."""
-    names = table.column_names
-    wanted = recipe.data.format
+    """`prompt`, `alpaca`, `messages` or `text`: as the recipe says, or by the columns. DataError when none fits."""
+
+    def fits(shape: str) -> bool:
+        return all(column_of(recipe, name, table, source) is not None for name in _SHAPES[shape][0])
+
+    wanted, names = recipe.data.format, table.column_names
     if wanted != "auto":
-        missing = [column for column in _COLUMNS[wanted] if column not in names]
-        if missing:
+        if not fits(wanted):
             raise DataError(
-                f"data.format: {wanted} needs the columns {' and '.join(_COLUMNS[wanted])}, {source} has "
-                f"{', '.join(names)}"
+                f"data.format: {wanted} needs {_needed(wanted)}, {source} has {', '.join(names)}; "
+                "data.columns.* says what they are called"
             )
         return wanted
-    for shape, columns in _COLUMNS.items():
-        if all(column in names for column in columns):
-            return shape
-    shapes = "; ".join(" + ".join(columns) for columns in _COLUMNS.values())
-    raise DataError(f"{source} has the columns {', '.join(names)}; instruct needs one of: {shapes}")
+    # Columns that the recipe names decide before those that happen to have a usual name.
+    named = [shape for shape in _SHAPES if any(getattr(recipe.data.columns, name) for name in _SHAPES[shape][0])]
+    shape = next((shape for shape in [*named, *_SHAPES] if fits(shape)), None)
+    if all(column in names for column in _PREFERRED):
+        raise DataError(f"{source} holds pairs of a chosen and a rejected answer: set task: dpo (or orpo)")
+    if shape == "prompt" and "label" in names and all(label in (True, False, None) for label in table["label"]):
+        raise DataError(
+            f"{source} says in its column label which answers are good, and instruct would learn the bad ones too: set "
+            "task: kto; or, if all are to be learned, data.format: prompt"
+        )
+    if shape is None:
+        shapes = "; ".join(map(_needed, _SHAPES))
+        raise DataError(
+            f"{source} has the columns {', '.join(names)}; instruct needs one of: {shapes}; data.columns.* says what "
+            "they are called, for example data.columns.prompt"
+        )
+    return shape
 
 
-def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, list[str]]:
-    """Columns `prompt` and `completion`: texts, or lists of messages that the model's chat template will join.
+def _needed(shape: str) -> str:
+    return " + ".join(_SHAPES[shape][0])
 
-    Of a conversation the last assistant message is the completion, everything before it the prompt. The completion of
-    a row with an empty answer is None. The second result says what of the rows is not learned.
-    Raises DataError for columns that don't fit, an empty prompt, what is no text, a call of tools, or a conversation
-    that doesn't end with an answer.
+
+def to_rows(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, list[str]]:
+    """The rows in one of three forms, the shape that they had, and notes of what of them isn't read or learned.
+
+    Texts: columns `prompt` and `completion`. Conversations: `messages` and `tools` as JSON text, and `learned`, the
+    number of the message from which on answers are learned. Plain text: `text`. In all of them `row` is the number of
+    the row in the file. Rows with an empty answer are left out (in Alpaca 28 are).
+
+    Raises DataError for columns that don't fit and, counted together, for all rows that can't be read; or if no row has
+    an answer.
     """
     from datasets import Dataset
 
     shape = shape_of(recipe, table, source)
-    prompts: list[Any] = []
-    completions: list[Any] = []
-    lost: Counter[str] = Counter()
+    given = {name: column_of(recipe, name, table, source) for part in _SHAPES[shape] for name in part}
+    faults, counts, found = Faults(source, len(table)), Counter[str](), []
     for index, row in enumerate(table):
         assert isinstance(row, dict)
-        where = f"{source}, row {index + 1}"
-        unread = {column for column in _UNREAD if row.get(column)}
-        if shape == "messages":
-            turns = _turns(row["messages"], where, unread)
-            prompt, completion = turns[:-1], turns[-1:]
-        elif shape == "alpaca":
-            said, context = _text(row["instruction"], where), _text(row.get("input"), where)
-            prompt = alpaca_prompt(said, context) if said is not None else None
-            completion = _text(row["output"], where)
-        elif isinstance(row["prompt"], list):
-            turns = _turns([*row["prompt"], *(row["completion"] or [])], where, unread)
-            prompt, completion = turns[: len(row["prompt"])], turns[len(row["prompt"]) :]
-        else:
-            prompt, completion = _text(row["prompt"], where), _text(row["completion"], where)
-        lost.update(unread)
-        answers = [turn["content"] for turn in completion] if isinstance(completion, list) else [completion or ""]
-        if not "".join(answers).strip():
-            completion = None
-        elif not prompt and prompt != "":
-            raise DataError(f"{where}: the prompt is empty; take the row out")
-        prompts.append(prompt)
-        completions.append(completion)
+        cells = {name: row[column] if column is not None else None for name, column in given.items()}
+        try:
+            made = read_row(recipe, shape, cells, counts)
+        except RowFault as fault:
+            faults.add(index, str(fault), gap=fault.gap)
+            made = None
+        found.append({**(made or {}), "row": index + 1})
+    kept = [made for made in found if len(made) > 1]
+    _, notes = faults.settle(table, recipe.data.drop_missing)
     rows = f"of {len(table)} rows of {source}"
-    notes = [f"{count} {rows} have {key}, which is not learned" for key, count in sorted(lost.items())]
-    return Dataset.from_dict({"prompt": prompts, "completion": completions}), notes
-
-
-def with_answers(table: Dataset, source: str) -> tuple[Dataset, str | None]:
-    """The rows whose answer is not empty (in Alpaca 28 are), and a note of how many others there are.
-
-    Raises DataError if there is none.
-    """
-    kept = [index for index, completion in enumerate(table["completion"]) if completion is not None]
+    unread = [f"'{column}'" for column in table.column_names if column not in given.values()]
+    if unread:
+        notes.append(f"{source}: column{'s' if len(unread) > 1 else ''} not read: {', '.join(unread)}")
+    empty = counts.pop("", 0)
+    notes += [f"{count} {rows} {what}" for what, count in sorted(counts.items())]
     if not kept:
         raise DataError(f"{source}: the answer is empty in every row; there is nothing to learn")
-    empty = len(table) - len(kept)
-    if not empty:
-        return table, None
-    return table.select(kept), f"left out {empty} of {len(table)} rows of {source}: their answer is empty"
+    notes += joined_bare(kept) if shape == "prompt" else []
+    if empty:
+        notes.append(f"left out {empty} {rows}: their answer is empty")
+    return Dataset.from_list(kept), "messages" if "messages" in kept[0] else shape, notes
 
 
-def _text(value: Any, where: str) -> str | None:
-    """A number or a date as a text, for a table may have columns that hold nothing else. DataError for a list, say."""
-    if isinstance(value, bytes | list | dict):
-        raise DataError(f"{where}: a text is needed, this is of type {type(value).__name__}: {str(value)[:80]}")
-    return None if value is None else str(value)
+def joined_bare(rows: list[dict[str, Any]]) -> list[str]:
+    """A note where nothing parts any prompt from its answer."""
+    if any("prompt" not in row or row["prompt"][-1:].isspace() or row["completion"][:1].isspace() for row in rows):
+        return []
+    return ["prompts and answers are joined with nothing in between; end prompts by a blank, or set data.as_chat: true"]
 
 
-def _turns(messages: Any, where: str, unread: set[str]) -> list[dict[str, str]]:
-    """Messages with their role and content alone; `unread` gets the other keys that have a value."""
+def read_row(recipe: Recipe, shape: str, cells: dict[str, Any], counts: Counter[str]) -> dict[str, Any] | None:
+    """One row in its form, None if its answer is empty. `counts` gets what of it isn't learned. Raises RowFault."""
+    if shape == "messages":
+        messages, unread = conversation(cells["messages"], recipe.data)
+        return _chat(messages, 0, cells, unread, counts)
+    if shape == "text":
+        text = _text(cells["text"])
+        if text is None or not text.strip():
+            raise RowFault("no text", gap=True)
+        return {"text": text}
+    asked, said = (cells[name] for name in _SHAPES[shape][0])
+    if asked and said and (as_messages(asked) is None) != (as_messages(said) is None):
+        raise RowFault("of prompt and answer one is a list of messages and one is a text; both have to be the same")
+    if (before := as_messages(asked)) is not None:
+        messages, unread = conversation([*before, *(as_messages(said) or [])], recipe.data)
+        return _chat(messages, len(before), cells, unread, counts)
+    prompt, answer, context = _text(asked), _text(said), _text(cells.get("input"))
+    if not (answer or "").strip():
+        counts[""] += 1
+        return None
+    if not prompt and (prompt is None or shape == "alpaca"):
+        raise RowFault("the prompt is empty", gap=True)
+    if recipe.data.as_chat:
+        content = f"{prompt}\n\n{context}" if context and context.strip() else prompt
+        turns = [*_history(cells.get("history")), {"role": "user", "content": content}]
+        return _chat([*turns, {"role": "assistant", "content": answer}], len(turns), cells, set(), counts)
+    for name in ("system", "history", "tools"):
+        if cells.get(name):
+            counts[f"have {name}, which is learned with data.as_chat: true alone"] += 1
+    if shape == "alpaca":
+        prompt = alpaca_prompt(str(prompt), context)
+    return {"prompt": prompt, "completion": answer}
+
+
+def _chat(
+    messages: list[Message], learned: int, cells: dict[str, Any], unread: set[str], counts: Counter[str]
+) -> dict[str, Any] | None:
+    """A conversation up to its last answer, with its system prompt and tools; None if its answers are empty."""
+    if (system := _text(cells.get("system"))) and messages[0]["role"] != "system":
+        messages, learned = [{"role": "system", "content": system}, *messages], learned + 1
+    places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    if not places or places[-1] < learned:
+        raise RowFault("no message of the assistant", gap=True)
+    for key in unread:
+        counts[f"have {key} in their messages, which is not read"] += 1
+    if places[-1] + 1 < len(messages):
+        counts["go on behind the last answer; what follows it is left out"] += 1
+    messages = messages[: places[-1] + 1]
+    answers = [messages[place] for place in places if place >= learned]
+    if not any(answer["content"].strip() or answer.get("tool_calls") for answer in answers):
+        counts[""] += 1
+        return None
+    tools = tools_of(cells.get("tools"))
+    return {"messages": dumps(messages), "tools": dumps(tools), "learned": learned}
+
+
+def _history(value: Any) -> list[Message]:
+    """Earlier turns, as pairs of question and answer."""
     turns = []
-    for message in messages or []:
-        # A table gives every message the keys that one of them has, and None where it had no such key.
-        given = {key: value for key, value in message.items() if value} if isinstance(message, dict) else {}
-        if calls := next((key for key in ("tool_calls", "function_call") if key in given), None):
-            raise DataError(f"{where}: a message calls tools ({calls}), which can't be learned yet; take the row out")
-        if not isinstance(message, dict) or None in (message.get("role"), message.get("content")):
-            raise DataError(f"{where}: each message needs role and content, got {message!r}")
-        unread |= given.keys() - {"role", "content"}
-        turns.append({"role": str(message["role"]), "content": _content(message["content"], where)})
-    if len(turns) < 2 or turns[-1]["role"] != "assistant":
-        last = turns[-1]["role"] if turns else "nothing"
-        raise DataError(f"{where}: a conversation must end with a message of the assistant, this ends with {last}")
+    for pair in parsed(value) or []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RowFault(f"history holds pairs of question and answer, got {str(pair)[:80]}")
+        turns += [{"role": role, "content": str(said)} for role, said in zip(("user", "assistant"), pair, strict=True)]
     return turns
 
 
-def _content(content: Any, where: str) -> str:
-    """The text of a message, which may come in parts."""
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-    if len(texts) < len(parts) or None in texts:
-        raise DataError(f"{where}: a message holds parts that are no texts, and only texts are learned: {content!r}")
-    return "".join(str(_text(text, where)) for text in texts)
+def _text(value: Any) -> str | None:
+    """A number or a date as a text, for a table may have columns that hold nothing else. RowFault for a list, say."""
+    if isinstance(value, bytes | list | dict):
+        raise RowFault(f"a text is needed, this is {kind_of(value)}: {str(value)[:80]}")
+    return None if value is None else str(value)

@@ -20,7 +20,7 @@ from ziggurat.nearest import did_you_mean, missing_path
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt")
 #: Decoded, a parquet file may have this many times its bytes, or `LEAST_DECODED` bytes where that is more.
 MOST_GROWTH, LEAST_DECODED = 1000, 2**28
 #: Rows of a parquet file that are decoded before their bytes are counted.
@@ -50,10 +50,12 @@ def read_table(
     split: str = "train",
     demo: str = "train",
     texts: Collection[str] = (),
+    nested: Collection[str] = (),
     classes: str | None = None,
 ) -> Dataset:
     """The rows of `source`.
 
+    Lists of objects in the columns `nested` of json files become JSON texts, which keep the keys that each object has.
     In csv and tsv files the columns `texts` stay as they are written, and so do the labels in the column `classes`
     unless all of them are numbers; of the others, those that hold nothing but numbers, dates or true and false are
     read as such.
@@ -71,7 +73,7 @@ def read_table(
             return _from_arrow(_parquet(path), f"demo ({demo})")
     path = Path(source).expanduser()
     if path.is_file():
-        return _read_file(path, texts, classes)
+        return _read_file(path, texts, nested, classes)
     if path.is_dir() and (path / "state.json").is_file():
         loaded = datasets.load_from_disk(str(path))
         if isinstance(loaded, datasets.DatasetDict):
@@ -128,15 +130,14 @@ def _looks_like_a_file(source: str) -> bool:
     return source.endswith(SUFFIXES) or source.startswith((".", "/", "~", "\\")) or "\\" in source
 
 
-def _read_file(path: Path, texts: Collection[str], classes: str | None) -> Dataset:
+def _read_file(path: Path, texts: Collection[str], nested: Collection[str], classes: str | None) -> Dataset:
     suffix = path.suffix.lower()
     readers = {
         ".parquet": _parquet,
         ".csv": partial(_csv, texts=texts, classes=classes),
         ".tsv": partial(_csv, texts=texts, classes=classes),
-        ".json": _json,
-        ".jsonl": _json,
-        ".ndjson": _json,
+        **dict.fromkeys((".json", ".jsonl", ".ndjson"), partial(_json, nested=nested)),
+        ".txt": _txt,
     }
     if suffix not in readers:
         raise DataError(f"{path}: '{suffix}' is not one of the formats read: {', '.join(SUFFIXES)}")
@@ -229,7 +230,7 @@ def _numbers_if_all(column: Any, missing: Collection[str]) -> Any:
     return pa.array([None if value in missing else kind(value) for value in values])
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path, nested: Collection[str]) -> Any:
     import pyarrow as pa
 
     text = path.read_text(encoding="utf-8-sig").strip()
@@ -256,10 +257,23 @@ def _json(path: Path) -> Any:
     columns = {}
     for name in names:
         try:
-            columns[name] = pa.array([row.get(name) for row in rows])
+            values = [row.get(name) for row in rows]
+            columns[name] = pa.array([_as_text(value) for value in values] if name in nested else values)
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise DataError(f"{path}: column '{name}' holds values of several kinds: {first_line(error)}") from error
     return pa.table(columns)
+
+
+def _as_text(value: Any) -> Any:
+    """A list of objects as JSON text; Arrow would give every object the keys of all, and take no mixed values."""
+    is_list = isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    return json.dumps(value, ensure_ascii=False) if is_list else value
+
+
+def _txt(path: Path) -> Any:
+    import pyarrow as pa
+
+    return pa.table({"text": pa.array(read_lines(path), pa.string())})
 
 
 def _from_arrow(table: Any, source: str) -> Dataset:

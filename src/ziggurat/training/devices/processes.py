@@ -1,6 +1,6 @@
-"""The processes of one run, as `accelerate launch` and `torchrun` start them: who writes, who waits, who speaks.
+"""The processes of one run, as `accelerate launch` and `torchrun` start them: ranks, broadcasts, barriers.
 
-A run in one process, launched by nobody, meets no process group: every function here is then a plain call.
+A run that no launcher started is one process without a process group: every function here is then a plain call.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ziggurat.errors import ProcessError
 
 T = TypeVar("T")
 
-#: How a launcher says which way of training was asked for, in the order in which they are asked.
+#: The environment variable by which a launcher asks for a way of training -> its name; the first that is set counts.
 _ASKED = (("ACCELERATE_USE_DEEPSPEED", "deepspeed"), ("ACCELERATE_USE_FSDP", "fsdp"))
 
 
@@ -27,8 +27,8 @@ _ASKED = (("ACCELERATE_USE_DEEPSPEED", "deepspeed"), ("ACCELERATE_USE_FSDP", "fs
 class Processes:
     """This process among those of its run.
 
-    `rank` counts from 0, the main process, which alone prints and writes. `way` is "one", "ddp", "fsdp" or "deepspeed".
-    `group` talks over the processor, whatever the devices talk over: an agreement a step never waits for a device.
+    Rank 0, the main process, alone prints and writes. `way` is "one", "ddp", "fsdp" or "deepspeed". `group` is a
+    process group on the CPU whatever the devices use: agreeing once a step never waits for a device.
     """
 
     rank: int = 0
@@ -42,7 +42,7 @@ class Processes:
 
     @property
     def sharded(self) -> bool:
-        """Whether a parameter may lie in pieces on several processes."""
+        """True if each process may hold only a shard of a parameter."""
         return self.way in ("fsdp", "deepspeed")
 
     def __str__(self) -> str:
@@ -52,19 +52,19 @@ class Processes:
         """Let the main process do `work`; all get its result, or its error."""
         if self.size == 1:
             return work()
-        told: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]  # result, error
         if self.main:
             try:
-                told[0] = work()
+                outcome[0] = work()
             except Exception as error:
-                told[1] = error
-        dist.broadcast_object_list(told, src=0, group=self.group)
-        if told[1] is not None:
-            raise told[1]
-        return told[0]
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     @contextlib.contextmanager
-    def one_a_machine_first(self) -> Iterator[None]:
+    def first_on_each_machine(self) -> Iterator[None]:
         """Each machine's first process goes through the block before its others, which find the caches it filled."""
         if self.size > 1 and not self._first_here:
             self.wait()
@@ -77,44 +77,44 @@ class Processes:
         return int(os.environ.get("LOCAL_RANK", "0") or 0) == 0
 
     def wait(self) -> None:
-        """Go on when all are here."""
+        """Return when all processes have called this."""
         if self.size > 1:
             dist.barrier(group=self.group)
 
-    def most(self, number: int) -> int:
+    def largest(self, number: int) -> int:
         """The largest of all processes' numbers."""
         if self.size == 1:
             return number
-        told = torch.tensor([number])
-        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.group)
-        return int(told)
+        largest = torch.tensor([number])
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        return int(largest)
 
     @contextlib.contextmanager
-    def noticing_losses(self) -> Iterator[None]:
-        """Say ProcessError for what the libraries raise where another process has gone."""
+    def reporting_lost_ones(self) -> Iterator[None]:
+        """Raise ProcessError instead of what the libraries raise when another process has died."""
         try:
             yield
         except RuntimeError as error:
-            if self.size == 1 or not _says_gone(error):
+            if self.size == 1 or not _is_disconnection(error):
                 raise
             raise ProcessError(
-                f"{self} has lost another: it ended with a message of its own, or was killed without one, as a machine "
-                "out of memory does"
+                f"{self} has lost another one, which ended with an error message of its own, or was killed without "
+                "one, as happens when the machine runs out of memory"
             ) from error
 
 
 def is_main() -> bool:
-    """Whether this is the main process, told before `join` by what the launcher has set."""
+    """True in the main process; known before `join` from the launcher's environment variables."""
     return launched_size() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def launched_size() -> int:
-    """How many processes the launcher has started."""
+    """The number of processes that the launcher has started."""
     return int(os.environ.get("WORLD_SIZE", "1") or 1)
 
 
 def join() -> Processes:
-    """The processes that a launcher started this one with, connected; without a launcher: one.
+    """Connect this process with the others that the launcher started; without a launcher it is the only one.
 
     Raises:
         ProcessError: they can't be connected over this machine's device.
@@ -137,10 +137,10 @@ def join() -> Processes:
     return Processes(state.process_index, state.num_processes, way, dist.new_group(backend="gloo"))
 
 
-def speaks() -> bool:
-    """Whether this process is the one to tell why the run ends: the first that asks. True where it can't be known.
+def is_first_to_report() -> bool:
+    """True in the first process that calls this, which prints why the run ends; also where the others can't be asked.
 
-    Each process that fails, or is stopped, asks before it ends; what fails next because of it stays silent.
+    Each process that fails, or is stopped, calls it before it ends. Those that fail as a consequence print nothing.
     """
     if launched_size() == 1:
         return True
@@ -155,7 +155,7 @@ def speaks() -> bool:
         return True
 
 
-def _says_gone(error: RuntimeError) -> bool:
+def _is_disconnection(error: RuntimeError) -> bool:
     kinds = (dist.DistBackendError, dist.DistNetworkError)
     return isinstance(error, kinds) or any(
         sign in str(error) for sign in ("onnection closed by peer", "onnection reset by peer", "gloo", "NCCL")

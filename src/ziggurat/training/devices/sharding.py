@@ -1,4 +1,4 @@
-"""A model over several processes: in which units FSDP2 cuts it, and how what it has learned comes back in one piece."""
+"""Sharding a model over several processes: FSDP2's units, and gathering the trained parameters at the end."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .processes import Processes
 
 
 def check(model: nn.Module, processes: Processes) -> None:
-    """Refuse what DeepSpeed leaves no way to do.
+    """Refuse methods that DeepSpeed makes impossible.
 
-    It steps on pieces of its own and frees the gradients in the same call. So nobody can rank directions by gradients
+    It updates its own shards and frees the gradients in the same call. So no method can rank directions by gradients
     after the step (LoRA², AdaLoRA), nor move weights from one path to another (LoR2C's events).
 
     Raises:
@@ -38,14 +38,14 @@ def check(model: nn.Module, processes: Processes) -> None:
 
 
 def prepare(trainer: Trainer, processes: Processes) -> None:
-    """What the ways of several processes need of `trainer` before it trains; nothing in one process.
+    """Prepare `trainer` for several processes, before it trains; in one process nothing is to be done.
 
     FSDP2 gets the classes of the model's layers as its units. accelerate would take `_no_split_modules`, in which some
-    models name a module around the embedding that accelerate then cuts again, and others none.
+    models name a module around the embedding that accelerate then shards again, and others none.
     """
     if processes.way == "one":
         return
-    trainer.add_callback(SeeSpread(trainer, processes))
+    trainer.add_callback(CheckWrapped(trainer, processes))
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
         anatomy = Anatomy(trainer.model)  # type: ignore[arg-type]
@@ -54,10 +54,10 @@ def prepare(trainer: Trainer, processes: Processes) -> None:
         plugin.transformer_cls_names_to_wrap = sorted({type(base.get_submodule(path)).__name__ for path in layers})  # type: ignore[union-attr]
 
 
-class SeeSpread(TrainerCallback):
+class CheckWrapped(TrainerCallback):
     """Stops a run whose processes would each train for themselves.
 
-    A library that takes a model for prepared leaves its gradients unshared, and nothing else tells of it.
+    A library that takes a model for prepared doesn't average its gradients, and gives no sign of it.
     """
 
     def __init__(self, trainer: Trainer, processes: Processes) -> None:
@@ -75,9 +75,9 @@ class SeeSpread(TrainerCallback):
 
 
 def whole_state(trainer: Trainer, processes: Processes) -> dict[str, Any] | None:
-    """Put what training has changed together, on all processes; a whole model's weights come back, to the main one.
+    """Gather the trained parameters on all processes; of a wholly trained model return the state dict, on rank 0.
 
-    The model takes part in no forward afterwards: what its strategy knows of the pieces is left behind.
+    No forward may follow: the strategy's own records of the shards are out of date.
     """
     if not processes.sharded:
         return None
@@ -89,9 +89,9 @@ def whole_state(trainer: Trainer, processes: Processes) -> dict[str, Any] | None
 
 
 def make_whole(model: nn.Module) -> None:
-    """Give `model` each trained parameter in one piece where FSDP2 or ZeRO-3 keeps a piece of it on every process.
+    """Gather each trained parameter of `model` that FSDP2 or ZeRO-3 has sharded.
 
-    All processes call it. A parameter that many layers share is owned, and so put together, once.
+    All processes call it. A parameter that many layers share is owned, and so gathered, once.
     """
     for module in model.modules():
         if hasattr(module, "reshard"):

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or don't count, whatever ends the program while one is written."""
+"""Checkpoints that are whole or don't count, whenever the program is ended while one is written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch.utils.data import Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -57,7 +57,7 @@ class OrderOfEpoch(Sampler[int]):
 
 
 class WholeCheckpoints(TrainerCallback):
-    """Seals each checkpoint once all of it is on the disk, and only then lets older ones go.
+    """Seals each checkpoint once all of it is on the disk, and only then deletes older ones.
 
     The Trainer writes file after file into the checkpoint's folder, then callbacks add theirs, so this one comes last,
     and the Trainer itself must delete nothing (`save_total_limit=None`).
@@ -71,22 +71,18 @@ class WholeCheckpoints(TrainerCallback):
         self.keep = keep
         self._due = False
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> TrainerControl:
         ended = state.epoch is not None and float(state.epoch).is_integer()
         self._due = control.should_save and ended
         control.should_save = control.should_save and not ended
         return control
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> TrainerControl:
         control.should_save = control.should_save or self._due
         self._due = False
         return control
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()  # each process writes the state of its random numbers
         if not state.is_world_process_zero:
             return
@@ -96,13 +92,13 @@ class WholeCheckpoints(TrainerCallback):
 
 
 def seal(checkpoint: Path) -> None:
-    """Note that the checkpoint is whole, after all of it is on the disk."""
+    """Mark the checkpoint as whole, once all of it is on the disk."""
     sync_tree(checkpoint)
     write_whole(checkpoint / SEAL, json.dumps(_sizes(checkpoint), indent=1))
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether all files that the seal names are there, as long as they were."""
+    """True if all files that the seal names are there, with the sizes that it names."""
     try:
         sizes = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
         return isinstance(sizes, dict) and {name: (checkpoint / name).stat().st_size for name in sizes} == sizes
@@ -117,8 +113,8 @@ def step_of(checkpoint: Path) -> int:
 
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint in `folder`."""
-    found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir() else []
-    return max((one for one in found if is_whole(one)), key=step_of, default=None)
+    checkpoints = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir() else []
+    return max((checkpoint for checkpoint in checkpoints if is_whole(checkpoint)), key=step_of, default=None)
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:

@@ -25,14 +25,14 @@ from .workplace import MAY_REPLACE, RECIPE, RUN
 
 #: How a run without a launcher was launched.
 ONE = "1 process"
-#: What a run's folder is called, after its own name, until the run is complete.
+#: Suffix of a run's folder until the run is complete.
 UNFINISHED = ".unfinished"
 
 
 class RunFolder:
-    """`output` appears whole at the end of a run; until then all lies in `output.unfinished` beside it.
+    """`output` appears whole at the end of a run; until then all files are in `output.unfinished` beside it.
 
-    Of several processes the main one alone looks and writes; what it finds, or its error, goes to all.
+    Of several processes only rank 0 reads and writes; its result, or its error, is broadcast to all.
     """
 
     def __init__(self, recipe: Recipe, processes: Processes | None = None) -> None:
@@ -44,7 +44,7 @@ class RunFolder:
         self.lock = workplace.Lock(self.work)
 
     def check(self) -> None:
-        """Refuse, before anything is loaded, what would lose an earlier run's work.
+        """Refuse, before anything is loaded, to lose an earlier run's work.
 
         A finished result that a killed run left beside its place is put there first.
 
@@ -136,7 +136,7 @@ class RunFolder:
             ) from error
 
     def open(self) -> dict[str, Any]:
-        """Make the working folder. Returns what an interrupted run noted, or an empty mapping."""
+        """Make the working folder. Returns the notes of an interrupted run, or an empty mapping."""
         return self.processes.first(self._open)
 
     def _open(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class RunFolder:
         )
 
     def _drop_broken(self) -> None:
-        """Clear away the checkpoints that a killed program, or a full disk, has left in parts."""
+        """Delete incomplete checkpoints, left by a killed program or a full disk."""
         for folder in self.checkpoints.iterdir() if self.checkpoints.is_dir() else []:
             if not is_whole(folder):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -201,7 +201,7 @@ class RunFolder:
         self.settle()
 
     def settle(self) -> None:
-        """Put a finished result that lies beside its place there, and clear up after a program that was killed then.
+        """Move a finished result to its place, and clean up after a program that was killed at that point.
 
         Raises:
             RecipeError: something else has filled the place, or another program is at work there.
@@ -215,7 +215,7 @@ class RunFolder:
         return _ours(place) and (self.recipe.overwrite or (self.work / MAY_REPLACE).exists())
 
     def abandon(self) -> None:
-        """After an error: leave nothing behind unless a checkpoint, or a result on its way, is worth keeping."""
+        """After an error: delete the working folder, unless it holds a checkpoint or a finished result."""
         if not (self.processes.main and self.lock.held):
             return
         workplace.release(self.work)

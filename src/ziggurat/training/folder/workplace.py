@@ -1,7 +1,7 @@
 """The working folder of a run, in which a program may be killed at any point.
 
-It appears with its recipe in it and loses the recipe first, so one without is rubbish. A result is finished when it is
-called `done`; whoever comes next puts it in its place.
+`recipe.yaml` is written first and deleted first: a folder without it is garbage and may be removed. A result is
+finished when its folder is renamed to `done`; the next program that looks moves it to its place.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import IO
 
 from ziggurat.errors import RecipeError
-from ziggurat.files.staging import storage_trouble, sync, sync_tree, told_of_storage
+from ziggurat.files.staging import open_weights, storage_trouble, sync, sync_tree, told_of_storage
 
 RECIPE, RUN = "recipe.yaml", "run.json"
 #: The finished result on its way to its place, and what stood there before.
 DONE, REPLACED = "done", "replaced"
-#: Says that what stands in the result's place may be replaced, also when the run is resumed.
+#: Exists if the run may replace the folder in the result's place, also when the run is resumed.
 MAY_REPLACE = "may-replace"
-#: Held while a run is alive; keeps the room for the result.
+#: Locked while a run is alive; a file that reserves disk space for the result.
 LOCK, ROOM = "lock", "room"
 READY, CHECKPOINTS = "ready", "checkpoints"
-#: What TensorBoard reads; goes along with the result.
+#: For TensorBoard; copied into the result.
 LOGS = "logs"
 
 
@@ -97,7 +97,7 @@ def discard(work: Path) -> None:
 
 
 def reserve(work: Path, size: int) -> None:
-    """Take the room that the result will need, while there is some: hours later the disk may be full.
+    """Reserve the disk space that the result will need: hours later the disk may be full.
 
     Raises:
         StorageError: there is less than `size` bytes.
@@ -112,13 +112,13 @@ def reserve(work: Path, size: int) -> None:
 
 
 def release(work: Path) -> None:
-    """Give back the room that `reserve` took."""
+    """Free the space that `reserve` took."""
     with contextlib.suppress(OSError):
         (work / ROOM).unlink(missing_ok=True)
 
 
 def new_result(work: Path) -> Path:
-    """An empty folder for the result, in the room kept for it."""
+    """An empty folder for the result; the reserved space is freed for it."""
     release(work)
     ready = work / READY
     if ready.exists():  # of a run that was killed while it wrote
@@ -128,38 +128,39 @@ def new_result(work: Path) -> Path:
 
 
 def keep_logs(work: Path, ready: Path) -> None:
-    """Put a copy of the logs into the result; a run that is killed here, and resumed, still has its own."""
+    """Copy the logs into the result. A run that is killed here, and resumed, still has them."""
     if (work / LOGS).is_dir():
         shutil.copytree(work / LOGS, ready / LOGS)
 
 
 def finish(work: Path, ready: Path) -> None:
     """Declare the result in `ready` whole."""
+    open_weights(ready)
     sync_tree(ready)
     ready.rename(work / DONE)
     sync(work)
 
 
 def settle(work: Path, final: Path, may_replace: Callable[[Path], bool]) -> None:
-    """Put a finished result in its place, and clear away what a killed program left of a run that is over.
+    """Move a finished result to its place, and remove the leftovers of a finished run whose program was killed.
 
     Raises:
-        RecipeError: something else has filled the place, which `may_replace` doesn't give up; the result waits.
+        RecipeError: another folder is in the place, and `may_replace` refuses to replace it; the result waits.
         StorageError: the disk is read-only or forbidden.
     """
     done = work / DONE
     if done.is_dir():
-        with told_of_storage(final, f"The finished result lies in '{done}'."):
+        with told_of_storage(final, f"The finished result is in '{done}'."):
             if filled(final):
                 if not may_replace(final):
                     raise RecipeError(
-                        f"output: '{final}' was filled by something else meanwhile; the result lies in '{done}'. "
+                        f"output: '{final}' was filled by something else meanwhile; the result is in '{done}'. "
                         "Move one of them away"
                     )
                 final.rename(work / REPLACED)
             elif os.name == "nt" and final.exists():  # elsewhere a rename replaces an empty folder
                 final.rmdir()
-            # From here on no checkpoint counts: what is killed now isn't taken for unfinished with its result in place.
+            # From here on no checkpoint counts: a program killed now leaves no run that looks unfinished.
             (work / RECIPE).unlink(missing_ok=True)
             sync(work)
             done.rename(final)
@@ -169,11 +170,11 @@ def settle(work: Path, final: Path, may_replace: Callable[[Path], bool]) -> None
 
 
 def filled(place: Path) -> bool:
-    """Whether there is anything but an empty folder."""
+    """True if a file or a folder that isn't empty is there."""
     return place.exists() and (not place.is_dir() or any(place.iterdir()))
 
 
 def _is_ours(work: Path) -> bool:
-    """Whether a working folder without a recipe is what a killed run left of it, and not somebody else's."""
+    """True if a working folder without a recipe is the rest of a killed run, and not somebody else's folder."""
     known = {RUN, DONE, REPLACED, MAY_REPLACE, LOCK, ROOM, READY, CHECKPOINTS, LOGS}
     return {path.name for path in work.iterdir()} <= known

@@ -1,4 +1,4 @@
-"""What training has left of an adapter, before it is saved: what has no effect dropped, what acts counted."""
+"""The end of training, before the adapter is saved: parts without effect are dropped, active ones counted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ziggurat.host.method import Method, method_of
 
 
 def settle(model: Any) -> dict[str, int]:
-    """Let the method of the adapter drop what training left without effect; counts of parameters by name.
+    """Let the adapter's method drop parts that have no effect after training. Returns counts of parameters by name.
 
     Outputs don't change. Empty for methods whose structure training doesn't change.
     """
@@ -18,7 +18,7 @@ def settle(model: Any) -> dict[str, int]:
 
 
 def draw(model: Any, folder: Path) -> None:
-    """Let the method draw what training did into `folder`, where matplotlib is installed."""
+    """Let the method draw its training history into `folder`, if matplotlib is installed."""
     method = _method(model)
     if method is not None and method.picture is not None:
         method.picture(model, folder)

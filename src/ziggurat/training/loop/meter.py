@@ -1,4 +1,4 @@
-"""What a run costs: time a step, peak memory, bytes stored."""
+"""The cost of a run: time per step, peak memory, bytes stored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 #: Steps left out at the start: caches fill, kernels are chosen.
 WARM = 2
@@ -29,18 +29,14 @@ class Meter(TrainerCallback):
         steps = self._steps[WARM:] or self._steps
         return statistics.median(steps) if steps else None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begun = _now()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._steps.append(_now() - self._begun)
 
 
@@ -51,7 +47,7 @@ def _now() -> float:
 
 
 def peak_memory() -> float | None:
-    """MiB at most in use: on the GPU since training began, else resident in this process. None if nobody knows."""
+    """MiB at most in use: on the GPU since training began, else resident in this process. None if unknown."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     try:

@@ -1,4 +1,4 @@
-"""Scores by scikit-learn and scipy, and what guessing would get."""
+"""Scores by scikit-learn and scipy, and the majority-class or mean baseline."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def score(recipe: Recipe, predictions: np.ndarray, labels: np.ndarray, classes: 
         return {"pearson": _percent(pearson), "spearman": _percent(spearman), "rmse": rmse}
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-    said = predictions.argmax(-1) if predictions.ndim > 1 else predictions
+    predicted = predictions.argmax(-1) if predictions.ndim > 1 else predictions
     options: Any = {"zero_division": 0, "average": "binary" if classes <= 2 else "macro"}
     return {
-        "accuracy": _percent(float(accuracy_score(labels, said))),
-        "f1": _percent(float(f1_score(labels, said, **options))),
-        "matthews": _percent(float(matthews_corrcoef(labels, said))),
+        "accuracy": _percent(float(accuracy_score(labels, predicted))),
+        "f1": _percent(float(f1_score(labels, predicted, **options))),
+        "matthews": _percent(float(matthews_corrcoef(labels, predicted))),
     }
 
 
@@ -58,7 +58,7 @@ def mean_loss(predictions: Any, labels: Any) -> float:
 
 
 def guessing(recipe: Recipe, train_labels: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
-    """Scores of always answering the training data's most frequent class, or their mean (regression)."""
+    """Scores of the majority-class baseline, or of the mean baseline (regression)."""
     if recipe.task == "regression":
         return score(recipe, np.full(len(labels), float(np.mean(train_labels))), labels, classes)
     values, counts = np.unique(train_labels, return_counts=True)
@@ -74,7 +74,7 @@ def lower_is_better(metric: str) -> bool:
 
 
 def perplexity(loss: float) -> float:
-    """exp of the mean loss a token; infinite rather than an overflow where the loss is beyond reason."""
+    """exp of the mean loss per token; infinite where this would overflow."""
     return math.exp(loss) if loss < 700 else math.inf
 
 

@@ -1,4 +1,4 @@
-"""What the terminal shows after a run."""
+"""The summary of a run on the terminal."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from ziggurat.recipe.schema import Recipe
 from .metrics import lower_is_better
 from .result import Result
 
+#: What TRL's scores of preferences are measured in.
+_UNITS = {"rewards/accuracies": "share of pairs", "rewards/margins": "higher is better"}
+
 
 def report(recipe: Recipe, result: Result) -> Group:
     """The table of a run (scores, parameters, cost) and the next commands to try."""
@@ -26,7 +29,7 @@ def report(recipe: Recipe, result: Result) -> Group:
     table.add_column(overflow="fold")
     table.add_column(justify="right", overflow="fold")
     metric = result.metric
-    unit = "lower is better" if lower_is_better(metric) else "%"
+    unit = "lower is better" if lower_is_better(metric) else _UNITS.get(metric, "%")
     if result.before:
         table.add_row(f"{metric} before ({unit})", _number(result.before.get(metric)))
     table.add_row(Text(f"{metric} after ({unit})", style="bold"), Text(_number(result.after.get(metric)), style="bold"))
@@ -72,7 +75,7 @@ def _ranks(recipe: Recipe) -> tuple[int | None, int | None]:
 def _next(recipe: Recipe, result: Result) -> list[str]:
     folder = shlex.quote(_short(result.folder))
     plugins = "".join(f" --plugin {shlex.quote(plugin)}" for plugin in loaded())
-    if recipe.task == "instruct":
+    if recipe.writes:
         texts = '"Give three tips for staying healthy."'
     elif recipe.data.text_pair is not None:
         texts = '"A man plays a guitar." "Someone makes music."'

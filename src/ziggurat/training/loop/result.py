@@ -1,4 +1,4 @@
-"""What a run gave, and how it is written: the adapter's folder with the recipe and run.json."""
+"""The result of a run, and how it is written: the adapter's folder with the recipe and run.json."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from .trainers import quiet
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave: where the adapter lies, scores by name, trainable parameters, cost.
+    """The result of a run: the adapter's folder, scores by name, trainable parameters, cost.
 
     `before`, `after` and `guess` (of the majority class, or the mean) are scores of the validation data; `shape` is the
-    shape that instruction data had; `left` is what acts at the end, for methods that restructure or prune.
+    shape that instruction data had; `left` counts the active parameters at the end, for methods that restructure or
+    prune.
     """
 
     folder: Path
@@ -93,13 +94,13 @@ def save(
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+    """Versions of the packages that a result depends on."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version(), "machine": platform.platform(), "ziggurat": VERSION}
+    installed = {"python": platform.python_version(), "machine": platform.platform(), "ziggurat": VERSION}
     for name in ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "trl"):
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed

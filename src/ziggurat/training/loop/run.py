@@ -5,18 +5,20 @@ from __future__ import annotations
 import shlex
 import signal
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 
-from ziggurat.analysis.trace import record_spectra
 from ziggurat.files.staging import told_of_storage
 from ziggurat.recipe import needs
-from ziggurat.recipe.methods import METHODS
+from ziggurat.recipe.methods import BUDGET, METHODS
 from ziggurat.recipe.schema import Recipe
 
 from ..callbacks import trackers
@@ -24,19 +26,22 @@ from ..callbacks.allocation import callbacks_for
 from ..callbacks.divergence import StopAtNaN
 from ..callbacks.interrupt import Interrupted, StopSignals
 from ..callbacks.progress import LiveProgress
-from ..data.splits import Examples, load_examples
-from ..devices import sharding as spread
-from ..devices.processes import join, launched_size
+from ..callbacks.rising import RisingLoss
+from ..data.examples import Examples, load_examples
+from ..devices import sharding
+from ..devices.processes import Processes, join, launched_size
 from ..folder import workplace
-from ..folder.checkpoints import WholeCheckpoints
+from ..folder.checkpoints import WholeCheckpoints, step_of
 from ..folder.run_folder import RunFolder, launched
 from ..model.adapt import adapt, count
 from ..model.base import Base, HeadSpec, load_base
-from ..sizing.budget import Fit, settle_budget
 from .finish import settle
 from .meter import Meter, expected_bytes, peak_memory
 from .result import Result, save
 from .trainers import Task, make_trainer, quiet
+
+if TYPE_CHECKING:
+    from ..sizing.budget import Fit
 
 
 def train(recipe: Recipe, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Result:
@@ -56,20 +61,23 @@ def train(recipe: Recipe, *, console: Console | None = None, callbacks: Sequence
     needs.check(recipe)
     processes = join()
     trackers.check(recipe.train.report_to or [])
-    recipe, fit = settle_budget(recipe)
+    fit = None
+    if BUDGET in recipe.method:
+        from ..sizing.budget import settle_budget
+
+        recipe, fit = settle_budget(recipe)
     folder = RunFolder(recipe, processes)
     folder.check()
-    say = console if console is not None and processes.main else Console(quiet=True)
+    if console is None or not processes.main:
+        console = Console(quiet=True)
     with StopSignals(processes) as stop:
         try:
-            with processes.noticing_losses():
-                return _train(recipe, folder, stop, say, callbacks, fit)
+            with processes.reporting_lost_ones():
+                return _train(recipe, folder, stop, console, callbacks, fit)
         except KeyboardInterrupt:
-            checkpoint = folder.last_checkpoint()
-            step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-            number = stop.number or signal.SIGINT
+            stopped = _interrupted(recipe, folder, stop.number or signal.SIGINT)
             folder.abandon()
-            raise Interrupted(recipe.folder, str(checkpoint) if checkpoint else None, step, 0, number) from None
+            raise stopped from None
         except BaseException as error:
             if not isinstance(error, Interrupted):
                 folder.abandon()
@@ -82,74 +90,42 @@ def _train(
     recipe: Recipe,
     folder: RunFolder,
     stop: StopSignals,
-    say: Console,
+    console: Console,
     callbacks: Sequence[TrainerCallback],
     fit: Fit | None,
 ) -> Result:
     processes = folder.processes
-    with say.status("reading the data") if say.is_terminal else quiet(), quiet(), processes.one_a_machine_first():
+    with _status(console, "reading the data"), quiet(), processes.first_on_each_machine():
         examples = load_examples(recipe)
-    with say.status(f"loading {recipe.model}") if say.is_terminal else quiet(), quiet():
+    with _status(console, f"loading {recipe.model}"), quiet():
         base, model, spec = _model(recipe, examples)
-    spread.check(model, processes)
+    sharding.check(model, processes)
     counts = count(recipe, model, base)
     noted = folder.open()
     processes.first(lambda: workplace.reserve(folder.work, expected_bytes(model, base.tokenizer)))
-    progress = LiveProgress(say, recipe.main_metric)
-    peft_config = getattr(model, "peft_config", {}).get("default")
-    meter = Meter()
-    extra = [*callbacks_for(peft_config), *callbacks, progress, stop, meter, StopAtNaN(folder.last_checkpoint)]
-    task = make_trainer(recipe, base, model, examples, folder.checkpoints, extra)
+    progress, meter = LiveProgress(console, recipe.main_metric), Meter()
+    notes: list[str] = []
+    note = partial(_note, console, notes)
+    rising = RisingLoss(partial(note, kind="warning", style="yellow"), _classes(recipe, base))
+    task = _task(recipe, base, model, examples, folder, [*callbacks, progress, stop, meter, rising])
     trainer = task.trainer
-    spread.prepare(trainer, processes)
-    if recipe.spectra != "never":
-        record_spectra(trainer, recipe.spectra)
-    trainer.add_callback(WholeCheckpoints(recipe.train.keep))
-    notes = [*examples.notes, *task.notes]
-    if processes.way != "one":
-        a_step = processes.size * recipe.train.batch * recipe.train.accumulate
-        notes.append(
-            f"{launched(processes)}: {processes.size} x train.batch {recipe.train.batch} x train.accumulate "
-            f"{recipe.train.accumulate} = {a_step} examples a step"
-        )
-    if fit is not None:
-        notes.append(f"rank {fit.rank} meets the budget with {fit.parameters:,} numbers")
-    for line in notes:
-        say.print(f"note: {line}", style="dim", highlight=False)
-    begun = time.monotonic()
+    note(*examples.notes, *task.notes, *_notes(recipe, processes, fit))
+    begun = time.monotonic() - float(noted.get("seconds", 0.0))
     try:
-        before = noted.get("before")
-        if not recipe.train.evaluate_before:
-            before = before or {}
-        elif before is None and processes.way != "one":
-            # A model is spread over processes together with its optimiser, which only training makes; one that was
-            # scored before, accelerate takes for ready, and its gradients would stay where they are.
-            trainer.args.eval_on_start = not recipe.resume
-            trainer.add_callback(NoteFirst(folder))
-        elif before is None:
-            # The random numbers that scoring takes are given back, so that training is the same with and without it.
-            with (
-                say.status("scoring before training") if say.is_terminal else quiet(),
-                torch.random.fork_rng(_devices()),
-            ):
-                before = _scores(trainer.evaluate())
-            folder.note({"before": before})
+        before = _score_before(recipe, trainer, folder, noted.get("before"), console)
         with told_of_storage(folder.checkpoints, "Make room; where there is a checkpoint, go on with resume=true."):
             trainer.train(resume_from_checkpoint=str(folder.last_checkpoint()) if recipe.resume else None)
     finally:
         progress.close()
     before = before or _scores(next((line for line in trainer.state.log_history if _first_scores(line)), {}))
-    seconds = time.monotonic() - begun + float(noted.get("seconds", 0.0))
     if stop.agreed is not None:
-        checkpoint = folder.last_checkpoint()
-        folder.note({"before": before, "seconds": seconds})
-        step, total = trainer.state.global_step, trainer.state.max_steps
-        raise Interrupted(recipe.folder, str(checkpoint) if checkpoint else None, step, total, stop.agreed)
-    # From here on a signal would only cost what has been learned: it ends the program after the folder is there.
+        folder.note({"before": before, "seconds": time.monotonic() - begun})
+        raise _interrupted(recipe, folder, stop.agreed, trainer.state)
+    # From here on signals are deferred until the result is saved: they could only lose what has been learned.
     after = _final_scores(task, recipe)
-    seconds = time.monotonic() - begun + float(noted.get("seconds", 0.0))
+    seconds = time.monotonic() - begun
     trackers.close(trainer)
-    state = spread.whole_state(trainer, processes)
+    state = sharding.whole_state(trainer, processes)
     result = Result(
         folder=folder.final,
         method=recipe.method["name"],
@@ -167,13 +143,96 @@ def _train(
         shape=examples.shape,
         left=settle(trainer.model),
     )
-    last = folder.last_checkpoint()
-    left = (
-        f"The checkpoint {last} is whole; make room and go on with resume=true." if last else "There is no checkpoint."
-    )
-    with told_of_storage(folder.final, left):
+    with told_of_storage(folder.final, _hint(folder.last_checkpoint())):
         processes.first(lambda: save(folder, recipe, base, trainer.model, state, spec, result))  # type: ignore[arg-type]
     return result
+
+
+def _note(console: Console, notes: list[str], *texts: str, kind: str = "note", style: str = "dim") -> None:
+    """Print notes, and keep them for run.json."""
+    notes += texts
+    for text in texts:
+        console.print(f"{kind}: {text}", style=style, highlight=False)
+
+
+def _classes(recipe: Recipe, base: Base) -> int | None:
+    """Between how many classes or tokens the model chooses; None where it predicts a number."""
+    if recipe.task == "regression":
+        return None
+    config = base.model.config
+    return config.get_text_config().vocab_size if recipe.task == "instruct" else config.num_labels
+
+
+def _hint(checkpoint: Path | None) -> str:
+    if checkpoint is None:
+        return "There is no checkpoint."
+    return f"The checkpoint {checkpoint} is whole; make room and go on with resume=true."
+
+
+def _status(console: Console, text: str) -> AbstractContextManager[Any]:
+    """A spinner with `text` on a terminal; nothing elsewhere."""
+    return console.status(text) if console.is_terminal else nullcontext()
+
+
+def _interrupted(recipe: Recipe, folder: RunFolder, number: int, state: TrainerState | None = None) -> Interrupted:
+    """The exception of a run that the signal `number` has stopped; without `state` outside the training loop."""
+    checkpoint = folder.last_checkpoint()
+    step = state.global_step if state is not None else step_of(checkpoint) if checkpoint is not None else 0
+    total = state.max_steps if state is not None else 0
+    return Interrupted(recipe.folder, str(checkpoint) if checkpoint is not None else None, step, total, number)
+
+
+def _task(
+    recipe: Recipe,
+    base: Base,
+    model: nn.Module,
+    examples: Examples,
+    folder: RunFolder,
+    callbacks: list[TrainerCallback],
+) -> Task:
+    """The Trainer with all its callbacks, in the order in which they have to be called."""
+    of_the_method = callbacks_for(getattr(model, "peft_config", {}).get("default"))
+    callbacks = [*of_the_method, *callbacks, StopAtNaN(folder.last_checkpoint)]
+    task = make_trainer(recipe, base, model, examples, folder.checkpoints, callbacks)
+    sharding.prepare(task.trainer, folder.processes)
+    if recipe.spectra != "never":
+        from ziggurat.analysis.trace import record_spectra
+
+        record_spectra(task.trainer, recipe.spectra)
+    task.trainer.add_callback(WholeCheckpoints(recipe.train.keep))
+    return task
+
+
+def _notes(recipe: Recipe, processes: Processes, fit: Fit | None) -> Iterator[str]:
+    if processes.way != "one":
+        examples = processes.size * recipe.train.batch * recipe.train.accumulate
+        yield (
+            f"{launched(processes)}: {processes.size} x train.batch {recipe.train.batch} x train.accumulate "
+            f"{recipe.train.accumulate} = {examples} examples a step"
+        )
+    if fit is not None:
+        yield f"rank {fit.rank} meets the budget with {fit.parameters:,} parameters"
+
+
+def _score_before(
+    recipe: Recipe, trainer: Trainer, folder: RunFolder, noted: dict[str, float] | None, console: Console
+) -> dict[str, float] | None:
+    """The scores before training, noted in the run's folder; None where training itself takes them."""
+    if not recipe.train.evaluate_before:
+        return noted or {}
+    if noted is not None:
+        return noted
+    if folder.processes.way != "one":
+        # A model is sharded over processes together with its optimiser, which only training makes; one that was
+        # scored before, accelerate takes for ready, and its gradients would stay where they are.
+        trainer.args.eval_on_start = not recipe.resume
+        trainer.add_callback(NoteFirst(folder))
+        return None
+    # The random numbers that scoring takes are given back, so that training is the same with and without it.
+    with _status(console, "scoring before training"), torch.random.fork_rng(_devices()):
+        before = _scores(trainer.evaluate())
+    folder.note({"before": before})
+    return before
 
 
 def _devices() -> list[int]:
@@ -222,8 +281,8 @@ def _model(recipe: Recipe, examples: Examples) -> tuple[Base, nn.Module, HeadSpe
 
 def _scores(logged: dict[str, float]) -> dict[str, float]:
     timing = ("runtime", "per_second", "preparation_time", "num_tokens")
-    found = {name.removeprefix("eval_"): value for name, value in logged.items() if name.startswith("eval_")}
-    return {name: float(value) for name, value in found.items() if not any(word in name for word in timing)}
+    scores = {name.removeprefix("eval_"): value for name, value in logged.items() if name.startswith("eval_")}
+    return {name: float(value) for name, value in scores.items() if not any(word in name for word in timing)}
 
 
 def _final_scores(task: Task, recipe: Recipe) -> dict[str, float]:

@@ -14,19 +14,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.utils import is_torch_bf16_gpu_available
 
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.host.bars import without_bars
-from ziggurat.host.older import checkpointing_argument
-from ziggurat.recipe.schema import Recipe
+from ziggurat.recipe.schema import SCORED_LENGTH, Recipe
 
 from ..callbacks import trackers
-from ..data.encode import Collator, asked_ids, chat_ids, encode, encode_answers, end_of_turn, longest
-from ..data.splits import Examples
+from ..data.encode import Collator, encode, longest, spread
+from ..data.examples import Examples
+from ..data.pairs import encode_judged, encode_pairs
+from ..data.template import asked_ids, chat_ids, end_of_turn
+from ..data.tokens import encode_rows
 from ..folder.workplace import LOGS
 from ..model.base import Base
 from . import metrics
+from .arguments import training_arguments
 from .exact import ExactTrainer, exact_sft
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ class HeadLrTrainer(ExactTrainer):
 
 @dataclass(frozen=True)
 class Task:
-    """A trainer ready to go, and what guessing would score."""
+    """A trainer ready to start, and the scores of the majority-class or mean baseline."""
 
     trainer: Trainer
     guess: dict[str, float]
@@ -83,7 +85,7 @@ def make_trainer(
     Raises RecipeError for what this machine can't do, DataError for texts that don't fit the model's tokenizer.
     """
     with quiet():
-        make = _instruct if recipe.task == "instruct" else _scored
+        make = {"instruct": _instruct, "dpo": _preferring, "kto": _preferring}.get(recipe.task, _scored)
         task = make(recipe, base, model, examples, checkpoints, callbacks)
     trackers.write_into(task.trainer, checkpoints.with_name(LOGS))
     for kind in (PrinterCallback, ProgressCallback):
@@ -99,14 +101,17 @@ def _scored(
     checkpoints: Path,
     callbacks: list[TrainerCallback],
 ) -> Task:
-    length = longest(base.tokenizer, base.model.config, recipe.data.max_length)
-    notes = _lowered(recipe, length)
+    wanted = recipe.data.max_length or SCORED_LENGTH
+    length = longest(base.tokenizer, base.model.config, wanted)
+    notes = [f"data.max_length {wanted} lowered to {length}, all this model can take"] if length < wanted else []
     separate = recipe.head.pooling == "mean" and recipe.data.text_pair is not None
     parts: list[Dataset] = []
     for table, word in ((examples.train, "training"), (examples.validation, "validation")):
-        encoded, cut = encode(table, base.tokenizer, length, separate=separate)
+        encoded, lengths = encode(table, base.tokenizer, length, separate=separate)
         parts.append(encoded)
-        if cut:
+        if word == "training":
+            notes.append(spread(lengths, "training texts"))
+        if cut := sum(tokens > length for tokens in lengths):
             notes.append(f"{cut} of {len(table)} {word} texts are longer than {length} tokens and were cut")
     truth = np.asarray(examples.validation["label"])
     classes = len(examples.label_names)
@@ -116,7 +121,7 @@ def _scored(
         return metrics.score(recipe, metrics.outputs_of(result.predictions), np.asarray(result.label_ids), classes)
 
     arguments = TrainingArguments(
-        **_arguments(recipe, checkpoints), label_names=["labels"], remove_unused_columns=False
+        **training_arguments(recipe, checkpoints), label_names=["labels"], remove_unused_columns=False
     )
     trainer = HeadLrTrainer(
         model=model,  # type: ignore[arg-type]
@@ -141,54 +146,61 @@ def _instruct(
 ) -> Task:
     from trl import SFTConfig, SFTTrainer
 
-    if isinstance(prompt := examples.train[0]["prompt"], list) and not base.tokenizer.chat_template:
-        raise DataError(
-            f"data.format: the tokenizer of {recipe.model} has no chat template to join messages with; "
-            "use a chat model, or columns prompt and completion"
-        )
-    if not base.tokenizer.eos_token:
-        raise RecipeError(f"model: the tokenizer of {recipe.model} has no end-of-text token, so answers could not end")
-    length = longest(base.tokenizer, base.model.config, recipe.data.max_length)
+    _check_tokenizer(recipe, base, examples)
+    train, validation, length, notes = encode_rows(recipe, base.tokenizer, base.model.config, examples)
+    if examples.shape == "messages":
+        notes += _template_notes(base.tokenizer)
     arguments = SFTConfig(
-        **_arguments(recipe, checkpoints),
+        **training_arguments(recipe, checkpoints),
         max_length=length,
-        completion_only_loss=recipe.data.loss == "answer",
+        completion_only_loss=True,  # the mask says what is learned, of whatever data
         pad_token=str(base.tokenizer.pad_token),
     )
-    notes = _lowered(recipe, length)
-    if isinstance(prompt, list):
-        notes += _template_notes(base.tokenizer, prompt)
     trainer = exact_sft(SFTTrainer)(
         model=model,
         args=arguments,
-        train_dataset=_answers(recipe, base, examples.train, length, "training", notes),
-        eval_dataset=_answers(recipe, base, examples.validation, length, "validation", notes),
+        train_dataset=train,
+        eval_dataset=validation,
         processing_class=base.tokenizer,
         callbacks=callbacks,
     )
     return Task(trainer, {}, notes)
 
 
-def _answers(recipe: Recipe, base: Base, table: Dataset, length: int, word: str, notes: list[str]) -> Dataset:
-    """The token ids of a split; `notes` gets what the limit on the length costs. Raises DataError if no row is left."""
-    # TRL would leave rows out in silence.
-    encoded, cut, unanswered = encode_answers(table, base.tokenizer, length, answer_only=recipe.data.loss == "answer")
-    if len(encoded) == 0:
-        do = "raise it" if length == recipe.data.max_length else f"{recipe.model} takes no more, so shorten the prompts"
+def _preferring(
+    recipe: Recipe,
+    base: Base,
+    model: nn.Module,
+    examples: Examples,
+    checkpoints: Path,
+    callbacks: list[TrainerCallback],
+) -> Task:
+    from .preference import preference_trainer
+
+    _check_tokenizer(recipe, base, examples)
+    encode_all = {"dpo": encode_pairs, "kto": encode_judged}[recipe.task]
+    train, validation, length, notes = encode_all(recipe, base.tokenizer, base.model.config, examples)
+    if examples.shape == "messages":
+        notes += _template_notes(base.tokenizer)
+    arguments = training_arguments(recipe, checkpoints) | {"max_length": length, "beta": recipe.train.beta}
+    trainer = preference_trainer(recipe, base.tokenizer, model, arguments, train, validation, callbacks)
+    return Task(trainer, {}, notes)
+
+
+def _check_tokenizer(recipe: Recipe, base: Base, examples: Examples) -> None:
+    """Raises DataError or RecipeError for a tokenizer that can't join messages or end a text."""
+    if examples.shape == "messages" and not base.tokenizer.chat_template:
         raise DataError(
-            f"data.max_length: none of the {len(table)} {word} rows has an answer within {length} tokens, which the "
-            f"prompts fill; {do}"
+            f"data.format: the tokenizer of {recipe.model} has no chat template to join messages with; "
+            "use a chat model, or columns prompt and completion"
         )
-    if cut:
-        notes.append(f"{cut} of {len(table)} {word} rows are longer than {length} tokens and were cut")
-    if unanswered:
-        gone = " and are left out" if len(encoded) < len(table) else ""
-        notes.append(f"{unanswered} of {len(table)} {word} rows have no answer within {length} tokens{gone}")
-    return encoded
+    if not base.tokenizer.eos_token:
+        raise RecipeError(f"model: the tokenizer of {recipe.model} has no end-of-text token, so answers could not end")
 
 
-def _template_notes(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]]) -> Iterator[str]:
-    """What other programs have to know to ask an adapter that was trained with this chat template."""
+def _template_notes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Notes for other programs that use an adapter trained with this chat template."""
+    prompt = [{"role": "user", "content": "Really?"}]
     opened, asked = chat_ids(tokenizer, prompt, add_generation_prompt=True), asked_ids(tokenizer, prompt)
     if len(asked) < len(opened):
         yield (
@@ -206,57 +218,9 @@ def _template_notes(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, s
         )
 
 
-def _lowered(recipe: Recipe, length: int) -> list[str]:
-    wanted = recipe.data.max_length
-    return [f"data.max_length {wanted} lowered to {length}, all this model can take"] if length < wanted else []
-
-
-def _arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
-    train = recipe.train
-    if train.precision == "fp16" and not torch.accelerator.is_available():
-        raise RecipeError("train.precision: fp16 needs an accelerator, this machine has none; use fp32 or bf16")
-    if train.precision == "bf16" and torch.accelerator.is_available() and not is_torch_bf16_gpu_available():
-        raise RecipeError("train.precision: this machine's accelerator does not compute in bf16; use fp32 or fp16")
-    arguments: dict[str, Any] = {
-        "output_dir": str(checkpoints),
-        "num_train_epochs": train.epochs,
-        "max_steps": train.max_steps or -1,
-        "per_device_train_batch_size": train.batch,
-        "per_device_eval_batch_size": train.eval_batch,
-        "gradient_accumulation_steps": train.accumulate,
-        "learning_rate": train.lr,
-        "weight_decay": train.weight_decay,
-        "lr_scheduler_type": train.scheduler,
-        "warmup_steps": train.warmup,
-        "max_grad_norm": train.max_grad_norm,
-        "bf16": train.precision == "bf16",
-        "fp16": train.precision == "fp16",
-        "use_cpu": not torch.accelerator.is_available(),  # said nothing, transformers refuses bf16 there
-        checkpointing_argument(): train.gradient_checkpointing,
-        "train_sampling_strategy": "group_by_length" if train.group_by_length else "random",
-        "load_best_model_at_end": train.best,
-        "metric_for_best_model": recipe.main_metric if train.best else None,
-        "greater_is_better": not metrics.lower_is_better(recipe.main_metric) if train.best else None,
-        "dataloader_num_workers": train.workers,
-        "dataloader_pin_memory": torch.accelerator.is_available(),
-        "seed": recipe.seed,
-        "report_to": list(train.report_to or []),
-        "run_name": recipe.name,
-        "disable_tqdm": True,
-        "logging_strategy": "steps",
-        "logging_steps": 10,
-    }
-    for key, every in (("eval", train.evaluate), ("save", train.save)):
-        if isinstance(every, int):
-            arguments |= {f"{key}_strategy": "steps", f"{key}_steps": every}
-        else:
-            arguments[f"{key}_strategy"] = {"epoch": "epoch", "never": "no"}[every]
-    return arguments
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' own bars and chatter off the terminal; their errors still come through."""
+    """Switch off the libraries' progress bars and warnings; errors are still shown."""
     import transformers
 
     try:  # predicting, exporting and merging do without it

@@ -125,7 +125,7 @@ def _lora_count(recipe: Recipe, model: nn.Module, base: Base) -> int | None:
 
 def task_type(recipe: Recipe) -> TaskType | None:
     """PEFT's task of a recipe."""
-    if recipe.task == "instruct":
+    if recipe.writes:
         return TaskType.CAUSAL_LM
     # PEFT has no task for a head of ours: without one it stores the class, from which AutoPeftModel rebuilds it.
     return TaskType.SEQ_CLS if recipe.head.pooling == "model" else None

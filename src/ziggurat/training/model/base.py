@@ -23,6 +23,7 @@ from ziggurat.errors import RecipeError, first_line
 from ziggurat.extras import require
 from ziggurat.nearest import missing_path
 from ziggurat.recipe.embedded import model_path
+from ziggurat.recipe.schema import WRITES
 
 from ..heads import MeanPooledClassifier
 
@@ -94,7 +95,7 @@ def load_base(
 
 
 def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
-    if spec.task == "instruct":
+    if spec.task in WRITES:
         model = AutoModelForCausalLM.from_pretrained(path, config=config, **where)
         return model, []
     config.num_labels = spec.num_labels

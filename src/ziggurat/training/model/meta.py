@@ -11,6 +11,7 @@ from torch import nn
 from ziggurat.errors import ConfigError, first_line
 from ziggurat.extras import require
 from ziggurat.nearest import missing_path
+from ziggurat.recipe.schema import WRITES
 
 
 def bare_model(
@@ -24,7 +25,7 @@ def bare_model(
 ) -> nn.Module:
     """The architecture of `model` (a folder, a config.json, a hub name, or "embedded") on the meta device.
 
-    `task`: "classification", "regression", "instruct" or "encoder" (no head) choose the class; without one it's the
+    `task`: one of a recipe, or "encoder" (no head) choose the class; without one it's the
     one that the config itself names. `changes` replace fields of the config.
 
     Raises:
@@ -37,7 +38,7 @@ def bare_model(
         setattr(config, name, value)
     numbers = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
     auto: Any = {
-        "instruct": transformers.AutoModelForCausalLM,
+        **dict.fromkeys(WRITES, transformers.AutoModelForCausalLM),
         "encoder": transformers.AutoModel,
         "classification": transformers.AutoModelForSequenceClassification,
         "regression": transformers.AutoModelForSequenceClassification,

@@ -15,7 +15,7 @@ from ziggurat.errors import ConfigError, DataError, MissingExtraError
 from ziggurat.recipe.embedded import model_path
 from ziggurat.recipe.schema import Recipe
 
-from ..data.splits import class_names
+from ..data.examples import class_names
 from ..heads import MeanPooledClassifier
 from .base import find_gguf, fresh_modules
 from .meta import bare_config, bare_model
@@ -39,7 +39,7 @@ def bare_base(recipe: Recipe, model: str | Path | None = None) -> BareBase:
     """
     where = str(model if model is not None else recipe.model)
     gguf = find_gguf(model_path(where), recipe.gguf_file)
-    if recipe.task == "instruct":
+    if recipe.writes:
         found = bare_model(where, "instruct", recipe.dtype, revision=recipe.revision, gguf_file=gguf)
         return BareBase(found, [], False, [])
     notes: list[str] = []

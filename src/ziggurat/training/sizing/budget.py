@@ -57,7 +57,7 @@ def settle_budget(recipe: Recipe) -> tuple[Recipe, Fit | None]:
 
 def recipe_model(recipe: Recipe) -> nn.Module:
     """The recipe's model on the meta device. Raises RecipeError without a config to build it by."""
-    task = "encoder" if recipe.task != "instruct" and recipe.head.pooling == "mean" else recipe.task
+    task = "encoder" if not recipe.writes and recipe.head.pooling == "mean" else recipe.task
     try:
         gguf = find_gguf(model_path(recipe.model), recipe.gguf_file)
         return bare_model(recipe.model, task, revision=recipe.revision, gguf_file=gguf)

@@ -1,0 +1,81 @@
+"""What PEFT has for LoRA alone, for every method: swapping a trained adapter in place, and LoRA+'s two rates."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights
+from torch import nn
+from torch.optim import Optimizer
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.folder import adapter_config
+from ziggurat.host.method import specs_of
+from ziggurat.host.method_layer import MethodLayer
+from ziggurat.host.names import current_names
+from ziggurat.host.values import shown
+
+#: Fields of a config that don't decide what an adapter computes.
+_NO_MATTER = {"inference_mode", "peft_version", "ziggurat_version", "ziggurat_format", "base_model_name_or_path"}
+_NO_MATTER |= {"revision", "auto_mapping", "task_type", "lora_dropout", "init_weights", "sites"}
+
+
+def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
+    """Give `adapter_name` the weights of the adapter in `folder`, in place: no module and no tensor is made anew.
+
+    So a compiled model isn't compiled again. PEFT's `hotswap_adapter` does this for LoRA alone.
+
+    Raises:
+        ConfigError: the adapters differ in a field that decides what is computed (rank, alpha, targets, ...), the file
+            doesn't hold the same tensors, or the adapter is merged. Nothing is changed then.
+    """
+    if adapter_name not in model.peft_config:
+        raise ConfigError(f"no adapter {adapter_name!r} to swap; the model has {', '.join(model.peft_config)}.")
+    old, new = (config.to_dict() for config in (model.peft_config[adapter_name], adapter_config(folder)))
+    different = sorted(
+        name for name in old.keys() | new.keys() if name not in _NO_MATTER and old.get(name) != new.get(name)
+    )
+    if different:
+        first = different[0]
+        raise ConfigError(
+            f"{folder} can't be swapped for adapter {adapter_name!r}: {', '.join(different)} differ ({first}: "
+            f"{shown(old.get(first))} here, {shown(new.get(first))} there). Load it under another name."
+        )
+    layers = [layer for layer in model.modules() if isinstance(layer, MethodLayer)]
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        raise ConfigError(f"adapter {adapter_name!r} is merged into the weights: call unmerge_adapter() first.")
+    state = current_names(load_peft_weights(str(folder), device="cpu"), layers[0].method)
+    held = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    for name in sorted(state.keys() | held.keys()):
+        here, there = (tuple(table[name].shape) if name in table else "nothing" for table in (held, state))
+        if here != there:
+            raise ConfigError(f"{folder} can't be swapped in: {name} has {there} there, and the model {here}.")
+    set_peft_model_state_dict(model, state, adapter_name=adapter_name)
+
+
+def create_loraplus_optimizer(
+    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
+) -> Optimizer:
+    """An optimiser in which the factors on the output side, LoRA's B, learn at `lr` times `loraplus_lr_ratio`.
+
+    LoRA+ [Hayou et al. 2024, arXiv 2402.12354]: eta_B = ratio * eta_A. PEFT's function of this name looks for LoRA's
+    parameter names, and would give the factors of other methods the one rate. All else that trains learns at `lr`.
+
+    Raises:
+        ConfigError: no trainable factor of `model` is on the output side.
+    """
+    up: set[int] = set()
+    for layer in model.modules():
+        for adapter in layer.leaves if isinstance(layer, MethodLayer) else ():
+            specs = specs_of(layer.method, layer.configs[adapter], layer.sites[adapter])
+            up |= {id(tensor) for key, tensor in layer.stored(adapter).items() if specs[key].up}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not any(id(parameter) in up for parameter in trained):
+        raise ConfigError(
+            "LoRA+ gives the factors on the output side a rate of their own, and no such factor trains in this model."
+        )
+    groups = [
+        {"params": [p for p in trained if id(p) not in up], "lr": lr},
+        {"params": [p for p in trained if id(p) in up], "lr": lr * loraplus_lr_ratio},
+    ]
+    return optimizer_cls([group for group in groups if group["params"]], **kwargs)  # type: ignore[arg-type]

@@ -1,0 +1,41 @@
+"""Tied weights: modules that hold one parameter, such as an output layer and the embedding, and coming apart exactly.
+
+An update of one of them is none of the other. So where a merge reaches a tied weight, the adapted module gets a weight
+of its own, and a config that says that the two are tied says so no longer than they are.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ziggurat.host.linear import AdaptedLinear
+
+
+def note_shared(model: nn.Module, layers: Iterable[AdaptedLinear]) -> None:
+    """Tell each of `layers`, before a merge, whether another module of `model` holds its weight too."""
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    for layer in layers:
+        layer.shares_weight = holders[id(layer.get_base_layer()._parameters.get("weight"))] > 1
+
+
+def note_untied(model: Any) -> None:
+    """Let the config of a transformers `model` say so where its output layer is the embedding no longer.
+
+    Only where nothing else hangs on `tie_word_embeddings`, as BART's two embeddings do, and T5's scale. Loading such a
+    model compares the weights and leaves those that differ apart.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if not tied:
+        return
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    inside, outside = (getattr(layer, "weight", None) for layer in layers)
+    if isinstance(inside, Tensor) and isinstance(outside, Tensor) and not _same(inside, outside):
+        for part in (model.config, model.config.get_text_config()):
+            part.tie_word_embeddings = len(tied) > 1  # PEFT has set it to False for all
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two names are those of one tensor: tensors without numbers are known by the object alone."""
+    return one is other or (not one.is_meta and one.data_ptr() == other.data_ptr() and one.shape == other.shape)

@@ -1,0 +1,80 @@
+"""Embeddings that were resized after the base model was made: which they are, and giving a fresh base their size."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
+from torch import Tensor, nn
+
+from .unwrap import unwrap
+
+#: What wrappers put into the names of the weights that they hold.
+_WRAPPED = frozenset({"base_layer", "original_module", "modules_to_save", "token_adapter"})
+_PREFIX = "base_model.model."
+
+
+def base_name(name: str) -> str:
+    """The name in the base model of a tensor in an adapter's file."""
+    return ".".join(part for part in name.removeprefix(_PREFIX).split(".") if part not in _WRAPPED)
+
+
+def embedding_paths(model: nn.Module) -> list[str]:
+    """The paths of the input and the output embeddings of a transformers model; none of another one's."""
+    layers: list[Any] = []
+    asked: Any = model
+    for ask in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            layers.append(getattr(asked, ask)())
+        except (AttributeError, NotImplementedError):
+            continue
+    held = {id(layer) for layer in layers if isinstance(layer, nn.Module)}
+    return [path for path, module in model.named_modules() if id(module) in held]
+
+
+def embedding_names(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Those of `names`, tensors of a model with adapters, that are weights of the embeddings of `model`, its base."""
+    weights = {f"{path}.weight" for path in embedding_paths(model)}
+    return {name for name in names if base_name(name) in weights}
+
+
+def fit_vocabulary(model: nn.Module, saved: Mapping[str, tuple[int, ...]]) -> None:
+    """Resize the embeddings of `model` to the rows that `saved`, name -> shape of an adapter's file, has for them."""
+    shapes = {base_name(name): shape for name, shape in saved.items()}
+    for path in embedding_paths(model):
+        weight = getattr(model.get_submodule(path), "weight", None)
+        shape = shapes.get(f"{path}.weight")
+        if weight is not None and shape is not None and weight.shape[1:] == shape[1:] and len(weight) != shape[0]:
+            model.resize_token_embeddings(shape[0], mean_resizing=False)  # type: ignore[operator]
+            return
+
+
+def grown_beside_adapters(model: Any, adapter: PeftConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of `state`, the tensors of `model`, that an adapter's file needs of embeddings that have grown.
+
+    Only where the adapter changes an embedding: PEFT then saves no more than the layer that it changes; elsewhere it
+    sees to all by itself.
+    """
+    base = unwrap(model)[0]
+    layers = [base.get_submodule(path) for path in embedding_paths(base)]
+    if not any(isinstance(layer, BaseTunerLayer | TrainableTokensWrapper) for layer in layers):
+        return {}
+    if not has_grown(base, adapter):
+        return {}
+    names = {name for name in embedding_names(base, state) if ".original_module." not in name}
+    return {name: state[name] for name in names}
+
+
+def has_grown(model: nn.Module, adapter: PeftConfig) -> bool:
+    """Whether the vocabulary of `model` has another size than that of its base, as far as the base can be found."""
+    config: Any = getattr(model, "config", None)
+    name = adapter.base_model_name_or_path
+    if not name or not hasattr(config, "get_text_config"):
+        return False
+    try:
+        base = type(config).from_pretrained(name, revision=adapter.revision)
+    except (OSError, ValueError):
+        return False
+    sizes = [getattr(one.get_text_config(), "vocab_size", None) for one in (config, base)]
+    return sizes[0] != sizes[1]

@@ -1,0 +1,93 @@
+"""A loss that rises above its start is told while the run goes on, with the likely cause."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+#: The Trainer logs the loss of the first step, which no step has spoilt, then means over `EVERY` steps.
+EVERY = 10
+#: The logged losses whose mean counts as the loss of the moment; one alone may be high by chance.
+RECENT = 2
+#: A loss has risen if it lies above the start by this share of it: above the loss of the first step, which is that of
+#: one batch, or above the first mean,
+LEAST_RISE = (0.25, 0.1)
+#: and by as many standard errors: the loss of a run that learns nothing goes up and down too.
+STANDARD_ERRORS = 5.0
+
+
+class RisingLoss(TrainerCallback):
+    """Tells once that the training loss lies above its start after the warm-up, once that a uniform guess has less.
+
+    It reads what the Trainer logs; four losses are needed, those of 30 steps.
+
+    Args:
+        tell: takes the sentence.
+        classes: between how many classes or tokens the model chooses; a uniform guess has the loss ln(classes).
+            None: the loss is none of probabilities.
+    """
+
+    def __init__(self, tell: Callable[[str], None], classes: int | None) -> None:
+        self._tell, self._classes = tell, classes
+        self._losses: list[float] = []
+        self._told: set[str] = set()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A resumed run has the losses from before in its log.
+        self._losses = [line["loss"] for line in state.log_history if "loss" in line]
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        loss = (kwargs.get("logs") or {}).get("loss")
+        if not isinstance(loss, float) or not math.isfinite(loss):
+            return
+        self._losses.append(loss)
+        if state.global_step <= args.get_warmup_steps(state.max_steps) or not has_risen(self._losses):
+            return
+        start, now = self._losses[0], statistics.fmean(self._losses[-RECENT:])
+        guess = math.log(self._classes) if self._classes else math.inf
+        what = "guess" if now > guess else "start"
+        if what in self._told:
+            return
+        self._told |= {what, "start"}
+        than = f", and that of a uniform guess among {self._classes:,} is {guess:.3f}" if what == "guess" else ""
+        self._tell(
+            f"step {state.global_step} of {state.max_steps}: the training loss is {now:.3f}; at the start it was "
+            f"{start:.3f}{than}. {_hint(args)}"
+        )
+
+
+def has_risen(losses: list[float]) -> bool:
+    """Whether the mean of the last losses lies above the start by more than chance explains.
+
+    `losses`: that of the first step, then means over `EVERY` steps. The start is the first step's or, as that is one
+    batch's, the first mean: to lie above one of them is enough. The noise of a mean is taken from the differences of
+    neighbours, whose median size is 0.95 of its standard deviation, and which a jump moves little; of two differences
+    the smaller one counts.
+    """
+    first, means = losses[0], losses[1:]
+    if len(means) <= RECENT:
+        return False
+    steps = sorted(abs(after - before) for before, after in pairwise(means))
+    noise = steps[(len(steps) - 1) // 2] / 0.95
+    now = statistics.fmean(means[-RECENT:])
+    return any(
+        now - start > max(share * abs(start), STANDARD_ERRORS * noise * math.sqrt(1 / RECENT + variance))
+        for start, share, variance in zip((first, means[0]), LEAST_RISE, (EVERY, 1), strict=True)
+    )
+
+
+def _hint(args: TrainingArguments) -> str:
+    """What most often makes a loss rise, under these settings."""
+    parts = [f"lower train.lr (now {args.learning_rate:g}; the best rate of one method breaks another)"]
+    if not args.warmup_steps:
+        parts.append("begin with train.warmup=0.05")
+    if not args.max_grad_norm:
+        parts.append("clip gradients by train.max_grad_norm=1.0")
+    return f"Most likely the steps are too large: {', or '.join(parts)}."

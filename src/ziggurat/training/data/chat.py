@@ -1,0 +1,144 @@
+"""Conversations in whichever form a file has them, as the messages that a chat template takes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ziggurat.recipe.schema import DataPart
+
+from .faults import RowFault, kind_of
+
+#: Names of the roles in files of other tools, by the role that a chat template knows; `data.roles.*` adds to them.
+ROLES = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "model", "bot", "chatgpt", "bing", "bard"),
+    "tool": ("tool", "observation", "function", "function_response", "tool_response", "ipython"),
+    "call": ("function_call", "tool_call"),
+}
+#: Keys of a message, by what chat templates call them; `data.columns.role` and `.content` name others.
+_KEYS = {"role": ("role", "from"), "content": ("content", "value")}
+#: Further keys of a message that chat templates know.
+_KEPT = ("name", "tool_call_id", "reasoning_content", "thinking")
+#: Thoughts, which some chat templates put into an answer and others leave out.
+THOUGHTS = ("reasoning_content", "thinking")
+
+Message = dict[str, Any]
+
+
+def conversation(value: Any, data: DataPart) -> tuple[list[Message], set[str]]:
+    """The messages of a conversation (a list, or JSON text of one), and the keys of messages that aren't read.
+
+    ShareGPT's `from` and `value` become `role` and `content`, its calls of functions `tool_calls`. Raises RowFault for
+    a message without role or content, an unknown role, parts that are no text, or calls that can't be read.
+    """
+    value = parsed(value)
+    if not value:
+        raise RowFault("no conversation", gap=True)
+    if not isinstance(value, list):
+        raise RowFault(f"a conversation is a list of messages, this is {kind_of(value)}")
+    names = {name: role for role in ROLES for name in (*ROLES[role], *(getattr(data.roles, role) or ()))}
+    unread: set[str] = set()
+    messages = []
+    for given in value:
+        if not isinstance(given, dict):
+            raise RowFault(f"each message needs role and content, got {given!r}")
+        messages.append(_message({key: part for key, part in given.items() if part is not None}, data, names, unread))
+    return messages, unread
+
+
+def _message(given: Message, data: DataPart, names: dict[str, str], unread: set[str]) -> Message:
+    keys = {"role": data.columns.role, "content": data.columns.content}
+    role_key, content_key = (
+        chosen or next((key for key in _KEYS[name] if key in given), _KEYS[name][0]) for name, chosen in keys.items()
+    )
+    said = given.get(role_key)
+    if said is None:
+        raise RowFault(f"each message needs role and content, got {given!r}")
+    role = names.get(str(said).strip()) or names.get(str(said).strip().lower())
+    if role is None:
+        raise RowFault(
+            f"a message has the role '{said}'; known are {', '.join(names)}: name it in data.roles.user, "
+            "data.roles.assistant, ..."
+        )
+    calls = _calls(given.get("tool_calls") or given.get("function_call"))
+    content = given.get(content_key)
+    if role == "call":
+        calls, content, role = _calls(content), "", "assistant"
+        if not calls:
+            raise RowFault(f"a message with the role '{said}' holds no call: {given!r}")
+    if content is None and not calls:
+        raise RowFault(f"each message needs role and content, got {given!r}")
+    message: Message = {"role": role, "content": text_of(content)}
+    if calls:
+        message["tool_calls"] = calls
+    message |= {key: given[key] for key in _KEPT if given.get(key)}
+    read = {role_key, content_key, *_KEPT, "tool_calls", "function_call"}
+    unread |= {key for key, part in given.items() if key not in read and part not in ("", [], {})}
+    return message
+
+
+def text_of(content: Any) -> str:
+    """The text of a message, which may come in parts. Raises RowFault for parts that are no text."""
+    if content is None:
+        return ""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    if len(texts) < len(parts) or None in texts:
+        raise RowFault(f"a message holds parts that are no texts, and only texts are learned: {content!r}")
+    if odd := next((text for text in texts if isinstance(text, list | dict | bytes)), None):
+        raise RowFault(f"a text is needed, this is {kind_of(odd)}: {str(odd)[:80]}")
+    return "".join(map(str, texts))
+
+
+def _calls(value: Any) -> list[Message]:
+    """Calls of functions as chat templates take them: `arguments` is an object, whether or not it was JSON text."""
+    value = parsed(value)
+    calls = []
+    for call in (value if isinstance(value, list) else [value]) if value else []:
+        call = without_gaps(call)
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowFault(f"a call of a tool needs a function's name and arguments, got {call!r}")
+        arguments = parsed(function.get("arguments", {}))
+        kept = {"id": call["id"]} if "id" in call else {}
+        calls.append({"type": "function", **kept, "function": {"name": function["name"], "arguments": arguments}})
+    return calls
+
+
+def tools_of(value: Any) -> list[Message]:
+    """Descriptions of tools as chat templates take them. Raises RowFault for what describes none."""
+    value = parsed(value)
+    tools = []
+    for tool in (value if isinstance(value, list) else [value]) if value else []:
+        tool = without_gaps(tool)
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowFault(f"a tool needs a name and its parameters, as a JSON schema; got {str(tool)[:80]}")
+        tools.append({"type": "function", "function": function})
+    return tools
+
+
+def parsed(value: Any) -> Any:
+    """What a JSON text of a list or an object stands for; other values as they are."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def without_gaps(value: Any) -> Any:
+    """A nested value without the keys that are None: a table gives every object the keys that one of them has."""
+    if isinstance(value, dict):
+        return {key: without_gaps(part) for key, part in value.items() if part is not None}
+    return [without_gaps(part) for part in value] if isinstance(value, list) else value
+
+
+def as_messages(value: Any) -> list[Any] | None:
+    """The list of messages that a prompt or a completion may be, as a list or as JSON text; None for a plain text."""
+    value = parsed(value) if isinstance(value, str) else value
+    is_chat = isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+    return value if is_chat else None

@@ -1,0 +1,241 @@
+"""From a recipe's `data.*` to the two parts of examples, checked, with the classes' names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ziggurat.errors import DataError
+from ziggurat.recipe.glue import PREFIX, glue_name
+from ziggurat.recipe.schema import DataPart, Recipe
+
+from .faults import Faults, kind_of
+from .glue import glue_splits
+from .labels import check_class_values, check_numbers, classes_of, names_of, number_of
+from .splits import FEW, draw_split
+from .tables import draw, is_hub_name, is_one_table, read_table, require_column
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Checked examples. Scored tasks: columns `text`, `text_pair` (if two) and `label`; instruct: see `to_rows`.
+
+    `shape` is the shape that instruction data had. `notes` says in plain words what was decided on the user's behalf.
+    """
+
+    train: Dataset
+    validation: Dataset
+    label_names: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    shape: str | None = None
+
+
+def load_examples(recipe: Recipe) -> Examples:
+    """Read, split and check the data of a recipe.
+
+    Raises DataError: nothing to read, a column that isn't there, empty texts, an empty split, a class of the validation
+    data that the training data lack, a label that isn't a number (regression).
+    """
+    notes: list[str] = []
+    data = recipe.data
+    train, validation = _tables(recipe)
+    names: list[str] = []
+    shape = None
+    # All is checked before a part is split off, so that errors name rows of the file.
+    if recipe.writes:
+        read = _reader(recipe.task)
+        train, shape, told = read(recipe, train, data.train)
+        notes += told
+        if validation is not None:
+            validation, _, told = read(recipe, validation, data.validation or data.train)
+            notes += told
+    else:
+        train, validation, names = _labelled(recipe, train, validation, notes)
+    if validation is None:
+        train, validation = _split_off(recipe, train, notes)
+    for part, limit, word in (
+        (train, data.max_train, "learns from"),
+        (validation, data.max_validation, "scores on"),
+    ):
+        if limit is not None and limit < len(part):
+            notes.append(f"{word} {limit} of {len(part)} rows, drawn with seed {recipe.seed}")
+    train, validation = (
+        draw(train, data.max_train, recipe.seed),
+        draw(validation, data.max_validation, recipe.seed),
+    )
+    if recipe.task == "classification" and len(set(train["label"])) < 2:
+        raise DataError(f"data.label: all {len(train)} training rows have the same label, nothing to learn")
+    return Examples(train, validation, names, notes, shape)
+
+
+def class_names(recipe: Recipe) -> list[str] | None:
+    """The classes of a classification recipe, of the training rows alone; None where only a hub could tell.
+
+    Raises DataError as `load_examples` does.
+    """
+    data = recipe.data
+    if data.label_names is not None:
+        return list(data.label_names)
+    if is_hub_name(data.train):
+        return None
+    train = _read(recipe, data.train, data.train_split)
+    require_column(train, data.label, "data.label", data.train)
+    faults = Faults(data.train, len(train))
+    check_class_values(list(train[data.label]), data.label, faults)
+    train, _ = faults.settle(train, data.drop_missing)
+    return names_of(recipe, train, data.train)
+
+
+def _tables(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
+    """The training table and the validation table; None where a part of the first is to be split off."""
+    data = recipe.data
+    _check_splits(data)
+    train, validation = glue_splits(data) or (None, None)
+    if validation is not None:
+        assert train is not None
+        return train, validation
+    if train is None:
+        train = _read(recipe, data.train, data.train_split)
+    if data.validation is not None:
+        split = data.validation_split or ("validation" if is_hub_name(data.validation) else "train")
+        return train, _read(recipe, data.validation, split, demo="validation")
+    if data.validation_split is not None and not data.train.startswith(PREFIX):
+        return train, _read(recipe, data.train, data.validation_split)
+    return train, None
+
+
+def _read(recipe: Recipe, source: str, split: str, demo: str = "train") -> Dataset:
+    return read_table(
+        source,
+        subset=recipe.data.subset,
+        split=split,
+        demo=demo,
+        texts=text_columns(recipe),
+        nested=text_columns(recipe) if recipe.writes else (),
+        classes=recipe.data.label if recipe.task == "classification" else None,
+    )
+
+
+def _split_off(recipe: Recipe, train: Dataset, notes: list[str]) -> tuple[Dataset, Dataset]:
+    """A part of the training rows for the scores, drawn with the seed. Raises DataError if none is left to learn."""
+    data = recipe.data
+    count = data.validation_rows or max(1, round(len(train) * data.validation_share))
+    if count >= len(train):
+        raise DataError(
+            f"{data.train} has {len(train)} rows: splitting off {count} for the scores leaves none to learn from; "
+            "lower data.validation_rows or name validation data"
+        )
+    classes = {"classification": "label", "kto": "good"}.get(recipe.task)
+    strata = list(train[classes]) if classes is not None else None
+    split = draw_split(list(map(_identity, train)), strata, count, recipe.seed)
+    scored = len(split.validation)
+    notes.append(f"no validation data named: {scored} of {len(train)} rows split off with seed {recipe.seed}")
+    if split.repeated:
+        where = "; equal rows stay on one side of the split" if split.repeated < len(train) - 1 else ""
+        notes.append(f"{split.repeated} of {len(train)} rows repeat an earlier one{where}")
+    if scored < FEW:
+        coarse = f", where one row more is {100 / scored:.0f} points" if recipe.task == "classification" else ""
+        notes.append(f"only {scored} rows are scored{coarse}: differences may be chance; name validation data")
+    return train.select(split.train), train.select(split.validation)
+
+
+def _reader(task: str) -> Any:
+    """The function that reads the rows of a task whose model writes."""
+    from .instruct import to_rows
+    from .prefer import to_judged, to_pairs
+
+    return {"instruct": to_rows, "dpo": to_pairs, "kto": to_judged}[task]
+
+
+def _identity(row: Any) -> str:
+    """What may not stand on both sides of a split: all of a row but its label; of pairs the prompt."""
+    if "messages_rejected" in row:
+        return repr(json.loads(row["messages"])[: row["learned"]])
+    if "prompt_rejected" in row:
+        return str(row["prompt"])
+    return repr([value for name, value in row.items() if name not in ("label", "good", "row")])
+
+
+def text_columns(recipe: Recipe) -> list[str]:
+    """The columns that hold texts."""
+    if recipe.writes:
+        from .instruct import ALIASES, columns_of
+
+        return columns_of(recipe, ALIASES)
+    return [column for column in (recipe.data.text, recipe.data.text_pair) if column is not None]
+
+
+def _check_splits(data: DataPart) -> None:
+    """Keys that say which part of a data set is meant have no meaning with files. Raises DataError."""
+    scored = data.validation or data.train
+    if data.train_split != "train" and is_one_table(data.train):
+        raise DataError(f"data.train_split: '{data.train}' is a file and has no splits; drop the key")
+    if data.validation_split is not None and is_one_table(scored):
+        second = "" if data.validation else "name a second file in data.validation, or "
+        split_off = "" if data.validation else " to have a part split off"
+        raise DataError(
+            f"data.validation_split: '{scored}' is a file and has no splits; {second}drop the key{split_off}"
+        )
+    if data.subset is not None and is_one_table(data.train) and is_one_table(scored):
+        raise DataError(f"data.subset: '{data.train}' is a file and has no configurations; drop the key")
+
+
+def _labelled(
+    recipe: Recipe, train: Dataset, validation: Dataset | None, notes: list[str]
+) -> tuple[Dataset, Dataset | None, list[str]]:
+    """Checked columns `text`, `text_pair` and `label` of both tables, and the names of the classes."""
+    data = recipe.data
+    sources = [(train, data.train)]
+    if validation is not None:
+        sources.append((validation, data.validation or data.train))
+    tables = []
+    for table, source in sources:
+        table, left_out = _checked(recipe, table, source)
+        tables.append(table)
+        notes += left_out
+    if recipe.task == "regression":
+        labels: list[list[Any]] = [[number_of(value) for value in table[data.label]] for table in tables]
+        names: list[str] = []
+    else:
+        names, labels = classes_of(recipe, tables, data.train)
+    built = [_assemble(recipe, table, label) for table, label in zip(tables, labels, strict=True)]
+    return built[0], built[1] if validation is not None else None, names
+
+
+def _checked(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, list[str]]:
+    """The rows of a table that can be used, and a note of those left out. Raises DataError that counts all others."""
+    data = recipe.data
+    texts = [("data.text", data.text)]
+    if data.text_pair is not None:
+        texts.append(("data.text_pair", data.text_pair))
+    for key, column in [*texts, ("data.label", data.label)]:
+        require_column(table, column, key, source)
+    faults = Faults(source, len(table))
+    # GLUE is scored as it was published, and a few questions of QQP are empty.
+    for key, column in texts if glue_name(data.train, data.subset) is None else ():
+        for index, text in enumerate(list(table[column])):
+            if text is None or not str(text).strip():
+                faults.add(index, f"no text in column '{column}' ({key})", gap=True)
+            elif isinstance(text, list | dict | bytes):
+                faults.add(index, f"column '{column}' ({key}): a text is needed, this is {kind_of(text)}")
+    check_labels = check_numbers if recipe.task == "regression" else check_class_values
+    check_labels(list(table[data.label]), data.label, faults)
+    return faults.settle(table, data.drop_missing)
+
+
+def _assemble(recipe: Recipe, table: Dataset, labels: list[Any]) -> Dataset:
+    from datasets import Dataset
+
+    columns = {"text": _texts(table[recipe.data.text]), "label": labels}
+    if recipe.data.text_pair is not None:
+        columns["text_pair"] = _texts(table[recipe.data.text_pair])
+    return Dataset.from_dict(columns)
+
+
+def _texts(values: Any) -> list[str]:
+    """Texts as they are; none where GLUE, whose texts aren't checked, has none."""
+    return ["" if value is None else str(value) for value in values]

@@ -1,0 +1,104 @@
+"""Preference data: pairs of a better and a worse answer, and answers that are judged good or bad."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from ziggurat.errors import DataError
+from ziggurat.recipe.schema import Recipe
+
+from .chat import as_messages
+from .faults import Faults, RowFault
+from .instruct import column_of, joined_bare, read_row, to_rows
+from .tables import require_column
+from .template import common_start
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+#: Behind the names of the columns that hold the worse answer.
+WORSE = "_rejected"
+#: What a pair's row may hold.
+_COLUMNS = ("prompt", "chosen", "rejected", "messages", "tools", "system")
+
+
+def to_pairs(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, list[str]]:
+    """Pairs as two rows in one: the columns of `to_rows` for the better answer, and for the worse with `WORSE`.
+
+    The answers are texts behind a prompt, messages behind a conversation, or two conversations that begin alike.
+    Raises DataError for missing columns and, counted together, for all rows that make no pair.
+    """
+    from datasets import Dataset
+
+    given = {name: column_of(recipe, name, table, source) for name in _COLUMNS}
+    for name in ("chosen", "rejected"):
+        require_column(table, given[name] or name, f"data.columns.{name}", source)
+    faults, counts, kept = Faults(source, len(table)), Counter[str](), []
+    for index, row in enumerate(table):
+        assert isinstance(row, dict)
+        cells = {name: row[column] if column is not None else None for name, column in given.items()}
+        try:
+            asked, good, bad = _pair(cells)
+            better = read_row(recipe, "prompt", {**cells, "prompt": asked, "completion": good}, counts)
+            worse = read_row(recipe, "prompt", {**cells, "prompt": asked, "completion": bad}, Counter())
+        except RowFault as fault:
+            faults.add(index, str(fault), gap=fault.gap)
+            continue
+        if better is None or worse is None:
+            faults.add(index, "an answer is empty", gap=True)
+        elif better == worse:
+            faults.add(index, "both answers are the same", gap=True)
+        else:
+            kept.append({**better, **{f"{name}{WORSE}": part for name, part in worse.items()}, "row": index + 1})
+    _, notes = faults.settle(table, recipe.data.drop_missing)
+    counts.pop("", None)
+    unread = [f"'{column}'" for column in table.column_names if column not in given.values()]
+    if unread:
+        notes.append(f"{source}: column{'s' if len(unread) > 1 else ''} not read: {', '.join(unread)}")
+    notes += joined_bare(kept)
+    notes += [f"{count} of {len(table)} rows of {source} {what}" for what, count in sorted(counts.items())]
+    return Dataset.from_list(kept), "messages" if "messages" in kept[0] else "prompt", notes
+
+
+def _pair(cells: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Prompt, better and worse answer: texts, or lists of messages."""
+    good, bad = ([part] if isinstance(part, dict) else part for part in (cells["chosen"], cells["rejected"]))
+    if (first := as_messages(good)) is None or (second := as_messages(bad)) is None:
+        if cells["prompt"] is None and isinstance(good, str) and isinstance(bad, str):
+            # Two whole texts: they have in common what was asked, up to a word's end.
+            shared = good[: common_start(good, bad)]
+            start = len(shared) - len(shared.rstrip().rpartition(" ")[2]) if shared.rstrip() == shared else len(shared)
+            return good[:start], good[start:], bad[start:]
+        return cells["prompt"], good, bad
+    before = as_messages(cells["prompt"]) or as_messages(cells["messages"])
+    if before is None:
+        start = common_start(first, second)
+        before, first, second = first[:start], first[start:], second[start:]
+        if not before and cells["prompt"]:
+            before = [{"role": "user", "content": cells["prompt"]}]
+    if not before:
+        raise RowFault("the two conversations have no beginning in common, and there is no prompt")
+    return before, first, second
+
+
+def to_judged(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, list[str]]:
+    """The rows of `to_rows` with a column `good`, from `data.label`: true or false, or 1 and 0.
+
+    Raises DataError as `to_rows` does, for labels that are neither, and where all answers have one.
+    """
+    require_column(table, recipe.data.label, "data.label", source)
+    verdicts = [_VERDICTS.get(str(value).strip().lower()) for value in table[recipe.data.label]]
+    faults = Faults(source, len(table))
+    for index, verdict in enumerate(verdicts):
+        if verdict is None:
+            faults.add(index, f"no verdict in column '{recipe.data.label}': true or false is needed")
+    faults.settle(table, drop=False)
+    rows, shape, notes = to_rows(recipe, table.remove_columns(recipe.data.label), source)
+    good = [bool(verdicts[number - 1]) for number in rows["row"]]
+    if len(set(good)) < 2:
+        raise DataError(f"data.label: all answers of {source} are {'good' if good[0] else 'bad'}; kto needs both")
+    return rows.add_column("good", good), shape, notes  # type: ignore[call-arg]
+
+
+_VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}

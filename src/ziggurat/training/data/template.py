@@ -1,0 +1,175 @@
+"""Conversations through a chat template: their tokens, and which of these are answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ziggurat.errors import DataError, first_line
+
+from .chat import Message
+
+#: By this mark a template itself says which text the assistant generates.
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+#: Stands for an answer to see where the template puts it: no template takes these signs away.
+_PROBE = "\u2603\u2602"
+
+
+def answer_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    tools: Any = None,
+    *,
+    last: bool = False,
+    since: int = 0,
+) -> tuple[str, list[int], list[int]]:
+    """The text of a conversation, its token ids, and a mask that is 1 for the tokens of its answers.
+
+    With `last` of the last answer alone, else of those from message `since` on; by the template's own generation marks
+    where it has them, else by `answer_spans`.
+    """
+    template = tokenizer.get_chat_template(tools=tools or None)
+    if _GENERATION.search(template) and tokenizer.is_fast and not last and not since:
+        how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+        marked = _apply(tokenizer, messages, tools, **how)
+        return rendered(tokenizer, messages, tools), list(marked["input_ids"]), list(marked["assistant_masks"])
+    text, spans = answer_spans(tokenizer, messages, tools, last=last, since=since)
+    return text, *_masked(tokenizer, text, spans)
+
+
+def answer_spans(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    tools: Any = None,
+    *,
+    last: bool = False,
+    since: int = 0,
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation, and where in it each of its answers (or the last) starts and ends.
+
+    An answer starts where the conversation before it, opened for an answer, ends or parts from the whole, and ends
+    with the conversation up to it, by the special token that ends its turn. Templates that write a turn otherwise once
+    more follows (without its thoughts, say) are asked with a mark in the answer's content.
+
+    Raises DataError if the template refuses the conversation, leaves out an answer, or hides where one stands.
+    """
+    whole = rendered(tokenizer, messages, tools)
+    specials = sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
+    ends = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+    places = [place for place in range(since, len(messages)) if messages[place]["role"] == "assistant"]
+    spans = []
+    for place in places[-1:] if last else places:
+        start = _start(tokenizer, messages, tools, place, whole)
+        end = _end(tokenizer, messages, tools, place, whole, ends)
+        said = messages[place]["content"].strip()[-20:]
+        if start > end or said not in whole[start:end]:
+            raise DataError(f"the chat template leaves out what message {place + 1} says, or writes it otherwise")
+        spans.append((start, end))
+    return whole, spans
+
+
+def _start(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any, place: int, whole: str) -> int:
+    if place:
+        opened = rendered(tokenizer, messages[:place], tools, add_generation_prompt=True)
+        # Some templates end a text where no answer is asked for: both have in common what comes before the answer.
+        before = common_start(opened, rendered(tokenizer, messages[:place], tools))
+        if (start := common_start(opened, whole)) >= before:
+            return start
+    return _content_at(tokenizer, messages, tools, place, whole, before=True)
+
+
+def _end(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    tools: Any,
+    place: int,
+    whole: str,
+    ends: re.Pattern[str],
+) -> int:
+    upto = whole if place + 1 == len(messages) else rendered(tokenizer, messages[: place + 1], tools)
+    if whole.startswith(upto):
+        bare = upto.rstrip()
+        by_token = any(mark.end() == len(bare) for mark in ends.finditer(bare))
+        return len(bare) if by_token else len(upto)
+    behind = _content_at(tokenizer, messages, tools, place, whole, before=False)
+    mark = ends.search(whole, behind)
+    return mark.end() if mark else behind
+
+
+def _content_at(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any, place: int, whole: str, *, before: bool
+) -> int:
+    """Where the content of a message starts (`before`) or ends in the whole, seen by a mark there."""
+    content = messages[place]["content"]
+    probed = [*messages]
+    probed[place] = {**messages[place], "content": _PROBE + content if before else content + _PROBE}
+    front, mark, behind = rendered(tokenizer, probed, tools).partition(_PROBE)
+    if not mark or not content or front + behind != whole:
+        raise DataError(f"nothing tells where message {place + 1} stands in what the chat template writes")
+    return len(front)
+
+
+def _masked(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]
+) -> tuple[list[int], list[int]]:
+    """Token ids of a text, and a mask of those that reach into a span."""
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids: list[int] = encoded["input_ids"]  # type: ignore[assignment]
+        places: Any = encoded["offset_mapping"]
+        return ids, [int(any(start < b and end > a for a, b in spans)) for start, end in places]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[assignment]
+    mask = [0] * len(ids)
+    for span in spans:
+        a, b = (common_start(tokenizer(text[:at], add_special_tokens=False)["input_ids"], ids) for at in span)
+        mask[a:b] = [1] * (b - a)
+    return ids, mask
+
+
+def asked_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+    """Token ids of messages that an answer is to follow, as `answer_tokens` learned them.
+
+    That is what the generation prompt has in common with a conversation that goes on: some templates open a thought in
+    the one that the other lacks.
+    """
+    answered = chat_ids(tokenizer, [*messages, {"role": "assistant", "content": "Yes"}])
+    opened = chat_ids(tokenizer, messages, add_generation_prompt=True)
+    return opened[: common_start(opened, answered)]
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token by which the chat template ends an answer; None if it ends it by none of its own."""
+    turns = [{"role": "user", "content": "Really?"}, {"role": "assistant", "content": "Yes"}]
+    tail = rendered(tokenizer, turns).rpartition("Yes")[2]
+    ids: Any = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    return next((token for token in ids if token in tokenizer.added_tokens_decoder), None)
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **how: Any) -> list[int]:
+    """Token ids of messages joined by the tokenizer's chat template. Raises DataError if it refuses them."""
+    return list(_apply(tokenizer, messages, None, tokenize=True, return_dict=True, **how)["input_ids"])
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any = None, **how: Any) -> str:
+    """The text of messages joined by the tokenizer's chat template. Raises DataError if it refuses them."""
+    return str(_apply(tokenizer, messages, tools, tokenize=False, **how))
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any, **how: Any) -> Any:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tools=tools or None, **how)
+    except (TemplateError, ValueError, TypeError, IndexError) as error:
+        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+        do = "; put the system prompt into the user's first message" if messages[0]["role"] == "system" else ""
+        raise DataError(f"the chat template refuses messages of {roles}: {first_line(error)}{do}") from error
+
+
+def common_start(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many ids, or signs, two sequences have in common before they part."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

@@ -1,0 +1,61 @@
+"""A recipe's settings as fields of transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import is_torch_bf16_gpu_available
+
+from ziggurat.errors import RecipeError
+from ziggurat.host.older import checkpointing_argument
+from ziggurat.recipe.schema import Recipe
+
+from ..callbacks.rising import EVERY
+from . import metrics
+
+
+def training_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
+    """The fields of TrainingArguments. Raises RecipeError for a precision that this machine doesn't have."""
+    train = recipe.train
+    if train.precision == "fp16" and not torch.accelerator.is_available():
+        raise RecipeError("train.precision: fp16 needs an accelerator, this machine has none; use fp32 or bf16")
+    if train.precision == "bf16" and torch.accelerator.is_available() and not is_torch_bf16_gpu_available():
+        raise RecipeError("train.precision: this machine's accelerator does not compute in bf16; use fp32 or fp16")
+    arguments: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "num_train_epochs": train.epochs,
+        "max_steps": train.max_steps or -1,
+        "per_device_train_batch_size": train.batch,
+        "per_device_eval_batch_size": train.eval_batch,
+        "gradient_accumulation_steps": train.accumulate,
+        "learning_rate": train.lr,
+        "weight_decay": train.weight_decay,
+        "lr_scheduler_type": train.scheduler,
+        "warmup_steps": train.warmup,
+        "max_grad_norm": train.max_grad_norm,
+        "bf16": train.precision == "bf16",
+        "fp16": train.precision == "fp16",
+        "use_cpu": not torch.accelerator.is_available(),  # without this transformers refuses bf16 there
+        checkpointing_argument(): train.gradient_checkpointing,
+        "train_sampling_strategy": "group_by_length" if train.group_by_length else "random",
+        "load_best_model_at_end": train.best,
+        "metric_for_best_model": recipe.main_metric if train.best else None,
+        "greater_is_better": not metrics.lower_is_better(recipe.main_metric) if train.best else None,
+        "dataloader_num_workers": train.workers,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "seed": recipe.seed,
+        "report_to": list(train.report_to or []),
+        "run_name": recipe.name,
+        "disable_tqdm": True,
+        "logging_strategy": "steps",
+        "logging_steps": EVERY,
+        "logging_first_step": True,
+    }
+    for key, every in (("eval", train.evaluate), ("save", train.save)):
+        if isinstance(every, int):
+            arguments |= {f"{key}_strategy": "steps", f"{key}_steps": every}
+        else:
+            arguments[f"{key}_strategy"] = {"epoch": "epoch", "never": "no"}[every]
+    return arguments

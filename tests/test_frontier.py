@@ -1,0 +1,123 @@
+"""benchmarks/frontier.py: the plan's order, the choice of rates, resuming, and the page, on a tiny model."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from training.training_tables import WORDS, save_tiny_llama
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+PLAN = {
+    "sizes": {"training": 8, "tuning": 4, "reported": 4, "plain": 2},
+    "tokens": 8,
+    "batch": 4,
+    "seeds": [0, 1, 2],
+    "targets": {"q v": ["q_proj", "v_proj"]},
+    "methods": {
+        "frozen": {},
+        "LoRA r 8": {"config": "LoraConfig", "r": 8, "lora_alpha": 16},
+        "LoR2C r 2": {"config": "LoR2CConfig", "r": 2, "lora_alpha": 4},
+    },
+    "groups": [
+        {
+            "task": "french",
+            "targets": "q v",
+            "rates": {"frozen": [0], "LoRA r 8": [1e-2, 5e-3, 2e-2], "LoR2C r 2": [4e-3, 2e-3, 8e-3]},
+        }
+    ],
+}
+
+
+@pytest.fixture
+def frontier(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import frontier
+
+    return frontier
+
+
+def line(run: Any, tuning: float, **more: Any) -> dict[str, Any]:
+    return {"key": run.key, **run._asdict(), "tuning_after": tuning, **more}
+
+
+def test_the_best_rate_gets_neighbours_before_the_other_seeds_get_it(frontier: Any) -> None:
+    """The lowest loss lies at the highest rate, twice: twice a higher one is tried, and then no further."""
+    lines: list[dict[str, Any]] = []
+    order = []
+    while (run := next(frontier.missing(PLAN, lines), None)) is not None:
+        order.append((run.method, run.rate, run.seed))
+        lines.append(line(run, 4.0 - run.rate if run.method == "LoRA r 8" else 3 + abs(run.rate - 4e-3)))
+    first = [("frozen", 0, 0), ("LoRA r 8", 1e-2, 0), ("LoR2C r 2", 4e-3, 0), ("LoRA r 8", 5e-3, 0)]
+    assert order[:4] == first
+    assert [rate for method, rate, seed in order if method == "LoRA r 8" and not seed] == [1e-2, 5e-3, 2e-2, 4e-2, 8e-2]
+    assert [rate for method, rate, seed in order if method == "LoR2C r 2" and not seed] == [4e-3, 2e-3, 8e-3]
+    assert order[-4:] == [(m, r, s) for s in (1, 2) for m, r in (("LoRA r 8", 8e-2), ("LoR2C r 2", 4e-3))]
+
+
+def test_a_method_whose_every_rate_fails_gets_no_seeds(frontier: Any) -> None:
+    lines: list[dict[str, Any]] = []
+    while (run := next(frontier.missing(PLAN, lines), None)) is not None:
+        broken = {"tuning_after": None, "error": "out of memory"} if run.method == "LoR2C r 2" else {}
+        lines.append(line(run, 3 + abs(run.rate - 1e-2)) | broken)
+    assert [run["seed"] for run in lines if run["method"] == "LoR2C r 2"] == [0, 0, 0]
+    assert [run["seed"] for run in lines if run["method"] == "LoRA r 8"] == [0, 0, 0, 1, 2]
+
+
+def test_a_plan_is_run_resumed_and_reported(frontier: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import frontier_report
+    import pandas
+
+    save_tiny_llama(tmp_path / "model")
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    for number in range(12):
+        text = " ".join(WORDS[(number + i * (1 + number % 3)) % len(WORDS)] for i in range(20))
+        (pages / f"{number}.txt").write_text(f"HEAD(1)\n\n{text}\n", encoding="utf-8")
+    passages = pandas.DataFrame({"passage": [" ".join(WORDS[i : i + 10]) for i in range(4)]})
+    passages.to_parquet(tmp_path / "plain.parquet")
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN, sort_keys=False), encoding="utf-8")
+    out = tmp_path / "runs.jsonl"
+    words = ["--model", "model", "--pages", "pages", "--alpaca", "none", "--plain", "plain.parquet"]
+    monkeypatch.chdir(tmp_path)
+    command = ["frontier.py", *words, "--plan", "plan.yaml", "--out", "runs.jsonl"]
+    monkeypatch.setattr(sys, "argv", command)
+    frontier.main()
+    lines = frontier.read(out)
+    assert len({run["key"] for run in lines}) == len(lines) >= 1 + 2 * (3 + 2)
+    assert not [run for run in lines if "error" in run]
+    frozen, lora = lines[0], lines[1]
+    assert [run["method"] for run in lines[:3]] == ["frozen", "LoRA r 8", "LoR2C r 2"]
+    assert (frozen["parameters"], frozen["reported_after"]) == (0, lora["reported_before"])
+    assert lora["parameters"] == 4 * 2 * 8 * (32 + 32)  # layers, q and v, rank, both sides
+    assert 0 < lora["stored_bytes"] - 4 * lora["parameters"] < 8000  # the rest is the file's header
+    assert len(lora["losses"]) == lora["steps"] == 2
+
+    # A line that a killed process left unfinished is run again and gives the same numbers; the others stay.
+    whole = out.read_text(encoding="utf-8").splitlines()
+    out.write_text("\n".join(whole[:-1]) + "\n" + whole[-1][:40] + "\n", encoding="utf-8")
+    frontier.main()
+    again = frontier.read(out)
+    same = ("key", "losses", "tuning_after", "reported_after", "plain_after", "parameters", "stored_bytes")
+    assert [[run.get(name) for name in same] for run in again] == [[run.get(name) for name in same] for run in lines]
+
+    monkeypatch.setattr(
+        sys, "argv", ["frontier_report.py", "--plan", "plan.yaml", "--runs", "runs.jsonl", "--out", "."]
+    )
+    frontier_report.main()
+    page = (tmp_path / "frontier.md").read_text(encoding="utf-8")
+    row = next(text for text in page.splitlines() if text.startswith("| LoRA r 8 |"))
+    assert "| 100% ± 0 |" in row
+    assert f"{lora['parameters']:,}" in row
+    assert "| LoR2C r 2 |" in page
+    assert "Not run" not in page
+    assert (tmp_path / "frontier_french.png").stat().st_size > 10_000
+
+    out.write_text("\n".join(json.dumps(run) for run in again[:2]) + "\n", encoding="utf-8")
+    frontier_report.main()
+    page = (tmp_path / "frontier.md").read_text(encoding="utf-8")
+    assert "- french, q v, LoRA r 8: rates 0.005, 0.02; seeds 1, 2" in page
+    assert "- french, q v, LoR2C r 2: rates 0.004, 0.002, 0.008; seeds 1, 2" in page
