@@ -214,7 +214,7 @@ def main() -> int:
     parser.add_argument("--ranks", nargs="*", type=int, default=list(RANKS))
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args()
-    cases = list(itertools.product(given.ranks, KERNELS, given.targets))
+    cases: list[tuple[int, str, str]] = list(itertools.product(given.ranks, KERNELS, given.targets))
     given.out.touch()
     rows = {key(row): row for row in map(json.loads, given.out.read_text(encoding="utf-8").splitlines())}
     with tempfile.TemporaryDirectory() as cache, given.out.open("a", encoding="utf-8") as file:

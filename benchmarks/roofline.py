@@ -51,7 +51,8 @@ Nothing here is measured. Forward and backward in bf16 autocast, factors float32
 Kernels are assumed to reach these shares of a card's rates:
 {", ".join(f"{name} {share}" for name, share in REACHED.items())}; none takes less than {SHORTEST:g} µs,
 and a processor needs {BY_TORCH:g} µs to launch one by torch and {BY_TRITON:g} µs by Triton. `gpu/all.sh` measures
-all of it. Ratios are to the frozen layer: launched one by one, and within a CUDA graph in brackets. All ways have one rank.
+all of it. Ratios are to the frozen layer: launched one by one, and within a CUDA graph in brackets. All ways have one
+rank.
 """
 
 

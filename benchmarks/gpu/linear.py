@@ -42,7 +42,8 @@ SIZES = (
 #: Seconds that one size takes, compiling included: none is begun with less time left.
 ONE_SIZE = 8
 
-Ys, Add = list[Tensor], Callable[[list[Tensor], Tensor, list[Tensor], list[Tensor], float], list[Tensor]]
+Ys = list[Tensor]
+Add = Callable[[Ys, Tensor, Ys, Ys, float], Ys]
 
 
 class Tensors(NamedTuple):

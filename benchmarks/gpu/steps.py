@@ -25,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from ziggurat import LoR2CConfig, LoRA2Config, MSPLoraConfig
-from ziggurat.lowrank import product
+from ziggurat.lowrank import product, triton_product
 
 Adapt = Callable[[nn.Module], nn.Module]
 MIB = 2**20
@@ -95,7 +95,7 @@ def kernels_in(loss: torch.Tensor) -> int:
         if node is None or node in seen:
             continue
         seen.add(node)
-        found += "_Down" in type(node).__name__ and node.parts.__name__.endswith("triton_product")
+        found += getattr(node, "parts", None) is triton_product
         waiting += [following for following, _ in node.next_functions]
     return found
 
