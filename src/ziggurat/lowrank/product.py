@@ -116,8 +116,8 @@ def _fused() -> ModuleType | None:
 def down(x: Tensor, As: Sequence[Tensor], dropout: float = 0.0) -> tuple[Tensor, ...]:
     """``dropout(x) A_i^T`` for each A_i (rank_i, d_in), as (tokens, rank_i): x is dropped out once, and read once.
 
-    The dtypes are those of `low_rank_add`. The As have one dtype and go to linear layers that read the same x: its mask is
-    drawn and kept once, and dL/dx is made once, where each linear alone would do so for itself.
+    The dtypes are those of `low_rank_add`. The As have one dtype and go to linear layers that read the same x: its mask
+    is drawn and kept once, and dL/dx is made once, where each layer alone would do so for itself.
     """
     dtype = _product_dtype(x, As[0])
     return down_by(_parts_for(x, As, dropout, dtype), x, As, dropout, dtype)
