@@ -66,7 +66,7 @@ def suits(x: torch.Tensor, *factors: torch.Tensor, p: float = 0.1, dtype: torch.
 
 
 def operands(
-    dtype: torch.dtype = torch.bfloat16, rank: int = 4, tokens: int = 2**16, d: int = 32
+    dtype: torch.dtype = torch.bfloat16, rank: int = 4, tokens: int = 2**17, d: int = 32
 ) -> list[torch.Tensor]:
     return [torch.empty(shape, dtype=dtype, device="meta") for shape in ((tokens, d), (rank, d), (rank, d))]
 
@@ -80,7 +80,7 @@ def test_what_the_kernels_take() -> None:
     assert suits(*operands(rank=64))
     assert not suits(*operands(rank=65))  # 130 for the two that go down together
     assert not suits(*operands(rank=0))
-    assert not suits(*operands(tokens=2**16 - 1))
+    assert not suits(*operands(tokens=2**17 - 1))
     assert not suits(*operands(d=40))  # its rows don't start at whole 32 bytes
     assert not triton_product.runs_on(torch.device("cpu"))
 
@@ -99,7 +99,7 @@ def test_the_switch_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_against_float64() -> None:
     torch.manual_seed(0)
-    shapes = (3, 1000, 1024), (3, 1000, 768), (14, 768), (1024, 14)
+    shapes = (3, 2000, 1024), (3, 2000, 768), (14, 768), (1024, 14)
     inputs = [torch.randn(s, device="cuda", dtype=torch.bfloat16).requires_grad_() for s in shapes]
     exact = [t.detach().double().requires_grad_() for t in inputs]
     torch.manual_seed(1)

@@ -20,14 +20,14 @@ _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32
 _MAX_RANK = 128  # above it a tile of (rank, columns) sums does not fit the registers
 _PROGRAMS = 256  # enough to fill a large GPU about twice
 _ADDED = 1024  # sums that one program adds up
-_ENOUGH = 2**21  # entries of (tokens, d) from which on the kernels are chosen, see `suits`
+_ENOUGH = 2**22  # entries of (tokens, d) from which on the kernels are chosen, see `suits`
 
 
 def suits(x: Tensor, As: Sequence[Tensor], dropout: float, dtype: torch.dtype) -> bool:
     """Whether the kernels should take dropout(x) to the ranks of the As together, with the products in ``dtype``.
 
     They save the passes of dropout and nothing else: without it torch moves as many bytes. To launch them takes a
-    processor longer, so they win where a GPU is at work for longer than that: from 2,097,152 entries of x on, 1,024
+    processor longer, so they win where a GPU is at work for longer than that: from 4,194,304 entries of x on, 2,048
     tokens of 2,048; within a CUDA graph, which has no launches, at every size (benchmarks/roofline.md). Half-precision
     products only: float32 ones would not run on tensor cores. The width has to be a multiple of 16, so that rows start
     at whole 32 bytes; else the kernels would move every entry by itself.
