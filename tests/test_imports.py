@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("methods",),
     ("__init__",),  # the public names: importing `ziggurat` itself means having all methods
     ("recipe",),
-    ("training", "evaluation", "analysis", "export", "plan", "doctor"),
+    ("training", "evaluation", "analysis", "export", "plan", "doctor", "integrations"),
     ("compare", "testing"),
     ("cli", "__main__"),
 )

@@ -10,6 +10,7 @@ check_versions()  # before anything that stands on parts of PEFT and transformer
 
 from ziggurat._distribution import VERSION as __version__
 from ziggurat.host.lifecycle import step
+from ziggurat.host.plain import PlainLora, plain_lora
 from ziggurat.host.plugins import load_installed
 from ziggurat.methods.adapterdrop.config import AdapterDropConfig
 from ziggurat.methods.adapterdrop.model import AdapterDropModel
@@ -39,9 +40,11 @@ __all__ = [
     "LoRAXSConfig",
     "MSPLoraConfig",
     "MSPLoraModel",
+    "PlainLora",
     "ShareLoRAConfig",
     "TiedLoRAConfig",
     "__version__",
+    "plain_lora",
     "step",
 ]
 

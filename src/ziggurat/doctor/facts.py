@@ -192,7 +192,7 @@ FACTS: tuple[Fact, ...] = (
     Fact(
         "peft",
         "use",
-        "PEFT and transformers, with `import ziggurat`",
+        "PEFT and transformers, where ziggurat is installed",
         _row("yes"),
         evidence=(_CONTRACTS + "test_an_adapter_reloads_bitwise", _CONTRACTS + "test_transformers_own_calls"),
     ),

@@ -1,19 +1,13 @@
-"""An adapter written as plain LoRA, exactly.
-
-On a linear every method is one effective factor pair (A, B) with its scale folded in,
-so W + B A is plain LoRA with lora_A = A, lora_B = B and lora_alpha = r.
-"""
+"""An adapter written as plain LoRA, exactly: `plain_lora` as a folder."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftType
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft import PeftType
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
@@ -21,12 +15,12 @@ from torch import nn
 from ziggurat.errors import ExportError
 from ziggurat.files.staging import written_beside
 from ziggurat.host.folder import adapter_config, load_adapter, load_base
-from ziggurat.lowrank.pair import FactorPair
+from ziggurat.host.plain import bare, plain_lora
 
 from .beside import copy_tokenizer
 from .card import card
-from .content import PREFIX, bare, check_complete, lora_pairs, other_tensors
-from .serving import for_servers
+from .content import check_complete
+from .serving import serving_rank
 
 
 @dataclass(frozen=True)
@@ -61,30 +55,20 @@ def export_model(
 
 def _export(model: nn.Module, out: Path, adapter: str, serving: bool, add: Callable[[Path], Any]) -> Exported:
     """`export_model`, with `add` to put files into the folder before it appears."""
-    # A pair of rank 0 (LoRA² has pruned all of it) changes nothing, and LoRA knows no rank 0.
-    pairs = {path: pair for path, pair in lora_pairs(model, adapter).items() if pair.A.shape[0]}
-    if not pairs:
-        raise ExportError(f"adapter {adapter!r} has rank 0 everywhere: there is no update to write.")
-    config = model.peft_config[adapter]  # type: ignore[index]
-    rest = other_tensors(model, adapter)
+    lora, tensors = plain_lora(model, adapter=adapter)
     if serving:
-        pairs = for_servers(pairs, rest)
-    rank = max(pair.A.shape[0] for pair in pairs.values())
-    lora = _lora_config(model, config, pairs, rank)
-    tensors = dict(rest)
-    for path, pair in pairs.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = pair.A
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = pair.B
+        lora, tensors = plain_lora(model, serving_rank(lora.r, tensors), adapter)
+    config = model.peft_config[adapter]  # type: ignore[index]
     with written_beside(out) as folder:
-        save_file(  # copies, for linear layers may share a factor, and safetensors refuses shared memory
-            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
             folder / SAFETENSORS_WEIGHTS_NAME,
             metadata={"format": "pt"},
         )
         lora.save_pretrained(str(folder))
-        (folder / "README.md").write_text(card(bare(model), config, rank, serving), encoding="utf-8")
+        (folder / "README.md").write_text(card(bare(model), config, lora.r, serving), encoding="utf-8")
         add(folder)
-    return Exported(out, rank, len(pairs), serving)
+    return Exported(out, lora.r, sum(name.endswith(".lora_A.weight") for name in tensors), serving)
 
 
 def export(adapter: str | Path, out: str | Path, *, serving: bool = False, base_model: str | None = None) -> Exported:
@@ -102,40 +86,3 @@ def export(adapter: str | Path, out: str | Path, *, serving: bool = False, base_
     if unused:
         raise ExportError(f"{adapter} also holds {len(unused)} tensors with no place in its model ({unused[0]}, ...).")
     return _export(model, Path(out), "default", serving, lambda folder: copy_tokenizer(Path(adapter), folder))
-
-
-def _lora_config(model: nn.Module, config: Any, pairs: dict[str, FactorPair], rank: int) -> LoraConfig:
-    base = bare(model)
-    ranks = {path: pair.A.shape[0] for path, pair in pairs.items()}
-    different = {path: r for path, r in ranks.items() if r != rank}
-    bias: Any = getattr(config, "bias", "none")
-    first = base.get_submodule(next(iter(pairs)))
-    return LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=_targets(base, pairs, getattr(config, "modules_to_save", None)),
-        rank_pattern=dict(different),
-        alpha_pattern=dict(different),
-        bias="lora_only" if bias.endswith("_only") else bias,
-        fan_in_fan_out=bool(getattr(first, "fan_in_fan_out", False)),
-        modules_to_save=getattr(config, "modules_to_save", None),
-        task_type=config.task_type,
-        auto_mapping=config.auto_mapping,
-        base_model_name_or_path=config.base_model_name_or_path,
-        revision=config.revision,
-        inference_mode=True,
-    )
-
-
-def _targets(base: nn.Module, pairs: dict[str, FactorPair], whole: list[str] | None) -> list[str] | str:
-    """What means exactly the adapted linears: their last names where they suffice, else whole paths, else a regex.
-
-    `whole`: the modules_to_save, in which PEFT looks for no targets.
-    """
-    paths = [path for path, _ in base.named_modules() if path and ".base_layer" not in path]
-    names = sorted({path.rpartition(".")[2] for path in pairs})
-    for targets in (names, sorted(pairs)):
-        lora = LoraConfig(target_modules=targets, modules_to_save=whole)
-        if {path for path in paths if check_target_module_exists(lora, path)} == set(pairs):
-            return targets
-    return "|".join(re.escape(path) for path in sorted(pairs))

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from ziggurat.host.method import Method
 from ziggurat.host.method_layer import MethodLayer
 
-from .unwrap import unwrap
+from .unwrap import unwrap, without_wrappers
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +54,7 @@ def step(
 
 def _root(model: nn.Module) -> nn.Module:
     """The base model inside wrappers for training and inside PEFT's."""
-    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        model = model.module
-    return unwrap(model)[0]
+    return unwrap(without_wrappers(model))[0]
 
 
 def _adapters(root: nn.Module) -> dict[Method, dict[str, Any]]:

@@ -128,8 +128,12 @@ class MethodLayer(BaseTunerLayer):
 
     def effective_pair(self, adapter: str, context: Context = EVALUATION) -> FactorPair:
         """The one pair that says all of `adapter`'s update here: A (rank, d_in), B (d_out, rank), scale folded in."""
+        return self.pair_of(adapter, self.stored(adapter), context)
+
+    def pair_of(self, adapter: str, tensors: dict[str, Tensor], context: Context = EVALUATION) -> FactorPair:
+        """`effective_pair` of `tensors`, which stand for those that `stored` gives."""
         assert self.method.pair is not None
-        return self.method.pair(self.configs[adapter], self.sites[adapter], self.stored(adapter), context)
+        return self.method.pair(self.configs[adapter], self.sites[adapter], tensors, context)
 
     def dropout(self, adapter: str) -> float:
         """The probability that an input of `adapter`'s update is dropped in training."""
