@@ -70,8 +70,15 @@ def differs(served: Served, name: str) -> bool:
 # --- vLLM -----------------------------------------------------------------------------------------
 
 
-def ask_vllm(folder: Path, model: Path, adapters: dict[str, Path], max_lora_rank: int = 0) -> dict[str, Tensor]:
+def ask_vllm(
+    folder: Path,
+    model: Path,
+    adapters: dict[str, Path],
+    max_lora_rank: int = 0,
+    refused: dict[str, Path] | None = None,
+) -> dict[str, Tensor]:
     job = {
+        "refused": {name: str(path) for name, path in (refused or {}).items()},
         "model": str(model),
         "adapters": {name: str(path) for name, path in adapters.items()},
         "max_lora_rank": max_lora_rank,
@@ -100,6 +107,20 @@ def test_vllm_serves_all_exports_at_once(served: Served, tmp_path: Path) -> None
         assert differs(served, name)
         check_vllm(found, name, served.expected[name])
         assert int(found[f"{name}/least"]) == served.ranks[name]
+
+
+@VLLM
+def test_vllm_takes_folders_as_they_were_saved(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the plugin; one that needs a higher rank is refused with that rank, and the engine goes on."""
+    monkeypatch.setenv("ZIGGURAT_CACHE", str(tmp_path / "cache"))
+    saved = {name: served.exports[name].with_name(name) for name in ("msplora", "lora2_everywhere")}
+    high = {"high": served.exports["msplora_everywhere"].with_name("msplora_everywhere")}
+    found = ask_vllm(tmp_path, served.base, saved, max(served.ranks[name] for name in saved), high)
+    for name in saved:
+        assert differs(served, name)
+        check_vllm(found, name, served.expected[name])
+    said = bytes(found["high/refused"].tolist()).decode()
+    assert f"start it with --max-lora-rank {served.ranks['msplora_everywhere']}" in said
 
 
 @VLLM
