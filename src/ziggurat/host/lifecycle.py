@@ -2,10 +2,10 @@
 
 import logging
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ziggurat.host.method import Method
@@ -50,6 +50,25 @@ def step(
             if method.step is not None and method.needs_steps is not None and method.needs_steps(config):
                 method.step(root, adapter, config, step, total, optimizer)
     Watch.reset(root)
+
+
+def run_state(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """What a resumed run needs besides the weights, by method: averages that directions are ranked by, masks."""
+    root = _root(model)
+    states = {m.name: m.run_state(root) for m in _adapters(root) if m.run_state is not None}
+    return {name: state for name, state in states.items() if state}
+
+
+def resume(model: nn.Module, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Put back what `run_state` gave, into a model that has the weights and the structure of then.
+
+    Raises:
+        ConfigError: it was saved from another model or config.
+    """
+    root = _root(model)
+    for method in _adapters(root):
+        if method.resume is not None and method.name in state:
+            method.resume(root, state[method.name])
 
 
 def _root(model: nn.Module) -> nn.Module:
