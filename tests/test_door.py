@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import json
 import sys
-import tomllib
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -20,41 +19,14 @@ from transformers import AutoModelForSequenceClassification
 
 import ziggurat_door
 from fresh import Fresh
+from installed import ELSEWHERE, PROJECT, install
 from ziggurat import LoR2CConfig, MSPLoraConfig
 from ziggurat.host.method import METHODS
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 from training_tables import save_tiny_bert
 
-PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 IDS = "torch.arange(5, 13).reshape(2, 4)"
-
-#: A method that a package of its own brings.
-ELSEWHERE = '''
-from dataclasses import dataclass
-from ziggurat.kit import Card, FactorPair, Method, MethodConfig, low_rank, register
-
-@dataclass
-class ElsewhereConfig(MethodConfig):
-    """LoRA again."""
-
-def tensors(config, site):
-    return low_rank(config.r, site.d_in, site.d_out, config.init_weights)
-
-def pair(config, site, t, context):
-    return FactorPair(t["A"], config.scale_of(config.r) * t["B"])
-
-register(Method("elsewhere", ElsewhereConfig, tensors, pair, Card("Elsewhere", "", "LoRA again")))
-'''
-
-
-def install(site: Path, name: str, groups: dict[str, dict[str, str]]) -> None:
-    """Metadata of an installed distribution with these entry points."""
-    info = site / f"{name.replace('-', '_')}-0.1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1.0\n")
-    lines = [f"[{group}]\n{entry} = {value}\n" for group, each in groups.items() for entry, value in each.items()]
-    (info / "entry_points.txt").write_text("\n".join(lines))
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,11 @@ from peft import LoraConfig
 import ziggurat_door
 from commands import main
 from fresh import Fresh
+from installed import ELSEWHERE, PROJECT, install
 from ziggurat.errors import ConfigError
 from ziggurat.host import plugins
 from ziggurat.integrations.with_method import of_method
 from ziggurat.kit import unregister
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_door import ELSEWHERE, PROJECT, install
 
 PROGRAM = """
 import copy, dataclasses, inspect, pickle

@@ -23,6 +23,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from commands import main
+
 pytest.importorskip("sentencepiece")
 from served_models import PROMPTS, STEPS, VOCABULARY, Served, Spoken, build
 
@@ -162,6 +164,15 @@ def as_gguf(served: Served, name: str, folder: Path, outtype: str) -> dict[str, 
         "adapter": None if name == "base" else str(adapter),
         "texts": texts(served.expected[name]),
     }
+
+
+@LLAMA_CPP
+def test_export_writes_gguf_by_the_converter(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setenv("LLAMA_CPP", os.environ["ZIGGURAT_LLAMA_CPP"])
+    assert main("export", str(served.exports["msplora"].with_name("msplora")), str(tmp_path / "out"), "--gguf") == 0
+    names = {tensor.name for tensor in gguf.GGUFReader(str(tmp_path / "out" / "adapter.gguf")).tensors}
+    assert {name.rpartition(".")[2] for name in names} == {"lora_a", "lora_b"} and len(names) == 2 * 2 * 4
 
 
 @LLAMA_CPP

@@ -28,7 +28,7 @@ app = typer.Typer(
     name="ziggurat",
     help="Multi-scale low-rank fine-tuning: train by a recipe, predict, export, merge.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )

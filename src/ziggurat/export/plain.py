@@ -20,6 +20,7 @@ from ziggurat.host.plain import bare, plain_lora
 from .beside import copy_tokenizer
 from .card import card
 from .content import check_complete
+from .gguf import modelfile
 from .serving import serving_rank
 
 
@@ -66,6 +67,8 @@ def _export(model: nn.Module, out: Path, adapter: str, serving: bool, add: Calla
             metadata={"format": "pt"},
         )
         lora.save_pretrained(str(folder))
+        if serving:
+            (folder / "Modelfile").write_text(modelfile(config.base_model_name_or_path or "BASE"), encoding="utf-8")
         (folder / "README.md").write_text(card(bare(model), config, lora.r, serving), encoding="utf-8")
         add(folder)
     return Exported(out, lora.r, sum(name.endswith(".lora_A.weight") for name in tensors), serving)
