@@ -59,15 +59,25 @@ def run_state(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     return {name: state for name, state in states.items() if state}
 
 
-def resume(model: nn.Module, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Put back what `run_state` gave, into a model that has the weights and the structure of then.
+def resume(
+    model: nn.Module,
+    state: Mapping[str, Mapping[str, Tensor]],
+    done: int,
+    total: int,
+    optimizer: Optimizer | None = None,
+) -> None:
+    """Go on with a run of which `done` of `total` steps are done: in the place of `step(model, 0, total)`.
+
+    `state`: what `run_state` gave then. The model has the weights and the structure of then.
 
     Raises:
         ConfigError: it was saved from another model or config.
     """
     root = _root(model)
     for method in _adapters(root):
-        if method.resume is not None and method.name in state:
+        if method.resume is None:
+            step(model, done, total, optimizer, only=(method.name,))
+        elif method.name in state:
             method.resume(root, state[method.name])
 
 

@@ -48,10 +48,11 @@ class ZigguratCallback(Callback):
         self._model = adapted(pl_module)
         self._done = trainer.global_step
         check_something_trains(self._model)
-        if self._state is not None:
-            resume(self._model, self._state)
-            self._state = None
-        step(self._model, self._done, _total(trainer), trainer.optimizers[0])
+        if self._done:
+            resume(self._model, self._state or {}, self._done, _total(trainer), trainer.optimizers[0])
+        else:
+            step(self._model, 0, _total(trainer), trainer.optimizers[0])
+        self._state = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
