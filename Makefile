@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PYTHON
 
-.PHONY: help demo test quick setup check format lock build peft-suite clean
+.PHONY: help demo test quick setup check format lock build peft-suite site clean
 
 help:            ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -49,5 +49,9 @@ build: setup     ## the wheel and the source package, into dist/
 peft-suite: setup ## PEFT's own tests on METHOD (default MSPLoraConfig), see docs/peft-suite.md
 	$(BIN)/python -m tests.peft_suite $(or $(METHOD),MSPLoraConfig) $(FILES)
 
+site: setup      ## the pages and the docstrings as a site, into site/
+	$(BIN)/python -m pip install --quiet mkdocs-material "mkdocstrings[python]" || uv pip install --quiet --python $(BIN)/python mkdocs-material "mkdocstrings[python]"
+	$(BIN)/python -m mkdocs build --strict
+
 clean:           ## what tests and builds leave behind
-	rm -rf dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf dist build site .pytest_cache .ruff_cache .hypothesis

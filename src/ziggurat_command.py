@@ -4,15 +4,21 @@
 prints needs neither. This module stands beside the package, as nothing inside can be imported before the package is.
 """
 
+import os
 import sys
 from importlib.util import find_spec, module_from_spec
 from typing import NoReturn
 
 
 def only_prints(words: list[str]) -> bool:
-    """Whether `ziggurat WORDS` surely ends in help or the version. Further on, `--help` can be an option's value."""
-    return words in ([], ["--help"], ["--version"]) or (
-        len(words) == 2 and words[1] == "--help" and not words[0].startswith("-")
+    """Whether `ziggurat WORDS` surely ends in help, the version, or what a shell asks to complete a line.
+
+    Further on, `--help` can be an option's value.
+    """
+    if "_ZIGGURAT_COMPLETE" in os.environ or words in ([], ["--version"], ["--show-completion"]):
+        return True
+    return words in (["--help"], ["-h"]) or (
+        len(words) == 2 and words[1] in ("--help", "-h") and not words[0].startswith("-")
     )
 
 

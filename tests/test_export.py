@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import versions
+from commands import main
 from fresh import Fresh
 from methods_table import METHODS, logits, zoo_config
 from tolerance import assert_models_agree
@@ -556,3 +557,36 @@ def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:
     save_file(tensors, adapter / "adapter_model.safetensors")
     with pytest.raises(ExportError, match=r"1 tensors with no place .*stray"):
         export(adapter, tmp_path / "out")
+
+
+FAKE_CONVERTER = """
+import sys
+words = sys.argv[1:]
+if "broken" in words[0]:
+    raise SystemExit("no such tensor")
+open(words[words.index("--outfile") + 1], "w").write(" ".join(words))
+"""
+
+
+def test_an_export_for_llama_cpp_runs_its_converter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How it is called; llama.cpp's own is run by tests/servers/test_runtimes.py."""
+    ZOO["llama"].build().save_pretrained(str(tmp_path / "base"))  # type: ignore[operator]
+    model = get_peft_model(ZOO["llama"].build(), zoo_config("msplora", "llama", task_type="CAUSAL_LM"))  # type: ignore[arg-type]
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(str(tmp_path / "adapter"))
+    words = ["export", str(tmp_path / "adapter")]
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "llama.cpp"))
+    assert main(*words, str(tmp_path / "out"), "--gguf") == 2
+    assert "convert_lora_to_gguf.py isn't in LLAMA_CPP=" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "llama.cpp").mkdir()
+    (tmp_path / "llama.cpp" / "convert_lora_to_gguf.py").write_text(FAKE_CONVERTER)
+    assert main(*words, str(tmp_path / "out"), "--gguf") == 0
+    said = (tmp_path / "out" / "adapter.gguf").read_text().split()
+    assert said[:3] == [str(tmp_path / "out"), "--base", str(tmp_path / "base")]
+    lines = (tmp_path / "out" / "Modelfile").read_text().splitlines()
+    assert lines[-2:] == [f"FROM {tmp_path / 'base'}", "ADAPTER ./adapter.gguf"]
+    assert main(*words, str(tmp_path / "broken"), "--gguf") == 2
+    assert "no such tensor" in capsys.readouterr().err

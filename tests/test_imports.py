@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("methods",),
     ("__init__",),  # the public names: importing `ziggurat` itself means having all methods
     ("recipe",),
-    ("training", "evaluation", "analysis", "export", "plan", "doctor"),
+    ("training", "evaluation", "analysis", "export", "plan", "doctor", "integrations"),
     ("compare", "testing"),
     ("cli", "__main__"),
 )
@@ -288,7 +289,7 @@ def test_asking_for_help_loads_no_more_than_the_package_and_the_parser(stages: S
     assert stages.packages("command", "help") & set(HEAVY) <= {"typer"}
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["train", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["--version"], ["train", "-h"]], ids=" ".join)
 def test_the_script_answers_what_only_prints_without_torch(words: list[str]) -> None:
     call = (
         f"import sys, json; sys.argv[1:] = {words!r}\nfrom ziggurat_command import main\n"
@@ -302,6 +303,18 @@ def test_the_script_answers_what_only_prints_without_torch(words: list[str]) -> 
     assert "ziggurat" in loaded
     parser = {"typer", "pydantic"}  # typer itself reads arguments with pydantic
     assert loaded & {"torch", "transformers", "peft", "numpy", *HEAVY} <= parser
+
+
+def test_a_shell_completes_without_torch() -> None:
+    call = (
+        "import sys, json; sys.argv = ['ziggurat']\nfrom ziggurat_command import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    print(json.dumps(sorted(sys.modules)))"
+    )
+    asks = {"_ZIGGURAT_COMPLETE": "complete_bash", "COMP_WORDS": "ziggurat an", "COMP_CWORD": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", call]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | asks)
+    *words, modules = done.stdout.splitlines()
+    assert words == ["analyze"] and not {"torch", "peft"} & set(json.loads(modules))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ check_versions()  # before anything that stands on parts of PEFT and transformer
 from ziggurat._distribution import VERSION as __version__
 from ziggurat.host.lifecycle import step
 from ziggurat.host.like_lora import create_loraplus_optimizer, hotswap_adapter
+from ziggurat.host.plain import PlainLora, plain_lora
 from ziggurat.host.plugins import load_installed
 from ziggurat.methods.adapterdrop.config import AdapterDropConfig
 from ziggurat.methods.adapterdrop.model import AdapterDropModel
@@ -40,11 +41,13 @@ __all__ = [
     "LoRAXSConfig",
     "MSPLoraConfig",
     "MSPLoraModel",
+    "PlainLora",
     "ShareLoRAConfig",
     "TiedLoRAConfig",
     "__version__",
     "create_loraplus_optimizer",
     "hotswap_adapter",
+    "plain_lora",
     "step",
 ]
 

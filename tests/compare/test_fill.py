@@ -14,7 +14,7 @@ from glue_folder import write_glue
 from rich.console import Console
 
 from ziggurat.compare.engines import run_all
-from ziggurat.compare.fill import fill, report
+from ziggurat.compare.fill import _alone, fill, report
 from ziggurat.compare.table import Table, make_table
 from ziggurat.errors import RecipeError
 from ziggurat.training.folder.run_folder import RunFolder
@@ -177,3 +177,22 @@ def test_two_programs_do_not_fill_one_folder(wide_bert: Path, glue: Path, tmp_pa
             fill(table)
     with pytest.raises(RecipeError, match="'slurm' is not one of local, ray"):
         fill(table, engine="slurm")
+
+
+def test_shards_fill_one_table_between_them(wide_bert: Path, glue: Path, tmp_path: Path) -> None:
+    """As the tasks of an array job do, one after the other or at once."""
+    table = small(wide_bert, glue, tmp_path / "out", seeds=[1, 2, 3])
+    first = fill(table, shard=(1, 2))
+    assert (first.taken, len(first.summary.lines)) == (2, 2)
+    with _alone(table.folder, "1-of-2"):  # the other shard runs beside it; the whole table and the same shard don't
+        second = fill(table, shard=(2, 2))
+        for shard in (None, (1, 2)):
+            with pytest.raises(RecipeError, match="another program is filling"):
+                fill(table, shard=shard)
+    assert (second.taken, len(second.summary.lines)) == (1, 3)
+    assert {path.name for path in table.folder.glob("*.jsonl")} == {"results.1-of-2.jsonl", "results.2-of-2.jsonl"}
+    whole = fill(table)
+    assert (whole.taken, len(whole.summary.lines)) == (0, 3)
+    for shard in ((0, 2), (3, 2)):
+        with pytest.raises(RecipeError, match=f"shard {shard[0]}/2: k/n with k from 1 to n"):
+            fill(table, shard=shard)

@@ -4,14 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from two_processes import METHODS, STRATEGIES, build, steps, work
+from two_processes import METHODS, PLAIN_RANK, STRATEGIES, build, steps, work
 
 from fresh import Fresh
 from methods_table import logits
 from plain_models import LAYERS
 from tolerance import assert_models_agree, model_rounding
+from ziggurat import plain_lora
 from zoo import ZOO
 
 
@@ -38,3 +40,13 @@ def test_two_processes_train_what_one_trains(method: str, strategy: str, trained
     again = PeftModel.from_pretrained(ZOO["llama"].build(), str(folder)).eval()
     inputs = ZOO["llama"].inputs()
     assert_models_agree(logits(again, inputs), logits(alone.eval(), inputs))
+
+
+@pytest.mark.parametrize("method", ["msplora", "lora2"])
+def test_plain_lora_gathers_what_fsdp2_has_sharded(method: str, trained: Path) -> None:
+    """The tensors that go to a server are those of the adapter that was saved."""
+    again = PeftModel.from_pretrained(ZOO["llama"].build(), str(trained / f"{method}-fsdp2"))
+    expected = plain_lora(again, rank=PLAIN_RANK).tensors
+    found = load_file(trained / f"{method}-plain.safetensors")
+    assert found.keys() == expected.keys() and len(found) == 2 * 2 * LAYERS
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

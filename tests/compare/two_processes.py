@@ -7,12 +7,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ziggurat import LoR2CConfig, LoRA2Config, MSPLoraConfig
+from ziggurat import LoR2CConfig, LoRA2Config, MSPLoraConfig, plain_lora
 from zoo import ZOO
 
 TARGETS = ["q_proj", "v_proj"]
@@ -23,6 +24,8 @@ METHODS: dict[str, Any] = {
 }
 STRATEGIES = ("ddp", "fsdp2")
 STEPS = 3
+#: Of what goes to a server as plain LoRA.
+PLAIN_RANK = 16
 
 
 def build(method: str) -> PeftModel:
@@ -71,6 +74,10 @@ def work(rank: int, out: str) -> None:
             found[f"{method}-{strategy}"] = (losses / 2).tolist()
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             state = get_model_state_dict(model, options=options) if strategy == "fsdp2" else model.state_dict()
+            if strategy == "fsdp2" and method != "lor2c":
+                plain = plain_lora(model, rank=PLAIN_RANK)
+                if rank == 0:
+                    save_file(plain.tensors, Path(out) / f"{method}-plain.safetensors")
             if rank == 0:
                 model.save_pretrained(str(Path(out) / f"{method}-{strategy}"), state_dict=state)
             dist.barrier()

@@ -2,10 +2,11 @@
 
     python ask_vllm.py JOB.json OUT.npz
 
-The job: `model`, a folder; `adapters`, name -> folder; `max_lora_rank`; `prompts`, lists of token ids; `steps`, how
-many tokens are to follow; `vocabulary`, its size. The answer, for each adapter, or "base" if there is none:
-`<name>/<number of the prompt>/tokens` (steps), `.../logprobs` (steps, vocabulary) and `<name>/least`, the lowest
-max_lora_rank with which vLLM takes the adapter. All is asked in one call, so that batches mix the adapters.
+The job: `model`, a folder; `adapters`, name -> folder; `refused`, the same, of adapters that can't be served and are
+asked first; `max_lora_rank`; `prompts`, lists of token ids; `steps`, how many tokens are to follow; `vocabulary`, its
+size. The answer, for each adapter, or "base" if there is none: `<name>/<number of the prompt>/tokens` (steps),
+`.../logprobs` (steps, vocabulary) and, of exports, `<name>/least`, the lowest max_lora_rank with which vLLM takes them;
+`<name>/refused`, vLLM's words. All is asked in one call, so that batches mix the adapters.
 """
 
 import json
@@ -39,7 +40,8 @@ def least_rank(adapter: str) -> int:
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     adapters = job["adapters"]
-    found = {f"{name}/least": np.array(least_rank(folder)) for name, folder in adapters.items()}
+    plain = {name: folder for name, folder in adapters.items() if "export" in Path(folder).name}
+    found = {f"{name}/least": np.array(least_rank(folder)) for name, folder in plain.items()}
     lora = {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": job["max_lora_rank"]} if adapters else {}
     llm = LLM(
         model=job["model"],
@@ -56,6 +58,11 @@ def main() -> None:
         for number, prompt in enumerate(job["prompts"])
         for name in adapters or ["base"]
     ]
+    for number, (name, folder) in enumerate(job["refused"].items(), start=len(adapters) + 1):
+        try:
+            llm.generate({"prompt_token_ids": job["prompts"][0]}, lora_request=LoRARequest(name, number, folder))
+        except ValueError as error:
+            found[f"{name}/refused"] = np.array(list(str(error).encode()))
     outputs = llm.generate(
         [prompt for _, prompt, _ in asked],
         SamplingParams(max_tokens=job["steps"], temperature=0.0, ignore_eos=True, logprobs=job["vocabulary"]),

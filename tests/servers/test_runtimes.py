@@ -23,6 +23,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from commands import main
+
 pytest.importorskip("sentencepiece")
 from served_models import PROMPTS, STEPS, VOCABULARY, Served, Spoken, build
 
@@ -70,8 +72,15 @@ def differs(served: Served, name: str) -> bool:
 # --- vLLM -----------------------------------------------------------------------------------------
 
 
-def ask_vllm(folder: Path, model: Path, adapters: dict[str, Path], max_lora_rank: int = 0) -> dict[str, Tensor]:
+def ask_vllm(
+    folder: Path,
+    model: Path,
+    adapters: dict[str, Path],
+    max_lora_rank: int = 0,
+    refused: dict[str, Path] | None = None,
+) -> dict[str, Tensor]:
     job = {
+        "refused": {name: str(path) for name, path in (refused or {}).items()},
         "model": str(model),
         "adapters": {name: str(path) for name, path in adapters.items()},
         "max_lora_rank": max_lora_rank,
@@ -100,6 +109,20 @@ def test_vllm_serves_all_exports_at_once(served: Served, tmp_path: Path) -> None
         assert differs(served, name)
         check_vllm(found, name, served.expected[name])
         assert int(found[f"{name}/least"]) == served.ranks[name]
+
+
+@VLLM
+def test_vllm_takes_folders_as_they_were_saved(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the plugin; one that needs a higher rank is refused with that rank, and the engine goes on."""
+    monkeypatch.setenv("ZIGGURAT_CACHE", str(tmp_path / "cache"))
+    saved = {name: served.exports[name].with_name(name) for name in ("msplora", "lora2_everywhere")}
+    high = {"high": served.exports["msplora_everywhere"].with_name("msplora_everywhere")}
+    found = ask_vllm(tmp_path, served.base, saved, max(served.ranks[name] for name in saved), high)
+    for name in saved:
+        assert differs(served, name)
+        check_vllm(found, name, served.expected[name])
+    said = bytes(found["high/refused"].tolist()).decode()
+    assert f"start it with --max-lora-rank {served.ranks['msplora_everywhere']}" in said
 
 
 @VLLM
@@ -141,6 +164,15 @@ def as_gguf(served: Served, name: str, folder: Path, outtype: str) -> dict[str, 
         "adapter": None if name == "base" else str(adapter),
         "texts": texts(served.expected[name]),
     }
+
+
+@LLAMA_CPP
+def test_export_writes_gguf_by_the_converter(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setenv("LLAMA_CPP", os.environ["ZIGGURAT_LLAMA_CPP"])
+    assert main("export", str(served.exports["msplora"].with_name("msplora")), str(tmp_path / "out"), "--gguf") == 0
+    names = {tensor.name for tensor in gguf.GGUFReader(str(tmp_path / "out" / "adapter.gguf")).tensors}
+    assert {name.rpartition(".")[2] for name in names} == {"lora_a", "lora_b"} and len(names) == 2 * 2 * 4
 
 
 @LLAMA_CPP

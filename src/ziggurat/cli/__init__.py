@@ -21,13 +21,14 @@ from .evaluate import evaluate
 from .launch import launch_config
 from .plan import plan, suggest
 from .train import predict, recipes, train
+from .with_method import with_method
 from .write import export, merge
 
 app = typer.Typer(
     name="ziggurat",
     help="Multi-scale low-rank fine-tuning: train by a recipe, predict, export, merge.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -62,12 +63,14 @@ for command in (train, predict, recipes, export, merge, analyze, report, doctor,
 app.command(name="eval")(evaluate)
 app.command()(compare)
 app.command(name="launch-config")(launch_config)
+# What comes after the program's name is its own, whatever it looks like.
+app.command(name="with", context_settings={"allow_interspersed_args": False})(with_method)
 
 
 def main() -> NoReturn:
     """Entry point: mistakes of the user end in one clean line and exit code 2, faults of ours in exit code 1."""
     words = sys.argv[1:]
-    debug = _DEBUG in words
+    debug = _DEBUG in itertools.takewhile(lambda word: word != "--", words)
     if not debug:
         import warnings
 
@@ -75,7 +78,7 @@ def main() -> NoReturn:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
-        app(args=_options_first(word for word in words if word != _DEBUG), prog_name="ziggurat")
+        app(args=_options_first(words), prog_name="ziggurat")
     except ZigguratError as error:
         if debug:
             raise
@@ -90,10 +93,17 @@ def main() -> NoReturn:
 
 
 def _options_first(words: Iterable[str]) -> list[str]:
-    """`words` with each `--plugin FILE` before the command, wherever it stood."""
+    """`words` with each `--plugin FILE` before the command, wherever it stood, and without --debug.
+
+    After `--` nothing is touched: it belongs to another program, or is a text.
+    """
     first, rest, left = [], [], iter(words)
     for word in left:
-        if word == _PLUGIN:
+        if word == "--":
+            rest += [word, *left]
+        elif word == _DEBUG:
+            continue
+        elif word == _PLUGIN:
             first += [word, *itertools.islice(left, 1)]
         elif word.startswith(f"{_PLUGIN}="):
             first.append(word)

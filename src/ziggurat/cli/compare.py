@@ -15,6 +15,9 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Folder of runs and results.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time (default: one a GPU, or one).")] = None,
     engine: Annotated[str, typer.Option(help="local: processes of this machine; ray: a Ray cluster.")] = "local",
+    shard: Annotated[
+        str | None, typer.Option(metavar="K/N", help="Take the K-th of N parts of the runs, beside other programs.")
+    ] = None,
     only_report: Annotated[
         bool, typer.Option("--only-report", help="Run nothing; write the tables and plots of what has been done.")
     ] = False,
@@ -30,7 +33,8 @@ def compare(
     from ziggurat.compare.fill import report as write
 
     console = Console()
-    filled = write(read) if only_report else fill(read, engine=engine, workers=workers, console=console)
+    part = _shard(shard) if shard is not None else None
+    filled = write(read) if only_report else fill(read, engine=engine, workers=workers, console=console, shard=part)
     for line in filled.notes:
         say(f"note: {line}")
     done, total = len(filled.summary.lines), len(read.runs)
@@ -41,3 +45,10 @@ def compare(
         raise typer.Exit(130)
     if filled.failed:
         raise typer.Exit(1)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    k, sign, n = text.partition("/")
+    if not (sign and k.isdecimal() and n.isdecimal()):
+        raise typer.BadParameter(f"--shard {text}: K/N is needed, such as 1/4")
+    return int(k), int(n)

@@ -23,12 +23,19 @@ def export(
     serving: Annotated[
         bool, typer.Option("--serving", help="The form that PEFT, vLLM and llama.cpp all scale alike.")
     ] = False,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="As --serving, and beside it adapter.gguf, by llama.cpp's own converter.")
+    ] = False,
     base: Base = None,
 ) -> None:
     """Write an adapter as plain LoRA, which stock PEFT loads."""
     from ziggurat import export as exporting
+    from ziggurat.export.gguf import ADAPTER, converter, modelfile, write_gguf
 
     refuse_taken(out)
+    serving = serving or gguf
+    if gguf:
+        converter()  # refuses before anything is written
     loaded = adapter_of_a_run(adapter, base)
     if loaded is not None:
         written = exporting.export_model(loaded.model, out, serving=serving, tokenizer=loaded.tokenizer)
@@ -37,6 +44,12 @@ def export(
     say(f"plain LoRA of rank {written.rank} on {written.modules} linear layers written to {out}")
     if serving:
         say(f"serve it with --max-lora-rank {written.rank}")
+    if gguf:
+        from ziggurat.host.folder import adapter_config
+
+        model = base or str(adapter_config(out).base_model_name_or_path)
+        say(f"llama.cpp's form of it is {write_gguf(out, model)}")
+        (out / "Modelfile").write_text(modelfile(model, ADAPTER), encoding="utf-8")
 
 
 def merge(adapter: Adapter, out: Out, base: Base = None) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from ziggurat.errors import MissingExtraError, RecipeError
@@ -39,26 +38,40 @@ class Filled:
     notes: list[str] = field(default_factory=list)
 
 
-def fill(table: Table, *, engine: str = "local", workers: int | None = None, console: Console | None = None) -> Filled:
+def fill(
+    table: Table,
+    *,
+    engine: str = "local",
+    workers: int | None = None,
+    console: Console | None = None,
+    shard: tuple[int, int] | None = None,
+) -> Filled:
     """Start the runs that the table lacks; then write table.md, table.csv and the plots into its folder.
+
+    `shard`: (k, n), take the k-th of n equal parts of the runs alone (k from 1), beside other programs that take the
+    others; the reports show what all of them have done so far.
 
     A run that has been done, by the key of its resolved recipe, is never done again; one that failed is tried again.
     Ctrl-C stops the running ones with a checkpoint, and the same call goes on from there.
 
     Raises:
         MissingExtraError: packages that one of the runs, its evaluation or the engine needs aren't installed.
-        RecipeError: another program is filling the folder; there is no such engine; models, files or columns of the
-            runs don't exist (all are named, each once); lm-eval knows no such task.
+        RecipeError: another program is filling the folder or the shard; there is no such engine or shard; models, files
+            or columns of the runs don't exist (all are named, each once); lm-eval knows no such task.
         DataError: lm-eval's data can't be read.
     """
     check_engine(engine)
+    if shard is not None and not 1 <= shard[0] <= shard[1]:
+        raise RecipeError(f"shard {shard[0]}/{shard[1]}: k/n with k from 1 to n, such as 1/4.")
     console = console or Console(quiet=True)
     left = "Finished runs are in their folders; make room, and the same command goes on from there."
-    with told_of_storage(table.folder, left), _alone(table.folder):
-        results = Results(table.folder)
-        todo = [run for run in table.runs if not results.done(run.key)]
+    name = "-of-".join(map(str, shard)) if shard else ""
+    with told_of_storage(table.folder, left), _alone(table.folder, name):
+        results = Results(table.folder, name)
         # Two cells of a table may be the same run; it is taken once.
-        todo = list({run.key: run for run in todo}.values())
+        runs = list({run.key: run for run in table.runs}.values())
+        share = runs[shard[0] - 1 :: shard[1]] if shard else runs
+        todo = [run for run in share if not results.done(run.key)]
         require(f"filling the table {table.name}", *_needs(todo, engine))
         with LiveTable(table, results, console) as live:
             live.say(f"{len(todo)} of {len(table.runs)} runs to do; checking models, data and tasks")
@@ -117,11 +130,22 @@ def _note(table: Table, results: Results, outcome: Outcome) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock: two programs at once would train the same runs into the same folders."""
+def _alone(folder: Path, shard: str) -> Iterator[None]:
+    """Hold the folder's lock: two programs at once would train the same runs into the same folders.
+
+    A shard holds its own, and shares the folder's with other shards.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", blocking=False):
-            yield
-    except Timeout as error:
-        raise RecipeError(f"another program is filling '{folder}'; wait for it, or name another --out") from error
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with (folder / ".lock").open("w") as whole, (folder / f".lock{shard}").open("w") as part:
+        try:
+            fcntl.flock(whole, (fcntl.LOCK_SH if shard else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            if shard:
+                fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RecipeError(f"another program is filling '{folder}'; wait for it, or name another --out") from error
+        yield

@@ -16,18 +16,24 @@ FILE = "results.jsonl"
 
 
 class Results:
-    """The lines of `results.jsonl`, the newest of each key. Only a finished run counts as done."""
+    """The lines of `results.jsonl`, the newest of each key. Only a finished run counts as done.
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE
+    `shard`, as "2-of-8": lines are added to a file of that name's own, since programs on several machines can't append
+    to one file safely. All files are read.
+    """
+
+    def __init__(self, folder: Path, shard: str = "") -> None:
+        self.path = folder / (f"results.{shard}.jsonl" if shard else FILE)
         self.lines: dict[str, dict[str, Any]] = {}
-        if self.path.is_file():
-            for text in self.path.read_bytes().split(b"\n"):
+        # A shard that failed on a run and the whole table that did it later, or the other way round: done counts.
+        for path in sorted({*folder.glob("results.*-of-*.jsonl"), folder / FILE}):
+            for text in path.read_bytes().split(b"\n") if path.is_file() else ():
                 try:
                     line = json.loads(text)
                 except ValueError:
                     continue  # what a program wrote that was killed at it, in the middle of a sign even
-                self.lines[line["key"]] = line
+                if not self.done(line["key"]) or line["status"] == "done":
+                    self.lines[line["key"]] = line
 
     def done(self, key: str) -> bool:
         return self.lines.get(key, {}).get("status") == "done"

@@ -11,9 +11,10 @@ from ziggurat.files.staging import written_beside
 from ziggurat.host.folder import adapter_config, load_adapter, load_base
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.method import method_of
+from ziggurat.host.plain import bare, lora_pairs
 
 from .beside import copy_tokenizer, name_labels, save_tokenizer
-from .content import bare, check_complete, lora_pairs
+from .content import check_complete
 
 
 def merge(adapter: str | Path, out: str | Path, *, base_model: str | None = None) -> Path:

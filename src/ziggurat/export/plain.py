@@ -1,19 +1,13 @@
-"""An adapter written as plain LoRA, exactly.
-
-On a linear every method is one effective factor pair (A, B) with its scale folded in,
-so W + B A is plain LoRA with lora_A = A, lora_B = B and lora_alpha = r.
-"""
+"""An adapter written as plain LoRA, exactly: `plain_lora` as a folder."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftType
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft import PeftType
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
@@ -21,12 +15,13 @@ from torch import nn
 from ziggurat.errors import ExportError
 from ziggurat.files.staging import written_beside
 from ziggurat.host.folder import adapter_config, load_adapter, load_base, tensor_shapes
-from ziggurat.lowrank.pair import FactorPair
+from ziggurat.host.plain import as_plain, bare
 
 from .beside import copy_tokenizer
 from .card import card
-from .content import PREFIX, bare, check_complete, lora_pairs, other_tensors
-from .serving import for_servers
+from .content import check_complete
+from .gguf import modelfile
+from .serving import serving_rank
 
 
 @dataclass(frozen=True)
@@ -67,31 +62,23 @@ def _export(
     add: Callable[[Path], Any],
     saved: Collection[str] | None = None,
 ) -> Exported:
-    """`export_model`, with `add` to put files into the folder before it appears. `saved`: as in `other_tensors`."""
-    # A pair of rank 0 (LoRA² has pruned all of it) changes nothing, and LoRA knows no rank 0.
-    pairs = {path: pair for path, pair in lora_pairs(model, adapter).items() if pair.A.shape[0]}
-    if not pairs:
-        raise ExportError(f"adapter {adapter!r} has rank 0 everywhere: there is no update to write.")
-    config = model.peft_config[adapter]  # type: ignore[index]
-    rest = other_tensors(model, adapter, saved)
+    """`export_model`, with `add` to put files into the folder before it appears. `saved`: as in `as_plain`."""
+    lora, tensors = as_plain(model, None, adapter, saved)
     if serving:
-        pairs = for_servers(pairs, rest)
-    rank = max(pair.A.shape[0] for pair in pairs.values())
-    lora = _lora_config(model, config, pairs, rank)
-    tensors = dict(rest)
-    for path, pair in pairs.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = pair.A
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = pair.B
+        lora, tensors = as_plain(model, serving_rank(lora.r, tensors), adapter, saved)
+    config = model.peft_config[adapter]  # type: ignore[index]
     with written_beside(out) as folder:
-        save_file(  # copies, for linear layers may share a factor, and safetensors refuses shared memory
-            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
             folder / SAFETENSORS_WEIGHTS_NAME,
             metadata={"format": "pt"},
         )
         lora.save_pretrained(str(folder))
-        (folder / "README.md").write_text(card(bare(model), config, rank, serving), encoding="utf-8")
+        if serving:
+            (folder / "Modelfile").write_text(modelfile(config.base_model_name_or_path or "BASE"), encoding="utf-8")
+        (folder / "README.md").write_text(card(bare(model), config, lora.r, serving), encoding="utf-8")
         add(folder)
-    return Exported(out, rank, len(pairs), serving)
+    return Exported(out, lora.r, sum(name.endswith(".lora_A.weight") for name in tensors), serving)
 
 
 def export(adapter: str | Path, out: str | Path, *, serving: bool = False, base_model: str | None = None) -> Exported:
@@ -116,62 +103,3 @@ def export(adapter: str | Path, out: str | Path, *, serving: bool = False, base_
         *(model, Path(out), "default", serving, lambda folder: copy_tokenizer(Path(adapter), folder)),
         saved=tensor_shapes(adapter),
     )
-
-
-def _lora_config(model: nn.Module, config: Any, pairs: dict[str, FactorPair], rank: int) -> LoraConfig:
-    base = bare(model)
-    ranks = {path: pair.A.shape[0] for path, pair in pairs.items()}
-    different = {path: r for path, r in ranks.items() if r != rank}
-    bias: Any = getattr(config, "bias", "none")
-    first = base.get_submodule(next(iter(pairs)))
-    taken = [path for path in pairs if taken_for_experts(base, path)]
-    rest = [path for path in pairs if path not in taken]
-    return LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=_targets(base, rest, getattr(config, "modules_to_save", None)),
-        target_parameters=[f"{path}.weight" for path in taken] or None,
-        rank_pattern=dict(different),
-        alpha_pattern=dict(different),
-        bias="lora_only" if bias.endswith("_only") else bias,
-        fan_in_fan_out=bool(getattr(first, "fan_in_fan_out", False)),
-        modules_to_save=getattr(config, "modules_to_save", None),
-        trainable_token_indices=getattr(config, "trainable_token_indices", None),
-        task_type=config.task_type,
-        auto_mapping=config.auto_mapping,
-        base_model_name_or_path=config.base_model_name_or_path,
-        revision=config.revision,
-        inference_mode=True,
-    )
-
-
-def taken_for_experts(base: nn.Module, path: str) -> bool:
-    """Whether PEFT takes a target module at `path` for one of the experts that transformers 5 has fused.
-
-    It goes by the last name (gate_proj, up_proj, down_proj) on some 30 types of models, and so loses dense layers and
-    shared experts. As a target parameter such a layer is what it is.
-    """
-    try:
-        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-    except ImportError:  # an older PEFT takes every name as it is
-        return False
-    lora = LoraConfig(target_modules=[path])
-    try:
-        convert_peft_config_for_transformers(lora, base, None)
-    except ValueError:  # one of two names that are fused into one
-        return True
-    return path not in (lora.target_modules or ())
-
-
-def _targets(base: nn.Module, pairs: Collection[str], whole: list[str] | None) -> list[str] | str:
-    """What means exactly the adapted linears: their last names where they suffice, else whole paths, else a regex.
-
-    `whole`: the modules_to_save, in which PEFT looks for no targets.
-    """
-    paths = [path for path, _ in base.named_modules() if path and ".base_layer" not in path]
-    names = sorted({path.rpartition(".")[2] for path in pairs})
-    for targets in (names, sorted(pairs)):
-        lora = LoraConfig(target_modules=targets, modules_to_save=whole)
-        if {path for path in paths if check_target_module_exists(lora, path)} == set(pairs):
-            return targets
-    return "|".join(re.escape(path) for path in sorted(pairs))

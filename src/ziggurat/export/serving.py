@@ -7,27 +7,26 @@ modules get one rank, with lora_alpha = r: rows and columns of zeros fill the pa
 from collections.abc import Collection
 
 from ziggurat.errors import ExportError
-from ziggurat.lowrank.pair import FactorPair, pad
 
 #: The ranks that vLLM's --max-lora-rank accepts.
 SERVING_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def for_servers(pairs: dict[str, FactorPair], others: Collection[str]) -> dict[str, FactorPair]:
-    """`pairs`, all of the lowest rank in `SERVING_RANKS` that holds the largest. `others`: names of further tensors.
+def serving_rank(needed: int, tensors: Collection[str]) -> int:
+    """The lowest of `SERVING_RANKS` that holds pairs of rank `needed`. `tensors`: all names in the plain LoRA.
 
     Raises:
-        ExportError: there are further tensors, which servers reject; or a rank is above the highest.
+        ExportError: some are no factors of a pair, which servers reject; or the rank is above the highest.
     """
+    others = [name for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
     if others:
         raise ExportError(
-            f"the adapter also holds {len(others)} tensors that are no factor pairs ({next(iter(others))}, ...), from "
+            f"the adapter also holds {len(others)} tensors that are no factor pairs ({others[0]}, ...), from "
             "modules_to_save or bias; servers reject them. Export without --serving, or merge into the model."
         )
-    needed = max(pair.A.shape[0] for pair in pairs.values())
     rank = next((allowed for allowed in SERVING_RANKS if allowed >= needed), None)
     if rank is None:
         raise ExportError(
             f"the update's rank is {needed}, and vLLM allows at most {SERVING_RANKS[-1]}: merge into the model instead."
         )
-    return {path: pad(pair, rank) for path, pair in pairs.items()}
+    return rank

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ziggurat.host.method import Method, needs_steps
 from ziggurat.host.method_layer import MethodLayer
 
-from .unwrap import unwrap
+from .unwrap import unwrap, without_wrappers
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +57,38 @@ def step(
     Watch.reset(root)
 
 
+def run_state(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """What a resumed run needs besides the weights, by method: averages that directions are ranked by, masks."""
+    root = _root(model)
+    states = {m.name: m.run_state(root) for m in _adapters(root) if m.run_state is not None}
+    return {name: state for name, state in states.items() if state}
+
+
+def resume(
+    model: nn.Module,
+    state: Mapping[str, Mapping[str, Tensor]],
+    done: int,
+    total: int,
+    optimizer: Optimizer | None = None,
+) -> None:
+    """Go on with a run of which `done` of `total` steps are done: in the place of `step(model, 0, total)`.
+
+    `state`: what `run_state` gave then. The model has the weights and the structure of then.
+
+    Raises:
+        ConfigError: it was saved from another model or config.
+    """
+    root = _root(model)
+    for method in _adapters(root):
+        if method.resume is None:
+            step(model, done, total, optimizer, only=(method.name,))
+        elif method.name in state:
+            method.resume(root, state[method.name])
+
+
 def _root(model: nn.Module) -> nn.Module:
     """The base model inside wrappers for training and inside PEFT's."""
-    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        model = model.module
-    return unwrap(model)[0]
+    return unwrap(without_wrappers(model))[0]
 
 
 def _adapters(root: nn.Module) -> dict[Method, dict[str, Any]]:

@@ -81,9 +81,11 @@ class Method:
     reads now; its config is a `MergingConfig`, which keeps this. `acting`: of the sites, those whose update acts now,
     for a method that restructures. `needs_steps`: whether training with this config needs `ziggurat.step`; `step` does
     what is due, and `step_does` says it in words, where that needs gradients or weights which DeepSpeed keeps to
-    itself; `step_fields` are the fields of the config that ask for it. `finish`: takes the trained PeftModel before it
-    is saved, drops what training left without effect, and gives counts of parameters by name. `picture`: draws what
-    training did into a folder. `write`: writes the model with its adapter where no weight can hold the update.
+    itself; `step_fields` are the fields of the config that ask for it. `run_state` and `resume`: what a resumed run
+    needs of a model besides its weights, as tensors by name, and putting it back. `finish`: takes the trained PeftModel
+    before it is saved, drops what training left without effect, and gives counts of parameters by name. `picture`:
+    draws what training did into a folder. `write`: writes the model with its adapter where no weight can hold the
+    update.
     `events_file`: the log that it writes beside an adapter whose structure training changed. `older_names`: regular
     expressions with replacements, which make of a tensor's name in an older file what it is called now.
     """
@@ -103,6 +105,8 @@ class Method:
     step: Callable[..., None] | None = None
     step_does: str = ""
     step_fields: tuple[str, ...] = ()
+    run_state: Callable[[nn.Module], dict[str, Tensor]] | None = None
+    resume: Callable[[nn.Module, Mapping[str, Tensor]], None] | None = None
     finish: Callable[[Any], dict[str, int]] | None = None
     picture: Callable[[Any, Path], None] | None = None
     write: Callable[[Any, Path], None] | None = None

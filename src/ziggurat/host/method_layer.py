@@ -128,7 +128,11 @@ class MethodLayer(BaseTunerLayer):
 
     def effective_pair(self, adapter: str, context: Context = EVALUATION) -> FactorPair:
         """The one pair that says all of `adapter`'s update here: A (rank, d_in), B (d_out, rank), scale folded in."""
-        return pair_of(self.method, self.configs[adapter], self.sites[adapter], self.stored(adapter), context)
+        return self.pair_of(adapter, self.stored(adapter), context)
+
+    def pair_of(self, adapter: str, tensors: dict[str, Tensor], context: Context = EVALUATION) -> FactorPair:
+        """`effective_pair` of `tensors`, which stand for those that `stored` gives."""
+        return pair_of(self.method, self.configs[adapter], self.sites[adapter], tensors, context)
 
     def dropout(self, adapter: str) -> float:
         """The probability that an input of `adapter`'s update is dropped in training."""

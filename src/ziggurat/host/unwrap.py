@@ -49,6 +49,18 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, str]:
     return model, prefix
 
 
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """The model inside what wraps it for training: DDP, DataParallel, torch.compile."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner, nn.Module):
+            model = inner
+        else:
+            return model
+
+
 def look_through(module: nn.Module) -> nn.Module | None:
     """The module of the unwrapped model that `module` wraps, or `module` itself; None where it wraps nothing."""
     while True:

@@ -1,6 +1,7 @@
 """Embeddings that were resized after the base model was made: which they are, and giving a fresh base their size."""
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from peft import PeftConfig
@@ -72,9 +73,14 @@ def has_grown(model: nn.Module, adapter: PeftConfig) -> bool:
     name = adapter.base_model_name_or_path
     if not name or not hasattr(config, "get_text_config"):
         return False
+    size = _vocabulary_size(type(config), str(name), adapter.revision)
+    return size is not None and size != getattr(config.get_text_config(), "vocab_size", None)
+
+
+@cache  # a training loop asks after each step
+def _vocabulary_size(config_class: Any, name: str, revision: str | None) -> int | None:
     try:
-        base = type(config).from_pretrained(name, revision=adapter.revision)
+        base = config_class.from_pretrained(name, revision=revision)
     except (OSError, ValueError):
-        return False
-    sizes = [getattr(one.get_text_config(), "vocab_size", None) for one in (config, base)]
-    return sizes[0] != sizes[1]
+        return None
+    return getattr(base.get_text_config(), "vocab_size", None)

@@ -49,7 +49,8 @@ class ASLoRAConfig(MergingConfig):
 
     Args:
         groups: how many B's each role and shape is left with.
-        merge_from, merge_until: the part of training, from 0 to 1, over which the merges are spread evenly.
+        merge_from: where in training, from 0 to 1, the first merge may come; merges are spread evenly.
+        merge_until: where the last one has come.
 
     Raises:
         ConfigError: values outside these bounds.

@@ -82,7 +82,7 @@ class BottleneckLinear(AdaptedLinear):
                 y[rows] = y[rows] + self._bottleneck(y[rows], adapter)
         return y
 
-    def effective_pair(self, adapter: str, context: Context = EVALUATION) -> FactorPair:
+    def pair_of(self, adapter: str, tensors: dict[str, Tensor], context: Context = EVALUATION) -> FactorPair:
         raise ExportError(f"adapter {adapter!r}: {_CANNOT}")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -59,7 +59,9 @@ class LoR2CConfig(MethodConfig):
         max_span: the most layers that a merged path may cover (default: no limit).
         target_modules: the linears of a layer that get plain LoRA when its path is given up (default: the
             architecture's query and value, or what it fuses them into).
-        inject_r, inject_alpha, inject_dropout: of that LoRA (default: r / 2, lora_alpha, lora_dropout).
+        inject_r: rank of that LoRA (default: r / 2).
+        inject_alpha: its alpha (default: lora_alpha).
+        inject_dropout: its dropout (default: lora_dropout).
         injected_layers: layers that have it from the start, [3, 5] or {stack: [...]}.
         hidden_size: width of the residual stream, where the layers' shapes don't tell it.
         structure: what training has made of `spans` and `injected_layers`. Written when an event happens and

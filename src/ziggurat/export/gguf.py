@@ -1,0 +1,54 @@
+"""For llama.cpp and Ollama: an exported adapter as GGUF, by llama.cpp's own converter, and Ollama's Modelfile."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from ziggurat.errors import ExportError
+
+CONVERTER, SOURCE = "convert_lora_to_gguf.py", "LLAMA_CPP"
+ADAPTER = "adapter.gguf"
+
+
+def converter() -> Path:
+    """llama.cpp's converter of adapters.
+
+    Raises:
+        ExportError: it is neither in the folder that the variable LLAMA_CPP names, nor on PATH.
+    """
+    named = os.environ.get(SOURCE)
+    found = str(Path(named) / CONVERTER) if named else shutil.which(CONVERTER)
+    if found is None or not Path(found).is_file():
+        where = f"in {SOURCE}={named}" if named else f"on PATH, and {SOURCE} names no folder"
+        raise ExportError(f"llama.cpp's {CONVERTER} isn't {where}: set {SOURCE} to the folder of llama.cpp's source.")
+    return Path(found)
+
+
+def write_gguf(folder: Path, base_model: str) -> Path:
+    """Convert the exported adapter in `folder` to `folder`/adapter.gguf, beside it.
+
+    `base_model`: a folder with the base model's config, or its name.
+
+    Raises:
+        ExportError: the converter isn't there, or it fails, with the last line that it says.
+    """
+    base = ["--base", base_model] if Path(base_model).is_dir() else ["--base-model-id", base_model]
+    command = [sys.executable, str(converter()), str(folder), *base, "--outfile", str(folder / ADAPTER)]
+    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+    if done.returncode != 0 or not (folder / ADAPTER).is_file():
+        said = next(filter(str.strip, reversed(done.stderr.splitlines())), "it says nothing of why")
+        raise ExportError(f"{CONVERTER} can't convert {folder}: {said.strip()}")
+    return folder / ADAPTER
+
+
+def modelfile(base_model: str, adapter: str = ".") -> str:
+    """What `ollama create NAME -f Modelfile` reads, beside the adapter. `adapter`: `.`, or the name of a GGUF file."""
+    return f"""# ollama create NAME -f Modelfile
+# FROM is the adapter's own base: a folder of safetensors, a GGUF file, or a model that Ollama has of it.
+FROM {base_model}
+ADAPTER {adapter if adapter == "." else f"./{adapter}"}
+"""

@@ -1,0 +1,1 @@
+"""Other programs' doors: one file for each program, loaded by that program or by its command alone."""

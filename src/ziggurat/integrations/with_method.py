@@ -1,0 +1,98 @@
+"""`ziggurat with METHOD ... -- PROGRAM`: a program that makes a LoraConfig trains another method, its code unmodified.
+
+The program and its child processes get what to do by a variable, which `ziggurat_door` sees at `import torch`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.config import MethodConfig
+from ziggurat.host.method import METHODS
+from ziggurat.host.plugins import load, loaded
+from ziggurat.nearest import did_you_mean
+
+#: As in `ziggurat_door`, which is not imported here: it stands outside of the package.
+WITH, SWITCHES = "ZIGGURAT_WITH", {"ZIGGURAT_AUTOLOAD": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
+
+
+def run_with(method: str, fields: Mapping[str, Any], program: Sequence[str]) -> int:
+    """Run `program` so that each LoraConfig that it makes becomes the config of `method` with `fields`; its exit code.
+
+    Raises:
+        ConfigError: there is no such method, field or program; a value that can't be; or the program has ended well
+            and no LoraConfig was made in it, so that nothing of it was trained by `method`.
+    """
+    of_method(LoraConfig(), method, fields)  # mistakes are told before minutes have passed
+    found = shutil.which(program[0]) or shutil.which(program[0], path=str(Path(sys.executable).parent))
+    if found is None:
+        raise ConfigError(f"there is no program {program[0]!r}: neither on PATH nor beside {sys.executable}.")
+    with tempfile.TemporaryDirectory(prefix="ziggurat-with-") as folder:
+        mark = Path(folder) / "made"
+        told = {"method": method, "fields": dict(fields), "plugins": loaded(), "mark": str(mark)}
+        code = _run([found, *program[1:]], {**os.environ, **SWITCHES, WITH: json.dumps(told)})
+        if code == 0 and not mark.exists():
+            raise ConfigError(
+                f"{program[0]} has ended, and made no LoraConfig: nothing in it was trained by {method}. Does it train "
+                "LoRA by PEFT (TRL: --use_peft), and is ziggurat installed where it runs? What only loads adapters "
+                "needs no `ziggurat with`."
+            )
+    return code
+
+
+def turned(lora: LoraConfig) -> MethodConfig:
+    """The config that stands for `lora` in a program that `ziggurat with` runs.
+
+    Raises:
+        ConfigError: `lora` says what the method can't follow.
+    """
+    import ziggurat  # noqa: F401  registers the methods
+
+    told = json.loads(os.environ[WITH])
+    load(told["plugins"])
+    config = of_method(lora, told["method"], told["fields"])
+    mark = Path(told["mark"])
+    if mark.parent.is_dir():  # on another machine it isn't
+        mark.touch()
+    return config
+
+
+def of_method(lora: LoraConfig, method: str, fields: Mapping[str, Any]) -> MethodConfig:
+    """The config of `method` with what `lora` says and with `fields`, which win."""
+    if method.upper() not in METHODS:
+        names = [name.lower() for name in METHODS]
+        raise ConfigError(f"there is no method {method!r}{did_you_mean(method, names)}; there are {', '.join(names)}.")
+    config = METHODS[method.upper()].config
+    allowed = set(config.__dataclass_fields__) - {"peft_type", "peft_version", "ziggurat_version", "ziggurat_format"}
+    for name in fields:
+        if name not in allowed:
+            raise ConfigError(f"{config.__name__} has no field {name!r}{did_you_mean(name, sorted(allowed))}.")
+    return config.from_lora(lora, **fields)
+
+
+def _run(words: list[str], env: dict[str, str]) -> int:
+    """Run the program, to which signals that ask this process to stop go on; its exit code, as a shell tells it."""
+    with subprocess.Popen(words, env=env) as process:  # noqa: S603  what the user has asked to run
+        # Ctrl-C reaches the program by itself; here only its end is waited for.
+        before = {
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number)),
+            signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        }
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return 128 - code if code < 0 else code
