@@ -49,6 +49,13 @@ def test_a_run_that_breaks_in_its_first_steps_and_one_that_breaks_later(tmp_path
     assert len(told([5.4, 4.1, 4.0, 3.9, 5.3, 5.4], None, tmp_path)) == 1
 
 
+def test_a_broken_run_whose_losses_jump_about(tmp_path: Path) -> None:
+    """Its own noise hides no rise; a hard batch after an easy one, far below a guess, is none."""
+    assert len(told([0.69, 5.1, 7.6, 8.1, 4.4, 2.9, 2.4], 2, tmp_path)) == 1
+    assert len(told([4.2, 7.0, 9.0, 7.5, 8.2], 49_152, tmp_path)) == 1
+    assert told([0.02, 0.05, 0.09, 0.04, 0.08], 2, tmp_path) == []
+
+
 def test_nothing_is_said_during_the_warm_up(tmp_path: Path) -> None:
     losses = [4.0, 5.9, 6.0, 6.1, 6.2, 3.0, 2.9]
     assert told(losses, 100, tmp_path, warmup=40) == []

@@ -19,7 +19,7 @@ def check_inputs(name: str, runs: Sequence[Run]) -> None:
             task.
         DataError: lm-eval's data can't be read.
     """
-    from ziggurat.training.data.splits import load_examples
+    from ziggurat.training.data.examples import load_examples
     from ziggurat.training.loop.trainers import quiet
 
     problems: list[str] = []

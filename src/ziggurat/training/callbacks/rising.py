@@ -19,6 +19,9 @@ RECENT = 2
 LEAST_RISE = (0.25, 0.1)
 #: and by as many standard errors: the loss of a run that learns nothing goes up and down too.
 STANDARD_ERRORS = 5.0
+#: The most noise that a mean is believed to have, as a share of the start: the losses of a run that has broken jump
+#: about, and would hide its rise.
+MOST_NOISE = 0.05
 
 
 class RisingLoss(TrainerCallback):
@@ -48,11 +51,11 @@ class RisingLoss(TrainerCallback):
         if not isinstance(loss, float) or not math.isfinite(loss):
             return
         self._losses.append(loss)
-        if state.global_step <= args.get_warmup_steps(state.max_steps) or not has_risen(self._losses):
+        guess = math.log(self._classes) if self._classes else 0.0
+        if state.global_step <= args.get_warmup_steps(state.max_steps) or not has_risen(self._losses, guess):
             return
         start, now = self._losses[0], statistics.fmean(self._losses[-RECENT:])
-        guess = math.log(self._classes) if self._classes else math.inf
-        what = "guess" if now > guess else "start"
+        what = "guess" if guess and now > guess else "start"
         if what in self._told:
             return
         self._told |= {what, "start"}
@@ -63,13 +66,13 @@ class RisingLoss(TrainerCallback):
         )
 
 
-def has_risen(losses: list[float]) -> bool:
+def has_risen(losses: list[float], guess: float = 0.0) -> bool:
     """Whether the mean of the last losses lies above the start by more than chance explains.
 
     `losses`: that of the first step, then means over `EVERY` steps. The start is the first step's or, as that is one
     batch's, the first mean: to lie above one of them is enough. The noise of a mean is taken from the differences of
-    neighbours, whose median size is 0.95 of its standard deviation, and which a jump moves little; of two differences
-    the smaller one counts.
+    neighbours, whose median size is 0.95 of its standard deviation; of two differences the smaller one counts.
+    `guess`: the loss of a uniform guess. A start far below it may double by a single hard batch.
     """
     first, means = losses[0], losses[1:]
     if len(means) <= RECENT:
@@ -77,10 +80,11 @@ def has_risen(losses: list[float]) -> bool:
     steps = sorted(abs(after - before) for before, after in pairwise(means))
     noise = steps[(len(steps) - 1) // 2] / 0.95
     now = statistics.fmean(means[-RECENT:])
-    return any(
-        now - start > max(share * abs(start), STANDARD_ERRORS * noise * math.sqrt(1 / RECENT + variance))
-        for start, share, variance in zip((first, means[0]), LEAST_RISE, (EVERY, 1), strict=True)
-    )
+    for start, share, variance in zip((first, means[0]), LEAST_RISE, (EVERY, 1), strict=True):
+        error = min(noise, MOST_NOISE * max(abs(start), guess / 4)) * math.sqrt(1 / RECENT + variance)
+        if now - start > max(share * abs(start), STANDARD_ERRORS * error):
+            return True
+    return False
 
 
 def _hint(args: TrainingArguments) -> str:
