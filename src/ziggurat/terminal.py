@@ -1,4 +1,4 @@
-"""What is printed may come from anybody's file: nothing of it reaches the terminal as a command."""
+"""What is printed may come from anybody's file: nothing of it reaches a terminal or a spreadsheet as a command."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ _CONTROL = {code: f"\\u{code:04x}" for code in (*range(32), *range(127, 160)) if
 def clean(text: str) -> str:
     """`text` with every control character spelt out, among them the escape that terminals obey."""
     return text.translate(_CONTROL)
+
+
+def no_formula(value: Any) -> Any:
+    """`value`; where it is a text that a spreadsheet would compute, with a quote in front, which keeps it a text."""
+    computed = isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@"))
+    return f"'{value}" if computed else value
 
 
 class Console(RichConsole):

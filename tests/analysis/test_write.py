@@ -14,6 +14,7 @@ import torch
 from analysis_configs import CONFIGS
 from peft import LoraConfig, PeftModel
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ziggurat.analysis import collect, figures, measures, tiers
@@ -49,6 +50,20 @@ def test_the_command_writes_tables_and_figures(saved: Saved, tmp_path: Path) -> 
     np.testing.assert_allclose(difference, measures.kl_difference(collect(one), collect(other)), atol=1e-12)
     drawn = {path.stem for path in (tmp_path / "out").glob("*.png")}
     assert drawn == {"pyramid", "energy", "effective_rank", "norm", "spectra", "tiers", "kl_difference", *MAPS}
+
+
+def test_names_of_a_strangers_adapter_are_no_formulas(saved: Saved, tmp_path: Path) -> None:
+    folder = saved(CONFIGS["lora"]())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    names = {name: name.replace("bert.encoder.layer", "=HYPERLINK(1)") for name in tensors}
+    renamed = {names[name].replace("attention", "@SUM"): tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    done = CliRunner().invoke(app, ["analyze", str(folder), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    with (tmp_path / "out" / "components.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["stack"] for row in rows} == {"'=HYPERLINK(1)"}
+    assert {row["role"][:5] for row in rows} == {"'@SUM"}
 
 
 def test_how_alike_the_tiers_are_is_told_in_numbers(saved: Saved, tmp_path: Path) -> None:

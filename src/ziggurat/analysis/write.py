@@ -15,6 +15,7 @@ import numpy as np
 
 from ziggurat.errors import ConfigError
 from ziggurat.extras import require
+from ziggurat.terminal import no_formula
 
 from . import figures, measures, tiers, trace
 from .components import Collected, short_roles
@@ -126,17 +127,11 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "components.csv", folder / "analysis.json"]
     lines = measures.rows(collected, k)
-    with paths[0].open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+    _write_rows(paths[0], lines)
     paths[1].write_text(text + "\n", encoding="utf-8")
     if between := tiers.rows(collected):
         paths.append(folder / "tiers.csv")
-        with paths[-1].open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(between[0]))
-            writer.writeheader()
-            writer.writerows(between)
+        _write_rows(paths[-1], between)
     from .style import styled
 
     for name, draw in drawn.items():
@@ -145,6 +140,13 @@ def write(
             draw().figure.savefig(path)
             paths.append(path)
     return paths
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows({name: no_formula(value) for name, value in row.items()} for row in rows)
 
 
 def as_json(collected: Collected, other: Collected | None = None, *, k: int = measures.HALF) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ziggurat.terminal import clean
+from ziggurat.terminal import clean, no_formula
 from ziggurat.training.loop.metrics import lower_is_better
 
 from .columns import AVERAGE
@@ -210,7 +210,7 @@ def table_csv(summary: Summary) -> str:
             spread = "" if cell.spread is None else cell.spread
             second = summary.second.get((method, column))
             also = [seconds[column], second.mean, second.spread] if second is not None else [None] * 3
-            names = (_no_formula(name) for name in (method, column, metric))
+            names = (no_formula(name) for name in (method, column, metric))
             writer.writerow(
                 [
                     *(*names, len(cell.scores), cell.mean, spread),
@@ -219,11 +219,6 @@ def table_csv(summary: Summary) -> str:
                 ]
             )
     return out.getvalue()
-
-
-def _no_formula(name: str) -> str:
-    """A name that a spreadsheet would compute, with a quote in front, which makes a text of it."""
-    return f"'{name}" if name.startswith(("=", "+", "-", "@")) else name
 
 
 def _grid(rows: list[list[str]]) -> str:
