@@ -5,7 +5,9 @@ import json
 import logging
 import os
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -339,6 +341,21 @@ def test_two_hundred_merges_leave_the_base_as_it_was(method: str, dtype: torch.d
     served.load_state_dict(synced)
     assert torch.equal(logits(served, LLAMA.inputs()), logits(copy.deepcopy(model).merge_and_unload(), LLAMA.inputs()))
     assert not any(getattr(module, "_unmerged", None) is not None for module in model.modules())
+
+
+@pytest.mark.parametrize("method", ["msplora", "lora2"])
+def test_trls_own_weight_sync_leaves_the_base_as_it_was(method: str) -> None:
+    generation = pytest.importorskip("trl.generation.vllm_generation").VLLMGeneration
+    model = active(method, LLAMA.build().to(torch.bfloat16))
+    base = {name: p.clone() for name, p in model.named_parameters() if "base_layer" in name}
+    sync = object.__new__(generation)  # its __init__ starts vLLM
+    sync.model, sync._dist = model, SimpleNamespace(is_fsdp=False, gather_params=lambda parameters: nullcontext())
+    for _ in range(20):
+        received = {name: p.clone() for name, p in sync._iter_named_params()}
+    assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
+    served = LLAMA.build().to(torch.bfloat16)
+    served.load_state_dict(received)
+    assert torch.equal(logits(served, LLAMA.inputs()), logits(copy.deepcopy(model).merge_and_unload(), LLAMA.inputs()))
 
 
 @merging
