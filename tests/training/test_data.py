@@ -18,8 +18,8 @@ from ziggurat.recipe.schema import Recipe
 from ziggurat.training.answers.load import Loaded
 from ziggurat.training.answers.predict import predict, read_texts
 from ziggurat.training.data import readers
+from ziggurat.training.data.alpaca import alpaca_prompt
 from ziggurat.training.data.examples import class_names, load_examples
-from ziggurat.training.data.instruct import alpaca_prompt
 from ziggurat.training.data.readers import read_lines
 from ziggurat.training.data.tables import read_table, texts_of
 from ziggurat.training.model.base import HeadSpec

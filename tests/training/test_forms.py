@@ -13,8 +13,8 @@ from ziggurat.errors import DataError, RecipeError
 from ziggurat.recipe.recipe import load_recipe, make_recipe, resolved
 from ziggurat.recipe.schema import Recipe
 from ziggurat.training.answers.predict import predict
+from ziggurat.training.data.alpaca import alpaca_prompt
 from ziggurat.training.data.examples import Examples, load_examples
-from ziggurat.training.data.instruct import alpaca_prompt
 from ziggurat.training.data.tokens import encode_rows
 from ziggurat.training.loop.run import train
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ziggurat.errors import DataError
 from ziggurat.recipe.schema import Recipe
 
+from .alpaca import alpaca_prompt
 from .chat import Message, as_messages, conversation, parsed, tools_of
 from .faults import Faults, RowFault, kind_of
 from .tables import require_column
@@ -20,20 +21,6 @@ if TYPE_CHECKING:
 
 dumps = partial(json.dumps, ensure_ascii=False)
 
-# The Alpaca prompt (tatsu-lab/stanford_alpaca, train.py), which MSPLoRA's instruction runs use: models that were
-# tuned on it expect it to the letter.
-_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
-#: How the prompt ends, as run.json says it: a run that says nothing was trained with a line break.
-TO_THE_LETTER, WITH_LINE_BREAK = "stanford_alpaca", "line break"
 #: What each column may be called where `data.columns` doesn't say, by the key of `data.columns`.
 ALIASES = {
     "messages": ("messages", "conversations", "conversation"),
@@ -58,14 +45,6 @@ _SHAPES = {
 }
 #: Columns that say which of two answers is better, or whether one is good: they make no instruction data.
 _PREFERRED = ("chosen", "rejected")
-
-
-def alpaca_prompt(instruction: str, context: str | None = None, form: str = TO_THE_LETTER) -> str:
-    """The Alpaca prompt of one instruction, with the input's section only where there is an input."""
-    end = "\n" if form == WITH_LINE_BREAK else ""
-    if context and context.strip():
-        return _WITH_INPUT.format(instruction=instruction, input=context) + end
-    return _WITHOUT_INPUT.format(instruction=instruction) + end
 
 
 def column_of(recipe: Recipe, name: str, table: Dataset, source: str) -> str | None:

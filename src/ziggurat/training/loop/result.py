@@ -13,7 +13,7 @@ from ziggurat._distribution import VERSION
 from ziggurat.recipe.recipe import to_yaml
 from ziggurat.recipe.schema import Recipe
 
-from ..data.instruct import TO_THE_LETTER
+from ..data.alpaca import TO_THE_LETTER
 from ..folder import workplace
 from ..folder.run_folder import RECIPE, RunFolder
 from ..model.adapt import Counts

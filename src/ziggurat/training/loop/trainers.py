@@ -12,24 +12,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ziggurat.errors import DataError, RecipeError
 from ziggurat.host.bars import without_bars
 from ziggurat.recipe.schema import SCORED_LENGTH, Recipe
 
 from ..callbacks import trackers
 from ..data.encode import Collator, encode, longest, spread
 from ..data.examples import Examples
-from ..data.pairs import encode_judged, encode_pairs
-from ..data.template import asked_ids, chat_ids, end_of_turn
-from ..data.tokens import encode_rows
 from ..folder.workplace import LOGS
 from ..model.base import Base
 from . import metrics
 from .arguments import training_arguments
-from .exact import ExactTrainer, exact_sft
+from .exact import ExactTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,8 +81,14 @@ def make_trainer(
     Raises RecipeError for what this machine can't do, DataError for texts that don't fit the model's tokenizer.
     """
     with quiet():
-        make = {"instruct": _instruct, "dpo": _preferring, "kto": _preferring}.get(recipe.task, _scored)
-        task = make(recipe, base, model, examples, checkpoints, callbacks)
+        if recipe.writes:
+            from .writing import instructed, preferring
+
+            make = instructed if recipe.task == "instruct" else preferring
+            trainer, notes = make(recipe, base, model, examples, checkpoints, callbacks)
+            task = Task(trainer, {}, notes)
+        else:
+            task = _scored(recipe, base, model, examples, checkpoints, callbacks)
     trackers.write_into(task.trainer, checkpoints.with_name(LOGS))
     for kind in (PrinterCallback, ProgressCallback):
         task.trainer.remove_callback(kind)
@@ -134,88 +136,6 @@ def _scored(
     )
     trainer.head, trainer.head_lr = tuple(base.head), recipe.head.lr
     return Task(trainer, guess, notes)
-
-
-def _instruct(
-    recipe: Recipe,
-    base: Base,
-    model: nn.Module,
-    examples: Examples,
-    checkpoints: Path,
-    callbacks: list[TrainerCallback],
-) -> Task:
-    from trl import SFTConfig, SFTTrainer
-
-    _check_tokenizer(recipe, base, examples)
-    train, validation, length, notes = encode_rows(recipe, base.tokenizer, base.model.config, examples)
-    if examples.shape == "messages":
-        notes += _template_notes(base.tokenizer)
-    arguments = SFTConfig(
-        **training_arguments(recipe, checkpoints),
-        max_length=length,
-        completion_only_loss=True,  # the mask says what is learned, of whatever data
-        pad_token=str(base.tokenizer.pad_token),
-    )
-    trainer = exact_sft(SFTTrainer)(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=base.tokenizer,
-        callbacks=callbacks,
-    )
-    return Task(trainer, {}, notes)
-
-
-def _preferring(
-    recipe: Recipe,
-    base: Base,
-    model: nn.Module,
-    examples: Examples,
-    checkpoints: Path,
-    callbacks: list[TrainerCallback],
-) -> Task:
-    from .preference import preference_trainer
-
-    _check_tokenizer(recipe, base, examples)
-    encode_all = {"dpo": encode_pairs, "kto": encode_judged}[recipe.task]
-    train, validation, length, notes = encode_all(recipe, base.tokenizer, base.model.config, examples)
-    if examples.shape == "messages":
-        notes += _template_notes(base.tokenizer)
-    arguments = training_arguments(recipe, checkpoints) | {"max_length": length, "beta": recipe.train.beta}
-    trainer = preference_trainer(recipe, base.tokenizer, model, arguments, train, validation, callbacks)
-    return Task(trainer, {}, notes)
-
-
-def _check_tokenizer(recipe: Recipe, base: Base, examples: Examples) -> None:
-    """Raises DataError or RecipeError for a tokenizer that can't join messages or end a text."""
-    if examples.shape == "messages" and not base.tokenizer.chat_template:
-        raise DataError(
-            f"data.format: the tokenizer of {recipe.model} has no chat template to join messages with; "
-            "use a chat model, or columns prompt and completion"
-        )
-    if not base.tokenizer.eos_token:
-        raise RecipeError(f"model: the tokenizer of {recipe.model} has no end-of-text token, so answers could not end")
-
-
-def _template_notes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Notes for other programs that use an adapter trained with this chat template."""
-    prompt = [{"role": "user", "content": "Really?"}]
-    opened, asked = chat_ids(tokenizer, prompt, add_generation_prompt=True), asked_ids(tokenizer, prompt)
-    if len(asked) < len(opened):
-        yield (
-            f"the chat template's generation prompt ends in {tokenizer.decode(opened[len(asked) :])!r}, which its "
-            "conversations lack: answers are learned, and asked for by `ziggurat predict`, without it; leave it out "
-            "elsewhere, too"
-        )
-    end = end_of_turn(tokenizer)
-    if end is None:
-        yield "the chat template ends a turn by no token of its own, so answers end at the limit of their length"
-    elif end != tokenizer.eos_token_id:
-        yield (
-            f"the chat template ends a turn by {tokenizer.convert_ids_to_tokens(end)}, and the tokenizer a text by "
-            f"{tokenizer.eos_token}: `ziggurat predict` and merged models stop at either; let other programs stop there"
-        )
 
 
 @contextlib.contextmanager
