@@ -46,6 +46,7 @@ def on_models(which: Callable[[Method], bool]) -> pytest.MarkDecorator:
 
 every_method = pytest.mark.parametrize("method", METHODS)
 merging = pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.merges])
+combining = pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.combines])
 targeting = pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.takes_targets])
 every_method_on_models = on_models(lambda row: True)
 

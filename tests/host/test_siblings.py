@@ -293,3 +293,39 @@ def test_factors_changed_in_between_are_seen(config: type) -> None:
     found = key(x)  # before effective_pair is asked for: DyLoRA cuts both alike
     A, B = key.effective_pair("default")
     torch.testing.assert_close(found, key.base_layer(x) + x @ A.T @ B.T, **DOUBLE)
+
+
+@versions.shares
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("first", ["before the next runs", "after"])
+def test_a_gradient_through_one_linear_leaves_the_others_theirs(first: str, p: float) -> None:
+    model = adapted(p=p)
+    attention = model.get_submodule("base_model.model.self_attn")
+    given = torch.randn(2, 3, 12, dtype=torch.double, requires_grad=True)
+    gradients = []
+    for inner in (True, False):
+        torch.manual_seed(0)
+        model.zero_grad()
+        x, given.grad = given * 1, None
+        q = attention.q_proj(x)
+        k = attention.k_proj(x) if first == "after" else None
+        through_q = torch.autograd.grad(q.sum(), x)[0] if inner else None
+        k = attention.k_proj(x) if k is None else k
+        (k.sum() + attention.v_proj(x).square().sum()).backward()
+        assert through_q is None or torch.isfinite(through_q).all()
+        gradients.append([given.grad, *(t.grad for t in model.parameters() if t.grad is not None)])
+    for with_inner, without in zip(*gradients, strict=True):
+        torch.testing.assert_close(with_inner, without, **DOUBLE)
+
+
+@versions.shares
+def test_what_changes_between_two_backward_passes_is_refused() -> None:
+    model = adapted()
+    attention = model.get_submodule("base_model.model.self_attn")
+    x = torch.randn(2, 3, 12, dtype=torch.double, requires_grad=True) * 1
+    q, k = attention.q_proj(x), attention.k_proj(x)
+    torch.autograd.grad(q.sum(), x)
+    with torch.no_grad():
+        x.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place between two backward passes"):
+        k.sum().backward()

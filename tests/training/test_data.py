@@ -1,5 +1,6 @@
 """Examples from every kind of table, and what is said when they don't fit the recipe."""
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from ziggurat.recipe.recipe import make_recipe
 from ziggurat.recipe.schema import Recipe
 from ziggurat.training.answers.load import Loaded
 from ziggurat.training.answers.predict import predict, read_texts
-from ziggurat.training.data import tables
+from ziggurat.training.data import readers
 from ziggurat.training.data.examples import class_names, load_examples
 from ziggurat.training.data.instruct import alpaca_prompt
-from ziggurat.training.data.tables import read_lines, read_table, texts_of
+from ziggurat.training.data.readers import read_lines
+from ziggurat.training.data.tables import read_table, texts_of
 from ziggurat.training.model.base import HeadSpec
 
 ROWS = reviews(20)
@@ -198,8 +200,8 @@ def test_signs_inside_a_text_that_end_lines_elsewhere(tmp_path: Path) -> None:
     lines = tmp_path / "a.txt"
     lines.write_bytes("\ufeffone\u2028two\r\n \r\nthree\x85\n".encode())
     assert read_lines(lines) == ["one\u2028two", "three\x85"]
-    lines.write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match=r"a\.txt cannot be read as text"):
+    lines.write_bytes(b"\xff\xfea")
+    with pytest.raises(DataError, match=r"a\.txt is not in utf-16: .*data\.encoding"):
         read_lines(lines)
 
 
@@ -324,9 +326,11 @@ def test_texts_that_parquet_holds_as_bytes(tmp_path: Path) -> None:
         ("a.csv", b"text,label\nne,1\n\xe7a va,2\n", "is not in UTF-8: byte 0xe7 in line 3; save it as UTF-8"),
         ("a.jsonl", b'{"text": "\xe7a"}', "is not in UTF-8: byte 0xe7 in line 1"),
         ("a.csv", b"text,label\nne,\xc3", "is not in UTF-8: byte 0xc3 in line 2"),
-        ("a.csv", "text,label\n".encode("utf-16"), "is not in UTF-8: byte 0xff in line 1"),
+        ("a.csv", "text,label\n".encode("utf-16"), "a.csv has no rows"),
+        ("a.xls", b"x", "'.xls' is not one of the formats read: .csv, .tsv"),
+        ("a.csv.gz", b"text,label", "a.csv.gz cannot be read as csv: Not a gzipped file"),
         ("a.csv", b"text,label,text\na,1,b\n", "has more than one column called 'text'; rename or drop all but one"),
-        ("a.csv", b"text;label\na;1\n", "has no column 'text' (csv is read with commas between its columns, and this"),
+        ("a.csv", b"text#label\na#1\n", "has no column 'text' (it has one column: data.delimiter says what stands"),
         ("a.json", b"[" * 100_000, "its lists and objects nest too deep"),
         ("a.jsonl", b'{"text": ' + b"[" * 3000 + b"]" * 3000 + b"}", "its lists and objects nest too deep"),
     ],
@@ -357,8 +361,8 @@ def test_a_small_file_that_stands_for_very_much_is_not_read(tmp_path: Path, monk
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    monkeypatch.setattr(tables, "LEAST_DECODED", 2**20)
-    monkeypatch.setattr(tables, "MOST_GROWTH", 10)
+    monkeypatch.setattr(readers, "LEAST_DECODED", 2**20)
+    monkeypatch.setattr(readers, "MOST_GROWTH", 10)
     long = pa.array(["a" * 1000] * 2000)
     for name, column in (("long", long), ("category", long.dictionary_encode()), ("many", pa.nulls(300_000, "string"))):
         path = tmp_path / f"{name}.parquet"
@@ -366,7 +370,7 @@ def test_a_small_file_that_stands_for_very_much_is_not_read(tmp_path: Path, monk
         assert path.stat().st_size < 10_000
         said = _said(recipe(path))
         assert f"bytes and stands for more than {2**20:,}; a file is read to 10 times its size, at least to" in said
-    monkeypatch.setattr(tables, "LEAST_DECODED", 2**28)
+    monkeypatch.setattr(readers, "LEAST_DECODED", 2**28)
     assert list(read_table(str(tmp_path / "category.parquet"))["text"]) == long.to_pylist()
 
 
@@ -482,9 +486,9 @@ def test_equal_rows_stay_on_one_side_of_the_split(tmp_path: Path) -> None:
         assert not set(found.train["text"]) & set(found.validation["text"])
         assert "60 of 90 rows repeat an earlier one; equal rows stay on one side of the split" in found.notes
     same = write_csv(tmp_path / "b.csv", [{"text": "a", "label": index % 2} for index in range(10)])
-    assert "9 of 10 rows repeat an earlier one" in load_examples(recipe(same)).notes
+    assert "9 of 10 rows repeat an earlier one, on both sides of the split" in load_examples(recipe(same)).notes
     lone = write_csv(tmp_path / "c.csv", [{"text": f"t{index}", "label": f"c{index}"} for index in range(9)])
-    assert "every class would lose its only text; name validation data" in _said(recipe(lone))
+    assert "every class would lose its only row; name validation data" in _said(recipe(lone))
 
 
 def test_few_scored_rows_are_told(tmp_path: Path) -> None:
@@ -536,3 +540,45 @@ def test_labels_that_differ_by_case_or_blanks_are_asked_about(tmp_path: Path) ->
     plain = write_csv(tmp_path / "b.csv", [{"text": "a", "label": label} for label in ("account", "billing")])
     other = write_csv(tmp_path / "c.csv", [{"text": "a", "label": "Account"}])
     assert "'account' (1 row) and 'Account' (1 row)" in _said(recipe(plain, data__validation=str(other)))
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding", "sign", "keys"),
+    [
+        ("a.csv", "utf-8", ";", {}),
+        ("a.csv", "utf-8-sig", "|", {}),
+        ("a.csv", "utf-16", "\t", {}),
+        ("a.csv", "cp1252", ";", {"data__encoding": "cp1252"}),
+        ("a.csv", "utf-8", "#", {"data__delimiter": "#"}),
+        ("a.csv.gz", "utf-8", ",", {}),
+        ("a.tsv.gz", "utf-16", "\t", {}),
+    ],
+)
+def test_csv_of_any_delimiter_and_encoding(
+    name: str, encoding: str, sign: str, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    texts = ["d\u00e9j\u00e0 vu", "na\u00efve"]
+    content = f"text{sign}label\n{texts[0]}{sign}ja\n{texts[1]}{sign}nein\n".encode(encoding)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    found = load_examples(recipe(path, data__validation=str(path), **keys))
+    assert list(found.train["text"]) == texts and found.label_names == ["ja", "nein"]
+    if encoding == "cp1252":
+        assert "is not in UTF-8: byte 0xe9 in line 2; save it as UTF-8, or name what it is in" in _said(recipe(path))
+        assert "data.encoding: 'latin-x' is no encoding" in _said(recipe(path, data__encoding="latin-x"))
+
+
+def test_a_commas_file_with_semicolons_in_its_texts_has_commas(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('text,label,"a;b;c;d"\nx;y;z,1,\nu;v,2,\n')
+    assert list(read_table(str(path))["text"]) == ["x;y;z", "u;v"]
+
+
+def test_packed_files_that_stand_for_very_much_and_packed_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(json.dumps(row) for row in ROWS).encode()))
+    assert list(read_table(str(path))["text"]) == [row["text"] for row in ROWS]
+    monkeypatch.setattr(readers, "LEAST_DECODED", 2**10)
+    monkeypatch.setattr(readers, "MOST_GROWTH", 10)
+    path.write_bytes(gzip.compress(b" " * 2**20))
+    assert "a.jsonl.gz has 1,0" in _said(recipe(path)) and "stands for more than" in _said(recipe(path))

@@ -116,8 +116,8 @@ def _fused() -> ModuleType | None:
 def down(x: Tensor, As: Sequence[Tensor], dropout: float = 0.0) -> tuple[Tensor, ...]:
     """``dropout(x) A_i^T`` for each A_i (rank_i, d_in), as (tokens, rank_i): x is dropped out once, and read once.
 
-    The dtypes are those of `low_rank_add`. The As have one dtype and go to linear layers that read the same x: its mask
-    is drawn and kept once, and dL/dx is made once, where each layer alone would do so for itself.
+    The dtypes are those of `low_rank_add`. The As have one dtype and go to linear layers that read the same x:
+    its mask is drawn and kept once, and dL/dx is made once, where each layer alone would do so for itself.
     """
     dtype = _product_dtype(x, As[0])
     return down_by(_parts_for(x, As, dropout, dtype), x, As, dropout, dtype)
@@ -158,7 +158,7 @@ class _Down(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, mask, *As = ctx.saved_tensors
+        x, mask, *As = _saved(ctx, dhs)
         need_x, need_A = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         asked = [i for i, dh in enumerate(dhs) if dh is not None]  # linear layers that did run
         if not asked:
@@ -173,6 +173,26 @@ class _Down(torch.autograd.Function):
             for i, dA_i in zip(asked, dA.split([ctx.ranks[i] for i in asked]), strict=True):
                 dAs[i] = dA_i if need_A[i] else None
         return dx, None, None, None, *dAs
+
+
+def _saved(ctx: Any, dhs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What `ctx` saved. After a backward through some of the linear layers alone, `ctx` keeps it for the others.
+
+    They are one node of the graph, which autograd empties when it has been gone through; layers that went down alone
+    would be a node each.
+    """
+    tensors, versions = getattr(ctx, "kept", None) or (ctx.saved_tensors, None)
+    if versions is not None and versions != _versions(tensors):
+        raise RuntimeError(
+            "an adapted linear layer's input or factor was changed in place between two backward passes."
+        )
+    ctx.waiting = getattr(ctx, "waiting", set(range(len(dhs)))) - {i for i, dh in enumerate(dhs) if dh is not None}
+    ctx.kept = (tensors, _versions(tensors)) if ctx.waiting else None
+    return tensors
+
+
+def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [t._version for t in tensors if t is not None]
 
 
 class _UpAdd(torch.autograd.Function):

@@ -87,7 +87,9 @@ class RolesPart(Part):
 class DataPart(Part):
     """Where the examples come from and which columns mean what."""
 
-    train: str = Field(description="csv, tsv, json, jsonl or parquet file, hub data set, `glue/<task>`, or `demo`")
+    train: str = Field(
+        description="csv, tsv, json, jsonl, txt (also .gz) or parquet file, hub data set, `glue/<task>`, or `demo`"
+    )
     folder: str | None = Field(
         default=None, description="for `glue/<task>`: folder with <task>/train.parquet and so on, instead of the hub"
     )
@@ -125,6 +127,12 @@ class DataPart(Part):
         default=None,
         description=f"tokens; longer rows are cut, and counted. Without it {SCORED_LENGTH}, for instruct as many as "
         f"95% of the training rows have, at most {MOST_LENGTH}",
+    )
+    encoding: str | None = Field(
+        default=None, description="of text files, e.g. cp1252; without it UTF-8, or UTF-16 where a mark says so"
+    )
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
+        default=None, description="what stands between the columns of a csv file; without it that of its first line"
     )
     drop_missing: bool = Field(
         default=False, description="leave out rows that lack a text or a label, and count them, instead of an error"

@@ -17,7 +17,8 @@ from ziggurat.recipe.schema import SCORED_LENGTH, WRITES
 from ..data.encode import Collator, encode_texts, longest, positions
 from ..data.examples import text_columns
 from ..data.instruct import WITH_LINE_BREAK, alpaca_prompt, column_of
-from ..data.tables import read_lines, read_table, require_column, texts_of
+from ..data.readers import read_lines
+from ..data.tables import read_table, require_column, texts_of
 from ..data.template import asked_ids
 from .load import Loaded, load_adapter_model
 

@@ -117,6 +117,8 @@ def _read(recipe: Recipe, source: str, split: str, demo: str = "train") -> Datas
         texts=text_columns(recipe),
         nested=text_columns(recipe) if recipe.writes else (),
         classes=recipe.data.label if recipe.task == "classification" else None,
+        encoding=recipe.data.encoding,
+        delimiter=recipe.data.delimiter,
     )
 
 
@@ -135,7 +137,7 @@ def _split_off(recipe: Recipe, train: Dataset, notes: list[str]) -> tuple[Datase
     scored = len(split.validation)
     notes.append(f"no validation data named: {scored} of {len(train)} rows split off with seed {recipe.seed}")
     if split.repeated:
-        where = "; equal rows stay on one side of the split" if split.repeated < len(train) - 1 else ""
+        where = "; equal rows stay on one side of the split" if split.apart else ", on both sides of the split"
         notes.append(f"{split.repeated} of {len(train)} rows repeat an earlier one{where}")
     if scored < FEW:
         coarse = f", where one row more is {100 / scored:.0f} points" if recipe.task == "classification" else ""

@@ -15,64 +15,63 @@ FEW = 50
 
 @dataclass(frozen=True)
 class Split:
-    """Row numbers (from 0, in the file's order) of the two parts, and how many rows repeat an earlier one."""
+    """Row numbers (from 0, in the file's order) of the two parts, how many rows repeat an earlier one, and whether
+    equal rows are all on one side."""
 
     train: list[int]
     validation: list[int]
     repeated: int
+    apart: bool
 
 
 def draw_split(texts: Sequence[Hashable], strata: Sequence[Hashable] | None, count: int, seed: int) -> Split:
-    """Draw about `count` validation rows. Rows with equal `texts` stay on one side.
+    """Draw about `count` validation rows. Rows with equal `texts` stay on one side, where a class has two of them.
 
     With `strata` (the class of each row) every class gives validation rows by its share of all rows, and at least one
     of its texts stays in training. Where repeated texts don't add up to `count`, fewer rows are drawn (more, if all are
-    repeated more often). If all rows repeat one text, the rows themselves are split.
+    repeated more often).
 
-    Raises DataError if no row can be drawn: each class has one text.
+    Raises DataError if no row can be drawn: each class has one row.
     """
+    kinds = list(strata) if strata is not None else [None] * len(texts)
     groups: dict[Hashable, list[int]] = {}
     for index, text in enumerate(texts):
         groups.setdefault(text, []).append(index)
-    repeated = len(texts) - len(groups)
-    if len(groups) == 1:
-        groups = {index: [index] for index in range(len(texts))}
-    order = list(groups.values())
-    random.Random(seed).shuffle(order)  # noqa: S311
+    single = {index: [index] for index in range(len(texts))}
+    drawn = _drawn(list(groups.values()), kinds, count, seed)
+    apart = bool(drawn)
+    drawn = drawn or _drawn(list(single.values()), kinds, count, seed)
+    if not drawn:
+        raise DataError(
+            "no row can be split off for the scores, since every class would lose its only row; name validation data "
+            "in data.validation"
+        )
+    train = [index for index in range(len(texts)) if index not in drawn]
+    return Split(train, sorted(drawn), len(texts) - len(groups), apart)
 
-    def stratum(group: list[int]) -> Hashable:
-        return strata[group[0]] if strata is not None else None
 
-    spare = Counter(map(stratum, order))  # groups that training still has
-    wanted = _quotas(Counter(map(stratum, [[index] for group in order for index in group])), count, strata)
+def _drawn(groups: list[list[int]], kinds: list[Hashable], count: int, seed: int) -> set[int]:
+    """The rows of the groups that are drawn; none where every class has one group."""
+    random.Random(seed).shuffle(groups)  # noqa: S311
+    spare = Counter(kinds[group[0]] for group in groups)  # groups that training still has
     drawn: set[int] = set()
-    left = count
-    for quota in (wanted, None):  # by class first, then whatever fits
-        for group in order:
-            kind = stratum(group)
-            room = left if quota is None else min(left, quota[kind])
+    left, quotas = count, _quotas(Counter(kinds), count)
+    for by_class in (True, False):  # by class first, then whatever fits
+        for group in groups:
+            kind = kinds[group[0]]
+            room = min(left, quotas[kind]) if by_class else left
             if len(group) <= room and spare[kind] > 1 and group[0] not in drawn:
                 drawn.update(group)
                 spare[kind] -= 1
                 left -= len(group)
-                if quota is not None:
-                    quota[kind] -= len(group)
+                quotas[kind] -= len(group)
     if not drawn:  # every text is repeated more often than `count`
-        spared = [group for group in order if spare[stratum(group)] > 1]
-        if not spared:
-            raise DataError(
-                "no row can be split off for the scores, since every class would lose its only text; name validation "
-                "data in data.validation"
-            )
-        drawn.update(min(spared, key=len))
-    train = [index for index in range(len(texts)) if index not in drawn]
-    return Split(train, sorted(drawn), repeated)
+        drawn.update(min((group for group in groups if spare[kinds[group[0]]] > 1), key=len, default=[]))
+    return drawn
 
 
-def _quotas(sizes: Counter[Hashable], count: int, strata: Sequence[Hashable] | None) -> dict[Hashable, int]:
+def _quotas(sizes: Counter[Hashable], count: int) -> dict[Hashable, int]:
     """How many rows each class gives, by the largest remainders of its share."""
-    if strata is None:
-        return {None: count}
     shares = {kind: count * size / sizes.total() for kind, size in sizes.items()}
     quotas = {kind: int(share) for kind, share in shares.items()}
     rest = count - sum(quotas.values())

@@ -1,0 +1,216 @@
+"""Files of rows to Arrow tables: csv, tsv, json, text and parquet."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ziggurat.errors import DataError, first_line
+
+#: Marks that a text file may begin with, and the encoding that each says.
+_MARKS = {BOM_UTF8: "utf-8", BOM_UTF16_LE: "utf-16", BOM_UTF16_BE: "utf-16"}
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt")
+#: Decoded, a parquet file may have this many times its bytes, or `LEAST_DECODED` bytes where that is more.
+MOST_GROWTH, LEAST_DECODED = 1000, 2**28
+#: Rows of a parquet file that are decoded before their bytes are counted.
+COUNTED_ROWS = 1024
+MOST_COLUMNS = 1000
+#: Labels of text files that are numbers; one with a leading zero, such as a code, is a text.
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d+)?")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that aren't blank. Raises DataError if it can't be read."""
+    try:
+        return _lines(read_bytes(path))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read as text: {error}") from error
+
+
+def _lines(content: bytes) -> list[str]:
+    # Not splitlines, which also cuts at signs inside a line, such as U+2028 and U+0085.
+    return [line for line in _with_line_feeds(content).split("\n") if line.strip()]
+
+
+def _with_line_feeds(content: bytes) -> str:
+    return content.decode().replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_file(
+    path: Path,
+    texts: Collection[str] = (),
+    nested: Collection[str] = (),
+    classes: str | None = None,
+    encoding: str | None = None,
+    delimiter: str | None = None,
+) -> Any:
+    """The Arrow table of a file, by its ending; see `read_table`. Raises DataError that says why it can't be read."""
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    readers = {
+        ".csv": partial(_csv, texts=texts, classes=classes, delimiter=delimiter),
+        ".tsv": partial(_csv, texts=texts, classes=classes, delimiter="\t"),
+        **dict.fromkeys((".json", ".jsonl", ".ndjson"), partial(_json, nested=nested)),
+        ".txt": _txt,
+    }
+    if suffix not in readers and path.suffix.lower() != ".parquet":
+        raise DataError(f"{path}: '{suffix}' is not one of the formats read: {', '.join(SUFFIXES)}, or with .gz behind")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty (0 bytes)")
+    try:
+        if suffix == ".parquet":
+            return read_parquet(path)
+        return readers[suffix](path, content=read_bytes(path, encoding))
+    except DataError:
+        raise
+    except RecursionError as error:
+        raise DataError(f"{path} cannot be read as {suffix[1:]}: its lists and objects nest too deep") from error
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} cannot be read as {suffix[1:]}: {first_line(error)}") from error
+
+
+def read_bytes(path: Path, encoding: str | None = None) -> bytes:
+    """A text file as UTF-8 without a mark, unpacked where it is a .gz.
+
+    Raises DataError for a .gz that stands for too much, or with the line of the first byte that isn't of the encoding.
+    """
+    content = path.read_bytes() if path.suffix.lower() != ".gz" else _unpacked(path)
+    marked = next((name for mark, name in _MARKS.items() if content.startswith(mark)), None)
+    try:
+        text = content.decode(encoding or marked or "utf-8")
+    except LookupError as error:
+        raise DataError(f"data.encoding: '{encoding}' is no encoding that Python knows") from error
+    except UnicodeDecodeError as error:
+        line = 1 + content.count(b"\n", 0, error.start)
+        named = encoding or marked or "UTF-8"
+        raise DataError(
+            f"{path} is not in {named}: byte 0x{content[error.start]:02x} in line {line}; save it as UTF-8, or name "
+            "what it is in data.encoding, for example cp1252 or latin-1"
+        ) from error
+    return content if not marked and encoding is None else text.removeprefix("\ufeff").encode()
+
+
+def _unpacked(path: Path) -> bytes:
+    most = max(LEAST_DECODED, MOST_GROWTH * path.stat().st_size)
+    with gzip.open(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise DataError(f"{path} has {path.stat().st_size:,} bytes and stands for more than {most:,}; unpack it first")
+    return content
+
+
+def read_parquet(path: Path) -> Any:
+    """The table of a parquet file, whose few bytes may stand for very many. Raises DataError if they do."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    most = max(LEAST_DECODED, MOST_GROWTH * path.stat().st_size)
+    too_much = DataError(
+        f"{path} has {path.stat().st_size:,} bytes and stands for more than {most:,}; a file is read to "
+        f"{MOST_GROWTH:,} times its size, at least to {LEAST_DECODED:,} bytes. If it is yours, write it as several"
+    )
+    with pq.ParquetFile(path) as file:
+        # A column that never changes takes no room in the file, and four bytes a row or more in memory.
+        if 4 * file.metadata.num_rows * file.metadata.num_columns > most:
+            raise too_much
+        plain = pa.schema(
+            field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
+            for field in file.schema_arrow
+        )
+        parts, size = [plain.empty_table()], 0
+        for batch in file.iter_batches(batch_size=COUNTED_ROWS):
+            parts.append(pa.Table.from_batches([batch]).cast(plain))
+            size += parts[-1].nbytes
+            if size > most:
+                raise too_much
+        return pa.concat_tables(parts)
+
+
+def _csv(path: Path, content: bytes, texts: Collection[str], classes: str | None, delimiter: str | None) -> Any:
+    import pyarrow as pa
+    from pyarrow import csv
+
+    tabs = Path(path.name.lower().removesuffix(".gz")).suffix == ".tsv"
+    parse = csv.ParseOptions(
+        delimiter=delimiter or _delimiter(content),
+        quote_char=False if tabs else '"',
+        newlines_in_values=not tabs,
+    )
+    written = dict.fromkeys([*texts, *([classes] if classes is not None else [])], pa.string())
+    convert = csv.ConvertOptions(column_types=written)
+    # A row must fit into one block, and the first block alone decides what a column holds.
+    read = csv.ReadOptions(block_size=min(len(content) + 1, 2**30))
+    table = csv.read_csv(pa.BufferReader(content), read_options=read, parse_options=parse, convert_options=convert)
+    if table.column_names.count(classes) == 1 and classes not in texts:
+        place = table.column_names.index(classes)
+        table = table.set_column(place, classes, _numbers_if_all(table[classes], convert.null_values))
+    return table
+
+
+def _delimiter(content: bytes) -> str:
+    """What stands between the columns of a csv file: of the usual signs the most frequent in its first line."""
+    line = re.sub(r'"[^"]*"', "", content.partition(b"\n")[0].decode())
+    return max(",;\t|", key=line.count)
+
+
+def _numbers_if_all(column: Any, missing: Collection[str]) -> Any:
+    """A column of texts as numbers where all of it are, `missing` ones apart; else as it is."""
+    import pyarrow as pa
+
+    values = column.to_pylist()
+    given = [value for value in values if value not in missing]
+    if not given or not all(_NUMBER.fullmatch(value) for value in given):
+        return column
+    kind = float if any("." in value for value in given) else int
+    return pa.array([None if value in missing else kind(value) for value in values])
+
+
+def _json(path: Path, content: bytes, nested: Collection[str]) -> Any:
+    import pyarrow as pa
+
+    text = _with_line_feeds(content).strip()
+    if path.name.lower().removesuffix(".gz").endswith(".json") and text.startswith("["):
+        rows = json.loads(text)
+    else:
+        rows = []
+        # Not splitlines: JSON leaves signs unescaped inside a text that it takes for ends of lines (U+2028, U+0085).
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise DataError(
+                        f"{path}, line {number}: {error.msg}; expected a list of objects, or one object a line"
+                    ) from error
+    bad = next((index for index, row in enumerate(rows) if not isinstance(row, dict)), None)
+    if bad is not None:
+        raise DataError(f"{path}: entry {bad} is a {type(rows[bad]).__name__}, each must be an object")
+    # pyarrow's from_pylist takes the first row's keys for those of all rows.
+    names = dict.fromkeys(name for row in rows for name in row)
+    if len(names) > MOST_COLUMNS:
+        raise DataError(f"{path}: its objects have {len(names):,} different keys; at most {MOST_COLUMNS:,} are read")
+    columns = {}
+    for name in names:
+        try:
+            values = [row.get(name) for row in rows]
+            columns[name] = pa.array([_as_text(value) for value in values] if name in nested else values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DataError(f"{path}: column '{name}' holds values of several kinds: {first_line(error)}") from error
+    return pa.table(columns)
+
+
+def _as_text(value: Any) -> Any:
+    """A list of objects as JSON text; Arrow would give every object the keys of all, and take no mixed values."""
+    is_list = isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    return json.dumps(value, ensure_ascii=False) if is_list else value
+
+
+def _txt(path: Path, content: bytes) -> Any:
+    import pyarrow as pa
+
+    return pa.table({"text": pa.array(_lines(content), pa.string())})
