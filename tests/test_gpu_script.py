@@ -131,10 +131,10 @@ def test_wrong_kernels_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from ziggurat.lowrank import plain_product
 
-    def slightly_off(y, h, B, reuse_y):
-        return plain_product.up_add(y, 1.01 * h, B, reuse_y)
+    def slightly_off(x, mask, As, dropout, dtype):
+        return 1.01 * plain_product.down(x, mask, As, dropout, dtype)
 
-    monkeypatch.setattr(kernels, "triton_product", SimpleNamespace(**{**vars(plain_product), "up_add": slightly_off}))
+    monkeypatch.setattr(kernels, "triton_product", SimpleNamespace(**{**vars(plain_product), "down": slightly_off}))
     case = kernels.Case(4, torch.float16, torch.float16, 0.0, 30, 40, 24)
     row = kernels.measured(case, torch.device("cpu"))
     assert not row["passed"] and row["out"] > row["allowed"] and "error" not in row
