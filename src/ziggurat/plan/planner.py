@@ -273,7 +273,7 @@ def plan_recipe(
     from ziggurat.training.model.adapt import beside
     from ziggurat.training.model.meta import bare_model
     from ziggurat.training.model.meta_base import BareBase, bare_base
-    from ziggurat.training.sizing.budget import fit_rank, rank_fields, read_budget
+    from ziggurat.training.sizing.budget import read_budget
 
     chosen = dict(choice or (recipe.method if recipe is not None else {"name": "msplora", "r": 8}))
     method = METHODS[chosen["name"]]
@@ -285,8 +285,7 @@ def plan_recipe(
     if budget is not None:
         pays = read_budget(budget, sum(p.numel() for p in base.model.parameters()))
     if pays is not None:
-        chosen = {key: value for key, value in chosen.items() if key not in ("ranks", *rank_fields(chosen, 8))}
-        chosen |= rank_fields(chosen, fit_rank(base.model, chosen, pays).rank)
+        chosen = _paid(base.model, chosen, pays)
     planned = plan(
         base.model,
         method_config(chosen, **(beside(recipe, base.head) if recipe is not None else {})),
@@ -307,3 +306,11 @@ def plan_recipe(
             "autocast keeps about half of them, and a copy of the weights that it casts"
         )
     return replace(planned, notes=notes)
+
+
+def _paid(model: nn.Module, choice: dict[str, Any], budget: int) -> dict[str, Any]:
+    """The choice with the largest rank that `budget` parameters pay for."""
+    from ziggurat.training.sizing.budget import fit_rank, rank_fields
+
+    choice = {key: value for key, value in choice.items() if key not in ("ranks", *rank_fields(choice, 8))}
+    return choice | rank_fields(choice, fit_rank(model, choice, budget).rank)

@@ -22,9 +22,6 @@ from ziggurat.recipe.schema import SCORED_LENGTH, Recipe
 from ..callbacks import trackers
 from ..data.encode import Collator, encode, longest, spread
 from ..data.examples import Examples
-from ..data.pairs import encode_judged, encode_pairs
-from ..data.template import asked_ids, chat_ids, end_of_turn
-from ..data.tokens import encode_rows
 from ..folder.workplace import LOGS
 from ..model.base import Base
 from . import metrics
@@ -146,6 +143,8 @@ def _instruct(
 ) -> Task:
     from trl import SFTConfig, SFTTrainer
 
+    from ..data.tokens import encode_rows
+
     _check_tokenizer(recipe, base, examples)
     train, validation, length, notes = encode_rows(recipe, base.tokenizer, base.model.config, examples)
     if examples.shape == "messages":
@@ -178,6 +177,8 @@ def _preferring(
     from .preference import preference_trainer
 
     _check_tokenizer(recipe, base, examples)
+    from ..data.pairs import encode_judged, encode_pairs
+
     encode_all = {"dpo": encode_pairs, "kto": encode_judged}[recipe.task]
     train, validation, length, notes = encode_all(recipe, base.tokenizer, base.model.config, examples)
     if examples.shape == "messages":
@@ -201,6 +202,8 @@ def _check_tokenizer(recipe: Recipe, base: Base, examples: Examples) -> None:
 def _template_notes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Notes for other programs that use an adapter trained with this chat template."""
     prompt = [{"role": "user", "content": "Really?"}]
+    from ..data.template import asked_ids, chat_ids, end_of_turn
+
     opened, asked = chat_ids(tokenizer, prompt, add_generation_prompt=True), asked_ids(tokenizer, prompt)
     if len(asked) < len(opened):
         yield (
