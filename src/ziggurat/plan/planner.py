@@ -279,7 +279,6 @@ def plan_recipe(
     method = METHODS[chosen["name"]]
     if method.config is None:
         raise ConfigError(f"method {chosen['name']} trains weights of the model itself; there is no adapter to plan.")
-    asked = recipe.data.max_length if recipe is not None else None
     base = bare_base(recipe, model) if recipe is not None else BareBase(bare_model(model), [], False, [])
     pays = chosen.pop(BUDGET, None)
     if budget is not None:
@@ -293,7 +292,7 @@ def plan_recipe(
         method=chosen["name"],
         task=recipe.task if recipe is not None else None,
         batch=batch or (recipe.train.batch if recipe is not None else 16),
-        length=length or longest(None, base.model.config, asked or SCORED_LENGTH),
+        length=length or longest(None, base.model.config, (recipe and recipe.data.max_length) or SCORED_LENGTH),
         measure_memory=measure_memory,
         pair=base.pair,
         checkpointing=recipe is not None and recipe.train.gradient_checkpointing,
