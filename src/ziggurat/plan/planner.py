@@ -273,20 +273,18 @@ def plan_recipe(
     from ziggurat.training.model.adapt import beside
     from ziggurat.training.model.meta import bare_model
     from ziggurat.training.model.meta_base import BareBase, bare_base
-    from ziggurat.training.sizing.budget import fit_rank, rank_fields, read_budget
+    from ziggurat.training.sizing.budget import read_budget
 
     chosen = dict(choice or (recipe.method if recipe is not None else {"name": "msplora", "r": 8}))
     method = METHODS[chosen["name"]]
     if method.config is None:
         raise ConfigError(f"method {chosen['name']} trains weights of the model itself; there is no adapter to plan.")
-    asked = recipe.data.max_length if recipe is not None else None
     base = bare_base(recipe, model) if recipe is not None else BareBase(bare_model(model), [], False, [])
     pays = chosen.pop(BUDGET, None)
     if budget is not None:
         pays = read_budget(budget, sum(p.numel() for p in base.model.parameters()))
     if pays is not None:
-        chosen = {key: value for key, value in chosen.items() if key not in ("ranks", *rank_fields(chosen, 8))}
-        chosen |= rank_fields(chosen, fit_rank(base.model, chosen, pays).rank)
+        chosen = _paid(base.model, chosen, pays)
     planned = plan(
         base.model,
         method_config(chosen, **(beside(recipe, base.head) if recipe is not None else {})),
@@ -294,7 +292,7 @@ def plan_recipe(
         method=chosen["name"],
         task=recipe.task if recipe is not None else None,
         batch=batch or (recipe.train.batch if recipe is not None else 16),
-        length=length or longest(None, base.model.config, asked or SCORED_LENGTH),
+        length=length or longest(None, base.model.config, (recipe and recipe.data.max_length) or SCORED_LENGTH),
         measure_memory=measure_memory,
         pair=base.pair,
         checkpointing=recipe is not None and recipe.train.gradient_checkpointing,
@@ -307,3 +305,11 @@ def plan_recipe(
             "autocast keeps about half of them, and a copy of the weights that it casts"
         )
     return replace(planned, notes=notes)
+
+
+def _paid(model: nn.Module, choice: dict[str, Any], budget: int) -> dict[str, Any]:
+    """The choice with the largest rank that `budget` parameters pay for."""
+    from ziggurat.training.sizing.budget import fit_rank, rank_fields
+
+    choice = {key: value for key, value in choice.items() if key not in ("ranks", *rank_fields(choice, 8))}
+    return choice | rank_fields(choice, fit_rank(model, choice, budget).rank)

@@ -138,6 +138,97 @@ def _scored(
     return Task(trainer, guess, notes)
 
 
+<<<<<<< HEAD
+=======
+def _instruct(
+    recipe: Recipe,
+    base: Base,
+    model: nn.Module,
+    examples: Examples,
+    checkpoints: Path,
+    callbacks: list[TrainerCallback],
+) -> Task:
+    from trl import SFTConfig, SFTTrainer
+
+    from ..data.tokens import encode_rows
+
+    _check_tokenizer(recipe, base, examples)
+    train, validation, length, notes = encode_rows(recipe, base.tokenizer, base.model.config, examples)
+    if examples.shape == "messages":
+        notes += _template_notes(base.tokenizer)
+    arguments = SFTConfig(
+        **training_arguments(recipe, checkpoints),
+        max_length=length,
+        completion_only_loss=True,  # the mask says what is learned, of whatever data
+        pad_token=str(base.tokenizer.pad_token),
+    )
+    trainer = exact_sft(SFTTrainer)(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=base.tokenizer,
+        callbacks=callbacks,
+    )
+    return Task(trainer, {}, notes)
+
+
+def _preferring(
+    recipe: Recipe,
+    base: Base,
+    model: nn.Module,
+    examples: Examples,
+    checkpoints: Path,
+    callbacks: list[TrainerCallback],
+) -> Task:
+    from .preference import preference_trainer
+
+    _check_tokenizer(recipe, base, examples)
+    from ..data.pairs import encode_judged, encode_pairs
+
+    encode_all = {"dpo": encode_pairs, "kto": encode_judged}[recipe.task]
+    train, validation, length, notes = encode_all(recipe, base.tokenizer, base.model.config, examples)
+    if examples.shape == "messages":
+        notes += _template_notes(base.tokenizer)
+    arguments = training_arguments(recipe, checkpoints) | {"max_length": length, "beta": recipe.train.beta}
+    trainer = preference_trainer(recipe, base.tokenizer, model, arguments, train, validation, callbacks)
+    return Task(trainer, {}, notes)
+
+
+def _check_tokenizer(recipe: Recipe, base: Base, examples: Examples) -> None:
+    """Raises DataError or RecipeError for a tokenizer that can't join messages or end a text."""
+    if examples.shape == "messages" and not base.tokenizer.chat_template:
+        raise DataError(
+            f"data.format: the tokenizer of {recipe.model} has no chat template to join messages with; "
+            "use a chat model, or columns prompt and completion"
+        )
+    if not base.tokenizer.eos_token:
+        raise RecipeError(f"model: the tokenizer of {recipe.model} has no end-of-text token, so answers could not end")
+
+
+def _template_notes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Notes for other programs that use an adapter trained with this chat template."""
+    prompt = [{"role": "user", "content": "Really?"}]
+    from ..data.template import asked_ids, chat_ids, end_of_turn
+
+    opened, asked = chat_ids(tokenizer, prompt, add_generation_prompt=True), asked_ids(tokenizer, prompt)
+    if len(asked) < len(opened):
+        yield (
+            f"the chat template's generation prompt ends in {tokenizer.decode(opened[len(asked) :])!r}, which its "
+            "conversations lack: answers are learned, and asked for by `ziggurat predict`, without it; leave it out "
+            "elsewhere, too"
+        )
+    end = end_of_turn(tokenizer)
+    if end is None:
+        yield "the chat template ends a turn by no token of its own, so answers end at the limit of their length"
+    elif end != tokenizer.eos_token_id:
+        yield (
+            f"the chat template ends a turn by {tokenizer.convert_ids_to_tokens(end)}, and the tokenizer a text by "
+            f"{tokenizer.eos_token}: `ziggurat predict` and merged models stop at either; let other programs stop there"
+        )
+
+
+>>>>>>> simple
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Switch off the libraries' progress bars and warnings; errors are still shown."""
