@@ -13,10 +13,7 @@ from ziggurat._distribution import VERSION
 from ziggurat.recipe.recipe import to_yaml
 from ziggurat.recipe.schema import Recipe
 
-<<<<<<< HEAD
 from ..data.alpaca import TO_THE_LETTER
-=======
->>>>>>> simple
 from ..folder import workplace
 from ..folder.run_folder import RECIPE, RunFolder
 from ..model.adapt import Counts
@@ -62,7 +59,6 @@ def save(
     result: Result,
 ) -> None:
     """Write the adapter, its tokenizer, recipe and run.json beside the output, whole, and put them in its place."""
-    from ..data.instruct import TO_THE_LETTER
 
     ready = workplace.new_result(folder.work)
     with quiet():
