@@ -33,7 +33,7 @@ def draw_split(texts: Sequence[Hashable], strata: Sequence[Hashable] | None, cou
 
     Raises DataError if no row can be drawn: each class has one row.
     """
-    kinds = list(strata) if strata is not None else [None] * len(texts)
+    kinds: list[Hashable] = list(strata) if strata is not None else [None] * len(texts)
     groups: dict[Hashable, list[int]] = {}
     for index, text in enumerate(texts):
         groups.setdefault(text, []).append(index)
