@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -74,6 +74,18 @@ def test_a_merge_into_a_tied_head_leaves_the_embedding_alone(method: str, tmp_pa
             AutoModelForCausalLM.from_pretrained(str(tmp_path / "base")), str(written.folder)
         ).eval()
         assert_models_agree(logits(plain, LLAMA.inputs()), expected)
+
+
+def test_the_command_merges_pefts_own_lora_of_a_tied_head(tmp_path: Path) -> None:
+    base = stored(tied_llama(), tmp_path / "base", AutoModelForCausalLM)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config).eval()
+    expected = logits(model, LLAMA.inputs())
+    model.save_pretrained(str(tmp_path / "adapter"))
+    assert main("merge", str(tmp_path / "adapter"), str(tmp_path / "merged")) == 0
+    merged = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged")).eval()
+    assert_models_agree(logits(merged, LLAMA.inputs()), expected)
 
 
 @pytest.mark.parametrize(("model", "query"), [("t5", "q"), ("bart", "q_proj")])

@@ -12,6 +12,7 @@ from ziggurat.host.folder import adapter_config, load_adapter, load_base
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.method import method_of
 from ziggurat.host.plain import bare, lora_pairs
+from ziggurat.host.tied import note_untied, untie
 
 from .beside import copy_tokenizer, name_labels, save_tokenizer
 from .content import check_complete
@@ -62,4 +63,7 @@ def _write_merged(model: Any, folder: Path) -> None:
         return
     if any(isinstance(module, AdaptedLinear) or hasattr(module, "cannot_export") for module in model.modules()):
         lora_pairs(model)  # refuses, with the reason, what is no update of weights
-    model.merge_and_unload(safe_merge=True).save_pretrained(str(folder))
+    untie(bare(model))
+    merged = model.merge_and_unload(safe_merge=True)
+    note_untied(merged)
+    merged.save_pretrained(str(folder))

@@ -44,7 +44,7 @@ def _with_section(writes: Callable[..., Any]) -> Callable[..., Any]:
     def create_model_card(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = writes(self, *args, **kwargs)
         folder, model = Path(self.args.output_dir), self.accelerator.unwrap_model(self.model)
-        config = (getattr(model, "peft_config", None) or {}).get("default")
+        config: Any = (getattr(model, "peft_config", None) or {}).get("default")
         if hasattr(config, "citation") and self.is_world_process_zero() and (folder / "README.md").is_file():
             write_card(folder, config, type(unwrap(model)[0]).__module__, config.citation)
         return result

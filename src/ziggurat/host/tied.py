@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ziggurat.host.linear import AdaptedLinear
@@ -15,9 +16,26 @@ from ziggurat.host.linear import AdaptedLinear
 
 def note_shared(model: nn.Module, layers: Iterable[AdaptedLinear]) -> None:
     """Tell each of `layers`, before a merge, whether another module of `model` holds its weight too."""
-    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    shared = _shared(model)
     for layer in layers:
-        layer.shares_weight = holders[id(layer.get_base_layer()._parameters.get("weight"))] > 1
+        layer.shares_weight = id(layer.get_base_layer()._parameters.get("weight")) in shared
+
+
+def untie(model: nn.Module) -> None:
+    """Give each linear layer below an adapter of PEFT's own methods, which merge in place, a weight of its own."""
+    shared = _shared(model)
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, AdaptedLinear):
+            base: Any = layer.get_base_layer()
+            weight = base._parameters.get("weight") if isinstance(base, nn.Linear) else None
+            if weight is not None and id(weight) in shared:
+                base.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """The ids of the parameters that several modules hold."""
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    return {parameter for parameter, count in holders.items() if count > 1}
 
 
 def note_untied(model: Any) -> None:

@@ -175,7 +175,7 @@ class _Down(torch.autograd.Function):
         return dx, None, None, None, *dAs
 
 
-def _saved(ctx: Any, dhs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _saved(ctx: Any, dhs: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """What `ctx` saved. After a backward through some of the linear layers alone, `ctx` keeps it for the others.
 
     They are one node of the graph, which autograd empties when it has been gone through; layers that went down alone
