@@ -130,7 +130,7 @@ def test_ranks_that_differ_are_patterns_or_zeros(tmp_path: Path) -> None:
     made = adapted("llama")
     layer = made.base_model.model.model.layers[1].self_attn.q_proj
     pair = layer.effective_pair("default")
-    layer.effective_pair = lambda adapter, *context: pad(pair, 11)
+    layer.pair_of = lambda adapter, tensors, *context: pad(pair, 11)
     expected = logits(made, ZOO["llama"].inputs())
     for serving, ranks in ((False, {7, 11}), (True, {16})):
         folder = export_model(made, tmp_path / str(serving), serving=serving).folder
