@@ -169,7 +169,7 @@ def test_installed_packages_bring_methods(fresh: Fresh, tmp_path: Path) -> None:
         tmp_path,
         """
         import ziggurat
-        from ziggurat.training.methods import METHODS
+        from ziggurat.recipe.methods import METHODS
         from peft import PeftType
         print(METHODS["onea"].about, METHODS["onea"].exports, PeftType.ONEA.value)
         """,
