@@ -148,7 +148,7 @@ def _loading_begins_again(_: Any) -> None:
             _thread.loading = False
         return mixin.load_adapter(self, *args, **kwargs)
 
-    load_adapter.begins_again = True
+    load_adapter.begins_again = True  # type: ignore[attr-defined]
     mixin.load_adapter = load_adapter
 
 

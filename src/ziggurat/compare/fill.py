@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from ziggurat.errors import MissingExtraError, RecipeError
@@ -24,6 +25,9 @@ from .report import markdown, table_csv
 from .results import Results, failed_line, line_of
 from .summary import Summary, summarise
 from .table import Run, Table
+
+#: Seconds that a shard waits for others to take their locks.
+PATIENCE = 10
 
 
 @dataclass(frozen=True)
@@ -133,19 +137,20 @@ def _note(table: Table, results: Results, outcome: Outcome) -> None:
 def _alone(folder: Path, shard: str) -> Iterator[None]:
     """Hold the folder's lock: two programs at once would train the same runs into the same folders.
 
-    A shard holds its own, and shares the folder's with other shards.
+    A shard holds a lock of its own, and the folder's only while it takes that; other shards wait for this moment. The
+    whole table takes the folder's and those of all shards.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with (folder / ".lock").open("w") as whole, (folder / f".lock{shard}").open("w") as part:
-        try:
-            fcntl.flock(whole, (fcntl.LOCK_SH if shard else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        with ExitStack() as held:
+            whole = FileLock(folder / ".lock", timeout=PATIENCE if shard else 0)
+            whole.acquire()
+            held.callback(whole.release)
+            parts = [folder / f".lock.{shard}"] if shard else sorted(folder.glob(".lock.*-of-*"))
+            for part in parts:
+                held.enter_context(FileLock(part, blocking=False))
             if shard:
-                fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RecipeError(f"another program is filling '{folder}'; wait for it, or name another --out") from error
-        yield
+                whole.release()
+            yield
+    except Timeout as error:
+        raise RecipeError(f"another program is filling '{folder}'; wait for it, or name another --out") from error

@@ -66,7 +66,7 @@ def _export(
     lora, tensors = as_plain(model, None, adapter, saved)
     if serving:
         lora, tensors = as_plain(model, serving_rank(lora.r, tensors), adapter, saved)
-    config = model.peft_config[adapter]  # type: ignore[index]
+    config: Any = model.peft_config[adapter]  # type: ignore[index]
     with written_beside(out) as folder:
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},

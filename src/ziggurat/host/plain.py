@@ -49,11 +49,13 @@ def plain_lora(model: nn.Module, rank: int | None = None, adapter: str = "defaul
     Raises:
         ExportError: the method's update is none of linears; a pair has a higher rank than `rank`; no such adapter.
     """
-    return as_plain(model, rank, adapter)
+    return as_plain(model, rank, adapter, grown=False)
 
 
-def as_plain(model: nn.Module, rank: int | None, adapter: str, saved: Collection[str] | None = None) -> PlainLora:
-    """`plain_lora`. `saved`: the names in the adapter's file, where it comes from one; see `other_tensors`."""
+def as_plain(
+    model: nn.Module, rank: int | None, adapter: str, saved: Collection[str] | None = None, grown: bool = True
+) -> PlainLora:
+    """`plain_lora`; `grown`: with embeddings of another size than the base's. `saved`: as in `other_tensors`."""
     base = without_wrappers(model)
     pairs = {path: pair for path, pair in lora_pairs(base, adapter).items() if pair.A.shape[0]}
     needed = max((pair.A.shape[0] for pair in pairs.values()), default=0)
@@ -66,7 +68,7 @@ def as_plain(model: nn.Module, rank: int | None, adapter: str, saved: Collection
             "--max-lora-rank has to allow it)."
         )
     config = base.peft_config[adapter]  # type: ignore[index]
-    tensors = other_tensors(base, adapter, saved)
+    tensors = other_tensors(base, adapter, saved, grown)
     for path, pair in pairs.items():
         a, b = pair if rank is None else pad(pair, rank)
         # A pair that isn't filled up may be the parameters themselves, which the next step changes.
@@ -97,7 +99,9 @@ def lora_pairs(model: nn.Module, adapter: str = "default") -> dict[str, FactorPa
     return pairs
 
 
-def other_tensors(model: nn.Module, adapter: str, saved: Collection[str] | None = None) -> dict[str, Tensor]:
+def other_tensors(
+    model: nn.Module, adapter: str, saved: Collection[str] | None = None, grown: bool = True
+) -> dict[str, Tensor]:
     """What PEFT saves of the adapter beside the method's own factors: modules_to_save, biases, grown embeddings.
 
     `saved`: the names in the adapter's file, where it comes from one; whose embeddings go along, but for those below an
@@ -106,7 +110,9 @@ def other_tensors(model: nn.Module, adapter: str, saved: Collection[str] | None 
     With bias="all" PEFT names the biases of modules_to_save twice, once by where they stand in the wrapper.
     """
     base, config = bare(model), getattr(model, "peft_config", {}).get(adapter)
-    grown, other = has_grown(base, config) if config is not None else False, getattr(config, "no_factors", ())
+    # Finding the base's size reads its config by name: nothing for every step, and nothing that `plain_lora` sends.
+    grown = grown and config is not None and has_grown(base, config)
+    other = getattr(config, "no_factors", ())
     extra = ("modules_to_save", "trainable_token_indices")
     if getattr(config, "bias", None) == "none" and not (grown or saved or any(getattr(config, n, True) for n in extra)):
         return {}

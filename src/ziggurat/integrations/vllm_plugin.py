@@ -25,8 +25,8 @@ CACHE = "ZIGGURAT_CACHE"
 
 def register() -> None:
     """Let vLLM's two places that read a LoRA request's folder ask `served` first."""
-    from vllm.lora import worker_manager
-    from vllm.v1.engine import input_processor
+    from vllm.lora import worker_manager  # pyright: ignore[reportMissingImports]
+    from vllm.v1.engine import input_processor  # pyright: ignore[reportMissingImports]
 
     manager: Any = worker_manager.WorkerLoRAManager
     processor: Any = input_processor.InputProcessor
@@ -36,7 +36,7 @@ def register() -> None:
 
     @wraps(load)
     def _load_adapter(self: Any, lora_request: Any) -> Any:
-        import msgspec
+        import msgspec  # pyright: ignore[reportMissingImports]  vLLM's own
 
         base = getattr(getattr(self._adapter_manager.model, "config", None), "_name_or_path", None)
         path = served(lora_request.lora_path, self.lora_config.max_lora_rank, base)
