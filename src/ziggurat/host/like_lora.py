@@ -65,8 +65,9 @@ def create_loraplus_optimizer(
         ConfigError: no trainable factor of `model` is on the output side.
     """
     up: set[int] = set()
-    for layer in model.modules():
-        for adapter in layer.leaves if isinstance(layer, MethodLayer) else ():
+    layers = [module for module in model.modules() if isinstance(module, MethodLayer)]
+    for layer in layers:
+        for adapter in layer.leaves:
             specs = specs_of(layer.method, layer.configs[adapter], layer.sites[adapter])
             up |= {id(tensor) for key, tensor in layer.stored(adapter).items() if specs[key].up}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -21,7 +21,7 @@ from ziggurat.host.lifecycle import check_something_trains, resume, run_state, s
 from ziggurat.host.method_layer import MethodLayer
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import Callback, LightningModule, Trainer  # pyright: ignore[reportMissingImports]
 else:
     # Lightning has two names. The one that the program uses is loaded already, or else either will do.
     _names = sorted(("lightning", "pytorch_lightning"), key=lambda name: name not in sys.modules)
