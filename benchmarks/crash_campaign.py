@@ -174,7 +174,7 @@ def count_turns(method: str, log: Path, aim: Aim | None) -> None:
     if method not in TURNS:
         return
     module, owner, name = TURNS[method]
-    place: Any = sys.modules[module]
+    place: Any = importlib.import_module(module)
     place = getattr(place, owner) if owner else place
     real: Callable[..., Any] = getattr(place, name)
     calls = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -186,7 +186,7 @@ def test_bad_folders_are_refused(tmp_path: Path, saved: Saved) -> None:
     with pytest.raises(ConfigError, match=r"holds no run of `ziggurat train`: it has no run\.json"):
         read_run(adapter)
     run_folder(adapter, "plain")
-    with pytest.raises(ConfigError, match=r"Runs lie in .*plain"):
+    with pytest.raises(ConfigError, match=r"Runs are in .*plain"):
         read_run(tmp_path)
     (adapter / "run.json").write_text("{")
     with pytest.raises(ConfigError, match="is no JSON"):

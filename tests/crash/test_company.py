@@ -66,7 +66,7 @@ def test_only_what_may_be_replaced_gives_way(ours: bool, place: Place, tmp_path:
         (out / "letter").write_text("dear")
     resumed = RunFolder(place.recipe(out, resume=True))
     with pytest.raises(
-        RecipeError, match="is finished" if ours else "filled by something else meanwhile; the result lies"
+        RecipeError, match="is finished" if ours else "filled by something else meanwhile; the result is"
     ):
         resumed.check()
     assert folder.work.exists() is not ours

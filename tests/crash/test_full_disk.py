@@ -142,6 +142,6 @@ def test_a_table_loses_no_line(place: Place, disk: Disk, capsys: pytest.CaptureF
     results.add({"key": "b", "status": "done"})
     assert Results(table.folder).done("a") and Results(table.folder).done("b")
     disk.make_read_only()
-    with pytest.raises(StorageError, match=r"table' could not be written\. Finished runs lie in their folders"):
+    with pytest.raises(StorageError, match=r"table' could not be written\. Finished runs are in their folders"):
         fill(table)
     disk.make_writable()

@@ -75,6 +75,7 @@ def test_a_base_from_llama_cpp_trains_and_is_no_longer_called_quantised(tiny_lla
             "model": str(tmp_path / "base"),
             "task": "instruct",
             "data.train": str(write_jsonl(tmp_path / "rows.jsonl", rows)),
+            "data.validation": str(tmp_path / "rows.jsonl"),
             "method.name": "msplora",
             "method.r": 2,
             "train.max_steps": 2,
