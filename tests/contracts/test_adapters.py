@@ -389,6 +389,9 @@ def test_a_combination_that_cannot_be_leaves_nothing(method: str) -> None:
         adapted.add_weighted_adapter(["default", "nobody"], [1.0, 1.0], "sum")
     with pytest.raises(ValueError, match="one weight for each"):
         adapted.add_weighted_adapter(["default"], [1.0, 1.0], "sum")
+    adapted.peft_config["default"].bias = "all"
+    with pytest.raises(ValueError, match="trains by bias what no combination"):
+        adapted.add_weighted_adapter(["default"], [1.0], "sum")
     assert list(adapted.peft_config) == ["default"] and list(adapted.state_dict()) == names
 
 

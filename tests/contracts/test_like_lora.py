@@ -71,6 +71,21 @@ def test_lora_plus_gives_the_output_side_its_rate(method: str) -> None:
     assert set(trained.values()) <= {1e-3, 1.6e-2}
 
 
+def test_lora_plus_finds_the_factors_of_tiers_that_are_held_still() -> None:
+    model = get_peft_model(LLAMA.build(), zoo_config("msplora", "llama"))
+    model.set_stage(0.0)
+    optimizer = create_loraplus_optimizer(model, AdamW, lr=1e-3, loraplus_lr_ratio=16)
+    up = {id(p) for p in optimizer.param_groups[1]["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in up}
+    assert {name.rpartition(":")[2] for name in names} == {"B_global", "B_mid", "B_layer"}
+
+
+def test_a_lora_adapter_is_swapped_by_peft() -> None:
+    model = get_peft_model(LLAMA.build(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="use PEFT's hotswap_adapter"):
+        hotswap_adapter(model, "anywhere")
+
+
 def test_lora_plus_without_a_method_is_refused() -> None:
     model = get_peft_model(LLAMA.build(), LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ConfigError, match="no such factor"):

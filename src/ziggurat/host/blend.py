@@ -24,13 +24,22 @@ def check_request(known: Mapping[str, Any], adapters: Sequence[str], weights: Se
     """The combination without PEFT's ending `_svd`.
 
     Raises:
-        ValueError: an unknown adapter or combination, or lists of unequal length.
+        ValueError: an unknown adapter or combination, lists of unequal length, or an adapter that trains what a
+            combination would lose: biases, rows of an embedding.
     """
     if len(adapters) != len(weights) or not adapters:
         raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter.")
     for name in adapters:
         if name not in known:
             raise ValueError(f"Adapter {name} does not exist; there are {', '.join(known)}.")
+        lost = [
+            field for field in ("bias", "trainable_token_indices") if getattr(known[name], field) not in ("none", None)
+        ]
+        if lost:
+            raise ValueError(
+                f"adapter {name!r} trains by {' and '.join(lost)} what no combination of updates holds. Merge the "
+                "adapters into copies of the model, and combine those."
+            )
     if kind.removesuffix("_svd") not in (*SUMS, *SPARSE):
         raise ValueError(f"Invalid combination_type: {kind}. There are {', '.join((*SUMS, *SPARSE))}.")
     return kind.removesuffix("_svd")

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.config import MethodConfig
 from ziggurat.host.folder import adapter_config
 from ziggurat.host.method import specs_of
 from ziggurat.host.method_layer import MethodLayer
@@ -31,6 +32,11 @@ def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "d
     """
     if adapter_name not in model.peft_config:
         raise ConfigError(f"no adapter {adapter_name!r} to swap; the model has {', '.join(model.peft_config)}.")
+    if not isinstance(model.peft_config[adapter_name], MethodConfig):
+        kind = type(model.peft_config[adapter_name]).__name__
+        raise ConfigError(
+            f"adapter {adapter_name!r} is none of ziggurat's methods ({kind}): use PEFT's hotswap_adapter."
+        )
     old, new = (config.to_dict() for config in (model.peft_config[adapter_name], adapter_config(folder)))
     different = sorted(
         name for name in old.keys() | new.keys() if name not in _NO_MATTER and old.get(name) != new.get(name)
@@ -69,7 +75,11 @@ def create_loraplus_optimizer(
     for layer in layers:
         for adapter in layer.leaves:
             specs = specs_of(layer.method, layer.configs[adapter], layer.sites[adapter])
-            up |= {id(tensor) for key, tensor in layer.stored(adapter).items() if specs[key].up}
+            for key, (in_bank, leaf) in layer.leaves[adapter].items():
+                if specs[key].up:
+                    # The parameters themselves: what a forward reads may be detached, or a copy on another device.
+                    factors: Any = layer.bank_factors(adapter) if in_bank else layer.stores[adapter]
+                    up.add(id(factors[leaf]))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not any(id(parameter) in up for parameter in trained):
         raise ConfigError(

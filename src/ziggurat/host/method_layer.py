@@ -113,6 +113,10 @@ class MethodLayer(BaseTunerLayer):
             tensors = {key: t if t.is_meta else t.to(home) for key, t in tensors.items()}
         return tensors
 
+    def bank_factors(self, adapter: str) -> Factors:
+        """The tensors of `adapter` that the layers share."""
+        return self.__dict__[BANK].factors(adapter)
+
     def own_tensors(self, adapter: str) -> dict[str, nn.Parameter]:
         """The parameters that belong to this layer alone, by key."""
         if adapter not in self.stores:
@@ -162,4 +166,4 @@ class MethodLayer(BaseTunerLayer):
             return
         self.stores[adapter_name].move(home)  # type: ignore[operator]
         if any(in_bank for in_bank, _ in self.leaves[adapter_name].values()):
-            self.__dict__[BANK].factors(adapter_name).move(home)
+            self.bank_factors(adapter_name).move(home)
