@@ -39,7 +39,7 @@ class StorageError(ZigguratError, OSError):
 
 
 class DivergedError(ZigguratError, ArithmeticError):
-    """Training came to a loss or a weight that is NaN or infinite; the text says at which step and what is left."""
+    """Training came to a loss or a weight that is NaN or infinite; the text names the step and the last checkpoint."""
 
 
 class MissingExtraError(ZigguratError, ImportError):

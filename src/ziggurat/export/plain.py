@@ -43,7 +43,7 @@ def export_model(
     modules, one that vLLM allows (zeros fill it up), lora_alpha = r, nothing but factor pairs.
 
     Raises:
-        ExportError: the method isn't an update of linears; or, for serving, the rank is above 512 or
+        ExportError: the method's update is none of linear layers; or, for serving, the rank is above 512 or
             the adapter holds more than factor pairs (modules_to_save, biases).
     """
 

@@ -1,4 +1,4 @@
-"""An adapter as plain LoRA, in memory: on a linear every method is one factor pair (A, B), which is LoRA's.
+"""An adapter as plain LoRA, in memory: on a linear layer every method is one factor pair (A, B), which is LoRA's.
 
 W + B A is plain LoRA with lora_A = A, lora_B = B and lora_alpha = r, as the pair has its scale folded in.
 """
@@ -36,8 +36,8 @@ class PlainLora(NamedTuple):
 def plain_lora(model: nn.Module, rank: int | None = None, adapter: str = "default") -> PlainLora:
     """`adapter` of `model` as plain LoRA with the same updates, in memory: to send it to a server after each step.
 
-    For each adapted linear, in its dtype and on its device, A (rank, d_in) and B (d_out, rank) with B A the update
-    dW, its scale folded in, and lora_alpha = rank; what `modules_to_save` and `bias` train comes along. The tensors
+    For each adapted linear layer, in its dtype and on its device, A (rank, d_in) and B (d_out, rank) with B A = dW, the
+    update, its scale folded in, and lora_alpha = rank; what `modules_to_save` and `bias` train comes along. The tensors
     are copies. The model isn't touched, and may be wrapped (DDP, torch.compile). Where FSDP2 has sharded it, the
     shards are gathered: all processes must call this.
 
@@ -47,7 +47,8 @@ def plain_lora(model: nn.Module, rank: int | None = None, adapter: str = "defaul
             rank_pattern.
 
     Raises:
-        ExportError: the method's update is none of linears; a pair has a higher rank than `rank`; no such adapter.
+        ExportError: the method's update is none of linear layers, a pair has a higher rank than `rank`, or there is no
+            such adapter.
     """
     return as_plain(model, rank, adapter, grown=False)
 
@@ -80,7 +81,7 @@ def as_plain(
 
 @torch.no_grad()
 def lora_pairs(model: nn.Module, adapter: str = "default") -> dict[str, FactorPair]:
-    """The effective pair of every linear that `adapter` adapts, by the linear's path in the base model.
+    """The effective pair of every linear layer that `adapter` adapts, by its path in the base model.
 
     Raises:
         ExportError: the adapter has a part that no low-rank update of a weight can express; or it isn't there.
@@ -95,7 +96,7 @@ def lora_pairs(model: nn.Module, adapter: str = "default") -> dict[str, FactorPa
             raise ExportError(f"{path}: {_refusal(model, module, adapter)}")
     if not pairs:
         names = ", ".join(getattr(model, "peft_config", {})) or "none"
-        raise ExportError(f"adapter {adapter!r} adapts no linear of this model; its adapters: {names}.")
+        raise ExportError(f"adapter {adapter!r} adapts no linear layer of this model; its adapters: {names}.")
     return pairs
 
 
@@ -151,7 +152,7 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def _gathering() -> Callable[[Tensor], Tensor]:
-    """`whole`, which gathers a tensor that several linears share only once."""
+    """`whole`, which gathers a tensor that several linear layers share only once."""
     known: dict[int, tuple[Tensor, Tensor]] = {}
 
     def gathered(tensor: Tensor) -> Tensor:
@@ -165,11 +166,11 @@ def _gathering() -> Callable[[Tensor], Tensor]:
 
 
 def _refusal(model: nn.Module, module: BaseTunerLayer, adapter: str) -> str:
-    """Why a tuner layer that is no adapted linear can't become plain LoRA."""
+    """Why a tuner layer that is no adapted linear layer can't become plain LoRA."""
     config = getattr(model, "peft_config", {}).get(adapter)
     if getattr(config, "peft_type", None) == PeftType.LORA:
         return "this is a plain LoRA adapter already: use it as it is."
-    return getattr(module, "cannot_export", f"{type(module).__name__} is no update of a linear's weight")
+    return getattr(module, "cannot_export", f"{type(module).__name__} is no update of a linear layer's weight")
 
 
 def _lora_config(base: nn.Module, config: Any, ranks: dict[str, int]) -> LoraConfig:
@@ -217,7 +218,7 @@ def taken_for_experts(base: nn.Module, path: str) -> bool:
 
 
 def _targets(base: nn.Module, pairs: Collection[str], whole: list[str] | None) -> list[str] | str:
-    """What means exactly the adapted linears: their last names where they suffice, else whole paths, else a regex.
+    """Targets that name just the adapted layers: their last names where they suffice, else whole paths, else a regex.
 
     `whole`: the modules_to_save, in which PEFT looks for no targets.
     """

@@ -7,7 +7,7 @@ nothing of the config beside them. So the structure travels with the weights, an
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
@@ -110,27 +110,40 @@ class StructureBank(Bank):
 
 
 class StructureTuner(MethodTuner):
-    """Saves the structure beside the weights, and restores it before them."""
+    """Saves the structure beside the weights, and restores it before them.
+
+    Every way to load weights into a model that has the adapter already passes here: a Trainer that resumes or takes its
+    best checkpoint back knows nothing of the config beside the weights.
+    """
+
+    #: The name of the tensor that holds it.
+    structure_name: ClassVar[str] = STRUCTURE
+
+    @classmethod
+    def structure_of(cls, model: nn.Module, adapter: str) -> Any:
+        """What `restore_structure` needs, in plain lists and dicts; None where training changes nothing."""
+        return _config(model, adapter).structure
+
+    @classmethod
+    def restore_structure(cls, model: nn.Module, adapter: str, plain: Any) -> None:
+        """Let `adapter` have the structure that `structure_of` gave. Raises ConfigError where it is none."""
+        _config(model, adapter).set_structure(plain)
 
     @classmethod
     def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: PeftConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return {**state, STRUCTURE: to_tensor(_config(model, adapter_name).structure)}
+        state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        plain = cls.structure_of(model, adapter_name)
+        return state if plain is None else {**state, cls.structure_name: to_tensor(plain)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        weights = {name: tensor for name, tensor in state_dict.items() if name.rpartition(".")[2] != STRUCTURE}
+        weights = {name: t for name, t in state_dict.items() if name.rpartition(".")[2] != cls.structure_name}
         for name in state_dict.keys() - weights.keys():
-            _config(model, adapter_name).set_structure(from_tensor(state_dict[name]))
+            cls.restore_structure(model, adapter_name, from_tensor(state_dict[name]))
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
 
 

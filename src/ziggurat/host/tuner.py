@@ -343,7 +343,7 @@ def sites_of(method: Method, config: Any, model: nn.Module) -> dict[str, Site]:
     if config.speaks_of_depth and sites and all(not site.role for site in sites.values()):
         anatomy = Anatomy(model, layers_pattern=config.layers_pattern)
         if not anatomy.stacks:
-            anatomy.place(next(iter(sites)))  # raises: the config speaks of layers, and there are none
+            anatomy.place(next(iter(sites)))  # raises: the config has fields about layers, and there are none
     return sites
 
 
@@ -379,7 +379,7 @@ def linear_site(model: nn.Module, anatomy: Anatomy, path: str, module: nn.Module
 
 
 def check_tensors(method: Method, model: nn.Module, adapter: str, given: Mapping[str, Any]) -> None:
-    """Raise ConfigError if `given` lacks tensors that `adapter` has in `model`: what is left of it is another one."""
+    """Raise ConfigError if `given` lacks tensors that `adapter` has in `model`: without them it is another adapter."""
     names = {_bare_name(name) for name in given}
     held = {_bare_name(name) for name in model.state_dict(keep_vars=True)}
     wanted = [name for name in held if f".{method.store}.{adapter}." in f".{name}"]

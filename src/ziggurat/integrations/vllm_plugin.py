@@ -62,8 +62,8 @@ def served(folder: str, max_lora_rank: int, base_model: str | None = None) -> st
     place = Path(folder).expanduser()
     if not (place / CONFIG).is_file():
         return folder  # a name on the hub, or nothing: vLLM says which
-    said = read_json(place, CONFIG)
-    if not isinstance(said, dict) or not _is_ours(said.get("peft_type")):
+    content = read_json(place, CONFIG)
+    if not isinstance(content, dict) or not _is_ours(content.get("peft_type")):
         return folder
     from ziggurat.export import export
 

@@ -1,6 +1,6 @@
 """`ziggurat with METHOD ... -- PROGRAM`: a program that makes a LoraConfig trains another method, its code unmodified.
 
-The program and its child processes get what to do by a variable, which `ziggurat_door` sees at `import torch`.
+The program and its child processes get the request by a variable, which `ziggurat_door` sees at `import torch`.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def run_with(method: str, fields: Mapping[str, Any], program: Sequence[str]) -> 
         ConfigError: there is no such method, field or program; a value that can't be; or the program has ended well
             and no LoraConfig was made in it, so that nothing of it was trained by `method`.
     """
-    of_method(LoraConfig(), method, fields)  # mistakes are told before minutes have passed
-    found = shutil.which(program[0]) or shutil.which(program[0], path=str(Path(sys.executable).parent))
-    if found is None:
+    of_method(LoraConfig(), method, fields)  # raises before minutes have passed
+    executable = shutil.which(program[0]) or shutil.which(program[0], path=str(Path(sys.executable).parent))
+    if executable is None:
         raise ConfigError(f"there is no program {program[0]!r}: neither on PATH nor beside {sys.executable}.")
     with tempfile.TemporaryDirectory(prefix="ziggurat-with-") as folder:
         mark = Path(folder) / "made"
-        told = {"method": method, "fields": dict(fields), "plugins": loaded(), "mark": str(mark)}
-        code = _run([found, *program[1:]], {**os.environ, **SWITCHES, WITH: json.dumps(told)})
+        request = {"method": method, "fields": dict(fields), "plugins": loaded(), "mark": str(mark)}
+        code = _run([executable, *program[1:]], {**os.environ, **SWITCHES, WITH: json.dumps(request)})
         if code == 0 and not mark.exists():
             raise ConfigError(
                 f"{program[0]} has ended, and made no LoraConfig: nothing in it was trained by {method}. Does it train "
@@ -60,10 +60,10 @@ def turned(lora: LoraConfig) -> MethodConfig:
     """
     import ziggurat  # noqa: F401  registers the methods
 
-    told = json.loads(os.environ[WITH])
-    load(told["plugins"])
-    config = of_method(lora, told["method"], told["fields"])
-    mark = Path(told["mark"])
+    request = json.loads(os.environ[WITH])
+    load(request["plugins"])
+    config = of_method(lora, request["method"], request["fields"])
+    mark = Path(request["mark"])
     if mark.parent.is_dir():  # on another machine it isn't
         mark.touch()
     return config

@@ -1,1 +1,1 @@
-"""The language of recipes: keys, text, mistakes, and what each method may be told."""
+"""The language of recipes: keys, text, mistakes, and the fields of each method."""

@@ -57,7 +57,7 @@ class LoR2CConfig(MethodConfig):
         keep: whose weights a merged path goes on with: the "lower" layer's, or the "richer" (larger sum of
             singular values).
         max_span: the most layers that a merged path may cover (default: no limit).
-        target_modules: the linears of a layer that get plain LoRA when its path is given up (default: the
+        target_modules: the linear layers in a layer that get plain LoRA when its path is given up (default: the
             architecture's query and value, or what it fuses them into).
         inject_r: rank of that LoRA (default: r / 2).
         inject_alpha: its alpha (default: lora_alpha).

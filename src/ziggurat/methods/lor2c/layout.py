@@ -1,4 +1,4 @@
-"""Where an adapter's paths lie in a model, and which linears may take over: found, and checked, before any change."""
+"""Where an adapter's paths lie in a model, and which linear layers may take over, checked before any change."""
 
 import re
 from collections.abc import Sequence
@@ -56,8 +56,8 @@ def lay_out(config: LoR2CConfig, model: nn.Module, anatomy: Anatomy, model_type:
     """Where `config`'s paths lie in `model`. Changes nothing.
 
     Raises:
-        ConfigError: spans that overlap or leave their stack, more events than paths allow, no linears to take over,
-            a rank above the width, a width that can't be seen, no stack of layers at all.
+        ConfigError: spans that overlap or leave their stack, more events than paths allow, no linear layers to take
+            over, a rank above the width, a width that can't be seen, no stack of layers at all.
     """
     if not anatomy.stacks:
         lists = ", ".join(
@@ -68,7 +68,7 @@ def lay_out(config: LoR2CConfig, model: nn.Module, anatomy: Anatomy, model_type:
         raise ConfigError(
             f"{type(model).__name__} has no stack of layers for paths to go around; its lists are: {lists or 'none'}. "
             "If one of them holds the layers, set layers_pattern to the last part of its path; otherwise take a method "
-            "that adapts linears."
+            "that adapts linear layers."
         )
     layout = Layout()
     stacks = {stack: anatomy.layers(stack) for stack in anatomy.stacks}
@@ -94,7 +94,7 @@ def lay_out(config: LoR2CConfig, model: nn.Module, anatomy: Anatomy, model_type:
 
 
 def _chosen(config: LoR2CConfig, stack: str, layers: Sequence[str], model: nn.Module) -> list[int]:
-    """The layers of `stack` that the user wants; none of a stack without linears, such as one of convolutions."""
+    """The layers of `stack` that the user wants; none of a stack without linear layers, such as one of convolutions."""
     if not any(is_adaptable(module) for path in layers for module in model.get_submodule(path).modules()):
         return []
     wanted = config.layers_to_transform

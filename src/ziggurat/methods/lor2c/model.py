@@ -19,10 +19,10 @@ from ziggurat.host.paths import CANT_MERGE, attach, detach, handover_of, path_of
 from ziggurat.host.quantised import FLOATS
 from ziggurat.host.registry import register
 from ziggurat.host.site import Site
-from ziggurat.host.structure import from_tensor, to_tensor
+from ziggurat.host.structure import StructureTuner
 from ziggurat.host.tensors import Weight
 from ziggurat.host.trainers import ride_along
-from ziggurat.host.tuner import MethodTuner, _quantization
+from ziggurat.host.tuner import _quantization
 from ziggurat.methods.lor2c.config import CITATION, EVENTS_FILE, STRUCTURE_KEY, LoR2CConfig
 from ziggurat.methods.lor2c.equations import pair, parts, tensors
 from ziggurat.methods.lor2c.layer import LoR2CLinear, LoR2CPath
@@ -30,9 +30,10 @@ from ziggurat.methods.lor2c.layout import Layout, lay_out, means
 from ziggurat.methods.lor2c.paths import Adapter, PathBank, acting, from_json, to_json
 
 
-class LoR2CModel(MethodTuner):
+class LoR2CModel(StructureTuner):
     """Puts LoR2C adapters into a model. Made by PEFT from a `LoR2CConfig`; see there."""
 
+    structure_name = STRUCTURE_KEY
     _layout: Layout | None = None
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -161,42 +162,21 @@ class LoR2CModel(MethodTuner):
         return model
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: PeftConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        known = _bank_of(model).known[adapter_name]
-        if known.config.restructures:
-            found[STRUCTURE_KEY] = to_tensor(
-                {"structure": to_json(known.structure, known.done), "log": known.config.log}
-            )
-        return found
+    def structure_of(cls, model: nn.Module, adapter: str) -> Any:
+        known = _bank_of(model).known[adapter]
+        if not known.config.restructures:
+            return None
+        return {"structure": to_json(known.structure, known.done), "log": known.config.log}
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Restore the structure that the weights belong to, then go on with the weights.
-
-        Every way to load weights into a model that has the adapter already passes here: a Trainer that
-        resumes or takes its best checkpoint back knows nothing of the config beside the weights.
-        """
-        weights = {key: value for key, value in state_dict.items() if key.rpartition(".")[2] != STRUCTURE_KEY}
-        for key in state_dict.keys() - weights.keys():
-            bank = _bank_of(model)
-            structure, done, log = _decode(state_dict[key])
-            bank.set_structure(adapter_name, structure, done)
-            bank.known[adapter_name].config.log = log
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
+    def restore_structure(cls, model: nn.Module, adapter: str, plain: Any) -> None:
+        bank = _bank_of(model)
+        structure, done, log = _decode(plain)
+        bank.set_structure(adapter, structure, done)
+        bank.known[adapter].config.log = log
 
 
-def _decode(coded: Tensor) -> tuple[Mapping[str, Any], int, list[dict[str, Any]]]:
-    plain = from_tensor(coded)
+def _decode(plain: Any) -> tuple[Mapping[str, Any], int, list[dict[str, Any]]]:
     try:
         log = [dict(entry) for entry in plain["log"]]
         structure = plain["structure"]

@@ -49,7 +49,7 @@ class PathBank(Bank):
 
     @property
     def linears(self) -> dict[str, dict[int, list[LoR2CLinear]]]:
-        """Stack -> layer -> the linears that can take over there."""
+        """Stack -> layer -> the linear layers that can take over there."""
         return self.__dict__["_linears"]
 
     def set_structure(self, adapter: str, structure: Structure, done: int = 0) -> None:

@@ -138,7 +138,7 @@ class LoRA2Callback(TrainerCallback):
     ) -> None:
         """Write averages and masks into the checkpoint's trainer_state.json, from where the Trainer reads them back.
 
-        A callback isn't told which folder a run resumes from, but it is given the state read there.
+        Trainer doesn't hand a callback the folder that a run resumes from, but the state that it read there.
         """
         if not isinstance(model, nn.Module) or not learning_adapters(model) or not (tensors := pruning_state(model)):
             return

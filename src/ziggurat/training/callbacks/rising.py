@@ -1,4 +1,4 @@
-"""A loss that rises above its start is told while the run goes on, with the likely cause."""
+"""Warns during a run when the loss rises above its start, with the likely cause."""
 
 from __future__ import annotations
 

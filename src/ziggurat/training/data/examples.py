@@ -48,11 +48,11 @@ def load_examples(recipe: Recipe) -> Examples:
     # All is checked before a part is split off, so that errors name rows of the file.
     if recipe.writes:
         read = _reader(recipe.task)
-        train, shape, told = read(recipe, train, data.train)
-        notes += told
+        train, shape, remarks = read(recipe, train, data.train)
+        notes += remarks
         if validation is not None:
-            validation, _, told = read(recipe, validation, data.validation or data.train)
-            notes += told
+            validation, _, remarks = read(recipe, validation, data.validation or data.train)
+            notes += remarks
     else:
         train, validation, names = _labelled(recipe, train, validation, notes)
     if validation is None:

@@ -126,7 +126,7 @@ def join() -> Processes:
     from accelerate import PartialState
 
     if not torch.accelerator.is_available() and way != "deepspeed":
-        # accelerate connects processes over processors only when told that these are meant.
+        # accelerate connects processes over processors only where its configuration names these.
         os.environ["ACCELERATE_USE_CPU"] = "true"
     state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true")
     if state.num_processes != size:

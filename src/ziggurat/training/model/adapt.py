@@ -24,7 +24,7 @@ class Counts:
     """Trainable numbers, each counted once however many layers share it.
 
     `adapter` are the method's own, `head` the fresh modules', `lora` what plain LoRA of the same rank on the same
-    linears has (None where the method has no rank).
+    linear layers has (None where the method has no rank).
     """
 
     adapter: int

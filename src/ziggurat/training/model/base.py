@@ -64,7 +64,7 @@ def load_base(
 ) -> Base:
     """Load the base model of a task with its head.
 
-    `four_bits`: all linears but those of the head become NF4 with doubly quantised constants (QLoRA).
+    `four_bits`: all linear layers but those of the head become NF4 with doubly quantised constants (QLoRA).
 
     Raises RecipeError when the model can't be found or read, has no head for the task, or can't be quantised here;
     MissingExtraError where packages that it needs aren't installed.

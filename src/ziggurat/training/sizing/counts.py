@@ -42,8 +42,8 @@ def vera(some: Iterable[Site], config: Any) -> int:
 def lily(some: Iterable[Site], config: Any) -> int:
     """sum over groups of num_B r d_out + ceil(n / stride_A) r d_in + n num_B r.
 
-    A group is the n linears of one target and one shape: they share their experts B, `stride_A` neighbours share one A,
-    and each has a router of its own.
+    A group is the n linear layers of one target and one shape: they share their experts B, `stride_A` neighbours
+    share one A, and each has a router of its own.
     """
     named = config.target_modules
     groups: dict[tuple[str, int, int], int] = {}
