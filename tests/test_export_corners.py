@@ -88,6 +88,40 @@ def test_the_command_merges_pefts_own_lora_of_a_tied_head(tmp_path: Path) -> Non
     assert_models_agree(logits(merged, LLAMA.inputs()), expected)
 
 
+@pytest.mark.parametrize("config", [MSPLoraConfig, LoraConfig])
+def test_a_tied_head_whose_rows_train_is_merged_with_them(config: Any, tmp_path: Path) -> None:
+    base = stored(tied_llama(), tmp_path / "base", AutoModelForCausalLM)
+    fields = {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": [5, 7], "task_type": "CAUSAL_LM"}
+    torch.manual_seed(0)
+    model = get_peft_model(base, config(r=4, **fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    inputs = {"input_ids": torch.tensor([[5, 7, 3, 2]])}
+    expected = logits(model, inputs)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    if config is MSPLoraConfig:  # PEFT merges its own past the rows
+        model.merge_adapter()
+        assert_models_agree(logits(model, inputs), expected)
+        model.unmerge_adapter()
+        assert_models_agree(logits(model, inputs), expected)
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged")).eval()
+    assert_models_agree(logits(merged, inputs), expected)
+
+
+def test_an_adapter_of_another_size_is_told_so_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = stored(tied_llama(), tmp_path / "base", AutoModelForCausalLM)
+    base.resize_token_embeddings(base.config.vocab_size + 3, mean_resizing=False)
+    fields = {"target_modules": ["lm_head"], "trainable_token_indices": [5], "task_type": "CAUSAL_LM"}
+    get_peft_model(base, LoraConfig(r=4, **fields)).save_pretrained(str(tmp_path / "adapter"))  # without the embedding
+    assert main("merge", str(tmp_path / "adapter"), str(tmp_path / "merged")) == 2
+    assert "doesn't fit its base model: base_model.model.lm_head" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("model", "query"), [("t5", "q"), ("bart", "q_proj")])
 def test_a_merge_into_the_tied_head_of_an_encoder_with_a_decoder(model: str, query: str, tmp_path: Path) -> None:
     base = stored(ZOO[model].build(), tmp_path / "base", AutoModelForSeq2SeqLM)

@@ -318,6 +318,17 @@ def test_a_gradient_through_one_linear_leaves_the_others_theirs(first: str, p: f
         torch.testing.assert_close(with_inner, without, **DOUBLE)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_an_input_that_was_changed_before_the_backward_is_refused_in_plain_words(dropout: float) -> None:
+    model = adapted(p=dropout)
+    x = torch.randn(2, 3, 12, dtype=torch.double, requires_grad=True) * 1
+    q = model.get_submodule("base_model.model.self_attn").q_proj(x)
+    with torch.no_grad():
+        x.add_(1)
+    with pytest.raises(RuntimeError, match=r"x = x \+ y for x \+= y"):
+        q.sum().backward()
+
+
 @versions.shares
 def test_what_changes_between_two_backward_passes_is_refused() -> None:
     model = adapted()

@@ -118,9 +118,21 @@ def load_base(folder: str | Path, base_model: str | None = None, *, on_meta: boo
 
 
 def load_adapter(folder: str | Path, base: nn.Module) -> PeftModel:
-    """`base` with the adapter in `folder` put in, ready for inference."""
+    """`base` with the adapter in `folder` put in, ready for inference.
+
+    Raises:
+        ConfigError: the adapter's tensors have other shapes than `base` asks for.
+    """
     on_meta = any(p.is_meta for p in base.parameters())
-    return PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=on_meta).eval()
+    try:
+        return PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=on_meta).eval()
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise ConfigError(
+            f"the adapter in {folder} doesn't fit its base model: {str(error).partition('size mismatch for ')[2].strip()} "
+            "Name the model that it was trained on; if its vocabulary has grown, a model that was saved after that."
+        ) from error
 
 
 def _auto_class(config: PeftConfig, folder: str | Path) -> Any:

@@ -1,9 +1,11 @@
 """The adapted linear layer: forward, delta, merge and unmerge around one effective factor pair, for every method."""
 
+import copy
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -62,6 +64,8 @@ class AdaptedLinear(MethodLayer, nn.Module):
         self.shares_weight = False
         #: That parameter, in a tuple, while a merge has taken the two apart.
         self._tied: tuple[nn.Parameter, ...] = ()
+        #: The base layer with rows that train, in a tuple, while a merge has put a plain layer in its place.
+        self._with_rows: tuple[nn.Module, ...] = ()
 
     def weight_of_base(self, path: str) -> Weight:
         """The frozen weight, (d_out, d_in), for an initialisation that starts from it."""
@@ -155,6 +159,8 @@ class AdaptedLinear(MethodLayer, nn.Module):
             if self.quantization_backend is not None:
                 self._shift_quantised(adapter, +1.0, safe_merge)
             else:
+                if isinstance(self.base_layer, TrainableTokensWrapper):  # its rows replace those of its weight
+                    self._with_rows, self.base_layer = (self.base_layer,), rows_merged(self.base_layer)
                 base: Any = self.get_base_layer()
                 before = base.weight.data if self._unmerged is None else self._unmerged.to(base.weight.device)
                 summed = self._with_updates(before, [*self.merged_adapters, adapter])
@@ -176,6 +182,8 @@ class AdaptedLinear(MethodLayer, nn.Module):
                 base.weight.data = self._unmerged.to(base.weight.device)
             self._unmerged = None
             self.merged_adapters.clear()
+        if self._with_rows:
+            self.base_layer, self._with_rows = self._with_rows[0], ()
         if (bank := self.__dict__.get(BANK)) is not None:
             bank.unmerge()  # it only notes which adapters are merged
         while self.merged_adapters:
@@ -205,6 +213,15 @@ class AdaptedLinear(MethodLayer, nn.Module):
 
     def __repr__(self) -> str:
         return f"{self.method.name}.{nn.Module.__repr__(self)}"
+
+
+def rows_merged(wrapper: TrainableTokensWrapper) -> nn.Module:
+    """The linear layer in PEFT's `wrapper` (trainable_token_indices) with the trained rows in a weight of its own."""
+    inner: Any = wrapper.token_adapter.base_layer
+    layer = copy.copy(inner)
+    layer._parameters = dict(inner._parameters)
+    layer.weight = nn.Parameter(wrapper.weight.detach().clone(), requires_grad=False)
+    return layer  # type: ignore[no-any-return]
 
 
 def _check_finite(weight: Tensor, adapter: str, safe: bool) -> None:

@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
-from ziggurat.host.linear import AdaptedLinear
+from ziggurat.host.linear import AdaptedLinear, rows_merged
 
 
 def note_shared(model: nn.Module, layers: Iterable[AdaptedLinear]) -> None:
@@ -22,10 +23,15 @@ def note_shared(model: nn.Module, layers: Iterable[AdaptedLinear]) -> None:
 
 
 def untie(model: nn.Module) -> None:
-    """Give each linear layer below an adapter of PEFT's own methods, which merge in place, a weight of its own."""
+    """Give each linear layer below an adapter of PEFT's own methods, which merge in place, a weight of its own.
+
+    With its trained rows, where it has some (trainable_token_indices): PEFT would merge past them.
+    """
     shared = _shared(model)
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer) and not isinstance(layer, AdaptedLinear):
+            if isinstance(getattr(layer, "base_layer", None), TrainableTokensWrapper):
+                layer.base_layer = rows_merged(layer.base_layer)  # type: ignore[arg-type]
             base: Any = layer.get_base_layer()
             weight = base._parameters.get("weight") if isinstance(base, nn.Linear) else None
             if weight is not None and id(weight) in shared:

@@ -181,7 +181,16 @@ def _saved(ctx: Any, dhs: Sequence[Tensor | None]) -> tuple[Any, ...]:
     They are one node of the graph, which autograd empties when it has been gone through; layers that went down alone
     would be a node each.
     """
-    tensors, versions = getattr(ctx, "kept", None) or (ctx.saved_tensors, None)
+    try:
+        tensors, versions = getattr(ctx, "kept", None) or (ctx.saved_tensors, None)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "the input of an adapted linear layer, or a factor of its adapter, was changed in place after the layer's "
+            "forward and before its backward, which needs it as it was. Write x = x + y for x += y where the input is "
+            f"made, or pass x.clone(). Torch says: {error}"
+        ) from error
     if versions is not None and versions != _versions(tensors):
         raise RuntimeError(
             "an adapted linear layer's input or factor was changed in place between two backward passes."
