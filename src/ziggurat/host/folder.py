@@ -129,8 +129,9 @@ def load_adapter(folder: str | Path, base: nn.Module) -> PeftModel:
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise
+        mismatch = str(error).partition("size mismatch for ")[2].strip()
         raise ConfigError(
-            f"the adapter in {folder} doesn't fit its base model: {str(error).partition('size mismatch for ')[2].strip()} "
+            f"the adapter in {folder} doesn't fit its base model: {mismatch} "
             "Name the model that it was trained on; if its vocabulary has grown, a model that was saved after that."
         ) from error
 

@@ -218,9 +218,10 @@ class AdaptedLinear(MethodLayer, nn.Module):
 def rows_merged(wrapper: TrainableTokensWrapper) -> nn.Module:
     """The linear layer in PEFT's `wrapper` (trainable_token_indices) with the trained rows in a weight of its own."""
     inner: Any = wrapper.token_adapter.base_layer
+    weight: Any = wrapper.weight
     layer = copy.copy(inner)
     layer._parameters = dict(inner._parameters)
-    layer.weight = nn.Parameter(wrapper.weight.detach().clone(), requires_grad=False)
+    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     return layer  # type: ignore[no-any-return]
 
 
