@@ -54,10 +54,18 @@ class Run(NamedTuple):
 
 
 def missing(plan: dict[str, Any], lines: list[dict[str, Any]]) -> Iterator[Run]:
-    """The runs that can be started, in the plan's order: a group's first rates, its other rates, its other seeds."""
+    """The runs that can be started, in the plan's order: a group's first rates, its other rates, its other seeds.
+
+    With `seeds_first` the other seeds of the first rates come before the other rates.
+    """
     done = {line["key"]: line for line in lines}
     for group in plan["groups"]:
         tuned = [_tuning(plan, group, name, rates, done) for name, rates in group["rates"].items()]
+        if group.get("seeds_first"):
+            firsts = [runs[0]._replace(seed=seed) for seed in plan["seeds"] for runs in tuned]
+            yield from (run for run in firsts if run.key not in done and (run.config or run.seed == plan["seeds"][0]))
+            if any(run.key not in done for run in firsts if run.config):
+                return
         longest = max(map(len, tuned))
         turns = [runs[turn] for turn in range(longest) for runs in tuned if turn < len(runs)]
         yield from (run for run in turns if run.key not in done)
