@@ -1,5 +1,6 @@
 """Settings of all tests. Lying here, it also puts this folder on the import path: `from zoo import ZOO`."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,6 +16,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A deadline fails on a busy machine whatever the code does.
 settings.register_profile("ziggurat", deadline=None)
 settings.load_profile("ziggurat")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_there_is_left_alone_by_the_collector() -> None:
+    """Trainer collects garbage after each run; the libraries' millions of objects, which stay, made that half of it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # extension modules look at their leaks when the process ends
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ TO_TRAIN = "datasets, peft, sklearn.metrics, transformers.trainer"
 FORKS = sys.platform == "linux"
 
 _WAIT = """
-import json, os, sys, traceback
+import gc, json, os, sys, traceback
 import IMPORTS
 
 def run(program, words, folder, out, err):
@@ -38,6 +38,7 @@ def run(program, words, folder, out, err):
     os._exit(code)
 
 assert "ziggurat" not in sys.modules
+gc.freeze()
 for line in sys.stdin:
     child = os.fork()
     if child == 0:

@@ -63,7 +63,7 @@ def shares(rehearse: bool) -> list[list[Case]]:
     # The interpreter multiplies bf16 numbers as if their codes were integers.
     dtypes = (torch.float16,) if rehearse else (torch.bfloat16, torch.float16)
     shapes, dropouts = (SMALL_SHAPES, DROPOUTS[:2]) if rehearse else (SHAPES, DROPOUTS)
-    kinds = [(rank, *rest) for rank, *rest in itertools.product((14, 1) if rehearse else RANKS, dtypes, (False, True))]
+    kinds = [(rank, *rest) for rank, *rest in itertools.product((14,) if rehearse else RANKS, dtypes, (False, True))]
     turns = itertools.cycle(shapes)
     found = [
         [Case(rank, dtype, dtype if same else torch.float32, p, *next(turns)) for p in dropouts]

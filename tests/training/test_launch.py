@@ -108,7 +108,7 @@ def jobs(place: Place, name: str, listed: list[dict[str, Any]]) -> list[str]:
 def launched(place: Place, fresh: Fresh) -> Place:
     """All runs on two processes, in one launch, which ends with one that fails where a finished run lies.
 
-    torchrun itself launches the runs of other tests: its three processes load the libraries anew.
+    A launcher's own processes load the libraries anew: that of accelerate, which is torchrun's, has a test below.
     """
     words = place.words("kept", "train.max_steps=2")
     train(load_recipe(words[0], words[1:]))
@@ -207,9 +207,9 @@ def test_a_failed_process_ends_the_job_and_spoils_nothing(launched: Place) -> No
     assert (launched.folder / "kept.unfinished" / "checkpoints" / "checkpoint-4").is_dir()
 
 
-def test_a_killed_process_is_told_of(place: Place) -> None:
+def test_a_killed_process_is_told_of(place: Place, fresh: Fresh) -> None:
     job = {"words": place.words("killed"), "trouble": ["SIGKILL", 1, 5]}
-    code, output = launch(TORCHRUN, *jobs(place, "killing", [job]))
+    code, output = launch_forks(fresh, *jobs(place, "killing", [job]))
     said = [line for line in output.splitlines() if line.startswith("error")]
     assert code != 0 and len(said) == 1 and said[0].startswith("error in process 0 of 2: process 0 of 2 has lost")
     assert not list(place.folder.glob("killed*"))
