@@ -169,3 +169,40 @@ def test_a_run_stopped_by_ctrl_c_resumes_to_the_very_same_adapter(
 
     weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (out, straight)]
     assert weights[0] == weights[1]
+
+
+def test_answers_as_files_from_stdin_and_a_system_prompt_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import csv
+    import io
+
+    import pyarrow.parquet as pq
+
+    texts = ["the film is\nvery good", 'the "plot", bad', "the music"]
+    file = tmp_path / "texts.json"
+    file.write_text(json.dumps([{"text": text} for text in texts]))
+    words = ["predict", str(place / "out"), "--file", str(file), "--batch", "2"]
+    for name in ("a.csv", "a.json", "a.jsonl", "a.parquet"):
+        assert main(*words, "--out", str(tmp_path / name)) == 0
+    with (tmp_path / "a.csv").open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    assert [row["text"] for row in rows] == texts
+    assert list(rows[0]) == ["text", "answer", "probability_neg", "probability_pos"]
+    as_json = json.loads((tmp_path / "a.json").read_text())
+    assert as_json == pq.read_table(tmp_path / "a.parquet").to_pylist()
+    assert as_json == [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    capsys.readouterr()
+    assert main(*words) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3  # a line a row, whatever line breaks a text has
+    monkeypatch.setattr("sys.stdin", io.StringIO("the film\n\nthe plot\n"))
+    assert main("predict", str(place / "out"), "-", "--json") == 0
+    assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == ["the film", "the plot"]
+    for more, said in (
+        (["a text", "--system", "Be brief."], "not trained on conversations"),
+        (["a text", "--out", str(tmp_path / "a.xlsx")], ".csv, .json, .jsonl, .parquet are written"),
+    ):
+        assert main("predict", str(place / "out"), *more) == 2
+        assert said in capsys.readouterr().err
+    assert main("chat", str(place / "out")) == 2
+    assert "writes no texts: use `ziggurat predict`" in capsys.readouterr().err

@@ -181,11 +181,15 @@ def test_the_command(adapter: Path, data: Path, tmp_path: Path, monkeypatch: pyt
     out = tmp_path / "scores.json"
     words = ["ziggurat", "eval", str(adapter), "--tasks", "mmlu", "--data", str(data), "--limit", "2"]
     monkeypatch.setattr("sys.argv", [*words, "--out", str(out)])
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code
     written = json.loads(out.read_text())["scores"]["mmlu"]
-    assert written["rows"] == 4 and f"mmlu: acc {written['acc']:.2f} (4 rows)" in capsys.readouterr().out
+    error = json.loads(out.read_text())["standard_errors"]["mmlu"]["acc"]
+    said = capsys.readouterr()
+    assert written["rows"] == 4 and f"mmlu: acc {written['acc']:.2f} ± {error:.2f} (4 rows)" in said.out
+    assert said.err == ""  # neither bars nor what git says of this folder
     monkeypatch.setattr("sys.argv", ["ziggurat", "eval", str(adapter), "--tasks", "humaneval"])
     with pytest.raises(SystemExit) as ended:
         cli.main()

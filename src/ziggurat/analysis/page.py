@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from ziggurat.errors import ConfigError
@@ -41,9 +41,8 @@ def report(folders: Sequence[str | Path]) -> str:
     if not folders:
         raise ConfigError("name one run folder or more.")
     runs = [replace(read_run(folder), name=name) for folder, name in zip(folders, names_of(folders), strict=True)]
-    loader = FileSystemLoader(Path(__file__).parent)
-    template = Environment(autoescape=True, undefined=StrictUndefined, loader=loader).get_template(TEMPLATE)
-    return template.render(
+    return template().render(
+        refresh=None,
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         scores=_scores(runs),
         cost=_cost(runs),
@@ -55,12 +54,19 @@ def report(folders: Sequence[str | Path]) -> str:
                 "inside": _inside(run),
                 "events": [[str(event.get(key, "")) for key in ("step", "kind", "reason")] for event in run.events],
                 "pruned": _pruned(run),
+                "answers": list(_answered(run.values)),
                 "recipe": run.recipe,
                 "versions": ", ".join(f"{name} {v}" for name, v in run.values.get("versions", {}).items()),
             }
             for run in runs
         ],
     )
+
+
+def template() -> Template:
+    """The page, to be filled in; every text is escaped."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    return Environment(autoescape=True, undefined=StrictUndefined, loader=loader).get_template(TEMPLATE)
 
 
 def names_of(folders: Sequence[str | Path]) -> list[str]:
@@ -134,6 +140,27 @@ def _curves(runs: Sequence[Run]) -> Iterator[str]:
         if any(len(x) > 1 for x, _ in series.values()):
             title = titles.get(name, f"Validation {name.removeprefix('eval_')}")
             yield svg.line_chart(title, series, "epoch")
+
+
+def _answered(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Tables of a classifier's scores by class and its surest mistakes; of answers before training and after."""
+    found = values.get("by_class") or {}
+    classes = found.get("classes") or []
+    if classes:
+        head = ["class", "rows", "precision", "recall", "F1", *(f"answered {row['name']}" for row in classes)]
+        rows = [
+            [row["name"], str(row["rows"]), *(_number(row[key]) for key in ("precision", "recall", "f1")), *map(str, n)]
+            for row, n in zip(classes, found["confusion"], strict=True)
+        ]
+        yield {"title": "by class (%), and its rows by answer", "head": head, "rows": rows}
+    if mistakes := found.get("mistakes"):
+        rows = [[_number(m["probability"]), m["answer"], m["label"], m["text"]] for m in mistakes]
+        head = ["probability", "answer", "label", "text"]
+        yield {"title": "most confident mistakes on the validation rows", "head": head, "rows": rows}
+    if answers := values.get("answers"):
+        keys = ("question", "expected", "before", "after")
+        rows = [[row.get(key, "-") for key in keys] for row in answers]
+        yield {"title": "answers to validation questions", "head": keys, "rows": rows}
 
 
 def _inside(run: Run) -> Section | None:

@@ -15,9 +15,11 @@ from ziggurat.errors import ZigguratError, first_line
 from ziggurat.terminal import say
 
 from .analyze import analyze, report
+from .chat import chat
 from .compare import compare
 from .doctor import doctor
 from .evaluate import evaluate
+from .init import init
 from .launch import launch_config
 from .plan import plan, suggest
 from .train import predict, recipes, train
@@ -62,6 +64,8 @@ for command in (train, predict, recipes, export, merge, analyze, report, doctor,
     app.command()(command)
 app.command(name="eval")(evaluate)
 app.command()(compare)
+app.command()(init)
+app.command()(chat)
 app.command(name="launch-config")(launch_config)
 # What comes after the program's name is its own, whatever it looks like.
 app.command(name="with", context_settings={"allow_interspersed_args": False})(with_method)

@@ -58,13 +58,52 @@ def analyze(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("report.html"),
+    follow: Annotated[
+        bool, typer.Option("--follow", help="A run that trains: print what it logs, and keep a page of its curves.")
+    ] = False,
 ) -> None:
     """Write one HTML page, without network, about one run or several."""
     from ziggurat.analysis.page import report as page
 
-    text = page(runs)
+    if follow:
+        if len(runs) != 1:
+            raise typer.BadParameter(f"--follow watches one run at a time, not {len(runs)}")
+        _follow(runs[0], out)
+    _write(out, page(runs))
+
+
+def _write(out: Path, text: str, tell: bool = True) -> None:
+    """Write a page, over an older page alone. Raises ExportError."""
     head = text.partition("<title>")[0]
     if out.exists() and not (out.is_file() and out.read_bytes().startswith(head.encode())):
         raise ExportError(f"'{out}' exists and is no report of this command; name another file by --out")
     write_whole(out, text)
-    say(f"{out}: {len(text.encode()) // 1024 + 1} KiB")
+    if tell:
+        say(f"{out}: {len(text.encode()) // 1024 + 1} KiB")
+
+
+def _follow(run: Path, out: Path) -> None:
+    """Print what a run logs, and write its page anew, until it is finished. Raises ConfigError if it goes away."""
+    import time
+
+    from ziggurat.analysis.live import live_page, places_of, read_progress
+    from ziggurat.training.callbacks.progress import line_of
+
+    told: list[str] = []
+    written = False
+    while True:
+        final, work = places_of(run)
+        if not work.is_dir():
+            return
+        lines = read_progress(work)
+        new = [text for text in map(line_of, lines) if text not in told]
+        for text in new:
+            say(text)
+        if new or not written:
+            _write(out, live_page(final, lines), tell=not written)
+        told, written = told + new, True
+        time.sleep(_EVERY)
+
+
+#: Seconds between two looks at a run that is followed.
+_EVERY = 1.0

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ziggurat.errors import RecipeError
 from ziggurat.files.staging import check_writable, write_whole
-from ziggurat.terminal import say
+from ziggurat.terminal import Console, say
 
 if TYPE_CHECKING:
     from ziggurat.evaluation.subject import Subject
@@ -20,8 +21,16 @@ _HELP = "Adapter folder; or a model without adapter: its folder, .gguf file or n
 
 def evaluate(
     adapter: Annotated[str, typer.Argument(help=_HELP)],
-    tasks: Annotated[str, typer.Option(help="mmlu,bbh,drop,humaneval, glue/<task>, or any text task of lm-eval.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of local parquet, one folder a task; else the hub.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="mmlu,bbh,drop,humaneval, glue/<task>, or any text task of lm-eval.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Without --tasks: a labelled file of your own, in the form of the run's data. "
+            "With --tasks: folder of local parquet, one folder a task; else the hub."
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions per task (a subject of MMLU is a task).")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Texts at a time (batch size).")] = 8,
     dtype: Annotated[
@@ -38,18 +47,20 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the scores to.")] = None,
 ) -> None:
-    """Score a trained adapter, or a model without one, on tasks."""
+    """Score a trained adapter on a labelled file of your own; or an adapter, or a model without one, on tasks."""
+    if tasks is None:
+        return own(adapter, data, limit=limit, batch=batch, out=out)
     glue, rest = _read_tasks(tasks)
     _check_options(glue, dtype, limit, predictions)
     out, predictions, keep_tasks = (path and path.expanduser() for path in (out, predictions, keep_tasks))
-    # Scoring takes hours; a place that takes no file is to be known before.
-    for place in (out, predictions and predictions / "x.tsv", keep_tasks and keep_tasks / "x.yaml"):
-        if place is not None:
-            check_writable(place)
+    _check_places(out, predictions and predictions / "x.tsv", keep_tasks and keep_tasks / "x.yaml")
     _check_needs(glue, rest)
+    from ziggurat.evaluation.subject import load_subject
+
     subject = _find(adapter, glue, rest, dtype, data, server=predictions is not None)
     scores: dict[str, dict[str, float]] = {}
     per_cent: dict[str, list[str]] = {}
+    errors: dict[str, dict[str, float]] = {}
     with ExitStack() as stack:
         ready: list[Any] = []
         if rest:
@@ -59,22 +70,57 @@ def evaluate(
             ready = stack.enter_context(
                 make_ready(rest, data=data, limit=limit, run_code=run_generated_code, keep=keep_tasks)
             )
-        if subject.kind == "base":
-            say(f"{adapter}: a model without adapter")
-        from ziggurat.evaluation.subject import load_subject
-
         model, tokenizer, loaded = load_subject(subject, dtype)
         for name in glue:
             scores |= _glue(loaded, name, data, limit, predictions)
         per_cent |= {task: [name for name in values if not name.endswith(_PLAIN)] for task, values in scores.items()}
         for score in lm.score(model, tokenizer, ready, limit=limit, batch=batch) if rest else ():
             scores[score.task] = {**score.scores, "rows": float(score.rows)}
-            per_cent[score.task] = list(score.per_cent)
-            say(_scores(score.task, scores[score.task], per_cent[score.task]))
+            per_cent[score.task], errors[score.task] = list(score.per_cent), score.errors
+            say(_scores(score.task, scores[score.task], per_cent[score.task], score.errors))
+    key = "model" if subject.kind == "base" else "adapter"
+    _write(out, {key: adapter, "scores": scores, "per_cent": per_cent, "standard_errors": errors})
+
+
+def _write(out: Path | None, values: dict[str, Any]) -> None:
+    """Write scores into a file, where one is named. Raises StorageError."""
     if out is not None:
-        key = "model" if subject.kind == "base" else "adapter"
-        text = json.dumps({key: adapter, "scores": scores, "per_cent": per_cent}, indent=2) + "\n"
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         write_whole(out, text, then="The scores stand above; nothing was changed there.")
+
+
+def own(adapter: str, file: Path | None, *, limit: int | None, batch: int, out: Path | None) -> None:
+    """`ziggurat eval ADAPTER --data FILE`. Raises RecipeError for what `ziggurat train` didn't write."""
+    from dataclasses import asdict
+
+    from ziggurat.evaluation.own import read_file, score_rows
+    from ziggurat.evaluation.subject import find_subject
+    from ziggurat.training.answers.load import load_adapter_model
+    from ziggurat.training.loop.report import class_table
+
+    if file is None:
+        raise typer.BadParameter("say what to score on: --data FILE, a labelled file of your own, or --tasks")
+    out = out and out.expanduser()
+    _check_places(out)
+    subject = find_subject(adapter)
+    if subject.recipe is None or subject.head is None:
+        raise RecipeError(
+            f"--data: a file is scored in the form of the run's data, and '{adapter}' was not written by "
+            "`ziggurat train`; --tasks scores other adapters and models"
+        )
+    table, notes = read_file(subject.recipe, subject.head, file, limit)
+    found = score_rows(load_adapter_model(adapter), file, table, notes, batch=batch)
+    for note in found.notes:
+        say(f"note: {note}")
+    for name, value in found.scores.items():
+        digits, sign = (2, "%") if name in found.per_cent else (4, "")
+        interval = found.intervals.get(name)
+        spread = f"  (95% interval {interval[0]:.{digits}f} to {interval[1]:.{digits}f})" if interval else ""
+        say(f"{name} {value:.{digits}f}{sign}{spread}")
+    say(f"rows {found.rows:,}")
+    if found.by_class:
+        Console().print(class_table(found.by_class), highlight=False)
+    _write(out, {"adapter": adapter, "data": str(file), **asdict(found)})
 
 
 def _read_tasks(tasks: str) -> tuple[list[str], list[str]]:
@@ -97,6 +143,13 @@ def _check_options(glue: list[str], dtype: str, limit: int | None, predictions: 
         )
 
 
+def _check_places(*places: Path | None) -> None:
+    """Scoring takes hours; a place that takes no file is to be known before."""
+    for place in places:
+        if place is not None:
+            check_writable(place)
+
+
 def _find(adapter: str, glue: list[str], rest: list[str], dtype: str, data: Path | None, *, server: bool) -> Subject:
     """What is to be scored, seen to fit the tasks and their data before a model is loaded."""
     from ziggurat.evaluation.ready import check_folder
@@ -113,6 +166,8 @@ def _find(adapter: str, glue: list[str], rest: list[str], dtype: str, data: Path
         assert subject.recipe is not None
         folder = str(data) if data is not None else subject.recipe.data.folder
         check_data(name.removeprefix("glue/"), folder, server=server)
+    if subject.kind == "base":
+        say(f"{adapter}: a model without adapter")
     return subject
 
 
@@ -149,11 +204,13 @@ def _glue(
     return {name: scores}
 
 
-def _scores(task: str, scores: dict[str, float], per_cent: list[str]) -> str:
-    """Percentages with two digits; other scores with the four that lm-eval's own table has."""
-    shown = ", ".join(
-        f"{name} {value:.2f}" if name in per_cent else f"{name} {value:.4f}"
-        for name, value in scores.items()
-        if not name.endswith("rows")
-    )
+def _scores(task: str, scores: dict[str, float], per_cent: list[str], errors: dict[str, float] | None = None) -> str:
+    """Percentages with two digits, other scores with the four that lm-eval's own table has; with standard errors."""
+
+    def shown_of(name: str, value: float) -> str:
+        digits = 2 if name in per_cent else 4
+        error = f" ± {errors[name]:.{digits}f}" if errors and name in errors else ""
+        return f"{name} {value:.{digits}f}{error}"
+
+    shown = ", ".join(shown_of(name, value) for name, value in scores.items() if not name.endswith("rows"))
     return f"{task}: {shown} ({int(scores['rows']):,} rows)"

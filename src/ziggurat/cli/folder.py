@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ziggurat.errors import ExportError
+from ziggurat.terminal import say
 
 if TYPE_CHECKING:
     from ziggurat.training.answers.load import Loaded
@@ -36,3 +37,19 @@ def refuse_taken(out: Path) -> None:
     """Raises ExportError when something stands at `out` already, an empty folder excepted."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"'{out}' exists already; name another folder")
+
+
+def check_hub(repo: str | None) -> None:
+    """Where `--push-to-hub` names a repository, see that the hub knows this user. Raises ExportError."""
+    if repo is not None:
+        from ziggurat.export.push import check
+
+        check(repo)
+
+
+def push(folder: Path, repo: str | None, private: bool) -> None:
+    """Upload a folder where `--push-to-hub` names a repository. Raises ExportError."""
+    if repo is not None:
+        from ziggurat.export.push import push as upload
+
+        say(f"uploaded to {upload(folder, repo, private=private)}")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from ziggurat.files.staging import check_writable
 from ziggurat.terminal import Console, say
+
+from .chat import Adapter, Seed, System, Temperature, Tokens, TopK, TopP
+from .folder import check_hub, push
 
 
 def train(
@@ -19,6 +24,10 @@ def train(
             help="A recipe file or the name of one that ships, and values that replace its own.",
         ),
     ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the finished adapter to this repository of the hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A new repository is nobody else's to see.")] = False,
 ) -> None:
     """Fine-tune a model. Without an argument: the embedded model on the embedded data, in a few minutes, offline."""
     from ziggurat.recipe.needs import check as check_needs
@@ -30,6 +39,7 @@ def train(
         raise typer.BadParameter(f"one recipe at a time, not {' and '.join(names)}; values are written key=value")
     recipe = load_recipe(names[0] if names else "default", [word for word in given if word not in names])
     check_needs(recipe, "ziggurat train")
+    check_hub(push_to_hub)
 
     from ziggurat.host.plugins import loaded
     from ziggurat.training.callbacks.interrupt import Interrupted
@@ -56,40 +66,77 @@ def train(
                 say(f"Go on with: {resume_command([*given, *plugins])}")
         raise typer.Exit(128 + stopped.signal) from None
     show(console, recipe, result)
+    if is_main():
+        push(result.folder, push_to_hub, private)
 
 
 def predict(
-    adapter: Annotated[Path, typer.Argument(help="Folder that `ziggurat train` wrote.")],
-    text: Annotated[str | None, typer.Argument(help="The text (or instruction).")] = None,
+    adapter: Adapter,
+    text: Annotated[str | None, typer.Argument(help="The text (or instruction); -: a text a line from stdin.")] = None,
     second: Annotated[str | None, typer.Argument(help="The second text, for adapters that compare two.")] = None,
     file: Annotated[
         Path | None,
-        typer.Option(help="A .txt file with a text a line, or a table with the columns the adapter was trained on."),
+        typer.Option(
+            help="A .txt file with a text a line, or a table with the columns the adapter was trained on: "
+            "texts, prompts, or conversations with their system prompt and earlier turns."
+        ),
     ] = None,
+    out: Annotated[Path | None, typer.Option(help="csv, json, jsonl or parquet file to write, a row each.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-    tokens: Annotated[int, typer.Option(min=1, help="Longest answer of an instruction-tuned model.")] = 256,
+    batch: Annotated[int | None, typer.Option(min=1, help="Texts at a time (32 to score, 8 to write).")] = None,
+    tokens: Tokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    system: System = None,
 ) -> None:
     """Ask a trained adapter."""
     if (text is None) == (file is None):
         raise typer.BadParameter("give either a text or --file")
 
     from ziggurat.training.answers.load import load_adapter_model
-    from ziggurat.training.answers.predict import predict as answer
-    from ziggurat.training.answers.predict import read_texts
+    from ziggurat.training.answers.predict import predict_each, read_texts
+    from ziggurat.training.answers.write import check_ending, write_answers
+    from ziggurat.training.model.generate import Sampling
 
+    out = out and out.expanduser()
+    if out is not None:
+        check_ending(out)
+        check_writable(out)
     loaded = load_adapter_model(adapter)
+    seconds = [second] if second is not None else None
+    firsts: Any = [text]
     if file is not None:
         firsts, seconds = read_texts(file, loaded)
-    else:
-        firsts, seconds = [str(text)], [second] if second is not None else None
-    for prediction in answer(loaded, firsts, seconds, max_new_tokens=tokens):
-        say(prediction.to_json() if json else prediction.to_line(alone=file is None))
+    elif text == "-":
+        firsts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    sampling = Sampling(tokens, temperature, top_p, top_k, seed)
+    found = []
+    for prediction in predict_each(loaded, firsts, seconds, batch=batch, sampling=sampling, system=system):
+        found.append(prediction)
+        if out is None:
+            say(prediction.to_json() if json else prediction.to_line(alone=file is None and text != "-"))
+    if out is not None:
+        write_answers(out, found, seconds)
+        say(f"{len(found):,} answers written to {out}")
 
 
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe, to save and change it.")] = None,
+    keys: Annotated[bool, typer.Option("--keys", help="Print every key of a recipe with its meaning.")] = False,
 ) -> None:
-    """List the recipes that ship, or print one."""
+    """List the recipes that ship, or print one; or print every key that a recipe may have."""
+    if keys:
+        from ziggurat.recipe.schema import keys as all_keys
+
+        for key, info in all_keys().items():
+            default = info.get_default(call_default_factory=True)
+            given = "needed" if info.is_required() else "-" if default is None or default == "" else default
+            shown = str(given).lower() if isinstance(given, bool) else str(given)
+            say(f"{key:<26} {shown:<15} {info.description or ''}")
+        say(f"{'method.name':<26} {'needed':<15} its own fields are method.*")
+        return
     from ziggurat.recipe.recipe import find_recipe, shipped
     from ziggurat.recipe.text import read_yaml
 

@@ -10,10 +10,12 @@ import typer
 from ziggurat.host.bars import without_bars
 from ziggurat.terminal import say
 
-from .folder import adapter_of_a_run, refuse_taken
+from .folder import adapter_of_a_run, check_hub, push, refuse_taken
 
 Adapter = Annotated[Path, typer.Argument(help="Adapter folder.")]
 Out = Annotated[Path, typer.Argument(help="Folder to write.")]
+Push = Annotated[str | None, typer.Option(metavar="REPO", help="Upload what is written to this repository of the hub.")]
+Private = Annotated[bool, typer.Option("--private", help="Where the repository is new, nobody else sees it.")]
 Base = Annotated[str | None, typer.Option(help="The base model, where the adapter's own note of it is wrong.")]
 
 
@@ -27,12 +29,15 @@ def export(
         bool, typer.Option("--gguf", help="As --serving, and beside it adapter.gguf, by llama.cpp's own converter.")
     ] = False,
     base: Base = None,
+    push_to_hub: Push = None,
+    private: Private = False,
 ) -> None:
     """Write an adapter as plain LoRA, which stock PEFT loads."""
     from ziggurat import export as exporting
     from ziggurat.export.gguf import ADAPTER, converter, modelfile, write_gguf
 
     refuse_taken(out)
+    check_hub(push_to_hub)
     serving = serving or gguf
     if gguf:
         converter()  # refuses before anything is written
@@ -50,19 +55,22 @@ def export(
         model = base or str(adapter_config(out).base_model_name_or_path)
         say(f"llama.cpp's form of it is {write_gguf(out, model)}")
         (out / "Modelfile").write_text(modelfile(model, ADAPTER), encoding="utf-8")
+    push(out, push_to_hub, private)
 
 
-def merge(adapter: Adapter, out: Out, base: Base = None) -> None:
+def merge(adapter: Adapter, out: Out, base: Base = None, push_to_hub: Push = None, private: Private = False) -> None:
     """Merge an adapter into its model and write the whole model with its tokenizer."""
     from ziggurat import export as exporting
 
     refuse_taken(out)
+    check_hub(push_to_hub)
     loaded = adapter_of_a_run(adapter, base)
     with without_bars():
         if loaded is not None:
             exporting.merge_model(loaded.model, out, loaded.tokenizer)
         else:
             exporting.merge(adapter, out, base_model=base)
+    push(out, push_to_hub, private)
     if any(out.glob("modeling_*.py")):
         say(f"model with its paths written to {out}: load it with trust_remote_code=True, after reading its code")
     else:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from ziggurat.errors import RecipeError
 
@@ -14,13 +19,17 @@ from .ready import MAIN, Ready, ready
 from .sandbox import humaneval_program, run_program
 from .units import is_share
 
+#: Resamples for the standard errors that have no closed form; lm-eval's own default takes minutes for each.
+_RESAMPLES = 1000
+
 
 @dataclass(frozen=True)
 class TaskScore:
     """Scores of one task by metric, over `rows` questions.
 
     Those in `per_cent` are; the others (perplexities, bits per byte, BLEU, ...) are as lm-eval gives them. A metric
-    behind several filters has one score for each, named as in lm-eval's results: `exact_match,strict-match`.
+    behind several filters has one score for each, named as in lm-eval's results: `exact_match,strict-match`. `errors`
+    are lm-eval's standard errors of the scores that have one, in the same units.
     """
 
     task: str
@@ -29,6 +38,7 @@ class TaskScore:
     shots: int | None
     notes: list[str] = field(default_factory=list)
     per_cent: tuple[str, ...] = ()
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 def evaluate(
@@ -57,13 +67,13 @@ def evaluate(
     """
     check_writes_text(model)
     with ready(tasks, data=data, limit=limit, run_code=run_code, keep=keep) as ready_tasks:
-        return score(model, tokenizer, ready_tasks, limit=limit, batch=batch)
+        return list(score(model, tokenizer, ready_tasks, limit=limit, batch=batch))
 
 
 def score(
     model: Any, tokenizer: Any, tasks: list[Ready], *, limit: int | None = None, batch: int = 8
-) -> list[TaskScore]:
-    """Score `model` on tasks that `ready` has seen to.
+) -> Iterator[TaskScore]:
+    """Score `model` on tasks that `ready` has seen to; each task's scores come when it is done.
 
     Raises:
         RecipeError: the model doesn't write text, or has no room for as much as a task lets it write.
@@ -76,7 +86,7 @@ def score(
     lm = make(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     for task in tasks:
         _check_room(lm, task)
-    return [task_score for task in tasks for task_score in _scored(lm, task, limit)]
+    return (task_score for task in tasks for task_score in _scored(lm, task, limit))
 
 
 def check_writes_text(model: Any) -> None:
@@ -106,19 +116,38 @@ def _scored(lm: Any, task: Ready, limit: int | None) -> list[TaskScore]:
     import lm_eval
 
     simple_evaluate: Any = lm_eval.simple_evaluate
-    results: Any = simple_evaluate(
-        model=lm,
-        tasks=task.runs,
-        task_manager=task.manager,
-        num_fewshot=task.shots,
-        limit=limit,
-        bootstrap_iters=0,
-        log_samples=any("bypass" in part.aggregation() for part in task.parts.values()),
-        confirm_run_unsafe_code=True,  # `ready` has asked
-    )
+    with _quiet():
+        results: Any = simple_evaluate(
+            model=lm,
+            tasks=task.runs,
+            task_manager=task.manager,
+            num_fewshot=task.shots,
+            limit=limit,
+            bootstrap_iters=_RESAMPLES,
+            log_samples=any("bypass" in part.aggregation() for part in task.parts.values()),
+            confirm_run_unsafe_code=True,  # `ready` has asked
+        )
     if task.task == "humaneval":
         return [_judged(results["samples"][task.name])]
     return [_score(results, task, name) for root in task.roots for name in _with_scores(results, root)]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and remarks of lm-eval; nor does it ask git and the system about this machine, which nobody reads.
+
+    Its standard errors are computed in this process: it would fork one that holds the model for each processor.
+    """
+    from lm_eval import evaluator
+
+    with contextlib.ExitStack() as stack:
+        for name in ("get_git_commit_hash", "add_env_info"):
+            if hasattr(evaluator, name):
+                stack.enter_context(mock.patch.object(evaluator, name, lambda *_: None))
+        stack.enter_context(mock.patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        yield
 
 
 def _with_scores(results: Any, name: str) -> list[str]:
@@ -140,15 +169,18 @@ def _score(results: Any, task: Ready, name: str) -> TaskScore:
     }
     metrics = [key.partition(",")[0] for key in values]
     leaves = _leaves(results, name)
-    scores, shares = {}, []
+    scores, errors, shares = {}, {}, []
     for (key, value), metric in zip(values.items(), metrics, strict=True):
         shown = metric if metrics.count(metric) == 1 else key
         share = is_share(metric, value, [task.parts[leaf] for leaf in leaves])
         scores[shown] = 100.0 * value if share else value
         shares += [shown] if share else []
+        error = _values(results, name).get(key.replace(",", "_stderr,", 1))
+        if isinstance(error, Real):
+            errors[shown] = (100.0 if share else 1.0) * float(error)
     rows = sum(results["n-samples"][leaf]["effective"] for leaf in leaves)
     label = task.task if name == task.name else name
-    return TaskScore(label, scores, rows, SHOTS.get(label), per_cent=tuple(shares))
+    return TaskScore(label, scores, rows, SHOTS.get(label), per_cent=tuple(shares), errors=errors)
 
 
 def _leaves(results: Any, name: str) -> list[str]:

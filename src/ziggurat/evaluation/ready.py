@@ -14,6 +14,7 @@ from typing import Any
 from ziggurat.errors import DataError, RecipeError, first_line
 from ziggurat.extras import require
 from ziggurat.nearest import missing_path
+from ziggurat.training.loop.trainers import quiet
 
 from .local_tasks import SHOTS, write_humaneval, write_tasks
 
@@ -83,7 +84,7 @@ def ready(
     check_folder(data)
     require(f"scoring {', '.join(tasks)}", "lm-eval")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, quiet():
         folder = keep or Path(scratch)
         names = {task: HUB_NAMES.get(task, task) for task in tasks}
         if data is not None:

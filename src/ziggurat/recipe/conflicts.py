@@ -11,7 +11,7 @@ from .glue import brings_validation
 from .schema import METRICS, WRITES, keys
 
 _TASK_ONLY = {
-    "instruct": ("data.format", "data.loss", "data.packing"),
+    "instruct": ("data.format", "data.loss", "data.packing", "train.answers"),
     "writing": ("data.as_chat",),
     "preference": ("train.beta",),
     "labelled": ("data.label",),

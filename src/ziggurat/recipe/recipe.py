@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -21,8 +22,13 @@ from .values import explain
 
 #: Raised whenever the same recipe, on the same data, computes something else than before.
 COMPUTATION = 2
+#: How files of data end, which are taken for recipes by mistake.
+_DATA = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt", ".xlsx")
 #: What a run is called, where it lies, whom it tells and how it is fed: none of it changes what is computed.
-_WITHOUT_EFFECT = ("about", "name", "output", "train.eval_batch", "train.keep", "train.report_to", "train.workers")
+_WITHOUT_EFFECT = (
+    *("about", "name", "output", "train.answers"),
+    *("train.eval_batch", "train.keep", "train.report_to", "train.workers"),
+)
 _SYNONYMS = {
     **SYNONYMS,
     "learning_rate": "train.lr",
@@ -103,6 +109,11 @@ def find_recipe(source: str | Path) -> tuple[str, str]:
     Raises RecipeError with the nearest names when there is neither.
     """
     path = Path(source).expanduser()
+    if path.name.lower().removesuffix(".gz").endswith(_DATA) or _is_list(path):
+        raise RecipeError(
+            f"'{source}' holds data, and a recipe is needed, which says what to do with them: "
+            f"`ziggurat init {shlex.quote(str(source))}` writes one"
+        )
     if path.is_file():
         try:
             if path.stat().st_size > MOST_TEXT:
@@ -125,6 +136,14 @@ def find_recipe(source: str | Path) -> tuple[str, str]:
     raise RecipeError(
         f"'{source}' is neither a file nor a recipe that ships with ziggurat{hint}; `ziggurat recipes` lists them"
     )
+
+
+def _is_list(path: Path) -> bool:
+    """True for a .json file that holds a list, as data do: a recipe in JSON is an object."""
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
 def load_recipe(source: str | Path = "default", overrides: Iterable[str] = ()) -> Recipe:

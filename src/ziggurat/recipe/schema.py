@@ -192,6 +192,9 @@ class TrainPart(Part):
     )
     keep: Positive = Field(default=2, description="newest checkpoints kept while training")
     best: bool = Field(default=False, description="end with the checkpoint of the best score instead of the last")
+    answers: Annotated[int, Field(ge=0)] = Field(
+        default=3, description="instruct: so many validation questions are answered before and after, to be read"
+    )
     workers: Annotated[int, Field(ge=0)] = Field(default=0, description="processes that prepare batches")
     report_to: list[str] | None = Field(
         default=None, description="trackers that get every logged number: tensorboard, wandb, trackio, ..."

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,15 @@ from ziggurat.nearest import missing_path
 from ziggurat.recipe.schema import SCORED_LENGTH, WRITES
 
 from ..data.alpaca import WITH_LINE_BREAK, alpaca_prompt
-from ..data.encode import Collator, encode_texts, longest, positions
+from ..data.chat import conversation, tools_of
+from ..data.encode import Collator, encode_texts, longest
 from ..data.examples import text_columns
+from ..data.faults import Faults, RowFault
 from ..data.instruct import column_of
 from ..data.readers import read_lines
 from ..data.tables import read_table, require_column, texts_of
 from ..data.template import asked_ids
+from ..model.generate import Sampling, generate
 from .load import Loaded, load_adapter_model
 
 
@@ -37,108 +40,129 @@ class Prediction:
         return json.dumps(values if self.shares is None else {**values, "shares": self.shares}, ensure_ascii=False)
 
     def to_line(self, alone: bool = True) -> str:
-        """`positive  (positive 0.93, negative 0.07)`; with its text in front where there are several."""
+        """`positive  (positive 0.93, negative 0.07)`; where there are several, in one line with its text behind."""
         said = f"{self.answer:.4f}" if isinstance(self.answer, float) else str(self.answer)
+        said, text = (part if alone else part.replace("\n", "\\n") for part in (said, self.text))
         if self.shares is not None:
             ranked = sorted(self.shares.items(), key=lambda item: -item[1])[:5]
             said += "  (" + ", ".join(f"{name} {share:.3f}" for name, share in ranked) + ")"
-        return said if alone else f"{said}\t{self.text}"
+        return said if alone else f"{said}\t{text}"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages (with a system prompt and earlier turns) that an answer is to follow, and tools that it may call."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
 
 def predict(
     adapter: str | Path | Loaded,
-    texts: Sequence[str],
+    texts: Sequence[str | Conversation],
     second: Sequence[str] | None = None,
     *,
-    batch: int = 32,
+    batch: int | None = None,
     max_new_tokens: int = 256,
+    sampling: Sampling | None = None,
+    system: str | None = None,
 ) -> list[Prediction]:
-    """The adapter's answers to texts (or pairs of texts), in order.
+    """The adapter's answers to texts, pairs of texts or conversations, in order; see `predict_each`."""
+    sampling = sampling or Sampling(tokens=max_new_tokens)
+    return list(predict_each(adapter, texts, second, batch=batch, sampling=sampling, system=system))
 
-    Classes come with softmax probabilities, regression with the number, instruct with greedily generated text.
-    Raises DataError when one text is given for two, or two for one.
+
+def predict_each(
+    adapter: str | Path | Loaded,
+    texts: Sequence[str | Conversation],
+    second: Sequence[str] | None = None,
+    *,
+    batch: int | None = None,
+    sampling: Sampling | None = None,
+    system: str | None = None,
+) -> Iterator[Prediction]:
+    """The answers one after the other, as each batch of `batch` texts is done (32 to score, 8 to write).
+
+    Classes come with softmax probabilities, regression with the number, instruct with text, by `sampling`; `system` is
+    the system prompt of texts that are asked as conversations. Raises DataError when one text is given for two, or two
+    for one, or a conversation where the adapter has learned none.
     """
     loaded = adapter if isinstance(adapter, Loaded) else load_adapter_model(adapter)
     if not texts:
         raise DataError("no text to predict")
-    if loaded.head.task in WRITES:
-        if second is not None and loaded.run.get("shape") in ("prompt", "text"):
-            raise DataError("this adapter was trained on prompts, which have no input beside them: give one text")
-        if second is not None and len(second) != len(texts):
-            raise DataError(f"{len(texts)} instructions, but {len(second)} inputs")
-        return _generate(loaded, texts, second, max_new_tokens)
-    if loaded.head.pair and second is None:
+    shape, writes = loaded.run.get("shape"), loaded.head.task in WRITES
+    if shape != "messages" and (system is not None or any(isinstance(text, Conversation) for text in texts)):
+        raise DataError("this adapter was not trained on conversations: it takes no system prompt and no earlier turns")
+    if writes and second is not None and shape in ("prompt", "text"):
+        raise DataError("this adapter was trained on prompts, which have no input beside them: give one text")
+    if not writes and loaded.head.pair and second is None:
         raise DataError(
             f"this adapter compares two texts ('{loaded.recipe.data.text}' and '{loaded.recipe.data.text_pair}'): "
             "give a second one"
         )
-    if not loaded.head.pair and second is not None:
+    if not writes and not loaded.head.pair and second is not None:
         raise DataError("this adapter takes one text, two were given")
     if second is not None and len(second) != len(texts):
         raise DataError(f"{len(texts)} first texts, but {len(second)} second ones")
-    return _score(loaded, texts, second, batch)
+    if not writes:
+        return _score(loaded, [shown(text) for text in texts], second, batch or 32)
+    contexts = second if second is not None else [None] * len(texts)
+    asked = [_asked(loaded, text, context, system) for text, context in zip(texts, contexts, strict=True)]
+    name = loaded.recipe.model
+    answers = generate(loaded.model, loaded.tokenizer, asked, sampling or Sampling(), batch=batch or 8, name=name)
+    return (Prediction(shown(text), answer) for text, answer in zip(texts, answers, strict=True))
 
 
-@torch.no_grad()
-def _score(loaded: Loaded, texts: Sequence[str], second: Sequence[str] | None, batch: int) -> list[Prediction]:
+def shown(text: str | Conversation) -> str:
+    """A text, or what was said last in a conversation."""
+    return text if isinstance(text, str) else str(text.messages[-1]["content"])
+
+
+def _score(loaded: Loaded, texts: Sequence[str], second: Sequence[str] | None, batch: int) -> Iterator[Prediction]:
     config: Any = loaded.model.config
     length = longest(loaded.tokenizer, config, loaded.recipe.data.max_length or SCORED_LENGTH)
     separate = loaded.head.pooling == "mean" and loaded.head.pair
     columns, _ = encode_texts(texts, second, loaded.tokenizer, length, separate=separate)
     collate, device = Collator(loaded.tokenizer), next(loaded.model.parameters()).device
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    logits = []
     for start in range(0, len(rows), batch):
         inputs = {name: value.to(device) for name, value in collate(rows[start : start + batch]).items()}
-        logits.append(loaded.model(**inputs).logits.float().cpu())
-    scores = torch.cat(logits)
-    if loaded.head.task == "regression":
-        return [Prediction(text, float(value)) for text, value in zip(texts, scores[:, 0], strict=True)]
-    found = []
-    for text, shares in zip(texts, scores.softmax(-1).tolist(), strict=True):
-        named = dict(zip(loaded.head.label_names, shares, strict=True))
-        found.append(Prediction(text, max(named, key=lambda name: named[name]), named))
-    return found
+        with torch.no_grad():
+            scores = loaded.model(**inputs).logits.float().cpu()
+        part = texts[start : start + batch]
+        if loaded.head.task == "regression":
+            yield from (Prediction(text, float(value)) for text, value in zip(part, scores[:, 0], strict=True))
+            continue
+        for text, shares in zip(part, scores.softmax(-1).tolist(), strict=True):
+            named = dict(zip(loaded.head.label_names, shares, strict=True))
+            yield Prediction(text, max(named, key=lambda name: named[name]), named)
 
 
-@torch.no_grad()
-def _generate(
-    loaded: Loaded, texts: Sequence[str], second: Sequence[str] | None, max_new_tokens: int
-) -> list[Prediction]:
-    tokenizer, model = loaded.tokenizer, loaded.model
-    device, most = next(model.parameters()).device, positions(model.config)
-    asked = [_asked(loaded, text, second[index] if second is not None else None) for index, text in enumerate(texts)]
-    for index, ids in enumerate(asked):
-        if most is not None and len(ids) >= most:
-            raise DataError(
-                f"text {index + 1} of {len(texts)} has {len(ids):,} tokens, and {loaded.recipe.model} takes {most:,}, "
-                "those of the answer too; shorten it"
-            )
-    found = []
-    for text, ids in zip(texts, asked, strict=True):
-        inputs = torch.tensor([ids], device=device)
-        output: Any = model.generate(  # type: ignore[operator]
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=min(max_new_tokens, most - len(ids)) if most is not None else max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        answer = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
-        found.append(Prediction(text, str(answer).strip()))
-    return found
-
-
-def _asked(loaded: Loaded, text: str, context: str | None) -> list[int]:
+def _asked(loaded: Loaded, text: str | Conversation, context: str | None, system: str | None) -> list[int]:
     """Token ids of one question, in the form that the adapter was trained on."""
     shape = loaded.run.get("shape")
+    if isinstance(text, Conversation):
+        return asked_ids(loaded.tokenizer, with_system(text.messages, system), text.tools)
     if shape == "messages":
-        content = text if context is None else f"{text}\n\n{context}"
-        return asked_ids(loaded.tokenizer, [{"role": "user", "content": content}])
+        content = text if not (context or "").strip() else f"{text}\n\n{context}"
+        return asked_ids(loaded.tokenizer, with_system([{"role": "user", "content": content}], system))
     prompt = text
     if shape == "alpaca":
         prompt = alpaca_prompt(text, context, form=loaded.run.get("prompt_form", WITH_LINE_BREAK))
     return list(loaded.tokenizer(prompt)["input_ids"])  # type: ignore[arg-type]
+
+
+def asked_of(loaded: Loaded, messages: list[dict[str, Any]], system: str | None = None) -> list[int]:
+    """Token ids of a talk; of its last message alone where the adapter was not trained on conversations."""
+    talk = Conversation(messages) if loaded.run.get("shape") == "messages" else messages[-1]["content"]
+    return _asked(loaded, talk, None, system)
+
+
+def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
+    """Messages behind a system prompt, unless they have one of their own."""
+    if system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _question_columns(loaded: Loaded, table: Any, source: str) -> tuple[str, str | None]:
@@ -150,10 +174,13 @@ def _question_columns(loaded: Loaded, table: Any, source: str) -> tuple[str, str
     return first, context if loaded.run.get("shape") not in ("prompt", "text") else None
 
 
-def read_texts(file: Path, loaded: Loaded) -> tuple[list[str], list[str] | None]:
-    """Texts of a .txt file (one a line) or of a table with the columns the adapter was trained on.
+def read_texts(file: Path, loaded: Loaded) -> tuple[list[str] | list[Conversation], list[str] | None]:
+    """Texts of a .txt file (one a line), or of a table with the columns the adapter was trained on.
 
-    Raises DataError for a missing file, missing columns, or a .txt file where two texts are needed.
+    Conversations are asked for what follows them; one that ends in an answer, for that answer anew.
+
+    Raises DataError for a missing file, missing columns, conversations that can't be read (all at once), or a .txt file
+    where two texts are needed.
     """
     data = loaded.recipe.data
     if file.suffix.lower() == ".txt":
@@ -162,7 +189,11 @@ def read_texts(file: Path, loaded: Loaded) -> tuple[list[str], list[str] | None]
         if loaded.head.pair:
             raise DataError(f"this adapter compares two texts: give a table with '{data.text}' and '{data.text_pair}'")
         return read_lines(file), None
-    table = read_table(str(file), texts=text_columns(loaded.recipe))
+    columns = text_columns(loaded.recipe)
+    table = read_table(str(file), texts=columns, nested=columns if loaded.recipe.writes else ())
+    chats = column_of(loaded.recipe, "messages", table, str(file)) if loaded.run.get("shape") == "messages" else None
+    if chats is not None:
+        return _conversations(loaded, table, chats, str(file)), None
     if loaded.head.task in WRITES:
         first, second = _question_columns(loaded, table, str(file))
     else:
@@ -176,3 +207,21 @@ def read_texts(file: Path, loaded: Loaded) -> tuple[list[str], list[str] | None]
     if loaded.head.task in WRITES:  # an instruction may have no input
         return texts, ["" if text is None else str(text) for text in table[second]]
     return texts, texts_of(table, second, str(file))
+
+
+def _conversations(loaded: Loaded, table: Any, column: str, source: str) -> list[Conversation]:
+    tools, system = (column_of(loaded.recipe, name, table, source) for name in ("tools", "system"))
+    found, faults = [], Faults(source, len(table))
+    for index, row in enumerate(table):
+        try:
+            messages, _ = conversation(row[column], loaded.recipe.data)
+            if messages[-1]["role"] == "assistant":
+                messages = messages[:-1]
+            if not messages:
+                raise RowFault("nothing is asked")
+            given = (row[system] or None) if system is not None else None
+            found.append(Conversation(with_system(messages, given), tools_of(row[tools]) if tools is not None else []))
+        except RowFault as fault:
+            faults.add(index, str(fault))
+    faults.settle(table, drop=False)
+    return found

@@ -1,7 +1,11 @@
-"""The progress bar while a run trains; plain lines on a console that is no terminal."""
+"""The progress of a run that trains: a bar on a terminal, plain lines elsewhere, and a file that can be followed."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,8 +20,71 @@ from rich.progress import (
 from transformers import TrainerCallback
 
 
+class ProgressFile(TrainerCallback):
+    """Appends every logged number to a file, with the step, the number of steps and the seconds that are left.
+
+    A resumed run goes on in the same file; of steps that it takes again, the later line counts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.clock = Clock()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.clock.start(state)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        line = {"step": state.global_step, "steps": state.max_steps, "left": self.clock.left(state), **numbers}
+        # A full disk stops a run where it saves, not where it tells.
+        with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class Clock:
+    """How many seconds a run will take to its last step, at the pace that it has had since it began, or was resumed."""
+
+    def __init__(self) -> None:
+        self._begun, self._first = 0.0, 0
+
+    def start(self, state: Any) -> None:
+        self._begun, self._first = time.monotonic(), state.global_step
+
+    def left(self, state: Any) -> float | None:
+        """Seconds; None before the first step."""
+        done = state.global_step - self._first
+        if done <= 0:
+            return None
+        return round((time.monotonic() - self._begun) / done * (state.max_steps - state.global_step), 1)
+
+
+def in_words(seconds: float) -> str:
+    """A duration: `45 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def line_of(line: dict[str, Any]) -> str:
+    """A logged line in words: `step 10 of 188, loss 0.643, rate 9.5e-04, 45 s left`."""
+    parts = [f"step {line['step']} of {line['steps']}" if line["steps"] else "before training"]
+    if "loss" in line:
+        parts.append(f"loss {line['loss']:.4g}")
+    if "learning_rate" in line:
+        parts.append(f"rate {line['learning_rate']:.1e}")
+    timing = ("runtime", "per_second", "preparation_time", "num_tokens")
+    scores = {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
+    parts += [f"{n} {v:.4g}" for n, v in scores.items() if not any(word in n for word in timing)]
+    if line.get("left") and "loss" in line:
+        parts.append(f"{in_words(line['left'])} left")
+    return ", ".join(parts)
+
+
 class LiveProgress(TrainerCallback):
-    """A rich bar with the loss and the last score; on a console that is no terminal, a line per evaluation."""
+    """A rich bar with the loss and the last score; on a console that is no terminal, a line for all that is logged."""
 
     def __init__(self, console: Console, metric: str) -> None:
         self.console = console
@@ -26,8 +93,10 @@ class LiveProgress(TrainerCallback):
         self.task: Any = None
         self.loss: float | None = None
         self.score: float | None = None
+        self.clock = Clock()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.clock.start(state)
         if not self.console.is_terminal or not state.is_world_process_zero:
             return
         self.bar = Progress(
@@ -52,6 +121,10 @@ class LiveProgress(TrainerCallback):
         if logs and isinstance(logs.get("loss"), (int, float)):
             self.loss = float(logs["loss"])
             self._say()
+            if self.bar is None and state.is_world_process_zero:
+                left = self.clock.left(state)
+                line = line_of({**logs, "step": state.global_step, "steps": state.max_steps, "left": left})
+                self.console.print(line, highlight=False, soft_wrap=True)
 
     def on_evaluate(
         self,

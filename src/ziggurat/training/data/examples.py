@@ -12,7 +12,7 @@ from ziggurat.recipe.schema import DataPart, Recipe
 
 from .faults import Faults, kind_of
 from .glue import glue_splits
-from .labels import check_class_values, check_numbers, classes_of, names_of, number_of
+from .labels import check_class_values, check_numbers, classes_of, names_of, number_of, places_of
 from .splits import FEW, draw_split
 from .tables import draw, is_hub_name, is_one_table, read_table, require_column
 
@@ -70,6 +70,23 @@ def load_examples(recipe: Recipe) -> Examples:
     if recipe.task == "classification" and len(set(train["label"])) < 2:
         raise DataError(f"data.label: all {len(train)} training rows have the same label, nothing to learn")
     return Examples(train, validation, names, notes, shape)
+
+
+def load_scored(recipe: Recipe, source: str, names: list[str]) -> tuple[Dataset, str | None, list[str]]:
+    """The checked rows of a file that is to be scored, the shape of instruction data, and notes.
+
+    `names`: the classes that the model knows. Raises DataError as `load_examples` does, and for classes beside these.
+    """
+    table = _read(recipe, source, "train")
+    if recipe.writes:
+        return _reader(recipe.task)(recipe, table, source)
+    table, notes = _checked(recipe, table, source)
+    values = list(table[recipe.data.label])
+    if recipe.task == "regression":
+        labels: list[Any] = [number_of(value) for value in values]
+    else:
+        labels = places_of(recipe, values, names, source)
+    return _assemble(recipe, table, labels), None, notes
 
 
 def class_names(recipe: Recipe) -> list[str] | None:

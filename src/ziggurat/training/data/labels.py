@@ -62,7 +62,7 @@ def one_spelling(recipe: Recipe, parts: list[list[Any]]) -> None:
     counts = Counter(value for part in parts for value in part if isinstance(value, str))
     spellings: dict[str, list[str]] = {}
     for value in dict.fromkeys([*names, *counts]):
-        spellings.setdefault(" ".join(value.split()).casefold(), []).append(value)
+        spellings.setdefault(_plain(value), []).append(value)
     similar = [values for values in spellings.values() if len(values) > 1]
     if not similar or recipe.data.similar_labels == "keep":
         return
@@ -108,6 +108,37 @@ def classes_of(recipe: Recipe, tables: Sequence[Dataset], source: str) -> tuple[
                 f"lack; known: {some(names)}"
             )
     return names, [[place[value] for value in part] for part in values]
+
+
+def places_of(recipe: Recipe, labels: Sequence[Any], names: Sequence[str], source: str) -> list[int]:
+    """Checked labels as places among the classes `names` of a trained model.
+
+    Classes go by their names; whole numbers that name none, or that `data.label_names` gives names to, count them from
+    0. Labels that differ by case or blanks alone are one class where the recipe has merged such. Raises DataError for
+    classes that the model doesn't know.
+    """
+    values = class_values(labels)
+    places: dict[Any, int] = {name: place for place, name in enumerate(names)}
+    numbers = bool(values) and not any(isinstance(value, str) for value in values)
+    if numbers and (recipe.data.label_names is not None or not any(str(value) in places for value in values)):
+        places = {place: place for place in range(len(names))}
+    elif recipe.data.similar_labels == "merge":
+        places |= {_plain(name): place for place, name in enumerate(names)}
+        values = [value if value in places else _plain(str(value)) for value in values]
+    else:
+        values = [str(value) for value in values]
+    unknown = sorted({str(value) for value in values if value not in places})
+    if unknown:
+        raise DataError(
+            f"data.label: {source} has {some(unknown)} in column '{recipe.data.label}', which the model does not know; "
+            f"it knows {some(names)}"
+        )
+    return [places[value] for value in values]
+
+
+def _plain(label: str) -> str:
+    """A label without the case and blanks that `data.similar_labels` is about."""
+    return " ".join(label.split()).casefold()
 
 
 def names_of(recipe: Recipe, train: Dataset, source: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from itertools import takewhile
@@ -130,14 +131,32 @@ def _masked(
     return ids, mask
 
 
-def asked_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+def question_of(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[list[int], str, str] | None:
+    """Of a row of `instruct.to_rows`: token ids of the question, the question in words, and its (last) answer.
+
+    None for plain text, which asks nothing, and for answers that are nothing but calls of tools.
+    """
+    if "messages" in row:
+        messages, tools = json.loads(row["messages"]), json.loads(row["tools"])
+        place = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
+        if not place or not messages[place]["content"].strip():
+            return None
+        before = messages[:place]
+        return asked_ids(tokenizer, before, tools), before[-1]["content"], messages[place]["content"]
+    if "prompt" not in row:
+        return None
+    ids: Any = tokenizer(row["prompt"], verbose=False)["input_ids"]
+    return list(ids), row["prompt"], row["completion"]
+
+
+def asked_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any = None) -> list[int]:
     """Token ids of messages that an answer is to follow, as `answer_tokens` learned them.
 
     That is what the generation prompt has in common with a conversation that goes on: some templates open a thought in
     the one that the other lacks.
     """
-    answered = chat_ids(tokenizer, [*messages, {"role": "assistant", "content": "Yes"}])
-    opened = chat_ids(tokenizer, messages, add_generation_prompt=True)
+    answered = chat_ids(tokenizer, [*messages, {"role": "assistant", "content": "Yes"}], tools)
+    opened = chat_ids(tokenizer, messages, tools, add_generation_prompt=True)
     return opened[: common_start(opened, answered)]
 
 
@@ -149,9 +168,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return next((token for token in ids if token in tokenizer.added_tokens_decoder), None)
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **how: Any) -> list[int]:
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any = None, **how: Any) -> list[int]:
     """Token ids of messages joined by the tokenizer's chat template. Raises DataError if it refuses them."""
-    return list(_apply(tokenizer, messages, None, tokenize=True, return_dict=True, **how)["input_ids"])
+    return list(_apply(tokenizer, messages, tools, tokenize=True, return_dict=True, **how)["input_ids"])
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any = None, **how: Any) -> str:

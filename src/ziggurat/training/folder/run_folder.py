@@ -106,7 +106,7 @@ class RunFolder:
                 f"output: '{shown}' was filled by something else since the run began; move that away, and resume then"
             )
         changed = differences(effective(self._stored_recipe()), effective(resolved(self.recipe)))
-        noted = self._noted()
+        noted = self.noted()
         changed += differences({"launched": noted.get("launched", ONE)}, {"launched": self._launched()})
         if noted.get("computation") != COMPUTATION:
             changed.append("it was begun by a version that computes otherwise")
@@ -143,7 +143,7 @@ class RunFolder:
         if self.recipe.resume:
             self._take_lock()
             self._drop_broken()
-            return self._noted()
+            return self.noted()
         if self.lock.is_taken():
             raise self._company()
         workplace.discard(self.work)
@@ -167,7 +167,7 @@ class RunFolder:
             if not is_whole(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _noted(self) -> dict[str, Any]:
+    def noted(self) -> dict[str, Any]:
         try:
             return json.loads((self.work / RUN).read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -26,6 +26,8 @@ LOCK, ROOM = "lock", "room"
 READY, CHECKPOINTS = "ready", "checkpoints"
 #: For TensorBoard; copied into the result.
 LOGS = "logs"
+#: What was logged so far, one JSON object a line, for those who follow the run.
+PROGRESS = "progress.jsonl"
 
 
 class Lock:
@@ -176,5 +178,5 @@ def filled(place: Path) -> bool:
 
 def _is_ours(work: Path) -> bool:
     """True if a working folder without a recipe is the rest of a killed run, and not somebody else's folder."""
-    known = {RUN, DONE, REPLACED, MAY_REPLACE, LOCK, ROOM, READY, CHECKPOINTS, LOGS}
+    known = {RUN, DONE, REPLACED, MAY_REPLACE, LOCK, ROOM, READY, CHECKPOINTS, LOGS, PROGRESS}
     return {path.name for path in work.iterdir()} <= known

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -12,6 +14,7 @@ from rich.text import Text
 from ziggurat.host.plugins import loaded
 from ziggurat.recipe.methods import BUDGET, METHODS, method_config, method_fields, shown
 from ziggurat.recipe.schema import Recipe
+from ziggurat.terminal import clean
 
 from .metrics import lower_is_better
 from .result import Result
@@ -55,11 +58,56 @@ def report(recipe: Recipe, result: Result) -> Group:
     if result.peak_mb is not None:
         table.add_row("peak memory", f"{result.peak_mb:,.0f} MiB")
     table.add_row("adapter", _short(result.folder))
-    return Group(
-        table,
-        Text("Next:", style="bold"),
-        *(Text(f"  {line}", overflow="fold") for line in _next(recipe, result)),
-    )
+    # Commands are pasted into a shell: a line of the terminal's width would break them.
+    commands = [Text(f"  {line}", no_wrap=True, overflow="ignore") for line in _next(recipe, result)]
+    classes = [class_table(result.by_class)] if result.by_class else []
+    return Group(table, *classes, *_answers(result), Text("Next:", style="bold"), *commands)
+
+
+def _answers(result: Result) -> Iterator[Text]:
+    for row in result.answers:
+        yield Text(f"asked: {one_line(row['question'])}", style="bold")
+        for name, when in (("expected", "expected"), ("before", "before training"), ("after", "after training")):
+            if name in row:
+                yield Text(f"  {when}: {one_line(row[name])}")
+
+
+#: So many classes, and mistakes, fit into a table in the terminal.
+_CLASSES, _MISTAKES = 12, 3
+
+
+def class_table(found: dict[str, Any]) -> Group:
+    """Rows, precision, recall and F1 of each class with the confusion matrix beside, and the surest mistakes.
+
+    `found` is that of `classes.by_class`. Of many classes the worst are shown.
+    """
+    classes, confusion = found["classes"], found["confusion"]
+    worst = sorted(range(len(classes)), key=lambda place: classes[place]["f1"])[:_CLASSES]
+    places = sorted(worst)
+    shows_all = len(places) == len(classes)
+    title = "by class; on the right, its rows by answer"
+    if not shows_all:
+        title = f"the {len(places)} of {len(classes)} classes with the lowest F1"
+    table = Table(title=title, title_justify="left")
+    table.add_column("class", overflow="fold")
+    for name in ("rows", "precision", "recall", "F1", *([classes[place]["name"] for place in places] * shows_all)):
+        table.add_column(Text(name), justify="right")
+    for place in places:
+        row = classes[place]
+        scores = (f"{row[key]:.1f}" for key in ("precision", "recall", "f1"))
+        counts = [f"{count:,}" for count in confusion[place]] if shows_all else []
+        table.add_row(Text(row["name"]), f"{row['rows']:,}", *scores, *counts)
+    mistakes = [
+        Text(f"  {wrong['answer']} {wrong['probability']:.2f}, is {wrong['label']}: {one_line(wrong['text'])}")
+        for wrong in found["mistakes"][:_MISTAKES]
+    ]
+    return Group(table, *([Text("most confident mistakes:"), *mistakes] if mistakes else []))
+
+
+def one_line(text: str, most: int = 90) -> str:
+    """The beginning of a text, without its line breaks."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 def _ranks(recipe: Recipe) -> tuple[int | None, int | None]:
@@ -75,13 +123,11 @@ def _ranks(recipe: Recipe) -> tuple[int | None, int | None]:
 def _next(recipe: Recipe, result: Result) -> list[str]:
     folder = shlex.quote(_short(result.folder))
     plugins = "".join(f" --plugin {shlex.quote(plugin)}" for plugin in loaded())
+    # A text that begins with a hyphen would be taken for an option.
+    marked = ["--"] * any(text.startswith("-") for text in result.example)
+    lines = [f"ziggurat predict {folder} {shlex.join([*marked, *map(clean, result.example)])}"]
     if recipe.writes:
-        texts = '"Give three tips for staying healthy."'
-    elif recipe.data.text_pair is not None:
-        texts = '"A man plays a guitar." "Someone makes music."'
-    else:
-        texts = '"A film that stays with you for days."'
-    lines = [f"ziggurat predict {folder} {texts}"]
+        lines.append(f"ziggurat chat {folder}")
     if METHODS[result.method].exports:
         lines.append(f"ziggurat export {folder} {shlex.quote(_short(result.folder) + '-lora')}")
     if METHODS[result.method].merges:
@@ -90,7 +136,7 @@ def _next(recipe: Recipe, result: Result) -> list[str]:
 
 
 def show(console: Console, recipe: Recipe, result: Result) -> None:
-    console.print(report(recipe, result))
+    console.print(report(recipe, result), crop=False)
 
 
 def _short(path: Path) -> str:

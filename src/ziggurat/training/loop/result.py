@@ -29,7 +29,8 @@ class Result:
 
     `before`, `after` and `guess` (of the majority class, or the mean) are scores of the validation data; `shape` is the
     shape that instruction data had; `left` counts the active parameters at the end, for methods that restructure or
-    prune.
+    prune; `by_class` is that of `classes.by_class`; `answers` those of `samples.Answers`; `example`
+    holds the texts of a validation row.
     """
 
     folder: Path
@@ -47,6 +48,10 @@ class Result:
     history: list[dict[str, Any]] = field(default_factory=list)
     shape: str | None = None
     left: dict[str, int] = field(default_factory=dict)
+    by_class: dict[str, Any] = field(default_factory=dict)
+    answers: list[dict[str, str]] = field(default_factory=list)
+    example: list[str] = field(default_factory=list)
+    rows: dict[str, int] = field(default_factory=dict)
 
 
 def save(
@@ -65,6 +70,9 @@ def save(
         model.save_pretrained(str(ready), **({} if state is None else {"state_dict": state}))  # type: ignore[operator]
         draw(model, ready)
         base.tokenizer.save_pretrained(str(ready))
+    from .card import write_run_card
+
+    write_run_card(ready, recipe, result, versions())
     (ready / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
     workplace.keep_logs(folder.work, ready)
     folder.note(
@@ -77,8 +85,11 @@ def save(
             "before": result.before,
             "after": result.after,
             "guess": result.guess,
+            "rows": result.rows,
             "parameters": asdict(result.counts),
             "left": result.left,
+            **({"by_class": result.by_class} if result.by_class else {}),
+            **({"answers": result.answers} if result.answers else {}),
             "steps": result.steps,
             "seconds": round(result.seconds, 2),
             "peak_mb": result.peak_mb,

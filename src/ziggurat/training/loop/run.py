@@ -25,7 +25,7 @@ from ..callbacks import trackers
 from ..callbacks.allocation import callbacks_for
 from ..callbacks.divergence import StopAtNaN
 from ..callbacks.interrupt import Interrupted, StopSignals
-from ..callbacks.progress import LiveProgress
+from ..callbacks.progress import LiveProgress, ProgressFile
 from ..callbacks.rising import RisingLoss
 from ..data.examples import Examples, load_examples
 from ..devices import sharding
@@ -42,6 +42,7 @@ from .trainers import Task, make_trainer, quiet
 
 if TYPE_CHECKING:
     from ..sizing.budget import Fit
+    from .samples import Answers
 
 
 def train(recipe: Recipe, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Result:
@@ -103,8 +104,7 @@ def _train(
     counts = count(recipe, model, base)
     noted = folder.open()
     processes.first(lambda: workplace.reserve(folder.work, expected_bytes(model, base.tokenizer)))
-    progress, meter = LiveProgress(console, recipe.main_metric), Meter()
-    notes: list[str] = []
+    progress, meter, notes = LiveProgress(console, recipe.main_metric), Meter(), list[str]()
     note = partial(_note, console, notes)
     rising = RisingLoss(partial(note, kind="warning", style="yellow"), _classes(recipe, base))
     task = _task(recipe, base, model, examples, folder, [*callbacks, progress, stop, meter, rising])
@@ -112,18 +112,18 @@ def _train(
     note(*examples.notes, *task.notes, *_notes(recipe, processes, fit))
     begun = time.monotonic() - float(noted.get("seconds", 0.0))
     try:
-        before = _score_before(recipe, trainer, folder, noted.get("before"), console)
+        before = _score_before(recipe, trainer, folder, noted, console)
+        answers = _answers(recipe, trainer, base, examples, folder, noted)
         with told_of_storage(folder.checkpoints, "Make room; where there is a checkpoint, go on with resume=true."):
             trainer.train(resume_from_checkpoint=str(folder.last_checkpoint()) if recipe.resume else None)
     finally:
         progress.close()
     before = before or _scores(next((line for line in trainer.state.log_history if _first_scores(line)), {}))
     if stop.agreed is not None:
-        folder.note({"before": before, "seconds": time.monotonic() - begun})
+        folder.note({"before": before, "seconds": time.monotonic() - begun, "answers": answers.rows})
         raise _interrupted(recipe, folder, stop.agreed, trainer.state)
     # From here on signals are deferred until the result is saved: they could only lose what has been learned.
-    after = _final_scores(task, recipe)
-    seconds = time.monotonic() - begun
+    after, seen = _final_scores(task, recipe), _seen(task, answers, examples)
     trackers.close(trainer)
     state = sharding.whole_state(trainer, processes)
     result = Result(
@@ -134,7 +134,7 @@ def _train(
         after=after,
         guess=task.guess,
         counts=counts,
-        seconds=seconds,
+        seconds=time.monotonic() - begun,
         steps=trainer.state.global_step,
         peak_mb=peak_memory(),
         step_seconds=meter.step_seconds,
@@ -142,10 +142,20 @@ def _train(
         history=[line for line in trainer.state.log_history if line],
         shape=examples.shape,
         left=settle(trainer.model),
+        **seen,
     )
     with told_of_storage(folder.final, _hint(folder.last_checkpoint())):
         processes.first(lambda: save(folder, recipe, base, trainer.model, state, spec, result))  # type: ignore[arg-type]
     return result
+
+
+def _seen(task: Task, answers: Answers, examples: Examples) -> dict[str, Any]:
+    """What the scores consist of, after training, as fields of `Result`."""
+    from .samples import example_of
+
+    answers.write("after")
+    rows = {"train": len(examples.train), "validation": len(examples.validation)}
+    return {"by_class": task.by_class(), "answers": answers.rows, "example": example_of(examples), "rows": rows}
 
 
 def _note(console: Console, notes: list[str], *texts: str, kind: str = "note", style: str = "dim") -> None:
@@ -200,6 +210,7 @@ def _task(
 
         record_spectra(task.trainer, recipe.spectra)
     task.trainer.add_callback(WholeCheckpoints(recipe.train.keep))
+    task.trainer.add_callback(ProgressFile(folder.work / workplace.PROGRESS))
     return task
 
 
@@ -215,13 +226,11 @@ def _notes(recipe: Recipe, processes: Processes, fit: Fit | None) -> Iterator[st
 
 
 def _score_before(
-    recipe: Recipe, trainer: Trainer, folder: RunFolder, noted: dict[str, float] | None, console: Console
+    recipe: Recipe, trainer: Trainer, folder: RunFolder, noted: dict[str, Any], console: Console
 ) -> dict[str, float] | None:
     """The scores before training, noted in the run's folder; None where training itself takes them."""
-    if not recipe.train.evaluate_before:
-        return noted or {}
-    if noted is not None:
-        return noted
+    if not recipe.train.evaluate_before or "before" in noted:
+        return noted.get("before", {})
     if folder.processes.way != "one":
         # A model is sharded over processes together with its optimiser, which only training makes; one that was
         # scored before, accelerate takes for ready, and its gradients would stay where they are.
@@ -233,6 +242,21 @@ def _score_before(
         before = _scores(trainer.evaluate())
     folder.note({"before": before})
     return before
+
+
+def _answers(
+    recipe: Recipe, trainer: Trainer, base: Base, examples: Examples, folder: RunFolder, noted: dict[str, Any]
+) -> Answers:
+    """The answers before training, noted in the run's folder beside the scores."""
+    from .samples import Answers
+
+    answers = Answers(recipe, trainer, base.tokenizer, examples.validation, alone=folder.processes.way == "one")
+    if "answers" in noted:
+        answers.rows = noted["answers"]
+    elif recipe.train.evaluate_before and answers.rows:
+        answers.write("before")
+        folder.note({**folder.noted(), "answers": answers.rows})
+    return answers
 
 
 def _devices() -> list[int]:

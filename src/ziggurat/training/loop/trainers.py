@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,11 +61,15 @@ class HeadLrTrainer(ExactTrainer):
 
 @dataclass(frozen=True)
 class Task:
-    """A trainer ready to start, and the scores of the majority-class or mean baseline."""
+    """A trainer ready to start, and the scores of the majority-class or mean baseline.
+
+    `by_class` gives `classes.by_class` of the validation rows, as they were scored last; of other tasks nothing.
+    """
 
     trainer: Trainer
     guess: dict[str, float]
     notes: list[str]
+    by_class: Callable[[], dict[str, Any]] = dict
 
 
 def make_trainer(
@@ -119,8 +123,22 @@ def _scored(
     classes = len(examples.label_names)
     guess = metrics.guessing(recipe, np.asarray(examples.train["label"]), truth, classes)
 
+    last: dict[str, Any] = {}
+
     def compute(result: Any) -> dict[str, float]:
-        return metrics.score(recipe, metrics.outputs_of(result.predictions), np.asarray(result.label_ids), classes)
+        last.update(outputs=metrics.outputs_of(result.predictions), labels=np.asarray(result.label_ids))
+        return metrics.score(recipe, last["outputs"], last["labels"], classes)
+
+    def judged() -> dict[str, Any]:
+        from .classes import by_class, shown_texts, softmax
+
+        if not last:  # a resumed run whose last scores are in its checkpoint
+            trainer.evaluate()
+        sampler: Any = trainer._get_eval_sampler(parts[1])  # rows of similar length may have been scored together
+        order = list(sampler) if sampler is not None else range(len(parts[1]))
+        texts = shown_texts(examples.validation)
+        shown = [texts[row] for row in order]
+        return by_class(softmax(last["outputs"]), last["labels"], examples.label_names, shown)
 
     arguments = TrainingArguments(
         **training_arguments(recipe, checkpoints), label_names=["labels"], remove_unused_columns=False
@@ -135,7 +153,7 @@ def _scored(
         callbacks=callbacks,
     )
     trainer.head, trainer.head_lr = tuple(base.head), recipe.head.lr
-    return Task(trainer, guess, notes)
+    return Task(trainer, guess, notes, judged if classes else dict)
 
 
 @contextlib.contextmanager

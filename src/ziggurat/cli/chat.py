@@ -1,0 +1,88 @@
+"""`ziggurat chat`, and the options of all commands that let a model write."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ziggurat.errors import DataError, RecipeError
+from ziggurat.terminal import clean, say
+
+if TYPE_CHECKING:
+    from ziggurat.training.answers.load import Loaded
+    from ziggurat.training.model.generate import Sampling
+
+Adapter = Annotated[Path, typer.Argument(help="Folder that `ziggurat train` wrote.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Longest answer of a model that writes.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: the likeliest token each time; above: drawn.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this probability.")]
+TopK = Annotated[int, typer.Option(min=0, help="Draw from so many tokens at most; 0: all.")]
+Seed = Annotated[int | None, typer.Option(help="Makes the draw repeatable.")]
+System = Annotated[str | None, typer.Option(help="System prompt, for adapters trained on conversations.")]
+
+
+def chat(
+    adapter: Adapter,
+    system: System = None,
+    tokens: Tokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+) -> None:
+    """Talk to a trained adapter in the terminal; its answers come word by word."""
+    from ziggurat.training.answers.load import load_adapter_model
+    from ziggurat.training.answers.predict import WRITES
+    from ziggurat.training.model.generate import Sampling
+
+    loaded = load_adapter_model(adapter)
+    if loaded.head.task not in WRITES:
+        raise RecipeError(f"'{adapter}' was trained for {loaded.head.task} and writes no texts: use `ziggurat predict`")
+    remembers = loaded.run.get("shape") == "messages"
+    if system is not None and not remembers:
+        raise DataError("this adapter was not trained on conversations: it takes no system prompt")
+    kept = "/new forgets what was said" if remembers else "each line is asked alone, as in training"
+    say(f"{adapter}: {kept}; /quit or Ctrl-D ends.")
+    messages: list[dict[str, Any]] = []
+    while True:
+        try:
+            said = input("> ").strip()
+        except EOFError:
+            say("")
+            return
+        if said == "/quit":
+            return
+        if said == "/new":
+            messages = []
+        elif said:
+            messages = messages if remembers else []
+            messages.append({"role": "user", "content": said})
+            try:
+                answer = _answer(loaded, messages, system, Sampling(tokens, temperature, top_p, top_k, seed))
+            except DataError as error:
+                say(f"{error}; /new begins anew", err=True)
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _answer(loaded: Loaded, messages: list[dict[str, Any]], system: str | None, sampling: Sampling) -> str:
+    """The answer to the last message, printed as it comes. Raises DataError if the conversation is too long."""
+    from transformers import TextStreamer
+
+    from ziggurat.training.answers.predict import asked_of
+    from ziggurat.training.model.generate import generate
+
+    class Printer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            sys.stdout.write(clean(text) + ("\n" if stream_end else ""))
+            sys.stdout.flush()
+
+    tokenizer: Any = loaded.tokenizer
+    streamer = Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    ids = asked_of(loaded, messages, system)
+    answers = generate(loaded.model, tokenizer, [ids], sampling, name=loaded.recipe.model, streamer=streamer)
+    return next(answers)

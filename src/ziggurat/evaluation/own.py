@@ -1,0 +1,243 @@
+"""A trained adapter on a labelled file of one's own: the scores of its run's task, with their intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ziggurat.errors import DataError, RecipeError
+from ziggurat.extras import require
+from ziggurat.nearest import missing_path
+from ziggurat.recipe.needs import OF_A_TASK
+from ziggurat.recipe.schema import Recipe
+from ziggurat.training.loop.metrics import perplexity, score
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ziggurat.training.answers.load import Loaded
+    from ziggurat.training.model.base import HeadSpec
+
+#: Of the intervals, in per cent; and how often rows are drawn again for those without a closed form.
+CONFIDENCE, RESAMPLES = 95, 1000
+
+
+@dataclass(frozen=True)
+class OwnScores:
+    """Scores of `rows` rows, and the 95% intervals of those that have one; both in per cent for those in `per_cent`.
+
+    `by_class`: see `training.loop.classes.by_class`.
+    """
+
+    scores: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    per_cent: tuple[str, ...]
+    rows: int
+    notes: list[str]
+    by_class: dict[str, Any] = field(default_factory=dict)
+
+
+def read_file(recipe: Recipe, head: HeadSpec, file: str | Path, limit: int | None = None) -> tuple[Dataset, list[str]]:
+    """The rows of `file` in the form of the run's own data, and notes; before a model is loaded.
+
+    Raises:
+        DataError: no such file, or rows that can't be scored: all at once.
+        RecipeError: the run's task isn't scored on files.
+        MissingExtraError: packages are missing.
+    """
+    from ziggurat.training.data.examples import load_scored
+
+    if recipe.task not in _SCORERS:
+        raise RecipeError(
+            f"--data: a run of task {recipe.task} is not scored on a file; those of {', '.join(_SCORERS)} are"
+        )
+    if not Path(file).expanduser().is_file():
+        raise DataError(f"--data: {missing_path(file)}")
+    require(f"scoring {file}", "datasets", OF_A_TASK[recipe.task])
+    table, _, notes = load_scored(recipe, str(file), [str(name) for name in head.label_names])
+    return (table.select(range(min(limit, len(table)))) if limit else table), notes
+
+
+def score_rows(loaded: Loaded, file: str | Path, table: Dataset, notes: Sequence[str], *, batch: int = 8) -> OwnScores:
+    """The scores of rows that `read_file` has read, by the run's task. Raises DataError for rows that don't fit."""
+    data = loaded.recipe.data.model_copy(update={"train": str(file)})  # for errors, which name where a row stands
+    loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"data": data}))
+    found = _SCORERS[loaded.recipe.task](loaded, table, batch)
+    return OwnScores(**{**found, "notes": [*notes, *found.get("notes", [])], "rows": len(table)})
+
+
+def _labelled(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
+    from ziggurat.training.answers.predict import predict
+    from ziggurat.training.loop.classes import by_class, shown_texts
+
+    second = list(table["text_pair"]) if "text_pair" in table.column_names else None
+    answers = predict(loaded, list(table["text"]), second, batch=batch)
+    labels, names = np.asarray(table["label"]), [str(name) for name in loaded.head.label_names]
+    if not names:
+        outputs, classes = np.asarray([answer.answer for answer in answers], dtype=np.float64), {}
+    else:
+        outputs = np.asarray([[(answer.shares or {})[name] for name in names] for answer in answers])
+        classes = by_class(outputs, labels, names, shown_texts(table))
+    scores = score(loaded.recipe, outputs, labels, len(names))
+    metric, rows = loaded.recipe.main_metric, len(labels)
+
+    def of_rows(drawn: np.ndarray) -> float:
+        return score(loaded.recipe, outputs[drawn], labels[drawn], len(names))[metric]
+
+    if not names:
+        intervals = {name: correlation_interval(name, scores[name], rows) for name in _FACTORS if rows > 3}
+    else:
+        intervals = {"accuracy": share_interval(round(scores["accuracy"] * rows / 100), rows)}
+        intervals |= {metric: drawn_interval(of_rows, rows)} if metric != "accuracy" else {}
+    per_cent = tuple(name for name in scores if name != "rmse")
+    return {"scores": scores, "intervals": intervals, "per_cent": per_cent, "by_class": classes}
+
+
+def _answers(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
+    """Perplexity of the answers, and the share of rows whose answer is written word for word (greedily)."""
+    from ziggurat.training.data.template import question_of
+    from ziggurat.training.data.tokens import tokens_of
+    from ziggurat.training.model.generate import Sampling, generate
+
+    notes: list[str] = []
+    rows = tokens_of(loaded.recipe, loaded.tokenizer, table, "scored", notes)
+    logs, counts = _answer_logs(loaded, rows, batch, notes)
+    loss = -logs.sum() / counts.sum()
+    scores = {"perplexity": perplexity(float(loss)), "loss": float(loss)}
+
+    def of_rows(drawn: np.ndarray) -> float:
+        return perplexity(float(-logs[drawn].sum() / counts[drawn].sum()))
+
+    intervals = {"perplexity": drawn_interval(of_rows, len(logs))}
+    asked = [question_of(loaded.tokenizer, row) for row in table]  # type: ignore[arg-type]
+    asked = [question for question in asked if question is not None]
+    if not asked:
+        return {"scores": scores, "intervals": intervals, "per_cent": (), "notes": notes}
+    prompts, answers = [ids for ids, _, _ in asked], [answer.strip() for _, _, answer in asked]
+    longest = max(len(loaded.tokenizer(answer)["input_ids"]) for answer in answers)  # type: ignore[arg-type]
+    wanted = Sampling(tokens=min(longest + 8, 512))
+    written = generate(loaded.model, loaded.tokenizer, prompts, wanted, batch=batch, name=loaded.recipe.model)
+    hits = sum(text == answer for text, answer in zip(written, answers, strict=True))
+    scores["exact_match"] = 100.0 * hits / len(answers)
+    intervals["exact_match"] = share_interval(hits, len(answers))
+    return {"scores": scores, "intervals": intervals, "per_cent": ("exact_match",), "notes": notes}
+
+
+def _preferences(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
+    """Share of pairs whose better answer has the greater reward beta ln p(y | x) / p_ref(y | x), and the distance."""
+    from ziggurat.training.data.prefer import WORSE
+    from ziggurat.training.data.tokens import tokens_of
+
+    notes: list[str] = []
+    worse = table.select_columns([name for name in table.column_names if name.endswith(WORSE) or name == "row"])
+    worse = worse.rename_columns({name: name.removesuffix(WORSE) for name in worse.column_names if name != "row"})
+    better, lesser = (
+        _rewards(loaded, tokens_of(loaded.recipe, loaded.tokenizer, part, "scored", notes), batch, notes)
+        for part in (table, worse)
+    )
+    gaps = better - lesser
+    hits = int((gaps > 0).sum())
+    return {
+        "scores": {"accuracy": 100.0 * hits / len(gaps), "margin": float(gaps.mean())},
+        "intervals": {
+            "accuracy": share_interval(hits, len(gaps)),
+            "margin": drawn_interval(lambda rows: float(gaps[rows].mean()), len(gaps)),
+        },
+        "per_cent": ("accuracy",),
+        "notes": list(dict.fromkeys(notes)),
+    }
+
+
+def _judged(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
+    """The distance between the mean rewards of good and of bad answers."""
+    from ziggurat.training.data.tokens import tokens_of
+
+    notes: list[str] = []
+    good = np.asarray(table["good"], dtype=bool)
+    rows = tokens_of(loaded.recipe, loaded.tokenizer, table, "scored", notes)
+    rewards = _rewards(loaded, rows, batch, notes)
+    margin = float(rewards[good].mean() - rewards[~good].mean())
+    return {"scores": {"margin": margin}, "intervals": {}, "per_cent": (), "notes": notes}
+
+
+#: Task -> what scores its rows.
+_SCORERS: dict[str, Callable[[Loaded, Dataset, int], dict[str, Any]]] = {
+    "classification": _labelled,
+    "regression": _labelled,
+    "instruct": _answers,
+    "dpo": _preferences,
+    "kto": _judged,
+}
+
+
+def _rewards(loaded: Loaded, rows: Sequence[Any], batch: int, notes: list[str]) -> np.ndarray:
+    """beta (ln p(y | x) - ln p_ref(y | x)) of every row; the reference is the model without its adapter."""
+    without: Any = getattr(loaded.model, "disable_adapter", None)
+    if without is None:
+        raise RecipeError("--data: rewards are differences to the model without its adapter, and this run has none")
+    logs, _ = _answer_logs(loaded, rows, batch, notes)
+    with without():
+        before, _ = _answer_logs(loaded, rows, batch, [])
+    return loaded.recipe.train.beta * (logs - before)
+
+
+def _answer_logs(loaded: Loaded, rows: Sequence[Any], batch: int, notes: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The sum of ln p over the answer's tokens of every row, and their number; rows are cut as in training."""
+    import torch
+    from torch.nn.functional import cross_entropy
+    from torch.nn.utils.rnn import pad_sequence
+
+    from ziggurat.recipe.schema import MOST_LENGTH
+    from ziggurat.training.data.encode import longest
+
+    length = longest(loaded.tokenizer, loaded.model.config, loaded.recipe.data.max_length or MOST_LENGTH)
+    if cut := sum(len(ids) > length for ids, _ in rows):
+        notes.append(f"{cut} of {len(rows)} rows are longer than {length} tokens and were cut")
+    device = next(loaded.model.parameters()).device
+    logs, counts = [], []
+    for start in range(0, len(rows), batch):
+        part = [(torch.tensor(ids[:length]), torch.tensor(mask[:length])) for ids, mask in rows[start : start + batch]]
+        ids = pad_sequence([row for row, _ in part], batch_first=True).to(device)
+        learned = pad_sequence([mask for _, mask in part], batch_first=True).to(device)[:, 1:]
+        there = pad_sequence([torch.ones_like(mask) for _, mask in part], batch_first=True).to(device)
+        with torch.no_grad():
+            outputs = loaded.model(input_ids=ids, attention_mask=there).logits[:, :-1].float()
+        losses = cross_entropy(outputs.transpose(1, 2), ids[:, 1:], reduction="none") * learned
+        logs.append(-losses.sum(-1).double().cpu().numpy())
+        counts.append(learned.sum(-1).cpu().numpy())
+    total = np.concatenate(counts)
+    if not total.any():
+        raise DataError(f"--data: no row has an answer within {length} tokens")
+    return np.concatenate(logs), total
+
+
+def share_interval(hits: int, rows: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share, in per cent (E. B. Wilson 1927)."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(hits, rows).proportion_ci(CONFIDENCE / 100, method="wilson")
+    return 100.0 * float(interval.low), 100.0 * float(interval.high)
+
+
+#: What the standard error of atanh(r), 1 / sqrt(n - 3), is multiplied by: Fisher 1921; Fieller et al. 1957.
+_FACTORS = {"pearson": 1.0, "spearman": 1.03}
+
+
+def correlation_interval(name: str, value: float, rows: int) -> tuple[float, float]:
+    """The 95% interval tanh(atanh r +- 1.96 s) of a correlation of more than 3 rows, in per cent."""
+    middle, half = math.atanh(max(min(value / 100, 1 - 1e-12), 1e-12 - 1)), 1.96 * _FACTORS[name] / math.sqrt(rows - 3)
+    return 100.0 * math.tanh(middle - half), 100.0 * math.tanh(middle + half)
+
+
+def drawn_interval(of_rows: Callable[[np.ndarray], float], rows: int) -> tuple[float, float]:
+    """The 95% percentile bootstrap: scores of rows drawn with replacement, `RESAMPLES` times, with a fixed seed."""
+    random = np.random.default_rng(0)
+    scores = [of_rows(random.integers(rows, size=rows)) for _ in range(RESAMPLES)]
+    tail = (100 - CONFIDENCE) / 2
+    low, high = np.percentile([value for value in scores if not math.isnan(value)] or [math.nan], [tail, 100 - tail])
+    return float(low), float(high)

@@ -1,0 +1,93 @@
+"""Folders to the Hugging Face hub: an adapter, an exported one, a merged model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ziggurat.errors import ExportError, first_line
+from ziggurat.recipe.embedded import EMBEDDED, HUB_NAME
+
+#: Left on this machine: logs, and what a run's folder says of its validation rows.
+_LEFT, _OF_ROWS = ("logs", ".cache"), ("by_class", "answers", "content")
+#: Keys of a recipe that hold paths of this machine.
+_PATHS = ("model", "output", "data.train", "data.validation", "data.folder")
+
+
+def check(repo: str) -> None:
+    """See that the hub knows this user, before hours of work. Raises ExportError."""
+    if repo.count("/") > 1 or not repo.strip("/"):
+        raise ExportError(f"--push-to-hub '{repo}': a repository is called OWNER/NAME, or NAME")
+    api, errors = _hub()
+    try:
+        api.whoami()
+    except errors as error:
+        raise ExportError(
+            f"--push-to-hub: not logged in: {first_line(error)}; `hf auth login`, or set HF_TOKEN"
+        ) from error
+
+
+def push(folder: Path, repo: str, *, private: bool = False) -> str:
+    """Upload `folder` in one commit, and return the repository's address; it is made where there is none.
+
+    What names paths of this machine, or holds texts of the validation rows, is taken out of run.json and recipe.yaml.
+    Raises ExportError; the folder stays as it is.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    api, errors = _hub()
+    operations = [CommitOperationAdd(name, content) for name, content in _contents(folder)]
+    try:
+        made = api.create_repo(repo, private=private, exist_ok=True)
+        api.create_commit(made.repo_id, operations, commit_message=f"Upload {folder.name}")
+    except errors as error:
+        raise ExportError(
+            f"--push-to-hub: {first_line(error)}. '{folder}' is whole; push it again with `hf upload {repo} {folder}`"
+        ) from error
+    return str(made)
+
+
+def _contents(folder: Path) -> Iterator[tuple[str, Any]]:
+    base, name = _base(folder)
+    for file in sorted(folder.rglob("*")):
+        inside = file.relative_to(folder).as_posix()
+        if not file.is_file() or inside.partition("/")[0] in _LEFT:
+            continue
+        if inside == "run.json":
+            values = json.loads(file.read_text(encoding="utf-8"))
+            yield inside, json.dumps({k: v for k, v in values.items() if k not in _OF_ROWS}, indent=2).encode()
+        elif inside == "recipe.yaml":
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+            short = {key: _name(value) if key in _PATHS else value for key, value in values.items()}
+            yield inside, yaml.safe_dump(short, sort_keys=False, allow_unicode=True).encode()
+        elif inside in ("adapter_config.json", "config.json", "README.md", "Modelfile") and base:
+            yield inside, file.read_text(encoding="utf-8").replace(json.dumps(base)[1:-1], name).encode()
+        else:
+            yield inside, str(file)
+
+
+def _base(folder: Path) -> tuple[str | None, str]:
+    """The path of the base model that an adapter names, None if it is no path; and the name to say instead."""
+    config, recipe = folder / "adapter_config.json", folder / "recipe.yaml"
+    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") if config.is_file() else None
+    if not isinstance(base, str) or not Path(base).is_absolute():
+        return None, ""
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+    return base, HUB_NAME if values.get("model") == EMBEDDED else Path(base).name
+
+
+def _name(value: Any) -> Any:
+    """The last part of a path of this machine; other values as they are."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _hub() -> tuple[Any, tuple[type[Exception], ...]]:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT")), (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError)

@@ -1,0 +1,217 @@
+"""A first recipe for a file: task, columns and length from its columns and rows, the rest from one file of defaults."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ziggurat.errors import DataError, ZigguratError
+from ziggurat.recipe.defaults import Proposal, keys_for, models_for
+from ziggurat.recipe.recipe import recipe_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+#: Columns that hold labels, and pairs of columns that hold two texts, by their usual names.
+_LABELS = ("label", "labels", "class", "category", "target", "sentiment", "intent", "topic", "score", "rating", "stars")
+_PAIRS = (
+    *(("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("text1", "text2")),
+    *(("text_a", "text_b"), ("query", "passage"), ("first", "second")),
+)
+#: More different values than this, in more than a tenth of the rows, are no classes but numbers.
+_MOST_CLASSES = 30
+#: Characters of a token, roughly, for a length before a model is known; lengths are multiples of `_STEP`.
+_CHARACTERS, _STEP, _LONGEST = 4, 32, 512
+
+
+@dataclass
+class Start:
+    """What a file's columns and rows say: the task, and each key with its value and reason."""
+
+    task: str
+    why: str
+    keys: dict[str, tuple[Any, str]] = field(default_factory=dict)
+
+
+def start(file: str, *, task: str | None = None, model: str | None = None) -> tuple[str, Start]:
+    """The text of a recipe for `file`, and what was seen in it. `task` and `model` decide instead of the file.
+
+    Raises DataError for a file that can't be read, or whose columns fit no task.
+    """
+    seen = look(file, task)
+    proposals = models_for(seen.task)
+    name = model or _first_here(proposals)
+    text = _text(file, seen, name, proposals, "")
+    return _text(file, seen, name, proposals, _size(text, name, proposals)), seen
+
+
+def look(file: str, task: str | None = None) -> Start:
+    """What the columns and rows of `file` say. Raises DataError."""
+    from ziggurat.training.data.instruct import ALIASES
+    from ziggurat.training.data.tables import read_table
+
+    nested = [name for names in ALIASES.values() for name in names]
+    table = read_table(file, nested=nested)
+    seen = next((found for found in _forms(table) if task in (None, found.task)), None)
+    if seen is None and task not in ("dpo", "kto"):
+        seen = _table(table, task)
+    if seen is None:
+        raise DataError(
+            f"{file} has the columns {', '.join(table.column_names)}, which fit no task; needed: a text and a label; "
+            "messages; prompt and completion; instruction and output; prompt, chosen and rejected; or text alone. "
+            "--task says what is to be learned"
+        )
+    return seen
+
+
+def _forms(table: Dataset) -> Iterator[Start]:
+    """The tasks whose data are known by the names of their columns."""
+    from ziggurat.training.data.instruct import ALIASES
+
+    def has(*names: str) -> bool:
+        return all(any(column in table.column_names for column in ALIASES[name]) for name in names)
+
+    if has("chosen", "rejected"):
+        yield Start("dpo", "pairs of a chosen and a rejected answer")
+    verdict = {str(value).lower() for value in table["label"]} if "label" in table.column_names else set()
+    if has("prompt", "completion") and verdict and verdict <= {"true", "false", "0", "1"}:
+        yield Start("kto", "answers that a label calls good or bad", {"data.label": ("label", "true or false")})
+    for shape, names in (
+        ("messages", ("messages",)),
+        ("alpaca", ("instruction", "output")),
+        ("prompt", ("prompt", "completion")),
+    ):
+        if has(*names):
+            keys: dict[str, tuple[Any, str]] = {"data.format": (shape, f"columns {' and '.join(names)}")}
+            if shape != "messages":
+                keys["data.as_chat"] = (True, "joined by the model's chat template; false for a base model")
+            yield Start("instruct", "questions with answers" if shape != "messages" else "conversations", keys)
+
+
+def _table(table: Dataset, task: str | None) -> Start | None:
+    """A table with texts and labels, or with texts alone; None if it has no text."""
+    columns = {name: list(table[name]) for name in table.column_names}
+    label = _label_of(columns)
+    texts = [name for name, values in columns.items() if name != label and _is_text(values)]
+    texts.sort(key=lambda name: -sum(len(str(value)) for value in columns[name]))
+    pair = next((pair for pair in _PAIRS if all(name in texts for name in pair)), None)
+    first = pair[0] if pair else texts[0] if texts else None
+    if first is None:
+        return None
+    if label is None or task == "instruct":
+        keys: dict[str, tuple[Any, str]] = {"data.format": ("text", "plain text, learned whole")}
+        if first != "text":
+            keys["data.columns.text"] = (first, "")
+        return Start("instruct", "texts without labels: training goes on with plain text", keys)
+    values = [value for value in columns[label] if value not in (None, "")]
+    kind = task or ("regression" if _are_numbers(values) else "classification")
+    others = [name for name in texts if name not in (pair or (first,))]
+    keys = {"data.text": (first, f"other texts: {', '.join(others)}" if others else "the column of texts")}
+    if pair:
+        keys["data.text_pair"] = (pair[1], "two texts are compared")
+    keys["data.label"] = (label, _labels_in_words(values, kind))
+    spellings = Counter(" ".join(str(value).split()).casefold() for value in set(values))
+    if kind == "classification" and any(count > 1 for count in spellings.values()):
+        keys["data.similar_labels"] = (
+            "merge",
+            "some labels differ by case or blanks alone; keep makes a class of each",
+        )
+    gaps = sum(any(columns[name][row] in (None, "") for name in (first, label)) for row in range(len(table)))
+    if gaps:
+        keys["data.drop_missing"] = (True, f"{gaps} of {len(table)} rows lack a text or a label")
+    keys["data.max_length"] = _length(columns[first], columns[pair[1]] if pair else [])
+    return Start(kind, f"texts with {'numbers' if kind == 'regression' else 'classes'}", keys)
+
+
+def _label_of(columns: dict[str, list[Any]]) -> str | None:
+    """The column of labels: by its name, or the one that repeats few short values."""
+    named = [name for name in columns if name.casefold() in _LABELS]
+    if named:
+        return min(named, key=lambda name: _LABELS.index(name.casefold()))
+    few = {
+        name: len(set(values))
+        for name, values in columns.items()
+        if 1 < len(set(map(str, values))) <= max(2, min(_MOST_CLASSES, len(values) // 3))
+        and all(len(str(value)) < 40 for value in values)
+    }
+    return min(few, key=lambda name: few[name], default=None)
+
+
+def _is_text(values: Sequence[Any]) -> bool:
+    return any(isinstance(value, str) for value in values) and all(isinstance(v, str | None) for v in values)
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        return False
+    different = len(set(values))
+    return any(value != int(value) for value in values) or different > max(_MOST_CLASSES, len(values) / 10)
+
+
+def _labels_in_words(values: Sequence[Any], kind: str) -> str:
+    if kind == "regression":
+        return f"{min(values)} to {max(values)}"
+    counts = Counter(map(str, values)).most_common()
+    shown = ", ".join(f"{name} {count}" for name, count in counts[:6])
+    return f"{len(counts)} classes: {shown}" + (", ..." if len(counts) > 6 else "")
+
+
+def _length(first: Sequence[Any], second: Sequence[Any]) -> tuple[int, str]:
+    from ziggurat.training.data.encode import percentile
+
+    seconds = second or [""] * len(first)
+    lengths = [len(str(a)) + len(str(b)) for a, b in zip(first, seconds, strict=True)]
+    tokens = percentile(lengths, 95) // _CHARACTERS + 2
+    length = min(_LONGEST, -(-tokens // _STEP) * _STEP)
+    return length, f"tokens: 95% of the rows have at most about {tokens}; the run says how many are cut"
+
+
+def _first_here(proposals: Sequence[Proposal]) -> str:
+    """The first model; the embedded one only where its package is installed."""
+    from ziggurat.extras import missing
+    from ziggurat.recipe.embedded import EMBEDDED, PACKAGE
+
+    return next(each.name for each in proposals if each.name != EMBEDDED or not missing([PACKAGE]))
+
+
+def _size(text: str, model: str, proposals: Sequence[Proposal]) -> str:
+    """The model's size and what of it trains, as `ziggurat plan` counts; or as listed, if its config isn't here."""
+    from .planner import plan_recipe
+
+    try:
+        plan = plan_recipe(model, recipe_of(text, label="recipe"), measure_memory=False)
+    except (ZigguratError, ImportError, OSError, ValueError):
+        listed = next((each for each in proposals if each.name == model), None)
+        return f"{listed.millions:g}M parameters; {listed.about}" if listed else "your choice"
+    return f"{plan.base / 1e6:.1f}M parameters; {plan.adapter:,} train, in {plan.file / 1024:,.0f} KiB (ziggurat plan)"
+
+
+def _text(file: str, seen: Start, model: str, proposals: Sequence[Proposal], size: str) -> str:
+    """The recipe, each line with its reason behind it."""
+    lines = [
+        f"# Written by `ziggurat init {_one_line(Path(file).name)}`: {seen.why}. Change what you know better;",
+        "# `ziggurat recipes --keys` says what every key means, `ziggurat plan MODEL RECIPE` what it costs.",
+        _line("task", seen.task, seen.why),
+        _line("model", model, size),
+        *(f"# model: {each.name}  # {each.millions:g}M; {each.about}" for each in proposals if each.name != model),
+        _line("data.train", file, "a part of it is split off for the scores; data.validation names another file"),
+    ]
+    lines += [_line(key, value, why) for key, (value, why) in {**seen.keys, **keys_for(seen.task)}.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _line(key: str, value: Any, why: str) -> str:
+    written = yaml.safe_dump({key: value}, default_flow_style=False, allow_unicode=True, width=10_000).strip()
+    if isinstance(value, float) and "e" in repr(value):
+        written = f"{key}: {value:.1e}"
+    return f"{written:<40}  # {_one_line(why)}" if why else written
+
+
+def _one_line(text: str) -> str:
+    """A text as a comment: no line break and no control character ends it."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)

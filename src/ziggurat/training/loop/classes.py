@@ -1,0 +1,62 @@
+"""What a classifier gets right and wrong, class by class, and the mistakes that it is surest of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+#: So many mistakes are kept, and so many characters of each one's text.
+MISTAKES, SHOWN = 20, 300
+
+
+def by_class(
+    probabilities: np.ndarray, labels: np.ndarray, names: Sequence[str], texts: Sequence[str]
+) -> dict[str, Any]:
+    """Counts and scores of each class, the confusion matrix, and the most confident mistakes.
+
+    `probabilities`: (rows, classes); `labels`: places among the classes `names`. precision_c = hits_c / answered_c,
+    recall_c = hits_c / rows_c, F1 their harmonic mean, in per cent, 0 where nothing is to divide by. Row i, column j of
+    `confusion` counts the rows of class i that were answered j.
+    """
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+    places, answers = range(len(names)), probabilities.argmax(-1)
+    options: Any = {"labels": list(places), "zero_division": 0}
+    precision, recall, f1, rows = precision_recall_fscore_support(labels, answers, **options)
+    scores: Any = zip(names, rows, precision, recall, f1, strict=True)  # type: ignore[arg-type]
+    sure = probabilities.max(-1)
+    wrong = sorted(np.flatnonzero(answers != labels), key=lambda row: -sure[row])
+    return {
+        "classes": [
+            {"name": n, "rows": int(count), "precision": 100.0 * p, "recall": 100.0 * r, "f1": 100.0 * f}
+            for n, count, p, r, f in scores
+        ],
+        "confusion": confusion_matrix(labels, answers, labels=list(places)).tolist(),
+        "mistakes": [
+            {
+                "text": texts[row][:SHOWN],
+                "label": names[int(labels[row])],
+                "answer": names[int(answers[row])],
+                "probability": float(sure[row]),
+            }
+            for row in wrong[:MISTAKES]
+        ],
+    }
+
+
+def shown_texts(table: Dataset) -> list[str]:
+    """The text of each row; two texts with a bar between them."""
+    if "text_pair" not in table.column_names:
+        return list(table["text"])
+    return [f"{first} | {second}" for first, second in zip(table["text"], table["text_pair"], strict=True)]
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """p_ic = exp(z_ic) / sum_k exp(z_ik), for scores (rows, classes)."""
+    powers = np.exp(scores.astype(np.float64) - scores.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)

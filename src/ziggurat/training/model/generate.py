@@ -1,0 +1,91 @@
+"""Texts that a model writes behind prompts, several at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ziggurat.errors import DataError
+
+from ..data.encode import positions
+
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. A temperature of 0 takes the likeliest token each time.
+
+    `tokens`: the longest answer. `top_p`: of the likeliest tokens as many as have this probability together; `top_k`:
+    at most so many; 0 for all. `seed` makes the draw repeatable.
+    """
+
+    tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `generate`."""
+        if self.temperature == 0:
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {"do_sample": True, **drawn}
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling = Sampling(),
+    *,
+    batch: int = 8,
+    name: str = "the model",
+    streamer: BaseStreamer | None = None,
+) -> Iterator[str]:
+    """The answers to prompts of token ids, in their order, batch by batch; shorter ones are padded on the left.
+
+    `streamer` gets the tokens of a single prompt as they come. Raises DataError for a prompt that fills all positions
+    of the model, which `name` names.
+    """
+    most = positions(model.config)
+    for index, ids in enumerate(prompts):
+        if most is not None and len(ids) >= most:
+            raise DataError(
+                f"text {index + 1} of {len(prompts)} has {len(ids):,} tokens, and {name} takes {most:,}, "
+                "those of the answer too; shorten it"
+            )
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+    parts = (prompts[start : start + batch] for start in range(0, len(prompts), batch))
+    return (answer for part in parts for answer in _answers(model, tokenizer, part, sampling, streamer))
+
+
+@torch.no_grad()
+def _answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    part: Sequence[Sequence[int]],
+    sampling: Sampling,
+    streamer: BaseStreamer | None,
+) -> list[str]:
+    device, pad, most = next(model.parameters()).device, tokenizer.pad_token_id, positions(model.config)
+    width = max(map(len, part))
+    ids = torch.tensor([[pad or 0] * (width - len(row)) + list(row) for row in part], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in part], device=device)
+    output: Any = model.generate(  # type: ignore[operator]
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=min(sampling.tokens, most - width) if most is not None else sampling.tokens,
+        pad_token_id=pad,
+        streamer=streamer,
+        **sampling.arguments(),
+    )
+    return [str(text).strip() for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]

@@ -1,0 +1,88 @@
+"""`ziggurat init`: a recipe from a file's columns and rows; and `recipes --keys`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands import main
+from ziggurat.recipe.recipe import load_recipe
+from ziggurat.recipe.schema import Recipe, keys
+
+FORMS = Path(__file__).parent / "forms"
+
+
+def made(file: Path, out: Path, *words: str) -> Recipe:
+    assert main("init", str(file), "--out", str(out), *words) == 0
+    return load_recipe(out)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_a_ticket_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        f"{n};a text about case {n}, at some length;{('account', 'billing', 'ACCOUNT ')[n % 3]}" for n in range(30)
+    ]
+    file = tmp_path / "tickets.csv"
+    file.write_text("id;message;topic\n" + "\n".join(lines) + "\n31;;billing\n", encoding="utf-8")
+    assert main("train", str(file)) == 2
+    assert f"`ziggurat init {file}` writes one" in capsys.readouterr().err
+    recipe = made(file, tmp_path / "tickets.yaml")
+    assert recipe.task == "classification" and recipe.data.text == "message" and recipe.data.label == "topic"
+    assert recipe.data.similar_labels == "merge" and recipe.data.drop_missing and recipe.data.max_length == 32
+    text = (tmp_path / "tickets.yaml").read_text()
+    assert "1 of 31 rows lack a text or a label" in text and "parameters;" in text and "# model: answerdotai/" in text
+    assert all("#" in line for line in text.splitlines())
+    capsys.readouterr()
+    assert main("init", str(file), "--out", str(tmp_path / "tickets.yaml")) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "shape"),
+    [
+        ("alpaca.json", "instruct", "alpaca"),
+        ("chat.jsonl", "instruct", "messages"),
+        ("sharegpt.jsonl", "instruct", "messages"),
+        ("texts.txt", "instruct", "text"),
+        ("pairs.jsonl", "dpo", "auto"),
+        ("chat_pairs.jsonl", "dpo", "auto"),
+        ("kto.jsonl", "kto", "auto"),
+    ],
+)
+def test_the_forms_that_are_known_by_their_columns(name: str, task: str, shape: str, tmp_path: Path) -> None:
+    recipe = made(FORMS / name, tmp_path / "made.yaml", "--model", str(tmp_path / "model"))
+    assert (recipe.task, recipe.data.format) == (task, shape)
+    assert recipe.method["target_modules"] == "all-linear" and recipe.model == str(tmp_path / "model")
+
+
+def test_questions_and_answers(tmp_path: Path) -> None:
+    rows = [{"question": f"what is {n} and one", "answer": f"that is {n + 1}"} for n in range(20)]
+    recipe = made(write(tmp_path / "a.jsonl", rows), tmp_path / "made.yaml", "--model", str(tmp_path / "model"))
+    assert (recipe.task, recipe.data.format, recipe.data.as_chat) == ("instruct", "prompt", True)
+
+
+def test_two_texts_and_a_number_and_what_fits_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"sentence1": f"a {n}", "sentence2": f"b {n}", "score": n / 2} for n in range(20)]
+    file = write(tmp_path / "pairs.jsonl", rows)
+    recipe = made(file, tmp_path / "made.yaml")
+    assert recipe.task == "regression" and (recipe.data.text, recipe.data.text_pair) == ("sentence1", "sentence2")
+    as_classes = made(file, tmp_path / "classes.yaml", "--task", "classification")
+    assert as_classes.task == "classification" and as_classes.data.label == "score"
+    capsys.readouterr()
+    numbers = write(tmp_path / "numbers.jsonl", [{"a": n, "b": n} for n in range(9)])
+    assert main("init", str(numbers), "--out", str(tmp_path / "none.yaml")) == 2
+    assert (
+        "has the columns a, b, which fit no task" in capsys.readouterr().err and not (tmp_path / "none.yaml").exists()
+    )
+
+
+def test_every_key_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("recipes", "--keys") == 0
+    said = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert set(keys()) <= set(said)
+    assert all(info.description in said[key] for key, info in keys().items())

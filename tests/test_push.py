@@ -1,0 +1,119 @@
+"""Model cards filled from the run, and uploads to a stand-in for the hub on this machine."""
+
+import base64
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import yaml
+
+from commands import main
+
+sys.path.insert(0, str(Path(__file__).parent / "training"))
+from training_tables import reviews, save_tiny_bert, tiny_recipe, write_csv
+
+from ziggurat.training.loop.run import train
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What huggingface_hub asks for an upload: who I am, a repository, where files go, a commit."""
+
+    files: dict[str, bytes]
+    asked: list[str]
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _answer(self, value: Any, status: int = 200) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        known = self.headers.get("Authorization") == "Bearer hf_right"
+        self._answer({"name": "me"} if known else {"error": "Invalid user token."}, 200 if known else 401)
+
+    def do_POST(self) -> None:
+        self.asked.append(self.path)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/api/repos/create":
+            self._answer({"url": f"http://{self.headers['Host']}/me/{json.loads(body)['name']}"})
+        elif "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            self._answer({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
+        elif "/commit/" in self.path:
+            for line in body.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            self._answer({"commitUrl": f"http://{self.headers['Host']}/me/mine/commit/1", "commitOid": "1" * 40})
+        else:
+            self._answer({"errors": [], "warnings": []})
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    Hub.files, Hub.asked = {}, []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("push")
+    save_tiny_bert(folder / "tiny-bert")
+    data = write_csv(folder / "reviews.csv", reviews(24))
+    return train(tiny_recipe(folder / "tiny-bert", data, folder / "out", train__max_steps=2)).folder
+
+
+def test_the_card_is_filled(run: Path) -> None:
+    text = (run / "README.md").read_text()
+    assert "More Information Needed" not in text and "`tiny-bert`, a model in a folder" in text
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["tags"] == ["ziggurat", "msplora", "classification"] and "base_model" not in front
+    info = json.loads((run / "run.json").read_text())
+    cells = f"{info['before']['accuracy']:.2f} | {info['after']['accuracy']:.2f} | {info['guess']['accuracy']:.2f}"
+    assert f"| accuracy | {cells} |" in text and "`reviews.csv`: 16 rows learned from, 8 scored on." in text
+    assert f"torch {info['versions']['torch']}" in text and "from peft import PeftModel" in text
+
+
+def test_an_adapter_an_export_and_a_merged_model_are_uploaded(
+    run: Path, tmp_path: Path, hub: type[Hub], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ziggurat.export.push import push
+
+    assert push(run, "me/mine").endswith("/me/mine")
+    assert hub.files["adapter_model.safetensors"] == (run / "adapter_model.safetensors").read_bytes()
+    # Neither paths of this machine nor texts of the validation rows leave it.
+    for name in ("run.json", "recipe.yaml", "adapter_config.json", "README.md"):
+        assert str(run.parent).encode() not in hub.files[name], name
+    assert b"mistakes" not in hub.files["run.json"] and b"mistakes" in (run / "run.json").read_bytes()
+    for command, file in (("export", "adapter_config.json"), ("merge", "config.json")):
+        hub.files.clear()
+        assert main(command, str(run), str(tmp_path / command), "--push-to-hub", "mine") == 0
+        assert "uploaded to " in capsys.readouterr().out and file in hub.files
+
+
+def test_who_is_not_logged_in_hears_it_before_any_work(
+    run: Path, tmp_path: Path, hub: type[Hub], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert main("train", str(run / "recipe.yaml"), f"output={tmp_path / 'new'}", "--push-to-hub", "me/mine") == 2
+    assert "--push-to-hub: not logged in" in capsys.readouterr().err
+    assert not list(tmp_path.glob("new*")) and hub.asked == ["/api/whoami-v2"]
