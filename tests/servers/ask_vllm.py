@@ -3,10 +3,11 @@
     python ask_vllm.py JOB.json OUT.npz
 
 The job: `model`, a folder; `adapters`, name -> folder; `refused`, the same, of adapters that can't be served and are
-asked first; `max_lora_rank`; `prompts`, lists of token ids; `steps`, how many tokens are to follow; `vocabulary`, its
-size. The answer, for each adapter, or "base" if there is none: `<name>/<number of the prompt>/tokens` (steps),
-`.../logprobs` (steps, vocabulary) and, of exports, `<name>/least`, the lowest max_lora_rank with which vLLM takes them;
-`<name>/refused`, vLLM's words. All is asked in one call, so that batches mix the adapters.
+asked first; `max_lora_rank`; `own_code`, whether the folder's code is to run; `prompts`, lists of token ids; `steps`,
+how many tokens are to follow; `vocabulary`, its size. The answer, for each adapter, or "base" if there is none:
+`<name>/<number of the prompt>/tokens` (steps), `.../logprobs` (steps, vocabulary) and, of exports, `<name>/least`, the
+lowest max_lora_rank with which vLLM takes them; `<name>/refused`, vLLM's words. All is asked in one call, so that
+batches mix the adapters.
 """
 
 import json
@@ -50,6 +51,7 @@ def main() -> None:
         max_model_len=256,
         max_logprobs=job["vocabulary"],
         enable_prefix_caching=False,
+        trust_remote_code=job["own_code"],
         **lora,
     )
     requests = {name: LoRARequest(name, number, adapters[name]) for number, name in enumerate(adapters, start=1)}

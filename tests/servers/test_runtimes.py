@@ -21,12 +21,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from commands import main
+from ziggurat import LoR2CConfig
+from ziggurat.export import merge
 
 pytest.importorskip("sentencepiece")
-from served_models import PROMPTS, STEPS, VOCABULARY, Served, Spoken, build
+from served_models import PROMPTS, STEPS, VOCABULARY, Served, Spoken, build, spoken
 
 HERE = Path(__file__).parent
 ADAPTERS = ("msplora", "msplora_everywhere", "lora2", "lora2_everywhere", "dylora")
@@ -78,12 +82,14 @@ def ask_vllm(
     adapters: dict[str, Path],
     max_lora_rank: int = 0,
     refused: dict[str, Path] | None = None,
+    own_code: bool = False,
 ) -> dict[str, Tensor]:
     job = {
         "refused": {name: str(path) for name, path in (refused or {}).items()},
         "model": str(model),
         "adapters": {name: str(path) for name, path in adapters.items()},
         "max_lora_rank": max_lora_rank,
+        "own_code": own_code,
         "prompts": PROMPTS,
         "steps": STEPS,
         "vocabulary": VOCABULARY,
@@ -130,6 +136,24 @@ def test_vllm_takes_folders_as_they_were_saved(served: Served, tmp_path: Path, m
 def test_vllm_runs_the_base_and_merged_models(name: str, served: Served, tmp_path: Path) -> None:
     found = ask_vllm(tmp_path, served.merged.get(name, served.base), {})
     check_vllm(found, "base", served.expected[name])
+
+
+@VLLM
+def test_vllm_runs_paths_and_spans(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder that `merge` writes of LoR2C brings its code along, which vLLM's back end for transformers runs."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    torch.manual_seed(2)
+    config = LoR2CConfig(r=4, merges=1, injections=1, init_weights=False, task_type="CAUSAL_LM")
+    model: Any = get_peft_model(LlamaForCausalLM.from_pretrained(str(served.base)), config).eval()
+    for step in range(7):
+        model.restructure(step, 24)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["structure"]["stacks"]
+    assert any(first < last for state in saved.values() for first, last in state["spans"])
+    expected = spoken(model)
+    found = ask_vllm(tmp_path, merge(tmp_path / "adapter", tmp_path / "merged"), {}, own_code=True)
+    assert all(off(a.logits, b.logits) > 20 * HALF for a, b in zip(expected, served.expected["base"], strict=True))
+    check_vllm(found, "base", expected)
 
 
 # --- llama.cpp ------------------------------------------------------------------------------------

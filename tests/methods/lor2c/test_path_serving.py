@@ -30,6 +30,9 @@ given = torch.load(inputs)
 result = {"logits": model(**given).logits.detach()}
 if model.can_generate():
     result["tokens"] = model.generate(**given, max_new_tokens=8, min_new_tokens=8)
+body = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+result["body"] = body(**given)[0].detach()
+result["forward"] = body.forward(**given)[0].detach()  # as vLLM calls it: past the hooks of the whole model
 torch.save(result, out)
 assert "ziggurat" not in sys.modules and "peft.tuners" not in sys.modules
 """
@@ -82,6 +85,9 @@ def test_a_written_folder_gives_the_same_without_ziggurat(
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "out.pt")
     assert_models_agree(found["logits"], expected)
+    body = peft.get_base_model().base_model
+    for way in ("body", "forward"):
+        assert_models_agree(found[way], body(**inputs)[0])
     if "tokens" in found:
         assert torch.equal(found["tokens"], peft.generate(**inputs, max_new_tokens=8, min_new_tokens=8))
 

@@ -51,6 +51,7 @@ def write_remote_code_model(model: nn.Module, tokenizer: Any, out: str | Path, a
         raise ExportError(f"{type(base).__name__} is no transformers model, so no from_pretrained could load it back.")
     bank, adapter = _bank(base, adapter)
     kind, config = type(base), base.config
+    body = _body(kind, type(config))
     names = {
         "base": kind.__name__,
         "base_config": type(config).__name__,
@@ -58,6 +59,10 @@ def write_remote_code_model(model: nn.Module, tokenizer: Any, out: str | Path, a
         "config": f"LoR2C{type(config).__name__}",
         "model_type": f"lor2c-{config.model_type}",
         "child": CHILD,
+        "base_body": body.__name__,
+        "body": f"LoR2C{body.__name__}",
+        "prefix": kind.base_model_prefix,
+        "imports": ", ".join(sorted({kind.__name__, body.__name__, type(config).__name__})),
     }
     if getattr(transformers, kind.__name__, None) is not kind or not hasattr(transformers, names["base_config"]):
         raise ExportError(f"{kind.__name__} isn't one of transformers' own classes, which the written code builds on.")
@@ -68,6 +73,8 @@ def write_remote_code_model(model: nn.Module, tokenizer: Any, out: str | Path, a
         own = getattr(written, names["config"])(**{k: v for k, v in config.to_dict().items() if k != "model_type"})
         own.lor2c_paths = layout
         own.auto_map = {"AutoConfig": f"{MODULE}.{names['config']}"}
+        if body is not kind:  # before the others: servers take the first
+            own.auto_map["AutoModel"] = f"{MODULE}.{names['body']}"
         own.auto_map |= dict.fromkeys(_auto_classes(kind.__name__), f"{MODULE}.{names['model']}")
         with torch.device("meta"):
             whole = getattr(written, names["model"])(own)
@@ -183,13 +190,20 @@ def _awake(base: nn.Module, adapter: str) -> Iterator[tuple[str, LoR2CLinear]]:
 
 
 def _auto_classes(architecture: str) -> list[str]:
-    """The Auto classes of transformers that load `architecture`, and AutoModel beside them never: it has no head."""
+    """The Auto classes of transformers that load `architecture`."""
     autos = {name: getattr(modeling_auto, name) for name in dir(modeling_auto) if name.startswith("AutoModel")}
     return sorted(
         name
         for name, auto in autos.items()
         if architecture in getattr(getattr(auto, "_model_mapping", None), "_model_mapping", {}).values()
     )
+
+
+def _body(kind: type[PreTrainedModel], config: type[Any]) -> type[PreTrainedModel]:
+    """The class without a head that AutoModel gives for `config`; `kind` itself where there is none, or it is that."""
+    known: Any = transformers.AutoModel._model_mapping  # pyright: ignore[reportAttributeAccessIssue]
+    body = known.get(config, kind)
+    return body if isinstance(body, type) else kind
 
 
 def _run(file: Path) -> ModuleType:
@@ -202,7 +216,7 @@ def _run(file: Path) -> ModuleType:
 
 
 def _filled(names: dict[str, str]) -> str:
-    code = CODE
+    code = CODE if names["body"] != names["model"] else CODE.partition("\n\n\nclass <body>")[0] + "\n"
     for name, value in names.items():
         code = code.replace(f"<{name}>", value)
     return code
