@@ -9,7 +9,13 @@ import yaml
 
 METHODS = {"msplora": "MSPLoRA", "lora2": "LoRA²", "lor2c": "LoR2C"}
 STATUS = ("yes", "limited", "no", "untested")
-SECTIONS = {"base": "Base weights", "train": "Training", "distributed": "Several processes", "use": "Using and serving"}
+SECTIONS = {
+    "base": "Base weights",
+    "train": "Training",
+    "distributed": "Several processes",
+    "machine": "Where it runs",
+    "use": "Using and serving",
+}
 
 
 @dataclass(frozen=True)

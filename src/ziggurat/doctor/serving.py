@@ -38,7 +38,7 @@ def serving(folder: str | Path, config: Any, collected: Any, base: Any) -> Itera
 
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     method = kind.lower()
-    if method in METHODS and fact("vllm").cells[method] == "no":
+    if method in METHODS and fact("llama_cpp").cells[method] == "no":
         for key in ("vllm", "llama_cpp"):
             yield from cell(key, method)
         return
