@@ -122,3 +122,13 @@ def test_a_field_wins_over_loras() -> None:
     assert of_method(LoraConfig(r=4), "msplora", {"r": 8}).r == 8
     with pytest.raises(ConfigError, match="rank_pattern"):
         of_method(LoraConfig(rank_pattern={"q_proj": 2}), "msplora", {})
+
+
+def test_a_plugin_that_is_given_by_its_path_lies_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """ms-swift puts the file's folder before all others on its path for imports: nothing there may shadow a package."""
+    assert main("plugin-path", "swift") == 0
+    file = Path(capsys.readouterr().out.strip())
+    assert [other.name for other in file.parent.glob("*.py") if other.name != "__init__.py"] == [file.name]
+    assert file.name == "ziggurat_swift.py"
+    assert main("plugin-path", "axolotl") == 2
+    assert "there is one for swift" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from .init import init
 from .launch import launch_config
 from .plan import plan, suggest
 from .train import predict, recipes, train
-from .with_method import with_method
+from .with_method import plugin_path, with_method
 from .write import export, merge
 
 app = typer.Typer(
@@ -67,6 +67,7 @@ app.command()(compare)
 app.command()(init)
 app.command()(chat)
 app.command(name="launch-config")(launch_config)
+app.command(name="plugin-path")(plugin_path)
 # What comes after the program's name is its own, whatever it looks like.
 app.command(name="with", context_settings={"allow_interspersed_args": False})(with_method)
 

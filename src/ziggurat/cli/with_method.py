@@ -1,4 +1,4 @@
-"""`ziggurat with`: what the command takes."""
+"""`ziggurat with` and `ziggurat plugin-path`: what the commands take."""
 
 from __future__ import annotations
 
@@ -30,3 +30,22 @@ def with_method(
     if problems:
         raise ConfigError("; ".join(problems))
     raise typer.Exit(run_with(method, fields, program))
+
+
+def plugin_path(
+    program: Annotated[str, typer.Argument(help="The program that takes plugins by their path: swift (ms-swift).")],
+) -> None:
+    """Print the path of the plugin for a program that takes plugins as files.
+
+    swift sft --external_plugins $(ziggurat plugin-path swift) --tuner_type msplora ...
+    """
+    from ziggurat.errors import ConfigError
+    from ziggurat.integrations import PLUGIN_FILES
+    from ziggurat.terminal import say
+
+    if program not in PLUGIN_FILES:
+        raise ConfigError(
+            f"no plugin by path for {program!r}: there is one for {', '.join(PLUGIN_FILES)}. Axolotl and vLLM find "
+            "theirs by themselves, and Lightning's callback is ziggurat.integrations.lightning.ZigguratCallback."
+        )
+    say(str(PLUGIN_FILES[program]))

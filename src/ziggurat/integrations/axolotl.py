@@ -1,0 +1,94 @@
+"""Axolotl (0.21): `adapter: msplora`, or another method's name, in its config. It finds the plugin by the entry point.
+
+    adapter: msplora
+    lora_r: 8
+    ziggurat: {even_scales: true}  # fields of the method's own config
+
+The keys that Axolotl has for LoRA hold for the method too. `axolotl merge-lora` goes by `merge_method: legacy`: its
+default adds what is called `lora_A` and `lora_B` to the weights, finds none here, and writes the base.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin  # pyright: ignore[reportMissingImports]
+from peft import PeftConfig, PeftModel, get_peft_model
+from pydantic import BaseModel
+from transformers import set_seed
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.method import METHODS
+from ziggurat.integrations.with_method import of_method
+
+
+class ZigguratArgs(BaseModel):
+    """What a config of Axolotl may say besides its own keys.
+
+    ziggurat: fields of the method's config; they win over what Axolotl's `lora_` keys say.
+    """
+
+    ziggurat: dict[str, Any] | None = None
+
+
+class ZigguratPlugin(BasePlugin):
+    """Brings every registered method as a value of `adapter`."""
+
+    def register(self, cfg: Any) -> None:
+        """Let `merge-lora` merge by PEFT.
+
+        Raises:
+            ConfigError: the config asks for the way that writes the base; fields for no method of ours.
+        """
+        if not _of_ours(cfg):
+            if cfg.get("ziggurat"):
+                raise ConfigError(
+                    f"ziggurat: gives fields of a method, and adapter is {cfg.get('adapter')!r}: name a method, one of "
+                    f"{', '.join(sorted(name.lower() for name in METHODS))}."
+                )
+        elif cfg.get("merge_method") not in (None, "legacy"):
+            raise ConfigError(
+                f"merge_method: {cfg['merge_method']} knows LoRA's tensors alone and would write the base without the "
+                f"adapter. Use legacy for adapter: {cfg['adapter']}, or leave the key out."
+            )
+        else:
+            cfg["merge_method"] = "legacy"
+
+    def get_input_args(self) -> str:
+        return "ziggurat.integrations.axolotl.ZigguratArgs"
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        return [AdapterCapabilities(name=name.lower()) for name in METHODS]
+
+    def load_adapter(
+        self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False
+    ) -> tuple[PeftModel | None, PeftConfig] | None:
+        """The model with the adapter, new or from `lora_model_dir`, and its config; nothing if it is not of ours."""
+        if not _of_ours(cfg):
+            return None
+        config = _config(model, cfg)
+        if config_only:
+            return None, config
+        upcast = {"autocast_adapter_dtype": cfg.get("peft_autocast_adapter_dtype") is not False}
+        if cfg.lora_model_dir:
+            made = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference, **upcast)
+        else:
+            if cfg.seed is not None:
+                set_seed(cfg.seed)
+            made = get_peft_model(model, config, **upcast)  # pyright: ignore[reportArgumentType]
+        made.print_trainable_parameters()
+        return made, config  # pyright: ignore[reportReturnType]
+
+
+def _of_ours(cfg: Any) -> bool:
+    return str(cfg.get("adapter") or "").upper() in METHODS
+
+
+def _config(model: Any, cfg: Any) -> PeftConfig:
+    """The method's config by what Axolotl would give LoRA; rank and alpha are the method's own where it says none."""
+    from axolotl.loaders.adapter import load_lora  # pyright: ignore[reportMissingImports]
+
+    _, lora = load_lora(model, cfg, config_only=True)
+    own = METHODS[cfg.adapter.upper()].config.__dataclass_fields__
+    unsaid = {name: own[name].default for name in ("r", "lora_alpha") if getattr(lora, name) is None and name in own}
+    return of_method(lora, cfg.adapter, {**unsaid, **(cfg.ziggurat or {})})
