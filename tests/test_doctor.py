@@ -139,7 +139,8 @@ def test_what_servers_refuse_is_said(tmp_path: Path) -> None:
     assert any(what.startswith("2 tensors that are no factor pairs") for what in found)
     assert found["rank_pattern and use_rslora"] == "warning" and found["ranks [3, 4]"] == "note"
     paths = whats(checks.adapter(saved(tmp_path / "paths", LoR2CConfig(r=4, init_weights=False)), {}))
-    assert paths["LoR2C with vLLM: doesn't work"] == "error"
+    assert paths["LoR2C with vLLM: works with limits"] == "note"
+    assert paths["LoR2C with llama.cpp: doesn't work"] == "error"
     pyramid = MSPLoraConfig(r=4, target_modules=["query"], init_weights=False)
     assert "served as rank 8" in whats(checks.adapter(saved(tmp_path / "pyramid", pyramid), {}))
 

@@ -73,6 +73,20 @@ def test_axolotl_trains_and_merges_the_method(tmp_path: Path) -> None:
     before, after = (load_file(tmp_path / at / "model.safetensors")[name] for at in ("llama", "out/merged"))
     assert (before.float() - after.float()).abs().max() > 1e-3  # by its default it writes the base, with exit code 0
 
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "merge_method": "memory_efficient"}))
-    done = axolotl(tmp_path, "merge-lora")
-    assert done.returncode != 0 and "would write the base without the adapter" in done.stdout + done.stderr
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"merge_method": "memory_efficient"}, "would write the base without the adapter"),
+        ({"trl": {"use_vllm": True}}, "Set trl.vllm_lora_sync: true"),
+        ({"adapter": "lora"}, "name a method, one of"),
+    ],
+)
+def test_what_would_go_on_without_the_adapter_is_refused(more: dict[str, object], said: str) -> None:
+    from axolotl.utils.dict import DictDefault  # pyright: ignore[reportMissingImports]
+
+    from ziggurat.errors import ConfigError
+    from ziggurat.integrations.axolotl import ZigguratPlugin
+
+    with pytest.raises(ConfigError, match=said):
+        ZigguratPlugin().register(DictDefault({**CONFIG, **more}))

@@ -28,7 +28,7 @@ def test_swift_trains_and_merges_the_method(tmp_path: Path) -> None:
     save_tiny_llama(tmp_path / "llama")
     (tmp_path / "train.jsonl").write_text("\n".join([json.dumps(ROW)] * 8))
     path = subprocess.check_output([sys.executable, "-m", "ziggurat", "plugin-path", "swift"], text=True).strip()
-    model = f"--model {tmp_path / 'llama'} --model_type llama3 --template default --torch_dtype float32"
+    model = f"--model {tmp_path / 'llama'} --model_type llama --template default --torch_dtype float32"
     words = (
         f"--external_plugins {path} --tuner_type msplora --lora_rank 8 --target_modules q_proj v_proj --output_dir out"
     )

@@ -38,7 +38,8 @@ class ZigguratPlugin(BasePlugin):
         """Let `merge-lora` merge by PEFT.
 
         Raises:
-            ConfigError: the config asks for the way that writes the base; fields for no method of ours.
+            ConfigError: the config asks for what knows LoRA's tensors alone and would go on without the adapter, in
+                merging or in sending weights to vLLM; fields for no method of ours.
         """
         if not _of_ours(cfg):
             if cfg.get("ziggurat"):
@@ -46,6 +47,11 @@ class ZigguratPlugin(BasePlugin):
                     f"ziggurat: gives fields of a method, and adapter is {cfg.get('adapter')!r}: name a method, one of "
                     f"{', '.join(sorted(name.lower() for name in METHODS))}."
                 )
+        elif (cfg.get("trl") or {}).get("use_vllm") and not cfg["trl"].get("vllm_lora_sync"):
+            raise ConfigError(
+                f"trl.use_vllm: Axolotl sends LoRA's tensors alone to vLLM, and of adapter: {cfg['adapter']} nothing. "
+                "Set trl.vllm_lora_sync: true, and install ziggurat where vLLM runs: it then loads the adapter itself."
+            )
         elif cfg.get("merge_method") not in (None, "legacy"):
             raise ConfigError(
                 f"merge_method: {cfg['merge_method']} knows LoRA's tensors alone and would write the base without the "
