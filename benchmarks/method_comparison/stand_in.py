@@ -2,8 +2,8 @@
 
     python benchmarks/method_comparison/stand_in.py peft [EXPERIMENT]...
 
-Shows that each experiment's config loads, trains, generates, is scored, saved and logged by PEFT's scripts; the scores
-mean nothing. Replaced: the device, the data sets, the model, and a check that the base's loss on Wikipedia is that of a
+Shows that each experiment's config loads, trains, generates, is scored and logged by PEFT's scripts; the scores mean
+nothing. Replaced: the device, the data sets, the model, and a check that the base's loss on Wikipedia is that of a
 real model.
 """
 

@@ -10,6 +10,7 @@ default adds what is called `lora_A` and `lora_B` to the weights, finds none her
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields
 from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin  # pyright: ignore[reportMissingImports]
@@ -91,10 +92,14 @@ def _of_ours(cfg: Any) -> bool:
 
 
 def _config(model: Any, cfg: Any) -> PeftConfig:
-    """The method's config by what Axolotl would give LoRA; rank and alpha are the method's own where it says none."""
+    """The method's config by what Axolotl would give LoRA. Where Axolotl says None, the method's own default holds."""
     from axolotl.loaders.adapter import load_lora  # pyright: ignore[reportMissingImports]
 
     _, lora = load_lora(model, cfg, config_only=True)
-    own = METHODS[cfg.adapter.upper()].config.__dataclass_fields__
-    unsaid = {name: own[name].default for name in ("r", "lora_alpha") if getattr(lora, name) is None and name in own}
+    defaults = {item.name: item.default for item in fields(METHODS[cfg.adapter.upper()].config)}
+    unsaid = {
+        name: default
+        for name, default in defaults.items()
+        if default not in (None, MISSING) and getattr(lora, name, default) is None
+    }
     return of_method(lora, cfg.adapter, {**unsaid, **(cfg.ziggurat or {})})
