@@ -1,4 +1,4 @@
-"""For mkdocs: a fence has its language alone. Its other words (`no-run`, `run`, a file's name) are for tests/test_docs.py."""
+"""For mkdocs: a fence has its language alone. Its other words (`no-run`, a file's name) are for tests/test_docs.py."""
 
 import re
 
