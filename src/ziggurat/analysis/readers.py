@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 from typing import Any
@@ -12,6 +12,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ziggurat.host.anatomy import Place
+from ziggurat.host.expert_terms import expert_pair, expert_parts, of_expert
 from ziggurat.host.method import Method, pair_of, parts_of, redirected, specs_of
 from ziggurat.host.names import current_names
 from ziggurat.host.site import CHILD, Site
@@ -57,29 +58,43 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
         names |= {key: f"{method.bank}.{method.store}.{leaf}" for key, (_, leaf) in read.items()}
         if method.pair is None or any(name not in state for name in names.values()):
             continue
-        t = {key: state[name] for key, name in names.items()}
+        stored = {key: state[name] for key, name in names.items()}
         layers = tuple(site.span.layers) if site.span is not None else (site.layer,)
-        parts = parts_of(method, here, site, t)
-        for part in parts:
-            together = all(specs[key].shared for key in part.keys)
-            component = Component(
-                part.name,
-                site.stack_path,
-                site.role,
-                layers,
-                *part.pair,
-                group=part.group,
-                adds=part.adds,
-                tensors={names[key]: t[key].numel() for key in part.keys if specs[key].trains},
-            )
-            alike.setdefault((part.name, *component.tensors, "" if together else path), []).append(component)
-        if len(parts) > 1:
-            rank = min(part.pair.A.shape[0] for part in parts if not part.adds) if not parts[0].adds else None
-            update = _narrowed(pair_of(method, here, site, t), rank)
-            updates.append(Component(UPDATE, site.stack_path, site.role, layers, *update, stored=False))
+        for expert in range(site.num_experts or 1) if site.fused else (None,):
+            t, members = (stored, {}) if expert is None else of_expert(specs, stored, expert, site.num_experts or 1)
+            parts = parts_of(method, here, site, t) if expert is None else expert_parts(method, here, site, t)
+            for part in parts:
+                together = all(specs[key].shared for key in part.keys)
+                share = _shared_by(members, part.keys, site.num_experts)
+                component = Component(
+                    part.name,
+                    site.stack_path,
+                    f"{site.role}{share}",
+                    layers,
+                    *part.pair,
+                    group=part.group,
+                    adds=part.adds,
+                    tensors={f"{names[key]}{share}": t[key].numel() for key in part.keys if specs[key].trains},
+                )
+                alike.setdefault((part.name, *component.tensors, "" if together else path), []).append(component)
+            if len(parts) > 1:
+                rank = min(part.pair.A.shape[0] for part in parts if not part.adds) if not parts[0].adds else None
+                pair = pair_of(method, here, site, t) if expert is None else expert_pair(method, here, site, t)
+                role = site.role if expert is None else f"{site.role}[{expert}]"
+                updates.append(Component(UPDATE, site.stack_path, role, layers, *_narrowed(pair, rank), stored=False))
     for same in alike.values():
         yield replace(same[0], layers=tuple(sorted({n for component in same for n in component.layers})))
     yield from updates
+
+
+def _shared_by(members: Mapping[str, range], keys: Sequence[str], num_experts: int | None) -> str:
+    """Which experts have these tensors in common, in brackets; nothing where all have, or where there are none."""
+    if not members:
+        return ""
+    first, end = max(members[key].start for key in keys), min(members[key].stop for key in keys)
+    if end - first == num_experts:
+        return ""
+    return f"[{first}]" if end - first == 1 else f"[{first}-{end - 1}]"
 
 
 def _narrowed(pair: FactorPair, rank: int | None) -> FactorPair:

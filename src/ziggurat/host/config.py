@@ -60,6 +60,10 @@ class MethodConfig(PeftConfig):
             "help": "Names of the linear layers to adapt, a regular expression over their paths, or 'all-linear'."
         },
     )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the parameters with all experts of a layer to adapt: 'experts.gate_up_proj', say."},
+    )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names, or a regular expression, of linear layers to leave out."}
     )
@@ -262,6 +266,7 @@ class MethodConfig(PeftConfig):
         check_flag("use_rslora", self.use_rslora)
         check_flag("fan_in_fan_out", self.fan_in_fan_out)
         check_names("modules_to_save", self.modules_to_save)
+        check_names("target_parameters", self.target_parameters)
         check_layers("layers_to_transform", self.layers_to_transform)
         if not (isinstance(self.init_weights, bool) or self.init_weights in self.named_inits):
             *others, last = ("True", "False", *map(repr, self.named_inits))

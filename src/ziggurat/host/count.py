@@ -38,6 +38,8 @@ def count(model: nn.Module, config: Any) -> int:
 def with_targets(config: Any, model: nn.Module, method: Method | None = None) -> Any:
     """A copy of the config with the architecture's default target modules, where it names none."""
     config = copy.copy(config)
+    if config.target_modules is None and getattr(config, "target_parameters", None):
+        config.target_modules = set()
     if config.target_modules is None and (method is None or method.sites is None):
         kind = getattr(getattr(model, "config", None), "model_type", None)
         if kind not in DEFAULT_TARGETS:

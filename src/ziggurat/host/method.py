@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.site import Site
-from ziggurat.host.tensors import TensorSpec, low_rank
+from ziggurat.host.tensors import TensorSpec, low_rank, over_experts
 from ziggurat.lowrank.pair import FactorPair
 
 Stored = Mapping[str, Tensor]
@@ -86,8 +86,10 @@ class Method:
     before it is saved, drops what training left without effect, and gives counts of parameters by name. `picture`:
     draws what training did into a folder. `write`: writes the model with its adapter where no weight can hold the
     update.
-    `events_file`: the log that it writes beside an adapter whose structure training changed. `older_names`: regular
-    expressions with replacements, which make of a tensor's name in an older file what it is called now.
+    `sums`: the update is a sum over tensors, and `pair`, given some of them alone, computes what these add. Tensors
+    that all experts of a layer share then act on all tokens at once. `events_file`: the log that it writes beside an
+    adapter whose structure training changed. `older_names`: regular expressions with replacements, which make of a
+    tensor's name in an older file what it is called now.
     """
 
     name: str
@@ -110,6 +112,7 @@ class Method:
     finish: Callable[[Any], dict[str, int]] | None = None
     picture: Callable[[Any, Path], None] | None = None
     write: Callable[[Any, Path], None] | None = None
+    sums: bool = False
     events_file: str = ""
     older_names: tuple[tuple[str, str], ...] = ()
 
@@ -177,6 +180,9 @@ def specs_of(method: Method, config: Any, site: Site) -> dict[str, TensorSpec]:
         rank = config.at_path(config.blended, site, 0)
         return low_rank(rank, site.d_in, site.d_out, True) if rank else {}
     specs = method.tensors(config, site)
+    if site.fused:
+        assert site.num_experts is not None
+        specs = {key: over_experts(spec, site.num_experts) for key, spec in specs.items()}
     for key, spec in specs.items():
         leaf = spec.leaf(key)
         if not isinstance(key, str) or not key.isidentifier() or "." in leaf or method.prefix in leaf:
@@ -190,7 +196,14 @@ def specs_of(method: Method, config: Any, site: Site) -> dict[str, TensorSpec]:
 
 
 def pair_of(method: Method, config: Any, site: Site, stored: Stored, context: Context = EVALUATION) -> FactorPair:
-    """The pair of a site: the method's own, or the stored one of a blend."""
+    """The pair of a site: the method's own, or the stored one of a blend.
+
+    Where the site holds all experts of a layer, A (experts, rank, d_in) and B (experts, d_out, rank).
+    """
+    if site.fused:
+        from ziggurat.host.expert_terms import expert_terms, for_each_expert
+
+        return for_each_expert(expert_terms(method, config, site, stored, context), site)
     if config.blended is not None:
         return FactorPair(stored["A"], stored["B"])
     assert method.pair is not None

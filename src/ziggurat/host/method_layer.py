@@ -167,3 +167,12 @@ class MethodLayer(BaseTunerLayer):
         self.stores[adapter_name].move(home)  # type: ignore[operator]
         if any(in_bank for in_bank, _ in self.leaves[adapter_name].values()):
             self.bank_factors(adapter_name).move(home)
+
+
+class ExpertsLayer(BaseTunerLayer):
+    """A tuner layer of fused experts: of all experts of a layer, or of one of their parameters (host/experts.py)."""
+
+    stores: Mapping[str, Any] = {}
+
+    def forget(self, adapter: str) -> None:
+        """Nothing: the layers of the parameters hold the tensors."""

@@ -6,7 +6,7 @@ W + B A is plain LoRA with lora_A = A, lora_B = B and lora_alpha = r, as the pai
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ziggurat.errors import ExportError
 from ziggurat.host.bank import Bank
 from ziggurat.host.linear import AdaptedLinear
+from ziggurat.host.method_layer import ExpertsLayer, MethodLayer
 from ziggurat.host.tensors import whole
 from ziggurat.host.unwrap import without_wrappers
 from ziggurat.host.vocabulary import embedding_names, has_grown
@@ -58,8 +59,8 @@ def as_plain(
 ) -> PlainLora:
     """`plain_lora`; `grown`: with embeddings of another size than the base's. `saved`: as in `other_tensors`."""
     base = without_wrappers(model)
-    pairs = {path: pair for path, pair in lora_pairs(base, adapter).items() if pair.A.shape[0]}
-    needed = max((pair.A.shape[0] for pair in pairs.values()), default=0)
+    pairs = {path: pair for path, pair in lora_pairs(base, adapter).items() if pair.A.shape[-2]}
+    needed = max((pair.A.shape[-2] for pair in pairs.values()), default=0)
     if needed == 0:
         # LoRA knows no rank 0.
         raise ExportError(f"adapter {adapter!r} has rank 0 everywhere: there is no update to write.")
@@ -70,18 +71,40 @@ def as_plain(
         )
     config = base.peft_config[adapter]  # type: ignore[index]
     tensors = other_tensors(base, adapter, saved, grown)
+    names = lora_names(bare(base), pairs)
     for path, pair in pairs.items():
         a, b = pair if rank is None else pad(pair, rank)
+        if a.dim() == 3:  # PEFT has experts in one matrix: A by expert and rank, B by rank and expert
+            a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
         # A pair that isn't filled up may be the parameters themselves, which the next step changes.
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = a if a is not pair.A else a.clone()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = b if b is not pair.B else b.clone()
-    ranks = {path: rank or pair.A.shape[0] for path, pair in pairs.items()}
-    return PlainLora(_lora_config(bare(base), config, ranks), tensors)
+        tensors[f"{PREFIX}{names[path]}.lora_A.weight"] = a if a is not pair.A else a.clone()
+        tensors[f"{PREFIX}{names[path]}.lora_B.weight"] = b if b is not pair.B else b.clone()
+    ranks = {path: rank or pair.A.shape[-2] for path, pair in pairs.items()}
+    experts = {path for path, pair in pairs.items() if pair.A.dim() == 3}
+    return PlainLora(_lora_config(bare(base), config, ranks, experts), tensors)
+
+
+def lora_names(base: nn.Module, pairs: Mapping[str, FactorPair]) -> dict[str, str]:
+    """Path -> what PEFT calls the module of its LoRA there.
+
+    It wraps the experts of a layer once for each adapted parameter, the first one in the module innermost.
+    """
+    names = {path: path for path in pairs}
+    for path, pair in pairs.items():
+        if pair.A.dim() == 3:
+            experts, _, name = path.rpartition(".")
+            inside: Any = base.get_submodule(experts)
+            order = list(inside.get_base_layer()._parameters)
+            around = sum(f"{experts}.{other}" in pairs for other in order[order.index(name) + 1 :])
+            names[path] = experts + ".base_layer" * around
+    return names
 
 
 @torch.no_grad()
 def lora_pairs(model: nn.Module, adapter: str = "default") -> dict[str, FactorPair]:
     """The effective pair of every linear layer that `adapter` adapts, by its path in the base model.
+
+    Of a parameter with all experts of a layer: A (experts, rank, d_in), B (experts, d_out, rank).
 
     Raises:
         ExportError: the adapter has a part that no low-rank update of a weight can express; or it isn't there.
@@ -89,10 +112,14 @@ def lora_pairs(model: nn.Module, adapter: str = "default") -> dict[str, FactorPa
     pairs: dict[str, FactorPair] = {}
     gathered = _gathering()
     for path, module in bare(model).named_modules():
-        if isinstance(module, AdaptedLinear):
+        if isinstance(module, MethodLayer) and isinstance(module, AdaptedLinear | ExpertsLayer):
             if adapter in module.adapters:
                 pairs[path] = module.pair_of(adapter, {k: gathered(t) for k, t in module.stored(adapter).items()})
-        elif isinstance(module, BaseTunerLayer) and not isinstance(module, Bank | TrainableTokensLayer):
+        elif (
+            isinstance(module, BaseTunerLayer)
+            and not isinstance(module, ExpertsLayer)
+            and not isinstance(module, Bank | TrainableTokensLayer)
+        ):
             raise ExportError(f"{path}: {_refusal(model, module, adapter)}")
     if not pairs:
         names = ", ".join(getattr(model, "peft_config", {})) or "none"
@@ -173,18 +200,19 @@ def _refusal(model: nn.Module, module: BaseTunerLayer, adapter: str) -> str:
     return getattr(module, "cannot_export", f"{type(module).__name__} is no update of a linear layer's weight")
 
 
-def _lora_config(base: nn.Module, config: Any, ranks: dict[str, int]) -> LoraConfig:
+def _lora_config(base: nn.Module, config: Any, ranks: dict[str, int], experts: Collection[str]) -> LoraConfig:
     rank = max(ranks.values())
-    different = {path: r for path, r in ranks.items() if r != rank}
     bias: Any = getattr(config, "bias", "none")
-    first = base.get_submodule(next(iter(ranks)))
-    taken = [path for path in ranks if taken_for_experts(base, path)]
-    rest = [path for path in ranks if path not in taken]
+    linear = [path for path in ranks if path not in experts]
+    first = base.get_submodule(linear[0]) if linear else None
+    taken = [path for path in linear if taken_for_experts(base, path)]
+    rest = [path for path in linear if path not in taken]
+    different = {path: r for path, r in ranks.items() if r != rank}
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=_targets(base, rest, getattr(config, "modules_to_save", None)),
-        target_parameters=[f"{path}.weight" for path in taken] or None,
+        target_modules=_targets(base, rest, getattr(config, "modules_to_save", None)) if rest else [],
+        target_parameters=[*sorted(experts), *(f"{path}.weight" for path in taken)] or None,
         rank_pattern=dict(different),
         alpha_pattern=dict(different),
         bias="lora_only" if bias.endswith("_only") else bias,

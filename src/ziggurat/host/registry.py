@@ -12,6 +12,7 @@ from ziggurat.host.bank import Bank
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.loading import load_through_methods
 from ziggurat.host.method import METHODS, Method
+from ziggurat.host.method_layer import ExpertsLayer
 from ziggurat.host.peft_type import peft_type
 from ziggurat.host.structure import StructureBank, StructureTuner
 from ziggurat.host.tuner import MethodTuner
@@ -59,7 +60,7 @@ def register(
         kind.method, kind.adapter_layer_names = method, (method.store,)
     tuner_cls.method, tuner_cls.prefix = method, method.prefix
     tuner_cls.layer_cls, tuner_cls.bank_cls = layer_cls, bank_cls
-    tuner_cls.tuner_layer_cls = (layer_cls, bank_cls, *more_layers)
+    tuner_cls.tuner_layer_cls = (layer_cls, bank_cls, ExpertsLayer, *more_layers)
     load_through_methods()
     register_peft_method(name=method.name, config_cls=method.config, model_cls=tuner_cls)
     METHODS[method.peft_type] = method

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -13,6 +14,8 @@ logger = logging.getLogger(__name__)
 #: Mixers whose fused kernel multiplies by these weights itself, past whatever stands beside them; PEFT's list for LoRA.
 MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 PAST_THE_ADAPTER = ("out_proj", "conv1d")
+#: What the projections of experts are called where they are linear layers, or in checkpoints.
+OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate_up_proj", "input_linear", "output_linear")
 
 
 def check_fused_mixers(model: nn.Module, sites: Mapping[str, Site]) -> None:
@@ -28,17 +31,26 @@ def check_fused_mixers(model: nn.Module, sites: Mapping[str, Site]) -> None:
             )
 
 
-def remark(model: nn.Module, all_linear: bool) -> None:
-    """Log what stays frozen though "all-linear" sounds like all.
+def remark(model: nn.Module, config: Any, all_linear: bool, sites: Mapping[str, Site]) -> None:
+    """Log which experts stay frozen though the targets sound like all: "all-linear", or projections of experts.
 
     Experts of transformers' mixtures are one parameter of three dimensions, no linear layers.
     """
-    if all_linear:
-        experts = {name: p.numel() for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name}
-        if experts:
-            share = sum(experts.values()) / sum(p.numel() for p in model.parameters())
-            logger.warning(
-                "target_modules='all-linear' adapts linear layers, and %d experts' parameters of this model are none "
-                "(%s, ...): they stay frozen, %.0f%% of the model's parameters.",
-                *(len(experts), next(iter(experts)), 100 * share),
-            )
+    names = config.target_modules if isinstance(config.target_modules, set | list) else ()
+    halves = sorted(name for name in names if name.rpartition(".")[2] in OF_EXPERTS)
+    if not (all_linear or halves or config.target_parameters):
+        return
+    experts = {
+        path: p.numel()
+        for path, p in ((name.replace(".base_layer", ""), p) for name, p in model.named_parameters())
+        if p.dim() == 3 and "expert" in path and path not in sites
+    }
+    if experts:
+        given = "'all-linear'" if all_linear else halves or f"{sorted(names)} and {sorted(config.target_parameters)}"
+        ends = dict.fromkeys(".".join(path.split(".")[-2:]) for path in experts)
+        logger.warning(
+            "target_modules=%s adapts linear layers, and %d experts' parameters of this model are none "
+            "(%s, ...): they stay frozen, %.0f%% of the model's parameters. target_parameters=%s adapts them.",
+            *(given, len(experts), next(iter(experts))),
+            *(100 * sum(experts.values()) / sum(p.numel() for p in model.parameters()), list(ends)),
+        )

@@ -1,7 +1,8 @@
 """A site: where one factor pair acts. Everything that a method may know of the model is here."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,6 +11,8 @@ from ziggurat.lowrank.spans import Span
 
 #: The name of a residual path among the children of its layer. No method's prefix may be part of it.
 CHILD = "residual_path"
+#: An expert's number in the role of a linear layer, behind the name of the list (or dict) of experts.
+EXPERT = re.compile(r"((?:^|\.)\w*experts?)\.(?:expert_)?(\d+)(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Site:
     `layer`, `num_layers`: its layer, from 0, and the depth of the stack. `role`: its path inside the layer; "" for a
     span and outside every stack. `d_in`, `d_out`: the input and output size; for a span both are its width.
     `span`: the layers that a path goes around; None for a linear layer. `expert`, `num_experts`: which expert of its
-    layer this is, and of how many; None where there are none.
+    layer this is, and of how many; None where there are none. A parameter that holds all experts of a layer is one
+    site, with `num_experts` and no `expert`.
     """
 
     path: str
@@ -36,10 +40,21 @@ class Site:
     num_experts: int | None = None
 
     @property
+    def fused(self) -> bool:
+        """Whether this is one parameter that holds a matrix for each of `num_experts` experts."""
+        return self.num_experts is not None and self.expert is None
+
+    @property
     def stack_path(self) -> str:
         """The path of the stack in the base model."""
         tail = f".{self.layer}" + (f".{self.role}" if self.role else "")
         return self.path.removesuffix(tail)
+
+    @property
+    def kind_of_experts(self) -> str:
+        """`kind` without the expert's number, of an expert that is a linear layer of its own."""
+        role = EXPERT.sub(r"\1", self.role, count=1)
+        return f"{leaf_name(self.stack)}:{leaf_name(role)}:{self.d_out}x{self.d_in}"
 
     @property
     def kind(self) -> str:
@@ -50,6 +65,21 @@ class Site:
 def leaf_name(path: str) -> str:
     """`path` as part of a parameter's name, in which torch allows no dots."""
     return path.replace(".", "/")
+
+
+def with_experts(sites: Mapping[str, Site]) -> dict[str, Site]:
+    """`sites` with the number of the expert, of those that are linear layers in a list of experts."""
+    matches = {path: match for path, site in sites.items() if (match := EXPERT.search(site.role)) and not site.fused}
+    experts: dict[tuple[str, int, str], int] = {}
+    for path, match in matches.items():
+        key = (sites[path].stack, sites[path].layer, match[1])
+        experts[key] = max(experts.get(key, 0), int(match[2]) + 1)
+    numbered = {
+        path: replace(site, expert=int(match[2]), num_experts=experts[site.stack, site.layer, match[1]])
+        for path, match in matches.items()
+        if (site := sites[path])
+    }
+    return {path: numbered.get(path, site) for path, site in sites.items()}
 
 
 def body_prefix(model: nn.Module) -> str:

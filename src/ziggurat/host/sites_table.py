@@ -1,14 +1,16 @@
 """The sites of an adapter as they stand in its adapter_config.json, so that its folder alone says where it acts.
 
-{stack: {"path": its path in the base model, "layers": how many, role: "<d_out>x<d_in>", ...}}. A role that isn't in
+{stack: {"path": its path in the base model, "layers": how many, role: "<d_out>x<d_in>", ...}}. A parameter
+with all experts of a layer has their number in front: "<experts>*<d_out>x<d_in>". A role that isn't in
 every layer has the numbers of its layers behind a colon. The role "(around)" is the residual stream around layers.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.site import Site
+from ziggurat.host.site import Site, with_experts
 from ziggurat.host.values import MOST_ENTRIES, MOST_RANK, is_whole, shown
 from ziggurat.lowrank.spans import Span
 
@@ -27,7 +29,8 @@ def to_table(sites: Mapping[str, Site]) -> dict[str, dict[str, Any]] | None:
         entry = table.setdefault(site.stack, {"path": path if outside else path.removesuffix(tail)})
         entry["layers"] = site.num_layers
         role = AROUND if site.span is not None else site.role
-        layers.setdefault((site.stack, role, f"{site.d_out}x{site.d_in}"), []).append(site.layer)
+        shape = f"{site.num_experts}*{site.d_out}x{site.d_in}" if site.fused else f"{site.d_out}x{site.d_in}"
+        layers.setdefault((site.stack, role, shape), []).append(site.layer)
     for (stack, role, shape), numbers in layers.items():
         everywhere = numbers == list(range(table[stack]["layers"]))
         text = shape if everywhere else f"{shape}:{','.join(map(str, numbers))}"
@@ -53,13 +56,16 @@ def from_table(table: Any) -> dict[str, Site]:
                     continue
                 for part in text.split(";"):
                     shape, _, numbers = part.partition(":")
-                    d_out, d_in = (int(side) for side in shape.split("x"))
+                    experts, _, sides = shape.rpartition("*")
+                    d_out, d_in = (int(side) for side in sides.split("x"))
                     for layer in map(int, numbers.split(",")) if numbers else range(depth):
                         site = _site(path, stack, layer, depth, role, d_in, d_out)
+                        if experts:
+                            site = replace(site, num_experts=int(experts))
                         sites[site.path] = site
                         if len(sites) > MOST_ENTRIES:
                             raise ValueError(f"more than {MOST_ENTRIES:,} sites")
-        return sites
+        return with_experts(sites)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"sites={shown(table)} isn't the table that ziggurat writes ({error}): take it out of adapter_config.json."

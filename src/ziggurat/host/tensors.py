@@ -1,7 +1,7 @@
 """What a method stores at a site: the description of a tensor, how it is drawn, and the module that holds it."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -37,6 +37,10 @@ class Weight:
                 f"the weight of {self._path!r} can't be read ({error}), and this method starts from it. Choose other "
                 "target_modules, or a base model whose weights are not quantised."
             ) from error
+
+    def of(self, expert: int) -> "Weight":
+        """The weight of one expert, where this is that of all experts of a layer."""
+        return Weight(self._path, lambda: self._read()[expert])
 
     def svd(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """U (d_out, rank), S (rank), V^T (rank, d_in): the largest singular values of W and their vectors.
@@ -92,11 +96,14 @@ def normal(std: float) -> Init:
 class TensorSpec:
     """One tensor of a site.
 
-    `shape`: experts first where there are any. `init`: fills it in place; it may read the frozen weight.
+    `shape`: as one linear layer has it. `init`: fills it in place; it may read the frozen weight.
     `shared`: "" for a tensor of this site alone; otherwise a name without dots, and all sites that give a tensor of
     this name and key share one. `trainable`: False keeps it as drawn; it is stored all the same.
     `seed`: the tensor is frozen and never stored: whoever loads the adapter draws it again from this seed, with torch's
     generator of the CPU. `up`: it lies on the output side, as LoRA's B; LoRA+ has a rate for such.
+    `experts`: at a parameter that holds all experts of a layer, how many contiguous, equal groups of experts have one
+    of this tensor each, or the first expert of each group. None: every expert has its own, and where the tensor is
+    shared, all have one.
     """
 
     shape: tuple[int, ...]
@@ -105,6 +112,7 @@ class TensorSpec:
     trainable: bool = True
     seed: int | None = None
     up: bool = False
+    experts: int | tuple[int, ...] | None = None
 
     @property
     def trains(self) -> bool:
@@ -118,6 +126,24 @@ class TensorSpec:
     def leaf(self, key: str) -> str:
         """What the tensor called `key` is called among the parameters of its adapter."""
         return f"{self.shared}:{key}" if self.shared else key
+
+
+def first_experts(groups: int, num_experts: int) -> tuple[int, ...]:
+    """The first expert of each group where expert e of E is in group floor(e G / E)."""
+    return tuple(-(-group * num_experts // groups) for group in range(groups))
+
+
+def over_experts(spec: TensorSpec, num_experts: int) -> TensorSpec:
+    """`spec` for all experts of a layer at once: groups of experts are the first side, unless all share one tensor."""
+    groups = spec.experts if spec.experts is not None else 1 if spec.shared else num_experts
+    starts = first_experts(groups, num_experts) if isinstance(groups, int) else groups
+
+    def init(tensor: Tensor, weight: Weight) -> None:
+        for part, first in zip(tensor.unbind() if len(starts) > 1 else (tensor,), starts, strict=True):
+            spec.init(part, weight.of(first))
+
+    shape = (len(starts), *spec.shape) if len(starts) > 1 else spec.shape
+    return replace(spec, shape=shape, init=init, experts=starts)
 
 
 def low_rank(

@@ -25,13 +25,13 @@ from ziggurat.host.draws import Draws
 from ziggurat.host.lifecycle import Watch, step_in_trainers, watch_trainers
 from ziggurat.host.linear import AdaptedLinear, features, is_adaptable
 from ziggurat.host.method import Method, needs_steps, pair_of, specs_of, unique_specs
-from ziggurat.host.method_layer import MethodLayer
+from ziggurat.host.method_layer import ExpertsLayer, MethodLayer
 from ziggurat.host.names import RenamesOnLoad, current_names
 from ziggurat.host.older import NoMatchingPeftModuleError, as_no_match, check_saved_whole
 from ziggurat.host.quantised import changing
 from ziggurat.host.remarks import check_fused_mixers, remark
 from ziggurat.host.siblings import introduce
-from ziggurat.host.site import Site, body_name
+from ziggurat.host.site import Site, body_name, with_experts
 from ziggurat.host.sites_table import to_table
 from ziggurat.host.targets import DEFAULT_TARGETS, near_misses, targets
 from ziggurat.host.tensors import Weight, check_pair
@@ -78,12 +78,18 @@ class MethodTuner(BaseTuner):
                 pair = pair_of(self.method, config, site, stored)
                 check_pair(pair, site.d_in, site.d_out, f"{self.method.card.shown} at {site.path!r}")
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            peft_config.target_modules = set()  # as in PEFT's LoRA, parameters alone
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         return targets(peft_config, key)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Look at the whole model and raise before anything in it is changed."""
         config: Any = peft_config
+        check_takes_parameters(self.method, config)
         all_linear = config.target_modules == "all-linear"  # which PEFT replaces by names
         self.sites = self._sites(config, model)
         check_fused_mixers(model, self.sites)
@@ -94,7 +100,7 @@ class MethodTuner(BaseTuner):
         check_stored(config, sum(spec.size for spec in specs.values() if spec.seed is None))
         check_saved_whole(config)
         if self.method.sites is None:
-            remark(model, all_linear)
+            remark(model, config, all_linear, self.sites)
         config.sites = to_table(self.sites)
         layers: list[Any] = [module for module in model.modules() if isinstance(module, self.tuner_layer_cls)]
         for layer in layers:
@@ -148,6 +154,26 @@ class MethodTuner(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
         if self.layer_cls.forward is AdaptedLinear.forward:  # another forward may read something else
             introduce(parent, current_key, self.layer_cls)
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Adapt the experts' parameters among the sites. PEFT calls it where the config has `target_parameters`."""
+        from accelerate import init_empty_weights
+
+        from ziggurat.host.experts import wrapped_experts
+
+        assert self.sites is not None
+        fused = {path: site for path, site in self.sites.items() if site.fused}
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            for path, site in fused.items():
+                experts, _, name = path.rpartition(".")
+                layer = wrapped_experts(model, experts, self.method).layer(name, self.method)
+                self._join(layer, adapter_name, peft_config, site, layer.weight_of_base(path))
+                layer.set_adapter(self.active_adapters)
+                if adapter_name not in self.active_adapters:
+                    layer.requires_grad_(False)
+        return list(fused)
 
     def _join(self, layer: Any, adapter: str, config: Any, site: Site, weight: Weight) -> None:
         """Give `adapter` its tensors at `site`, in `layer` and in the bank."""
@@ -280,6 +306,11 @@ class MethodTuner(BaseTuner):
         """
         if adapter_name in self.peft_config:
             return
+        if any(getattr(self.peft_config.get(name), "target_parameters", None) for name in adapters):
+            raise ValueError(
+                "adapters of fused experts (target_parameters) can't be combined with weights. Merge the adapters into "
+                "copies of the model, and combine those."
+            )
         if self.method.pair is None:
             raise ValueError(f"{self.method.card.shown} makes no low-rank update, and can't be combined with weights.")
         kind = check_request(self.peft_config, adapters, weights, combination_type)
@@ -311,7 +342,7 @@ class MethodTuner(BaseTuner):
                 with_kwargs=True,
             )
             for module in self.modules()
-            if isinstance(module, MethodLayer | AuxiliaryTrainingWrapper)
+            if isinstance(module, MethodLayer | ExpertsLayer | AuxiliaryTrainingWrapper)
         ]
         try:
             yield
@@ -337,14 +368,28 @@ def sites_of(method: Method, config: Any, model: nn.Module) -> dict[str, Site]:
     Raises:
         ConfigError: a target module is no linear layer, or the method finds no place.
     """
+    check_takes_parameters(method, config)
     if method.sites is not None:
         return method.sites(config, model, Anatomy(model, layers_pattern=config.layers_pattern))
-    sites = target_sites(config, model)
+    sites = target_sites(config, model) if config.target_modules else {}
+    if config.target_parameters:
+        from ziggurat.host.experts import parameter_sites
+
+        sites |= parameter_sites(config, model)
     if config.speaks_of_depth and sites and all(not site.role for site in sites.values()):
         anatomy = Anatomy(model, layers_pattern=config.layers_pattern)
         if not anatomy.stacks:
             anatomy.place(next(iter(sites)))  # raises: the config has fields about layers, and there are none
     return sites
+
+
+def check_takes_parameters(method: Method, config: Any) -> None:
+    """Raise ConfigError if `config` names parameters of experts, and the method's update is none of weights."""
+    if config.target_parameters and (method.sites is not None or method.pair is None):
+        raise ConfigError(
+            f"target_parameters={sorted(config.target_parameters)}: {method.card.shown} makes no low-rank update of "
+            "weights, and can't adapt parameters of experts. Take target_parameters out, or use another method."
+        )
 
 
 def target_sites(config: Any, model: nn.Module) -> dict[str, Site]:
@@ -367,7 +412,7 @@ def target_sites(config: Any, model: nn.Module) -> dict[str, Site]:
                 "leave this module out by exclude_modules."
             )
         sites[path] = linear_site(model, anatomy, path, module)
-    return sites
+    return with_experts(sites)
 
 
 def linear_site(model: nn.Module, anatomy: Anatomy, path: str, module: nn.Module) -> Site:

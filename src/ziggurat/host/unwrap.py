@@ -97,7 +97,10 @@ def bare_path(model: nn.Module, path: str) -> str | None:
         inner = look_through(module)
         if inner is None:
             break
-        if inner is not module and part in module._modules:
+        if part in inner._parameters:
+            module = nn.Module()
+            bare.append(part)
+        elif inner is not module and part in module._modules:
             if part not in ("base_layer", "original_module"):
                 break
             module = module.get_submodule(part)
@@ -105,9 +108,6 @@ def bare_path(model: nn.Module, path: str) -> str | None:
             module = child
             if look_through(child) is not None:
                 bare.append(part)
-        elif part in inner._parameters:
-            module = nn.Module()
-            bare.append(part)
         else:
             return None
     return ".".join(bare)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ziggurat.errors import ConfigError
 
@@ -57,13 +58,11 @@ def pad(pair: FactorPair, rank: int) -> FactorPair:
 
     Raises ConfigError if ``rank`` is below the pair's own: cutting would change the delta.
     """
-    have = pair.A.shape[0]
+    have = pair.A.shape[-2]
     if rank < have:
         raise ConfigError(f"pad to rank {rank}, but the pair has rank {have}: give at least {have}.")
     extra = rank - have
-    A = torch.cat([pair.A, pair.A.new_zeros(extra, pair.A.shape[1])])
-    B = torch.cat([pair.B, pair.B.new_zeros(pair.B.shape[0], extra)], dim=1)
-    return FactorPair(A, B)
+    return FactorPair(F.pad(pair.A, (0, 0, 0, extra)), F.pad(pair.B, (0, extra)))
 
 
 @torch.no_grad()

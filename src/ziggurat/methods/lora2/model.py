@@ -104,6 +104,11 @@ class LoRA2Model(MethodTuner):
 
 def check(config: LoRA2Config, site: Site) -> None:
     """Raise ConfigError if a plane that was asked for has no room in the matrix of `site`."""
+    if site.fused:
+        raise ConfigError(
+            f"target_parameters: LoRA² adapts linear layers, and {site.path!r} holds the weights of all experts of a "
+            "layer. Use MSPLoRA, DyLoRA or another method there."
+        )
     if config.outer_rank is not None and config.outer_rank > min(site.d_in, site.d_out):
         raise ConfigError(
             f"outer_rank={config.outer_rank} is above the matrix: {site.path!r} maps {site.d_in} to {site.d_out}, so "

@@ -41,7 +41,12 @@ class MSPLoraConfig(MethodConfig):
         rank_decay: what each tier's rank is divided by to give the next one's. 1: all tiers have rank r.
         ranks: instead of `r` and `rank_decay`: the ranks of the global, mid and layer tier.
         tiers: instead of all of these: any number of tiers, coarse to fine, each a dict of `name`, `groups`
-            (a number, a list of first layers, or "layers") and optionally `r` and `lora_alpha`.
+            (a number, a list of first layers, or "layers") and optionally `r`, `lora_alpha` and `expert_groups`: into
+            how many groups the experts of a layer are cut (a number, a list of first experts, or "experts"; default 1,
+            all share). A tier with more than one group of experts acts at experts only.
+        target_parameters: parameters with all experts of a layer, such as "experts.gate_up_proj". Without `tiers`
+            theirs are global (r), shared by all experts of all layers, layer (r/2), by those of a layer, and expert
+            (r/4), by nobody; `num_groups` and `group_starts` say nothing of them.
         rank_pattern: ranks of the tiers, coarse to fine, for linear layers of some roles: {"value": [12, 4, 2]}. A key
             is a role or the end of one, such as "attention.self.value"; the longest that fits counts. Layers of a role
             share pairs, so a role has the same ranks in all of them.
@@ -88,23 +93,41 @@ class MSPLoraConfig(MethodConfig):
         if not is_whole(self.rank_decay, -MOST_RANK, MOST_RANK):
             raise ConfigError(f"rank_decay={shown(self.rank_decay)}: a whole number of at least 1 is needed.")
         check_tiers(self._tiers())
+        if self.train_in_stages and self.target_parameters and self.tiers is None:
+            raise ConfigError(
+                "train_in_stages with target_parameters needs tiers=[...]: by default experts have other tiers "
+                "(global, layer, expert) than linear layers, and a stage is one tier of all."
+            )
         self._check_ranks_of_roles()
         if self.even_scales and any("lora_alpha" in tier for tier in self.tiers or ()):
             raise ConfigError("even_scales gives every tier the coarsest one's scale; leave lora_alpha out of tiers.")
 
-    def pyramid(self, role: str = "") -> tuple[Tier, ...]:
-        """The tiers, coarse to fine, of linear layers of `role`: with the ranks that `rank_pattern` has for it."""
-        known: dict[str, tuple[Tier, ...]] | None = self.__dict__.get(_PYRAMIDS)
-        if known is not None and role in known:
-            return known[role]
-        tiers, key = self._tiers(), self.pattern_key(role)
+    def pyramid_at(self, site: Site) -> tuple[Tier, ...]:
+        """The tiers at `site`. Those with several groups of experts act at experts only."""
+        tiers = self.pyramid(site.role, site.fused)
+        return tiers if site.num_experts is not None else tuple(tier for tier in tiers if tier.expert_groups == 1)
+
+    @property
+    def shares_over_experts(self) -> bool:
+        """Whether `tiers` say which experts share; experts that are linear layers have a role each otherwise."""
+        return any("expert_groups" in tier for tier in self.tiers or ())
+
+    def pyramid(self, role: str = "", fused: bool = False) -> tuple[Tier, ...]:
+        """The tiers, coarse to fine, of linear layers of `role`: with the ranks that `rank_pattern` has for it.
+
+        `fused`: of a parameter with all experts of a layer.
+        """
+        known: dict[tuple[str, bool], tuple[Tier, ...]] | None = self.__dict__.get(_PYRAMIDS)
+        if known is not None and (role, fused) in known:
+            return known[role, fused]
+        tiers, key = self._tiers(fused), self.pattern_key(role)
         scale = tiers[0].scale
         if key is not None:
             tiers = tuple(replace(tier, r=r) for tier, r in zip(tiers, self.rank_pattern[key], strict=True))  # type: ignore[index]
         if self.even_scales:
             tiers = tuple(tier.scaled(scale) for tier in tiers)
         if known is not None:
-            known[role] = tiers
+            known[role, fused] = tiers
         return tiers
 
     def at(self, site: Site) -> Self:
@@ -150,7 +173,7 @@ class MSPLoraConfig(MethodConfig):
                     "for each tier, coarse to fine."
                 )
 
-    def _tiers(self) -> tuple[Tier, ...]:
+    def _tiers(self, fused: bool = False) -> tuple[Tier, ...]:
         if self.tiers is not None:
             return listed_tiers(self.tiers, self.r, self.lora_alpha, self.use_rslora)
         return halved_tiers(
@@ -161,6 +184,7 @@ class MSPLoraConfig(MethodConfig):
             self.group_starts,
             self.rank_decay,
             self.ranks,
+            fused,
         )
 
     @property

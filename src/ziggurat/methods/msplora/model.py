@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ziggurat.errors import ConfigError
 from ziggurat.host.bank import Bank
 from ziggurat.host.blend import blend_whole_modules
 from ziggurat.host.method import Card, Method
@@ -99,7 +100,12 @@ def stage(tiers: tuple[Tier, ...], progress: float) -> str:
 
 def check(config: MSPLoraConfig, site: Site) -> None:
     """Raise ConfigError if the pyramid has no room in the stack or the matrix of `site`."""
-    for tier in config.pyramid(site.role):
+    if not config.pyramid_at(site):
+        raise ConfigError(
+            f"every tier has several groups of experts, and {site.path!r} is none: add a tier with expert_groups 1, or "
+            "leave the module out of target_modules."
+        )
+    for tier in config.pyramid_at(site):
         if site.role:
             tier.check(site)
         check_room(config, f"rank {tier.r} of tier {tier.name!r}", tier.r, site, free=not site.role)
@@ -128,6 +134,7 @@ METHOD = Method(
     Card("MSPLoRA", "2503.21838", "a pyramid of shared and private low-rank updates", CITATION),
     check=check,
     parts=parts,
+    sums=True,
     needs_steps=needs_steps,
     step=step,
     older_names=(

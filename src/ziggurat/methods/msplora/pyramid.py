@@ -13,11 +13,14 @@ from typing import Any
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.site import Site
+from ziggurat.host.tensors import first_experts
 from ziggurat.host.values import MOST_RANK, check_above_zero, is_whole, shown
 
 #: One group per layer: nobody shares.
 EVERY_LAYER = "layers"
-TIER_FIELDS = ("name", "groups", "r", "lora_alpha")
+#: One group per expert: each has a pair of its own.
+EVERY_EXPERT = "experts"
+TIER_FIELDS = ("name", "groups", "expert_groups", "r", "lora_alpha")
 #: The most tiers a pyramid may have, and letters a tier's name.
 MOST_TIERS = 64
 
@@ -28,6 +31,8 @@ class Tier:
 
     `groups`: into how many contiguous groups of layers the depth is cut (equal parts),
     or the first layer of each group, or `"layers"`: one group a layer.
+    `expert_groups`: likewise for the experts of a layer, or `"experts"`: one group an expert. A tier with more than one
+    group of experts acts at experts only.
     `at_most`: an automatic number of groups, which becomes the depth on shallower stacks.
     """
 
@@ -37,6 +42,7 @@ class Tier:
     lora_alpha: float
     use_rslora: bool = False
     at_most: bool = False
+    expert_groups: int | tuple[int, ...] | str = 1
 
     @property
     def scale(self) -> float:
@@ -62,8 +68,27 @@ class Tier:
             number = min(number, num_layers)
         return layer * number // num_layers
 
+    def expert_group_of(self, site: Site) -> int:
+        """The group of the expert at `site`, which is a linear layer of its own."""
+        assert site.expert is not None and site.num_experts is not None
+        groups = self.experts_of(site.num_experts)
+        starts = first_experts(groups, site.num_experts) if isinstance(groups, int) else groups
+        return bisect_right(starts, site.expert) - 1
+
+    def experts_of(self, num_experts: int) -> int | tuple[int, ...]:
+        """`expert_groups` for a layer of so many experts, as a `TensorSpec` has it."""
+        return num_experts if self.expert_groups == EVERY_EXPERT else self.expert_groups  # type: ignore[return-value]
+
     def check(self, site: Site) -> None:
-        """Raise ConfigError unless this tier's groups fit the stack of `site`."""
+        """Raise ConfigError unless this tier's groups fit the stack and the experts of `site`."""
+        if site.num_experts is not None:
+            groups = self.experts_of(site.num_experts)
+            needed = groups if isinstance(groups, int) else groups[-1] + 1
+            if needed > site.num_experts:
+                raise ConfigError(
+                    f"expert_groups={shown(self.expert_groups)} of tier {self.name!r}: {site.path!r} has the experts 0 "
+                    f"to {site.num_experts - 1}. Give at most {site.num_experts} groups, or the first expert of each."
+                )
         if isinstance(self.groups, int) and not self.at_most and self.groups > site.num_layers:
             raise ConfigError(
                 f"num_groups={self.groups}, but the stack {site.stack_path!r} has {site.num_layers} layers: at most "
@@ -94,8 +119,11 @@ def halved_tiers(
     group_starts: Sequence[int] | None,
     rank_decay: int,
     ranks: Sequence[int] | None,
+    experts: bool = False,
 ) -> tuple[Tier, ...]:
     """The paper's three tiers: global, mid, layer, of ranks r, r/2, r/4 (Eq. 6), each scaled by its own alpha / rank.
+
+    At experts they are global, layer, expert: shared by all experts of all layers, by those of a layer, by nobody.
 
     A rank that would fall below one is one, so that small r work: 2, 1, 1.
 
@@ -111,10 +139,14 @@ def halved_tiers(
         )
     mid = tuple(group_starts) if group_starts is not None else (3 if num_groups is None else num_groups)
     at_most = group_starts is None and num_groups is None
-    levels = (("global", 1, False), ("mid", mid, at_most), ("layer", EVERY_LAYER, False))
+    levels: tuple[tuple[Any, ...], ...] = (
+        (("global", 1, False, 1), ("layer", EVERY_LAYER, False, 1), ("expert", EVERY_LAYER, False, EVERY_EXPERT))
+        if experts
+        else (("global", 1, False, 1), ("mid", mid, at_most, 1), ("layer", EVERY_LAYER, False, 1))
+    )
     return tuple(
-        Tier(name, groups, rank, lora_alpha, use_rslora, auto)
-        for (name, groups, auto), rank in zip(levels, ranks, strict=True)
+        Tier(name, groups, rank, lora_alpha, use_rslora, auto, expert_groups)
+        for (name, groups, auto, expert_groups), rank in zip(levels, ranks, strict=True)
     )
 
 
@@ -131,7 +163,7 @@ def _divided(r: int, rank_decay: int, step: int) -> int:
 
 
 def listed_tiers(entries: Sequence[dict[str, Any]], r: int, lora_alpha: float, use_rslora: bool) -> tuple[Tier, ...]:
-    """Tiers given one by one, coarse to fine: dicts of `name`, `groups` and, if they differ, `r` and `lora_alpha`.
+    """Tiers given one by one, coarse to fine: dicts of `name`, `groups` and, if they differ, the other `TIER_FIELDS`.
 
     Raises:
         ConfigError: an unknown or missing field, or two tiers of one name.
@@ -147,7 +179,7 @@ def listed_tiers(entries: Sequence[dict[str, Any]], r: int, lora_alpha: float, u
                 f"tiers[{position}]={shown(entry)}: {problem}. A tier has the fields {', '.join(TIER_FIELDS)}; "
                 'groups is a number, a list of first layers, or "layers".'
             )
-        groups = entry["groups"]
+        groups, experts = entry["groups"], entry.get("expert_groups", 1)
         tiers.append(
             Tier(
                 entry["name"],
@@ -155,6 +187,7 @@ def listed_tiers(entries: Sequence[dict[str, Any]], r: int, lora_alpha: float, u
                 entry.get("r", r),
                 entry.get("lora_alpha", lora_alpha),
                 use_rslora,
+                expert_groups=tuple(experts) if isinstance(experts, list | tuple) else experts,
             )
         )
     return tuple(tiers)
@@ -179,6 +212,14 @@ def check_tiers(tiers: Sequence[Tier]) -> None:
             )
         check_above_zero(f"lora_alpha of tier {tier.name!r}", tier.lora_alpha)
         _check_groups(tier)
+        experts = tier.expert_groups
+        listed = isinstance(experts, tuple) and experts[:1] == (0,) and all(is_whole(e, 0, MOST_RANK) for e in experts)
+        rising = listed and all(a < b for a, b in pairwise(experts))  # type: ignore[arg-type]
+        if not (rising or experts == EVERY_EXPERT or is_whole(experts, 1, MOST_RANK)):
+            raise ConfigError(
+                f"expert_groups={shown(experts)} of tier {tier.name!r}: a number of groups of at least 1, a list of "
+                'first experts, from 0 and rising, such as [0, 32], or "experts" for one group an expert.'
+            )
 
 
 def _check_groups(tier: Tier) -> None:

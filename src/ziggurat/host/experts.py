@@ -1,0 +1,326 @@
+"""A layer's experts whose weights are parameters of three dimensions, and adapters of these: one forward for all.
+
+transformers 5 keeps the experts of a layer as two parameters, gate and up projection in one and the down projection,
+(experts, d_out, d_in), or (experts, d_in, d_out) where the module says `is_transposed`.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.anatomy import Anatomy
+from ziggurat.host.expert_terms import ExpertTerm, expert_terms
+from ziggurat.host.method import Method
+from ziggurat.host.method_layer import ExpertsLayer, MethodLayer
+from ziggurat.host.quantised import FLOATS
+from ziggurat.host.site import Site, body_name
+from ziggurat.host.targets import targets
+from ziggurat.host.tensors import Weight
+from ziggurat.host.unwrap import bare_tree, look_through, unwrap
+from ziggurat.lowrank.grouped import grouped
+from ziggurat.lowrank.pair import FactorPair, delta, on_device
+
+#: The parameters of experts, in the order in which they act.
+PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether `module` keeps all experts of a layer in parameters of three dimensions, as transformers 5 does."""
+    if not all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias")):
+        return False
+    down = module._parameters.get("down_proj")
+    return down is not None and down.dim() == 3
+
+
+def parameter_sites(config: Any, model: nn.Module) -> dict[str, Site]:
+    """Path -> site of the parameters that `config.target_parameters` names, by PEFT's rule.
+
+    Raises:
+        ConfigError: a name is that of no parameter, or of one that holds no experts.
+    """
+    named = copy.copy(config)
+    named.target_modules = set(config.target_parameters)
+    root = unwrap(model)[0]
+    anatomy = Anatomy(model, layers_pattern=config.layers_pattern)
+    sites: dict[str, Site] = {}
+    for node in bare_tree(root).walk():
+        for name, parameter in node.module._parameters.items():
+            path = f"{node.path}.{name}"
+            if parameter is None or not targets(named, path):
+                continue
+            if not is_fused(node.module) or name not in PARAMETERS:
+                raise ConfigError(
+                    f"target_parameters names {path!r}, a parameter of a {type(node.module).__name__}, and only the "
+                    f"weights of fused experts can be adapted so: {_listed(root)}. Linear layers are named by "
+                    "target_modules; a router or another parameter is trained whole when modules_to_save names its "
+                    "module."
+                )
+            if parameter.dtype not in FLOATS:
+                raise ConfigError(
+                    f"{path!r} is quantised ({parameter.dtype}), and adapters of fused experts need weights in "
+                    "floating point: load the model without quantisation, or leave it out of target_parameters."
+                )
+            sites[path] = _site(root, anatomy, path, node.module, parameter)
+    if not sites:
+        raise ConfigError(
+            f"target_parameters={sorted(config.target_parameters)} matches no parameter of {type(root).__name__}; its "
+            f"fused experts are {_listed(root)}."
+        )
+    return sites
+
+
+def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Path and parameter of the weights of all fused experts in the base model."""
+    for node in bare_tree(unwrap(model)[0]).walk():
+        if is_fused(node.module):
+            for name in PARAMETERS:
+                if (parameter := node.module._parameters.get(name)) is not None:
+                    yield f"{node.path}.{name}", parameter
+
+
+def _listed(root: nn.Module) -> str:
+    ends = dict.fromkeys(".".join(path.split(".")[-2:]) for path, _ in expert_parameters(root))
+    return ", ".join(ends) or "none in this model"
+
+
+def _site(root: nn.Module, anatomy: Anatomy, path: str, module: Any, parameter: Tensor) -> Site:
+    experts, d_out, d_in = parameter.shape
+    if module.is_transposed:
+        d_in, d_out = d_out, d_in
+    place = anatomy.find(path)
+    if place is None:
+        return Site(path, body_name(root, path), 0, 1, "", d_in, d_out, num_experts=experts)
+    stack = body_name(root, place.stack)
+    return Site(path, stack, place.layer, place.num_layers, place.role, d_in, d_out, num_experts=experts)
+
+
+class ParameterLayer(MethodLayer, ExpertsLayer, nn.Module):
+    """The adapters of one parameter with the weights of all experts of a layer: their tensors and pairs.
+
+    It stands below an `AdaptedExperts`, which computes with it, under the parameter's name. It wraps nothing.
+    """
+
+    weight = None  # type: ignore[assignment]
+    bias = None  # type: ignore[assignment]
+    in_features = None
+    out_features = None
+
+    def __init__(self, method: Method, experts: nn.Module, name: str) -> None:
+        nn.Module.__init__(self)
+        self.method = method  # type: ignore[misc]
+        self.adapter_layer_names = (method.store,)
+        self._begin()
+        self.name = name
+        # Past nn.Module.__setattr__: the experts are a module of the layer above.
+        object.__setattr__(self, "_experts", experts)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that is adapted."""
+        return getattr(self.__dict__["_experts"], self.name)
+
+    def home(self) -> tuple[torch.device | None, torch.dtype]:
+        """Device and dtype of fresh tensors: those of the parameter."""
+        return self.parameter.device, self.parameter.dtype
+
+    def _home(self) -> torch.device | None:
+        return self.parameter.device
+
+    def weight_of_base(self, path: str) -> Weight:
+        """The frozen weights, (experts, d_out, d_in), for an initialisation that starts from them."""
+        transposed = self.__dict__["_experts"].is_transposed
+        return Weight(path, lambda: self.parameter.mT if transposed else self.parameter)
+
+    def acting(self) -> list[str]:
+        """The active adapters with an update of this parameter."""
+        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.stores]
+
+    def terms(self, adapter: str) -> list[ExpertTerm]:
+        """The update of `adapter` in the forward pass that is being computed, as a sum."""
+        context = self.context(adapter)
+        return expert_terms(self.method, self.configs[adapter], self.sites[adapter], self.stored(adapter), context)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing: the layer above changes the parameter."""
+
+    def unmerge(self) -> None:
+        """Nothing: the layer above changes the parameter."""
+
+
+class AdaptedExperts(ExpertsLayer, nn.Module):
+    """A layer's experts with low-rank updates of their weights: expert e computes with W_e + B_e A_e.
+
+    y_e(x) = W_e x + b_e + B_e (A_e dropout(x)), for the gate and up projection and for the down projection, of the
+    tokens that the router sends to e. Tokens are sorted by expert; each product is one for all of them.
+    """
+
+    weight = None  # type: ignore[assignment]
+    bias = None  # type: ignore[assignment]
+    in_features = None
+    out_features = None
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+        #: The parameters as they were before anything was merged, while something is.
+        self._unmerged: dict[str, Tensor] = {}
+
+    def layers(self) -> list[ParameterLayer]:
+        """The layers of the adapted parameters."""
+        return [layer for layer in self._modules.values() if isinstance(layer, ParameterLayer)]
+
+    def layer(self, name: str, method: Method) -> ParameterLayer:
+        """The layer of the parameter called `name`; a new one where there is none."""
+        if name not in self._modules:
+            self.add_module(name, ParameterLayer(method, self.get_base_layer(), name))
+        return self._modules[name]  # type: ignore[return-value]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError(
+                "adapter_names can't be used with adapters of fused experts: their tokens come sorted by expert, not "
+                "by sample. Run each adapter's samples in a batch of their own, after set_adapter(name)."
+            )
+        if self.merged and any(layer.disable_adapters for layer in self.layers()):
+            self.unmerge()
+        if self.merged or not any(layer.acting() for layer in self.layers()):
+            return self.base_layer(hidden_states, *args, **kwargs)
+        index, weights = (*args, *kwargs.values())
+        return self._computed(hidden_states, index, weights)
+
+    def _computed(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The experts' outputs, weighted and summed: x (tokens, d), index and weights (tokens, experts per token)."""
+        base: Any = self.get_base_layer()
+        if getattr(base, "_is_expert_parallel", False):
+            raise ConfigError(
+                "adapters of fused experts don't work with expert parallelism, where each device has some of the "
+                "experts alone: load the model without it."
+            )
+        tokens, per_token = index.shape
+        experts, order = torch.sort(index.reshape(-1))
+        ends = torch.searchsorted(experts, torch.arange(len(base.down_proj), device=x.device), right=True).int()
+        rows = order // per_token
+        first = "gate_up_proj" if base.has_gate else "up_proj"
+        h = self._product(first, x, rows, experts, ends)
+        h = base._apply_gate(h) if base.has_gate else base.act_fn(h)
+        y = self._product("down_proj", h, None, experts, ends)
+        if getattr(base, "has_post_expert_norm", False):
+            y = base.post_expert_norm(y)
+        y = y * weights.reshape(-1)[order].unsqueeze(-1)
+        back = torch.empty_like(order).index_copy(0, order, torch.arange(len(order), device=x.device))
+        return y[back].view(tokens, per_token, -1).sum(1).to(x.dtype)
+
+    def _product(self, name: str, x: Tensor, rows: Tensor | None, experts: Tensor, ends: Tensor) -> Tensor:
+        """W_e x + b_e + update for the rows of x that `rows` takes (None: all), which are sorted by expert."""
+        base: Any = self.get_base_layer()
+        W = getattr(base, name)
+        x = x.to(W.dtype)
+        taken = x if rows is None else x[rows]
+        y = grouped(taken, W if base.is_transposed else W.mT, ends)
+        if base.has_bias:
+            y = y + getattr(base, f"{name}_bias")[experts]
+        layer = self._modules.get(name)
+        if isinstance(layer, ParameterLayer):
+            for adapter in layer.acting():
+                dropout = layer.dropout(adapter) if self.training else 0.0
+                dropped = F.dropout(x, dropout) if dropout else x
+                for term in layer.terms(adapter):
+                    y = y + _update(term, dropped, taken if dropped is x else None, rows, ends)
+        return y
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """W_e <- W_e + B_e A_e over the adapters named (default: the active ones) and those merged before.
+
+        The sum is made in float32 and rounded once. W itself is kept until `unmerge`.
+
+        Raises:
+            ValueError: `safe_merge` and the sum is not finite.
+        """
+        for adapter in check_adapters_to_merge(self, adapter_names or self._active()) or ():
+            layers = [layer for layer in self.layers() if adapter in layer.stores]
+            summed = {layer.name: self._with_updates(layer, [*self.merged_adapters, adapter]) for layer in layers}
+            if safe_merge and not all(weight.isfinite().all() for weight in summed.values()):
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: it holds or makes "
+                    "values that are not finite. The base weights were left as they were."
+                )
+            for layer in layers:
+                self._unmerged.setdefault(layer.name, layer.parameter.data)
+                layer.parameter.data = summed[layer.name]
+                layer.merged_adapters.append(adapter)
+            if layers:
+                self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Give the weights back as they were, bitwise."""
+        for layer in self.layers():
+            if layer.name in self._unmerged:
+                layer.parameter.data = self._unmerged.pop(layer.name).to(layer.parameter.device)
+            layer.merged_adapters.clear()
+        self.merged_adapters.clear()
+
+    def _active(self) -> list[str]:
+        return list(dict.fromkeys(name for layer in self.layers() for name in layer.active_adapters))
+
+    def _with_updates(self, layer: ParameterLayer, adapters: list[str]) -> Tensor:
+        weight = self._unmerged.get(layer.name, layer.parameter.data).to(layer.parameter.device)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        total = weight.to(wide)
+        for adapter in adapters:
+            if adapter in layer.stores:
+                pair = layer.effective_pair(adapter)
+                update = delta(FactorPair(pair.A.to(wide), pair.B.to(wide))).to(weight.device)
+                total = total + (update.mT if self.get_base_layer().is_transposed else update)  # type: ignore[union-attr]
+        return total.to(weight.dtype)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Nothing: the layers of the parameters hold the adapters."""
+
+
+def _update(term: ExpertTerm, x: Tensor, taken: Tensor | None, rows: Tensor | None, ends: Tensor) -> Tensor:
+    """B_g (A_g x) for the rows of x that `rows` takes; `taken`: these, where they are there already.
+
+    A pair that all experts share goes down once for each token, however many experts the token is sent to.
+    """
+    A, B = (half.to(x.dtype) for half in on_device(term.pair, x.device))
+    if len(term.starts) == 1:
+        h = x @ A.mT
+        return (h if rows is None else h[rows]) @ B.mT
+    if taken is None:
+        taken = x if rows is None else x[rows]
+    ends = ends[[*(start - 1 for start in term.starts[1:]), len(ends) - 1]]
+    # torch's kernel wants ranks of a multiple of 16 bytes.
+    more = -A.shape[-2] % (16 // A.element_size())
+    A, B = F.pad(A, (0, 0, 0, more)).contiguous(), F.pad(B, (0, more)).contiguous()
+    return grouped(grouped(taken, A.mT, ends), B.mT, ends)
+
+
+def wrapped_experts(model: nn.Module, path: str, method: Method) -> AdaptedExperts:
+    """The `AdaptedExperts` at `path` in `model`; it takes the place of the experts where they have none yet.
+
+    Raises:
+        ConfigError: the experts have an adapter of another method.
+    """
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent) if parent else model
+    there = owner.get_submodule(name)
+    if isinstance(there, AdaptedExperts) and all(layer.method is method for layer in there.layers()):
+        return there
+    if isinstance(there, BaseTunerLayer) or look_through(there) is not there:
+        raise ConfigError(
+            f"the experts at {path!r} have an adapter of another method already ({type(there).__name__}): merge or "
+            "unload it first, or leave them out of target_parameters."
+        )
+    layer = AdaptedExperts(there)
+    setattr(owner, name, layer)
+    return layer
