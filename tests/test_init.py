@@ -73,6 +73,9 @@ def test_two_texts_and_a_number_and_what_fits_nothing(tmp_path: Path, capsys: py
     assert recipe.task == "regression" and (recipe.data.text, recipe.data.text_pair) == ("sentence1", "sentence2")
     as_classes = made(file, tmp_path / "classes.yaml", "--task", "classification")
     assert as_classes.task == "classification" and as_classes.data.label == "score"
+    # Lists of tags are passed over; a number that is missing is no class.
+    tagged = [{"text": f"a text of {n}", "tags": ["a", "b"], "stars": n % 3 if n else float("nan")} for n in range(20)]
+    assert made(write(tmp_path / "tagged.jsonl", tagged), tmp_path / "tagged.yaml").data.label == "stars"
     capsys.readouterr()
     numbers = write(tmp_path / "numbers.jsonl", [{"a": n, "b": n} for n in range(9)])
     assert main("init", str(numbers), "--out", str(tmp_path / "none.yaml")) == 2

@@ -60,7 +60,7 @@ def test_a_run_is_seen_while_it_trains_and_afterwards(tiny_bert: Path, tmp_path:
     of_text = {row["text"]: row["label"] for row in rows}
     assert all(of_text[wrong["text"]] == wrong["label"] for wrong in classes["mistakes"])
     page = tmp_path / "report.html"
-    assert main("report", "--follow", str(out), "--out", str(page)) == 0
+    assert main("report", "--follow", f"{out}.unfinished", "--out", str(page)) == 0
     assert "by class (%), and its rows by answer" in page.read_text() and "refresh" not in page.read_text()
 
 

@@ -68,7 +68,7 @@ def report(
     if follow:
         if len(runs) != 1:
             raise typer.BadParameter(f"--follow watches one run at a time, not {len(runs)}")
-        _follow(runs[0], out)
+        runs = [_follow(runs[0], out)]
     _write(out, page(runs))
 
 
@@ -82,8 +82,8 @@ def _write(out: Path, text: str, tell: bool = True) -> None:
         say(f"{out}: {len(text.encode()) // 1024 + 1} KiB")
 
 
-def _follow(run: Path, out: Path) -> None:
-    """Print what a run logs, and write its page anew, until it is finished. Raises ConfigError if it goes away."""
+def _follow(run: Path, out: Path) -> Path:
+    """Print what a run logs, and write its page anew, until it is finished; its folder. ConfigError if it goes away."""
     import time
 
     from ziggurat.analysis.live import live_page, places_of, read_progress
@@ -94,7 +94,7 @@ def _follow(run: Path, out: Path) -> None:
     while True:
         final, work = places_of(run)
         if not work.is_dir():
-            return
+            return final
         lines = read_progress(work)
         new = [text for text in map(line_of, lines) if text not in told]
         for text in new:

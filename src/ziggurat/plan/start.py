@@ -95,7 +95,10 @@ def _forms(table: Dataset) -> Iterator[Start]:
 
 def _table(table: Dataset, task: str | None) -> Start | None:
     """A table with texts and labels, or with texts alone; None if it has no text."""
+    # Lists and objects are neither texts nor labels of these tasks.
+    kinds = (str, int, float, bool, type(None))
     columns = {name: list(table[name]) for name in table.column_names}
+    columns = {name: values for name, values in columns.items() if all(isinstance(value, kinds) for value in values)}
     label = _label_of(columns)
     texts = [name for name, values in columns.items() if name != label and _is_text(values)]
     texts.sort(key=lambda name: -sum(len(str(value)) for value in columns[name]))
@@ -108,7 +111,7 @@ def _table(table: Dataset, task: str | None) -> Start | None:
         if first != "text":
             keys["data.columns.text"] = (first, "")
         return Start("instruct", "texts without labels: training goes on with plain text", keys)
-    values = [value for value in columns[label] if value not in (None, "")]
+    values = [value for value in columns[label] if value not in (None, "") and value == value]  # NaN is no label
     kind = task or ("regression" if _are_numbers(values) else "classification")
     others = [name for name in texts if name not in (pair or (first,))]
     keys = {"data.text": (first, f"other texts: {', '.join(others)}" if others else "the column of texts")}
