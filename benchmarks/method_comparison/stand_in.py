@@ -38,6 +38,7 @@ import peft.utils
 peft.utils.infer_device = lambda: "cuda"
 import utils
 
+del sys.modules["bitsandbytes"]  # PEFT asks whether it is there
 utils.device, utils.init_accelerator, utils.get_system_info = "cpu", lambda: 0, dict
 rows = {"query": ["the film is good"] * 60, "response": ["The answer is: 4"] * 60}
 questions = datasets.Dataset.from_dict({"question": rows["query"], "answer": ["#### 4"] * 60})
