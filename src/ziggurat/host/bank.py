@@ -67,7 +67,7 @@ class Bank(nn.Module, BaseTunerLayer):
     @property
     def stores(self) -> nn.ModuleDict:
         """Adapter -> `Factors`."""
-        return getattr(self, self.method.store)
+        return self._modules[self.method.store]  # type: ignore[return-value]
 
     def factors(self, adapter: str) -> Factors:
         """The tensors of `adapter`; made empty when it is new."""

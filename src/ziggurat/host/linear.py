@@ -15,8 +15,11 @@ from ziggurat.host.offload import runs_on
 from ziggurat.host.quantised import FLOATS, backend_of, base_weight, check_changeable, replace_weight
 from ziggurat.host.siblings import SIBLINGS
 from ziggurat.host.tensors import Weight
-from ziggurat.lowrank.pair import FactorPair, delta, on_device
-from ziggurat.lowrank.product import low_rank_add, owns_output, transformed, up_add
+from ziggurat.lowrank.pair import FactorPair, delta, is_plain, on_device, transformed
+from ziggurat.lowrank.product import low_rank_add, owns_output, up_add
+
+#: Adapter -> pair, in a layer's attributes while its model generates: see `generation`.
+KEPT = "_kept"
 
 
 def is_adaptable(module: nn.Module) -> bool:
@@ -116,7 +119,21 @@ class AdaptedLinear(MethodLayer, nn.Module):
 
     def pair_now(self, adapter: str) -> FactorPair:
         """The pair of the forward pass that is being computed."""
-        return self.effective_pair(adapter, self.context(adapter))
+        kept: dict[str, FactorPair] | None = self.__dict__.get(KEPT)
+        if kept is None or self.training or transformed():
+            return self.effective_pair(adapter, self.context(adapter))
+        if adapter not in kept:
+            pair = self.effective_pair(adapter)
+            if not (is_plain(pair.A) and is_plain(pair.B)):
+                return pair
+            kept[adapter] = FactorPair(pair.A.clone(), pair.B.clone())  # a half may be a parameter itself
+        return kept[adapter]
+
+    def is_hooked(self) -> bool:
+        """Whether a hook may have to fetch the factors first, as those of FSDP, DeepSpeed and accelerate do."""
+        bank: nn.Module | None = self.__dict__.get(BANK)
+        places = [self, *self.stores.modules(), *(() if bank is None else bank.modules())]
+        return any(place._forward_pre_hooks or "forward" in place.__dict__ for place in places)
 
     def _add_by_sample(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         """Each sample of the batch with the adapter named for it ("__base__": none). Inference only."""

@@ -42,7 +42,7 @@ class MethodLayer(BaseTunerLayer):
     @property
     def stores(self) -> nn.ModuleDict:
         """Adapter -> `Factors`, the tensors of this layer alone."""
-        return getattr(self, self.method.store)
+        return self._modules[self.method.store]  # type: ignore[return-value, attr-defined]
 
     @property
     def adapters(self) -> Collection[str]:
@@ -109,8 +109,9 @@ class MethodLayer(BaseTunerLayer):
         tensors = {key: from_bank[leaf] if in_bank else own[leaf] for key, (in_bank, leaf) in leaves.items()}
         # A shared tensor lies where the first of its layers does; the last key's is the nearest to this layer.
         home = tensors[next(reversed(tensors))].device
-        if any(t.device != home for t in tensors.values()):
-            tensors = {key: t if t.is_meta else t.to(home) for key, t in tensors.items()}
+        for tensor in tensors.values():
+            if tensor.device != home:
+                return {key: t if t.is_meta else t.to(home) for key, t in tensors.items()}
         return tensors
 
     def bank_factors(self, adapter: str) -> Factors:

@@ -2,7 +2,7 @@
 
 import copy
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
@@ -62,6 +62,13 @@ class MethodTuner(BaseTuner):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # PEFT before 0.21 calls `self.model.forward`, which runs no hooks of the root, where methods have some.
         return self.model(*args, **kwargs)
+
+    @property
+    def generate(self) -> Callable[..., Any]:
+        """The model's own, which computes each layer's pair once a call."""
+        from ziggurat.host.generation import keeping_pairs
+
+        return keeping_pairs(self.model, self.model.generate)  # type: ignore[arg-type]
 
     def _sites(self, config: Any, model: nn.Module) -> Mapping[str, Site]:
         """Path -> site. Changes nothing."""

@@ -5,14 +5,20 @@ A scale alpha / rank is folded into B, so a pair says everything about its updat
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import sqrt
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ziggurat.errors import ConfigError
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+#: Dtypes in which a product with a scale is the same whether the scale is a number or a tensor.
+_EXACT = (torch.float32, torch.float64)
 
 
 class FactorPair(NamedTuple):
@@ -32,18 +38,38 @@ def stack(pairs: Sequence[FactorPair], scales: Sequence[float]) -> FactorPair:
         raise ConfigError(
             f"stack got {len(pairs)} pairs and {len(scales)} scales: give one or more pairs and a scale for each."
         )
-    _check_same_layer(pairs)
+    first = pairs[0]
+    d_in, d_out = first.A.shape[1], first.B.shape[0]
+    ranks = []
+    for A, B in pairs:
+        shape, (rows, rank) = A.shape, B.shape
+        if shape[0] != rank or shape[1] != d_in or rows != d_out:
+            raise _do_not_fit(pairs)
+        ranks.append(rank)
     if len(pairs) == 1:
-        (A, B), scale = pairs[0], scales[0]
-        return FactorPair(A, B if scale == 1 else scale * B)
-    downs = torch.cat([A for A, _ in pairs])
-    ups = torch.cat([B if scale == 1 else scale * B for (_, B), scale in zip(pairs, scales, strict=True)], dim=1)
-    return FactorPair(downs, ups)
+        scale = scales[0]
+        return FactorPair(first.A, first.B if scale == 1 else scale * first.B)
+    downs, Bs = torch.cat([A for A, _ in pairs]), [B for _, B in pairs]
+    if downs.dtype in _EXACT and is_plain(first.B) and is_plain(downs) and not transformed():
+        row = _columns_scales(tuple(scales), tuple(ranks), downs.dtype, downs.device)
+        return FactorPair(downs, torch.cat(Bs, dim=1) * row)
+    return FactorPair(downs, torch.cat([B if s == 1 else s * B for B, s in zip(Bs, scales, strict=True)], dim=1))
+
+
+@lru_cache(maxsize=1024)
+def _columns_scales(
+    scales: tuple[float, ...], ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The scale of each column of a stacked B: one operation for all of them, in the dtypes that hold a scale whole."""
+    with torch.inference_mode(False):  # what is made in inference mode can't be kept for a backward later
+        each = [scale for scale, rank in zip(scales, ranks, strict=True) for _ in range(rank)]
+        return torch.tensor(each, dtype=dtype, device=device)
 
 
 def on_device(pair: FactorPair, device: torch.device) -> FactorPair:
     """The pair on `device`, differentiably: a shared one lies on one device, its layers may be spread over several."""
-    if all(half.device == device or half.device.type == "meta" for half in pair):
+    home = pair.A.device
+    if home == pair.B.device and (home == device or home.type == "meta"):
         return pair
     return FactorPair(pair.A.to(device), pair.B.to(device))
 
@@ -81,8 +107,21 @@ def init_gaussian_(A: Tensor) -> Tensor:
     return A.normal_(0.0, 1 / A.shape[0])
 
 
-def _check_same_layer(pairs: Sequence[FactorPair]) -> None:
-    d_in, d_out = pairs[0].A.shape[1], pairs[0].B.shape[0]
-    if any(A.shape != (B.shape[1], d_in) or B.shape[0] != d_out for A, B in pairs):
-        seen = ", ".join(f"A {tuple(A.shape)} B {tuple(B.shape)}" for A, B in pairs)
-        raise ConfigError(f"stack got {seen}: A (rank, d_in) and B (d_out, rank) must all fit the same linear.")
+def _do_not_fit(pairs: Sequence[FactorPair]) -> ConfigError:
+    seen = ", ".join(f"A {tuple(A.shape)} B {tuple(B.shape)}" for A, B in pairs)
+    return ConfigError(f"stack got {seen}: A (rank, d_in) and B (d_out, rank) must all fit the same linear.")
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether `tensor` is torch's own, and no subclass that operations treat in a way of their own."""
+    return type(tensor) in _PLAIN
+
+
+def transformed() -> bool:
+    """Whether torch follows the operations themselves: it compiles, traces, or takes derivatives by torch.func."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )

@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ziggurat.errors import ConfigError
 from ziggurat.lowrank import mask as masks
 from ziggurat.lowrank import plain_product
+from ziggurat.lowrank.pair import is_plain, transformed
 
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+#: Up to so many tokens, as in generation, what counts is the number of operations, not the passes over memory.
+_FEW = 16
 
 
 def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.0, *, reuse_y: bool = False) -> Tensor:
@@ -48,9 +49,13 @@ def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.
     Raises ConfigError if the shapes do not fit each other or dropout is outside 0..1.
     """
     _check(y, x, A, B, dropout)
-    tensors = (y, x, A, B)
-    if transformed() or not all(type(t) in _PLAIN for t in tensors):
+    if transformed() or not (is_plain(y) and is_plain(x) and is_plain(A) and is_plain(B)):
         return composed(y, x, A, B, dropout)
+    if not dropout and x.numel() <= _FEW * x.shape[-1] and not torch.is_grad_enabled():
+        dtype = _product_dtype(x, A)
+        if x.dtype == y.dtype == A.dtype == B.dtype == dtype:
+            flat = plain_product.flat
+            return torch.addmm(flat(y), flat(x).mm(A.t()), B.t()).view(y.shape)
     (h,) = down(x, [A], dropout)
     return up_add(y, h, B, reuse_y=reuse_y)
 
@@ -60,17 +65,7 @@ def can_share(x: Tensor, A: Tensor) -> bool:
 
     Not for tensor subclasses; and the caller must see to it that torch isn't following the operations (`transformed`).
     """
-    return type(x) in _PLAIN and type(A) in _PLAIN and not x.is_inference()
-
-
-def transformed() -> bool:
-    """Whether torch follows the operations themselves: it compiles, traces, or takes derivatives by torch.func."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    return is_plain(x) and is_plain(A) and not x.is_inference()
 
 
 def composed(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.0) -> Tensor:
