@@ -58,7 +58,9 @@ def mixture(name: str, **fields: Any) -> nn.Module:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # routers and biases of some begin at zero
+        for parameter in (
+            () if next(model.parameters()).is_meta else model.parameters()
+        ):  # routers and biases of some begin at zero
             parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.1) + (parameter == 1))
     return model
 

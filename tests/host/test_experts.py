@@ -19,17 +19,19 @@ from ziggurat import (
     ASLoRAConfig,
     DyLoRAConfig,
     LoR2CConfig,
+    LoRA2Config,
     LoRAXSConfig,
     MSPLoraConfig,
     ShareLoRAConfig,
     TiedLoRAConfig,
 )
 from ziggurat.analysis.collect import collect
-from ziggurat.errors import ConfigError
+from ziggurat.errors import ConfigError, ExportError
 from ziggurat.export import export_model
 from ziggurat.host.count import count
 from ziggurat.host.experts import ParameterLayer
 from ziggurat.lowrank.grouped import _padded, grouped
+from ziggurat.plan.planner import plan
 
 every_mixture = pytest.mark.parametrize("name", MIXTURES)
 #: A pair for all experts of all layers, of a layer, of two groups of experts in a layer, and of each expert.
@@ -46,6 +48,7 @@ METHODS: dict[str, Any] = {
     "dylora": lambda **f: DyLoRAConfig(**{"r": 3, "inference_rank": 2, **f}),
     "sharelora": lambda **f: ShareLoRAConfig(**{"r": 3, **f}),
     "tiedlora": lambda **f: TiedLoRAConfig(**{"r": 3, **f}),
+    "lora2": lambda **f: LoRA2Config(**{"r": 3, "outer_rank": 4, **f}),
 }
 #: Those whose layers need no test of their own beside the equation.
 ALIKE: dict[str, Any] = {
@@ -129,6 +132,39 @@ def test_each_method_computes_what_its_pairs_say(method: str) -> None:
     with torch.no_grad():
         expected = functional_call(naive, weights, kwargs=tokens()).logits
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_lora2_regularises_prunes_and_compacts_the_directions_of_every_expert(tmp_path: Path) -> None:
+    schedule = {"initial_warmup": 0, "final_warmup": 1, "mask_interval": 1}
+    config = LoRA2Config(r=4, outer_rank=3, target_rank=1, target_parameters=EXPERTS, init_weights=False, **schedule)
+    model = adapted("mixtral", config).train()
+    layers = [layer for layer in model.modules() if isinstance(layer, ParameterLayer)]
+    off = []
+    for layer in layers:
+        for factors in layer.stored("default").values():
+            for factor in factors if factors.dim() == 3 else ():
+                wide = factor if factor.shape[0] <= factor.shape[1] else factor.T
+                off.append((wide @ wide.T - torch.eye(len(wide))).norm().item())
+    assert model.orthogonality() == pytest.approx(sum(off) / len(off), rel=1e-5)
+    before = model.eval()(**tokens(), labels=tokens()["input_ids"]).loss
+    loss = model.train()(**tokens(), labels=tokens()["input_ids"]).loss
+    assert loss.item() == pytest.approx(before.item() + 0.1 * model.orthogonality(), rel=1e-4)
+    for step in (1, 2):
+        model(**tokens(), labels=tokens()["input_ids"]).loss.backward()
+        budget = model.prune(step, 2)
+        model.zero_grad()
+    assert budget == 16
+    alive = torch.stack([layer.stored("default")["E"] != 0 for layer in layers])
+    assert alive.shape == (4, 4, 4) and alive.sum() == 16  # parameters, experts, directions; one each on average
+    state = model.pruning_state()
+    model.load_pruning_state(state)
+    expected = logits(model.eval(), tokens())
+    ranks = model.compact()
+    assert list(ranks.values()) == alive.sum(-1).amax(-1).tolist()
+    assert_models_agree(logits(model, tokens()), expected)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(mixture("mixtral"), str(tmp_path)).eval()
+    assert torch.equal(logits(loaded, tokens()), logits(model, tokens()))
 
 
 def test_one_dropout_on_a_tokens_input_serves_all_its_experts() -> None:
@@ -272,13 +308,31 @@ def test_experts_train_beside_a_frozen_router() -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_plan_counts_experts_by_tier() -> None:
+    config = MSPLoraConfig(r=4, target_parameters=EXPERTS)
+    with torch.device("meta"):
+        base = mixture("qwen3_moe")
+    planned = plan(base, config, method="msplora", task="instruct", batch=2, length=9)
+    assert planned.adapter == count(mixture("qwen3_moe"), config)
+    found = {(part.part, part.role.rpartition(".")[2]): (part.pairs, part.parameters) for part in planned.parts}
+    assert found["expert", "down_proj"] == (12, 2 * 6 * (8 + 16))
+    assert found["global", "gate_up_proj"] == (1, 4 * (16 + 16))
+    lora = get_peft_model(mixture("qwen3_moe"), LoraConfig(r=4, target_parameters=EXPERTS, target_modules=[]))
+    trained = sum(p.numel() for p in lora.parameters() if p.requires_grad)
+    assert next(other.parameters for other in planned.beside if (other.method, other.kind) == ("lora", "r")) == trained
+    assert planned.memory is not None and planned.memory.activations
+
+
 # What is refused
 
 
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        (MSPLoraConfig(r=4, target_parameters=["experts.gate"]), r"matches no parameter.*experts\.gate_up_proj, exp"),
+        (
+            MSPLoraConfig(r=4, target_parameters=["down_proj", "experts.gate"]),
+            r"\['experts.gate'\] matches no parameter.*experts\.gate_up_proj, exp",
+        ),
         (MSPLoraConfig(r=4, target_parameters=["gate.weight"]), r"TopKRouter, and only.*trained whole when modules_to"),
         (
             MSPLoraConfig(tiers=[{"name": "e", "groups": 1, "expert_groups": 9, "r": 1}], target_parameters=EXPERTS),
@@ -313,8 +367,10 @@ def test_groups_of_experts_that_cannot_be(groups: Any) -> None:
         MSPLoraConfig(tiers=[{"name": "e", "groups": 1, "expert_groups": groups}])
 
 
-def test_other_refusals() -> None:
+def test_other_refusals(tmp_path: Path) -> None:
     model = adapted("mixtral", MSPLoraConfig(r=4, target_parameters=EXPERTS))
+    with pytest.raises(ExportError, match=r"adapts fused experts, which vLLM names one by one"):
+        export_model(model, tmp_path / "served", serving=True)
     with pytest.raises(ValueError, match="come sorted by expert, not by sample"):
         model(**tokens(), adapter_names=["default", "default"])
     with pytest.raises(ValueError, match="can't be combined with weights"):

@@ -63,6 +63,12 @@ def _export(
     saved: Collection[str] | None = None,
 ) -> Exported:
     """`export_model`, with `add` to put files into the folder before it appears. `saved`: as in `as_plain`."""
+    if serving and getattr(model.peft_config[adapter], "target_parameters", None):  # type: ignore[index]
+        raise ExportError(
+            f"adapter {adapter!r} adapts fused experts, which vLLM names one by one in most models and as PEFT does in "
+            "others (gpt-oss), and llama.cpp not at all: this export knows PEFT's names alone. Export without "
+            "--serving, or merge into the model."
+        )
     lora, tensors = as_plain(model, None, adapter, saved)
     if serving:
         lora, tensors = as_plain(model, serving_rank(lora.r, tensors), adapter, saved)

@@ -162,6 +162,13 @@ class MethodTuner(BaseTuner):
         if self.layer_cls.forward is AdaptedLinear.forward:  # another forward may read something else
             introduce(parent, current_key, self.layer_cls)
 
+    @property
+    def parameter_cls(self) -> type[Any]:
+        """The layer of a parameter with all experts of a layer; imported where it is needed."""
+        from ziggurat.host.experts import ParameterLayer
+
+        return ParameterLayer
+
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
@@ -175,7 +182,7 @@ class MethodTuner(BaseTuner):
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             for path, site in fused.items():
                 experts, _, name = path.rpartition(".")
-                layer = wrapped_experts(model, experts, self.method).layer(name, self.method)
+                layer = wrapped_experts(model, experts, self.method).layer(name, self.method, self.parameter_cls)
                 self._join(layer, adapter_name, peft_config, site, layer.weight_of_base(path))
                 layer.set_adapter(self.active_adapters)
                 if adapter_name not in self.active_adapters:
@@ -380,7 +387,7 @@ def sites_of(method: Method, config: Any, model: nn.Module) -> dict[str, Site]:
         return method.sites(config, model, Anatomy(model, layers_pattern=config.layers_pattern))
     sites = target_sites(config, model) if config.target_modules else {}
     if config.target_parameters:
-        from ziggurat.host.experts import parameter_sites
+        from ziggurat.host.expert_sites import parameter_sites
 
         sites |= parameter_sites(config, model)
     if config.speaks_of_depth and sites and all(not site.role for site in sites.values()):

@@ -198,7 +198,8 @@ def _parts(state: Mapping[str, Any], config: Any, anatomy: Anatomy, sites: Mappi
     groups: dict[tuple[str, str, str, int], list[Component]] = {}
     for c in read:
         if c.part != UPDATE:
-            groups.setdefault((c.part, c.stack, c.role, c.rank), []).append(c)
+            # The parts of experts of one parameter are one row.
+            groups.setdefault((c.part, c.stack, c.role.partition("[")[0], c.rank), []).append(c)
     parts = []
     for (part, stack, role, rank), group in groups.items():
         tensors = {name: size for c in group for name, size in c.tensors.items()}
@@ -210,19 +211,24 @@ def _parts(state: Mapping[str, Any], config: Any, anatomy: Anatomy, sites: Mappi
 
 def _beside(model: nn.Module, config: Any, method: str, parameters: int) -> tuple[list[Beside], list[str]]:
     """Other methods on the same layers: at the plan's rank, and at the largest rank within `parameters`; by formula."""
-    from ziggurat.recipe.methods import method_config
+    from ziggurat.recipe.methods import method_config, method_fields
     from ziggurat.training.sizing.budget import fit_rank, rank_fields
     from ziggurat.training.sizing.counts import count
 
     same = {
         name: value
-        for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+        for name in ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
         if (value := getattr(config, name, None)) is not None
     }
     rank = _rank(config)
     others, notes = [], []
     for other, fields in BESIDE.items():
         if other == method:
+            continue
+        if "target_parameters" in same and (
+            other in _OWN_PLACES or "target_parameters" not in method_fields(fields["name"])
+        ):
+            notes.append(f"{variant_name(other)} adapts no parameters of experts")
             continue
         choice = fields if other in _OWN_PLACES or method in _OWN_PLACES else {**fields, **same}
         try:

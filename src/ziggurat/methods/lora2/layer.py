@@ -1,4 +1,4 @@
-"""LoRA²'s adapted linear layer: what is known of its directions while they are pruned."""
+"""LoRA²'s adapted layers: what is known of their directions while they are pruned."""
 
 from typing import Any
 
@@ -6,20 +6,23 @@ import torch
 from torch import Tensor, nn
 
 from ziggurat.host.linear import AdaptedLinear
+from ziggurat.host.method_layer import MethodLayer
 from ziggurat.host.tensors import Factors, whole
 from ziggurat.methods.lora2.importance import Importance
 from ziggurat.methods.lora2.orthogonality import Planes
 
 
-class LoRA2Linear(AdaptedLinear):
+class Directions(MethodLayer):
     """`importance` holds the averages of the pruning, `kept` the mask of the last one, `final` the adapters whose mask
     stays as it is. None of these three is a parameter or buffer: they go with the run, not with the adapter.
+
+    At a parameter with all experts of a layer, tensors and masks have the experts in front: E (experts, r).
     """
 
     other_param_names = ("importance", "kept", "final")
 
-    def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
-        super().__init__(base_layer, **quantization_kwargs)
+    def _begin(self) -> None:
+        super()._begin()
         self.importance: dict[str, Importance] = {}
         self.kept: dict[str, Tensor] = {}
         self.final: dict[str, bool] = {}
@@ -64,26 +67,39 @@ class LoRA2Linear(AdaptedLinear):
             E.masked_fill_(_laid_out_as(E, ~kept), 0)
 
     def alive(self, adapter: str) -> Tensor:
-        """Which directions do something, (r): those whose E_i isn't 0. Where FSDP2 shards E, all processes must ask."""
+        """Which directions do something (as E): E_i isn't 0. Where FSDP2 shards E, all processes must ask."""
         return whole(self.factor(adapter, "E")) != 0
 
     @torch.no_grad()
     def drop(self, adapter: str, alive: Tensor) -> int:
-        """Keep the directions in `alive` (r) and forget the others; how many are left. Their parameters are new."""
+        """Keep the directions in `alive` and forget the others; how many are left. Their parameters are new.
+
+        Of experts as many are left for each as the one with the most has.
+        """
         factors: Factors = self.stores[adapter]  # type: ignore[assignment]
-        left = int(alive.sum())
-        k = factors["U"].shape[0] if left else 0
+        left = most_alive(alive)
+        k = factors["U"].shape[-2] if left else 0
+        kept = torch.sort(alive.int(), dim=-1, descending=True, stable=True).indices[..., :left]
         small = {
-            "U": factors["U"][:k],
-            "V": factors["V"][alive, :k],
-            "E": factors["E"][alive],
-            "v": factors["v"][:k, alive],
-            "u": factors["u"][:, :k],
+            "U": factors["U"][..., :k, :],
+            "V": factors["V"].take_along_dim(kept.unsqueeze(-1), -2)[..., :k],
+            "E": factors["E"].take_along_dim(kept, -1),
+            "v": factors["v"].take_along_dim(kept.unsqueeze(-2), -1)[..., :k, :],
+            "u": factors["u"][..., :k],
         }
         for key, tensor in small.items():
             factors.put(key, tensor.clone())
         self.begin(adapter)
         return left
+
+
+class LoRA2Linear(Directions, AdaptedLinear):
+    """LoRA²'s adapted linear layer."""
+
+
+def most_alive(alive: Tensor) -> int:
+    """The number of directions in `alive`; of experts, that of the one with the most."""
+    return int(alive.sum(-1).max())
 
 
 def _laid_out_as(E: Tensor, mask: Tensor) -> Tensor:

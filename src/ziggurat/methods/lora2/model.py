@@ -17,7 +17,7 @@ from ziggurat.host.values import check_room
 from ziggurat.methods.lora2 import pruning
 from ziggurat.methods.lora2.config import CITATION, LoRA2Config
 from ziggurat.methods.lora2.equations import pair, parts, tensors
-from ziggurat.methods.lora2.layer import LoRA2Linear
+from ziggurat.methods.lora2.layer import Directions, LoRA2Linear, most_alive
 from ziggurat.methods.lora2.ranks import RANKS_PICTURE, heat_map
 from ziggurat.methods.lora2.regulariser import deviation, hook_into, penalty, unhook
 
@@ -34,6 +34,12 @@ class LoRA2Model(MethodTuner):
         from ziggurat.methods.lora2.callback import LoRA2Callback  # loads transformers' Trainer
 
         ride_along(LoRA2Callback)
+
+    @property
+    def parameter_cls(self) -> type[Any]:
+        from ziggurat.methods.lora2.experts import LoRA2Parameter
+
+        return LoRA2Parameter
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -73,8 +79,8 @@ class LoRA2Model(MethodTuner):
         pruning.load_pruning_state(self.model, state)
 
     def ranks(self, adapter: str = "default") -> dict[str, int]:
-        """Path -> how many directions of `adapter` are alive there (E_i isn't 0)."""
-        return {path: int(layer.alive(adapter).sum()) for path, layer in self._layers(adapter).items()}
+        """Path -> how many directions of `adapter` are alive there (E_i isn't 0); of experts, the most that one has."""
+        return {path: most_alive(layer.alive(adapter)) for path, layer in self._layers(adapter).items()}
 
     def compact(self, adapter: str = "default") -> dict[str, int]:
         """Drop the pruned directions of `adapter`; path -> rank left, which the config remembers as `rank_pattern`.
@@ -96,7 +102,7 @@ class LoRA2Model(MethodTuner):
         self.peft_config[adapter].rank_pattern = pattern  # type: ignore[union-attr]
         return pattern
 
-    def _layers(self, adapter: str) -> dict[str, LoRA2Linear]:
+    def _layers(self, adapter: str) -> dict[str, Directions]:
         if adapter not in self.peft_config:
             raise ValueError(f"Adapter {adapter} does not exist; there are {', '.join(self.peft_config)}.")
         return pruning.adapted(self.model, adapter)
@@ -104,11 +110,6 @@ class LoRA2Model(MethodTuner):
 
 def check(config: LoRA2Config, site: Site) -> None:
     """Raise ConfigError if a plane that was asked for has no room in the matrix of `site`."""
-    if site.fused:
-        raise ConfigError(
-            f"target_parameters: LoRA² adapts linear layers, and {site.path!r} holds the weights of all experts of a "
-            "layer. Use MSPLoRA, DyLoRA or another method there."
-        )
     if config.outer_rank is not None and config.outer_rank > min(site.d_in, site.d_out):
         raise ConfigError(
             f"outer_rank={config.outer_rank} is above the matrix: {site.path!r} maps {site.d_in} to {site.d_out}, so "

@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 class Planes(NamedTuple):
-    """The factors of one linear: outer plane U (k, d_in) and u (d_out, k), inner plane V (r, k) and v (k, r)."""
+    """The factors of one linear: outer plane U (k, d_in) and u (d_out, k), inner plane V (r, k) and v (k, r).
+
+    Of all experts of a layer, with the experts in front.
+    """
 
     U: Tensor
     V: Tensor
@@ -27,13 +30,14 @@ def orthogonality(linears: Sequence[Planes]) -> Tensor:
     alike: dict[tuple[object, ...], list[Tensor]] = defaultdict(list)
     for planes in linears:
         for factor in planes:
-            wide = factor if factor.shape[0] <= factor.shape[1] else factor.mT
-            alike[(wide.shape, wide.dtype, wide.device)].append(wide)
-    number = sum(len(group) for group in alike.values())
+            wide = factor if factor.shape[-2] <= factor.shape[-1] else factor.mT
+            matrices = wide.reshape(-1, *wide.shape[-2:])
+            alike[(matrices.shape[1:], wide.dtype, wide.device)].append(matrices)
+    number = sum(len(matrices) for group in alike.values() for matrices in group)
     parts = []
     for group in alike.values():
         with _full_precision(group[0]):
-            stacked = _exact(torch.stack(group))
+            stacked = _exact(torch.cat(group))
             gram = stacked @ stacked.mT
             identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
             parts.append(torch.linalg.vector_norm(gram - identity, dim=(1, 2)).sum() / number)
@@ -50,11 +54,12 @@ def cross_plane(linears: Sequence[Planes]) -> Tensor:
         with _full_precision(U):
             U, V, v, u = _exact(U), _exact(V), _exact(v), _exact(u)
             core = v @ V
-            square = ((u.mT @ u @ core) * (core @ (U @ U.mT))).sum()
+            square = ((u.mT @ u @ core) * (core @ (U @ U.mT))).sum((-2, -1))
             # The root has no finite slope at 0, where the smallest normal number gives it none at all.
             tiny = torch.finfo(square.dtype).tiny
             parts.append(torch.where(square > tiny, square.clamp(min=tiny).sqrt(), torch.zeros_like(square)))
-    return _total([part / len(linears) for part in parts])
+    number = sum(part.numel() for part in parts)
+    return _total([part.sum() / number for part in parts])
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:

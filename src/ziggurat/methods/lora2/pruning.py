@@ -15,26 +15,26 @@ from ziggurat.host.tensors import whole
 from ziggurat.host.unwrap import unwrap
 from ziggurat.methods.lora2.config import LoRA2Config
 from ziggurat.methods.lora2.importance import Importance, entries, scores, sensitivity, smooth, survivors
-from ziggurat.methods.lora2.layer import LoRA2Linear
+from ziggurat.methods.lora2.layer import Directions
 
 #: Linear layers whose mask is final for some adapter.
-_final: "weakref.WeakSet[LoRA2Linear]" = weakref.WeakSet()
+_final: "weakref.WeakSet[Directions]" = weakref.WeakSet()
 _watching = False
 
 
-def adapted(model: nn.Module, adapter: str) -> dict[str, LoRA2Linear]:
+def adapted(model: nn.Module, adapter: str) -> dict[str, Directions]:
     """Path in the base model -> linear, for the linear layers that `adapter` reaches, in the order of the model."""
     root = unwrap(model)[0]
     return {
         path: layer
         for path, layer in root.named_modules()
-        if isinstance(layer, LoRA2Linear) and adapter in layer.configs and layer.has_planes(adapter)
+        if isinstance(layer, Directions) and adapter in layer.configs and layer.has_planes(adapter)
     }
 
 
 def learning_adapters(model: nn.Module) -> dict[str, LoRA2Config]:
     """The adapters that are active and train in `model`, with their configs."""
-    layers = [layer for layer in model.modules() if isinstance(layer, LoRA2Linear)]
+    layers = [layer for layer in model.modules() if isinstance(layer, Directions)]
     return {adapter: layer.configs[adapter] for layer in layers for adapter in layer.learning}
 
 
@@ -63,13 +63,15 @@ def prune(model: nn.Module, step: int, total: int, adapter: str) -> int:
             layer.begin(adapter)
     Watch.reset(model)
     full = sum(layer.factor(adapter, "E").numel() for layer in layers.values())
-    budget = schedule.budget(step, full, min(full, config.target * len(layers)))
+    matrices = sum(layer.factor(adapter, "E").shape[:-1].numel() for layer in layers.values())
+    budget = schedule.budget(step, full, min(full, config.target * matrices))
     if not all(layer.final.get(adapter, False) for layer in layers.values()):
         scored = _update(layers, adapter, config)
         final = schedule.phase(step) == "final"
         if final or schedule.prunes(step):
-            for layer, kept in zip(layers.values(), survivors(scored, budget), strict=True):
-                layer.kept[adapter], layer.final[adapter] = kept, final
+            flat = [score.flatten() for score in scored]
+            for layer, score, kept in zip(layers.values(), scored, survivors(flat, budget), strict=True):
+                layer.kept[adapter], layer.final[adapter] = kept.view_as(score), final
                 layer.clear_pruned(adapter)
         if not final:
             return budget
@@ -79,15 +81,15 @@ def prune(model: nn.Module, step: int, total: int, adapter: str) -> int:
     return budget
 
 
-def _update(layers: Mapping[str, LoRA2Linear], adapter: str, config: LoRA2Config) -> list[Tensor]:
-    """Take this step's gradients into the averages; the scores of each linear's directions, (r) each."""
+def _update(layers: Mapping[str, Directions], adapter: str, config: LoRA2Config) -> list[Tensor]:
+    """Take this step's gradients into the averages; the scores of each linear's directions, as its E."""
     if all(layer.factor(adapter, "E").grad is None for layer in layers.values()):
         raise ConfigError(
             f"LoRA² prunes by gradients, and adapter {adapter!r} has none. Call prune(step, total) after "
             "loss.backward() and optimizer.step(), before optimizer.zero_grad()."
         )
-    scored: dict[LoRA2Linear, Tensor] = {}
-    alike: dict[Any, list[LoRA2Linear]] = {}
+    scored: dict[Directions, Tensor] = {}
+    alike: dict[Any, list[Directions]] = {}
     for layer in layers.values():
         V = layer.factor(adapter, "V")
         alike.setdefault((V.shape, V.device), []).append(layer)
@@ -99,7 +101,7 @@ def _update(layers: Mapping[str, LoRA2Linear], adapter: str, config: LoRA2Config
         sensed.append(sensitivity(weights, gradients))
     # Loss scaling skips a step as a whole where one gradient isn't finite, so its averages are skipped as a whole too.
     finite = all(bool(torch.isfinite(s).all()) for s in sensed)
-    for (((_, k), device), group), now in zip(alike.items(), sensed, strict=True):
+    for (((*_, k), device), group), now in zip(alike.items(), sensed, strict=True):
         zeros = torch.zeros_like(now[0])
         olds = [layer.importance.get(adapter, Importance(zeros, zeros)) for layer in group]
         old = Importance(*(torch.stack([part.to(device) for part in parts]) for parts in zip(*olds, strict=True)))
@@ -125,7 +127,7 @@ def pruning_state(model: nn.Module) -> dict[str, Tensor]:
     """What a resumed run needs besides the adapter: `<path>.<adapter>.{mean, uncertainty, kept, final}`, on the CPU."""
     state: dict[str, Tensor] = {}
     for path, layer in unwrap(model)[0].named_modules():
-        if isinstance(layer, LoRA2Linear):
+        if isinstance(layer, Directions):
             for adapter, importance in layer.importance.items():
                 # A copy of its own: the averages of alike linear layers share memory.
                 state[f"{path}.{adapter}.mean"] = importance.mean.cpu().clone()
@@ -142,16 +144,17 @@ def load_pruning_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         ConfigError: the state is of other linear layers, adapters or ranks. Nothing has been changed then.
     """
-    loaded: list[tuple[LoRA2Linear, str, Importance, str]] = []
+    loaded: list[tuple[Directions, str, Importance, str]] = []
     for path, layer in unwrap(model)[0].named_modules():
-        for adapter in layer.learning if isinstance(layer, LoRA2Linear) else ():
+        for adapter in layer.learning if isinstance(layer, Directions) else ():
             at = f"{path}.{adapter}"
-            k, r = layer.factor(adapter, "v").shape  # type: ignore[union-attr]
+            *experts, k, r = layer.factor(adapter, "v").shape  # type: ignore[union-attr]
+            shape = (*experts, r, 1 + 2 * k)
             mean, uncertainty = state.get(f"{at}.mean"), state.get(f"{at}.uncertainty")
-            if mean is None or uncertainty is None or mean.shape != (r, 1 + 2 * k):
+            if mean is None or uncertainty is None or mean.shape != shape:
                 have = "nothing" if mean is None else f"averages of shape {tuple(mean.shape)}"
                 raise ConfigError(
-                    f"the pruning state holds {have} for {at!r}, which needs ({r}, {1 + 2 * k}): it was saved from "
+                    f"the pruning state holds {have} for {at!r}, which needs {shape}: it was saved from "
                     "another model or config. Resume with the config that the run was started with."
                 )
             loaded.append((layer, adapter, Importance(mean, uncertainty), at))  # type: ignore[arg-type]
@@ -162,7 +165,7 @@ def load_pruning_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             layer.kept[adapter] = state[f"{at}.kept"]
 
 
-def _stay_final(layers: Iterable[LoRA2Linear]) -> None:
+def _stay_final(layers: Iterable[Directions]) -> None:
     """Keep the pruned directions of `layers` at zero after each step of the optimiser that has them."""
     global _watching
     _final.update(layers)

@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ziggurat.host.older import trainer_counts_shifted_labels
-from ziggurat.methods.lora2.layer import LoRA2Linear
+from ziggurat.methods.lora2.layer import Directions
 from ziggurat.methods.lora2.orthogonality import Planes, cross_plane, orthogonality
 
 
-def learning_linears(model: nn.Module) -> dict[str, list[LoRA2Linear]]:
+def learning_linears(model: nn.Module) -> dict[str, list[Directions]]:
     """Adapter -> the linear layers where it is active, trains, and has a direction left."""
-    learning: dict[str, list[LoRA2Linear]] = {}
+    learning: dict[str, list[Directions]] = {}
     for layer in model.modules():
-        if isinstance(layer, LoRA2Linear):
+        if isinstance(layer, Directions):
             for adapter in layer.learning:
                 if layer.factor(adapter, "E").numel():
                     learning.setdefault(adapter, []).append(layer)
@@ -44,7 +44,7 @@ def penalty(model: nn.Module) -> Tensor | None:
     return total
 
 
-def _whole_planes(layer: LoRA2Linear, adapter: str) -> Planes:
+def _whole_planes(layer: Directions, adapter: str) -> Planes:
     """The factors in one piece: outside a layer's forward FSDP2 leaves them in shards, as it wants their gradients."""
     return Planes(*(_whole(factor) for factor in layer.planes(adapter)))
 

@@ -110,7 +110,7 @@ def _lora_count(recipe: Recipe, model: nn.Module, base: Base) -> int | None:
     rank = getattr(config, "init_r", None) or getattr(config, "r", None)
     if not isinstance(rank, int) or rank <= 0:
         return None
-    same = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    same = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
     fields = {name: getattr(config, name, None) for name in same}
     lora = LoraConfig(r=rank, **{name: copy.deepcopy(value) for name, value in fields.items() if value is not None})
     try:

@@ -14,18 +14,23 @@ from torch import nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host import count as registered
+from ziggurat.host.expert_sites import parameter_sites
 from ziggurat.host.method import method_of
 from ziggurat.host.site import Site
 from ziggurat.host.tuner import target_sites
 
 
 def lora(some: Iterable[Site], config: Any) -> int:
-    """sum r (d_in + d_out), r as the rank pattern says it; DoRA: and a magnitude for each output, d_out."""
+    """sum r (d_in + d_out), r as the rank pattern says it; DoRA: and a magnitude for each output, d_out.
+
+    A parameter with all experts of a layer has a pair for each.
+    """
     pattern = config.rank_pattern or {}
     total = 0
     for t in some:
         r = pattern.get(get_pattern_key(list(pattern), t.path), config.r)
-        total += r * (t.d_in + t.d_out) + (t.d_out if config.use_dora else 0)
+        experts = t.num_experts or 1 if t.fused else 1
+        total += experts * r * (t.d_in + t.d_out) + (t.d_out if config.use_dora else 0)
     return total
 
 
@@ -74,8 +79,12 @@ def count(model: nn.Module, config: Any) -> int:
     if kind not in FORMULAS:
         raise ConfigError(f"no formula for an adapter of PEFT method {kind}: it has to be built to be counted.")
     config = registered.with_targets(config, model)
-    sites = target_sites(config, model)
-    if not sites:
+    sites = target_sites(config, model) if config.target_modules else {}
+    if parameters := getattr(config, "target_parameters", None):
+        if getattr(config, "use_dora", False):
+            raise ConfigError("PEFT's DoRA adapts no parameters of experts: take target_parameters out.")
+        sites |= parameter_sites(config, model)
+    if not sites and not parameters:
         raise ConfigError(
             f"target_modules={config.target_modules!r} matches no linear layer of {type(model).__name__}."
         )

@@ -1,0 +1,94 @@
+"""Where the weights of a layer's experts are parameters of three dimensions, and the sites that a config names of them.
+
+transformers 5 keeps the experts of a layer as two parameters, gate and up projection in one and the down projection,
+(experts, d_out, d_in), or (experts, d_in, d_out) where the module says `is_transposed`.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.anatomy import Anatomy
+from ziggurat.host.quantised import FLOATS
+from ziggurat.host.site import Site, body_name
+from ziggurat.host.targets import targets
+from ziggurat.host.unwrap import bare_tree, unwrap
+
+#: The parameters of experts, in the order in which they act.
+PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether `module` keeps all experts of a layer in parameters of three dimensions, as transformers 5 does."""
+    if not all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias")):
+        return False
+    down = module._parameters.get("down_proj")
+    return down is not None and down.dim() == 3
+
+
+def parameter_sites(config: Any, model: nn.Module) -> dict[str, Site]:
+    """Path -> site of the parameters that `config.target_parameters` names, by PEFT's rule.
+
+    Raises:
+        ConfigError: a name is that of no parameter, or of one that holds no experts.
+    """
+    named = copy.copy(config)
+    named.target_modules = set(config.target_parameters)
+    root = unwrap(model)[0]
+    anatomy = Anatomy(model, layers_pattern=config.layers_pattern)
+    sites: dict[str, Site] = {}
+    for node in bare_tree(root).walk():
+        for name, parameter in node.module._parameters.items():
+            path = f"{node.path}.{name}"
+            if parameter is None or not targets(named, path):
+                continue
+            if not is_fused(node.module) or name not in PARAMETERS:
+                raise ConfigError(
+                    f"target_parameters names {path!r}, a parameter of a {type(node.module).__name__}, and only the "
+                    f"weights of fused experts can be adapted so: {_listed(root)}. Linear layers are named by "
+                    "target_modules; a router or another parameter is trained whole when modules_to_save names its "
+                    "module."
+                )
+            if parameter.dtype not in FLOATS:
+                raise ConfigError(
+                    f"{path!r} is quantised ({parameter.dtype}), and adapters of fused experts need weights in "
+                    "floating point: load the model without quantisation, or leave it out of target_parameters."
+                )
+            sites[path] = _site(root, anatomy, path, node.module, parameter)
+    lost = [
+        name for name in sorted(config.target_parameters) if not any(f".{path}".endswith(f".{name}") for path in sites)
+    ]
+    if lost:
+        raise ConfigError(
+            f"target_parameters={lost} matches no parameter of {type(root).__name__}; its fused experts are "
+            f"{_listed(root)}."
+        )
+    return sites
+
+
+def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Path and parameter of the weights of all fused experts in the base model."""
+    for node in bare_tree(unwrap(model)[0]).walk():
+        if is_fused(node.module):
+            for name in PARAMETERS:
+                if (parameter := node.module._parameters.get(name)) is not None:
+                    yield f"{node.path}.{name}", parameter
+
+
+def _listed(root: nn.Module) -> str:
+    ends = dict.fromkeys(".".join(path.split(".")[-2:]) for path, _ in expert_parameters(root))
+    return ", ".join(ends) or "none in this model"
+
+
+def _site(root: nn.Module, anatomy: Anatomy, path: str, module: Any, parameter: Tensor) -> Site:
+    experts, d_out, d_in = parameter.shape
+    if module.is_transposed:
+        d_in, d_out = d_out, d_in
+    place = anatomy.find(path)
+    if place is None:
+        return Site(path, body_name(root, path), 0, 1, "", d_in, d_out, num_experts=experts)
+    stack = body_name(root, place.stack)
+    return Site(path, stack, place.layer, place.num_layers, place.role, d_in, d_out, num_experts=experts)
