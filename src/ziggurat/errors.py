@@ -30,6 +30,10 @@ class DataError(ZigguratError, ValueError):
     """A data file or hub data set cannot be read as the recipe says."""
 
 
+class RewardError(ZigguratError, ValueError):
+    """A reward function ended in an error, or returned something else than a number for each completion."""
+
+
 class ProcessError(ZigguratError, RuntimeError):
     """A run on several processes has lost one of them."""
 

@@ -126,9 +126,20 @@ def _cost(runs: Sequence[Run]) -> Table:
     return _by_run([*names, "seconds", "steps", "peak memory"], rows)
 
 
+#: What TRL logs of steps that draw completions.
+_OF_REWARDS = {
+    "reward": "Reward",
+    "reward_std": "Standard deviation of the reward",
+    "frac_reward_zero_std": "Share of groups without signal",
+    "completions/mean_length": "Tokens of a completion",
+    "kl": "KL from the start",
+}
+
+
 def _curves(runs: Sequence[Run]) -> Iterator[str]:
     wanted = ["loss", *dict.fromkeys(f"eval_{run.values['metric']}" for run in runs), "eval_loss", "learning_rate"]
-    titles = {"loss": "Training loss", "eval_loss": "Validation loss", "learning_rate": "Learning rate"}
+    titles = {"loss": "Training loss", "eval_loss": "Validation loss", "learning_rate": "Learning rate"} | _OF_REWARDS
+    wanted += _OF_REWARDS
     for name in wanted:
         series = {}
         for run in runs:

@@ -28,6 +28,10 @@ def train(
         str | None, typer.Option(metavar="REPO", help="Upload the finished adapter to this repository of the hub.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="A new repository is nobody else's to see.")] = False,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE:NAME", help="A reward function of your own, for grpo and rloo. Runs its code."),
+    ] = None,
 ) -> None:
     """Fine-tune a model. Without an argument: the embedded model on the embedded data, in a few minutes, offline."""
     from ziggurat.recipe.needs import check as check_needs
@@ -48,14 +52,20 @@ def train(
     from ziggurat.training.loop.run import resume_command
     from ziggurat.training.loop.run import train as run
 
-    plugins = [word for plugin in loaded() for word in ("--plugin", plugin)]
+    flags = [word for plugin in loaded() for word in ("--plugin", plugin)]
+    flags += [word for function in reward or () for word in ("--reward", function)]
+    rewards = []
+    if reward:
+        from ziggurat.training.loop.rewards import from_words
+
+        rewards = from_words(reward)
     console = Console(quiet=not is_main())
     console.print(
         f"[bold]{escape(recipe.name)}[/]: {recipe.task} with {recipe.method['name']} on {escape(recipe.model)}",
         highlight=False,
     )
     try:
-        result = run(recipe, console=console)
+        result = run(recipe, console=console, rewards=rewards)
     except Interrupted as stopped:
         if is_first_to_report():
             say(f"{stopped}.")
@@ -63,7 +73,7 @@ def train(
                 say("There is no checkpoint to go on from; the same command starts afresh.")
             else:
                 say(f"The checkpoint is in {stopped.checkpoint}")
-                say(f"Go on with: {resume_command([*given, *plugins])}")
+                say(f"Go on with: {resume_command([*given, *flags])}")
         raise typer.Exit(128 + stopped.signal) from None
     show(console, recipe, result)
     if is_main():

@@ -1,6 +1,6 @@
-"""Methods from outside the package: of installed packages, and of a file or module that the user names.
+"""Methods and rewards from outside the package: of installed packages, and of a file or module that the user names.
 
-Nothing else brings code in: a recipe, a run or an adapter's folder only names a method.
+Nothing else brings code in: a recipe, a run or an adapter's folder only names a method or a reward.
 """
 
 import importlib
@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 from ziggurat.errors import ConfigError
 
@@ -18,6 +19,8 @@ from ziggurat.errors import ConfigError
 GROUP = "ziggurat.methods"
 
 _loaded: list[str] = []
+#: The module of each file that has run, by the file's whole path.
+_files: dict[str, ModuleType] = {}
 
 
 def load_installed() -> None:
@@ -43,25 +46,37 @@ def load(plugins: Iterable[str]) -> None:
         ConfigError: there is no such file or module, or it ends in an error; with its line.
     """
     for plugin in plugins:
-        path = Path(plugin).expanduser()
-        is_file = path.suffix == ".py" or path.is_file()
-        if is_file and not path.is_file():
-            raise ConfigError(f"--plugin {plugin}: there is no such file.")
-        name = str(path.resolve()) if is_file else plugin
-        if name in _loaded:
-            continue
-        try:
-            if is_file:
-                _run(path.resolve())
-            else:
-                importlib.import_module(plugin)
-        except Exception as error:
-            frames = [
-                frame for frame in traceback.extract_tb(error.__traceback__) if is_file and frame.filename == name
-            ]
-            line = f" in line {frames[-1].lineno}" if frames else ""
-            raise ConfigError(f"--plugin {plugin}: {type(error).__name__}{line}: {error}") from error
-        _loaded.append(name)
+        module = module_of(plugin, "--plugin")
+        name = str(Path(str(module.__file__)).resolve()) if _is_file(plugin) else plugin
+        if name not in _loaded:
+            _loaded.append(name)
+
+
+def module_of(named: str, flag: str) -> ModuleType:
+    """The module that `named`, a Python file or the name of a module, stands for; its code runs once.
+
+    Raises:
+        ConfigError: there is no such file or module, or it ends in an error; with its line. `flag` named it.
+    """
+    path, is_file = Path(named).expanduser(), _is_file(named)
+    if is_file and not path.is_file():
+        raise ConfigError(f"{flag} {named}: there is no such file.")
+    name = str(path.resolve()) if is_file else named
+    try:
+        if not is_file:
+            return importlib.import_module(named)
+        if name not in _files:
+            _files[name] = _run(path.resolve())
+        return _files[name]
+    except Exception as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_file and frame.filename == name]
+        line = f" in line {frames[-1].lineno}" if frames else ""
+        raise ConfigError(f"{flag} {named}: {type(error).__name__}{line}: {error}") from error
+
+
+def _is_file(named: str) -> bool:
+    path = Path(named).expanduser()
+    return path.suffix == ".py" or path.is_file()
 
 
 def loaded() -> tuple[str, ...]:
@@ -69,9 +84,9 @@ def loaded() -> tuple[str, ...]:
     return tuple(_loaded)
 
 
-def _run(path: Path) -> None:
+def _run(path: Path) -> ModuleType:
     """Run `path` as a module that can be imported by its name, so that its classes can be pickled."""
-    name = path.stem if path.stem.isidentifier() and path.stem not in sys.modules else f"ziggurat_plugin_{len(_loaded)}"
+    name = path.stem if path.stem.isidentifier() and path.stem not in sys.modules else f"ziggurat_plugin_{len(_files)}"
     spec = spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     sys.modules[name] = module = module_from_spec(spec)
@@ -80,3 +95,4 @@ def _run(path: Path) -> None:
     except BaseException:
         del sys.modules[name]
         raise
+    return module

@@ -45,7 +45,11 @@ BESIDE: dict[str, dict[str, Any]] = {
 _OWN_PLACES = ("lor2c", "sharelor2c", "adapter")
 #: What a row of BESIDE is called where it isn't its method's name.
 _VARIANTS = {"sharelor2c": "ShareLoR2C"}
-LABELS = {**dict.fromkeys(("instruct", "dpo", "kto"), "tokens"), "classification": "classes", "regression": "values"}
+LABELS = {
+    **dict.fromkeys(("instruct", "dpo", "kto", "grpo", "rloo"), "tokens"),
+    "classification": "classes",
+    "regression": "values",
+}
 
 
 def variant_name(row: str) -> str:

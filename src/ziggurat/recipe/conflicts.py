@@ -8,12 +8,13 @@ from typing import Any
 from ziggurat.nearest import did_you_mean
 
 from .glue import brings_validation
-from .schema import METRICS, WRITES, keys
+from .schema import METRICS, REWARDED, WRITES, keys
 
 _TASK_ONLY = {
     "instruct": ("data.format", "data.loss", "data.packing", "train.answers"),
     "writing": ("data.as_chat",),
     "preference": ("train.beta",),
+    "rewarded": tuple(key for key in keys() if key.startswith(("rewards.", "sampling."))),
     "labelled": ("data.label",),
     "score": ("data.text", "data.text_pair", "head.pooling", "head.dropout", "head.lr"),
     "classification": ("data.label_names", "data.similar_labels"),
@@ -22,6 +23,7 @@ _TASK_ONLY = {
 _KINDS = {
     "writing": WRITES,
     "preference": ("dpo", "kto"),
+    "rewarded": REWARDED,
     "labelled": ("classification", "regression", "kto"),
     "score": ("classification", "regression"),
 }
@@ -70,6 +72,12 @@ def conflicts(good: dict[str, Any]) -> list[str]:
             found.append("train.best: needs scores to choose by; set train.evaluate to epoch or a number of steps")
         elif value("train.evaluate") != value("train.save"):
             found.append("train.save: must equal train.evaluate when train.best is true")
+    if task in REWARDED and value("train.group_by_length"):
+        found.append(
+            f"train.group_by_length: has no meaning with task: {task}, whose batches are groups of completions"
+        )
+    if value("sampling.vllm") is None and value("sampling.vllm_options"):
+        found.append("sampling.vllm_options: has no meaning without sampling.vllm")
     found += tracker_problems(value("train.report_to") or [])
     if value("resume") and value("overwrite"):
         found.append("overwrite: contradicts resume; give one of them")
@@ -77,6 +85,20 @@ def conflicts(good: dict[str, Any]) -> list[str]:
     if not name.strip() or any(sign in name for sign in "/\\"):
         found.append(f"name: '{name}' cannot name a folder; use output for a path")
     return found
+
+
+def unmerged_with_vllm(good: dict[str, Any], choice: dict[str, Any]) -> list[str]:
+    """What is wrong with `sampling.vllm` beside a checked `method.*`: TRL sends merged weights to vLLM."""
+    from .methods import METHODS, shown
+
+    method = METHODS[choice["name"]]
+    if good.get("sampling.vllm") is None or method.merges or method.four_bits or method.config is None:
+        return []
+    able = ", ".join(name for name, row in METHODS.items() if row.merges)
+    return [
+        f"sampling.vllm: TRL merges the adapter into the weights that it sends to vLLM, and {shown(choice['name'])} "
+        f"can't be merged; leave the key out, or take one of {able}"
+    ]
 
 
 def known_trackers() -> list[str]:

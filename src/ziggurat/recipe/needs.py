@@ -6,10 +6,10 @@ from ziggurat.extras import require
 
 from .embedded import EMBEDDED, PACKAGE
 from .methods import METHODS
-from .schema import Recipe
+from .schema import WRITES, Recipe
 
 #: Task -> the packages that train or score it.
-OF_A_TASK = {"classification": "scikit-learn", "regression": "scipy", "instruct": "trl", "dpo": "trl", "kto": "trl"}
+OF_A_TASK = {"classification": "scikit-learn", "regression": "scipy", **dict.fromkeys(WRITES, "trl")}
 
 
 def needs(recipe: Recipe) -> dict[str, str]:
@@ -19,6 +19,8 @@ def needs(recipe: Recipe) -> dict[str, str]:
         found[PACKAGE] = f"model: {EMBEDDED}"
     if recipe.gguf_file is not None:
         found["gguf"] = f"gguf_file: {recipe.gguf_file}"
+    if recipe.sampling.vllm is not None:
+        found["vllm"] = f"sampling.vllm: {recipe.sampling.vllm}"
     if METHODS[recipe.method["name"]].four_bits:
         found["bitsandbytes"] = f"method {recipe.method['name']}"
     return found

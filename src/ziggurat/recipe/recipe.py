@@ -13,10 +13,10 @@ import yaml
 from ziggurat.errors import RecipeError
 from ziggurat.nearest import did_you_mean, missing_path, nearest
 
-from .conflicts import conflicts
+from .conflicts import conflicts, unmerged_with_vllm
 from .glue import fill_in, glue_name
 from .methods import METHODS, SYNONYMS, method_config, method_fields, method_problems
-from .schema import Recipe, keys
+from .schema import REWARDED, Recipe, keys
 from .text import MOST_TEXT, SECTIONS, flatten, read_overrides, read_yaml
 from .values import explain
 
@@ -80,6 +80,13 @@ _SYNONYMS = {
     "micro_batch_size": "train.batch",
     "pref_beta": "train.beta",
     "dpo_beta": "train.beta",
+    "num_generations": "sampling.completions",
+    "max_completion_length": "sampling.tokens",
+    "temperature": "sampling.temperature",
+    "reward_funcs": "rewards.functions",
+    "reward_weights": "rewards.weights",
+    "use_vllm": "sampling.vllm",
+    "vllm_mode": "sampling.vllm",
     "stage": "task",
     "rl": "task",
     "sentence": "data.text",
@@ -209,7 +216,7 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
         f"{key}: missing: {info.description}" for key, info in known.items() if info.is_required() and key not in flat
     ]
     problems += conflicts(good)
-    problems += method_problems(choice)
+    problems += method_problems(choice) or unmerged_with_vllm(good, choice)
     if problems:
         raise _refused(label, problems)
     nested: dict[str, Any] = {"method": choice}
@@ -235,6 +242,8 @@ def _example(section: str) -> str:
         "data.columns": "for example data.columns.prompt: question",
         "data.roles": "for example data.roles.user: [customer]",
         "head": "for example head.pooling: mean",
+        "rewards": "for example rewards.functions: [last_number]",
+        "sampling": "for example sampling.completions: 8",
         "train": "for example train.lr: 1.0e-3",
         "method": "for example method.name: msplora",
     }[section]
@@ -242,7 +251,8 @@ def _example(section: str) -> str:
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
     """The recipe as one flat mapping, defaults too but for the method's; paths on this disk are made absolute."""
-    flat = flatten(recipe.model_dump(exclude={"resume", "overwrite"}))
+    elsewhere = set() if recipe.task in REWARDED else {"rewards", "sampling"}
+    flat = flatten(recipe.model_dump(exclude={"resume", "overwrite", *elsewhere}))
     for key in ("model", "data.train", "data.validation", "data.folder"):
         value = flat.get(key)
         named = value in ("embedded", "demo") or glue_name(value) is not None

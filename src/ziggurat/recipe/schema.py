@@ -22,8 +22,10 @@ INSTRUCT_METRICS = ("perplexity",)
 PAIR_METRICS = ("rewards/accuracies", "rewards/margins")
 JUDGED_METRICS = ("rewards/margins",)
 
+#: Tasks whose model answers prompts while it learns, and learns from the rewards of its answers.
+REWARDED = ("grpo", "rloo")
 #: Tasks whose model writes texts.
-WRITES = ("instruct", "dpo", "kto")
+WRITES = ("instruct", "dpo", "kto", *REWARDED)
 #: The scores of each task that a recipe may choose by, the usual one first.
 METRICS = {
     "classification": CLASSIFICATION_METRICS,
@@ -31,11 +33,20 @@ METRICS = {
     "instruct": INSTRUCT_METRICS,
     "dpo": PAIR_METRICS,
     "kto": JUDGED_METRICS,
+    **dict.fromkeys(REWARDED, ("reward",)),
 }
 
 
 Metric = Literal[
-    "accuracy", "f1", "matthews", "pearson", "spearman", "perplexity", "rewards/accuracies", "rewards/margins"
+    "accuracy",
+    "f1",
+    "matthews",
+    "pearson",
+    "spearman",
+    "perplexity",
+    "rewards/accuracies",
+    "rewards/margins",
+    "reward",
 ]
 
 
@@ -156,6 +167,44 @@ class HeadPart(Part):
     lr: Rate | None = Field(default=None, description="learning rate of the head; without it train.lr")
 
 
+class RewardsPart(Part):
+    """What grpo and rloo reward. A recipe names functions and never brings their code."""
+
+    functions: list[str] | None = Field(
+        default=None,
+        description="rewards that are added up: exact, last_number, regex, json, length, or names of functions of your "
+        "own, which come by `--reward FILE:NAME` or an installed package's entry point",
+    )
+    weights: list[float] | None = Field(default=None, description="what each counts in the sum; without it 1")
+    answer: str = Field(default="answer", description="exact and last_number: column with the right answer")
+    pattern: str | None = Field(default=None, description="regex: the regular expression to be found in a completion")
+    most: Positive | None = Field(default=None, description="length: the most characters of a completion")
+    beta: Annotated[float, Field(ge=0.0)] = Field(
+        default=0.0, description="how strongly the model is held near the one that it starts from; 0: not at all"
+    )
+
+
+class SamplingPart(Part):
+    """How grpo and rloo draw completions."""
+
+    completions: Annotated[int, Field(ge=2)] = Field(default=8, description="completions of a prompt: its group")
+    tokens: Positive = Field(default=256, description="the most tokens of a completion")
+    temperature: Annotated[float, Field(gt=0.0, le=10.0)] = Field(
+        default=1.0, description="logits are divided by it before a token is drawn"
+    )
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=1.0, description="tokens are drawn from the likeliest that have this probability together"
+    )
+    vllm: Literal["colocate", "server"] | None = Field(
+        default=None, description="vLLM draws, on the training GPUs or in a server of `trl vllm-serve`; else the model"
+    )
+    vllm_options: dict[str, bool | int | float | str] | None = Field(
+        default=None,
+        description="TRL's settings of vLLM by their names without `vllm_`, such as server_base_url, "
+        "gpu_memory_utilization, tensor_parallel_size",
+    )
+
+
 class TrainPart(Part):
     """How it learns."""
 
@@ -163,7 +212,7 @@ class TrainPart(Part):
     max_steps: Positive | None = Field(
         default=None, description="stop after so many optimiser steps, whatever the epochs"
     )
-    batch: Positive = Field(default=16, description="examples a device takes at once")
+    batch: Positive = Field(default=16, description="examples (grpo and rloo: completions) a device takes at once")
     eval_batch: Positive = Field(default=32, description="the same when scoring")
     accumulate: Positive = Field(default=1, description="batches added up for one optimiser step")
     lr: Rate = Field(default=1.0e-3, description="peak learning rate (AdamW)")
@@ -206,7 +255,7 @@ class Recipe(Part):
 
     about: str = Field(default="", description="one line that says what this is")
     name: str = Field(default="run", description="names the output folder; without it the file's name")
-    task: Literal["classification", "regression", "instruct", "dpo", "kto"] = Field(
+    task: Literal["classification", "regression", "instruct", "dpo", "kto", "grpo", "rloo"] = Field(
         default="classification", description="what is learned"
     )
     model: str = Field(description="folder or hub name, or `embedded` (all-MiniLM-L6-v2 from the installed package)")
@@ -231,6 +280,8 @@ class Recipe(Part):
     overwrite: bool = Field(default=False, description="replace what an earlier run left in the output folder")
     data: DataPart
     head: HeadPart = HeadPart()
+    rewards: RewardsPart = RewardsPart()
+    sampling: SamplingPart = SamplingPart()
     train: TrainPart = TrainPart()
     method: dict[str, Any] = Field(description="method.name and the fields of its PEFT config")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-SECTIONS = ("data", "data.columns", "data.roles", "head", "method", "train")
+SECTIONS = ("data", "data.columns", "data.roles", "head", "method", "rewards", "sampling", "train")
 #: Bytes of a recipe; those that ship have at most a few thousand.
 MOST_TEXT = 2**16
 #: Values in a recipe, and lists and mappings inside one another.

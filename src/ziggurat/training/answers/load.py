@@ -17,7 +17,7 @@ from ziggurat.recipe.methods import METHODS
 from ziggurat.recipe.recipe import find_recipe, recipe_of
 from ziggurat.recipe.schema import WRITES, Recipe
 
-from ..data.template import end_of_turn
+from ..data.template import stop_at_turns
 from ..folder.run_folder import RECIPE, RUN
 from ..heads import MeanPooledClassifier
 from ..loop.trainers import quiet
@@ -73,11 +73,7 @@ def load_adapter_model(folder: str | Path) -> Loaded:
     if not getattr(model, "is_quantized", False) and not METHODS[recipe.method["name"]].four_bits:
         model = model.to(device())
     if run.get("shape") == "messages":
-        # A base model may end texts by another token than its chat template ends turns.
-        generation: Any = model.generation_config
-        ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-        ends = [*ends, end_of_turn(tokenizer)]
-        generation.eos_token_id = [*dict.fromkeys(token for token in ends if token is not None)] or None
+        stop_at_turns(model, tokenizer)
     return Loaded(model.eval(), tokenizer, recipe, spec, run)
 
 

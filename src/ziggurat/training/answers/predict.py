@@ -12,7 +12,7 @@ import torch
 
 from ziggurat.errors import DataError
 from ziggurat.nearest import missing_path
-from ziggurat.recipe.schema import SCORED_LENGTH, WRITES
+from ziggurat.recipe.schema import REWARDED, SCORED_LENGTH, WRITES
 
 from ..data.alpaca import WITH_LINE_BREAK, alpaca_prompt
 from ..data.chat import conversation, tools_of
@@ -22,7 +22,7 @@ from ..data.faults import Faults, RowFault
 from ..data.instruct import column_of
 from ..data.readers import read_lines
 from ..data.tables import read_table, require_column, texts_of
-from ..data.template import asked_ids
+from ..data.template import asked_ids, chat_ids
 from ..model.generate import Sampling, generate
 from .load import Loaded, load_adapter_model
 
@@ -138,14 +138,21 @@ def _score(loaded: Loaded, texts: Sequence[str], second: Sequence[str] | None, b
             yield Prediction(text, max(named, key=lambda name: named[name]), named)
 
 
+def _opened(loaded: Loaded, messages: list[Any], tools: Any = None) -> list[int]:
+    """Token ids of messages to be answered: as completions were drawn in training, or as answers were learned."""
+    if loaded.head.task in REWARDED:
+        return chat_ids(loaded.tokenizer, messages, tools, add_generation_prompt=True)
+    return asked_ids(loaded.tokenizer, messages, tools)
+
+
 def _asked(loaded: Loaded, text: str | Conversation, context: str | None, system: str | None) -> list[int]:
     """Token ids of one question, in the form that the adapter was trained on."""
     shape = loaded.run.get("shape")
     if isinstance(text, Conversation):
-        return asked_ids(loaded.tokenizer, with_system(text.messages, system), text.tools)
+        return _opened(loaded, with_system(text.messages, system), text.tools)
     if shape == "messages":
         content = text if not (context or "").strip() else f"{text}\n\n{context}"
-        return asked_ids(loaded.tokenizer, with_system([{"role": "user", "content": content}], system))
+        return _opened(loaded, with_system([{"role": "user", "content": content}], system))
     prompt = text
     if shape == "alpaca":
         prompt = alpaca_prompt(text, context, form=loaded.run.get("prompt_form", WITH_LINE_BREAK))

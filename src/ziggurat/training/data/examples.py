@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ziggurat.errors import DataError
 from ziggurat.recipe.glue import PREFIX, glue_name
-from ziggurat.recipe.schema import DataPart, Recipe
+from ziggurat.recipe.schema import REWARDED, DataPart, Recipe
 
 from .faults import Faults, kind_of
 from .glue import glue_splits
@@ -166,15 +166,16 @@ def _reader(task: str) -> Any:
     """The function that reads the rows of a task whose model writes."""
     from .instruct import to_rows
     from .prefer import to_judged, to_pairs
+    from .prompts import to_prompts
 
-    return {"instruct": to_rows, "dpo": to_pairs, "kto": to_judged}[task]
+    return {"instruct": to_rows, "dpo": to_pairs, "kto": to_judged, **dict.fromkeys(REWARDED, to_prompts)}[task]
 
 
 def _identity(row: Any) -> str:
     """What may not stand on both sides of a split: all of a row but its label; of pairs the prompt."""
     if "messages_rejected" in row:
         return repr(json.loads(row["messages"])[: row["learned"]])
-    if "prompt_rejected" in row:
+    if "prompt_rejected" in row or ("prompt" in row and "completion" not in row):
         return str(row["prompt"])
     return repr([value for name, value in row.items() if name not in ("label", "good", "row")])
 

@@ -155,7 +155,7 @@ def read_row(recipe: Recipe, shape: str, cells: dict[str, Any], counts: Counter[
         messages, unread = conversation(cells["messages"], recipe.data)
         return _chat(messages, 0, cells, unread, counts)
     if shape == "text":
-        text = _text(cells["text"])
+        text = as_text(cells["text"])
         if text is None or not text.strip():
             raise RowFault("no text", gap=True)
         return {"text": text}
@@ -165,7 +165,7 @@ def read_row(recipe: Recipe, shape: str, cells: dict[str, Any], counts: Counter[
     if (before := as_messages(asked)) is not None:
         messages, unread = conversation([*before, *(as_messages(said) or [])], recipe.data)
         return _chat(messages, len(before), cells, unread, counts)
-    prompt, answer, context = _text(asked), _text(said), _text(cells.get("input"))
+    prompt, answer, context = as_text(asked), as_text(said), as_text(cells.get("input"))
     if not (answer or "").strip():
         counts[""] += 1
         return None
@@ -187,7 +187,7 @@ def _chat(
     messages: list[Message], learned: int, cells: dict[str, Any], unread: set[str], counts: Counter[str]
 ) -> dict[str, Any] | None:
     """A conversation up to its last answer, with its system prompt and tools; None if its answers are empty."""
-    if (system := _text(cells.get("system"))) and messages[0]["role"] != "system":
+    if (system := as_text(cells.get("system"))) and messages[0]["role"] != "system":
         messages, learned = [{"role": "system", "content": system}, *messages], learned + 1
     places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     if not places or places[-1] < learned:
@@ -215,7 +215,7 @@ def _history(value: Any) -> list[Message]:
     return turns
 
 
-def _text(value: Any) -> str | None:
+def as_text(value: Any) -> str | None:
     """A number or a date as a text, for a table may have columns that hold nothing else. RowFault for a list, say."""
     if isinstance(value, bytes | list | dict):
         raise RowFault(f"a text is needed, this is {kind_of(value)}: {str(value)[:80]}")

@@ -168,6 +168,14 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return next((token for token in ids if token in tokenizer.added_tokens_decoder), None)
 
 
+def stop_at_turns(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let `model` stop where its chat template ends a turn, too: a base model may end texts by another token."""
+    generation: Any = model.generation_config
+    ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    ends = [*ends, end_of_turn(tokenizer)]
+    generation.eos_token_id = [*dict.fromkeys(token for token in ends if token is not None)] or None
+
+
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any = None, **how: Any) -> list[int]:
     """Token ids of messages joined by the tokenizer's chat template. Raises DataError if it refuses them."""
     return list(_apply(tokenizer, messages, tools, tokenize=True, return_dict=True, **how)["input_ids"])

@@ -16,11 +16,16 @@ from ziggurat.recipe.methods import BUDGET, METHODS, method_config, method_field
 from ziggurat.recipe.schema import Recipe
 from ziggurat.terminal import clean
 
+from ..callbacks.progress import rewards_of
 from .metrics import lower_is_better
 from .result import Result
 
-#: What TRL's scores of preferences are measured in.
-_UNITS = {"rewards/accuracies": "share of pairs", "rewards/margins": "higher is better"}
+#: What TRL's scores of preferences and of rewards are measured in.
+_UNITS = {
+    "rewards/accuracies": "share of pairs",
+    "rewards/margins": "higher is better",
+    "reward": "of the likeliest completions",
+}
 
 
 def report(recipe: Recipe, result: Result) -> Group:
@@ -42,6 +47,10 @@ def report(recipe: Recipe, result: Result) -> Group:
     rest = [name for name in result.after if name not in (metric, "loss", "entropy")]
     if rest:
         table.add_row("other metrics", ", ".join(f"{name} {_number(result.after[name])}" for name in rest))
+    steps = [words for line in result.history if (words := rewards_of(line))]
+    if steps:
+        table.add_row("first step", steps[0])
+        table.add_row("last step", steps[-1])
     table.add_section()
     counts = result.counts
     table.add_row(f"trainable parameters, {named}", f"{counts.adapter:,}")

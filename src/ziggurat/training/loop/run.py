@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from ziggurat.files.staging import told_of_storage
 from ziggurat.recipe import needs
 from ziggurat.recipe.methods import BUDGET, METHODS
-from ziggurat.recipe.schema import Recipe
+from ziggurat.recipe.schema import REWARDED, Recipe
 
 from ..callbacks import trackers
 from ..callbacks.allocation import callbacks_for
@@ -45,16 +45,24 @@ if TYPE_CHECKING:
     from .samples import Answers
 
 
-def train(recipe: Recipe, *, console: Console | None = None, callbacks: Sequence[TrainerCallback] = ()) -> Result:
+def train(
+    recipe: Recipe,
+    *,
+    console: Console | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    rewards: Sequence[Callable[..., Any]] = (),
+) -> Result:
     """Train as the recipe says; the folder `recipe.folder` appears when all is done.
 
-    `callbacks` are added to the Trainer's. `console` shows the progress (none: silence). Started by `accelerate launch`
-    or `torchrun`, each of their processes calls this; all get the result, one prints and writes.
+    `callbacks` are added to the Trainer's, `rewards` to those that a recipe of grpo or rloo names. `console` shows the
+    progress (none: silence). Started by `accelerate launch` or `torchrun`, each of their processes calls this; all get
+    the result, one prints and writes.
 
     Raises:
         MissingExtraError: packages that the recipe needs aren't installed.
         RecipeError: the folder is taken, the model can't be loaded, or the method doesn't fit it.
         DataError: the data aren't as the recipe says.
+        RewardError: a reward function ended in an error, or returned no number for each completion.
         DivergedError: a loss or a weight became NaN or infinite; says at which step and which checkpoint is good.
         Interrupted: Ctrl-C or SIGTERM; says which checkpoint there is.
         ProcessError: another process of the run has gone.
@@ -62,7 +70,11 @@ def train(recipe: Recipe, *, console: Console | None = None, callbacks: Sequence
     needs.check(recipe)
     processes = join()
     trackers.check(recipe.train.report_to or [])
-    fit = None
+    functions, fit = None, None
+    if rewards or recipe.task in REWARDED:
+        from .rewards import settle_rewards
+
+        recipe, functions = settle_rewards(recipe, rewards)
     if BUDGET in recipe.method:
         from ..sizing.budget import settle_budget
 
@@ -74,7 +86,7 @@ def train(recipe: Recipe, *, console: Console | None = None, callbacks: Sequence
     with StopSignals(processes) as stop:
         try:
             with processes.reporting_lost_ones():
-                return _train(recipe, folder, stop, console, callbacks, fit)
+                return _train(recipe, folder, stop, console, callbacks, fit, functions)
         except KeyboardInterrupt:
             stopped = _interrupted(recipe, folder, stop.number or signal.SIGINT)
             folder.abandon()
@@ -94,6 +106,7 @@ def _train(
     console: Console,
     callbacks: Sequence[TrainerCallback],
     fit: Fit | None,
+    rewards: Mapping[str, Callable[..., Any]] | None,
 ) -> Result:
     processes = folder.processes
     with _status(console, "reading the data"), quiet(), processes.first_on_each_machine():
@@ -106,8 +119,8 @@ def _train(
     processes.first(lambda: workplace.reserve(folder.work, expected_bytes(model, base.tokenizer)))
     progress, meter, notes = LiveProgress(console, recipe.main_metric), Meter(), list[str]()
     note = partial(_note, console, notes)
-    rising = RisingLoss(partial(note, kind="warning", style="yellow"), _classes(recipe, base))
-    task = _task(recipe, base, model, examples, folder, [*callbacks, progress, stop, meter, rising])
+    watch = _watch(recipe, base, partial(note, kind="warning", style="yellow"))
+    task = _task(recipe, base, model, examples, folder, [*callbacks, progress, stop, meter, watch], rewards)
     trainer = task.trainer
     note(*examples.notes, *task.notes, *_notes(recipe, processes, fit))
     begun = time.monotonic() - float(noted.get("seconds", 0.0))
@@ -165,6 +178,15 @@ def _note(console: Console, notes: list[str], *texts: str, kind: str = "note", s
         console.print(f"{kind}: {text}", style=style, highlight=False)
 
 
+def _watch(recipe: Recipe, base: Base, tell: Callable[[str], None]) -> TrainerCallback:
+    """The callback that warns of a run which learns nothing."""
+    if recipe.task in REWARDED:
+        from ..callbacks.signal import NoSignal
+
+        return NoSignal(tell, recipe.sampling.temperature, recipe.sampling.tokens)
+    return RisingLoss(tell, _classes(recipe, base))
+
+
 def _classes(recipe: Recipe, base: Base) -> int | None:
     """Between how many classes or tokens the model chooses; None where it predicts a number."""
     if recipe.task == "regression":
@@ -199,11 +221,12 @@ def _task(
     examples: Examples,
     folder: RunFolder,
     callbacks: list[TrainerCallback],
+    rewards: Mapping[str, Callable[..., Any]] | None,
 ) -> Task:
     """The Trainer with all its callbacks, in the order in which they have to be called."""
     of_the_method = callbacks_for(getattr(model, "peft_config", {}).get("default"))
     callbacks = [*of_the_method, *callbacks, StopAtNaN(folder.last_checkpoint)]
-    task = make_trainer(recipe, base, model, examples, folder.checkpoints, callbacks)
+    task = make_trainer(recipe, base, model, examples, folder.checkpoints, callbacks, rewards)
     sharding.prepare(task.trainer, folder.processes)
     if recipe.spectra != "never":
         from ziggurat.analysis.trace import record_spectra

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ziggurat.host.bars import without_bars
-from ziggurat.recipe.schema import SCORED_LENGTH, Recipe
+from ziggurat.recipe.schema import REWARDED, SCORED_LENGTH, Recipe
 
 from ..callbacks import trackers
 from ..data.encode import Collator, encode, longest, spread
@@ -79,17 +79,21 @@ def make_trainer(
     examples: Examples,
     checkpoints: Path,
     callbacks: list[TrainerCallback],
+    rewards: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Task:
-    """The HF Trainer (or TRL's SFTTrainer) of a recipe's task.
+    """The HF Trainer (or one of TRL's) of a recipe's task, with its `rewards` by name.
 
     Raises RecipeError for what this machine can't do, DataError for texts that don't fit the model's tokenizer.
     """
     with quiet():
         if recipe.writes:
-            from .writing import instructed, preferring
+            from .writing import instructed, preferring, rewarded
 
-            make = instructed if recipe.task == "instruct" else preferring
-            trainer, notes = make(recipe, base, model, examples, checkpoints, callbacks)
+            made = (recipe, base, model, examples, checkpoints, callbacks)
+            if recipe.task in REWARDED:
+                trainer, notes = rewarded(*made, rewards or {})
+            else:
+                trainer, notes = (instructed if recipe.task == "instruct" else preferring)(*made)
             task = Task(trainer, {}, notes)
         else:
             task = _scored(recipe, base, model, examples, checkpoints, callbacks)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -70,6 +71,22 @@ def preferring(
     arguments = training_arguments(recipe, checkpoints) | {"max_length": length, "beta": recipe.train.beta}
     trainer = preference_trainer(recipe, base.tokenizer, model, arguments, train, validation, callbacks)
     return trainer, notes
+
+
+def rewarded(
+    recipe: Recipe,
+    base: Base,
+    model: nn.Module,
+    examples: Examples,
+    checkpoints: Path,
+    callbacks: list[TrainerCallback],
+    rewards: Mapping[str, Callable[..., Any]],
+) -> tuple[Trainer, list[str]]:
+    """GRPOTrainer or RLOOTrainer, and notes. Raises DataError, RecipeError."""
+    from .sampling import rewarding
+
+    _check_tokenizer(recipe, base, examples)
+    return rewarding(recipe, base, model, examples, checkpoints, callbacks, rewards)
 
 
 def _check_tokenizer(recipe: Recipe, base: Base, examples: Examples) -> None:

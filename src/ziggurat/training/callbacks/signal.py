@@ -1,0 +1,65 @@
+"""Warns when no completion is better than the others of its group, so that nothing is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback
+
+#: Logged steps without signal, one after the other, after which the user is told.
+MANY = 10
+#: Below this temperature the completions of a group are mostly the same.
+COLD = 0.5
+
+
+class NoSignal(TrainerCallback):
+    """Tells once that for `MANY` steps every group's rewards have been equal, with the likely causes.
+
+    It reads what TRL's trainers log after each step.
+
+    Args:
+        tell: takes the sentence.
+        temperature: that completions are drawn at.
+        tokens: the most that a completion may have.
+    """
+
+    def __init__(self, tell: Callable[[str], None], temperature: float, tokens: int) -> None:
+        self._tell, self._temperature, self._tokens = tell, temperature, tokens
+        self._silent: list[dict[str, float]] = []
+        self._told = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs is None or "frac_reward_zero_std" not in logs or self._told:
+            return
+        # RLOO counts the distance from the start among the rewards of a group, but not among those of a step.
+        silent = logs["frac_reward_zero_std"] == 1 or logs.get("reward_std") == 0
+        self._silent = [*self._silent, logs] if silent else []
+        if len(self._silent) < MANY:
+            return
+        self._told = True
+        self._tell(
+            f"step {state.global_step} of {state.max_steps}: in each of the last {MANY} steps all completions of a "
+            f"prompt had the same reward ({self._mean('reward'):.2f} on average), so nothing is learned. "
+            f"Likely causes: {'; '.join(self._causes())}."
+        )
+
+    def _mean(self, name: str) -> float:
+        values = [logs[name] for logs in self._silent if logs.get(name) is not None]
+        return sum(values) / len(values) if values else 0.0
+
+    def _causes(self) -> list[str]:
+        """The likeliest first."""
+        cut = self._mean("completions/clipped_ratio")
+        causes = []
+        if cut > 0.5:
+            causes.append(f"{cut:.0%} of the completions are cut at sampling.tokens {self._tokens}: raise it")
+        if self._temperature < COLD:
+            causes.append(f"sampling.temperature {self._temperature:g} draws one completion again and again: raise it")
+        return [
+            *causes,
+            "the prompts are too hard for this model, or solved already: take others, or a model that has learned the "
+            "form of an answer",
+            "the reward function gives every completion the same: the completions in the run's logs show whether it "
+            "should",
+        ]

@@ -1,0 +1,150 @@
+"""Prompts that a model answers while it learns, with the columns that its rewards are computed from."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ziggurat.errors import DataError
+from ziggurat.recipe.schema import Recipe
+
+from .alpaca import alpaca_prompt
+from .chat import Message, as_messages, conversation
+from .encode import positions, spread
+from .examples import Examples
+from .faults import Faults, RowFault
+from .instruct import as_text, column_of, dumps
+from .template import chat_ids
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+#: What a prompt may be read from; the first column that is there counts.
+_PROMPTS = ("prompt", "messages", "instruction")
+#: What reward functions get beside the columns, under names that a column can't have.
+RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+RESERVED += ("image", "images", "environment")
+#: TRL keeps a column of this name from reward functions.
+_OWN = "completion"
+#: The prompts until those of the file are taken out: a table without any column would lose its rows.
+_MADE = "ziggurat's prompt"
+
+
+def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, list[str]]:
+    """The rows with `prompt`, a text or messages as JSON text, and all columns that no prompt was made of.
+
+    A conversation is asked up to its last answer, which is left out. Raises DataError for missing columns, columns that
+    are called as what reward functions get besides, and, counted together, for all rows that can't be read.
+    """
+    names = [name for name in _PROMPTS if getattr(recipe.data.columns, name)] or _PROMPTS
+    shape, column = next(
+        ((name, column) for name in names if (column := column_of(recipe, name, table, source)) is not None), ("", "")
+    )
+    if not column:
+        raise DataError(
+            f"{source} has the columns {', '.join(table.column_names)}; {recipe.task} needs prompt, messages or "
+            "instruction; data.columns.* says what they are called, for example data.columns.prompt"
+        )
+    besides = {name: column_of(recipe, name, table, source) for name in ("system", "input")}
+    if shape != "instruction":
+        besides["input"] = None
+    faults, prompts = Faults(source, len(table)), []
+    for index, row in enumerate(table):
+        assert isinstance(row, dict)
+        cells = {name: row[given] for name, given in besides.items() if given is not None}
+        try:
+            prompts.append(_prompt(recipe, shape, row[column], cells))
+        except RowFault as fault:
+            faults.add(index, str(fault), gap=fault.gap)
+            prompts.append(None)
+    kinds = {isinstance(prompt, str) for prompt in prompts if prompt is not None}
+    if len(kinds) > 1:
+        raise DataError(f"{source}: some prompts are lists of messages and some are texts; all have to be the same")
+    texts = [prompt if prompt is None or isinstance(prompt, str) else dumps(prompt) for prompt in prompts]
+    rest = table.add_column(_MADE, texts)  # type: ignore[call-arg]
+    rest = rest.remove_columns([name for name in table.column_names if name in {column, *besides.values(), "prompt"}])
+    rest = rest.rename_column(_MADE, "prompt")
+    rest, notes = faults.settle(rest, recipe.data.drop_missing)
+    notes += _check_columns(recipe, rest, source)
+    rest = rest.remove_columns([name for name in rest.column_names if name == _OWN])
+    return rest, "messages" if kinds == {False} else "alpaca" if shape == "instruction" else "prompt", notes
+
+
+def _check_columns(recipe: Recipe, rows: Dataset, source: str) -> list[str]:
+    taken = [name for name in rows.column_names if name in RESERVED]
+    if taken:
+        raise DataError(f"{source}: reward functions get something else as {', '.join(taken)}; rename the column")
+    needed = {"exact", "last_number"}.intersection(recipe.rewards.functions or ())
+    if needed and recipe.rewards.answer not in {*rows.column_names} - {"prompt", _OWN}:
+        raise DataError(
+            f"rewards.answer: {', '.join(sorted(needed))} compares with column '{recipe.rewards.answer}', "
+            f"{source} has {', '.join(rows.column_names)}"
+            + (f"; '{_OWN}' is what the model writes itself: rename the column" if _OWN in rows.column_names else "")
+        )
+    if _OWN in rows.column_names:
+        return [f"{source}: column '{_OWN}' doesn't reach reward functions, which get the model's own; rename it"]
+    return []
+
+
+def _prompt(recipe: Recipe, shape: str, value: Any, cells: dict[str, Any]) -> str | list[Message]:
+    """A text, or the messages to be answered. Raises RowFault."""
+    system = as_text(cells.get("system"))
+    if shape == "messages" or as_messages(value) is not None:
+        messages, _ = conversation(value, recipe.data)
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            raise RowFault("no message to be answered", gap=True)
+    else:
+        text, context = as_text(value), as_text(cells.get("input"))
+        if not (text or "").strip():
+            raise RowFault("the prompt is empty", gap=True)
+        if not recipe.data.as_chat:
+            return alpaca_prompt(str(text), context) if shape == "instruction" else str(text)
+        messages = [{"role": "user", "content": f"{text}\n\n{context}" if context and context.strip() else text}]
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return messages
+
+
+def opened(row: dict[str, Any], shape: str | None) -> str | list[Message]:
+    """The prompt of a row of `to_prompts`, as TRL takes it."""
+    return json.loads(row["prompt"]) if shape == "messages" else row["prompt"]
+
+
+def fitting_prompts(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, examples: Examples
+) -> tuple[Dataset, Dataset, list[str]]:
+    """Training and validation rows whose prompts leave room for a completion, and notes that count the others.
+
+    Raises DataError if none is left, or if the model has no positions for a completion of that length.
+    """
+    most = positions(config)
+    room = None if most is None else most - recipe.sampling.tokens
+    if room is not None and room < 1:
+        raise DataError(f"sampling.tokens: {recipe.sampling.tokens}, and {recipe.model} takes {most} with the prompt")
+    limit = min((n for n in (room, recipe.data.max_length) if n is not None), default=None)
+    parts, notes = [], []
+    for table, word in ((examples.train, "training"), (examples.validation, "validation")):
+        lengths = [_length(tokenizer, opened(row, examples.shape)) for row in table]
+        if word == "training":
+            notes.append(f"{spread(lengths, 'prompts')}; completions have at most {recipe.sampling.tokens} tokens")
+        kept = [index for index, length in enumerate(lengths) if limit is None or length <= limit]
+        if not kept:
+            raise DataError(
+                f"data.max_length: none of the {len(table)} {word} prompts has at most {limit} tokens; "
+                + ("raise it" if limit == recipe.data.max_length else f"{recipe.model} takes no more: shorten them")
+            )
+        if len(kept) < len(table):
+            notes.append(f"{len(table) - len(kept)} of {len(table)} {word} prompts have more than {limit} tokens "
+                         "and are left out")  # fmt: skip
+        parts.append(table.select(kept))
+    return parts[0], parts[1], notes
+
+
+def _length(tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message]) -> int:
+    if isinstance(prompt, str):
+        return len(tokenizer(prompt, verbose=False)["input_ids"])  # type: ignore[arg-type]
+    return len(chat_ids(tokenizer, prompt, add_generation_prompt=True))

@@ -1,0 +1,290 @@
+"""Reward functions: those that are built in, those of the user, and what both have to return."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from importlib.metadata import entry_points
+from typing import Any
+
+from ziggurat.errors import ConfigError, RecipeError, RewardError, first_line
+from ziggurat.nearest import did_you_mean
+from ziggurat.recipe.methods import METHODS
+from ziggurat.recipe.schema import REWARDED, Recipe
+
+from ..devices.processes import launched_size
+
+#: A function as TRL takes it: of the keywords prompts, completions, completion_ids and the data's columns. It returns a
+#: number, or None, for each completion.
+Reward = Callable[..., Any]
+
+#: The entry point group by which installed packages bring reward functions.
+GROUP = "ziggurat.rewards"
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+
+
+def _exact(recipe: Recipe) -> Reward:
+    def exact(completions: Sequence[Any], **columns: Any) -> list[float]:
+        """1 where the completion is the right answer, blanks around both apart."""
+        right = columns[recipe.rewards.answer]
+        return [float(said(c).strip() == str(a).strip()) for c, a in zip(completions, right, strict=True)]
+
+    return exact
+
+
+def _last_number(recipe: Recipe) -> Reward:
+    def last_number(completions: Sequence[Any], **columns: Any) -> list[float]:
+        """1 where the last number of the completion is the last number of the right answer."""
+        right = columns[recipe.rewards.answer]
+        return [float(_last(said(c)) == _last(str(a)) is not None) for c, a in zip(completions, right, strict=True)]
+
+    return last_number
+
+
+def _regex(recipe: Recipe) -> Reward:
+    pattern = re.compile(str(recipe.rewards.pattern))
+
+    def regex(completions: Sequence[Any]) -> list[float]:
+        """1 where the pattern is found in the completion."""
+        return [float(pattern.search(said(completion)) is not None) for completion in completions]
+
+    return regex
+
+
+def _json(recipe: Recipe) -> Reward:
+    def valid_json(completions: Sequence[Any]) -> list[float]:
+        """1 where the completion is JSON and nothing else."""
+        return [float(_is_json(said(completion))) for completion in completions]
+
+    return valid_json
+
+
+def _length(recipe: Recipe) -> Reward:
+    most = recipe.rewards.most or 1
+
+    def length(completions: Sequence[Any]) -> list[float]:
+        """1 up to `rewards.most` characters, and most / n for n characters beyond."""
+        return [min(1.0, most / max(1, len(said(completion)))) for completion in completions]
+
+    return length
+
+
+BUILT_IN: dict[str, Callable[[Recipe], Reward]] = {
+    "exact": _exact,
+    "last_number": _last_number,
+    "regex": _regex,
+    "json": _json,
+    "length": _length,
+}
+
+
+def said(completion: Any) -> str:
+    """The text of a completion, which is a list of messages where the prompt is one."""
+    return completion if isinstance(completion, str) else "".join(str(part.get("content") or "") for part in completion)
+
+
+def _last(text: str) -> float | None:
+    numbers = _NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def from_words(words: Iterable[str]) -> list[Reward]:
+    """The functions that `--reward FILE:NAME` names; their code runs.
+
+    Raises:
+        ConfigError: a word has no name, its file can't be run, or holds no such function.
+    """
+    from ziggurat.host.plugins import module_of
+
+    functions = []
+    for word in words:
+        source, _, name = word.rpartition(":")
+        if not source or not name.isidentifier():
+            raise ConfigError(f"--reward {word}: a file or a module, and a function in it, as in rewards.py:correct")
+        function = getattr(module_of(source, "--reward"), name, None)
+        if not callable(function):
+            raise ConfigError(f"--reward {word}: {source} has no function called {name}")
+        functions.append(function)
+    return functions
+
+
+def settle_rewards(recipe: Recipe, given: Sequence[Reward]) -> tuple[Recipe, dict[str, Reward]]:
+    """The recipe with every reward that it is trained by, and these by name: those that it names, then the `given`.
+
+    Code comes from `given` and installed packages alone. Raises RecipeError that lists all that is wrong.
+    """
+    if recipe.task not in REWARDED:
+        if given:
+            raise RecipeError(
+                f"--reward: has no meaning with task: {recipe.task}; it goes with {' and '.join(REWARDED)}"
+            )
+        return recipe, {}
+    problems: list[str] = []
+    brought = {name_of(function): function for function in given}
+    problems += [
+        f"--reward: '{name}' is the name of a built-in reward; rename it" for name in brought if name in BUILT_IN
+    ]
+    if len(brought) < len(given):
+        problems.append(f"--reward: two functions have one name: {', '.join(map(name_of, given))}; rename one")
+    names = list(dict.fromkeys([*(recipe.rewards.functions or ()), *brought]))
+    functions: dict[str, Reward] = {}
+    for name in names:
+        function = brought.get(name) or _installed(name)
+        if name in BUILT_IN:
+            problems += _needs(recipe, name)
+        elif function is None:
+            problems.append(
+                f"rewards.functions: '{name}' is none of {', '.join(BUILT_IN)}, and a recipe can only name a function: "
+                f"bring its code by --reward FILE.py:{name}, or by a package with an entry point in '{GROUP}'"
+            )
+        functions[name] = function  # type: ignore[assignment]
+    if not names:
+        problems.append(
+            f"rewards.functions: nothing is rewarded; name {', '.join(BUILT_IN)}, or give --reward FILE:NAME"
+        )
+    weights = recipe.rewards.weights
+    if weights is not None and len(weights) != len(names):
+        problems.append(f"rewards.weights: {len(weights)} for {len(names)} rewards: {', '.join(names)}")
+    problems += _sampling_problems(recipe)
+    if problems:
+        raise RecipeError("\n".join(problems))
+    made = {name: BUILT_IN[name](recipe) if name in BUILT_IN else function for name, function in functions.items()}
+    rewards = recipe.rewards.model_copy(update={"functions": names})
+    return recipe.model_copy(update={"rewards": rewards}), {name: checked(name, f) for name, f in made.items()}
+
+
+def _sampling_problems(recipe: Recipe) -> list[str]:
+    problems, group, method = [], recipe.sampling.completions, recipe.method["name"]
+    if recipe.rewards.beta and METHODS[method].config is None:
+        problems.append(
+            f"rewards.beta: the reference is the model without its adapter, and {method} has none; leave the key out"
+        )
+    problems += [
+        f"method.{key}: {value} would draw completions from another model than the one that learns; leave it out"
+        for key, value in recipe.method.items()
+        if key.endswith("dropout") and value
+    ]
+    drawn = recipe.train.batch * recipe.train.accumulate * launched_size()
+    if drawn % group:
+        problems.append(
+            f"train.batch: with train.accumulate and all processes a step takes {drawn} completions, which are no "
+            f"whole groups of sampling.completions {group}; {drawn // group * group or group} are"
+        )
+    if recipe.sampling.vllm_options:
+        from trl import GRPOConfig, RLOOConfig
+
+        config = GRPOConfig if recipe.task == "grpo" else RLOOConfig
+        known = [field.name.removeprefix("vllm_") for field in fields(config) if field.name.startswith("vllm_")]
+        for name in recipe.sampling.vllm_options:
+            if name not in known or name == "mode":
+                hint = did_you_mean(name, known) or f"; TRL's are {', '.join(known)}"
+                problems.append(f"sampling.vllm_options: {name} is unknown{hint}")
+    return problems
+
+
+def name_of(function: Reward) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _installed(name: str) -> Reward | None:
+    """The function that an installed package brings under this name. Raises RecipeError if it can't be imported."""
+    for entry in entry_points(group=GROUP, name=name):
+        try:
+            return entry.load()
+        except Exception as error:
+            raise RecipeError(
+                f"rewards.functions: '{name}' of {entry.value}: {type(error).__name__}: {first_line(error)}"
+            ) from error
+    return None
+
+
+def _needs(recipe: Recipe, name: str) -> list[str]:
+    """What a built-in reward lacks."""
+    if name == "length" and recipe.rewards.most is None:
+        return ["rewards.most: missing: the characters that length allows"]
+    if name == "regex":
+        if recipe.rewards.pattern is None:
+            return ["rewards.pattern: missing: the regular expression that regex looks for"]
+        try:
+            re.compile(recipe.rewards.pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            return [f"rewards.pattern: no regular expression: {error}"]
+    return []
+
+
+def checked(name: str, function: Reward) -> Reward:
+    """`function` for TRL: it gets those keywords that it names, and RewardError says what is wrong with its answer."""
+
+    def numbers(values: Any, given: Mapping[str, Any]) -> list[float | None]:
+        return _numbers(name, values, given["completions"])
+
+    if inspect.iscoroutinefunction(function):
+
+        async def reward(**given: Any) -> list[float | None]:
+            try:
+                values = await function(**_wanted(function, given))
+            except Exception as error:
+                raise _raised(name, function, error, given) from error
+            return numbers(values, given)
+    else:
+
+        def reward(**given: Any) -> list[float | None]:
+            try:
+                values = function(**_wanted(function, given))
+            except Exception as error:
+                raise _raised(name, function, error, given) from error
+            return numbers(values, given)
+
+    reward.__name__ = name
+    return reward
+
+
+def _wanted(function: Reward, given: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return dict(given)
+    return {name: value for name, value in given.items() if name in parameters}
+
+
+def _raised(name: str, function: Reward, error: Exception, given: Mapping[str, Any]) -> RewardError:
+    file = getattr(getattr(function, "__code__", None), "co_filename", None)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    where = f" in line {lines[-1]}" if lines else ""
+    return RewardError(
+        f"the reward '{name}' ended in {type(error).__name__}{where}: {first_line(error)}; it was asked about "
+        f"{len(given['completions'])} completions, the first is {said(given['completions'][0])[:80]!r}; it can get "
+        f"{', '.join(given)}"
+    )
+
+
+def _numbers(name: str, values: Any, completions: Sequence[Any]) -> list[float | None]:
+    """What a reward function returned, as numbers. Raises RewardError."""
+    what = f"the reward '{name}' has to return a number, or None, for each of {len(completions)} completions"
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        raise RewardError(f"{what}, and returned a {type(values).__name__}")
+    values = list(values)
+    if len(values) != len(completions):
+        raise RewardError(f"{what}, and returned {len(values)}")
+    numbers = []
+    for value, completion in zip(values, completions, strict=True):
+        try:
+            number = None if value is None else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if number is not None and not math.isfinite(number):
+            raise RewardError(f"{what}, and returned {value!r} for {said(completion)[:80]!r}")
+        numbers.append(number)
+    return numbers

@@ -1,0 +1,206 @@
+"""TRL's trainers that learn from the rewards of what the model itself writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, Trainer, TrainerCallback
+
+from ziggurat.errors import DataError, RecipeError
+from ziggurat.recipe.schema import Recipe
+
+from ..data.examples import Examples
+from ..data.prompts import fitting_prompts, opened
+from ..data.template import stop_at_turns
+from ..folder.checkpoints import OrderOfEpoch, Resumable, step_of
+from ..folder.workplace import LOGS
+from ..model.base import Base
+from .arguments import training_arguments
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+#: The file, in a run's logs, of completions with their rewards.
+COMPLETIONS = "completions.jsonl"
+#: Completions of a step, and of a scoring, that are kept there.
+KEPT = 8
+
+
+def rewarding(
+    recipe: Recipe,
+    base: Base,
+    model: nn.Module,
+    examples: Examples,
+    checkpoints: Path,
+    callbacks: list[TrainerCallback],
+    rewards: Mapping[str, Callable[..., Any]],
+) -> tuple[Trainer, list[str]]:
+    """GRPO (Shao et al. 2024) or RLOO (Ahmadian et al. 2024) by TRL, and notes. Raises DataError, RecipeError.
+
+    Each step draws a group of completions of each of its prompts, and raises the probability of those whose reward lies
+    above their group's. Dropout is off: completions are drawn from the model that learns from them.
+    """
+    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+    train, validation, notes = fitting_prompts(recipe, base.tokenizer, base.model.config, examples)
+    arguments = training_arguments(recipe, checkpoints) | sampling_arguments(recipe)
+    arguments |= {"beta": recipe.rewards.beta, "reward_weights": recipe.rewards.weights, "logging_steps": 1}
+    if examples.shape == "messages":
+        stop_at_turns(base.model, base.tokenizer)
+    if recipe.rewards.beta:
+        _check_start(recipe, base.tokenizer, model)
+    kind, config = (GRPOTrainer, GRPOConfig) if recipe.task == "grpo" else (RLOOTrainer, RLOOConfig)
+    made = config(**arguments)
+    prompts = made.generation_batch_size // recipe.sampling.completions
+    if prompts > len(train):
+        raise DataError(
+            f"train.batch: a step takes {prompts} prompts, and {recipe.data.train} has {len(train)} to learn"
+        )
+    trainer = _rewarded(kind)(
+        model=model,
+        reward_funcs=list(rewards.values()),
+        args=made,
+        train_dataset=_asking(train, examples.shape),
+        eval_dataset=_asking(validation, examples.shape),
+        processing_class=base.tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.samples = checkpoints.with_name(LOGS) / COMPLETIONS
+    if "ref" in getattr(trainer.model, "peft_config", {}):
+        trainer.model.delete_adapter("ref")  # TRL's copy of the adapter, which changes nothing yet: see _check_start
+    notes.append(
+        f"{prompts} prompts of {recipe.sampling.completions} completions a step; rewarded by {', '.join(rewards)}; "
+        f"completions are kept in {LOGS}/{COMPLETIONS}"
+    )
+    return trainer, notes
+
+
+def sampling_arguments(recipe: Recipe) -> dict[str, Any]:
+    """`sampling.*` as fields of TRL's configs."""
+    sampling = recipe.sampling
+    drawn = {
+        "num_generations": sampling.completions,
+        "num_generations_eval": 1,
+        "max_completion_length": sampling.tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "disable_dropout": True,
+    }
+    if sampling.vllm is not None:
+        drawn |= {f"vllm_{name}": value for name, value in (sampling.vllm_options or {}).items()}
+        drawn |= {"use_vllm": True, "vllm_mode": sampling.vllm}
+    return drawn
+
+
+def _asking(table: Dataset, shape: str | None) -> Dataset:
+    """The rows with prompts as TRL takes them, made when they are read: a table would give all messages all keys."""
+
+    def prompts(rows: dict[str, Any]) -> dict[str, Any]:
+        return {**rows, "prompt": [opened({"prompt": prompt}, shape) for prompt in rows["prompt"]]}
+
+    return table.with_transform(prompts)
+
+
+def _check_start(recipe: Recipe, tokenizer: Any, model: Any) -> None:
+    """Without its fresh adapter the model is the reference that training is held near.
+
+    Raises RecipeError for an adapter that starts elsewhere, as PiSSA's does, whose base weights aren't the model's.
+    """
+    inputs = tokenizer("Yes", return_tensors="pt").to(next(model.parameters()).device)
+    with torch.no_grad():
+        fresh = model.eval()(input_ids=inputs["input_ids"]).logits
+        with model.disable_adapter():
+            bare = model(input_ids=inputs["input_ids"]).logits
+    if not torch.allclose(fresh, bare, rtol=1e-3, atol=1e-3 * float(bare.abs().max())):
+        raise RecipeError(
+            f"rewards.beta: {recipe.method['name']} starts from other base weights than the model's, so that without "
+            "its adapter there is no reference to be held near; leave the key out, or take another method"
+        )
+
+
+def _cut_back(samples: Path, step: int) -> None:
+    """Drop the completions that a run resumed at `step` draws again, and a line that a killed one left unfinished."""
+    lines = [line for line in samples.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+    places = [(json.loads(line)["step"], json.loads(line)["part"]) for line in lines]
+    made = [at < step or (at == step and part == "validation") for at, part in places]
+    samples.write_text("".join(line for line, kept in zip(lines, made, strict=True) if kept), encoding="utf-8")
+
+
+def _rewarded(base: type) -> type:
+    class RewardedTrainer(Resumable, base):
+        """TRL's trainer `base`, scored by the rewards of the likeliest completion of each validation prompt."""
+
+        samples: Path
+        _scored: list[tuple[Tensor, Tensor]]
+
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+            return OrderOfEpoch(super()._get_train_sampler(*args, **kwargs), self)
+
+        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+            if self.model.training:
+                return super()._generate_single_turn(*args, **kwargs)
+            if self.use_vllm:
+                held = self.vllm_generation.temperature
+                self.vllm_generation.temperature = 0.0
+                try:
+                    return super()._generate_single_turn(*args, **kwargs)
+                finally:
+                    self.vllm_generation.temperature = held
+            held = self.generation_kwargs, self.generation_config
+            drawn = ("do_sample", "temperature", "top_p", "top_k", "min_p")
+            self.generation_kwargs = {k: v for k, v in held[0].items() if k not in drawn} | {"do_sample": False}
+            self.generation_config = GenerationConfig(**self.generation_kwargs, disable_compile=True)
+            try:
+                return super()._generate_single_turn(*args, **kwargs)
+            finally:
+                self.generation_kwargs, self.generation_config = held
+
+        def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            if self.accelerator.is_main_process and (self.model.training or not self._scored):
+                self._keep(prompts, completions, rewards)
+            if not self.model.training:
+                lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)
+                self._scored.append((rewards, self.accelerator.gather(lengths)))
+            return rewards
+
+        def _keep(self, prompts: Any, completions: Any, rewards: Tensor) -> None:
+            when = {"step": self.state.global_step, "part": "training" if self.model.training else "validation"}
+            self.samples.parent.mkdir(parents=True, exist_ok=True)
+            with self.samples.open("a", encoding="utf-8") as file:
+                for prompt, completion, row in list(zip(prompts, completions, rewards.tolist(), strict=False))[:KEPT]:
+                    scores = dict(zip(self.reward_func_names, row, strict=True))
+                    line = {**when, "prompt": prompt, "completion": completion, "rewards": scores}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+        def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+            if resume_from_checkpoint is not None and self.accelerator.is_main_process and self.samples.is_file():
+                _cut_back(self.samples, step_of(Path(resume_from_checkpoint)))
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+        def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+            self._prepare_inputs(inputs)
+            return None, None, None
+
+        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+            self._scored = []
+            output = super().evaluation_loop(*args, **kwargs)
+            self._metrics["eval"].clear()  # means of batches, of which the last may be smaller
+            rows = len(self.eval_dataset)
+            scores = torch.cat([rewards for rewards, _ in self._scored])[:rows].double()
+            lengths = torch.cat([lengths for _, lengths in self._scored])[:rows].double()
+            weighted = (scores * self.reward_weights.to(scores)).nansum(1)
+            weighted[scores.isnan().all(1)] = torch.nan
+            found = {"reward": weighted.nanmean(), "tokens": lengths.mean()}
+            if len(self.reward_func_names) > 1:
+                found |= dict(zip(self.reward_func_names, scores.nanmean(0), strict=True))
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics.update({f"{prefix}_{name}": float(value) for name, value in found.items()})
+            return output
+
+    return RewardedTrainer
