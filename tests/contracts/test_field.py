@@ -184,6 +184,26 @@ def test_dpo_goes_on_from_a_trained_adapter(method: str, tmp_path: Path) -> None
     assert "ref" in run.model.peft_config
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "dylora"])
+def test_grpo_goes_on_from_a_trained_adapter(method: str, tmp_path: Path) -> None:
+    """The reference is the adapter as it was: where nothing has been learned yet, the KL divergence from it is 0."""
+    trl = pytest.importorskip("trl")
+    run = trl.GRPOTrainer(
+        active(method),
+        reward_funcs=lambda completions, **rest: [float(len(said)) for said in completions],
+        args=trl.GRPOConfig(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=4, num_generations=2, max_completion_length=3,
+            beta=0.1, report_to=[], use_cpu=True, bf16=False, logging_steps=1, disable_tqdm=True, learning_rate=1e-2,
+            gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(8)]}),
+        processing_class=_tokenizer(),
+    )  # fmt: skip
+    run.train()
+    first, second = [entry["kl"] for entry in run.state.log_history if "kl" in entry]
+    assert abs(first) < 1e-6 < second
+
+
 # Frozen adapters, and models that are none
 
 
