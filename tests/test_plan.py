@@ -15,7 +15,7 @@ from transformers import BertConfig, LlamaConfig, RobertaConfig
 from typer.testing import CliRunner
 
 from methods_table import METHODS
-from ziggurat import AdapterDropConfig, DyLoRAConfig, LoR2CConfig, LoRA2Config, MSPLoraConfig
+from ziggurat import AdapterDropConfig, DyLoRAConfig, LoR2CConfig, LoRA2Config, MSPLoraConfig, add_tenants
 from ziggurat.cli import app
 from ziggurat.errors import ConfigError, RecipeError
 from ziggurat.plan import Plan, bare_model, plan, plan_recipe
@@ -134,6 +134,26 @@ def test_a_plan_is_the_adapter_that_is_then_written(method: str, tmp_path: Path)
     assert found.adapter == trained(model) == sum(part.parameters for part in found.parts)
     assert found.head == 3 * 16 + 3
     assert sorted(found.modules) == sorted(model.targeted_module_names)
+
+
+@pytest.mark.parametrize("method", ["msplora", "tiedlora"])
+def test_a_set_is_counted_as_it_is_written(method: str, tmp_path: Path) -> None:
+    zoo = ZOO["bert"]
+    fields = {"modules_to_save": ["classifier"]}
+    with torch.device("meta"):
+        bare = zoo.build()
+    found = plan(bare, METHODS[method].config(zoo, **fields), method=method, measure_memory=False, tenants=3).tenants
+    assert found is not None
+    get_peft_model(zoo.build(), METHODS[method].config(zoo, **fields)).save_pretrained(tmp_path / "one")
+    sizes = add_tenants(tmp_path / "set", {"one": tmp_path / "one"})
+    assert (found.bank, found.each) == (sizes["bank.safetensors"], sizes["one"])
+    assert found.alone == (tmp_path / "one" / "adapter_model.safetensors").stat().st_size
+    config = METHODS[method].config(zoo, **fields, from_adapter=str(tmp_path / "one"))
+    build_on = plan(bare, config, method=method, measure_memory=False)
+    assert build_on.adapter + build_on.head == found.private
+    assert build_on.adapter == sum(part.parameters for part in build_on.parts)
+    with pytest.raises(ConfigError, match="linear layers share none"):
+        plan(bare, METHODS["dylora"].config(zoo), method="dylora", measure_memory=False, tenants=3)
 
 
 def test_parts_say_who_shares() -> None:

@@ -13,6 +13,7 @@ from ziggurat.host.lifecycle import step
 from ziggurat.host.like_lora import create_loraplus_optimizer, hotswap_adapter
 from ziggurat.host.plain import PlainLora, plain_lora
 from ziggurat.host.plugins import load_installed
+from ziggurat.host.tenants import add_tenants, save_tenants, share
 from ziggurat.methods.adapterdrop.config import AdapterDropConfig
 from ziggurat.methods.adapterdrop.model import AdapterDropModel
 from ziggurat.methods.aslora import ASLoRAConfig
@@ -45,9 +46,12 @@ __all__ = [
     "ShareLoRAConfig",
     "TiedLoRAConfig",
     "__version__",
+    "add_tenants",
     "create_loraplus_optimizer",
     "hotswap_adapter",
     "plain_lora",
+    "save_tenants",
+    "share",
     "step",
 ]
 

@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
+from ziggurat.files.untrusted import loaded_tensors
 from ziggurat.host.anatomy import Anatomy, Place
 from ziggurat.host.count import with_targets
 from ziggurat.host.folder import adapter_config, load_base
@@ -44,11 +42,7 @@ def collect(source: nn.Module | str | Path, adapter: str = "default", *, compose
         return _from_model(source, adapter, composed)
     folder = Path(source)
     config = adapter_config(folder)
-    try:
-        state = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-    except (SafetensorError, OSError) as error:
-        path = folder / SAFETENSORS_WEIGHTS_NAME
-        raise ConfigError(f"{path} can't be read as safetensors ({error}): was it cut off while copying?") from error
+    state = loaded_tensors(folder)
     return collect_state(state, config, source=folder.resolve().name, sites=_sites(folder, config), composed=composed)
 
 
@@ -87,7 +81,7 @@ def collect_state(
     kind, method = _kind(config, source), method_of(config)
     plain = {name: _plain(tensor) for name, tensor in state.items()}
     if method is not None:
-        parts = components(method, plain, config, sites or from_table(config.sites or {}))
+        parts = components(method, plain, config.thawed(), sites or from_table(config.sites or {}))
     else:
         parts = READERS[kind](plain, config, places)
     chosen = [c for c in parts if composed or c.stored]

@@ -17,7 +17,7 @@ from ziggurat.errors import ConfigError
 from ziggurat.extras import require
 from ziggurat.terminal import no_formula
 
-from . import figures, measures, tiers, trace
+from . import figures, measures, sharing, tiers, trace
 from .components import Collected, short_roles
 
 if TYPE_CHECKING:
@@ -106,12 +106,14 @@ def write(
     k: int = measures.HALF,
     pictures: bool = True,
     history: Sequence[Mapping[str, Any]] = (),
+    beside: Sequence[Collected] = (),
 ) -> list[Path]:
     """Write components.csv, analysis.json (all measures, spectra and matrices) and the figures to the folder `out`.
 
     Methods with tiers get a tiers.csv, too: how alike each pair of tiers is.
 
-    `history`: the log of the run that made it; where it recorded spectra, they are drawn over the epochs.
+    `history`: the log of the run that made it; where it recorded spectra, they are drawn over the epochs. `beside`: as
+    in `as_json`.
 
     Raises:
         ConfigError: `out` is a file; `other` has another depth.
@@ -122,7 +124,7 @@ def write(
         raise ConfigError(f"{folder} is a file: name a folder to write the analysis to.")
     if pictures:
         require("drawing figures", "matplotlib")
-    text = json_text(collected, other, k=k)
+    text = json_text(collected, other, k=k, beside=beside)
     drawn = dict([*pictures_of(collected, other), *pictures_over_epochs(history)]) if pictures else {}
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "components.csv", folder / "analysis.json"]
@@ -149,8 +151,13 @@ def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows({name: no_formula(value) for name, value in row.items()} for row in rows)
 
 
-def as_json(collected: Collected, other: Collected | None = None, *, k: int = measures.HALF) -> dict[str, Any]:
-    """Everything as plain values: components with spectra, matrices by stack, energies. NaN stays NaN."""
+def as_json(
+    collected: Collected, other: Collected | None = None, *, k: int = measures.HALF, beside: Sequence[Collected] = ()
+) -> dict[str, Any]:
+    """Everything as plain values: components with spectra, matrices by stack, energies. NaN stays NaN.
+
+    `beside`: further adapters of the same base, for the energy that all have in common.
+    """
     lines = [
         {
             **measures.row(c, k),
@@ -177,13 +184,16 @@ def as_json(collected: Collected, other: Collected | None = None, *, k: int = me
         "notes": list(collected.notes),
         "components": lines,
         "tiers": tiers.rows(collected),
+        "sharing": [vars(line) for line in sharing.shared(sharing.updates([collected, *beside]))],
         "stacks": stacks,
     }
 
 
-def json_text(collected: Collected, other: Collected | None = None, *, k: int = measures.HALF) -> str:
+def json_text(
+    collected: Collected, other: Collected | None = None, *, k: int = measures.HALF, beside: Sequence[Collected] = ()
+) -> str:
     """`as_json` as text; NaN, which JSON lacks, as null."""
-    return json.dumps(_plain(as_json(collected, other, k=k)), indent=1, allow_nan=False)
+    return json.dumps(_plain(as_json(collected, other, k=k, beside=beside)), indent=1, allow_nan=False)
 
 
 def against(first: Collected, second: Collected) -> str:

@@ -22,6 +22,7 @@ from .evaluate import evaluate
 from .init import init
 from .launch import launch_config
 from .plan import plan, suggest
+from .tenants import tenants
 from .train import predict, recipes, train
 from .with_method import plugin_path, with_method
 from .write import export, merge
@@ -62,6 +63,7 @@ def _options(
 
 for command in (train, predict, recipes, export, merge, analyze, report, doctor, plan, suggest):
     app.command()(command)
+app.command()(tenants)
 app.command(name="eval")(evaluate)
 app.command()(compare)
 app.command()(init)

@@ -13,9 +13,20 @@ from ziggurat.terminal import Console, say
 
 
 def analyze(
-    adapter: Annotated[Path, typer.Argument(help="Adapter folder: any method of ours, or PEFT's LoRA family.")],
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ADAPTER",
+            help="Adapter folder: any method of ours, or PEFT's LoRA family; or a recipe (.yaml), for the gradients "
+            "of its data before training.",
+        ),
+    ],
     against: Annotated[
         Path | None, typer.Option(help="A second adapter to compare its layers with (the paper's Fig. 4).")
+    ] = None,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(help="Further adapters of the same base: what all their updates have in common."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for tables (CSV, JSON) and figures.")] = None,
     k: Annotated[
@@ -25,17 +36,27 @@ def analyze(
         bool, typer.Option("--json", help="Print everything as one JSON object instead of tables.")
     ] = False,
 ) -> None:
-    """Look inside an adapter: spectra, effective ranks, norms, how alike its layers are."""
+    """Look inside an adapter: spectra, effective ranks, norms, how alike its layers are, what they have in common."""
+    from json import dumps
     from json import loads as parse
 
-    from ziggurat.analysis import write
+    from ziggurat.analysis import sharing, write
     from ziggurat.analysis.collect import collect
     from ziggurat.extras import install_command, missing
 
+    if adapter.is_file() and adapter.suffix in (".yaml", ".yml"):
+        from ziggurat.plan.gradients import gradients_of
+
+        lines = sharing.shared(gradients_of(adapter))
+        say(dumps([vars(line) for line in lines], indent=1) if json else "gradients before training")
+        for line in () if json else lines:
+            say(f"  {sharing.sentence(line)}")
+        return
     first = collect(adapter)
+    more = [collect(folder) for folder in beside or ()]
     second = collect(against) if against is not None else None
     if json:
-        say(write.json_text(first, second, k=k))
+        say(write.json_text(first, second, k=k, beside=more))
     else:
         console = Console()
         for collected in (first, second):
@@ -43,12 +64,14 @@ def analyze(
                 console.print(write.table(collected, k))
         if second is not None:
             console.print(write.against(first, second), highlight=False)
+        for line in sharing.shared(sharing.updates([first, *more])):
+            console.print(f"updates, {sharing.sentence(line)}", highlight=False)
     if out is not None:
         run = adapter / "run.json"
         history = parse(run.read_text(encoding="utf-8")).get("history") or [] if run.is_file() else []
         pictures = not missing(["matplotlib"])
         with told_of_storage(out):
-            paths = write.write(first, out, second, k=k, pictures=pictures, history=history)
+            paths = write.write(first, out, second, k=k, pictures=pictures, history=history, beside=more)
         if not pictures:
             how = install_command(["matplotlib"])
             say(f"note: no figures were drawn, as matplotlib is not installed: {how}", err=True)

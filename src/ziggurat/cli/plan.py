@@ -24,6 +24,9 @@ def plan(
     batch: Annotated[int | None, typer.Option(min=1, help="Samples a step, for the memory.")] = None,
     length: Annotated[int | None, typer.Option(min=1, help="Tokens a sample, for the memory.")] = None,
     memory: Annotated[bool, typer.Option(help="Estimate the training memory; traces the model once.")] = True,
+    tenants: Annotated[
+        int | None, typer.Option(min=1, help="Also count a set of so many adapters that share tensors.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
     """Count before training what a method adapts, shares, trains, stores and needs, from the model's config alone."""
@@ -39,19 +42,17 @@ def plan(
     if len(names) > 1:
         raise typer.BadParameter(f"one recipe at a time, not {' and '.join(names)}")
     rest = [word for word in given if word not in names]
-    if names:
-        recipe = load_recipe(names[0], rest)
-        planned = plan_recipe(model, recipe, budget=budget, batch=batch, length=length, measure_memory=memory)
-    else:
-        planned = plan_recipe(
-            model,
-            None,
-            _choice(*read_overrides(rest)),
-            budget=budget,
-            batch=batch,
-            length=length,
-            measure_memory=memory,
-        )
+    recipe = load_recipe(names[0], rest) if names else None
+    planned = plan_recipe(
+        model,
+        recipe,
+        None if recipe is not None else _choice(*read_overrides(rest)),
+        budget=budget,
+        batch=batch,
+        length=length,
+        measure_memory=memory,
+        tenants=tenants,
+    )
     if json:
         say(to_json(planned))
         return
@@ -82,7 +83,9 @@ def suggest(
     budget: Annotated[
         str | None, typer.Option(help="A share of the model (0.1%) or a number (300k); without it the recipe's own.")
     ] = None,
-    criterion: Annotated[str, typer.Option(help="energy, sensitivity, effective_rank or stable_rank.")] = "energy",
+    criterion: Annotated[
+        str, typer.Option(help="energy, sensitivity, effective_rank, stable_rank; gradients needs no probe run.")
+    ] = "energy",
     probe_rank: Annotated[int, typer.Option(min=2, help="Rank of every tier in the probe.")] = 16,
     probe_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the probe.")] = 200,
     by_role: Annotated[bool, typer.Option("--by-role", help="Ranks of their own for queries, values, ...")] = False,

@@ -4,18 +4,24 @@ Every check comes before the thing it guards: the size of a file before it is re
 from it, the sizes of the tensors in a weights file before a model makes room for them.
 """
 
+import hashlib
 import json
 import struct
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from ziggurat.errors import ConfigError
 
 #: PEFT's names of an adapter's files, and the pickle that it would read where there are no safetensors.
 CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
+#: The tensors that the adapters of a set have in common, beside their folders.
+BANK = "bank.safetensors"
 #: Bytes of a JSON file; the config of an adapter on 20,000 linear layers, each with a rank of its own, has 2 MiB.
 MOST_JSON = 8 * 2**20
 #: Bytes of what a run wrote of itself, with a line every few steps.
@@ -87,12 +93,79 @@ def check_depth(content: Any, where: str) -> None:
 
 
 def stored_tensors(folder: str | Path) -> dict[str, Stored]:
-    """Name -> dtype and shape of the tensors in the weights file of `folder`, read from its header alone.
+    """Name -> dtype and shape of the tensors of the adapter in `folder`, those of its bank too, by the files' headers.
 
     Raises:
-        ConfigError: as `own_file`; or it isn't readable as safetensors.
+        ConfigError: as `own_file` and `bank_of`; or a file isn't readable as safetensors.
     """
-    path = own_file(folder, SAFETENSORS_WEIGHTS_NAME)
+    bank = bank_of(folder)
+    return {**(_header(bank) if bank is not None else {}), **_header(own_file(folder, SAFETENSORS_WEIGHTS_NAME))}
+
+
+def loaded_tensors(folder: str | Path) -> dict[str, Tensor]:
+    """Name -> tensor of the adapter in `folder`, those of its bank too.
+
+    Raises:
+        ConfigError: as `stored_tensors`.
+    """
+    paths = [path for path in (bank_of(folder), own_file(folder, SAFETENSORS_WEIGHTS_NAME)) if path is not None]
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        try:
+            tensors |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(
+                f"{path} can't be read as safetensors ({error}): was it cut off while copying?"
+            ) from error
+    return tensors
+
+
+def bank_of(folder: str | Path) -> Path | None:
+    """The file of shared tensors that the adapter in `folder` builds on, beside its folder; None where it is whole.
+
+    Raises:
+        ConfigError: it isn't there, or isn't the one that the adapter was saved with.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG_NAME).is_file():
+        return None
+    content = read_json(folder, CONFIG_NAME)
+    given = content.get("bank") if isinstance(content, dict) else None
+    if given is None:
+        return None
+    wanted = given.get("sha256") if isinstance(given, dict) else None
+    if not isinstance(wanted, str) or len(wanted) != 64:
+        raise ConfigError(f"{folder / CONFIG_NAME}: bank holds no sha256 of a {BANK}: the file was changed.")
+    home = folder.resolve().parent
+    if not (home / BANK).is_file():
+        raise ConfigError(
+            f"adapter {folder.name!r} builds on a {BANK} (sha256 {wanted[:12]}...) beside its folder, and "
+            f"{home / BANK} isn't there. Copy the adapter together with the bank of its set."
+        )
+    path = own_file(home, BANK)
+    held = digest(path)
+    if held != wanted:
+        raise ConfigError(
+            f"adapter {folder.name!r} builds on a {BANK} with sha256 {wanted[:12]}..., and {path} has "
+            f"{held[:12]}...: it belongs to another set, or was changed. Put back the bank that it was saved with."
+        )
+    return path
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    state = path.stat()
+    return _digest(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=64)
+def _digest(path: Path, changed: int, size: int) -> str:
+    # Loading an adapter asks several times; a fleet of adapters asks of one file.
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _header(path: Path) -> dict[str, Stored]:
     try:
         with path.open("rb") as file:
             start = file.read(8)

@@ -16,7 +16,20 @@ from ziggurat.host.method import Method
 from ziggurat.host.tensors import Factors
 
 
-class Bank(nn.Module, BaseTunerLayer):
+class Stores(BaseTunerLayer):
+    """A tuner layer whose adapters may have parameters in common."""
+
+    stores: Any
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's, which leaves what the last of several adapters with a common parameter says of it."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        for adapter in self.active_adapters:
+            if adapter in self.stores and not inference_mode:
+                self.stores[adapter].requires_grad_(True)
+
+
+class Bank(nn.Module, Stores):
     """All shared tensors of a method's adapters.
 
     It is a tuner layer without a base layer: PEFT finds, saves, casts, freezes and deletes its parameters as those of
@@ -65,7 +78,7 @@ class Bank(nn.Module, BaseTunerLayer):
         return bank
 
     @property
-    def stores(self) -> nn.ModuleDict:
+    def stores(self) -> nn.ModuleDict:  # type: ignore[override]
         """Adapter -> `Factors`."""
         return self._modules[self.method.store]  # type: ignore[return-value]
 

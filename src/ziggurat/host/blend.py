@@ -100,7 +100,7 @@ def add_blend(
         path: next(layer.sites[name] for name in adapters if name in layer.sites) for path, layer in layers.items()
     }
     ranks = {body_name(tuner.model, sites[path].path): pair.A.shape[0] for path, pair in pairs.items()}
-    config = replace(tuner.peft_config[adapters[0]], blended=ranks, bias="none")
+    config = replace(tuner.peft_config[adapters[0]], blended=ranks, bias="none", freeze_tiers=None, from_adapter=None)
     if tuner.method.sites is None:  # the adapters may have other targets, each
         everywhere: dict[str, Any] = {"target_modules": sorted(ranks), "exclude_modules": None}
         config = replace(config, **everywhere, layers_to_transform=None, layers_pattern=None)

@@ -13,12 +13,13 @@ from peft.utils.other import get_pattern_key
 from ziggurat._distribution import VERSION
 from ziggurat.errors import ConfigError
 from ziggurat.files.staging import open_weights
-from ziggurat.files.untrusted import check_factors, check_folder, read_json
+from ziggurat.files.untrusted import BANK, bank_of, check_factors, check_folder, read_json
 from ziggurat.host.card import write_card
 from ziggurat.host.method import Method
 from ziggurat.host.names import FORMAT
 from ziggurat.host.peft_type import peft_type
 from ziggurat.host.site import Site
+from ziggurat.host.tensors import tier_of
 from ziggurat.host.values import (
     MOST_RANK,
     check_above_zero,
@@ -42,6 +43,10 @@ class MethodConfig(PeftConfig):
 
     `rank_pattern` and `alpha_pattern` map target modules, or the ends of their paths, to a rank and an alpha of their
     own. `trainable_token_indices`: rows of the embedding that train, as in PEFT.
+
+    `freeze_tiers` names what doesn't train: tiers ("global", "mid"), or tensors by their keys ("A"). `from_adapter` is
+    the folder of a trained adapter: what `freeze_tiers` names (default: what several linear layers share) begins as it
+    is there and stays so, and fields that decide the update and are left at their defaults are those of that adapter.
     """
 
     #: Set by `register`.
@@ -100,6 +105,15 @@ class MethodConfig(PeftConfig):
     sites: dict[str, Any] | None = field(
         default=None, metadata={"help": "Where the adapter acts; not for the user to set."}
     )
+    freeze_tiers: list[str] | None = field(
+        default=None, metadata={"help": "Tiers, or single tensors by their keys, that don't train."}
+    )
+    from_adapter: str | None = field(
+        default=None, metadata={"help": "Folder of an adapter whose shared tensors are taken over, frozen."}
+    )
+    bank: dict[str, Any] | None = field(
+        default=None, metadata={"help": "What the adapter of a set builds on; not for the user to set."}
+    )
     ziggurat_version: str | None = field(default=None, metadata={"help": "The version that wrote this config."})
     ziggurat_format: int = field(default=1, metadata={"help": "The form of what was written; see host/names.py."})
 
@@ -137,6 +151,18 @@ class MethodConfig(PeftConfig):
     def scale_of(self, rank: int) -> float:
         """lora_alpha / rank, or lora_alpha / sqrt(rank) with rsLoRA."""
         return self.lora_alpha / (rank**0.5 if self.use_rslora else rank)
+
+    def thawed(self) -> Self:
+        """The config with nothing frozen, for those who look at values alone; itself where nothing is."""
+        if self.freeze_tiers is None:
+            return self
+        here = copy.copy(self)
+        here.freeze_tiers = None
+        return here
+
+    def freezes(self, key: str) -> bool:
+        """Whether `freeze_tiers` names the tensor called `key`, or its tier."""
+        return self.freeze_tiers is not None and not {key, tier_of(key)}.isdisjoint(self.freeze_tiers)
 
     def dropout_at(self, site: Site) -> float:
         """The dropout on the input of the update at `site`."""
@@ -181,7 +207,10 @@ class MethodConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, with sets in alphabetical order, so that equal adapters have equal files; with who wrote it."""
         plain = {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
-        return {**plain, "ziggurat_version": VERSION, "ziggurat_format": FORMAT}
+        # What was taken over from another adapter is in the weights; the folder of a set writes its `bank` itself.
+        left_out = {"from_adapter", "bank", *(["freeze_tiers"] if self.freeze_tiers is None else [])}
+        kept = {name: value for name, value in plain.items() if name not in left_out}
+        return {**kept, "ziggurat_version": VERSION, "ziggurat_format": FORMAT}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's, with a section for the model card. Weights that were written as a pickle are refused."""
@@ -212,6 +241,12 @@ class MethodConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if here and isinstance(config, MethodConfig) and (folder / SAFETENSORS_WEIGHTS_NAME).exists():
             config.stored_numbers = check_factors(folder, config.method.prefix, config.no_factors)
+            config.bank_file = bank_of(folder)
+        elif isinstance(config, MethodConfig) and config.bank is not None:
+            raise ConfigError(
+                f"{pretrained_model_name_or_path} builds on the {BANK} of its set, which lies beside its folder: "
+                "download the whole set, and load the adapter from there."
+            )
         return config
 
     @classmethod
@@ -233,6 +268,8 @@ class MethodConfig(PeftConfig):
         self.peft_type = peft_type(self.method.peft_type)
         #: How many parameters the file beside this config holds, where it was read from a folder on this machine.
         self.stored_numbers: int | None = None
+        #: The file of shared tensors that it builds on, where it was read from the folder of a set.
+        self.bank_file: Path | None = None
         #: True for a sum of adapters, whose rank may be above the matrix.
         self.any_rank = False
         for name in ("base_model_name_or_path", "revision", "peft_version"):
@@ -253,6 +290,10 @@ class MethodConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if self.from_adapter is not None:
+            from ziggurat.host.inherit import inherit
+
+            inherit(self)
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -276,6 +317,7 @@ class MethodConfig(PeftConfig):
             raise ConfigError(
                 f"bias={shown(self.bias)}: 'none', 'all' or '{allowed[2]}' (the biases of the adapted linear layers)."
             )
+        check_names("freeze_tiers", self.freeze_tiers)
         self._check_rank_pattern()
         for path, rank in _pattern("blended", self.blended).items():
             if not is_whole(rank, 1, MOST_RANK):

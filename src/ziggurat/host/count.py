@@ -32,7 +32,12 @@ def count(model: nn.Module, config: Any) -> int:
         if method.check is not None and config.blended is None:
             method.check(config.at(site), site)
     config.check_sites(sites)
-    return trainable(unique_specs(method, config.at, sites))
+    specs = unique_specs(method, config.at, sites)
+    if config.freeze_tiers is not None:
+        from ziggurat.host.inherit import check_frozen
+
+        check_frozen(method, config, sites, specs)
+    return trainable(specs)
 
 
 def with_targets(config: Any, model: nn.Module, method: Method | None = None) -> Any:

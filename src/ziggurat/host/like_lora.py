@@ -4,21 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 from torch.optim import Optimizer
 
 from ziggurat.errors import ConfigError
+from ziggurat.files.untrusted import loaded_tensors
 from ziggurat.host.config import MethodConfig
 from ziggurat.host.folder import adapter_config
 from ziggurat.host.method import specs_of
 from ziggurat.host.method_layer import MethodLayer
 from ziggurat.host.names import current_names
-from ziggurat.host.values import shown
-
-#: Fields of a config that don't decide what an adapter computes.
-_NO_MATTER = {"inference_mode", "peft_version", "ziggurat_version", "ziggurat_format", "base_model_name_or_path"}
-_NO_MATTER |= {"revision", "auto_mapping", "task_type", "lora_dropout", "init_weights", "sites"}
+from ziggurat.host.values import NO_MATTER, shown
 
 
 def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
@@ -39,7 +35,7 @@ def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "d
         )
     old, new = (config.to_dict() for config in (model.peft_config[adapter_name], adapter_config(folder)))
     different = sorted(
-        name for name in old.keys() | new.keys() if name not in _NO_MATTER and old.get(name) != new.get(name)
+        name for name in old.keys() | new.keys() if name not in NO_MATTER and old.get(name) != new.get(name)
     )
     if different:
         first = different[0]
@@ -50,7 +46,7 @@ def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "d
     layers = [layer for layer in model.modules() if isinstance(layer, MethodLayer)]
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ConfigError(f"adapter {adapter_name!r} is merged into the weights: call unmerge_adapter() first.")
-    state = current_names(load_peft_weights(str(folder), device="cpu"), layers[0].method)
+    state = current_names(loaded_tensors(folder), layers[0].method)
     held = get_peft_model_state_dict(model, adapter_name=adapter_name)
     for name in sorted(state.keys() | held.keys()):
         here, there = (tuple(table[name].shape) if name in table else "nothing" for table in (held, state))

@@ -136,7 +136,7 @@ class AdaptedLinear(MethodLayer, nn.Module):
         return any(place._forward_pre_hooks or "forward" in place.__dict__ for place in places)
 
     def _add_by_sample(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
-        """Each sample of the batch with the adapter named for it ("__base__": none). Inference only."""
+        """Each sample of the batch with the adapter named for it ("__base__": none)."""
         if len(adapter_names) != len(x):
             raise ValueError(
                 f"adapter_names has {len(adapter_names)} names for a batch of {len(x)}: give one name a sample."
@@ -146,8 +146,8 @@ class AdaptedLinear(MethodLayer, nn.Module):
         y = y.clone()
         for adapter in sorted(set(adapter_names) & set(self.adapters)):
             rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=y.device)
-            a, b = on_device(self.effective_pair(adapter), x.device)
-            y[rows] = low_rank_add(y[rows], x[rows], a, b)
+            a, b = on_device(self.pair_now(adapter), x.device)
+            y[rows] = low_rank_add(y[rows], x[rows], a, b, self.dropout(adapter) if self.training else 0.0)
         return y
 
     def get_delta_weight(self, adapter: str) -> Tensor:

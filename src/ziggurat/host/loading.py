@@ -10,6 +10,7 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.utils.save_and_load import load_peft_weights
+from safetensors.torch import load_file
 from transformers.integrations.peft import PeftAdapterMixin
 
 from ziggurat.host.method import method_of
@@ -48,6 +49,8 @@ def load_through_methods() -> None:
         state = adapter_state_dict
         if state is None:
             state = load_peft_weights(str(source), device="cpu", **hub)
+            if config.bank is not None:  # the method's own reading, which PEFT's and transformers' leave out, checks it
+                state = {**load_file(type(config).from_pretrained(str(source), **hub).bank_file), **state}
         named = {
             name.removeprefix("base_model.model."): tensor
             for name, tensor in current_names(state, method, self).items()

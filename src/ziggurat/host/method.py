@@ -8,7 +8,7 @@ forward pass, with autograd, and for merging, export and analysis, where `contex
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,7 @@ def method_of(config: Any) -> Method | None:
 
 
 def specs_of(method: Method, config: Any, site: Site) -> dict[str, TensorSpec]:
-    """What `tensors` gives for `site`, checked; for a blend, whatever the method, A and B of its rank there.
+    """What `tensors` gives for `site`, checked and with `freeze_tiers`; for a blend A and B of its rank there.
 
     Raises:
         ConfigError: a key or shared name that can't be part of a parameter's name, or a side below 0.
@@ -192,7 +192,9 @@ def specs_of(method: Method, config: Any, site: Site) -> dict[str, TensorSpec]:
             )
         if any(side < 0 for side in spec.shape):
             raise ConfigError(f"{method.card.shown}: tensor {key!r} of {site.path!r} has the shape {spec.shape}.")
-    return specs
+    if config.freeze_tiers is None:
+        return specs
+    return {key: replace(spec, trainable=spec.trainable and not config.freezes(key)) for key, spec in specs.items()}
 
 
 def pair_of(method: Method, config: Any, site: Site, stored: Stored, context: Context = EVALUATION) -> FactorPair:

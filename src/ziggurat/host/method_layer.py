@@ -4,10 +4,9 @@ from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ziggurat.host.bank import Bank
+from ziggurat.host.bank import Bank, Stores
 from ziggurat.host.draws import Draws
 from ziggurat.host.method import EVALUATION, Context, Method, pair_of, redirected
 from ziggurat.host.site import Site
@@ -17,7 +16,7 @@ from ziggurat.lowrank.pair import FactorPair
 BANK, DRAWS = "_bank", "_draws"
 
 
-class MethodLayer(BaseTunerLayer):
+class MethodLayer(Stores):
     """A tuner layer at one site. Subclasses by method have `method`, and are modules.
 
     Tensors that the site has for itself lie here, so that FSDP shards them with the layer; shared ones in the bank at
@@ -40,7 +39,7 @@ class MethodLayer(BaseTunerLayer):
         self.asleep: dict[str, bool] = {}
 
     @property
-    def stores(self) -> nn.ModuleDict:
+    def stores(self) -> nn.ModuleDict:  # type: ignore[override]
         """Adapter -> `Factors`, the tensors of this layer alone."""
         return self._modules[self.method.store]  # type: ignore[return-value, attr-defined]
 

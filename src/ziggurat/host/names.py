@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ziggurat.host.method import Method
-from ziggurat.host.site import CHILD, body_prefix, with_other_head
+from ziggurat.host.site import CHILD, Site, body_prefix, with_other_head
+from ziggurat.host.tensors import TensorSpec
 
 from .unwrap import unwrap
 
@@ -33,6 +34,19 @@ def current_names(state: Mapping[str, T], method: Method, model: nn.Module | Non
     body = getattr(base, "base_model_prefix", "")
     prefix, paths = body_prefix(base), {path for path, _ in base.named_modules()}
     return {_fitted(_renamed(name, method, body), method, prefix, paths): tensor for name, tensor in state.items()}
+
+
+def file_name(method: Method, site: Site, key: str, spec: TensorSpec) -> str:
+    """The name that a site's tensor has in an adapter's file, without PEFT's prefix."""
+    if spec.shared:
+        return f"{method.bank}.{method.store}.{spec.leaf(key)}"
+    around = f".{CHILD}" if site.span is not None else ""
+    return f"{site.path}{around}.{method.store}.{key}"
+
+
+def key_of(name: str) -> str:
+    """The key, as the method's `tensors` has it, of a tensor by its name in a file or in a bank."""
+    return re.split("[.:]", name)[-1]
 
 
 class RenamesOnLoad:

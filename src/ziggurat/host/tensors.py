@@ -186,6 +186,11 @@ def draw(spec: TensorSpec, weight: Weight, device: torch.device | None, dtype: t
     return tensor.to(device=device, dtype=dtype)
 
 
+def tier_of(key: str) -> str:
+    """The tier of a tensor by its key, `<factor>_<tier>`; "" where the key names none."""
+    return key.partition("_")[2]
+
+
 class Factors(nn.Module):
     """The tensors of one adapter at one place: parameters that train, buffers that don't, by leaf name."""
 
@@ -210,6 +215,13 @@ class Factors(nn.Module):
             self._parameters[leaf] = nn.Parameter(tensor, requires_grad=self[leaf].requires_grad)
         else:
             self._buffers[leaf] = tensor
+
+    def take(self, leaf: str, other: "Factors") -> None:
+        """Let the tensor called `leaf` be that of `other`, the same object."""
+        for mine, its in ((self._parameters, other._parameters), (self._buffers, other._buffers)):
+            mine.pop(leaf, None)
+            if leaf in its:
+                mine[leaf] = its[leaf]  # type: ignore[assignment]
 
     def names(self) -> list[str]:
         """The leaf names, in the order of their creation."""

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
 )
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
@@ -56,6 +57,8 @@ class MethodTuner(BaseTuner):
     sites: Mapping[str, Site] | None = None
     #: Its name.
     _adding: str = ""
+    #: The adapters that train together, on batches that name one for each sample.
+    together: frozenset[str] = frozenset()
     #: PEFT before 0.21.2 reads this of every model for sequence-to-sequence, and transformers 5.19 no longer has it.
     _prepare_encoder_decoder_kwargs_for_generation = None
 
@@ -104,6 +107,10 @@ class MethodTuner(BaseTuner):
             self._check_site(config.at(site), site)
         config.check_sites(self.sites)
         specs = unique_specs(self.method, config.at, self.sites)
+        if config.freeze_tiers is not None:
+            from ziggurat.host.inherit import check_frozen
+
+            check_frozen(self.method, config, self.sites, specs)
         check_stored(config, sum(spec.size for spec in specs.values() if spec.seed is None))
         check_saved_whole(config)
         if self.method.sites is None:
@@ -130,6 +137,10 @@ class MethodTuner(BaseTuner):
             raise NoMatchingPeftModuleError(f"{error}{hint}") from error
         finally:
             self.sites = None
+        if config.from_adapter is not None:
+            from ziggurat.host.inherit import take_over
+
+            take_over(self.model, self.method, adapter_name, config)
         RenamesOnLoad.start(self.model, self.method)
         watch_trainers()
         if needs_steps(self.peft_config[adapter_name]):
@@ -233,6 +244,9 @@ class MethodTuner(BaseTuner):
         Raises:
             ConfigError: `state_dict` lacks tensors of the adapter.
         """
+        given: Any = config
+        if given.bank_file is not None:
+            state_dict = {**load_file(given.bank_file), **state_dict}
         state_dict = current_names(state_dict, cls.method, model)
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_tensors(cls.method, model, adapter_name, renamed)
@@ -366,13 +380,28 @@ class MethodTuner(BaseTuner):
 
     def _check_adapter_names(self, names: list[str]) -> None:
         if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode: call model.eval() first.")
+            self._check_trains_mixed(set(names) - {BASE})
         known = {name for module in self.modules() if isinstance(module, MethodLayer) for name in module.adapters}
         unknown = sorted(set(names) - known - {BASE})
         if unknown:
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
                 f"The model has {', '.join(sorted(known))}; {BASE} means no adapter."
+            )
+
+    def _check_trains_mixed(self, names: set[str]) -> None:
+        """Raise ValueError unless `share` has made this model ready for batches of these adapters in training."""
+        refused = "Cannot pass `adapter_names` when the model is in training mode"
+        if not names <= self.together:
+            raise ValueError(
+                f"{refused}: call model.eval() first. To train several adapters together, call "
+                f"ziggurat.share(model, {sorted(names)})."
+            )
+        if asleep := sorted(names - set(self.active_adapters)):
+            raise ValueError(f"{refused} and adapter {asleep[0]!r} isn't active: call ziggurat.share again.")
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
+            raise ValueError(
+                f"{refused} with gradient checkpointing, which computes layers again without them: switch it off."
             )
 
 

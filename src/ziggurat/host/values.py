@@ -15,6 +15,11 @@ MOST_ENTRIES = 100_000
 MOST_ALPHA = 1e9
 #: A rank that is no burden however small the matrix is.
 FREE_RANK = 256
+#: Fields of an adapter's config that don't decide what it computes.
+NO_MATTER = frozenset(
+    {"inference_mode", "peft_version", "ziggurat_version", "ziggurat_format", "base_model_name_or_path", "revision"}
+    | {"auto_mapping", "task_type", "lora_dropout", "init_weights", "sites", "freeze_tiers", "from_adapter", "bank"}
+)
 #: Repeats without end in one regular expression; matching takes the length of a path to that power.
 MOST_REPEATS = 4
 

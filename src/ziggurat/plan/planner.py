@@ -18,6 +18,7 @@ from ziggurat.analysis.readers import READERS, components, place_by_name
 from ziggurat.errors import ConfigError, RecipeError
 from ziggurat.host.anatomy import Anatomy, Place
 from ziggurat.host.method import method_of
+from ziggurat.host.names import key_of
 from ziggurat.host.site import Site
 from ziggurat.host.sites_table import from_table
 
@@ -83,6 +84,23 @@ class Beside:
 
 
 @dataclass(frozen=True)
+class Tenants:
+    """A set of `number` adapters that have the tensors of `tiers` in common, in parameters and bytes of weights files.
+
+    `shared` and `bank` are there once, `private` and `each` for every adapter, heads too; `alone` is the file of one
+    that is saved whole.
+    """
+
+    number: int
+    tiers: list[str]
+    shared: int
+    private: int
+    bank: int
+    each: int
+    alone: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """All of it. Counts are exact; `memory` says itself what it leaves out.
 
@@ -102,6 +120,7 @@ class Plan:
     beside: list[Beside]
     memory: Memory | None
     notes: list[str] = field(default_factory=list)
+    tenants: Tenants | None = None
 
 
 def plan(
@@ -117,11 +136,12 @@ def plan(
     pair: bool = False,
     checkpointing: bool = False,
     four_bits: bool = False,
+    tenants: int | None = None,
 ) -> Plan:
     """Count what `config` trains in `model`, which lies on the meta device and comes back as it was.
 
     For the memory: `pair`, two texts encoded apart; `checkpointing`, the layers' activations are computed again;
-    `four_bits`, the base's linear layers are NF4 (QLoRA).
+    `four_bits`, the base's linear layers are NF4 (QLoRA). `tenants`: also count a set of so many adapters.
 
     Raises:
         ConfigError: the config doesn't fit the model, with what the method says of it.
@@ -135,6 +155,7 @@ def plan(
         state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         used = adapted.peft_config["default"]
         parts = _parts(state, used, anatomy, from_table(getattr(used, "sites", None) or {}))
+        fleet = None if tenants is None else _tenants(tenants, used, state)
         modules = list(getattr(adapted, "targeted_module_names", None) or adapted.base_model.targeted_module_names)
         step = Step(batch, length, LABELS.get(task or ""), pair, checkpointing, four_bits)
         estimate = memory(adapted, step) if measure_memory else None
@@ -155,7 +176,27 @@ def plan(
         beside=others,
         memory=estimate,
         notes=[*notes, *refused],
+        tenants=fleet,
     )
+
+
+def _tenants(number: int, config: Any, state: Mapping[str, Any]) -> Tenants:
+    """Raises ConfigError for a method that shares nothing."""
+    from ziggurat.host.inherit import shared_tiers
+    from ziggurat.host.tenants import common_names
+
+    method = method_of(config)
+    tiers = [] if method is None else config.freeze_tiers or shared_tiers(method, config)
+    if method is None or not tiers:
+        raise ConfigError(
+            "--tenants counts adapters that have tensors in common, and this method's linear layers share none: choose "
+            "one that shares (msplora, sharelora, tiedlora, aslora), or name tensors in method.freeze_tiers."
+        )
+    names = common_names(method, config, from_table(config.sites or {}), tiers)
+    bank = {name: tensor for name, tensor in state.items() if name in names}
+    own = {name: tensor for name, tensor in state.items() if name not in names}
+    shared, private = (sum(tensor.numel() for tensor in part.values()) for part in (bank, own))
+    return Tenants(number, tiers, shared, private, *map(file_bytes, (bank, own, state)))
 
 
 @contextmanager
@@ -194,7 +235,7 @@ def _parts(state: Mapping[str, Any], config: Any, anatomy: Anatomy, sites: Mappi
 
     method = method_of(config)
     if method is not None:
-        read = components(method, state, config, sites)
+        read = components(method, state, config.thawed(), sites)
     elif kind in READERS:
         read = READERS[kind](state, config, places)
     else:
@@ -207,7 +248,9 @@ def _parts(state: Mapping[str, Any], config: Any, anatomy: Anatomy, sites: Mappi
     parts = []
     for (part, stack, role, rank), group in groups.items():
         tensors = {name: size for c in group for name, size in c.tensors.items()}
-        parameters = sum(tensors.values()) or sum(c.parameters for c in group)
+        if method is not None:
+            tensors = {name: size for name, size in tensors.items() if not config.freezes(key_of(name))}
+        parameters = sum(tensors.values()) if method is not None else sum(c.parameters for c in group)
         parts.append(Part(part, stack, role, len(group), rank, max(len(c.layers) for c in group), parameters))
     order = list(dict.fromkeys(p.part for p in parts))
     return sorted(parts, key=lambda p: (order.index(p.part), p.stack, p.role))
@@ -264,6 +307,7 @@ def plan_recipe(
     batch: int | None = None,
     length: int | None = None,
     measure_memory: bool = True,
+    tenants: int | None = None,
 ) -> Plan:
     """The plan of a recipe's method, or of `choice` (method.* as in a recipe), for `model`, by its config.
 
@@ -307,6 +351,7 @@ def plan_recipe(
         pair=base.pair,
         checkpointing=recipe is not None and recipe.train.gradient_checkpointing,
         four_bits=method.four_bits,
+        tenants=tenants,
     )
     notes = [*base.notes, *planned.notes]
     if measure_memory and recipe is not None and recipe.train.precision != "fp32":

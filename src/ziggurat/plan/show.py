@@ -76,5 +76,11 @@ def show(plan: Plan) -> RenderableType:
             f"{activations}",
             f"activations: {m.formula}; not in it: the device's context, workspaces, fragmentation",
         ]
+    if (t := plan.tenants) is not None:
+        lines.append(
+            f"{t.number} adapters as a set: {t.shared:,} parameters ({', '.join(t.tiers)}; {size(t.bank)}) once, "
+            f"{t.private:,} ({size(t.each)}) for each: {size(t.bank + t.number * t.each)} instead of "
+            f"{size(t.number * t.alone)}"
+        )
     lines += [f"note: {note}" for note in plan.notes]
     return Group(*([parts] if plan.parts else []), beside, *(Text(line) for line in lines))

@@ -12,11 +12,17 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback
 
-from ziggurat.analysis import Collected, collect
+from ziggurat.analysis import Collected, collect, sharing
 from ziggurat.errors import ConfigError
 from ziggurat.methods.msplora.config import MSPLoraConfig
 
 from . import allocate
+from .gradients import gradients_of, lay_out
+
+#: The criterion that needs no probe.
+GRADIENTS = "gradients"
+#: So much more than independent gradients is more than chance and a few outliers.
+WORTH = 1.5
 
 
 class SensitivityCallback(TrainerCallback):
@@ -111,6 +117,26 @@ def suggestion(
     return Suggestion(ranks, starts, budget, spent, criterion, shown, notes)
 
 
+def by_gradients(items: Sequence[sharing.Item], budget: int, groups: int = 3, by_role: bool = False) -> Suggestion:
+    """What the gradients of a model's own data before training suggest for a budget of parameters, without a probe.
+
+    Ranks go where they hold most of the gradients' energy for their parameters (`gradients.lay_out`). Notes say what is
+    common, beside what independent gradients give.
+
+    Raises:
+        ConfigError: the budget is too small.
+    """
+    ranks, gains, spent = lay_out(items, budget, groups, by_role)
+    lines = [line for line in sharing.shared(items) if line.over in ("depth", "group")]
+    notes = [f"gradients, {sharing.sentence(line)}" for line in lines]
+    if lines and all(line.share < WORTH * line.independent for line in lines):
+        notes.append(
+            "the gradients have hardly more in common than independent ones: a private pair for each layer "
+            "(method.name: lora) holds more of them with as many parameters"
+        )
+    return Suggestion(ranks, None, budget, spent, GRADIENTS, gains, notes)
+
+
 def suggest(
     source: str | Path,
     words: Sequence[str] = (),
@@ -139,19 +165,24 @@ def suggest(
     if recipe.method["name"] != "msplora":
         raise ConfigError(f"suggest lays out a pyramid: method.name must be msplora, not {recipe.method['name']}.")
     # What can be wrong is said before the probe costs its time.
-    if criterion not in allocate.CRITERIA:
-        raise ConfigError(f"criterion {criterion!r}: one of {', '.join(allocate.CRITERIA)}.")
+    known = (*allocate.CRITERIA, GRADIENTS)
+    if criterion not in known:
+        raise ConfigError(f"criterion {criterion!r}: one of {', '.join(known)}.")
     total = _budget(recipe, budget)
-    dropped = [f"{key}=" for key in _SHAPE if key != "method.ranks" and key.removeprefix("method.") in recipe.method]
-    sensitivity = SensitivityCallback(by_role)
-    with tempfile.TemporaryDirectory() as folder:
-        probe = [*dropped, f"method.ranks={[probe_rank] * 3}", f"train.max_steps={probe_steps}", *_QUICK]
-        probe.append(f"output={folder}/probe")
-        quick = load_recipe(source, [*_without(words, [*_SHAPE, *map(_key, probe)]), *probe])
-        result = train(quick, console=console, callbacks=[sensitivity])
-        collected = collect(result.folder)
     groups = recipe.method.get("num_groups") or 3
-    suggested = suggestion(collected, total, criterion, groups=groups, sensitivity=sensitivity.gains, by_role=by_role)
+    dropped = [f"{key}=" for key in _SHAPE if key != "method.ranks" and key.removeprefix("method.") in recipe.method]
+    if criterion == GRADIENTS:
+        suggested = by_gradients(gradients_of(source, words), total, groups, by_role)
+    else:
+        sensitivity = SensitivityCallback(by_role)
+        with tempfile.TemporaryDirectory() as folder:
+            probe = [*dropped, f"method.ranks={[probe_rank] * 3}", f"train.max_steps={probe_steps}", *_QUICK]
+            probe.append(f"output={folder}/probe")
+            quick = load_recipe(source, [*_without(words, [*_SHAPE, *map(_key, probe)]), *probe])
+            result = train(quick, console=console, callbacks=[sensitivity])
+            collected = collect(result.folder)
+        gains = sensitivity.gains
+        suggested = suggestion(collected, total, criterion, groups=groups, sensitivity=gains, by_role=by_role)
     if (pattern := suggested.rank_pattern) is not None and len(suggested.ranks) > sum(map(len, pattern.values())):
         suggested.notes.append("linear layers outside the stacks have no role: they get the ranks of the first role")
     if "tiers" in recipe.method:

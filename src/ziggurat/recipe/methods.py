@@ -31,6 +31,7 @@ _NOT_IN_A_RECIPE = {
     "runtime_config",
     "structure",
     "sites",
+    "bank",
     "ziggurat_version",
     "ziggurat_format",
 }

@@ -258,6 +258,8 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
         named = value in ("embedded", "demo") or glue_name(value) is not None
         if value is not None and not named and Path(value).expanduser().exists():
             flat[key] = str(Path(value).expanduser().resolve())
+    if isinstance(source := flat.get("method.from_adapter"), str):
+        flat["method.from_adapter"] = str(Path(source).expanduser().resolve())
     return {key: value for key, value in flat.items() if value is not None}
 
 

@@ -188,6 +188,11 @@ class MSPLoraConfig(MethodConfig):
         )
 
     @property
+    def stages(self) -> tuple[Tier, ...]:
+        """The tiers that train, coarse to fine."""
+        return tuple(tier for tier in self.pyramid() if not self.freezes(f"A_{tier.name}"))
+
+    @property
     def speaks_of_depth(self) -> bool:
         """Whether the user has set a field that only makes sense in a stack of layers."""
         fields = (

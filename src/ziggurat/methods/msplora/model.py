@@ -50,7 +50,7 @@ class MSPLoraModel(MethodTuner):
     def _tiers(self, adapter: str) -> tuple[Tier, ...]:
         if adapter not in self.peft_config:
             raise ValueError(f"Adapter {adapter} does not exist; there are {', '.join(self.peft_config)}.")
-        return self.peft_config[adapter].pyramid()  # type: ignore[union-attr]
+        return self.peft_config[adapter].stages  # type: ignore[union-attr]
 
     def _add_combined(self, adapters: list[str], weights: list[float], adapter: str, kind: str, **options: Any) -> None:
         """A sum of equal pyramids stays one: in each tier A = [A_1; ...] and B = [w_1 s_1 B_1, ...]."""
@@ -67,6 +67,7 @@ class MSPLoraModel(MethodTuner):
             for same in zip(*(config.pyramid() for config in configs), strict=True)
         ]
         plain = {"num_groups": None, "group_starts": None, "ranks": None, "alpha_pattern": None}
+        plain |= {"freeze_tiers": None, "from_adapter": None}
         summed = replace(configs[0], tiers=tiers, **plain, use_rslora=False, even_scales=False, bias="none")
         summed.any_rank = True
         with self.added(adapter, summed):
@@ -121,7 +122,7 @@ def step(
 ) -> None:
     """Let the tier learn in whose share of the run the next step lies; after the last step all learn again."""
     bank = next(module for module in root.modules() if isinstance(module, Bank) and module.method is METHOD)
-    learning = stage(config.pyramid(), step / total)
+    learning = stage(config.stages, step / total)
     held = [] if step == total else [leaf for leaf in bank.factors(adapter).names() if tier_of(leaf) != learning]
     bank.hold_still(adapter, held)
 
@@ -137,6 +138,7 @@ METHOD = Method(
     sums=True,
     needs_steps=needs_steps,
     step=step,
+    step_fields=("train_in_stages",),
     older_names=(
         (
             r"(^|\.)pyramid\.msplora_factors\.((?:[^.:]+\.)?)(.*):([^:]*\D)(\d+):([AB])$",

@@ -41,7 +41,7 @@ def waiting(model: nn.Module, progress: float) -> Iterator[Tensor]:
             config = _config(model, adapter)
             if config is None or not config.train_in_stages:
                 continue
-            learning = stage(config.pyramid(), progress)
+            learning = stage(config.stages, progress)
             factors = bank.factors(adapter)
             yield from (factors[leaf] for leaf in factors.names() if tier_of(leaf) != learning)
 

@@ -112,7 +112,7 @@ def _train(
     with _status(console, "reading the data"), quiet(), processes.first_on_each_machine():
         examples = load_examples(recipe)
     with _status(console, f"loading {recipe.model}"), quiet():
-        base, model, spec = _model(recipe, examples)
+        base, model, spec = make_model(recipe, examples)
     sharding.check(model, processes)
     counts = count(recipe, model, base)
     noted = folder.open()
@@ -304,7 +304,8 @@ def _first_scores(line: dict[str, Any]) -> bool:
     return line.get("step") == 0 and any(name.startswith("eval_") for name in line)
 
 
-def _model(recipe: Recipe, examples: Examples) -> tuple[Base, nn.Module, HeadSpec]:
+def make_model(recipe: Recipe, examples: Examples) -> tuple[Base, nn.Module, HeadSpec]:
+    """The base model, the same with the recipe's method in it, and its head."""
     spec = HeadSpec(
         task=recipe.task,
         label_names=examples.label_names,

@@ -1,0 +1,175 @@
+"""How much several matrices have in common, which is what a shared tier can hold: of updates, and of gradients.
+
+Of matrices D_1, ..., D_n of one shape, the mean M = sum_i D_i / n, put in the place of each, holds n ||M||_F^2 of all
+their energy sum_i ||D_i||_F^2. With the Gram matrix G_ij = <D_i, D_j>_F its share is
+
+    shared = sum_ij G_ij / (n sum_i G_ii)
+
+1 where all are equal, and 1/n where they are orthogonal, as independent ones of many entries nearly are. Where matrices
+fall into several such families (the layers of each third, the adapters at each linear layer), energies are summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ziggurat.errors import ConfigError
+from ziggurat.host.anatomy import Anatomy, Place
+from ziggurat.host.linear import is_adaptable
+from ziggurat.lowrank.pair import FactorPair
+
+from .components import UPDATE, Collected
+
+#: Contiguous parts of the depth that share over groups is told of, as MSPLoRA's mid tier.
+GROUPS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """A matrix of one linear layer of one adapter: an update as its pair, or a gradient (d_out, d_in)."""
+
+    adapter: str
+    stack: str
+    role: str
+    layer: int
+    num_layers: int
+    matrix: FactorPair | Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        if isinstance(self.matrix, FactorPair):
+            return self.matrix.B.shape[0], self.matrix.A.shape[1]
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    def group(self, groups: int = GROUPS) -> int:
+        """The contiguous part of the depth that the layer lies in."""
+        return self.layer * min(groups, self.num_layers) // self.num_layers
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The share of energy that is common `over` depth, group, role or adapter, in the linear layers `where`.
+
+    `number`: how many matrices are compared at once, at most. `independent`: what orthogonal matrices of these energies
+    would give.
+    """
+
+    over: str
+    where: str
+    number: int
+    share: float
+    independent: float
+
+
+def updates(adapters: Sequence[Collected]) -> list[Item]:
+    """The update of every linear layer of these adapters; paths around layers are left out."""
+    items = []
+    for number, collected in enumerate(adapters):
+        name = f"{number}:{collected.source}"
+        parts = [UPDATE] if UPDATE in collected.parts else collected.stored_parts[:1]
+        depths = collected.layers
+        for c in (c for part in parts for c in collected.of(part) if c.role and c.finite):
+            items += [Item(name, c.stack, c.role, layer, depths[c.stack], c.pair) for layer in c.layers]
+    return items
+
+
+def gradients(model: nn.Module, losses: Iterator[Tensor]) -> list[Item]:
+    """The gradient of the sum of `losses` by the frozen weight of each linear layer that adapters of `model` adapt.
+
+    `model`: the base model with a fresh adapter in it. `losses`: one for each batch, with the graph of its forward. A
+    gradient takes the room of its weight, in float32 on the CPU.
+
+    Raises:
+        ConfigError: there is no such weight, or one is quantised and has no gradient.
+    """
+    layers = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer") and is_adaptable(module)
+    }
+    weights: dict[str, Any] = {path: layer.get_base_layer().weight for path, layer in layers.items()}
+    if not weights or not all(weight.is_floating_point() for weight in weights.values()):
+        why = "are quantised" if weights else "have no adapter"
+        raise ConfigError(f"the linear layers {why}, and so give no gradients to compare: choose another method.name.")
+    before = {path: weight.requires_grad for path, weight in weights.items()}
+    sums: dict[str, Tensor] = {}
+    try:
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        for loss in losses:
+            for path, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
+                sums[path] = gradient.float().cpu() + sums.get(path, 0)
+    finally:
+        for path, weight in weights.items():
+            weight.requires_grad_(before[path])
+    anatomy = Anatomy(model)
+    items = []
+    for path, gradient in sums.items():
+        place = anatomy.find(path) or Place(stack=path, layer=0, role="", num_layers=1)
+        matrix = gradient.T if getattr(layers[path], "fan_in_fan_out", False) else gradient
+        items.append(Item("", place.stack, place.role, place.layer, place.num_layers, matrix))
+    return items
+
+
+def shared(items: Sequence[Item]) -> list[Shared]:
+    """What is common over depth, over thirds of it, over roles of one shape, and over adapters."""
+    adapters = list(dict.fromkeys(item.adapter for item in items))
+    lines: list[Shared] = []
+    for role in dict.fromkeys(item.role for item in items):
+        of_role = [item for item in items if item.role == role]
+        lines += _line("depth", role, of_role, lambda i: (i.adapter, i.stack, i.shape))
+        lines += _line("group", role, of_role, lambda i: (i.adapter, i.stack, i.shape, i.group()))
+    lines += _line("role", "", items, lambda i: (i.adapter, i.stack, i.layer, i.shape))
+    if len(adapters) > 1:
+        for role in dict.fromkeys(item.role for item in items):
+            of_role = [item for item in items if item.role == role]
+            lines += _line("adapter", role, of_role, lambda i: (i.stack, i.layer, i.shape))
+    return lines
+
+
+def _line(over: str, where: str, items: Sequence[Item], family: Callable[[Item], Hashable]) -> Iterator[Shared]:
+    families: dict[Hashable, list[Item]] = {}
+    for item in items:
+        families.setdefault(family(item), []).append(item)
+    grams = [gram(members) for members in families.values()]
+    number, total = max(map(len, grams), default=0), sum(float(np.trace(g)) for g in grams)
+    if number > 1 and total > 0:
+        share = sum(float(g.sum()) / len(g) for g in grams) / total
+        yield Shared(over, where, number, share, sum(float(np.trace(g)) / len(g) for g in grams) / total)
+
+
+def gram(items: Sequence[Item]) -> np.ndarray:
+    """(n, n): G_ij = <D_i, D_j>_F of matrices of one shape; of pairs tr(A_j A_i^T B_i^T B_j), with no dense one."""
+    matrix = np.zeros((len(items), len(items)))
+    for i, first in enumerate(items):
+        for j, second in enumerate(items[: i + 1]):
+            matrix[i, j] = matrix[j, i] = inner(first.matrix, second.matrix)
+    return matrix
+
+
+def inner(a: FactorPair | Tensor, b: FactorPair | Tensor) -> float:
+    """<a, b>_F of two pairs, or of two dense matrices."""
+    if isinstance(a, FactorPair):
+        assert isinstance(b, FactorPair)
+        return float(((b.A @ a.A.T).double() * (b.B.T @ a.B).double()).sum())
+    assert not isinstance(b, FactorPair)
+    return float((a.double() * b.double()).sum())
+
+
+def sentence(line: Shared) -> str:
+    """A line for the terminal."""
+    compared = {
+        "depth": f"{line.number} layers",
+        "group": f"thirds of the depth, up to {line.number} layers",
+        "role": f"{line.number} roles of one shape in each layer",
+        "adapter": f"{line.number} adapters at each linear layer",
+    }[line.over]
+    of = f" of {line.where}" if line.where else ""
+    return f"{compared}{of}: {line.share:.1%} of the energy is common; independent ones: {line.independent:.1%}"

@@ -1,0 +1,134 @@
+"""An adapter that builds on another one: its shared tensors taken over, frozen, and only the private ones trained.
+
+Which tensors those are follows from a method's `tensors`: those of the tiers that `freeze_tiers` names, by default
+those that several linear layers share. They are no parameters then, and are saved with the adapter all the same.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+from torch import nn
+
+from ziggurat.errors import ConfigError
+from ziggurat.files.untrusted import loaded_tensors, stored_tensors
+from ziggurat.host.bank import Bank
+from ziggurat.host.folder import adapter_config
+from ziggurat.host.method import Method, specs_of
+from ziggurat.host.method_layer import MethodLayer
+from ziggurat.host.names import current_names, file_name, key_of
+from ziggurat.host.site import Site
+from ziggurat.host.sites_table import from_table
+from ziggurat.host.tensors import Factors, TensorSpec, tier_of
+from ziggurat.host.values import NO_MATTER, shown
+
+#: Fields that an adapter has for itself, whatever it builds on.
+_OWN = NO_MATTER | {"modules_to_save", "bias", "trainable_token_indices", "structure", "peft_type"}
+
+
+def inherit(config: Any) -> None:
+    """Give `config` the fields of the adapter in `config.from_adapter` that decide the update, and what it freezes.
+
+    Raises:
+        ConfigError: that is no adapter of this method, it shares nothing, or a field here says otherwise.
+    """
+    source: Any = adapter_config(config.from_adapter)
+    if type(source) is not type(config) or source.blended is not None:
+        kind = "a sum of adapters" if type(source) is type(config) else type(source).__name__
+        raise ConfigError(
+            f"from_adapter={shown(config.from_adapter)} is {kind}, and this is a {type(config).__name__}: an adapter "
+            "can build on one of its own method."
+        )
+    different = []
+    for item in fields(config):
+        if item.name in _OWN or item.name in config.method.step_fields:
+            continue
+        here, there = getattr(config, item.name), getattr(source, item.name)
+        default = item.default_factory() if item.default_factory is not MISSING else item.default
+        if here == default:
+            setattr(config, item.name, there)
+        elif here != there:
+            different.append(f"{item.name}={shown(here)} ({shown(there)} there)")
+    if different:
+        raise ConfigError(
+            f"from_adapter={shown(config.from_adapter)}: its shared tensors fit its own config, and here is "
+            f"{', '.join(different)}. Leave these fields out."
+        )
+    if config.freeze_tiers is None:
+        config.freeze_tiers = shared_tiers(config.method, source)
+    if not config.freeze_tiers:
+        raise ConfigError(
+            f"from_adapter={shown(config.from_adapter)}: nothing in it is shared by several linear layers, so nothing "
+            "would be taken over. Name tiers, or tensors by their keys, in freeze_tiers, or leave from_adapter out."
+        )
+
+
+def shared_tiers(method: Method, config: Any) -> list[str]:
+    """The tiers, or keys where a tensor has no tier, that several linear layers of a saved adapter share.
+
+    Raises:
+        ConfigError: an older version saved it, which didn't note where it acts.
+    """
+    if not config.sites:
+        raise ConfigError(
+            "the adapter was saved by an older version, which didn't note where it acts: load it and save it again, or "
+            "name what is shared in freeze_tiers."
+        )
+    readers: dict[str, int] = defaultdict(int)
+    tiers: dict[str, str] = {}
+    for site in from_table(config.sites).values():
+        for key, spec in specs_of(method, config.at(site), site).items():
+            if spec.shared:
+                readers[spec.leaf(key)] += 1
+                tiers[spec.leaf(key)] = tier_of(key) or key
+    return list(dict.fromkeys(tiers[leaf] for leaf, number in readers.items() if number > 1))
+
+
+def check_frozen(method: Method, config: Any, sites: Mapping[str, Site], specs: Mapping[str, TensorSpec]) -> None:
+    """Raise ConfigError if `freeze_tiers` names nothing or all, or `from_adapter` hasn't what is to be taken over.
+
+    `specs`: every tensor of the adapter once.
+    """
+    if config.freeze_tiers is None:
+        return
+    keys = dict.fromkeys(map(key_of, specs))
+    known = list(dict.fromkeys(name for key in keys for name in (tier_of(key) or key, key)))
+    if unknown := [name for name in config.freeze_tiers if name not in known]:
+        raise ConfigError(
+            f"freeze_tiers names {shown(unknown[0])}, and the adapter has no such tier or tensor; it has "
+            f"{', '.join(known)}."
+        )
+    if not config.inference_mode and not any(spec.trains for spec in specs.values()):
+        raise ConfigError(
+            f"freeze_tiers={shown(config.freeze_tiers)} is all of the adapter: nothing of it would train."
+        )
+    if config.from_adapter is None:
+        return
+    held = current_names(stored_tensors(config.from_adapter), method)
+    for path, site in sites.items():
+        for key, spec in specs_of(method, config.at(site), site).items():
+            name = f"base_model.model.{file_name(method, site, key, spec)}"
+            if config.freezes(key) and (name not in held or held[name].shape != spec.shape):
+                there = f"has it as {held[name].shape}" if name in held else "has no such tensor"
+                raise ConfigError(
+                    f"{path!r} needs {key} as {spec.shape} ({name}), and {config.from_adapter} {there}. Was it trained "
+                    "on another base model, or does freeze_tiers name what it hasn't?"
+                )
+
+
+def take_over(root: nn.Module, method: Method, adapter: str, config: Any) -> None:
+    """Fill the frozen tensors of a fresh adapter from the folder `config.from_adapter`, in that file's dtype."""
+    state = current_names(loaded_tensors(config.from_adapter), method, root)
+    for name, leaf, factors in stored_at(root, method, adapter):
+        if config.freezes(key_of(leaf)) and not factors[leaf].is_meta:
+            factors.put(leaf, state[f"base_model.model.{name}"].to(factors[leaf].device))
+
+
+def stored_at(root: nn.Module, method: Method, adapter: str) -> Iterator[tuple[str, str, Factors]]:
+    """Name in a file without PEFT's prefix, leaf, and where it is held, of every tensor of `adapter` below `root`."""
+    for path, module in root.named_modules():
+        if isinstance(module, MethodLayer | Bank) and module.method is method and adapter in module.stores:
+            factors: Any = module.stores[adapter]
+            for leaf in factors.names():
+                yield f"{path}.{method.store}.{leaf}", leaf, factors
