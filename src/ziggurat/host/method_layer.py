@@ -169,7 +169,7 @@ class MethodLayer(Stores):
             self.bank_factors(adapter_name).move(home)
 
 
-class ExpertsLayer(BaseTunerLayer):
+class ExpertsLayer(Stores):
     """A tuner layer of fused experts: of all experts of a layer, or of one of their parameters (host/experts.py)."""
 
     stores: Mapping[str, Any] = {}
