@@ -179,7 +179,7 @@ def test_answers_as_files_from_stdin_and_a_system_prompt_refused(
 
     import pyarrow.parquet as pq
 
-    texts = ["the film is\nvery good", 'the "plot", bad', "the music"]
+    texts = ["the film is\nvery good", 'the "plot", bad', "=the & music"]
     file = tmp_path / "texts.json"
     file.write_text(json.dumps([{"text": text} for text in texts]))
     words = ["predict", str(place / "out"), "--file", str(file), "--batch", "2"]
@@ -187,7 +187,8 @@ def test_answers_as_files_from_stdin_and_a_system_prompt_refused(
         assert main(*words, "--out", str(tmp_path / name)) == 0
     with (tmp_path / "a.csv").open(newline="") as opened:
         rows = list(csv.DictReader(opened))
-    assert [row["text"] for row in rows] == texts
+    # In a csv no text is a formula to a spreadsheet.
+    assert [row["text"] for row in rows] == [*texts[:2], "'=the & music"]
     assert list(rows[0]) == ["text", "answer", "probability_neg", "probability_pos"]
     as_json = json.loads((tmp_path / "a.json").read_text())
     assert as_json == pq.read_table(tmp_path / "a.parquet").to_pylist()

@@ -201,6 +201,7 @@ def test_an_override_without_a_value_takes_the_key_out() -> None:
 def test_every_shipped_recipe_is_valid(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.about
+    assert "#" not in recipe.model and " " not in recipe.model  # a comment without a blank before it
     if recipe.method["name"] == "msplora":
         # The baseline of the same run is one override away, two where the recipe speaks of the pyramid.
         pyramid = ["method.num_groups=", "method.even_scales="]

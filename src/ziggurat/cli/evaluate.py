@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,8 @@ from ziggurat.files.staging import check_writable, write_whole
 from ziggurat.terminal import Console, say
 
 if TYPE_CHECKING:
+    from ziggurat.evaluation.lm import TaskScore
+    from ziggurat.evaluation.ready import Ready
     from ziggurat.evaluation.subject import Subject
 
 _HELP = "Adapter folder; or a model without adapter: its folder, .gguf file or name on the hub."
@@ -49,7 +52,8 @@ def evaluate(
 ) -> None:
     """Score a trained adapter on a labelled file of your own; or an adapter, or a model without one, on tasks."""
     if tasks is None:
-        return own(adapter, data, limit=limit, batch=batch, out=out)
+        _check_no_tasks(dtype, predictions, keep_tasks, run_code=run_generated_code)
+        return score_file(adapter, data, limit=limit, batch=batch, out=out)
     glue, rest = _read_tasks(tasks)
     _check_options(glue, dtype, limit, predictions)
     out, predictions, keep_tasks = (path and path.expanduser() for path in (out, predictions, keep_tasks))
@@ -62,24 +66,36 @@ def evaluate(
     per_cent: dict[str, list[str]] = {}
     errors: dict[str, dict[str, float]] = {}
     with ExitStack() as stack:
-        ready: list[Any] = []
-        if rest:
-            from ziggurat.evaluation import lm
-            from ziggurat.evaluation.ready import ready as make_ready
-
-            ready = stack.enter_context(
-                make_ready(rest, data=data, limit=limit, run_code=run_generated_code, keep=keep_tasks)
-            )
+        ready = stack.enter_context(_ready(rest, data, limit, run_generated_code, keep_tasks))
         model, tokenizer, loaded = load_subject(subject, dtype)
         for name in glue:
             scores |= _glue(loaded, name, data, limit, predictions)
         per_cent |= {task: [name for name in values if not name.endswith(_PLAIN)] for task, values in scores.items()}
-        for score in lm.score(model, tokenizer, ready, limit=limit, batch=batch) if rest else ():
+        for score in _lm_scores(model, tokenizer, ready, limit, batch):
             scores[score.task] = {**score.scores, "rows": float(score.rows)}
             per_cent[score.task], errors[score.task] = list(score.per_cent), score.errors
             say(_scores(score.task, scores[score.task], per_cent[score.task], score.errors))
     key = "model" if subject.kind == "base" else "adapter"
     _write(out, {key: adapter, "scores": scores, "per_cent": per_cent, "standard_errors": errors})
+
+
+def _ready(
+    tasks: list[str], data: Path | None, limit: int | None, run_code: bool, keep: Path | None
+) -> AbstractContextManager[list[Ready]]:
+    """The tasks of lm-eval; it is not imported where there are none."""
+    if not tasks:
+        return nullcontext([])
+    from ziggurat.evaluation.ready import ready
+
+    return ready(tasks, data=data, limit=limit, run_code=run_code, keep=keep)
+
+
+def _lm_scores(model: Any, tokenizer: Any, ready: list[Ready], limit: int | None, batch: int) -> Iterable[TaskScore]:
+    if not ready:
+        return ()
+    from ziggurat.evaluation.lm import score
+
+    return score(model, tokenizer, ready, limit=limit, batch=batch)
 
 
 def _write(out: Path | None, values: dict[str, Any]) -> None:
@@ -89,7 +105,7 @@ def _write(out: Path | None, values: dict[str, Any]) -> None:
         write_whole(out, text, then="The scores stand above; nothing was changed there.")
 
 
-def own(adapter: str, file: Path | None, *, limit: int | None, batch: int, out: Path | None) -> None:
+def score_file(adapter: str, file: Path | None, *, limit: int | None, batch: int, out: Path | None) -> None:
     """`ziggurat eval ADAPTER --data FILE`. Raises RecipeError for what `ziggurat train` didn't write."""
     from dataclasses import asdict
 
@@ -109,18 +125,18 @@ def own(adapter: str, file: Path | None, *, limit: int | None, batch: int, out: 
             "`ziggurat train`; --tasks scores other adapters and models"
         )
     table, notes = read_file(subject.recipe, subject.head, file, limit)
-    found = score_rows(load_adapter_model(adapter), file, table, notes, batch=batch)
-    for note in found.notes:
+    scored = score_rows(load_adapter_model(adapter), file, table, notes, batch=batch)
+    for note in scored.notes:
         say(f"note: {note}")
-    for name, value in found.scores.items():
-        digits, sign = (2, "%") if name in found.per_cent else (4, "")
-        interval = found.intervals.get(name)
+    for name, value in scored.scores.items():
+        digits, sign = (2, "%") if name in scored.per_cent else (4, "")
+        interval = scored.intervals.get(name)
         spread = f"  (95% interval {interval[0]:.{digits}f} to {interval[1]:.{digits}f})" if interval else ""
         say(f"{name} {value:.{digits}f}{sign}{spread}")
-    say(f"rows {found.rows:,}")
-    if found.by_class:
-        Console().print(class_table(found.by_class), highlight=False)
-    _write(out, {"adapter": adapter, "data": str(file), **asdict(found)})
+    say(f"rows {scored.rows:,}")
+    if scored.by_class:
+        Console().print(class_table(scored.by_class), highlight=False)
+    _write(out, {"adapter": adapter, "data": str(file), **asdict(scored)})
 
 
 def _read_tasks(tasks: str) -> tuple[list[str], list[str]]:
@@ -130,6 +146,14 @@ def _read_tasks(tasks: str) -> tuple[list[str], list[str]]:
         raise typer.BadParameter("--tasks names none")
     glue = [name for name in names if name.startswith("glue/")]
     return glue, [name for name in names if name not in glue]
+
+
+def _check_no_tasks(dtype: str, predictions: Path | None, keep_tasks: Path | None, *, run_code: bool) -> None:
+    """An option of tasks alone must not be dropped in silence."""
+    given = {"--predictions": predictions, "--keep-tasks": keep_tasks, "--run-generated-code": run_code}
+    named = [name for name, value in given.items() if value] + ["--dtype"] * (dtype != "auto")
+    if named:
+        raise typer.BadParameter(f"{', '.join(named)}: for --tasks only; name tasks, or leave it out")
 
 
 def _check_options(glue: list[str], dtype: str, limit: int | None, predictions: Path | None) -> None:

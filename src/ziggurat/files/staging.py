@@ -59,8 +59,10 @@ def written_beside(target: Path) -> Iterator[Path]:
             raise
 
 
-def write_whole(path: Path, text: str, then: str = "") -> None:
-    """Write a text file: the old content or the new one is there, never a part. `then`: as in `told_of_storage`.
+def write_whole(path: Path, content: str | bytes, then: str = "") -> None:
+    """Write a file: the old content or the new one is there, never a part. Texts are in UTF-8.
+
+    `then`: as in `told_of_storage`.
 
     Raises:
         StorageError: the disk is full, read-only or forbidden; what was there before still is.
@@ -70,7 +72,7 @@ def write_whole(path: Path, text: str, then: str = "") -> None:
     with told_of_storage(path, then):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            beside.write_text(text, encoding="utf-8")
+            beside.write_bytes(content.encode() if isinstance(content, str) else content)
             sync(beside)
             beside.replace(path)
             sync(path.parent)

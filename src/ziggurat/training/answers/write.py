@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ziggurat.errors import DataError
-from ziggurat.files.staging import told_of_storage, write_whole
+from ziggurat.files.staging import write_whole
+from ziggurat.terminal import no_formula
 
 from .predict import Prediction
 
@@ -27,27 +28,30 @@ def check_ending(out: Path) -> None:
 def write_answers(out: Path, predictions: Sequence[Prediction], second: Sequence[str] | None) -> None:
     """Columns `text`, `text_pair` (if two), `answer`, and `probability_<class>` of every class.
 
+    In csv a text that a spreadsheet would compute gets a quote in front.
+
     Raises StorageError where the disk doesn't take the file.
     """
     rows: list[dict[str, Any]] = []
-    for place, found in enumerate(predictions):
+    for place, prediction in enumerate(predictions):
         pair = {} if second is None else {"text_pair": second[place]}
-        shares = {f"probability_{name}": share for name, share in (found.shares or {}).items()}
-        rows.append({"text": found.text, **pair, "answer": found.answer, **shares})
+        shares = {f"probability_{name}": share for name, share in (prediction.shares or {}).items()}
+        rows.append({"text": prediction.text, **pair, "answer": prediction.answer, **shares})
     ending = out.suffix.lower()
     if ending == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with told_of_storage(out):
-            pq.write_table(pa.Table.from_pylist(rows), out)
+        content = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows), content)
+        write_whole(out, content.getvalue())
         return
     if ending == ".csv":
         # A text with line breaks stands in quotes, so a row of the file may be several lines.
         buffer = io.StringIO(newline="")
         writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: no_formula(value) for name, value in row.items()} for row in rows)
         text = buffer.getvalue()
     elif ending == ".json":
         text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
