@@ -1,5 +1,6 @@
 """A new adapter on a trained one's shared tensors: what is taken over, what trains, what is refused."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,13 @@ def test_what_cannot_be_taken_over_is_refused_before_the_model_changes(tmp_path:
     with pytest.raises(ConfigError, match=r"has no such tensor\. Was it trained on another base model"):
         get_peft_model(ZOO["bart"].build(), MSPLoraConfig(from_adapter=source))
     assert [name for name, _ in base.named_modules()] == names
+
+
+def test_a_fresh_tier_that_is_frozen_at_zero_is_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="B_global begins at zero and stays there.*from_adapter"):
+        get_peft_model(ZOO["llama"].build(), zoo_config("msplora", "llama", freeze_tiers=["global"]))
+    folder = trained(tmp_path / "bank")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_peft_model(ZOO["llama"].build(), zoo_config("msplora", "llama", freeze_tiers=["A_layer"]))
+        get_peft_model(ZOO["llama"].build(), zoo_config("msplora", "llama", from_adapter=str(folder)))

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 from torch.optim import AdamW
 
@@ -14,6 +15,7 @@ from ziggurat import add_tenants, hotswap_adapter, save_tenants, share
 from ziggurat.analysis import collect
 from ziggurat.errors import ConfigError, ExportError
 from ziggurat.export import export_model
+from ziggurat.host.older import check_saved_whole
 from zoo import ZOO
 
 LLAMA, BERT = ZOO["llama"], ZOO["bert"]
@@ -175,3 +177,11 @@ def test_an_adapter_without_its_bank_or_beside_another_is_refused_by_name(tmp_pa
         ConfigError, match=r"adapter 'books' builds on a bank.safetensors .* isn't there. Copy the adapter"
     ):
         PeftModel.from_pretrained(LLAMA.build(), folder / "books")
+
+
+def test_a_peft_that_would_leave_the_bank_unread_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(BaseTuner, "_get_adapter_state_dict", raising=False)
+    config = zoo_config("msplora", "llama")
+    config.bank = {"sha256": "0" * 64}
+    with pytest.raises(ConfigError, match=r"an adapter of a set: .* Install peft>=0.21"):
+        check_saved_whole(config)

@@ -89,10 +89,10 @@ def gradients(model: nn.Module, losses: Iterator[Tensor]) -> list[Item]:
     Raises:
         ConfigError: there is no such weight, or one is quantised and has no gradient.
     """
-    layers = {
+    layers: dict[str, Any] = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer") and is_adaptable(module)
+        if isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer") and is_adaptable(module)  # type: ignore[arg-type]
     }
     weights: dict[str, Any] = {path: layer.get_base_layer().weight for path, layer in layers.items()}
     if not weights or not all(weight.is_floating_point() for weight in weights.values()):

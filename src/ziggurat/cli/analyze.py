@@ -37,7 +37,6 @@ def analyze(
     ] = False,
 ) -> None:
     """Look inside an adapter: spectra, effective ranks, norms, how alike its layers are, what they have in common."""
-    from json import dumps
     from json import loads as parse
 
     from ziggurat.analysis import sharing, write
@@ -45,13 +44,7 @@ def analyze(
     from ziggurat.extras import install_command, missing
 
     if adapter.is_file() and adapter.suffix in (".yaml", ".yml"):
-        from ziggurat.plan.gradients import gradients_of
-
-        lines = sharing.shared(gradients_of(adapter))
-        say(dumps([vars(line) for line in lines], indent=1) if json else "gradients before training")
-        for line in () if json else lines:
-            say(f"  {sharing.sentence(line)}")
-        return
+        return _gradients(adapter, json)
     first = collect(adapter)
     more = [collect(folder) for folder in beside or ()]
     second = collect(against) if against is not None else None
@@ -130,3 +123,15 @@ def _follow(run: Path, out: Path) -> Path:
 
 #: Seconds between two looks at a run that is followed.
 _EVERY = 1.0
+
+
+def _gradients(recipe: Path, as_json: bool) -> None:
+    from json import dumps
+
+    from ziggurat.analysis import sharing
+    from ziggurat.plan.gradients import gradients_of
+
+    lines = sharing.shared(gradients_of(recipe))
+    say(dumps([vars(line) for line in lines], indent=1) if as_json else "gradients before training")
+    for line in () if as_json else lines:
+        say(f"  {sharing.sentence(line)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -14,6 +14,9 @@ from ziggurat.terminal import Console, say
 
 from .chat import Adapter, Seed, System, Temperature, Tokens, TopK, TopP
 from .folder import check_hub, push
+
+if TYPE_CHECKING:
+    from ziggurat.training.callbacks.interrupt import Interrupted
 
 
 def train(
@@ -68,12 +71,7 @@ def train(
         result = run(recipe, console=console, rewards=rewards)
     except Interrupted as stopped:
         if is_first_to_report():
-            say(f"{stopped}.")
-            if stopped.checkpoint is None:
-                say("There is no checkpoint to go on from; the same command starts afresh.")
-            else:
-                say(f"The checkpoint is in {stopped.checkpoint}")
-                say(f"Go on with: {resume_command([*given, *flags])}")
+            _tell(stopped, resume_command([*given, *flags]))
         raise typer.Exit(128 + stopped.signal) from None
     show(console, recipe, result)
     if is_main():
@@ -157,3 +155,12 @@ def recipes(
     width = max(map(len, texts))
     for shipped_name, content in texts.items():
         say(f"{shipped_name:<{width}}  {read_yaml(content)[0].get('about', '')}")
+
+
+def _tell(stopped: Interrupted, again: str) -> None:
+    say(f"{stopped}.")
+    if stopped.checkpoint is None:
+        say("There is no checkpoint to go on from; the same command starts afresh.")
+    else:
+        say(f"The checkpoint is in {stopped.checkpoint}")
+        say(f"Go on with: {again}")

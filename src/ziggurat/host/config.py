@@ -263,15 +263,8 @@ class MethodConfig(PeftConfig):
         content.pop("runtime_config", None)
         return content
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = peft_type(self.method.peft_type)
-        #: How many parameters the file beside this config holds, where it was read from a folder on this machine.
-        self.stored_numbers: int | None = None
-        #: The file of shared tensors that it builds on, where it was read from the folder of a set.
-        self.bank_file: Path | None = None
-        #: True for a sum of adapters, whose rank may be above the matrix.
-        self.any_rank = False
+    def _check_saved(self) -> None:
+        """Fields that PEFT and `save_pretrained` write into a folder, and a stranger may have changed."""
         for name in ("base_model_name_or_path", "revision", "peft_version"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str | os.PathLike):
@@ -283,6 +276,17 @@ class MethodConfig(PeftConfig):
                 f"ziggurat_format={shown(self.ziggurat_format)}, written by ziggurat {shown(self.ziggurat_version)}: "
                 f"this version ({VERSION}) reads the formats 1 to {FORMAT}. Install a newer ziggurat."
             )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type(self.method.peft_type)
+        #: How many parameters the file beside this config holds, where it was read from a folder on this machine.
+        self.stored_numbers: int | None = None
+        #: The file of shared tensors that it builds on, where it was read from the folder of a set.
+        self.bank_file: Path | None = None
+        #: True for a sum of adapters, whose rank may be above the matrix.
+        self.any_rank = False
+        self._check_saved()
         check_flag("inference_mode", self.inference_mode)
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             check_pattern(name, getattr(self, name))

@@ -4,6 +4,7 @@ Which tensors those are follows from a method's `tensors`: those of the tiers th
 those that several linear layers share. They are no parameters then, and are saved with the adapter all the same.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
@@ -20,7 +21,7 @@ from ziggurat.host.method_layer import MethodLayer
 from ziggurat.host.names import current_names, file_name, key_of
 from ziggurat.host.site import Site
 from ziggurat.host.sites_table import from_table
-from ziggurat.host.tensors import Factors, TensorSpec, tier_of
+from ziggurat.host.tensors import Factors, TensorSpec, tier_of, zeros
 from ziggurat.host.values import NO_MATTER, shown
 
 #: Fields that an adapter has for itself, whatever it builds on.
@@ -104,6 +105,14 @@ def check_frozen(method: Method, config: Any, sites: Mapping[str, Site], specs: 
             f"freeze_tiers={shown(config.freeze_tiers)} is all of the adapter: nothing of it would train."
         )
     if config.from_adapter is None:
+        fresh = config.stored_numbers is None and config.bank is None
+        still = [key_of(name) for name, spec in specs.items() if spec.init is zeros and config.freezes(key_of(name))]
+        if fresh and still:
+            warnings.warn(
+                f"freeze_tiers={shown(config.freeze_tiers)}: {still[0]} begins at zero and stays there: its tier adds "
+                "nothing, now or later. Name the trained adapter that it is to come from in from_adapter.",
+                stacklevel=2,
+            )
         return
     held = current_names(stored_tensors(config.from_adapter), method)
     for path, site in sites.items():

@@ -68,7 +68,7 @@ def as_no_match(error: ValueError) -> ValueError:
 
 
 def check_saved_whole(config: Any) -> None:
-    """Raise ConfigError if PEFT before 0.21 would save this adapter without a part that it trains.
+    """Raise ConfigError if PEFT before 0.21 would save this adapter without a part that it trains, or load it so.
 
     A method tells PEFT 0.21 what belongs to an adapter besides its factors; before, PEFT takes the factors alone. So
     biases would be lost, and so would the structure of a LoR2C adapter that merges and injects, where a Trainer resumes
@@ -76,6 +76,11 @@ def check_saved_whole(config: Any) -> None:
     """
     if hasattr(BaseTuner, "_get_adapter_state_dict"):
         return
+    if config.bank is not None:
+        raise ConfigError(
+            f"an adapter of a set: PEFT {peft.__version__} would leave the tensors that lie in the set's bank as they "
+            "are made afresh. Install peft>=0.21."
+        )
     lost = [f"bias={config.bias!r}"] if config.bias != "none" else []
     if config.no_factors and not config.inference_mode and needs_steps(config):
         asked = [f"{name}={getattr(config, name)}" for name in config.method.step_fields if getattr(config, name)]

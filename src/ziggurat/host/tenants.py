@@ -76,14 +76,15 @@ def share(model: PeftModel, adapters: Sequence[str], tiers: Sequence[str] | None
         for at in common:
             leaf, factors = held[first][at]
             held[name][at][1].take(leaf, factors)
+    tuner: Any = model.base_model
     for module in root.modules():
-        if isinstance(module, model.base_model.tuner_layer_cls):
-            module.set_adapter([first, *others])
+        if isinstance(module, tuner.tuner_layer_cls):
+            module.set_adapter([first, *others])  # type: ignore[operator]
         elif isinstance(module, AuxiliaryTrainingWrapper):  # which takes one active adapter at most
             for name in (name for name in adapters if name in module._adapters):
-                module.modules_to_save[name].requires_grad_(True)
-    model.base_model.active_adapter = [first, *others]
-    model.base_model.together = frozenset(adapters)
+                module.modules_to_save[name].requires_grad_(True)  # type: ignore[index]
+    tuner.active_adapter = [first, *others]
+    tuner.together = frozenset(adapters)
 
 
 def save_tenants(

@@ -76,13 +76,13 @@ class ZigguratPlugin(BasePlugin):
         config = _config(model, cfg)
         if config_only:
             return None, config
-        upcast = {"autocast_adapter_dtype": cfg.get("peft_autocast_adapter_dtype") is not False}
+        upcast: Any = {"autocast_adapter_dtype": cfg.get("peft_autocast_adapter_dtype") is not False}
         if cfg.lora_model_dir:
             made = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference, **upcast)
         else:
             if cfg.seed is not None:
                 set_seed(cfg.seed)
-            made = get_peft_model(model, config, **upcast)  # pyright: ignore[reportArgumentType]
+            made = get_peft_model(model, config, **upcast)
         made.print_trainable_parameters()
         return made, config  # pyright: ignore[reportReturnType]
 

@@ -353,13 +353,16 @@ def plan_recipe(
         four_bits=method.four_bits,
         tenants=tenants,
     )
-    notes = [*base.notes, *planned.notes]
-    if measure_memory and recipe is not None and recipe.train.precision != "fp32":
-        notes.append(
-            f"train.precision {recipe.train.precision}: the activations are counted in the dtype of the weights; "
-            "autocast keeps about half of them, and a copy of the weights that it casts"
-        )
-    return replace(planned, notes=notes)
+    precision = recipe.train.precision if measure_memory and recipe is not None else "fp32"
+    return replace(planned, notes=[*base.notes, *planned.notes, *_precision(precision)])
+
+
+def _precision(precision: str) -> list[str]:
+    told = (
+        f"train.precision {precision}: the activations are counted in the dtype of the weights; autocast keeps about "
+        "half of them, and a copy of the weights that it casts"
+    )
+    return [told] * (precision != "fp32")
 
 
 def _paid(model: nn.Module, choice: dict[str, Any], budget: int) -> dict[str, Any]:

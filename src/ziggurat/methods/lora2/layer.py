@@ -56,7 +56,7 @@ class Directions(MethodLayer):
             E = state_dict.get(f"{prefix}{self.method.store}.{adapter}.E")
             if E is not None and E.shape == kept.shape and bool((E[~kept.to(E.device)] != 0).any()):
                 self.begin(adapter)  # other weights than those that the mask belongs to
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
 
     @torch.no_grad()
     def clear_pruned(self, adapter: str) -> None:

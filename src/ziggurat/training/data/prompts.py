@@ -128,7 +128,7 @@ def fitting_prompts(
     limit = min((n for n in (room, recipe.data.max_length) if n is not None), default=None)
     parts, notes = [], []
     for table, word in ((examples.train, "training"), (examples.validation, "validation")):
-        lengths = [_length(tokenizer, opened(row, examples.shape)) for row in table]
+        lengths = [_length(tokenizer, opened(dict(row), examples.shape)) for row in table]
         if word == "training":
             notes.append(f"{spread(lengths, 'prompts')}; completions have at most {recipe.sampling.tokens} tokens")
         kept = [index for index, length in enumerate(lengths) if limit is None or length <= limit]

@@ -30,7 +30,7 @@ def by_class(
     precision, recall, f1, rows = precision_recall_fscore_support(labels, answers, **options)
     scores: Any = zip(names, rows, precision, recall, f1, strict=True)  # type: ignore[arg-type]
     sure = probabilities.max(-1)
-    wrong = sorted(np.flatnonzero(answers != labels), key=lambda row: -sure[row])
+    wrong = sorted(np.flatnonzero(answers != labels).tolist(), key=lambda row: -float(sure[row]))
     return {
         "classes": [
             {"name": n, "rows": int(count), "precision": 100.0 * p, "recall": 100.0 * r, "f1": 100.0 * f}

@@ -231,23 +231,21 @@ def checked(name: str, function: Reward) -> Reward:
     def numbers(values: Any, given: Mapping[str, Any]) -> list[float | None]:
         return _numbers(name, values, given["completions"])
 
-    if inspect.iscoroutinefunction(function):
+    async def awaited(**given: Any) -> list[float | None]:
+        try:
+            values = await function(**_wanted(function, given))
+        except Exception as error:
+            raise _raised(name, function, error, given) from error
+        return numbers(values, given)
 
-        async def reward(**given: Any) -> list[float | None]:
-            try:
-                values = await function(**_wanted(function, given))
-            except Exception as error:
-                raise _raised(name, function, error, given) from error
-            return numbers(values, given)
-    else:
+    def called(**given: Any) -> list[float | None]:
+        try:
+            values = function(**_wanted(function, given))
+        except Exception as error:
+            raise _raised(name, function, error, given) from error
+        return numbers(values, given)
 
-        def reward(**given: Any) -> list[float | None]:
-            try:
-                values = function(**_wanted(function, given))
-            except Exception as error:
-                raise _raised(name, function, error, given) from error
-            return numbers(values, given)
-
+    reward = awaited if inspect.iscoroutinefunction(function) else called
     reward.__name__ = name
     return reward
 

@@ -121,24 +121,23 @@ def _train(
     note = partial(_note, console, notes)
     watch = _watch(recipe, base, partial(note, kind="warning", style="yellow"))
     task = _task(recipe, base, model, examples, folder, [*callbacks, progress, stop, meter, watch], rewards)
-    trainer = task.trainer
     note(*examples.notes, *task.notes, *_notes(recipe, processes, fit))
     begun = time.monotonic() - float(noted.get("seconds", 0.0))
     try:
-        before = _score_before(recipe, trainer, folder, noted, console)
-        answers = _answers(recipe, trainer, base, examples, folder, noted)
+        before = _score_before(recipe, task.trainer, folder, noted, console)
+        answers = _answers(recipe, task.trainer, base, examples, folder, noted)
         with told_of_storage(folder.checkpoints, "Make room; where there is a checkpoint, go on with resume=true."):
-            trainer.train(resume_from_checkpoint=str(folder.last_checkpoint()) if recipe.resume else None)
+            task.trainer.train(resume_from_checkpoint=str(folder.last_checkpoint()) if recipe.resume else None)
     finally:
         progress.close()
-    before = before or _scores(next((line for line in trainer.state.log_history if _first_scores(line)), {}))
+    before = before or _scores(next((line for line in task.trainer.state.log_history if _first_scores(line)), {}))
     if stop.agreed is not None:
         folder.note({"before": before, "seconds": time.monotonic() - begun, "answers": answers.rows})
-        raise _interrupted(recipe, folder, stop.agreed, trainer.state)
+        raise _interrupted(recipe, folder, stop.agreed, task.trainer.state)
     # From here on signals are deferred until the result is saved: they could only lose what has been learned.
     after, seen = _final_scores(task, recipe), _seen(task, answers, examples)
-    trackers.close(trainer)
-    state = sharding.whole_state(trainer, processes)
+    trackers.close(task.trainer)
+    state = sharding.whole_state(task.trainer, processes)
     result = Result(
         folder=folder.final,
         method=recipe.method["name"],
@@ -148,17 +147,17 @@ def _train(
         guess=task.guess,
         counts=counts,
         seconds=time.monotonic() - begun,
-        steps=trainer.state.global_step,
+        steps=task.trainer.state.global_step,
         peak_mb=peak_memory(),
         step_seconds=meter.step_seconds,
         notes=notes,
-        history=[line for line in trainer.state.log_history if line],
+        history=[line for line in task.trainer.state.log_history if line],
         shape=examples.shape,
-        left=settle(trainer.model),
+        left=settle(task.trainer.model),
         **seen,
     )
     with told_of_storage(folder.final, _hint(folder.last_checkpoint())):
-        processes.first(lambda: save(folder, recipe, base, trainer.model, state, spec, result))  # type: ignore[arg-type]
+        processes.first(lambda: save(folder, recipe, base, task.trainer.model, state, spec, result))  # type: ignore[arg-type]
     return result
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 COMPLETIONS = "completions.jsonl"
 #: Completions of a step, and of a scoring, that are kept there.
 KEPT = 8
+#: Stands for a trainer of TRL's, which importing this file must not load.
+_TRL: Any = object
 
 
 def rewarding(
@@ -54,14 +56,15 @@ def rewarding(
         stop_at_turns(base.model, base.tokenizer)
     if recipe.rewards.beta:
         _check_start(recipe, base.tokenizer, model)
+    kind: Any
     kind, config = (GRPOTrainer, GRPOConfig) if recipe.task == "grpo" else (RLOOTrainer, RLOOConfig)
-    made = config(**arguments)
+    made: Any = config(**arguments)
     prompts = made.generation_batch_size // recipe.sampling.completions
     if prompts > len(train):
         raise DataError(
             f"train.batch: a step takes {prompts} prompts, and {recipe.data.train} has {len(train)} to learn"
         )
-    trainer = _rewarded(kind)(
+    trainer: Any = type(kind.__name__, (Rewarded, kind), {})(
         model=model,
         reward_funcs=list(rewards.values()),
         args=made,
@@ -131,76 +134,73 @@ def _cut_back(samples: Path, step: int) -> None:
     samples.write_text("".join(line for line, kept in zip(lines, made, strict=True) if kept), encoding="utf-8")
 
 
-def _rewarded(base: type) -> type:
-    class RewardedTrainer(Resumable, base):
-        """TRL's trainer `base`, scored by the rewards of the likeliest completion of each validation prompt."""
+class Rewarded(Resumable, _TRL):
+    """Mixed into a trainer of TRL: scored by the rewards of the likeliest completion of each validation prompt."""
 
-        samples: Path
-        _scored: list[tuple[Tensor, Tensor]]
+    samples: Path
+    _scored: list[tuple[Tensor, Tensor]]
 
-        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-            return OrderOfEpoch(super()._get_train_sampler(*args, **kwargs), self)
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return OrderOfEpoch(super()._get_train_sampler(*args, **kwargs), self)
 
-        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-            if self.model.training:
-                return super()._generate_single_turn(*args, **kwargs)
-            if self.use_vllm:
-                held = self.vllm_generation.temperature
-                self.vllm_generation.temperature = 0.0
-                try:
-                    return super()._generate_single_turn(*args, **kwargs)
-                finally:
-                    self.vllm_generation.temperature = held
-            held = self.generation_kwargs, self.generation_config
-            drawn = ("do_sample", "temperature", "top_p", "top_k", "min_p")
-            self.generation_kwargs = {k: v for k, v in held[0].items() if k not in drawn} | {"do_sample": False}
-            self.generation_config = GenerationConfig(**self.generation_kwargs, disable_compile=True)
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        if self.model.training:
+            return super()._generate_single_turn(*args, **kwargs)
+        if self.use_vllm:
+            held = self.vllm_generation.temperature
+            self.vllm_generation.temperature = 0.0
             try:
                 return super()._generate_single_turn(*args, **kwargs)
             finally:
-                self.generation_kwargs, self.generation_config = held
+                self.vllm_generation.temperature = held
+        held = self.generation_kwargs, self.generation_config
+        drawn = ("do_sample", "temperature", "top_p", "top_k", "min_p")
+        self.generation_kwargs = {k: v for k, v in held[0].items() if k not in drawn} | {"do_sample": False}
+        self.generation_config = GenerationConfig(**self.generation_kwargs, disable_compile=True)
+        try:
+            return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            self.generation_kwargs, self.generation_config = held
 
-        def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-            if self.accelerator.is_main_process and (self.model.training or not self._scored):
-                self._keep(prompts, completions, rewards)
-            if not self.model.training:
-                lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)
-                self._scored.append((rewards, self.accelerator.gather(lengths)))
-            return rewards
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.accelerator.is_main_process and (self.model.training or not self._scored):
+            self._keep(prompts, completions, rewards)
+        if not self.model.training:
+            lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)
+            self._scored.append((rewards, self.accelerator.gather(lengths)))
+        return rewards
 
-        def _keep(self, prompts: Any, completions: Any, rewards: Tensor) -> None:
-            when = {"step": self.state.global_step, "part": "training" if self.model.training else "validation"}
-            self.samples.parent.mkdir(parents=True, exist_ok=True)
-            with self.samples.open("a", encoding="utf-8") as file:
-                for prompt, completion, row in list(zip(prompts, completions, rewards.tolist(), strict=False))[:KEPT]:
-                    scores = dict(zip(self.reward_func_names, row, strict=True))
-                    line = {**when, "prompt": prompt, "completion": completion, "rewards": scores}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    def _keep(self, prompts: Any, completions: Any, rewards: Tensor) -> None:
+        when = {"step": self.state.global_step, "part": "training" if self.model.training else "validation"}
+        self.samples.parent.mkdir(parents=True, exist_ok=True)
+        with self.samples.open("a", encoding="utf-8") as file:
+            for prompt, completion, row in list(zip(prompts, completions, rewards.tolist(), strict=False))[:KEPT]:
+                scores = dict(zip(self.reward_func_names, row, strict=True))
+                line = {**when, "prompt": prompt, "completion": completion, "rewards": scores}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-        def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-            if resume_from_checkpoint is not None and self.accelerator.is_main_process and self.samples.is_file():
-                _cut_back(self.samples, step_of(Path(resume_from_checkpoint)))
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is not None and self.accelerator.is_main_process and self.samples.is_file():
+            _cut_back(self.samples, step_of(Path(resume_from_checkpoint)))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-        def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-            self._prepare_inputs(inputs)
-            return None, None, None
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        self._prepare_inputs(inputs)
+        return None, None, None
 
-        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-            self._scored = []
-            output = super().evaluation_loop(*args, **kwargs)
-            self._metrics["eval"].clear()  # means of batches, of which the last may be smaller
-            rows = len(self.eval_dataset)
-            scores = torch.cat([rewards for rewards, _ in self._scored])[:rows].double()
-            lengths = torch.cat([lengths for _, lengths in self._scored])[:rows].double()
-            weighted = (scores * self.reward_weights.to(scores)).nansum(1)
-            weighted[scores.isnan().all(1)] = torch.nan
-            found = {"reward": weighted.nanmean(), "tokens": lengths.mean()}
-            if len(self.reward_func_names) > 1:
-                found |= dict(zip(self.reward_func_names, scores.nanmean(0), strict=True))
-            prefix = kwargs.get("metric_key_prefix", "eval")
-            output.metrics.update({f"{prefix}_{name}": float(value) for name, value in found.items()})
-            return output
-
-    return RewardedTrainer
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._scored = []
+        output = super().evaluation_loop(*args, **kwargs)
+        self._metrics["eval"].clear()  # means of batches, of which the last may be smaller
+        rows = len(self.eval_dataset)
+        scores = torch.cat([rewards for rewards, _ in self._scored])[:rows].double()
+        lengths = torch.cat([lengths for _, lengths in self._scored])[:rows].double()
+        weighted = (scores * self.reward_weights.to(scores)).nansum(1)
+        weighted[scores.isnan().all(1)] = torch.nan
+        found = {"reward": weighted.nanmean(), "tokens": lengths.mean()}
+        if len(self.reward_func_names) > 1:
+            found |= dict(zip(self.reward_func_names, scores.nanmean(0), strict=True))
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": float(value) for name, value in found.items()})
+        return output

@@ -138,7 +138,8 @@ def _scored(
 
         if not last:  # a resumed run whose last scores are in its checkpoint
             trainer.evaluate()
-        sampler: Any = trainer._get_eval_sampler(parts[1])  # rows of similar length may have been scored together
+        # Rows of similar length may have been scored together.
+        sampler: Any = trainer._get_eval_sampler(parts[1])  # type: ignore[arg-type]
         order = list(sampler) if sampler is not None else range(len(parts[1]))
         texts = shown_texts(examples.validation)
         shown = [texts[row] for row in order]
