@@ -181,6 +181,7 @@ def picture(task: str, table: list[Row], file: Path) -> None:
             axis.annotate(row.name, (x, 100 * mean), textcoords="offset points", xytext=(5, 4), fontsize=7)
         axis.axhline(100, color="grey", linewidth=0.7)
         axis.set_xscale("log")
+        axis.margins(x=0.2)
         axis.set_xlabel(label)
     axes[0].set_ylabel("share of LoRA r 8's gain on held-out rows, %")
     figure.suptitle(f"{task}: mean and 95% interval over seeds; circles: q and v or paths, squares: all seven")
@@ -195,7 +196,8 @@ def left_out(plan: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
     names = []
     for group, name, runs in planned(plan, done):
         rates = [f"{run.rate:g}" for run in runs if run.key not in done]
-        best = None if rates else best_rate(runs, done)
+        tried = [run for run in runs if run.key in done]
+        best = best_rate(tried, done) if tried else None
         seeds = [
             str(seed)
             for seed in plan["seeds"][1:]

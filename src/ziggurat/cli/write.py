@@ -47,6 +47,8 @@ def export(
     else:
         written = exporting.export(adapter, out, serving=serving, base_model=base)
     say(f"plain LoRA of rank {written.rank} on {written.modules} linear layers written to {out}")
+    if written.cost is not None:
+        say(f"note: {written.cost}")
     if serving:
         say(f"serve it with --max-lora-rank {written.rank}")
     if gguf:

@@ -21,17 +21,21 @@ from .beside import copy_tokenizer
 from .card import card
 from .content import check_complete
 from .gguf import modelfile
-from .serving import serving_rank
+from .serving import cost_of_serving, serving_rank
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the folder, the rank of its pairs (the largest where they differ), how many modules."""
+    """What was written: the folder, the rank of its pairs (the largest where they differ), how many modules.
+
+    `cost`: what it costs servers that this rank is above the adapter's r; None where it isn't.
+    """
 
     folder: Path
     rank: int
     modules: int
     serving: bool
+    cost: str | None = None
 
 
 def export_model(
@@ -84,7 +88,8 @@ def _export(
             (folder / "Modelfile").write_text(modelfile(config.base_model_name_or_path or "BASE"), encoding="utf-8")
         (folder / "README.md").write_text(card(bare(model), config, lora.r, serving), encoding="utf-8")
         add(folder)
-    return Exported(out, lora.r, sum(name.endswith(".lora_A.weight") for name in tensors), serving)
+    pairs = sum(name.endswith(".lora_A.weight") for name in tensors)
+    return Exported(out, lora.r, pairs, serving, cost_of_serving(model, adapter))
 
 
 def export(adapter: str | Path, out: str | Path, *, serving: bool = False, base_model: str | None = None) -> Exported:

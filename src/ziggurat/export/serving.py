@@ -6,7 +6,11 @@ modules get one rank, with lora_alpha = r: rows and columns of zeros fill the pa
 
 from collections.abc import Collection
 
+import torch
+from torch import nn
+
 from ziggurat.errors import ExportError
+from ziggurat.host.linear import AdaptedLinear
 
 #: The ranks that vLLM's --max-lora-rank accepts.
 SERVING_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -30,3 +34,21 @@ def serving_rank(needed: int, tensors: Collection[str]) -> int:
             f"the update's rank is {needed}, and vLLM allows at most {SERVING_RANKS[-1]}: merge into the model instead."
         )
     return rank
+
+
+@torch.no_grad()
+def cost_of_serving(model: nn.Module, adapter: str = "default") -> str | None:
+    """What it costs servers of plain LoRA that tiers add their ranks up; None where `adapter` has LoRA's own rank."""
+    layers: list[AdaptedLinear] = [m for m in model.modules() if isinstance(m, AdaptedLinear) and adapter in m.adapters]
+    if not layers:
+        return None
+    r: int = layers[0].configs[adapter].r
+    rank = max(layer.effective_pair(adapter).A.shape[-2] for layer in layers)
+    padded = next((allowed for allowed in SERVING_RANKS if allowed >= rank), rank)
+    usual = next((allowed for allowed in SERVING_RANKS if allowed >= r), r)
+    if padded <= usual:
+        return None
+    return (
+        f"as plain LoRA it has rank {rank}, which servers pad to {padded}: {padded / usual:g} times the memory and "
+        f"time of LoRA r {r} there"
+    )

@@ -16,6 +16,7 @@ from torch import nn
 from ziggurat.analysis.components import UPDATE, Component
 from ziggurat.analysis.readers import READERS, components, place_by_name
 from ziggurat.errors import ConfigError, RecipeError
+from ziggurat.export.serving import cost_of_serving
 from ziggurat.host.anatomy import Anatomy, Place
 from ziggurat.host.method import method_of
 from ziggurat.host.names import key_of
@@ -159,10 +160,15 @@ def plan(
         modules = list(getattr(adapted, "targeted_module_names", None) or adapted.base_model.targeted_module_names)
         step = Step(batch, length, LABELS.get(task or ""), pair, checkpointing, four_bits)
         estimate = memory(adapted, step) if measure_memory else None
+        if (served := cost_of_serving(adapted)) is not None:
+            notes.append(served)
     if estimate is not None and estimate.activations is None:
         notes.append("this model's forward looks at values, so its activations can't be counted without weights")
     adapter = sum(p.numel() for p in trained.values()) - head
     others, refused = _beside(model, config, method, adapter)
+    lora = next((other.parameters for other in others if (other.method, other.kind) == ("lora", "r")), adapter)
+    if adapter > lora:
+        notes.append(f"larger than LoRA of the same r and targets ({lora:,}): in this model too few layers share")
     return Plan(
         model=name,
         method=method,

@@ -33,7 +33,7 @@ from ..devices.processes import Processes, join, launched_size
 from ..folder import workplace
 from ..folder.checkpoints import WholeCheckpoints, step_of
 from ..folder.run_folder import RunFolder, launched
-from ..model.adapt import adapt, count
+from ..model.adapt import Counts, adapt, count
 from ..model.base import Base, HeadSpec, load_base
 from .finish import settle
 from .meter import Meter, expected_bytes, peak_memory
@@ -121,7 +121,7 @@ def _train(
     note = partial(_note, console, notes)
     watch = _watch(recipe, base, partial(note, kind="warning", style="yellow"))
     task = _task(recipe, base, model, examples, folder, [*callbacks, progress, stop, meter, watch], rewards)
-    note(*examples.notes, *task.notes, *_notes(recipe, processes, fit))
+    note(*examples.notes, *task.notes, *_notes(recipe, processes, fit), *_costs(model, counts))
     begun = time.monotonic() - float(noted.get("seconds", 0.0))
     try:
         before = _score_before(recipe, task.trainer, folder, noted, console)
@@ -245,6 +245,18 @@ def _notes(recipe: Recipe, processes: Processes, fit: Fit | None) -> Iterator[st
         )
     if fit is not None:
         yield f"rank {fit.rank} meets the budget with {fit.parameters:,} parameters"
+
+
+def _costs(model: nn.Module, counts: Counts) -> Iterator[str]:
+    from ziggurat.export.serving import cost_of_serving
+
+    if counts.lora is not None and counts.adapter > counts.lora:
+        yield (
+            f"the adapter trains {counts.adapter:,} parameters, more than LoRA of the same r and targets "
+            f"({counts.lora:,}): in this model too few layers share"
+        )
+    if (served := cost_of_serving(model)) is not None:
+        yield served
 
 
 def _score_before(
