@@ -1,6 +1,7 @@
 """`ziggurat init`: a recipe from a file's columns and rows; and `recipes --keys`."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,18 @@ def test_two_texts_and_a_number_and_what_fits_nothing(tmp_path: Path, capsys: py
     # Lists of tags are passed over; a number that is missing is no class.
     tagged = [{"text": f"a text of {n}", "tags": ["a", "b"], "stars": n % 3 if n else float("nan")} for n in range(20)]
     assert made(write(tmp_path / "tagged.jsonl", tagged), tmp_path / "tagged.yaml").data.label == "stars"
+    # What the recipe counts as missing is what training would refuse, in every column that it reads.
+    rows[0]["sentence2"], rows[1]["sentence1"], rows[2]["score"] = None, " ", math.inf
+    made(file := write(tmp_path / "gaps.jsonl", rows), tmp_path / "gaps.yaml")
+    assert "2 of 20 rows lack a text or a label" in (tmp_path / "gaps.yaml").read_text()
+    capsys.readouterr()
+    # A task that the file is not fit for is refused, not replaced by another.
+    texts = write(tmp_path / "texts.jsonl", [{"text": f"a text of {n}", "topic": "ab"[n % 2]} for n in range(9)])
+    for words, said in ((("regression",), "text, topic, which fit regression"), (("kto",), "which fit kto")):
+        assert main("init", str(texts), "--out", str(tmp_path / "none.yaml"), "--task", *words) == 2
+        assert said in capsys.readouterr().err
+    alone = write(tmp_path / "alone.jsonl", [{"text": f"a text of {n}"} for n in range(9)])
+    assert main("init", str(alone), "--out", str(tmp_path / "none.yaml"), "--task", "classification") == 2
     capsys.readouterr()
     numbers = write(tmp_path / "numbers.jsonl", [{"a": n, "b": n} for n in range(9)])
     assert main("init", str(numbers), "--out", str(tmp_path / "none.yaml")) == 2

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shlex
 import sys
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 import yaml
 
 from commands import main
@@ -18,12 +20,14 @@ from commands import main
 sys.path.insert(0, str(Path(__file__).parent / "training"))
 from training_tables import reviews, save_tiny_bert, tiny_recipe, write_csv
 
+from ziggurat.training.answers.load import load_adapter_model
 from ziggurat.training.loop.run import train
 
 
 class Hub(BaseHTTPRequestHandler):
     """What huggingface_hub asks for an upload: who I am, a repository, where files go, a commit."""
 
+    address: str
     files: dict[str, bytes]
     asked: list[str]
 
@@ -66,7 +70,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     Hub.files, Hub.asked = {}, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    Hub.address = f"127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("HF_ENDPOINT", f"http://{Hub.address}")
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     yield Hub
@@ -93,6 +98,25 @@ def test_the_card_is_filled(run: Path) -> None:
     assert f"torch {info['versions']['torch']}" in text and "from peft import PeftModel" in text
 
 
+@pytest.mark.parametrize("pooling", ["model", "mean"])
+def test_what_the_card_says_loads_a_method_of_peft(pooling: str, run: Path, tmp_path: Path) -> None:
+    rows = reviews(24)
+    for row in rows[::3]:
+        row["label"] = "fair"
+    data, steps = write_csv(tmp_path / "three.csv", rows), {"train__max_steps": 1}
+    made = tiny_recipe(
+        run.parent / "tiny-bert", data, tmp_path / "out", method__name="lora", head__pooling=pooling, **steps
+    )
+    folder = train(made).folder
+    code = (folder / "README.md").read_text().rpartition("```python")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("path/to/this/folder", str(folder)), names)
+    ours = load_adapter_model(folder)
+    inputs = ours.tokenizer("the film is very good", return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(names["model"].eval()(**inputs).logits, ours.model(**inputs).logits)
+
+
 def test_an_adapter_an_export_and_a_merged_model_are_uploaded(
     run: Path, tmp_path: Path, hub: type[Hub], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,3 +141,22 @@ def test_who_is_not_logged_in_hears_it_before_any_work(
     assert main("train", str(run / "recipe.yaml"), f"output={tmp_path / 'new'}", "--push-to-hub", "me/mine") == 2
     assert "--push-to-hub: not logged in" in capsys.readouterr().err
     assert not list(tmp_path.glob("new*")) and hub.asked == ["/api/whoami-v2"]
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    assert main("export", str(run), str(tmp_path / "new"), "--push-to-hub", "me/mine") == 2
+    assert "--push-to-hub: the hub can't be reached" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_an_upload_that_fails_can_be_made_again_as_private_as_before(
+    run: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ziggurat.errors import ExportError
+    from ziggurat.export.push import push
+
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ExportError) as failed:
+        push(run, "me/mine", private=True)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://{hub.address}")
+    command = shlex.split(str(failed.value).partition("`")[2].partition("`")[0])
+    assert command[:2] == ["python", "-c"] and "hf upload" not in str(failed.value)
+    exec(command[2], {})
+    assert b"mistakes" not in hub.files["run.json"]

@@ -1,7 +1,9 @@
 """What a run shows: lines outside a terminal, the file that is followed, classes, answers, commands to paste."""
 
 import json
+import os
 import shlex
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import TrainerCallback
 
 from commands import main
 from ziggurat.analysis.live import live_page, places_of, read_progress
+from ziggurat.training.callbacks.interrupt import Interrupted
 from ziggurat.training.loop.report import show
 from ziggurat.training.loop.run import train
 from ziggurat.training.model.generate import Sampling
@@ -80,6 +83,31 @@ def test_answers_before_and_after(tiny_llama: Path, tmp_path: Path, capsys: pyte
     assert json.loads(capsys.readouterr().out)["answer"] == result.answers[0]["after"]
     none = train(tiny_recipe(tiny_llama, file, tmp_path / "none", train__answers=0, train__max_steps=20, **options))
     assert none.answers == [] and none.after == result.after
+
+
+def test_a_resumed_run_may_ask_more_questions(tiny_llama: Path, tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    rows = [{"prompt": f"say {word} ", "completion": word} for word in ("one", "two", "three")]
+    file = write_jsonl(tmp_path / "questions.jsonl", rows * 4)
+    options: dict[str, Any] = {"task": "instruct", "train__max_steps": 3}
+    options |= {"data__validation": str(file), "data__validation_rows": None}
+    with pytest.raises(Interrupted):
+        train(tiny_recipe(tiny_llama, file, tmp_path / "out", train__answers=1, **options), callbacks=[Stop()])
+    result = train(tiny_recipe(tiny_llama, file, tmp_path / "out", train__answers=3, resume=True, **options))
+    assert [sorted(row) for row in result.answers] == [
+        ["after", "before", "expected", "question"],
+        *[["after", "expected", "question"]] * 2,
+    ]
+
+
+def test_what_is_logged_twice_at_a_step_is_kept(tmp_path: Path) -> None:
+    lines = [{"step": 5, "steps": 5, "eval_accuracy": 80.0}, {"step": 5, "steps": 5, "train_runtime": 1.0}]
+    (tmp_path / "progress.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert read_progress(tmp_path) == [{**lines[0], **lines[1]}]
 
 
 def test_conversations_are_asked_and_talked_to(

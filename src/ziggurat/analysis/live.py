@@ -43,7 +43,8 @@ def read_progress(work: Path) -> list[dict[str, Any]]:
         except ValueError:  # half a line, of a run that is writing it or was killed
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines[line["step"], "loss" in line] = line
+            key = line["step"], "loss" in line
+            lines[key] = lines.get(key, {}) | line  # scores, and what the end of training logs at the same step
     return [lines[key] for key in sorted(lines)]
 
 

@@ -27,7 +27,9 @@ def init(
 
     if task is not None and task not in TASKS:
         raise typer.BadParameter(f"--task {task}: one of {', '.join(TASKS)}")
-    place = out or Path(f"{Path(file).name.removesuffix('.gz').rpartition('.')[0] or 'recipe'}.yaml")
+    place = (
+        out.expanduser() if out else Path(f"{Path(file).name.removesuffix('.gz').rpartition('.')[0] or 'recipe'}.yaml")
+    )
     if place.exists():
         raise ExportError(f"'{place}' exists already; name another file by --out")
     text, seen = start(file, task=task, model=model)

@@ -100,6 +100,7 @@ def _labelled(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
 
 def _answers(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
     """Perplexity of the answers, and the share of rows whose answer is written word for word (greedily)."""
+    from ziggurat.training.data.encode import positions
     from ziggurat.training.data.template import question_of
     from ziggurat.training.data.tokens import tokens_of
     from ziggurat.training.model.generate import Sampling, generate
@@ -118,13 +119,18 @@ def _answers(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
     asked = [question for question in asked if question is not None]
     if not asked:
         return {"scores": scores, "intervals": intervals, "per_cent": (), "notes": notes}
-    prompts, answers = [ids for ids, _, _ in asked], [answer.strip() for _, _, answer in asked]
-    longest = max(len(loaded.tokenizer(answer)["input_ids"]) for answer in answers)  # type: ignore[arg-type]
+    most = positions(loaded.model.config)
+    fitting = [question for question in asked if most is None or len(question[0]) < most]
+    if len(fitting) < len(asked):
+        left_out = len(asked) - len(fitting)
+        notes.append(f"{left_out} questions fill all {most} positions of the model: their answers count as wrong")
+    prompts, answers = [ids for ids, _, _ in fitting], [answer.strip() for _, _, answer in fitting]
+    longest = max((len(loaded.tokenizer(answer)["input_ids"]) for answer in answers), default=0)  # type: ignore[arg-type]
     wanted = Sampling(tokens=min(longest + 8, 512))
     written = generate(loaded.model, loaded.tokenizer, prompts, wanted, batch=batch, name=loaded.recipe.model)
     hits = sum(text == answer for text, answer in zip(written, answers, strict=True))
-    scores["exact_match"] = 100.0 * hits / len(answers)
-    intervals["exact_match"] = share_interval(hits, len(answers))
+    scores["exact_match"] = 100.0 * hits / len(asked)
+    intervals["exact_match"] = share_interval(hits, len(asked))
     return {"scores": scores, "intervals": intervals, "per_cent": ("exact_match",), "notes": notes}
 
 
@@ -159,6 +165,9 @@ def _judged(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
 
     notes: list[str] = []
     good = np.asarray(table["good"], dtype=bool)
+    if good.all() or not good.any():
+        kind = "good" if good.all() else "bad"
+        raise DataError(f"--data: all {len(good)} answers are {kind}, and their distance needs both; raise --limit")
     rows = tokens_of(loaded.recipe, loaded.tokenizer, table, "scored", notes)
     rewards = _rewards(loaded, rows, batch, notes)
     margin = float(rewards[good].mean() - rewards[~good].mean())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,23 @@ def check(repo: str) -> None:
     """See that the hub knows this user, before hours of work. Raises ExportError."""
     if repo.count("/") > 1 or not repo.strip("/"):
         raise ExportError(f"--push-to-hub '{repo}': a repository is called OWNER/NAME, or NAME")
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
     api, errors = _hub()
     try:
         api.whoami()
     except errors as error:
+        if isinstance(error, HfHubHTTPError | LocalTokenNotFoundError):
+            raise ExportError(
+                f"--push-to-hub: not logged in: {first_line(error)}; `hf auth login`, or set HF_TOKEN"
+            ) from error
         raise ExportError(
-            f"--push-to-hub: not logged in: {first_line(error)}; `hf auth login`, or set HF_TOKEN"
+            f"--push-to-hub: the hub can't be reached: {first_line(error)}. Connect this machine, see to HF_ENDPOINT "
+            "and HF_HUB_OFFLINE, or leave --push-to-hub out"
         ) from error
 
 
-def push(folder: Path, repo: str, *, private: bool = False) -> str:
+def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
     """Upload `folder` in one commit, and return the repository's address; it is made where there is none.
 
     What names paths of this machine, or holds texts of the validation rows, is taken out of run.json and recipe.yaml.
@@ -40,14 +48,18 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
     """
     from huggingface_hub import CommitOperationAdd
 
+    folder = Path(folder)
     api, errors = _hub()
     operations = [CommitOperationAdd(name, content) for name, content in _contents(folder)]
     try:
         made = api.create_repo(repo, private=private, exist_ok=True)
         api.create_commit(made.repo_id, operations, commit_message=f"Upload {folder.name}")
     except errors as error:
+        # `hf upload` would take the paths and the texts of validation rows along.
+        again = f"from ziggurat.export.push import push; push({str(folder)!r}, {repo!r}, private={private})"
         raise ExportError(
-            f"--push-to-hub: {first_line(error)}. '{folder}' is whole; push it again with `hf upload {repo} {folder}`"
+            f"--push-to-hub: {first_line(error)}. '{folder}' is whole; push it again with `python -c "
+            f"{shlex.quote(again)}`"
         ) from error
     return str(made)
 
@@ -88,6 +100,7 @@ def _name(value: Any) -> Any:
 
 def _hub() -> tuple[Any, tuple[type[Exception], ...]]:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
-    return HfApi(endpoint=os.environ.get("HF_ENDPOINT")), (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError)
+    # Its first base is the HTTP client's error, which a hub that can't be reached raises.
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT")), (*HfHubHTTPError.__bases__, OSError, ValueError)

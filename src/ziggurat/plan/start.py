@@ -57,14 +57,15 @@ def look(file: str, task: str | None = None) -> Start:
 
     nested = [name for names in ALIASES.values() for name in names]
     table = read_table(file, nested=nested)
-    seen = next((found for found in _forms(table) if task in (None, found.task)), None)
+    seen = next((form for form in _forms(table) if task in (None, form.task)), None)
     if seen is None and task not in ("dpo", "kto"):
         seen = _table(table, task)
-    if seen is None:
+    if seen is None or task not in (None, seen.task):
         raise DataError(
-            f"{file} has the columns {', '.join(table.column_names)}, which fit no task; needed: a text and a label; "
-            "messages; prompt and completion; instruction and output; prompt, chosen and rejected; or text alone. "
-            "--task says what is to be learned"
+            f"{file} has the columns {', '.join(table.column_names)}, which fit {task or 'no task'}; needed: a text "
+            "and a label, a number for regression (classification, regression); messages, prompt and completion, "
+            "instruction and output, or text alone (instruct); prompt, chosen and rejected (dpo); prompt, completion "
+            "and a label true or false (kto). Rename columns, or say by --task what is to be learned"
         )
     return seen
 
@@ -111,7 +112,9 @@ def _table(table: Dataset, task: str | None) -> Start | None:
         if first != "text":
             keys["data.columns.text"] = (first, "")
         return Start("instruct", "texts without labels: training goes on with plain text", keys)
-    values = [value for value in columns[label] if value not in (None, "") and value == value]  # NaN is no label
+    values = [value for value in columns[label] if not _is_gap(value) and value == value]  # NaN is no label
+    if not values or (task == "regression" and not all(isinstance(value, int | float) for value in values)):
+        return None
     kind = task or ("regression" if _are_numbers(values) else "classification")
     others = [name for name in texts if name not in (pair or (first,))]
     keys = {"data.text": (first, f"other texts: {', '.join(others)}" if others else "the column of texts")}
@@ -124,7 +127,8 @@ def _table(table: Dataset, task: str | None) -> Start | None:
             "merge",
             "some labels differ by case or blanks alone; keep makes a class of each",
         )
-    gaps = sum(any(columns[name][row] in (None, "") for name in (first, label)) for row in range(len(table)))
+    read = (first, label, *pair[1:]) if pair else (first, label)
+    gaps = sum(any(_is_gap(columns[name][row]) for name in read) for row in range(len(table)))
     if gaps:
         keys["data.drop_missing"] = (True, f"{gaps} of {len(table)} rows lack a text or a label")
     keys["data.max_length"] = _length(columns[first], columns[pair[1]] if pair else [])
@@ -145,6 +149,11 @@ def _label_of(columns: dict[str, list[Any]]) -> str | None:
     return min(few, key=lambda name: few[name], default=None)
 
 
+def _is_gap(value: Any) -> bool:
+    """True where `data.drop_missing` leaves the row out."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
 def _is_text(values: Sequence[Any]) -> bool:
     return any(isinstance(value, str) for value in values) and all(isinstance(v, str | None) for v in values)
 
@@ -153,7 +162,7 @@ def _are_numbers(values: Sequence[Any]) -> bool:
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         return False
     different = len(set(values))
-    return any(value != int(value) for value in values) or different > max(_MOST_CLASSES, len(values) / 10)
+    return any(value % 1 != 0 for value in values) or different > max(_MOST_CLASSES, len(values) / 10)
 
 
 def _labels_in_words(values: Sequence[Any], kind: str) -> str:

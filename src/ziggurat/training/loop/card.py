@@ -16,14 +16,15 @@ from ziggurat.recipe.schema import Recipe
 from .metrics import lower_is_better
 
 if TYPE_CHECKING:
+    from ..model.base import HeadSpec
     from .result import Result
 
 
-def write_run_card(folder: Path, recipe: Recipe, result: Result, versions: dict[str, str]) -> None:
+def write_run_card(folder: Path, recipe: Recipe, spec: HeadSpec, result: Result, versions: dict[str, str]) -> None:
     """Write `folder`/README.md; the section on loading that an adapter of ours has stays at its end."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    section = text[text.index(BEGIN) :] if BEGIN in text else _loading(recipe)
+    section = text[text.index(BEGIN) :] if BEGIN in text else _loading(recipe, spec)
     path.write_text(f"{run_card(recipe, result, versions)}\n{section.rstrip()}\n", encoding="utf-8")
 
 
@@ -96,16 +97,27 @@ def _base(model: str) -> tuple[str, bool]:
     return (Path(model).expanduser().resolve().name if local else model), local
 
 
-def _loading(recipe: Recipe) -> str:
-    """How to load what stock PEFT or transformers load."""
+def _loading(recipe: Recipe, spec: HeadSpec) -> str:
+    """How to load what stock PEFT or transformers load, and what only our own loader does."""
+    if not recipe.writes and spec.pooling == "mean":
+        return """## Loading
+
+```python
+from ziggurat.training import load_adapter_model
+
+model = load_adapter_model("path/to/this/folder").model
+```
+"""
     kind = "CausalLM" if recipe.writes else "SequenceClassification"
     is_adapter = METHODS[recipe.method["name"]].config is not None
     package, prefix = ("peft", "AutoPeftModelFor") if is_adapter else ("transformers", "AutoModelFor")
+    # An adapter's base comes without the head's size; a whole model's config has it.
+    labels = f", num_labels={len(spec.label_names) or 1}" if is_adapter and not recipe.writes else ""
     return f"""## Loading
 
 ```python
 from {package} import {prefix}{kind}
 
-model = {prefix}{kind}.from_pretrained("path/to/this/folder")
+model = {prefix}{kind}.from_pretrained("path/to/this/folder"{labels})
 ```
 """

@@ -72,7 +72,7 @@ def save(
         base.tokenizer.save_pretrained(str(ready))
     from .card import write_run_card
 
-    write_run_card(ready, recipe, result, versions())
+    write_run_card(ready, recipe, spec, result, versions())
     (ready / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
     workplace.keep_logs(folder.work, ready)
     folder.note(

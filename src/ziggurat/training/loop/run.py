@@ -286,7 +286,9 @@ def _answers(
 
     answers = Answers(recipe, trainer, base.tokenizer, examples.validation, alone=folder.processes.way == "one")
     if "answers" in noted:
-        answers.rows = noted["answers"]
+        # `train.answers` may be another in the resumed run; the questions come in the same order.
+        for row, earlier in zip(answers.rows, noted["answers"], strict=False):
+            row |= earlier
     elif recipe.train.evaluate_before and answers.rows:
         answers.write("before")
         folder.note({**folder.noted(), "answers": answers.rows})

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from ziggurat.recipe.schema import Recipe
 
+from ..data.encode import positions
 from ..data.examples import Examples
 from ..data.template import question_of
 from ..model.generate import Sampling, generate
@@ -48,8 +49,8 @@ class Answers:
         if not self._prompts:
             return
         model: Any = self.trainer.model
-        most = getattr(model.config, "max_position_embeddings", None) or 2**31
-        fits = [place for place, ids in enumerate(self._prompts) if len(ids) < most]
+        most = positions(model.config)
+        fits = [place for place, ids in enumerate(self._prompts) if most is None or len(ids) < most]
         training = model.training
         model.eval()
         with quiet():
@@ -64,7 +65,7 @@ def example_of(examples: Examples) -> list[str]:
     """The texts of a short validation row, in the form in which `ziggurat predict` takes them."""
     table, shape = examples.validation, examples.shape
     rows = [_texts(dict(row), shape) for row in table.select(range(min(50, len(table))))]
-    usable = [texts for texts in rows if all(text.strip() for text in texts)]
+    usable = [texts for texts in rows if texts and all(text.strip() for text in texts)]
     texts = min(usable, key=lambda texts: sum(map(len, texts)), default=["..."])
     return [" ".join(text.split())[:LONGEST] for text in texts]
 
