@@ -26,7 +26,9 @@ from packaging.utils import canonicalize_name
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 #: Modules that only import where Triton is, which torch brings on a machine with a GPU.
-TRITON = ("ziggurat.lowrank.triton_kernels", "ziggurat.lowrank.triton_product")
+TRITON = {"ziggurat.lowrank.triton_kernels", "ziggurat.lowrank.triton_product"}
+#: Modules that a client alone loads, whose classes they extend.
+CLIENTS = {"ziggurat.integrations.axolotl", "ziggurat.integrations.swift.ziggurat_swift"}
 
 
 def core_distributions() -> set[str]:
@@ -106,7 +108,7 @@ def import_all() -> list[str]:
 
     failed = []
     for one in pkgutil.walk_packages(ziggurat.__path__, "ziggurat."):
-        if one.name.endswith("__main__") or one.name in TRITON:
+        if one.name.endswith("__main__") or one.name in TRITON | CLIENTS:
             continue
         try:
             importlib.import_module(one.name)

@@ -124,8 +124,10 @@ def test_an_adapter_is_asked_as_it_was_trained_and_stops_where_turns_end(
     assert loaded.model.generation_config.eos_token_id == ends
     merge_model(loaded.model, tmp_path / "merged", loaded.tokenizer)
     assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"] == ends
-    with pytest.raises(DataError, match="column 'prompt', row 1: a text is needed, this is of type list"):
-        read_texts(write_jsonl(tmp_path / "asked.jsonl", [{"prompt": [ASKED]}]), loaded)
+    (conversation,), _ = read_texts(write_jsonl(tmp_path / "asked.jsonl", [{"prompt": [ASKED]}]), loaded)
+    asked.clear()
+    predict(loaded, [conversation], max_new_tokens=2)
+    assert asked == [learned]
 
 
 def test_a_plain_template_is_asked_with_its_whole_generation_prompt(chat_model: Path) -> None:

@@ -197,9 +197,9 @@ def read_texts(file: Path, loaded: Loaded) -> tuple[list[str] | list[Conversatio
             raise DataError(f"this adapter compares two texts: give a table with '{data.text}' and '{data.text_pair}'")
         return read_lines(file), None
     columns = text_columns(loaded.recipe)
-    table = read_table(str(file), texts=columns, nested=columns if loaded.recipe.writes else ())
-    chats = column_of(loaded.recipe, "messages", table, str(file)) if loaded.run.get("shape") == "messages" else None
-    if chats is not None:
+    talks = loaded.run.get("shape") == "messages"
+    table = read_table(str(file), texts=columns, nested=columns if talks else ())
+    if talks and (chats := _chats(loaded, table, str(file))) is not None:
         return _conversations(loaded, table, chats, str(file)), None
     if loaded.head.task in WRITES:
         first, second = _question_columns(loaded, table, str(file))
@@ -214,6 +214,15 @@ def read_texts(file: Path, loaded: Loaded) -> tuple[list[str] | list[Conversatio
     if loaded.head.task in WRITES:  # an instruction may have no input
         return texts, ["" if text is None else str(text) for text in table[second]]
     return texts, texts_of(table, second, str(file))
+
+
+def _chats(loaded: Loaded, table: Any, source: str) -> str | None:
+    """The column of conversations, or of prompts that are messages, as TRL's data have them; None where both lack."""
+    column = column_of(loaded.recipe, "messages", table, source)
+    prompts = column_of(loaded.recipe, "prompt", table, source) if column is None else None
+    if prompts is not None and any(str(prompt).startswith("[{") for prompt in table[prompts]):
+        return prompts
+    return column
 
 
 def _conversations(loaded: Loaded, table: Any, column: str, source: str) -> list[Conversation]:
