@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fresh import FORKS
 from ziggurat.lowrank import mask as masks
 
 
@@ -87,7 +88,8 @@ def _draw_in_a_group(rank: int, folder: str) -> None:
 
 
 def test_processes_that_are_seeded_alike_drop_other_entries(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_draw_in_a_group, (str(tmp_path),), nprocs=2)
+    way = "fork" if FORKS else "spawn"  # a spawned process loads the libraries anew
+    torch.multiprocessing.start_processes(_draw_in_a_group, (str(tmp_path),), nprocs=2, start_method=way)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for own in (first, second):
         assert torch.equal(own[0], own[1])
