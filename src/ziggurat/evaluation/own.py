@@ -77,12 +77,15 @@ def _labelled(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
 
     second = list(table["text_pair"]) if "text_pair" in table.column_names else None
     answers = predict(loaded, list(table["text"]), second, batch=batch)
-    labels, names = np.asarray(table["label"]), [str(name) for name in loaded.head.label_names]
+    labels, names = np.asarray(list(table["label"])), [str(name) for name in loaded.head.label_names]
     if not names:
         outputs, classes = np.asarray([answer.answer for answer in answers], dtype=np.float64), {}
     else:
-        outputs = np.asarray([[(answer.shares or {})[name] for name in names] for answer in answers])
-        classes = by_class(outputs, labels, names, shown_texts(table))
+        outputs, classes = np.asarray([[(answer.shares or {})[name] for name in names] for answer in answers]), {}
+        if loaded.recipe.task == "multilabel":
+            outputs = outputs - 0.5
+        else:
+            classes = by_class(outputs, labels, names, shown_texts(table))
     scores = score(loaded.recipe, outputs, labels, len(names))
     metric, rows = loaded.recipe.main_metric, len(labels)
 
@@ -92,8 +95,9 @@ def _labelled(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
     if not names:
         intervals = {name: correlation_interval(name, scores[name], rows) for name in _FACTORS if rows > 3}
     else:
-        intervals = {"accuracy": share_interval(round(scores["accuracy"] * rows / 100), rows)}
-        intervals |= {metric: drawn_interval(of_rows, rows)} if metric != "accuracy" else {}
+        share = "subset_accuracy" if loaded.recipe.task == "multilabel" else "accuracy"
+        intervals = {share: share_interval(round(scores[share] * rows / 100), rows)}
+        intervals |= {metric: drawn_interval(of_rows, rows)} if metric != share else {}
     per_cent = tuple(name for name in scores if name != "rmse")
     return {"scores": scores, "intervals": intervals, "per_cent": per_cent, "by_class": classes}
 
@@ -177,6 +181,7 @@ def _judged(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
 #: Task -> what scores its rows.
 _SCORERS: dict[str, Callable[[Loaded, Dataset, int], dict[str, Any]]] = {
     "classification": _labelled,
+    "multilabel": _labelled,
     "regression": _labelled,
     "instruct": _answers,
     "dpo": _preferences,

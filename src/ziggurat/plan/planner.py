@@ -50,6 +50,7 @@ _VARIANTS = {"sharelor2c": "ShareLoR2C"}
 LABELS = {
     **dict.fromkeys(("instruct", "dpo", "kto", "grpo", "rloo"), "tokens"),
     "classification": "classes",
+    "multilabel": "classes",
     "regression": "values",
 }
 

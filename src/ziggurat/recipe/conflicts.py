@@ -17,15 +17,17 @@ _TASK_ONLY = {
     "rewarded": tuple(key for key in keys() if key.startswith(("rewards.", "sampling."))),
     "labelled": ("data.label",),
     "score": ("data.text", "data.text_pair", "head.pooling", "head.dropout", "head.lr"),
-    "classification": ("data.label_names", "data.similar_labels"),
+    "classes": ("data.label_names", "data.similar_labels"),
+    "multilabel": ("data.label_separator",),
 }
 #: Kinds of tasks that keys go with.
 _KINDS = {
     "writing": WRITES,
     "preference": ("dpo", "kto"),
     "rewarded": REWARDED,
-    "labelled": ("classification", "regression", "kto"),
-    "score": ("classification", "regression"),
+    "labelled": ("classification", "multilabel", "regression", "kto"),
+    "score": ("classification", "multilabel", "regression"),
+    "classes": ("classification", "multilabel"),
 }
 
 

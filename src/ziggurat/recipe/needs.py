@@ -9,7 +9,12 @@ from .methods import METHODS
 from .schema import WRITES, Recipe
 
 #: Task -> the packages that train or score it.
-OF_A_TASK = {"classification": "scikit-learn", "regression": "scipy", **dict.fromkeys(WRITES, "trl")}
+OF_A_TASK = {
+    "classification": "scikit-learn",
+    "multilabel": "datasets",
+    "regression": "scipy",
+    **dict.fromkeys(WRITES, "trl"),
+}
 
 
 def needs(recipe: Recipe) -> dict[str, str]:

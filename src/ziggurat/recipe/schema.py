@@ -16,6 +16,7 @@ Every = Literal["epoch", "never"] | Positive
 SCORED_LENGTH, MOST_LENGTH = 256, 2048
 
 CLASSIFICATION_METRICS = ("accuracy", "f1", "matthews")
+MULTILABEL_METRICS = ("f1_micro", "f1_macro", "subset_accuracy")
 REGRESSION_METRICS = ("pearson", "spearman")
 INSTRUCT_METRICS = ("perplexity",)
 #: As TRL calls them: the share of pairs whose better answer has the greater reward, and the rewards' distance.
@@ -29,6 +30,7 @@ WRITES = ("instruct", "dpo", "kto", *REWARDED)
 #: The scores of each task that a recipe may choose by, the usual one first.
 METRICS = {
     "classification": CLASSIFICATION_METRICS,
+    "multilabel": MULTILABEL_METRICS,
     "regression": REGRESSION_METRICS,
     "instruct": INSTRUCT_METRICS,
     "dpo": PAIR_METRICS,
@@ -41,6 +43,9 @@ Metric = Literal[
     "accuracy",
     "f1",
     "matthews",
+    "f1_micro",
+    "f1_macro",
+    "subset_accuracy",
     "pearson",
     "spearman",
     "perplexity",
@@ -120,6 +125,9 @@ class DataPart(Part):
     text_pair: str | None = Field(default=None, description="column with the second text")
     label: str = Field(default="label", description="column with the class or the number to predict")
     label_names: list[str] | None = Field(default=None, description="names of the classes 0, 1, ...")
+    label_separator: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="multilabel: what stands between the labels of a text, e.g. `;`; lists need none"
+    )
     format: Literal["auto", "prompt", "alpaca", "messages", "text"] = Field(
         default="auto",
         description="instruct: prompt + completion, instruction (+ input) + output, conversations, or plain text",
@@ -255,7 +263,7 @@ class Recipe(Part):
 
     about: str = Field(default="", description="one line that says what this is")
     name: str = Field(default="run", description="names the output folder; without it the file's name")
-    task: Literal["classification", "regression", "instruct", "dpo", "kto", "grpo", "rloo"] = Field(
+    task: Literal["classification", "multilabel", "regression", "instruct", "dpo", "kto", "grpo", "rloo"] = Field(
         default="classification", description="what is learned"
     )
     model: str = Field(description="folder or hub name, or `embedded` (all-MiniLM-L6-v2 from the installed package)")

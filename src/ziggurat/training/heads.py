@@ -26,7 +26,8 @@ class MeanPooledClassifier(PreTrainedModel):
     One text: W [u]. Two texts, each encoded by itself as sentence encoders were trained to do:
     W [u, v, |u - v|, u * v] [Conneau et al. 2017]. With one label the loss is the mean squared error, else
     cross-entropy. Sentence encoders such as all-MiniLM learn slowly through a fresh head on the first token, which
-    they never used, and fast through this one.
+    they never used, and fast through this one. With labels of shape (batch, labels), each 0 or 1, the loss is the mean
+    binary cross-entropy.
 
     The config carries `mean_pooled_pair` (two texts) and `mean_pooled_dropout`.
     """
@@ -74,7 +75,9 @@ class MeanPooledClassifier(PreTrainedModel):
         logits = self.classifier(self.dropout(self.features(input_ids, attention_mask)).to(self.classifier_dtype))
         loss = None
         if labels is not None:
-            if logits.shape[-1] == 1:
+            if labels.dim() == 2:
+                loss = functional.binary_cross_entropy_with_logits(logits.float(), labels.float())
+            elif logits.shape[-1] == 1:
                 loss = functional.mse_loss(logits.squeeze(-1).float(), labels.float())
             else:
                 loss = functional.cross_entropy(logits.float(), labels)

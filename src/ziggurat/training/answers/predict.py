@@ -29,10 +29,10 @@ from .load import Loaded, load_adapter_model
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer: the class, number or text; for classes also the probability of each."""
+    """One answer: the class, classes, number or text; for classes also the probability of each."""
 
     text: str
-    answer: str | float
+    answer: str | float | list[str]
     shares: dict[str, float] | None = None
 
     def to_json(self) -> str:
@@ -42,6 +42,8 @@ class Prediction:
     def to_line(self, alone: bool = True) -> str:
         """`positive  (positive 0.93, negative 0.07)`; where there are several, in one line with its text behind."""
         said = f"{self.answer:.4f}" if isinstance(self.answer, float) else str(self.answer)
+        if isinstance(self.answer, list):
+            said = ", ".join(self.answer) or "none"
         said, text = (part if alone else part.replace("\n", "\\n") for part in (said, self.text))
         if self.shares is not None:
             ranked = sorted(self.shares.items(), key=lambda item: -item[1])[:5]
@@ -83,9 +85,9 @@ def predict_each(
 ) -> Iterator[Prediction]:
     """The answers one after the other, as each batch of `batch` texts is done (32 to score, 8 to write).
 
-    Classes come with softmax probabilities, regression with the number, instruct with text, by `sampling`; `system` is
-    the system prompt of texts that are asked as conversations. Raises DataError when one text is given for two, or two
-    for one, or a conversation where the adapter has learned none.
+    Classes come with softmax probabilities (multilabel: all above 1/2, with sigmoid ones), regression with the number,
+    instruct with text, by `sampling`; `system` is the system prompt of texts that are asked as conversations. Raises
+    DataError when one text is given for two, or two for one, or a conversation where the adapter has learned none.
     """
     loaded = adapter if isinstance(adapter, Loaded) else load_adapter_model(adapter)
     if not texts:
@@ -133,8 +135,13 @@ def _score(loaded: Loaded, texts: Sequence[str], second: Sequence[str] | None, b
         if loaded.head.task == "regression":
             yield from (Prediction(text, float(value)) for text, value in zip(part, scores[:, 0], strict=True))
             continue
-        for text, shares in zip(part, scores.softmax(-1).tolist(), strict=True):
+        several = loaded.head.task == "multilabel"
+        probabilities = scores.sigmoid() if several else scores.softmax(-1)
+        for text, shares in zip(part, probabilities.tolist(), strict=True):
             named = dict(zip(loaded.head.label_names, shares, strict=True))
+            if several:
+                yield Prediction(text, [name for name, share in named.items() if share > 0.5], named)
+                continue
             yield Prediction(text, max(named, key=lambda name: named[name]), named)
 
 

@@ -28,7 +28,7 @@ def check_ending(out: Path) -> None:
 def write_answers(out: Path, predictions: Sequence[Prediction], second: Sequence[str] | None) -> None:
     """Columns `text`, `text_pair` (if two), `answer`, and `probability_<class>` of every class.
 
-    In csv a text that a spreadsheet would compute gets a quote in front.
+    In csv a text that a spreadsheet would compute gets a quote in front, and answers that are lists stand as JSON texts.
 
     Raises StorageError where the disk doesn't take the file.
     """
@@ -51,10 +51,14 @@ def write_answers(out: Path, predictions: Sequence[Prediction], second: Sequence
         buffer = io.StringIO(newline="")
         writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({name: no_formula(value) for name, value in row.items()} for row in rows)
+        writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
         text = buffer.getvalue()
     elif ending == ".json":
         text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
     else:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_whole(out, text)
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else no_formula(value)

@@ -108,6 +108,6 @@ class Collator:
         if second:
             batch = {key: value.unflatten(0, (2, len(rows))).transpose(0, 1) for key, value in batch.items()}
         if labels is not None:
-            kind = torch.float32 if isinstance(labels[0], float) else torch.long
+            kind = torch.float32 if isinstance(labels[0], float | list) else torch.long
             batch["labels"] = torch.tensor(labels, dtype=kind)
         return batch

@@ -67,7 +67,7 @@ def load_examples(recipe: Recipe) -> Examples:
         draw(train, data.max_train, recipe.seed),
         draw(validation, data.max_validation, recipe.seed),
     )
-    if recipe.task == "classification" and len(set(train["label"])) < 2:
+    if recipe.task in ("classification", "multilabel") and len(set(map(str, train["label"]))) < 2:
         raise DataError(f"data.label: all {len(train)} training rows have the same label, nothing to learn")
     return Examples(train, validation, names, notes, shape)
 
@@ -84,6 +84,10 @@ def load_scored(recipe: Recipe, source: str, names: list[str]) -> tuple[Dataset,
     values = list(table[recipe.data.label])
     if recipe.task == "regression":
         labels: list[Any] = [number_of(value) for value in values]
+    elif recipe.task == "multilabel":
+        from .multi import sets_among
+
+        labels = sets_among(recipe, table, names, source)
     else:
         labels = places_of(recipe, values, names, source)
     return _assemble(recipe, table, labels), None, notes
@@ -102,8 +106,12 @@ def class_names(recipe: Recipe) -> list[str] | None:
     train = _read(recipe, data.train, data.train_split)
     require_column(train, data.label, "data.label", data.train)
     faults = Faults(data.train, len(train))
-    check_class_values(list(train[data.label]), data.label, faults)
+    _check_labels(recipe, list(train[data.label]), faults)
     train, _ = faults.settle(train, data.drop_missing)
+    if recipe.task == "multilabel":
+        from .multi import one_a_row
+
+        train, _ = one_a_row(recipe, train)
     return names_of(recipe, train, data.train)
 
 
@@ -131,7 +139,7 @@ def _read(recipe: Recipe, source: str, split: str, demo: str = "train") -> Datas
         subset=recipe.data.subset,
         split=split,
         demo=demo,
-        texts=text_columns(recipe),
+        texts=[*text_columns(recipe), *([recipe.data.label] if recipe.task == "multilabel" else [])],
         nested=text_columns(recipe) if recipe.writes else (),
         classes=recipe.data.label if recipe.task == "classification" else None,
         encoding=recipe.data.encoding,
@@ -148,8 +156,12 @@ def _split_off(recipe: Recipe, train: Dataset, notes: list[str]) -> tuple[Datase
             f"{data.train} has {len(train)} rows: splitting off {count} for the scores leaves none to learn from; "
             "lower data.validation_rows or name validation data"
         )
-    classes = {"classification": "label", "kto": "good"}.get(recipe.task)
+    classes = {"classification": "label", "multilabel": "label", "kto": "good"}.get(recipe.task)
     strata = list(train[classes]) if classes is not None else None
+    if recipe.task == "multilabel":
+        from .multi import rarest
+
+        strata = rarest(train[classes])
     split = draw_split(list(map(_identity, train)), strata, count, recipe.seed)
     scored = len(split.validation)
     notes.append(f"no validation data named: {scored} of {len(train)} rows split off with seed {recipe.seed}")
@@ -220,6 +232,10 @@ def _labelled(
     if recipe.task == "regression":
         labels: list[list[Any]] = [[number_of(value) for value in table[data.label]] for table in tables]
         names: list[str] = []
+    elif recipe.task == "multilabel":
+        from .multi import sets_of
+
+        names, labels = sets_of(recipe, tables, data.train)
     else:
         names, labels = classes_of(recipe, tables, data.train)
     built = [_assemble(recipe, table, label) for table, label in zip(tables, labels, strict=True)]
@@ -242,9 +258,17 @@ def _checked(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, list
                 faults.add(index, f"no text in column '{column}' ({key})", gap=True)
             elif isinstance(text, list | dict | bytes):
                 faults.add(index, f"column '{column}' ({key}): a text is needed, this is {kind_of(text)}")
-    check_labels = check_numbers if recipe.task == "regression" else check_class_values
-    check_labels(list(table[data.label]), data.label, faults)
+    _check_labels(recipe, list(table[data.label]), faults)
     return faults.settle(table, data.drop_missing)
+
+
+def _check_labels(recipe: Recipe, values: list[Any], faults: Faults) -> None:
+    if recipe.task == "multilabel":
+        from .multi import check_sets
+
+        return check_sets(recipe, values, faults)
+    check = check_numbers if recipe.task == "regression" else check_class_values
+    check(values, recipe.data.label, faults)
 
 
 def _assemble(recipe: Recipe, table: Dataset, labels: list[Any]) -> Dataset:

@@ -26,6 +26,11 @@ class Faults:
         self._rows: dict[str, list[int]] = {}
         self._gaps: set[str] = set()
 
+    @property
+    def kinds(self) -> list[str]:
+        """What is wrong, each once."""
+        return list(self._rows)
+
     def add(self, index: int, what: str, *, gap: bool = False) -> None:
         """Row `index` (from 0) has the fault `what`. Values belong into `what` only where few rows have them."""
         self._rows.setdefault(what, []).append(index)

@@ -16,6 +16,8 @@ def score(recipe: Recipe, predictions: np.ndarray, labels: np.ndarray, classes: 
 
     `classes`: how many the adapter knows, whether or not all of them occur here; of no meaning to regression.
     classification: accuracy, f1 (of class 1 with two classes, else the mean over those that occur), matthews.
+    multilabel: f1_micro (of all labels of all rows together), f1_macro (mean over the classes that occur) and
+    subset_accuracy (rows whose labels are all right); a class is predicted where its score is above 0, p > 1/2.
     regression: pearson, spearman, rmse. A constant prediction has no correlation and scores 0.
     """
     if recipe.task == "regression":
@@ -28,6 +30,8 @@ def score(recipe: Recipe, predictions: np.ndarray, labels: np.ndarray, classes: 
             spearman = float(stats.spearmanr(flat, truth)[0]) if len(truth) > 1 else 0.0  # type: ignore[arg-type]
         rmse = math.sqrt(float(np.mean((flat - truth) ** 2)))
         return {"pearson": _percent(pearson), "spearman": _percent(spearman), "rmse": rmse}
+    if recipe.task == "multilabel":
+        return _of_sets(predictions > 0, labels > 0)
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     predicted = predictions.argmax(-1) if predictions.ndim > 1 else predictions
@@ -39,6 +43,20 @@ def score(recipe: Recipe, predictions: np.ndarray, labels: np.ndarray, classes: 
     }
 
 
+def _of_sets(answers: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Scores of sets of classes, (rows, classes). Intervals draw rows 1,000 times: too often for scikit-learn's checks.
+
+    F1 = 2 hits / (predicted + there), of all classes together or of each one that is predicted or there.
+    """
+    hits, either = (answers & truth).sum(0), answers.sum(0) + truth.sum(0)
+    seen = either > 0
+    return {
+        "f1_micro": _percent(2 * float(hits.sum()) / float(either.sum())) if seen.any() else 0.0,
+        "f1_macro": _percent(float(np.mean(2 * hits[seen] / either[seen]))) if seen.any() else 0.0,
+        "subset_accuracy": _percent(float(np.mean((answers == truth).all(1)))),
+    }
+
+
 def outputs_of(predictions: Any) -> np.ndarray:
     """The model's scores among what it returned: (rows, classes) or (rows, 1)."""
     return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
@@ -47,9 +65,12 @@ def outputs_of(predictions: Any) -> np.ndarray:
 def mean_loss(predictions: Any, labels: Any) -> float:
     """The mean over all rows of the loss that training lowers: cross-entropy, or squared error of a single output.
 
-    L = mean_i (ln sum_c exp z_ic - z_iy), or mean_i (z_i - y_i)^2.
+    L = mean_i (ln sum_c exp z_ic - z_iy), or mean_i (z_i - y_i)^2; of labels for each class, 0 or 1, binary
+    cross-entropy mean_ic (ln(1 + exp z_ic) - y_ic z_ic).
     """
     scores, truth = outputs_of(predictions).astype(np.float64), np.asarray(labels)
+    if truth.ndim == 2:
+        return float(np.mean(np.logaddexp(0.0, scores) - truth * scores))
     if scores.ndim == 1 or scores.shape[-1] == 1:
         return float(np.mean((scores.reshape(-1) - truth) ** 2))
     top = scores.max(-1, keepdims=True)
@@ -61,6 +82,8 @@ def guessing(recipe: Recipe, train_labels: np.ndarray, labels: np.ndarray, class
     """Scores of the majority-class baseline, or of the mean baseline (regression)."""
     if recipe.task == "regression":
         return score(recipe, np.full(len(labels), float(np.mean(train_labels))), labels, classes)
+    if recipe.task == "multilabel":  # each class as most training rows have it
+        return score(recipe, np.tile(train_labels.mean(0) - 0.5, (len(labels), 1)), labels, classes)
     values, counts = np.unique(train_labels, return_counts=True)
     return score(recipe, np.full(len(labels), values[counts.argmax()]), labels, classes)
 

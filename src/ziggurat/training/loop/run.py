@@ -190,6 +190,8 @@ def _classes(recipe: Recipe, base: Base) -> int | None:
     """Between how many classes or tokens the model chooses; None where it predicts a number."""
     if recipe.task == "regression":
         return None
+    if recipe.task == "multilabel":  # yes or no, of each class
+        return 2
     config = base.model.config
     return config.get_text_config().vocab_size if recipe.task == "instruct" else config.num_labels
 

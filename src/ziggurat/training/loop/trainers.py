@@ -123,9 +123,9 @@ def _scored(
             notes.append(spread(lengths, "training texts"))
         if cut := sum(tokens > length for tokens in lengths):
             notes.append(f"{cut} of {len(table)} {word} texts are longer than {length} tokens and were cut")
-    truth = np.asarray(examples.validation["label"])
+    truth = np.asarray(list(examples.validation["label"]))
     classes = len(examples.label_names)
-    guess = metrics.guessing(recipe, np.asarray(examples.train["label"]), truth, classes)
+    guess = metrics.guessing(recipe, np.asarray(list(examples.train["label"])), truth, classes)
 
     last: dict[str, Any] = {}
 
@@ -158,7 +158,7 @@ def _scored(
         callbacks=callbacks,
     )
     trainer.head, trainer.head_lr = tuple(base.head), recipe.head.lr
-    return Task(trainer, guess, notes, judged if classes else dict)
+    return Task(trainer, guess, notes, judged if recipe.task == "classification" else dict)
 
 
 @contextlib.contextmanager

@@ -114,7 +114,7 @@ def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tup
             where = {**where, "key_mapping": {rf"^{own}\.": f"{MeanPooledClassifier.base_model_prefix}."}}
         kind: Any = MeanPooledClassifier
     else:
-        config.problem_type = "regression" if spec.task == "regression" else "single_label_classification"
+        config.problem_type = _PROBLEMS[spec.task]
         kind = AutoModelForSequenceClassification
     # A checkpoint's own head may be of another size: it belongs to another task, and is made afresh.
     model, info = kind.from_pretrained(
@@ -128,6 +128,14 @@ def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tup
         if not name.startswith(tuple(f"{module}." for module in fresh)):
             raise ValueError(f"the checkpoint's {name} is of shape {tuple(there)}, its config says {tuple(wanted)}")
     return model, fresh
+
+
+#: Task -> what transformers calls it, and chooses the loss by.
+_PROBLEMS = {
+    "classification": "single_label_classification",
+    "multilabel": "multi_label_classification",
+    "regression": "regression",
+}
 
 
 def _nf4(dtype: str) -> BitsAndBytesConfig:

@@ -41,6 +41,7 @@ def bare_model(
         **dict.fromkeys(WRITES, transformers.AutoModelForCausalLM),
         "encoder": transformers.AutoModel,
         "classification": transformers.AutoModelForSequenceClassification,
+        "multilabel": transformers.AutoModelForSequenceClassification,
         "regression": transformers.AutoModelForSequenceClassification,
     }.get(task or "")
     own = getattr(transformers, next(iter(config.architectures or []), ""), None)
