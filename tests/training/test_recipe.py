@@ -40,8 +40,8 @@ seed: -1
         "train.lr: '4e-4' is text to YAML, write 4.0e-4",
         "train.batch: needs a whole number, got 16.5",
         "head.poling: unknown, did you mean head.pooling?",
-        "task: 'clasification' is not one of classification, multilabel, regression, instruct, dpo, kto, grpo, rloo, "
-        "did you mean classification?",
+        "task: 'clasification' is not one of classification, multilabel, tokens, regression, instruct, dpo, kto, grpo, "
+        "rloo, did you mean classification?",
         "seed: must be at least 0, got -1",
         "method.rank: unknown, did you mean method.r?",
         "method.use_dora: needs true or false, got 'maybe'",

@@ -102,6 +102,19 @@ def _labelled(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
     return {"scores": scores, "intervals": intervals, "per_cent": per_cent, "by_class": classes}
 
 
+def _tagged(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
+    """Scores of entities; words behind the longest length count as words in none."""
+    from ziggurat.training.answers.entities import tags_of
+    from ziggurat.training.loop.entities import entity_counts, entity_f1, entity_scores
+
+    names = [str(name) for name in loaded.head.label_names]
+    truth = [[names[place] for place in row] for row in table["label"]]
+    answers = list(tags_of(loaded, list(table["tokens"]), batch))
+    counts, scores = entity_counts(truth, answers), entity_scores(truth, answers)
+    intervals = {"entity_f1": drawn_interval(lambda rows: entity_f1(counts[rows]), len(counts))}
+    return {"scores": scores, "intervals": intervals, "per_cent": tuple(scores)}
+
+
 def _answers(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
     """Perplexity of the answers, and the share of rows whose answer is written word for word (greedily)."""
     from ziggurat.training.data.encode import positions
@@ -182,6 +195,7 @@ def _judged(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
 _SCORERS: dict[str, Callable[[Loaded, Dataset, int], dict[str, Any]]] = {
     "classification": _labelled,
     "multilabel": _labelled,
+    "tokens": _tagged,
     "regression": _labelled,
     "instruct": _answers,
     "dpo": _preferences,

@@ -51,6 +51,7 @@ LABELS = {
     **dict.fromkeys(("instruct", "dpo", "kto", "grpo", "rloo"), "tokens"),
     "classification": "classes",
     "multilabel": "classes",
+    "tokens": "tags",
     "regression": "values",
 }
 

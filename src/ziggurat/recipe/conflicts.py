@@ -16,8 +16,10 @@ _TASK_ONLY = {
     "preference": ("train.beta",),
     "rewarded": tuple(key for key in keys() if key.startswith(("rewards.", "sampling."))),
     "labelled": ("data.label",),
-    "score": ("data.text", "data.text_pair", "head.pooling", "head.dropout", "head.lr"),
-    "classes": ("data.label_names", "data.similar_labels"),
+    "score": ("data.text", "data.text_pair", "head.pooling", "head.dropout"),
+    "headed": ("head.lr",),
+    "named": ("data.label_names",),
+    "classes": ("data.similar_labels",),
     "multilabel": ("data.label_separator",),
 }
 #: Kinds of tasks that keys go with.
@@ -27,6 +29,8 @@ _KINDS = {
     "rewarded": REWARDED,
     "labelled": ("classification", "multilabel", "regression", "kto"),
     "score": ("classification", "multilabel", "regression"),
+    "headed": ("classification", "multilabel", "tokens", "regression"),
+    "named": ("classification", "multilabel", "tokens"),
     "classes": ("classification", "multilabel"),
 }
 

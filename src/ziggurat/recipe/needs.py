@@ -12,6 +12,7 @@ from .schema import WRITES, Recipe
 OF_A_TASK = {
     "classification": "scikit-learn",
     "multilabel": "datasets",
+    "tokens": "datasets",
     "regression": "scipy",
     **dict.fromkeys(WRITES, "trl"),
 }

@@ -17,6 +17,7 @@ SCORED_LENGTH, MOST_LENGTH = 256, 2048
 
 CLASSIFICATION_METRICS = ("accuracy", "f1", "matthews")
 MULTILABEL_METRICS = ("f1_micro", "f1_macro", "subset_accuracy")
+TOKENS_METRICS = ("entity_f1", "entity_precision", "entity_recall", "token_accuracy")
 REGRESSION_METRICS = ("pearson", "spearman")
 INSTRUCT_METRICS = ("perplexity",)
 #: As TRL calls them: the share of pairs whose better answer has the greater reward, and the rewards' distance.
@@ -31,6 +32,7 @@ WRITES = ("instruct", "dpo", "kto", *REWARDED)
 METRICS = {
     "classification": CLASSIFICATION_METRICS,
     "multilabel": MULTILABEL_METRICS,
+    "tokens": TOKENS_METRICS,
     "regression": REGRESSION_METRICS,
     "instruct": INSTRUCT_METRICS,
     "dpo": PAIR_METRICS,
@@ -46,6 +48,10 @@ Metric = Literal[
     "f1_micro",
     "f1_macro",
     "subset_accuracy",
+    "entity_f1",
+    "entity_precision",
+    "entity_recall",
+    "token_accuracy",
     "pearson",
     "spearman",
     "perplexity",
@@ -66,7 +72,7 @@ def _named(what: str) -> Any:
 
 
 class ColumnsPart(Part):
-    """What the columns of instruction and preference data are called, where a file calls them otherwise."""
+    """What the columns of instruction, preference and tagged data are called, where a file calls them otherwise."""
 
     messages: str | None = _named("the conversation (else messages, conversations or conversation)")
     role: str | None = Field(default=None, description="key of a message with its role (else role or from)")
@@ -80,6 +86,8 @@ class ColumnsPart(Part):
     input: str | None = _named("Alpaca's input (else input or context)")
     output: str | None = _named("Alpaca's answer (else output or response)")
     text: str | None = _named("plain text (else text)")
+    tokens: str | None = _named("the words of a text (else tokens)")
+    tags: str | None = _named("the BIO tags of these words (else tags)")
     chosen: str | None = _named("the better of two answers (else chosen)")
     rejected: str | None = _named("the worse of two answers (else rejected)")
 
@@ -263,8 +271,8 @@ class Recipe(Part):
 
     about: str = Field(default="", description="one line that says what this is")
     name: str = Field(default="run", description="names the output folder; without it the file's name")
-    task: Literal["classification", "multilabel", "regression", "instruct", "dpo", "kto", "grpo", "rloo"] = Field(
-        default="classification", description="what is learned"
+    task: Literal["classification", "multilabel", "tokens", "regression", "instruct", "dpo", "kto", "grpo", "rloo"] = (
+        Field(default="classification", description="what is learned")
     )
     model: str = Field(description="folder or hub name, or `embedded` (all-MiniLM-L6-v2 from the installed package)")
     gguf_file: str | None = Field(

@@ -8,7 +8,12 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedTokenizerBase,
+)
 
 from ziggurat.errors import ConfigError, RecipeError
 from ziggurat.files.untrusted import MOST_RUN, own_file, read_json
@@ -113,4 +118,6 @@ def head_of(run: dict[str, Any], path: Path) -> HeadSpec:
 def _whole_class(spec: HeadSpec) -> Any:
     if spec.task in WRITES:
         return AutoModelForCausalLM
+    if spec.task == "tokens":
+        return AutoModelForTokenClassification
     return MeanPooledClassifier if spec.pooling == "mean" else AutoModelForSequenceClassification

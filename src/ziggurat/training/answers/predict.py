@@ -22,6 +22,7 @@ from ..data.faults import Faults, RowFault
 from ..data.instruct import column_of
 from ..data.readers import read_lines
 from ..data.tables import read_table, require_column, texts_of
+from ..data.tags import words_in
 from ..data.template import asked_ids, chat_ids
 from ..model.generate import Sampling, generate
 from .load import Loaded, load_adapter_model
@@ -29,10 +30,10 @@ from .load import Loaded, load_adapter_model
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer: the class, classes, number or text; for classes also the probability of each."""
+    """One answer: the class, classes, entities, number or text; for classes also the probability of each."""
 
     text: str
-    answer: str | float | list[str]
+    answer: str | float | list[Any]
     shares: dict[str, float] | None = None
 
     def to_json(self) -> str:
@@ -43,7 +44,8 @@ class Prediction:
         """`positive  (positive 0.93, negative 0.07)`; where there are several, in one line with its text behind."""
         said = f"{self.answer:.4f}" if isinstance(self.answer, float) else str(self.answer)
         if isinstance(self.answer, list):
-            said = ", ".join(self.answer) or "none"
+            names = [part if isinstance(part, str) else f"{part['kind']}: {part['text']}" for part in self.answer]
+            said = ", ".join(names) or "none"
         said, text = (part if alone else part.replace("\n", "\\n") for part in (said, self.text))
         if self.shares is not None:
             ranked = sorted(self.shares.items(), key=lambda item: -item[1])[:5]
@@ -61,7 +63,7 @@ class Conversation:
 
 def predict(
     adapter: str | Path | Loaded,
-    texts: Sequence[str | Conversation],
+    texts: Sequence[str | list[str] | Conversation],
     second: Sequence[str] | None = None,
     *,
     batch: int | None = None,
@@ -76,7 +78,7 @@ def predict(
 
 def predict_each(
     adapter: str | Path | Loaded,
-    texts: Sequence[str | Conversation],
+    texts: Sequence[str | list[str] | Conversation],
     second: Sequence[str] | None = None,
     *,
     batch: int | None = None,
@@ -86,8 +88,9 @@ def predict_each(
     """The answers one after the other, as each batch of `batch` texts is done (32 to score, 8 to write).
 
     Classes come with softmax probabilities (multilabel: all above 1/2, with sigmoid ones), regression with the number,
-    instruct with text, by `sampling`; `system` is the system prompt of texts that are asked as conversations. Raises
-    DataError when one text is given for two, or two for one, or a conversation where the adapter has learned none.
+    tokens with entities (lists of words are taken as they are), instruct with text, by `sampling`; `system` is the
+    system prompt of texts that are asked as conversations. Raises DataError when one text is given for two, or two for
+    one, or a conversation where the adapter has learned none.
     """
     loaded = adapter if isinstance(adapter, Loaded) else load_adapter_model(adapter)
     if not texts:
@@ -106,6 +109,10 @@ def predict_each(
         raise DataError("this adapter takes one text, two were given")
     if second is not None and len(second) != len(texts):
         raise DataError(f"{len(texts)} first texts, but {len(second)} second ones")
+    if loaded.head.task == "tokens":
+        from .entities import found_entities
+
+        return (Prediction(*found) for found in found_entities(loaded, texts, batch or 32))  # type: ignore[arg-type]
     if not writes:
         return _score(loaded, [shown(text) for text in texts], second, batch or 32)
     contexts = second if second is not None else [None] * len(texts)
@@ -115,8 +122,10 @@ def predict_each(
     return (Prediction(shown(text), answer) for text, answer in zip(texts, answers, strict=True))
 
 
-def shown(text: str | Conversation) -> str:
+def shown(text: str | list[str] | Conversation) -> str:
     """A text, or what was said last in a conversation."""
+    if isinstance(text, list):
+        return " ".join(text)
     return text if isinstance(text, str) else str(text.messages[-1]["content"])
 
 
@@ -152,9 +161,10 @@ def _opened(loaded: Loaded, messages: list[Any], tools: Any = None) -> list[int]
     return asked_ids(loaded.tokenizer, messages, tools)
 
 
-def _asked(loaded: Loaded, text: str | Conversation, context: str | None, system: str | None) -> list[int]:
+def _asked(loaded: Loaded, text: str | list[str] | Conversation, context: str | None, system: str | None) -> list[int]:
     """Token ids of one question, in the form that the adapter was trained on."""
     shape = loaded.run.get("shape")
+    text = shown(text) if isinstance(text, list) else text
     if isinstance(text, Conversation):
         return _opened(loaded, with_system(text.messages, system), text.tools)
     if shape == "messages":
@@ -188,7 +198,7 @@ def _question_columns(loaded: Loaded, table: Any, source: str) -> tuple[str, str
     return first, context if loaded.run.get("shape") not in ("prompt", "text") else None
 
 
-def read_texts(file: Path, loaded: Loaded) -> tuple[list[str] | list[Conversation], list[str] | None]:
+def read_texts(file: Path, loaded: Loaded) -> tuple[list[Any], list[str] | None]:
     """Texts of a .txt file (one a line), or of a table with the columns the adapter was trained on.
 
     Conversations are asked for what follows them; one that ends in an answer, for that answer anew.
@@ -206,6 +216,9 @@ def read_texts(file: Path, loaded: Loaded) -> tuple[list[str] | list[Conversatio
     columns = text_columns(loaded.recipe)
     talks = loaded.run.get("shape") == "messages"
     table = read_table(str(file), texts=columns, nested=columns if talks else ())
+    if loaded.head.task == "tokens":
+        require_column(table, columns[0], "--file", str(file))
+        return [words_in(cell) for cell in table[columns[0]]], None
     if talks and (chats := _chats(loaded, table, str(file))) is not None:
         return _conversations(loaded, table, chats, str(file)), None
     if loaded.head.task in WRITES:

@@ -28,7 +28,7 @@ def check_ending(out: Path) -> None:
 def write_answers(out: Path, predictions: Sequence[Prediction], second: Sequence[str] | None) -> None:
     """Columns `text`, `text_pair` (if two), `answer`, and `probability_<class>` of every class.
 
-    In csv a text that a spreadsheet would compute gets a quote in front, and answers that are lists stand as JSON texts.
+    In csv a text that a spreadsheet would compute gets a quote in front, and lists are JSON texts.
 
     Raises StorageError where the disk doesn't take the file.
     """

@@ -39,6 +39,11 @@ def encode(
     """Token ids of every row, and how many tokens each had; see `encode_texts`."""
     from datasets import Dataset
 
+    if "tokens" in table.column_names:
+        from .tags import encode_tagged
+
+        columns, lengths = encode_tagged(table, tokenizer, max_length)
+        return Dataset.from_dict(columns), lengths
     second = list(table["text_pair"]) if "text_pair" in table.column_names else None
     columns, lengths = encode_texts(list(table["text"]), second, tokenizer, max_length, separate=separate)
     if "label" in table.column_names:
@@ -107,7 +112,12 @@ class Collator:
         batch: dict[str, Any] = dict(padded)
         if second:
             batch = {key: value.unflatten(0, (2, len(rows))).transpose(0, 1) for key, value in batch.items()}
-        if labels is not None:
+        if labels is not None and isinstance(labels[0], list) and isinstance(labels[0][0], int):  # a label each token
+            width, left = batch["input_ids"].shape[1], self.tokenizer.padding_side == "left"
+            fill = [[-100] * (width - len(row)) for row in labels]
+            rows_of_labels = [[*more, *row] if left else [*row, *more] for row, more in zip(labels, fill, strict=True)]
+            batch["labels"] = torch.tensor(rows_of_labels)
+        elif labels is not None:
             kind = torch.float32 if isinstance(labels[0], float | list) else torch.long
             batch["labels"] = torch.tensor(labels, dtype=kind)
         return batch

@@ -53,6 +53,10 @@ def load_examples(recipe: Recipe) -> Examples:
         if validation is not None:
             validation, _, remarks = read(recipe, validation, data.validation or data.train)
             notes += remarks
+    elif recipe.task == "tokens":
+        from .tags import load_tagged
+
+        train, validation, names = load_tagged(recipe, train, validation, notes)
     else:
         train, validation, names = _labelled(recipe, train, validation, notes)
     if validation is None:
@@ -80,6 +84,11 @@ def load_scored(recipe: Recipe, source: str, names: list[str]) -> tuple[Dataset,
     table = _read(recipe, source, "train")
     if recipe.writes:
         return _reader(recipe.task)(recipe, table, source)
+    if recipe.task == "tokens":
+        from .tags import tagged_among
+
+        notes: list[str] = []
+        return tagged_among(recipe, table, names, source, notes), None, notes
     table, notes = _checked(recipe, table, source)
     values = list(table[recipe.data.label])
     if recipe.task == "regression":
@@ -104,6 +113,10 @@ def class_names(recipe: Recipe) -> list[str] | None:
     if is_hub_name(data.train):
         return None
     train = _read(recipe, data.train, data.train_split)
+    if recipe.task == "tokens":
+        from .tags import tag_names
+
+        return tag_names(recipe, train, None, data.train)
     require_column(train, data.label, "data.label", data.train)
     faults = Faults(data.train, len(train))
     _check_labels(recipe, list(train[data.label]), faults)
@@ -198,6 +211,10 @@ def text_columns(recipe: Recipe) -> list[str]:
         from .instruct import ALIASES, columns_of
 
         return columns_of(recipe, ALIASES)
+    if recipe.task == "tokens":
+        from .tags import tag_columns
+
+        return list(tag_columns(recipe))
     return [column for column in (recipe.data.text, recipe.data.text_pair) if column is not None]
 
 

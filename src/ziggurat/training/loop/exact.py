@@ -16,7 +16,7 @@ COUNTED = "counted_rows"
 
 
 class ExactTrainer(Resumable, Trainer):
-    """A Trainer for scored tasks. Its loss is the mean over a step's examples, each counted once.
+    """A Trainer for scored tasks. Its loss is the mean over a step's examples (or tokens), each counted once.
 
     Over the micro-batches of all processes L = sum_b (n_b / N) L_b: a batch of n_b examples with the mean loss L_b
     counts by its share of the N of its step. At the end of an epoch accelerate fills the last batches up with rows from
@@ -34,20 +34,20 @@ class ExactTrainer(Resumable, Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.world_size == 1:
-            return batches, sum(len(batch["labels"]) for batch in batches)
+            return batches, sum(labelled(batch["labels"]) for batch in batches)
         for batch in batches:
-            batch[COUNTED] = len(batch["labels"])
+            batch[COUNTED] = labelled(batch["labels"])
         if batches and (counted := counted_rows(self, self.args.per_device_train_batch_size)) is not None:
             # One row stays even where none counts: every process has to go through the model.
             last = {name: value[: max(counted, 1)] for name, value in batches[-1].items() if isinstance(value, Tensor)}
-            batches[-1] = {**batches[-1], **last, COUNTED: counted}
+            batches[-1] = {**batches[-1], **last, COUNTED: labelled(batches[-1]["labels"][:counted])}
         number = torch.tensor([sum(batch[COUNTED] for batch in batches)], device=device)
         return batches, self.accelerator.gather(number).sum()  # type: ignore[union-attr]
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        counted = inputs.pop(COUNTED, len(inputs["labels"]))
+        counted = inputs.pop(COUNTED, labelled(inputs["labels"]))
         outputs = model(**inputs)
         loss = outputs["loss"]
         if num_items_in_batch is not None:
@@ -62,6 +62,12 @@ class ExactTrainer(Resumable, Trainer):
             # transformers averages over batches, of which the last holds rows again.
             output.metrics[name] = metrics.mean_loss(output.predictions, output.label_ids)
         return output
+
+
+def labelled(labels: Tensor) -> int:
+    """Over how much a batch's loss is the mean: its rows, or its tokens where these have the labels."""
+    of_tokens = labels.dim() == 2 and not labels.is_floating_point()
+    return int(labels.ne(-100).sum()) if of_tokens else len(labels)
 
 
 def exact_sft(base: type) -> type:

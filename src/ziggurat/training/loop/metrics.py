@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,8 @@ def mean_loss(predictions: Any, labels: Any) -> float:
     cross-entropy mean_ic (ln(1 + exp z_ic) - y_ic z_ic).
     """
     scores, truth = outputs_of(predictions).astype(np.float64), np.asarray(labels)
+    if scores.ndim == 3:  # of tokens, of which some have no label
+        scores, truth = scores[truth != -100], truth[truth != -100]
     if truth.ndim == 2:
         return float(np.mean(np.logaddexp(0.0, scores) - truth * scores))
     if scores.ndim == 1 or scores.shape[-1] == 1:
@@ -78,8 +81,14 @@ def mean_loss(predictions: Any, labels: Any) -> float:
     return float(np.mean(logs - scores[np.arange(len(truth)), truth.astype(np.int64)]))
 
 
-def guessing(recipe: Recipe, train_labels: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
-    """Scores of the majority-class baseline, or of the mean baseline (regression)."""
+def guessing(recipe: Recipe, train: Sequence[Any], validation: Sequence[Any], classes: int) -> dict[str, float]:
+    """Scores of the majority-class baseline, or of the mean baseline (regression), from the labels of both parts.
+
+    None of tokens, most of which are in no entity: it would find nothing.
+    """
+    if recipe.task == "tokens":
+        return {}
+    train_labels, labels = np.asarray(train), np.asarray(validation)
     if recipe.task == "regression":
         return score(recipe, np.full(len(labels), float(np.mean(train_labels))), labels, classes)
     if recipe.task == "multilabel":  # each class as most training rows have it

@@ -77,4 +77,6 @@ def _texts(row: dict[str, Any], shape: str | None) -> list[str]:
     if "prompt" in row:
         instruction = row["prompt"].partition("### Instruction:\n")[2].partition("\n\n###")[0]
         return [instruction if shape == "alpaca" else row["prompt"]]
+    if "tokens" in row:
+        return [" ".join(row["tokens"])]
     return [row[name] for name in ("text", "text_pair") if name in row]

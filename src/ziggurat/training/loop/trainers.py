@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ziggurat.errors import RecipeError
 from ziggurat.host.bars import without_bars
 from ziggurat.recipe.schema import REWARDED, SCORED_LENGTH, Recipe
 
@@ -111,6 +112,8 @@ def _scored(
     checkpoints: Path,
     callbacks: list[TrainerCallback],
 ) -> Task:
+    if recipe.task == "tokens" and not base.tokenizer.is_fast:
+        raise RecipeError(f"model: the tokenizer of {recipe.model} doesn't say which word a token is of; take another")
     wanted = recipe.data.max_length or SCORED_LENGTH
     length = longest(base.tokenizer, base.model.config, wanted)
     notes = [f"data.max_length {wanted} lowered to {length}, all this model can take"] if length < wanted else []
@@ -123,14 +126,16 @@ def _scored(
             notes.append(spread(lengths, "training texts"))
         if cut := sum(tokens > length for tokens in lengths):
             notes.append(f"{cut} of {len(table)} {word} texts are longer than {length} tokens and were cut")
-    truth = np.asarray(list(examples.validation["label"]))
     classes = len(examples.label_names)
-    guess = metrics.guessing(recipe, np.asarray(list(examples.train["label"])), truth, classes)
-
+    guess = metrics.guessing(recipe, list(examples.train["label"]), list(examples.validation["label"]), classes)
     last: dict[str, Any] = {}
 
     def compute(result: Any) -> dict[str, float]:
         last.update(outputs=metrics.outputs_of(result.predictions), labels=np.asarray(result.label_ids))
+        if recipe.task == "tokens":
+            from .entities import scores_of
+
+            return scores_of(examples.label_names, last["outputs"], last["labels"])
         return metrics.score(recipe, last["outputs"], last["labels"], classes)
 
     def judged() -> dict[str, Any]:

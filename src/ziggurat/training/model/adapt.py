@@ -127,5 +127,7 @@ def task_type(recipe: Recipe) -> TaskType | None:
     """PEFT's task of a recipe."""
     if recipe.writes:
         return TaskType.CAUSAL_LM
+    if recipe.task == "tokens":
+        return TaskType.TOKEN_CLS
     # PEFT has no task for a head of ours: without one it stores the class, from which AutoPeftModel rebuilds it.
     return TaskType.SEQ_CLS if recipe.head.pooling == "model" else None

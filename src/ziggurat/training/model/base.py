@@ -13,6 +13,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -79,7 +80,10 @@ def load_base(
     if gguf_file is not None:
         where["gguf_file"] = gguf_file
     try:
-        tokenizer = _tokenizer(tokenizer_from or path, {"trust_remote_code": False} if tokenizer_from else where)
+        reading = {"trust_remote_code": False} if tokenizer_from else dict(where)
+        if spec.task == "tokens":
+            reading["add_prefix_space"] = True  # else byte-level tokenizers join each word to the one before
+        tokenizer = _tokenizer(tokenizer_from or path, reading)
         config = AutoConfig.from_pretrained(path, **where)
         how = {**where, "dtype": dtype} | ({"quantization_config": _nf4(dtype)} if four_bits else {})
         built, fresh = _build(path, spec, config, how)
@@ -113,6 +117,8 @@ def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tup
         if own and own != MeanPooledClassifier.base_model_prefix:
             where = {**where, "key_mapping": {rf"^{own}\.": f"{MeanPooledClassifier.base_model_prefix}."}}
         kind: Any = MeanPooledClassifier
+    elif spec.task == "tokens":
+        kind = AutoModelForTokenClassification
     else:
         config.problem_type = _PROBLEMS[spec.task]
         kind = AutoModelForSequenceClassification

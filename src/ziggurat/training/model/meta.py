@@ -42,6 +42,7 @@ def bare_model(
         "encoder": transformers.AutoModel,
         "classification": transformers.AutoModelForSequenceClassification,
         "multilabel": transformers.AutoModelForSequenceClassification,
+        "tokens": transformers.AutoModelForTokenClassification,
         "regression": transformers.AutoModelForSequenceClassification,
     }.get(task or "")
     own = getattr(transformers, next(iter(config.architectures or []), ""), None)

@@ -1,0 +1,64 @@
+"""The entities that a token classifier finds in texts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from ziggurat.recipe.schema import SCORED_LENGTH
+
+from ..data.encode import Collator, longest
+from ..data.tags import OUTSIDE, encode_words
+from ..loop.entities import entities
+from .load import Loaded
+
+#: What a text is parted into where its words aren't given: words, and signs by themselves.
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+def tags_of(loaded: Loaded, rows: Sequence[list[str]], batch: int) -> Iterator[list[str]]:
+    """The likeliest tag of each word, from its first token; O for words behind the longest length."""
+    config: Any = loaded.model.config
+    length = longest(loaded.tokenizer, config, loaded.recipe.data.max_length or SCORED_LENGTH)
+    columns, firsts, _ = encode_words(rows, loaded.tokenizer, length)
+    encoded = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    collate, device = Collator(loaded.tokenizer), next(loaded.model.parameters()).device
+    for start in range(0, len(rows), batch):
+        inputs = {name: value.to(device) for name, value in collate(encoded[start : start + batch]).items()}
+        with torch.no_grad():
+            places = loaded.model(**inputs).logits.argmax(-1)
+        for row, mask, index in zip(places, inputs["attention_mask"], range(start, len(rows)), strict=False):
+            tags = [OUTSIDE] * len(rows[index])
+            for word, place in zip(firsts[index], row[mask.bool()].tolist(), strict=True):
+                if word is not None:
+                    tags[word] = str(loaded.head.label_names[place])
+            yield tags
+
+
+def found_entities(
+    loaded: Loaded, texts: Sequence[str | list[str]], batch: int
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Each text with its entities: kind, text, and where in the text they start and end (excluded), in characters.
+
+    Lists of words are taken with a blank between them, texts parted into words and signs.
+    """
+    shown = [text if isinstance(text, str) else " ".join(text) for text in texts]
+    spans = [_spans(text) for text in texts]
+    words = [[text[start:end] for start, end in of_text] for text, of_text in zip(shown, spans, strict=True)]
+    for text, of_text, tags in zip(shown, spans, tags_of(loaded, words, batch), strict=True):
+        places = [
+            (kind, of_text[first][0], of_text[end - 1][1])
+            for kind, first, end in sorted(entities(tags), key=lambda span: span[1])
+        ]
+        yield text, [{"kind": kind, "text": text[a:b], "start": a, "end": b} for kind, a, b in places]
+
+
+def _spans(text: str | list[str]) -> list[tuple[int, int]]:
+    if isinstance(text, str):
+        return [match.span() for match in _WORD.finditer(text)]
+    ends = accumulate(len(word) + 1 for word in text)
+    return [(end - 1 - len(word), end - 1) for word, end in zip(text, ends, strict=True)]
