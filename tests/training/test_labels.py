@@ -19,6 +19,7 @@ from ziggurat.training.data.examples import load_examples
 from ziggurat.training.heads import MeanPooledClassifier
 from ziggurat.training.loop import metrics
 from ziggurat.training.loop.run import train
+from ziggurat.training.model.base import HeadSpec, load_base
 
 FORM = Path(__file__).parents[1] / "forms" / "labels.jsonl"
 
@@ -82,7 +83,14 @@ def test_scores_and_losses_by_definition() -> None:
     config.num_labels = 3
     model, ids = MeanPooledClassifier(config).double().eval(), torch.tensor([[3, 4], [5, 6], [7, 8], [3, 9]])
     made = model(input_ids=ids, labels=torch.tensor(truth))
-    assert float(made.loss) == pytest.approx(metrics.mean_loss(made.logits.detach().numpy(), truth), rel=1e-5)
+    assert made.loss.item() == pytest.approx(metrics.mean_loss(made.logits.detach().numpy(), truth), rel=1e-5)
+
+
+def test_the_models_own_head_learns_each_class_by_itself(tiny_bert: Path) -> None:
+    model = load_base(str(tiny_bert), HeadSpec("multilabel", ["a", "b", "c"])).model.eval()
+    truth = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    made = model(input_ids=torch.tensor([[2, 7, 3], [2, 8, 3]]), labels=truth)
+    assert made.loss.item() == pytest.approx(metrics.mean_loss(made.logits.detach().numpy(), truth.numpy()), rel=1e-5)
 
 
 def test_trained_asked_and_scored(tiny_bert: Path, tmp_path: Path) -> None:
@@ -90,7 +98,7 @@ def test_trained_asked_and_scored(tiny_bert: Path, tmp_path: Path) -> None:
     data = tmp_path / "labels.jsonl"
     data.write_text(FORM.read_text() * 4)
     keys = {"task": "multilabel", "data__validation": str(FORM), "data__validation_rows": None, "train__epochs": 12}
-    result = train(tiny_recipe(tiny_bert, data, tmp_path / "run", **keys))
+    result = train(tiny_recipe(tiny_bert, data, tmp_path / "run", head__pooling="mean", **keys))
     assert result.metric == "f1_micro"
     assert result.after["f1_micro"] > max(80.0, result.guess["f1_micro"])
     assert result.after["loss"] < result.before["loss"] / 2

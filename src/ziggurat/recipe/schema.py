@@ -112,7 +112,7 @@ class DataPart(Part):
     """Where the examples come from and which columns mean what."""
 
     train: str = Field(
-        description="csv, tsv, json, jsonl, txt (also .gz) or parquet file, hub data set, `glue/<task>`, or `demo`"
+        description="csv, tsv, json, jsonl, txt (or .gz), parquet or xlsx file, hub data set, `glue/<task>`, or `demo`"
     )
     folder: str | None = Field(
         default=None, description="for `glue/<task>`: folder with <task>/train.parquet and so on, instead of the hub"

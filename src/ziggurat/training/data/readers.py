@@ -1,10 +1,11 @@
-"""Files of rows to Arrow tables: csv, tsv, json, text and parquet."""
+"""Files of rows to Arrow tables: csv, tsv, json, text, parquet and xlsx."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import re
+import zipfile
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Collection
 from functools import partial
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ziggurat.errors import DataError, first_line
+from ziggurat.extras import require
 
 #: Marks that a text file may begin with, and the encoding that each says.
 _MARKS = {BOM_UTF8: "utf-8", BOM_UTF16_LE: "utf-16", BOM_UTF16_BE: "utf-16"}
-SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt")
-#: Decoded, a parquet file may have this many times its bytes, or `LEAST_DECODED` bytes where that is more.
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".xlsx")
+#: Decoded, a parquet or xlsx file may have this many times its bytes, or `LEAST_DECODED` bytes where that is more.
 MOST_GROWTH, LEAST_DECODED = 1000, 2**28
 #: Rows of a parquet file that are decoded before their bytes are counted.
 COUNTED_ROWS = 1024
@@ -58,19 +60,20 @@ def read_file(
         **dict.fromkeys((".json", ".jsonl", ".ndjson"), partial(_json, nested=nested)),
         ".txt": _txt,
     }
-    if suffix not in readers and path.suffix.lower() != ".parquet":
+    packed = {".parquet": read_parquet, ".xlsx": partial(_xlsx, texts=texts)}.get(path.suffix.lower())
+    if suffix not in readers and packed is None:
         raise DataError(f"{path}: '{suffix}' is not one of the formats read: {', '.join(SUFFIXES)}, or with .gz behind")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes)")
     try:
-        if suffix == ".parquet":
-            return read_parquet(path)
+        if packed is not None:
+            return packed(path)
         return readers[suffix](path, content=read_bytes(path, encoding))
     except DataError:
         raise
     except RecursionError as error:
         raise DataError(f"{path} cannot be read as {suffix[1:]}: its lists and objects nest too deep") from error
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as {suffix[1:]}: {first_line(error)}") from error
 
 
@@ -129,6 +132,41 @@ def read_parquet(path: Path) -> Any:
             if size > most:
                 raise too_much
         return pa.concat_tables(parts)
+
+
+def _xlsx(path: Path, texts: Collection[str]) -> Any:
+    """The first sheet of a workbook: its first row names the columns; of formulas the values that were saved.
+
+    Columns `texts`, and those that hold values of several kinds, become texts. Raises MissingExtraError without
+    openpyxl.
+    """
+    import pyarrow as pa
+
+    require(f"reading {path}", "openpyxl")
+    import openpyxl
+
+    most = max(LEAST_DECODED, MOST_GROWTH * path.stat().st_size)
+    with zipfile.ZipFile(path) as archive:
+        if sum(part.file_size for part in archive.infolist()) > most:
+            raise DataError(f"{path} has {path.stat().st_size:,} bytes and stands for more than {most:,}")
+    book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    try:
+        rows = [list(row) for row in book.worksheets[0].iter_rows(values_only=True)]
+    finally:
+        book.close()
+    while rows and not any(value is not None for value in rows[-1]):  # Excel keeps rows that once held something
+        rows.pop()
+    named = [(place, str(name)) for place, name in enumerate(rows[0] if rows else []) if name is not None]
+    if not named:
+        raise DataError(f"{path}: the first row of its first sheet must name the columns")
+    columns = []
+    for place, name in named:
+        values = [row[place] if place < len(row) else None for row in rows[1:]]
+        kinds = {type(value) for value in values if value is not None}
+        if name in texts or (len(kinds) > 1 and kinds != {int, float}):
+            values = [None if value is None else str(value) for value in values]
+        columns.append(pa.array(values, pa.string() if name in texts else None))
+    return pa.Table.from_arrays(columns, [name for _, name in named])
 
 
 def _csv(path: Path, content: bytes, texts: Collection[str], classes: str | None, delimiter: str | None) -> Any:

@@ -37,7 +37,8 @@ def run_card(recipe: Recipe, result: Result, versions: dict[str, str]) -> str:
         front["base_model"] = base
         if front["library_name"] == "peft":
             front["base_model_relation"] = "adapter"
-    front["pipeline_tag"] = "text-generation" if recipe.writes else "text-classification"
+    scored = "token-classification" if recipe.task == "tokens" else "text-classification"
+    front["pipeline_tag"] = "text-generation" if recipe.writes else scored
     front["tags"] = ["ziggurat", result.method, recipe.task]
     counts, train = result.counts, recipe.train
     where = f"`{base}`, a model in a folder of the machine that trained" if local else f"[{base}](https://hf.co/{base})"
