@@ -19,7 +19,7 @@ transformers_calls = pytest.mark.skipif(asked_peft() is not None, reason="this t
 compiles_whole = pytest.mark.skipif(Version("0.21") > PEFT, reason="a log call in this PEFT's forward breaks graphs")
 #: Of models of a task in one graph.
 compiles = pytest.mark.skipif(Version("2.7") > TORCH, reason="this torch doesn't compile the context in PEFT's forward")
-#: What check_saved_whole refuses; test_versions.py tests the refusal.
+#: What check_saved_whole and check_finds_parameters refuse; test_versions.py tests the refusals.
 saves_whole = pytest.mark.skipif(Version("0.21") > PEFT, reason="this PEFT saves the factors of an adapter alone")
 #: Linears that read one input; without, each of them goes down alone.
 shares = pytest.mark.skipif(not SHARES, reason="this torch doesn't tell one checkpoint from another")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import versions
 from methods_table import logits
 from moe_models import EXPERTS, MIXTURES, mixture, tokens
 from tolerance import assert_models_agree
@@ -32,6 +33,8 @@ from ziggurat.host.count import count
 from ziggurat.host.experts import ParameterLayer
 from ziggurat.lowrank.grouped import _padded, grouped
 from ziggurat.plan.planner import plan
+
+pytestmark = versions.saves_whole
 
 every_mixture = pytest.mark.parametrize("name", MIXTURES)
 #: A pair for all experts of all layers, of a layer, of two groups of experts in a layer, and of each expert.

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 from torch.optim import AdamW
 
+import versions
 from methods_table import logits, zoo_config
 from tolerance import assert_models_agree
 from ziggurat import add_tenants, hotswap_adapter, save_tenants, share
@@ -17,6 +18,8 @@ from ziggurat.errors import ConfigError, ExportError
 from ziggurat.export import export_model
 from ziggurat.host.older import check_saved_whole
 from zoo import ZOO
+
+pytestmark = versions.saves_whole
 
 LLAMA, BERT = ZOO["llama"], ZOO["bert"]
 WEIGHTS = "adapter_model.safetensors"

@@ -162,3 +162,10 @@ def test_the_doctor_looks_at_processor_accelerators_disk_and_extras(monkeypatch:
     monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 10**9})())
     levels = {finding.what: finding.level for finding in machine() if finding.what.startswith("disk: ")}
     assert levels and set(levels.values()) == {"warning"}
+
+
+def test_parameters_of_experts_need_a_peft_that_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(BaseTuner, "_get_adapter_state_dict", raising=False)
+    config = ziggurat.MSPLoraConfig(r=4, target_modules=[], target_parameters=["experts.down_proj"])
+    with pytest.raises(ConfigError, match=r"target_parameters: PEFT .* Install peft>=0\.21"):
+        peft.get_peft_model(ZOO["llama"].build(), config)

@@ -92,6 +92,15 @@ def check_saved_whole(config: Any) -> None:
         )
 
 
+def check_finds_parameters() -> None:
+    """Raise ConfigError if this PEFT looks for target_parameters in another way than the tuner answers it."""
+    if not hasattr(BaseTuner, "_get_adapter_state_dict"):
+        raise ConfigError(
+            f"target_parameters: PEFT {peft.__version__} finds parameters of experts for its LoRA alone. Install "
+            "peft>=0.21, or take target_parameters out."
+        )
+
+
 @cache
 def trainer_counts_shifted_labels() -> bool:
     """Whether Trainer's `num_items_in_batch` leaves out each row's first label, which no causal model predicts."""
@@ -114,6 +123,7 @@ __all__ = [
     "NoMatchingPeftModuleError",
     "QuantizationBackend",
     "as_no_match",
+    "check_finds_parameters",
     "check_saved_whole",
     "checkpointing_argument",
     "resolve_quantization_backend",

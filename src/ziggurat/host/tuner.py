@@ -28,7 +28,7 @@ from ziggurat.host.linear import AdaptedLinear, features, is_adaptable
 from ziggurat.host.method import Method, needs_steps, pair_of, specs_of, unique_specs
 from ziggurat.host.method_layer import ExpertsLayer, MethodLayer
 from ziggurat.host.names import RenamesOnLoad, current_names
-from ziggurat.host.older import NoMatchingPeftModuleError, as_no_match, check_saved_whole
+from ziggurat.host.older import NoMatchingPeftModuleError, as_no_match, check_finds_parameters, check_saved_whole
 from ziggurat.host.quantised import changing
 from ziggurat.host.remarks import check_fused_mixers, remark
 from ziggurat.host.siblings import introduce
@@ -433,6 +433,8 @@ def check_takes_parameters(method: Method, config: Any) -> None:
             f"target_parameters={sorted(config.target_parameters)}: {method.card.shown} makes no low-rank update of "
             "weights, and can't adapt parameters of experts. Take target_parameters out, or use another method."
         )
+    if config.target_parameters:
+        check_finds_parameters()
 
 
 def target_sites(config: Any, model: nn.Module) -> dict[str, Site]:
