@@ -76,6 +76,8 @@ def _contents(folder: Path) -> Iterator[tuple[str, Any]]:
         elif inside == "recipe.yaml":
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
             short = {key: _name(value) if key in _PATHS else value for key, value in values.items()}
+            if "data.more" in short:
+                short["data.more"] = [_name(value) for value in short["data.more"]]
             yield inside, yaml.safe_dump(short, sort_keys=False, allow_unicode=True).encode()
         elif inside in ("adapter_config.json", "config.json", "README.md", "Modelfile") and base:
             yield inside, file.read_text(encoding="utf-8").replace(json.dumps(base)[1:-1], name).encode()

@@ -52,6 +52,13 @@ def conflicts(good: dict[str, Any]) -> list[str]:
             found.append(f"{key}: has no meaning with task: {task}")
     if value("metric") is not None and value("metric") not in METRICS[task]:
         found.append(f"metric: {value('metric')} does not go with task: {task}; one of {', '.join(METRICS[task])}")
+    files = 1 + len(value("data.more") or [])
+    if value("data.weights") is not None and len(value("data.weights")) != files:
+        found.append(
+            f"data.weights: {len(value('data.weights'))} for {files} files; data.train names the files as a list"
+        )
+    if files > 1 and brings_validation(value("data.train"), value("data.folder")):
+        found.append(f"data.more: has no meaning with {value('data.train')}, a task of GLUE")
     share, dropout, warmup = (known[key].default for key in ("data.validation_share", "head.dropout", "train.warmup"))
     if good.get("data.validation_share", share) != share and "data.validation_rows" in good:
         found.append("data.validation_rows: given beside data.validation_share; keep one")

@@ -191,6 +191,11 @@ def _refused(label: str, problems: list[str]) -> RecipeError:
 def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: list[str]) -> Recipe:
     # An override with no value takes the key out, back to its default: the only way to drop a method's field.
     flat = {key: value for key, value in {**flat, **extra}.items() if key not in extra or value is not None}
+    several = flat.get("data.train")
+    if isinstance(several, list) and several:
+        flat["data.train"] = several[0]
+        if len(several) > 1:
+            flat["data.more"] = several[1:]
     problems += fill_in(flat)
     known = keys()
     choice = {key.removeprefix("method."): value for key, value in flat.items() if key.startswith("method.")}
@@ -258,6 +263,9 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
         named = value in ("embedded", "demo") or glue_name(value) is not None
         if value is not None and not named and Path(value).expanduser().exists():
             flat[key] = str(Path(value).expanduser().resolve())
+    if flat.get("data.more"):
+        paths = [Path(source).expanduser() for source in flat["data.more"]]
+        flat["data.more"] = [str(path.resolve()) if path.exists() else str(path) for path in paths]
     if isinstance(source := flat.get("method.from_adapter"), str):
         flat["method.from_adapter"] = str(Path(source).expanduser().resolve())
     return {key: value for key, value in flat.items() if value is not None}

@@ -114,6 +114,13 @@ class DataPart(Part):
     train: str = Field(
         description="csv, tsv, json, jsonl, txt (or .gz), parquet or xlsx file, hub data set, `glue/<task>`, or `demo`"
     )
+    more: list[str] | None = Field(
+        default=None, description="further files to learn from; a list in data.train is split into both keys"
+    )
+    weights: list[Annotated[float, Field(gt=0.0)]] | None = Field(
+        default=None,
+        description="how often the rows of each of several files are learned from: 2 twice, 0.5 half of them; else 1",
+    )
     folder: str | None = Field(
         default=None, description="for `glue/<task>`: folder with <task>/train.parquet and so on, instead of the hub"
     )

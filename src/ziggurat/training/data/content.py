@@ -27,7 +27,8 @@ def contents(recipe: Recipe) -> dict[str, str]:
         found["model"] = digest(model, "*", _NOT_OF_A_MODEL)
     if task is not None and data.folder is not None:
         found["data.folder"] = digest(glue_home(task, data.folder))
-    for key, source in (("data.train", data.train), ("data.validation", data.validation)):
+    further = [(f"data.more, {source}", source) for source in data.more or []]
+    for key, source in (("data.train", data.train), *further, ("data.validation", data.validation)):
         if source is not None and source != "demo" and glue_name(source) is None and Path(source).expanduser().exists():
             found[key] = digest(Path(source).expanduser())
     return found

@@ -13,7 +13,7 @@ from ziggurat.recipe.schema import REWARDED, DataPart, Recipe
 from .faults import Faults, kind_of
 from .glue import glue_splits
 from .labels import check_class_values, check_numbers, classes_of, names_of, number_of, places_of
-from .splits import FEW, draw_split
+from .splits import FEW, ORIGIN, draw_split, joined, mixed
 from .tables import draw, is_hub_name, is_one_table, read_table, require_column
 
 if TYPE_CHECKING:
@@ -43,24 +43,34 @@ def load_examples(recipe: Recipe) -> Examples:
     notes: list[str] = []
     data = recipe.data
     train, validation = _tables(recipe)
+    sources = [data.train, *(data.more or [])]
+    trains = [train, *(_read(recipe, source, "train") for source in sources[1:])]
     names: list[str] = []
     shape = None
     # All is checked before a part is split off, so that errors name rows of the file.
     if recipe.writes:
         read = _reader(recipe.task)
-        train, shape, remarks = read(recipe, train, data.train)
-        notes += remarks
+        parts = [read(recipe, table, source) for table, source in zip(trains, sources, strict=True)]
+        shape = parts[0][1]
+        if any(part[1] != shape for part in parts):
+            forms = ", ".join(f"{source} ({part[1]})" for source, part in zip(sources, parts, strict=True))
+            raise DataError(f"data.train: the files have several forms: {forms}; data.as_chat makes chats of pairs")
+        notes += [note for part in parts for note in part[2]]
+        train = joined([part[0] for part in parts], sources)
         if validation is not None:
             validation, _, remarks = read(recipe, validation, data.validation or data.train)
             notes += remarks
     elif recipe.task == "tokens":
         from .tags import load_tagged
 
-        train, validation, names = load_tagged(recipe, train, validation, notes)
+        train, validation, names = load_tagged(recipe, trains, validation, notes)
     else:
-        train, validation, names = _labelled(recipe, train, validation, notes)
+        train, validation, names = _labelled(recipe, trains, validation, notes)
     if validation is None:
         train, validation = _split_off(recipe, train, notes)
+        if ORIGIN in validation.column_names:
+            validation = validation.remove_columns(ORIGIN)
+    train = mixed(recipe, train, notes)
     for part, limit, word in (
         (train, data.max_train, "learns from"),
         (validation, data.max_validation, "scores on"),
@@ -112,6 +122,8 @@ def class_names(recipe: Recipe) -> list[str] | None:
         return list(data.label_names)
     if is_hub_name(data.train):
         return None
+    if data.more:
+        return load_examples(recipe).label_names
     train = _read(recipe, data.train, data.train_split)
     if recipe.task == "tokens":
         from .tags import tag_names
@@ -202,7 +214,7 @@ def _identity(row: Any) -> str:
         return repr(json.loads(row["messages"])[: row["learned"]])
     if "prompt_rejected" in row or ("prompt" in row and "completion" not in row):
         return str(row["prompt"])
-    return repr([value for name, value in row.items() if name not in ("label", "good", "row")])
+    return repr([value for name, value in row.items() if name not in ("label", "good", "row", ORIGIN)])
 
 
 def text_columns(recipe: Recipe) -> list[str]:
@@ -234,11 +246,12 @@ def _check_splits(data: DataPart) -> None:
 
 
 def _labelled(
-    recipe: Recipe, train: Dataset, validation: Dataset | None, notes: list[str]
+    recipe: Recipe, trains: list[Dataset], validation: Dataset | None, notes: list[str]
 ) -> tuple[Dataset, Dataset | None, list[str]]:
     """Checked columns `text`, `text_pair` and `label` of both tables, and the names of the classes."""
     data = recipe.data
-    sources = [(train, data.train)]
+    files = [data.train, *(data.more or [])]
+    sources = list(zip(trains, files, strict=True))
     if validation is not None:
         sources.append((validation, data.validation or data.train))
     tables = []
@@ -246,6 +259,9 @@ def _labelled(
         table, left_out = _checked(recipe, table, source)
         tables.append(table)
         notes += left_out
+    if len(files) > 1:
+        used = [column for column in (data.text, data.text_pair, data.label) if column is not None]
+        tables[: len(files)] = [joined([table.select_columns(used) for table in tables[: len(files)]], files)]
     if recipe.task == "regression":
         labels: list[list[Any]] = [[number_of(value) for value in table[data.label]] for table in tables]
         names: list[str] = []
@@ -294,6 +310,8 @@ def _assemble(recipe: Recipe, table: Dataset, labels: list[Any]) -> Dataset:
     columns = {"text": _texts(table[recipe.data.text]), "label": labels}
     if recipe.data.text_pair is not None:
         columns["text_pair"] = _texts(table[recipe.data.text_pair])
+    if ORIGIN in table.column_names:
+        columns[ORIGIN] = list(table[ORIGIN])
     return Dataset.from_dict(columns)
 
 

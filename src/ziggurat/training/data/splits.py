@@ -1,4 +1,4 @@
-"""The validation rows that are drawn from the training rows where no others are named."""
+"""The validation rows that are drawn where no others are named, and the shares of several training files."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ziggurat.errors import DataError
+from ziggurat.errors import DataError, first_line
+from ziggurat.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 #: Below so many validation rows the run says how coarse its scores are.
 FEW = 50
+#: The column that says which file a row is of.
+ORIGIN = "origin"
 
 
 @dataclass(frozen=True)
@@ -78,3 +85,35 @@ def _quotas(sizes: Counter[Hashable], count: int) -> dict[Hashable, int]:
     for kind in sorted(shares, key=lambda kind: quotas[kind] - shares[kind])[:rest]:
         quotas[kind] += 1
     return quotas
+
+
+def joined(tables: Sequence[Dataset], sources: Sequence[str]) -> Dataset:
+    """The rows of all tables; of several with the column `ORIGIN`. Raises DataError where their columns don't agree."""
+    if len(tables) == 1:
+        return tables[0]
+    from datasets import concatenate_datasets
+
+    try:
+        whole = concatenate_datasets(list(tables))
+    except (ValueError, TypeError) as error:
+        what = f"the columns of {', '.join(sources)} hold values of several kinds"
+        raise DataError(f"data.train: {what}: {first_line(error)}") from error
+    return whole.add_column(ORIGIN, [place for place, table in enumerate(tables) for _ in table])  # type: ignore[call-arg]
+
+
+def mixed(recipe: Recipe, train: Dataset, notes: list[str]) -> Dataset:
+    """The training rows by `data.weights`: with 2 each row twice, with 0.5 half of the rows, drawn with the seed."""
+    if ORIGIN not in train.column_names:
+        return train
+    sources = [recipe.data.train, *(recipe.data.more or [])]
+    weights = recipe.data.weights or [1.0] * len(sources)
+    origins, draws, kept = list(train[ORIGIN]), random.Random(recipe.seed), []  # noqa: S311
+    for place, (source, weight) in enumerate(zip(sources, weights, strict=True)):
+        rows = [index for index, origin in enumerate(origins) if origin == place]
+        whole = int(weight)
+        part = rows * whole + sorted(draws.sample(rows, round((weight - whole) * len(rows))))
+        notes.append(f"{source}: {len(rows)} training rows, with weight {weight:g} {len(part)}")
+        kept += part
+    if not kept:
+        raise DataError("data.weights: no row is left to learn from; raise them")
+    return train.select(kept).remove_columns(ORIGIN)

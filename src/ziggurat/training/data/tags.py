@@ -13,6 +13,7 @@ from ziggurat.recipe.schema import Recipe
 
 from .faults import Faults, RowFault
 from .labels import some
+from .splits import joined
 from .tables import require_column
 
 if TYPE_CHECKING:
@@ -34,17 +35,18 @@ def words_in(cell: Any) -> Any:
 
 
 def load_tagged(
-    recipe: Recipe, train: Dataset, validation: Dataset | None, notes: list[str]
+    recipe: Recipe, trains: Sequence[Dataset], validation: Dataset | None, notes: list[str]
 ) -> tuple[Dataset, Dataset | None, list[str]]:
     """Columns `tokens` and `label` (places among the tags) of both tables, and the tags' names.
 
     These are `data.label_names`, those that a hub data set brings, or O and, of every kind of entity, B- and I-. Raises
     DataError for rows that aren't in BIO (all at once), no entity at all, and tags that the training data lack.
     """
-    rows, remarks = _read(recipe, train, recipe.data.train)
-    notes += remarks
-    names = tag_names(recipe, train, rows, recipe.data.train)
-    built = _assemble(rows, names, recipe.data.train)
+    sources = [recipe.data.train, *(recipe.data.more or [])]
+    parts = [_read(recipe, table, source) for table, source in zip(trains, sources, strict=True)]
+    notes += [note for _, remarks in parts for note in remarks]
+    names = tag_names(recipe, trains[0], [row for rows, _ in parts for row in rows], recipe.data.train)
+    built = joined([_assemble(rows, names, source) for (rows, _), source in zip(parts, sources, strict=True)], sources)
     if validation is None:
         return built, None, names
     source = recipe.data.validation or recipe.data.train
