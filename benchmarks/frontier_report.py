@@ -173,12 +173,14 @@ def picture(task: str, table: list[Row], file: Path) -> None:
     for axis, (what, label) in zip(
         axes, (("parameters", "trainable parameters"), ("stored_bytes", "stored bytes")), strict=True
     ):
-        for row, (mean, half) in drawn:
+        for index, (row, (mean, half)) in enumerate(sorted(drawn, key=lambda pair: pair[1][0])):
             x = next(iter(row.lines.values()))[what]
             colour = f"C{families.index(row.method.split(' r ')[0]) % 10}"
             error = None if half is None else [[100 * half], [100 * half]]
             axis.errorbar([x], [100 * mean], yerr=error, fmt="s" if row.targets == "all" else "o", color=colour)
-            axis.annotate(row.name, (x, 100 * mean), textcoords="offset points", xytext=(5, 4), fontsize=7)
+            axis.annotate(
+                row.name, (x, 100 * mean), textcoords="offset points", xytext=(5, (-11, 5)[index % 2]), fontsize=7
+            )
         axis.axhline(100, color="grey", linewidth=0.7)
         axis.set_xscale("log")
         axis.margins(x=0.2)
