@@ -287,7 +287,7 @@ class Recipe(Part):
     )
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
-        default="float32", description="numbers of the frozen base weights"
+        default="float32", description="dtype of the frozen base weights"
     )
     metric: Metric | None = Field(
         default=None, description="the score of the table; without it the usual one of the task"
