@@ -40,7 +40,7 @@ def serving_rank(needed: int, tensors: Collection[str]) -> int:
 def cost_of_serving(model: nn.Module, adapter: str = "default") -> str | None:
     """What it costs servers of plain LoRA that tiers add their ranks up; None where `adapter` has LoRA's own rank."""
     layers: list[AdaptedLinear] = [m for m in model.modules() if isinstance(m, AdaptedLinear) and adapter in m.adapters]
-    if not layers:
+    if not layers or any(layer.method.pair is None for layer in layers):  # nothing that becomes plain LoRA
         return None
     r: int = layers[0].configs[adapter].r
     rank = max(layer.effective_pair(adapter).A.shape[-2] for layer in layers)
