@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -167,7 +167,7 @@ def _order(loaded: Loaded, name: str) -> dict[str, int]:
 
 
 def _number(answer: Prediction, order: dict[str, int]) -> float:
-    value = answer.answer
+    value: Any = answer.answer
     return float(order[value]) if isinstance(value, str) else value
 
 

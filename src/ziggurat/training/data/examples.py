@@ -186,7 +186,7 @@ def _split_off(recipe: Recipe, train: Dataset, notes: list[str]) -> tuple[Datase
     if recipe.task == "multilabel":
         from .multi import rarest
 
-        strata = rarest(train[classes])
+        strata = rarest(train["label"])
     split = draw_split(list(map(_identity, train)), strata, count, recipe.seed)
     scored = len(split.validation)
     notes.append(f"no validation data named: {scored} of {len(train)} rows split off with seed {recipe.seed}")

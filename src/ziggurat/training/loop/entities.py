@@ -54,5 +54,7 @@ def scores_of(names: Sequence[str], outputs: np.ndarray, labels: np.ndarray) -> 
     """The same from scores (rows, tokens, tags) and places among the tags (rows, tokens), where these are labelled."""
     answers, kept = outputs.argmax(-1), labels != UNLABELLED
     rows = zip(labels, answers, kept, strict=True)
-    pairs = [([names[p] for p in right[mask]], [names[p] for p in answer[mask]]) for right, answer, mask in rows]
+    pairs: list[tuple[Any, Any]] = [
+        ([names[p] for p in right[mask]], [names[p] for p in answer[mask]]) for right, answer, mask in rows
+    ]
     return entity_scores([right for right, _ in pairs], [answer for _, answer in pairs])
