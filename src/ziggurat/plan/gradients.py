@@ -32,6 +32,7 @@ def gradients_of(source: str | Path, words: Sequence[str] = (), batches: int = B
     from ziggurat.recipe.needs import check as check_needs
     from ziggurat.recipe.recipe import load_recipe
     from ziggurat.training.data.examples import load_examples
+    from ziggurat.training.loop.arguments import Setup
     from ziggurat.training.loop.run import make_model
     from ziggurat.training.loop.trainers import make_trainer, quiet
 
@@ -40,7 +41,7 @@ def gradients_of(source: str | Path, words: Sequence[str] = (), batches: int = B
     with tempfile.TemporaryDirectory() as folder, quiet():
         examples = load_examples(recipe)
         base, model, _ = make_model(recipe, examples)
-        trainer: Any = make_trainer(recipe, base, model, examples, Path(folder) / "checkpoints", []).trainer
+        trainer: Any = make_trainer(Setup(recipe, base, model, examples, Path(folder) / "checkpoints", [])).trainer
         root: Any = trainer.model.eval()
 
         def losses() -> Iterator[Tensor]:

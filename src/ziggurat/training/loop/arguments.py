@@ -1,11 +1,15 @@
-"""A recipe's settings as fields of transformers' TrainingArguments."""
+"""What a trainer is made from, and a recipe's settings as fields of transformers' TrainingArguments."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import TrainerCallback
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ziggurat.errors import RecipeError
@@ -13,7 +17,22 @@ from ziggurat.host.older import checkpointing_argument
 from ziggurat.recipe.schema import Recipe
 
 from ..callbacks.rising import EVERY
+from ..data.examples import Examples
+from ..model.base import Base
 from . import metrics
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a trainer is made from, whatever the task; `rewards` by name, of tasks that learn from them."""
+
+    recipe: Recipe
+    base: Base
+    model: nn.Module
+    examples: Examples
+    checkpoints: Path
+    callbacks: list[TrainerCallback]
+    rewards: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 def training_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:

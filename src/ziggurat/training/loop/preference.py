@@ -4,27 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import Trainer
 
 from ziggurat.errors import RecipeError
-from ziggurat.recipe.schema import Recipe
 
 from ..folder.checkpoints import Resumable
+from .arguments import Setup
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def preference_trainer(
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    model: nn.Module,
-    arguments: dict[str, Any],
-    train: Dataset,
-    validation: Dataset,
-    callbacks: list[TrainerCallback],
-) -> Trainer:
+def preference_trainer(setup: Setup, arguments: dict[str, Any], train: Dataset, validation: Dataset) -> Trainer:
     """DPO (Rafailov et al. 2023) or KTO (Ethayarajh et al. 2024) by TRL.
 
     L_DPO = -ln sigmoid(r(x, y_w) - r(x, y_l)) with the reward r(x, y) = beta ln p(y | x) / p_ref(y | x); p_ref is the
@@ -32,6 +23,7 @@ def preference_trainer(
     """
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
+    recipe = setup.recipe
     arguments = arguments | {"precompute_ref_log_probs": True}
     if recipe.task == "kto":
         if recipe.train.batch < 2 or recipe.train.eval_batch < 2:
@@ -40,12 +32,12 @@ def preference_trainer(
         arguments |= {"train_sampling_strategy": "sequential"}
     kind, config = (DPOTrainer, DPOConfig) if recipe.task == "dpo" else (KTOTrainer, KTOConfig)
     trainer = _tokenized(kind)(
-        model=model,
+        model=setup.model,
         args=config(**arguments),
         train_dataset=train,
         eval_dataset=validation,
-        processing_class=tokenizer,
-        callbacks=callbacks,
+        processing_class=setup.base.tokenizer,
+        callbacks=setup.callbacks,
     )
     # TRL keeps a copy of the adapter to compute the reference by, which nothing asks for any more.
     if "ref" in getattr(trainer.model, "peft_config", {}):

@@ -35,6 +35,7 @@ from ..folder.checkpoints import WholeCheckpoints, step_of
 from ..folder.run_folder import RunFolder, launched
 from ..model.adapt import Counts, adapt, count
 from ..model.base import Base, HeadSpec, load_base
+from .arguments import Setup
 from .finish import settle
 from .meter import Meter, expected_bytes, peak_memory
 from .result import Result, save
@@ -227,7 +228,7 @@ def _task(
     """The Trainer with all its callbacks, in the order in which they have to be called."""
     of_the_method = callbacks_for(getattr(model, "peft_config", {}).get("default"))
     callbacks = [*of_the_method, *callbacks, StopAtNaN(folder.last_checkpoint)]
-    task = make_trainer(recipe, base, model, examples, folder.checkpoints, callbacks, rewards)
+    task = make_trainer(Setup(recipe, base, model, examples, folder.checkpoints, callbacks, rewards or {}))
     sharding.prepare(task.trainer, folder.processes)
     if recipe.spectra != "never":
         from ziggurat.analysis.trace import record_spectra

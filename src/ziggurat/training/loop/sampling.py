@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig, Trainer, TrainerCallback
+from torch import Tensor
+from transformers import GenerationConfig, Trainer
 
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.recipe.schema import Recipe
 
-from ..data.examples import Examples
 from ..data.prompts import fitting_prompts, opened
 from ..data.template import stop_at_turns
 from ..folder.checkpoints import OrderOfEpoch, Resumable, step_of
 from ..folder.workplace import LOGS
-from ..model.base import Base
-from .arguments import training_arguments
+from .arguments import Setup, training_arguments
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,15 +30,7 @@ KEPT = 8
 _TRL: Any = object
 
 
-def rewarding(
-    recipe: Recipe,
-    base: Base,
-    model: nn.Module,
-    examples: Examples,
-    checkpoints: Path,
-    callbacks: list[TrainerCallback],
-    rewards: Mapping[str, Callable[..., Any]],
-) -> tuple[Trainer, list[str]]:
+def rewarding(setup: Setup) -> tuple[Trainer, list[str]]:
     """GRPO (Shao et al. 2024) or RLOO (Ahmadian et al. 2024) by TRL, and notes. Raises DataError, RecipeError.
 
     Each step draws a group of completions of each of its prompts, and raises the probability of those whose reward lies
@@ -49,13 +38,14 @@ def rewarding(
     """
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+    recipe, base, examples, rewards = setup.recipe, setup.base, setup.examples, setup.rewards
     train, validation, notes = fitting_prompts(recipe, base.tokenizer, base.model.config, examples)
-    arguments = training_arguments(recipe, checkpoints) | sampling_arguments(recipe)
+    arguments = training_arguments(recipe, setup.checkpoints) | sampling_arguments(recipe)
     arguments |= {"beta": recipe.rewards.beta, "reward_weights": recipe.rewards.weights, "logging_steps": 1}
     if examples.shape == "messages":
         stop_at_turns(base.model, base.tokenizer)
     if recipe.rewards.beta:
-        _check_start(recipe, base.tokenizer, model)
+        _check_start(recipe, base.tokenizer, setup.model)
     kind: Any
     kind, config = (GRPOTrainer, GRPOConfig) if recipe.task == "grpo" else (RLOOTrainer, RLOOConfig)
     made: Any = config(**arguments)
@@ -65,15 +55,15 @@ def rewarding(
             f"train.batch: a step takes {prompts} prompts, and {recipe.data.train} has {len(train)} to learn"
         )
     trainer: Any = type(kind.__name__, (Rewarded, kind), {})(
-        model=model,
+        model=setup.model,
         reward_funcs=list(rewards.values()),
         args=made,
         train_dataset=_asking(train, examples.shape),
         eval_dataset=_asking(validation, examples.shape),
         processing_class=base.tokenizer,
-        callbacks=callbacks,
+        callbacks=setup.callbacks,
     )
-    trainer.samples = checkpoints.with_name(LOGS) / COMPLETIONS
+    trainer.samples = setup.checkpoints.with_name(LOGS) / COMPLETIONS
     if "ref" in getattr(trainer.model, "peft_config", {}):
         trainer.model.delete_adapter("ref")  # TRL's copy of the adapter, which changes nothing yet: see _check_start
     notes.append(

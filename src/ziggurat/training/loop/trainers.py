@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ziggurat.errors import RecipeError
 from ziggurat.host.bars import without_bars
-from ziggurat.recipe.schema import REWARDED, SCORED_LENGTH, Recipe
+from ziggurat.recipe.schema import REWARDED, SCORED_LENGTH
 
 from ..callbacks import trackers
 from ..data.encode import Collator, encode, longest, spread
-from ..data.examples import Examples
 from ..folder.workplace import LOGS
-from ..model.base import Base
 from . import metrics
-from .arguments import training_arguments
+from .arguments import Setup, training_arguments
 from .exact import ExactTrainer
 
 if TYPE_CHECKING:
@@ -73,45 +69,28 @@ class Task:
     by_class: Callable[[], dict[str, Any]] = dict
 
 
-def make_trainer(
-    recipe: Recipe,
-    base: Base,
-    model: nn.Module,
-    examples: Examples,
-    checkpoints: Path,
-    callbacks: list[TrainerCallback],
-    rewards: Mapping[str, Callable[..., Any]] | None = None,
-) -> Task:
-    """The HF Trainer (or one of TRL's) of a recipe's task, with its `rewards` by name.
+def make_trainer(setup: Setup) -> Task:
+    """The HF Trainer (or one of TRL's) of a recipe's task.
 
     Raises RecipeError for what this machine can't do, DataError for texts that don't fit the model's tokenizer.
     """
     with quiet():
-        if recipe.writes:
+        if setup.recipe.writes:
             from .writing import instructed, preferring, rewarded
 
-            made = (recipe, base, model, examples, checkpoints, callbacks)
-            if recipe.task in REWARDED:
-                trainer, notes = rewarded(*made, rewards or {})
-            else:
-                trainer, notes = (instructed if recipe.task == "instruct" else preferring)(*made)
+            way = instructed if setup.recipe.task == "instruct" else preferring
+            trainer, notes = (rewarded if setup.recipe.task in REWARDED else way)(setup)
             task = Task(trainer, {}, notes)
         else:
-            task = _scored(recipe, base, model, examples, checkpoints, callbacks)
-    trackers.write_into(task.trainer, checkpoints.with_name(LOGS))
+            task = _scored(setup)
+    trackers.write_into(task.trainer, setup.checkpoints.with_name(LOGS))
     for kind in (PrinterCallback, ProgressCallback):
         task.trainer.remove_callback(kind)
     return task
 
 
-def _scored(
-    recipe: Recipe,
-    base: Base,
-    model: nn.Module,
-    examples: Examples,
-    checkpoints: Path,
-    callbacks: list[TrainerCallback],
-) -> Task:
+def _scored(setup: Setup) -> Task:
+    recipe, base, examples = setup.recipe, setup.base, setup.examples
     if recipe.task == "tokens" and not base.tokenizer.is_fast:
         raise RecipeError(f"model: the tokenizer of {recipe.model} doesn't say which word a token is of; take another")
     wanted = recipe.data.max_length or SCORED_LENGTH
@@ -151,16 +130,16 @@ def _scored(
         return by_class(softmax(last["outputs"]), last["labels"], examples.label_names, shown)
 
     arguments = TrainingArguments(
-        **training_arguments(recipe, checkpoints), label_names=["labels"], remove_unused_columns=False
+        **training_arguments(recipe, setup.checkpoints), label_names=["labels"], remove_unused_columns=False
     )
     trainer = HeadLrTrainer(
-        model=model,  # type: ignore[arg-type]
+        model=setup.model,  # type: ignore[arg-type]
         args=arguments,
         train_dataset=parts[0],
         eval_dataset=parts[1],
         data_collator=Collator(base.tokenizer, 8 if recipe.train.precision != "fp32" else None),
         compute_metrics=compute,
-        callbacks=callbacks,
+        callbacks=setup.callbacks,
     )
     trainer.head, trainer.head_lr = tuple(base.head), recipe.head.lr
     return Task(trainer, guess, notes, judged if recipe.task == "classification" else dict)

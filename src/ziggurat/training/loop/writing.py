@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.recipe.schema import Recipe
@@ -17,76 +14,56 @@ from ..data.pairs import encode_judged, encode_pairs
 from ..data.template import asked_ids, chat_ids, end_of_turn
 from ..data.tokens import encode_rows
 from ..model.base import Base
-from .arguments import training_arguments
+from .arguments import Setup, training_arguments
 from .exact import exact_sft
 from .preference import preference_trainer
 
 
-def instructed(
-    recipe: Recipe,
-    base: Base,
-    model: nn.Module,
-    examples: Examples,
-    checkpoints: Path,
-    callbacks: list[TrainerCallback],
-) -> tuple[Trainer, list[str]]:
+def instructed(setup: Setup) -> tuple[Trainer, list[str]]:
     """SFTTrainer of instructions, conversations or plain text, and notes. Raises DataError, RecipeError."""
     from trl import SFTConfig, SFTTrainer
 
+    recipe, base, examples = setup.recipe, setup.base, setup.examples
     _check_tokenizer(recipe, base, examples)
     train, validation, length, notes = encode_rows(recipe, base.tokenizer, base.model.config, examples)
     if examples.shape == "messages":
         notes += _template_notes(base.tokenizer)
     arguments = SFTConfig(
-        **training_arguments(recipe, checkpoints),
+        **training_arguments(recipe, setup.checkpoints),
         max_length=length,
         completion_only_loss=True,  # the mask says what is learned, of whatever data
         pad_token=str(base.tokenizer.pad_token),
     )
     trainer = exact_sft(SFTTrainer)(
-        model=model,
+        model=setup.model,
         args=arguments,
         train_dataset=train,
         eval_dataset=validation,
         processing_class=base.tokenizer,
-        callbacks=callbacks,
+        callbacks=setup.callbacks,
     )
     return trainer, notes
 
 
-def preferring(
-    recipe: Recipe,
-    base: Base,
-    model: nn.Module,
-    examples: Examples,
-    checkpoints: Path,
-    callbacks: list[TrainerCallback],
-) -> tuple[Trainer, list[str]]:
+def preferring(setup: Setup) -> tuple[Trainer, list[str]]:
     """DPOTrainer or KTOTrainer of preferences, and notes. Raises DataError, RecipeError."""
+    recipe, base, examples = setup.recipe, setup.base, setup.examples
     _check_tokenizer(recipe, base, examples)
     encode_all = {"dpo": encode_pairs, "kto": encode_judged}[recipe.task]
     train, validation, length, notes = encode_all(recipe, base.tokenizer, base.model.config, examples)
     if examples.shape == "messages":
         notes += _template_notes(base.tokenizer)
-    arguments = training_arguments(recipe, checkpoints) | {"max_length": length, "beta": recipe.train.beta}
-    trainer = preference_trainer(recipe, base.tokenizer, model, arguments, train, validation, callbacks)
+    arguments = training_arguments(recipe, setup.checkpoints) | {"max_length": length, "beta": recipe.train.beta}
+    trainer = preference_trainer(setup, arguments, train, validation)
     return trainer, notes
 
 
-def rewarded(
-    recipe: Recipe,
-    base: Base,
-    model: nn.Module,
-    examples: Examples,
-    checkpoints: Path,
-    callbacks: list[TrainerCallback],
-    rewards: Mapping[str, Callable[..., Any]],
-) -> tuple[Trainer, list[str]]:
+def rewarded(setup: Setup) -> tuple[Trainer, list[str]]:
     """GRPOTrainer or RLOOTrainer, and notes. Raises DataError, RecipeError."""
     from .sampling import rewarding
 
-    _check_tokenizer(recipe, base, examples)
-    return rewarding(recipe, base, model, examples, checkpoints, callbacks, rewards)
+    _check_tokenizer(setup.recipe, setup.base, setup.examples)
+    return rewarding(setup)
 
 
 def _check_tokenizer(recipe: Recipe, base: Base, examples: Examples) -> None:
