@@ -19,7 +19,7 @@ from ziggurat.training.answers.load import Loaded
 from ziggurat.training.answers.predict import predict, read_texts
 from ziggurat.training.data import readers
 from ziggurat.training.data.alpaca import alpaca_prompt
-from ziggurat.training.data.examples import class_names, load_examples
+from ziggurat.training.data.examples import class_names, load_examples, load_scored
 from ziggurat.training.data.readers import read_lines
 from ziggurat.training.data.tables import read_table, texts_of
 from ziggurat.training.model.base import HeadSpec
@@ -566,6 +566,17 @@ def test_csv_of_any_delimiter_and_encoding(
     if encoding == "cp1252":
         assert "is not in UTF-8: byte 0xe9 in line 2; save it as UTF-8, or name what it is in" in _said(recipe(path))
         assert "data.encoding: 'latin-x' is no encoding" in _said(recipe(path, data__encoding="latin-x"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
+def test_another_file_than_the_runs_may_be_utf_8_or_in_the_runs_encoding(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "later.csv"
+    path.write_bytes("text,label\nd\u00e9j\u00e0 vu,ja\n".encode(encoding))
+    trained = recipe(tmp_path / "own.csv", data__encoding="cp1252")
+    table, _, _ = load_scored(trained, str(path), ["ja", "nein"])
+    assert list(table["text"]) == ["d\u00e9j\u00e0 vu"]
+    loaded = Loaded(nn.Identity(), word_tokenizer(["ja"]), trained, HeadSpec("classification", ["ja", "nein"]), {})
+    assert read_texts(path, loaded)[0] == ["d\u00e9j\u00e0 vu"]
 
 
 def test_a_commas_file_with_semicolons_in_its_texts_has_commas(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ..data.encode import Collator, encode_texts, longest
 from ..data.examples import text_columns
 from ..data.faults import Faults, RowFault
 from ..data.instruct import column_of
-from ..data.readers import read_lines
+from ..data.readers import encoding_of, read_lines
 from ..data.tables import read_table, require_column, texts_of
 from ..data.tags import words_in
 from ..data.template import asked_ids, chat_ids
@@ -215,7 +215,8 @@ def read_texts(file: Path, loaded: Loaded) -> tuple[list[Any], list[str] | None]
         return read_lines(file), None
     columns = text_columns(loaded.recipe)
     talks = loaded.run.get("shape") == "messages"
-    table = read_table(str(file), texts=columns, nested=columns if talks else ())
+    encoding = encoding_of(str(file), data.encoding)
+    table = read_table(str(file), texts=columns, nested=columns if talks else (), encoding=encoding)
     if loaded.head.task == "tokens":
         require_column(table, columns[0], "--file", str(file))
         return [words_in(cell) for cell in table[columns[0]]], None

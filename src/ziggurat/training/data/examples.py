@@ -14,6 +14,7 @@ from .faults import Faults, kind_of
 from .glue import glue_splits
 from .labels import check_class_values, check_numbers, classes_of, names_of, number_of, places_of
 from .splits import FEW, ORIGIN, draw_split, joined, mixed
+from .readers import encoding_of
 from .tables import draw, is_hub_name, is_one_table, read_table, require_column
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ def load_scored(recipe: Recipe, source: str, names: list[str]) -> tuple[Dataset,
 
     `names`: the classes that the model knows. Raises DataError as `load_examples` does, and for classes beside these.
     """
-    table = _read(recipe, source, "train")
+    data = recipe.data.model_copy(update={"encoding": encoding_of(source, recipe.data.encoding)})
+    table = _read(recipe.model_copy(update={"data": data}), source, "train")
     if recipe.writes:
         return _reader(recipe.task)(recipe, table, source)
     if recipe.task == "tokens":

@@ -77,6 +77,18 @@ def read_file(
         raise DataError(f"{path} cannot be read as {suffix[1:]}: {first_line(error)}") from error
 
 
+def encoding_of(source: str, known: str | None) -> str | None:
+    """`known`, the encoding of a run's own data, for another file of text that isn't UTF-8; None where it is."""
+    path = Path(source).expanduser()
+    if known is None or not path.is_file():
+        return known
+    try:
+        read_bytes(path)
+    except DataError:
+        return known
+    return None
+
+
 def read_bytes(path: Path, encoding: str | None = None) -> bytes:
     """A text file as UTF-8 without a mark, unpacked where it is a .gz.
 
