@@ -83,8 +83,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("push")
     save_tiny_bert(folder / "tiny-bert")
-    data = write_csv(folder / "reviews.csv", reviews(24))
-    return train(tiny_recipe(folder / "tiny-bert", data, folder / "out", train__max_steps=2)).folder
+    data = write_csv(folder / "reviews.csv", [*reviews(24), {"text": "", "label": "pos"}])
+    more = {"train__max_steps": 2, "data__drop_missing": True}  # of which a note names the file
+    return train(tiny_recipe(folder / "tiny-bert", data, folder / "out", **more)).folder
 
 
 def test_the_card_is_filled(run: Path) -> None:
@@ -125,6 +126,7 @@ def test_an_adapter_an_export_and_a_merged_model_are_uploaded(
     assert push(run, "me/mine").endswith("/me/mine")
     assert hub.files["adapter_model.safetensors"] == (run / "adapter_model.safetensors").read_bytes()
     # Neither paths of this machine nor texts of the validation rows leave it.
+    assert str(run.parent / "reviews.csv") in "".join(json.loads((run / "run.json").read_text())["notes"])
     for name in ("run.json", "recipe.yaml", "adapter_config.json", "README.md"):
         assert str(run.parent).encode() not in hub.files[name], name
     assert b"mistakes" not in hub.files["run.json"] and b"mistakes" in (run / "run.json").read_bytes()

@@ -575,7 +575,13 @@ def test_another_file_than_the_runs_may_be_utf_8_or_in_the_runs_encoding(encodin
     trained = recipe(tmp_path / "own.csv", data__encoding="cp1252")
     table, _, _ = load_scored(trained, str(path), ["ja", "nein"])
     assert list(table["text"]) == ["d\u00e9j\u00e0 vu"]
-    loaded = Loaded(nn.Identity(), word_tokenizer(["ja"]), trained, HeadSpec("classification", ["ja", "nein"]), {})
+    loaded = Loaded(
+        nn.Identity(),
+        word_tokenizer(["ja"], unk_token="[UNK]"),
+        trained,
+        HeadSpec("classification", ["ja", "nein"]),
+        {},
+    )
     assert read_texts(path, loaded)[0] == ["d\u00e9j\u00e0 vu"]
 
 

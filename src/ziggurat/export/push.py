@@ -66,19 +66,18 @@ def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
 
 def _contents(folder: Path) -> Iterator[tuple[str, Any]]:
     base, name = _base(folder)
+    short = _short_names(folder)
     for file in sorted(folder.rglob("*")):
         inside = file.relative_to(folder).as_posix()
         if not file.is_file() or inside.partition("/")[0] in _LEFT:
             continue
         if inside == "run.json":
             values = json.loads(file.read_text(encoding="utf-8"))
-            yield inside, json.dumps({k: v for k, v in values.items() if k not in _OF_ROWS}, indent=2).encode()
+            told = {key: _renamed(value, short) for key, value in values.items() if key not in _OF_ROWS}
+            yield inside, json.dumps(told, indent=2).encode()
         elif inside == "recipe.yaml":
-            values = yaml.safe_load(file.read_text(encoding="utf-8"))
-            short = {key: _name(value) if key in _PATHS else value for key, value in values.items()}
-            if "data.more" in short:
-                short["data.more"] = [_name(value) for value in short["data.more"]]
-            yield inside, yaml.safe_dump(short, sort_keys=False, allow_unicode=True).encode()
+            values = _renamed(yaml.safe_load(file.read_text(encoding="utf-8")), short)
+            yield inside, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
         elif inside in ("adapter_config.json", "config.json", "README.md", "Modelfile") and base:
             yield inside, file.read_text(encoding="utf-8").replace(json.dumps(base)[1:-1], name).encode()
         else:
@@ -95,9 +94,26 @@ def _base(folder: Path) -> tuple[str | None, str]:
     return base, HUB_NAME if values.get("model") == EMBEDDED else Path(base).name
 
 
-def _name(value: Any) -> Any:
-    """The last part of a path of this machine; other values as they are."""
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+def _short_names(folder: Path) -> dict[str, str]:
+    """Each path of this machine that the run's recipe names -> its last part; the longest paths come first."""
+    recipe = folder / "recipe.yaml"
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+    named = [str(values[key]) for key in _PATHS if values.get(key)] + [str(v) for v in values.get("data.more") or ()]
+    paths = {
+        text for name in named for text in (name, os.path.expanduser(name)) if Path(text).expanduser().is_absolute()
+    }
+    return {path: Path(path).name for path in sorted(paths, key=len, reverse=True)}
+
+
+def _renamed(value: Any, short: dict[str, str]) -> Any:
+    """`value` with these paths shortened in all its texts: notes name them, too."""
+    if isinstance(value, str):
+        for path, name in short.items():
+            value = value.replace(path, name)
+        return value
+    if isinstance(value, dict):
+        return {key: _renamed(inner, short) for key, inner in value.items()}
+    return [_renamed(inner, short) for inner in value] if isinstance(value, list) else value
 
 
 def _hub() -> tuple[Any, tuple[type[Exception], ...]]:

@@ -13,8 +13,8 @@ from ziggurat.recipe.schema import REWARDED, DataPart, Recipe
 from .faults import Faults, kind_of
 from .glue import glue_splits
 from .labels import check_class_values, check_numbers, classes_of, names_of, number_of, places_of
-from .splits import FEW, ORIGIN, draw_split, joined, mixed
 from .readers import encoding_of
+from .splits import FEW, ORIGIN, draw_split, joined, mixed
 from .tables import draw, is_hub_name, is_one_table, read_table, require_column
 
 if TYPE_CHECKING:
