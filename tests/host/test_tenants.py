@@ -127,6 +127,25 @@ def test_a_set_holds_common_tensors_once_and_each_adapter_loads_by_itself(method
         assert_models_agree(logits(loaded.merge_and_unload(), LLAMA.inputs()), logits(model, LLAMA.inputs()))
 
 
+def test_a_swap_that_would_change_the_other_adapters_is_refused(tmp_path: Path) -> None:
+    model = two()
+    save_tenants(model, tmp_path / "set")
+    with torch.no_grad():
+        for name, p in parameters(model).items():
+            if "layer" in name.rpartition(":")[2]:
+                p.add_(1)
+    hotswap_adapter(model, tmp_path / "set" / "films", "films")  # the bank is the same
+    torch.manual_seed(3)
+    other = get_peft_model(LLAMA.build(), zoo_config("msplora", "llama", init_weights=False))
+    other.save_pretrained(tmp_path / "other")
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    with pytest.raises(
+        ConfigError, match=r"'films' shares .* tensors with others of this model, and .* are other ones"
+    ):
+        hotswap_adapter(model, tmp_path / "other", "films")
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+
+
 def test_adding_and_removing_one_touches_no_other(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     save_tenants(two(), folder)

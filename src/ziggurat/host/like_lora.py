@@ -1,8 +1,10 @@
 """What PEFT has for LoRA alone, for every method: swapping a trained adapter in place, and LoRA+'s two rates."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch.optim import Optimizer
@@ -24,7 +26,8 @@ def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "d
 
     Raises:
         ConfigError: the adapters differ in a field that decides what is computed (rank, alpha, targets, ...), the file
-            doesn't hold the same tensors, or the adapter is merged. Nothing is changed then.
+            doesn't hold the same tensors, the adapter is merged, or it shares tensors with others of the model that
+            would change with it. Nothing is changed then.
     """
     if adapter_name not in model.peft_config:
         raise ConfigError(f"no adapter {adapter_name!r} to swap; the model has {', '.join(model.peft_config)}.")
@@ -52,6 +55,13 @@ def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "d
         here, there = (tuple(table[name].shape) if name in table else "nothing" for table in (held, state))
         if here != there:
             raise ConfigError(f"{folder} can't be swapped in: {name} has {there} there, and the model {here}.")
+    names = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
+    common = [name for name in state if names[held[name].data_ptr()] > 1]
+    if changed := [name for name in common if not torch.equal(state[name].to(held[name]), held[name])]:
+        raise ConfigError(
+            f"{folder} can't be swapped in: adapter {adapter_name!r} shares {len(common)} tensors with others of this "
+            f"model, and {len(changed)} are other ones there ({changed[0]}, ...). Load it under another name."
+        )
     set_peft_model_state_dict(model, state, adapter_name=adapter_name)
 
 
