@@ -18,8 +18,8 @@ from ziggurat.host.folder import adapter_config, load_base
 from ziggurat.host.method import METHODS, method_of
 from ziggurat.host.site import Site
 from ziggurat.host.sites_table import from_table
+from ziggurat.host.targets import sites_of
 from ziggurat.host.tensors import whole
-from ziggurat.host.tuner import sites_of
 
 from .components import UPDATE, Collected, Component, span_text
 from .readers import READERS, Places, components, place_by_name

@@ -7,8 +7,7 @@ from torch import nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.method import Method, method_of, trainable, unique_specs
-from ziggurat.host.targets import DEFAULT_TARGETS
-from ziggurat.host.tuner import sites_of
+from ziggurat.host.targets import DEFAULT_TARGETS, sites_of
 
 
 def count(model: nn.Module, config: Any) -> int:

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from transformers.integrations.peft import PeftAdapterMixin
 
 from ziggurat.host.method import method_of
-from ziggurat.host.names import current_names
-from ziggurat.host.tuner import check_tensors
+from ziggurat.host.names import check_tensors, current_names
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 

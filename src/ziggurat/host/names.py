@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ziggurat.errors import ConfigError
 from ziggurat.host.method import Method
 from ziggurat.host.site import CHILD, Site, body_prefix, with_other_head
 from ziggurat.host.tensors import TensorSpec
@@ -99,3 +100,24 @@ def _fitted(name: str, method: Method, prefix: str, paths: Collection[str]) -> s
     # A path is a child of its layer that is only there once the adapter is.
     place = path.removesuffix(f".{CHILD}")
     return f"{outer}{with_other_head(place, prefix, paths)}{path.removeprefix(place)}{at}{leaf}"
+
+
+def check_tensors(method: Method, model: nn.Module, adapter: str, given: Mapping[str, Any]) -> None:
+    """Raise ConfigError if `given` lacks tensors that `adapter` has in `model`: without them it is another adapter."""
+    names = {_bare_name(name) for name in given}
+    held = {_bare_name(name) for name in model.state_dict(keep_vars=True)}
+    wanted = [name for name in held if f".{method.store}.{adapter}." in f".{name}"]
+    lacking = sorted(name for name in wanted if name not in names)
+    if lacking:
+        raise ConfigError(
+            f"adapter {adapter!r} lacks {len(lacking)} of the {len(wanted)} tensors its config asks for: "
+            f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}. Was the file cut, or is its "
+            "adapter_config.json another adapter's?"
+        )
+
+
+def _bare_name(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
+    for part in ("_fsdp_wrapped_module.", "_orig_mod."):
+        name = name.replace(part, "")
+    return name.removeprefix("base_model.model.")

@@ -1,15 +1,20 @@
-"""Which linear layers to adapt where the user names none, and which names were nearly right."""
+"""The sites that a config names in a model, the defaults where it names none, and names that were nearly right."""
 
 import difflib
 import re
 from collections.abc import Iterable
 from typing import Any
 
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from ziggurat.host.linear import is_adaptable
+from ziggurat.errors import ConfigError
+from ziggurat.host.anatomy import Anatomy
+from ziggurat.host.linear import features, is_adaptable
+from ziggurat.host.method import Method
+from ziggurat.host.older import check_finds_parameters
+from ziggurat.host.site import Site, body_name, with_experts
 
 from .unwrap import bare_tree, unwrap
 
@@ -48,18 +53,81 @@ def targets(config: Any, path: str) -> Any:
     return check_target_module_exists(config, within)
 
 
+def sites_of(method: Method, config: Any, model: nn.Module) -> dict[str, Site]:
+    """Path -> site of every place in `model` that `config` adapts, in the model's order. Changes nothing.
+
+    Raises:
+        ConfigError: a target module is no linear layer, or the method finds no place.
+    """
+    check_takes_parameters(method, config)
+    if method.sites is not None:
+        return method.sites(config, model, Anatomy(model, layers_pattern=config.layers_pattern))
+    sites = target_sites(config, model) if config.target_modules else {}
+    if config.target_parameters:
+        from ziggurat.host.expert_sites import parameter_sites
+
+        sites |= parameter_sites(config, model)
+    if config.speaks_of_depth and sites and all(not site.role for site in sites.values()):
+        anatomy = Anatomy(model, layers_pattern=config.layers_pattern)
+        if not anatomy.stacks:
+            anatomy.place(next(iter(sites)))  # raises: the config has fields about layers, and there are none
+    return sites
+
+
+def check_takes_parameters(method: Method, config: Any) -> None:
+    """Raise ConfigError if `config` names parameters of experts, and the method's update is none of weights."""
+    if config.target_parameters and (method.sites is not None or method.pair is None):
+        raise ConfigError(
+            f"target_parameters={sorted(config.target_parameters)}: {method.card.shown} makes no low-rank update of "
+            "weights, and can't adapt parameters of experts. Take target_parameters out, or use another method."
+        )
+    if config.target_parameters:
+        check_finds_parameters()
+
+
+def target_sites(config: Any, model: nn.Module) -> dict[str, Site]:
+    """Path -> site of the target modules of any PEFT config.
+
+    Raises:
+        ConfigError: a target module is no linear layer.
+    """
+    config = _maybe_include_all_linear_layers(config, model)
+    anatomy = Anatomy(model, layers_pattern=getattr(config, "layers_pattern", None))
+    inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    sites: dict[str, Site] = {}
+    for path, module in model.named_modules():
+        if not path or path.startswith(inside) or not targets(config, path):
+            continue
+        if not is_adaptable(module):
+            raise ConfigError(
+                f"Target module {path!r} is a {type(module).__name__}, which is not supported: only linear layers "
+                "(torch.nn.Linear, Conv1D, quantised linear layers) are. Name linear layers in target_modules, or "
+                "leave this module out by exclude_modules."
+            )
+        sites[path] = linear_site(model, anatomy, path, module)
+    return with_experts(sites)
+
+
+def linear_site(model: nn.Module, anatomy: Anatomy, path: str, module: nn.Module) -> Site:
+    """The site of the linear layer at `path`; outside every stack it is a stack of its own, with one layer."""
+    place, (d_in, d_out) = anatomy.find(path), features(module)
+    if place is None:
+        return Site(path, body_name(model, path), 0, 1, "", d_in, d_out)
+    return Site(path, body_name(model, place.stack), place.layer, place.num_layers, place.role, d_in, d_out)
+
+
 def near_misses(wanted: str | Iterable[str], model: nn.Module, limit: int = 6) -> list[str]:
     """The module names of `model` nearest to target names that matched nothing, best first.
 
     `wanted` is PEFT's `target_modules`: names, or one regular expression, of which the words are
     compared. A name of n components is compared with the last n components of each path, linear layers
-    first and other modules where no linear is near. Where nothing is near either, the names of the
+    first and other modules where no linear layer is near. Where nothing is near either, the names of the
     linear layers are given, the most alike first: they are what can be adapted.
     """
     names = re.findall(r"\w+(?:\.\w+)*", wanted) if isinstance(wanted, str) else sorted(wanted)
     nodes = [node for node in bare_tree(unwrap(model)[0]).walk() if node.path]
-    linears = [node.path for node in nodes if is_adaptable(node.module)]
-    for paths, cutoff in ((linears, 0.6), ([node.path for node in nodes], 0.6), (linears, 0.0)):
+    linear = [node.path for node in nodes if is_adaptable(node.module)]
+    for paths, cutoff in ((linear, 0.6), ([node.path for node in nodes], 0.6), (linear, 0.0)):
         near = [(score, name) for asked in names for score, name in _alike(asked, paths) if score >= cutoff]
         if near:
             return list(dict.fromkeys(name for _, name in sorted(near, key=lambda pair: -pair[0])))[:limit]

@@ -11,30 +11,27 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
 )
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.anatomy import Anatomy
 from ziggurat.host.bank import Bank
 from ziggurat.host.blend import add_blend, check_request
 from ziggurat.host.draws import Draws
 from ziggurat.host.lifecycle import Watch, step_in_trainers, watch_trainers
-from ziggurat.host.linear import AdaptedLinear, features, is_adaptable
+from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.method import Method, needs_steps, pair_of, specs_of, unique_specs
 from ziggurat.host.method_layer import ExpertsLayer, MethodLayer
-from ziggurat.host.names import RenamesOnLoad, current_names
-from ziggurat.host.older import NoMatchingPeftModuleError, as_no_match, check_finds_parameters, check_saved_whole
+from ziggurat.host.names import RenamesOnLoad, check_tensors, current_names
+from ziggurat.host.older import NoMatchingPeftModuleError, as_no_match, check_saved_whole
 from ziggurat.host.quantised import changing
 from ziggurat.host.remarks import check_fused_mixers, remark
 from ziggurat.host.siblings import introduce
-from ziggurat.host.site import Site, body_name, with_experts
+from ziggurat.host.site import Site
 from ziggurat.host.sites_table import to_table
-from ziggurat.host.targets import DEFAULT_TARGETS, near_misses, targets
+from ziggurat.host.targets import DEFAULT_TARGETS, check_takes_parameters, near_misses, sites_of, targets
 from ziggurat.host.tensors import Weight, check_pair
 from ziggurat.host.tied import note_shared, note_untied
 from ziggurat.host.vocabulary import grown_beside_adapters
@@ -405,83 +402,6 @@ class MethodTuner(BaseTuner):
             )
 
 
-def sites_of(method: Method, config: Any, model: nn.Module) -> dict[str, Site]:
-    """Path -> site of every place in `model` that `config` adapts, in the model's order. Changes nothing.
-
-    Raises:
-        ConfigError: a target module is no linear layer, or the method finds no place.
-    """
-    check_takes_parameters(method, config)
-    if method.sites is not None:
-        return method.sites(config, model, Anatomy(model, layers_pattern=config.layers_pattern))
-    sites = target_sites(config, model) if config.target_modules else {}
-    if config.target_parameters:
-        from ziggurat.host.expert_sites import parameter_sites
-
-        sites |= parameter_sites(config, model)
-    if config.speaks_of_depth and sites and all(not site.role for site in sites.values()):
-        anatomy = Anatomy(model, layers_pattern=config.layers_pattern)
-        if not anatomy.stacks:
-            anatomy.place(next(iter(sites)))  # raises: the config has fields about layers, and there are none
-    return sites
-
-
-def check_takes_parameters(method: Method, config: Any) -> None:
-    """Raise ConfigError if `config` names parameters of experts, and the method's update is none of weights."""
-    if config.target_parameters and (method.sites is not None or method.pair is None):
-        raise ConfigError(
-            f"target_parameters={sorted(config.target_parameters)}: {method.card.shown} makes no low-rank update of "
-            "weights, and can't adapt parameters of experts. Take target_parameters out, or use another method."
-        )
-    if config.target_parameters:
-        check_finds_parameters()
-
-
-def target_sites(config: Any, model: nn.Module) -> dict[str, Site]:
-    """Path -> site of the target modules of any PEFT config.
-
-    Raises:
-        ConfigError: a target module is no linear layer.
-    """
-    config = _maybe_include_all_linear_layers(config, model)
-    anatomy = Anatomy(model, layers_pattern=getattr(config, "layers_pattern", None))
-    inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    sites: dict[str, Site] = {}
-    for path, module in model.named_modules():
-        if not path or path.startswith(inside) or not targets(config, path):
-            continue
-        if not is_adaptable(module):
-            raise ConfigError(
-                f"Target module {path!r} is a {type(module).__name__}, which is not supported: only linear layers "
-                "(torch.nn.Linear, Conv1D, quantised linear layers) are. Name linear layers in target_modules, or "
-                "leave this module out by exclude_modules."
-            )
-        sites[path] = linear_site(model, anatomy, path, module)
-    return with_experts(sites)
-
-
-def linear_site(model: nn.Module, anatomy: Anatomy, path: str, module: nn.Module) -> Site:
-    """The site of the linear layer at `path`; outside every stack it is a stack of its own, with one layer."""
-    place, (d_in, d_out) = anatomy.find(path), features(module)
-    if place is None:
-        return Site(path, body_name(model, path), 0, 1, "", d_in, d_out)
-    return Site(path, body_name(model, place.stack), place.layer, place.num_layers, place.role, d_in, d_out)
-
-
-def check_tensors(method: Method, model: nn.Module, adapter: str, given: Mapping[str, Any]) -> None:
-    """Raise ConfigError if `given` lacks tensors that `adapter` has in `model`: without them it is another adapter."""
-    names = {_bare_name(name) for name in given}
-    held = {_bare_name(name) for name in model.state_dict(keep_vars=True)}
-    wanted = [name for name in held if f".{method.store}.{adapter}." in f".{name}"]
-    lacking = sorted(name for name in wanted if name not in names)
-    if lacking:
-        raise ConfigError(
-            f"adapter {adapter!r} lacks {len(lacking)} of the {len(wanted)} tensors its config asks for: "
-            f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}. Was the file cut, or is its "
-            "adapter_config.json another adapter's?"
-        )
-
-
 def check_stored(config: Any, parameters: int) -> None:
     """Raise ConfigError if an adapter from a folder would take far more room than its file fills."""
     stored = config.stored_numbers
@@ -495,13 +415,6 @@ def check_stored(config: Any, parameters: int) -> None:
 
 def _on_meta(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, device="meta")
-
-
-def _bare_name(name: str) -> str:
-    """A parameter's name without what wrappers put into it."""
-    for part in ("_fsdp_wrapped_module.", "_orig_mod."):
-        name = name.replace(part, "")
-    return name.removeprefix("base_model.model.")
 
 
 def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> tuple[Any, dict[str, Any]]:

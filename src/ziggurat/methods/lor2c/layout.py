@@ -14,8 +14,7 @@ from ziggurat.host.linear import features, is_adaptable
 from ziggurat.host.paths import check_room
 from ziggurat.host.site import Site, body_name
 from ziggurat.host.stream import are_layers, stream_width
-from ziggurat.host.targets import DEFAULT_TARGETS, near_misses
-from ziggurat.host.tuner import linear_site
+from ziggurat.host.targets import DEFAULT_TARGETS, linear_site, near_misses
 from ziggurat.lowrank.spans import Span, check_spans
 from ziggurat.methods.lor2c.config import LoR2CConfig
 from ziggurat.methods.lor2c.plan import StackState, most_events, paths

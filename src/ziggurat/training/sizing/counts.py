@@ -17,7 +17,7 @@ from ziggurat.host import count as registered
 from ziggurat.host.expert_sites import parameter_sites
 from ziggurat.host.method import method_of
 from ziggurat.host.site import Site
-from ziggurat.host.tuner import target_sites
+from ziggurat.host.targets import target_sites
 
 
 def lora(some: Iterable[Site], config: Any) -> int:
