@@ -154,7 +154,7 @@ def _curves(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _answered(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Tables of a classifier's scores by class and its surest mistakes; of answers before training and after."""
+    """Tables of scores by class, of the most confident mistakes, and of answers before training and after."""
     found = values.get("by_class") or {}
     classes = found.get("classes") or []
     if classes:

@@ -27,7 +27,7 @@ from ziggurat.lowrank.pair import FactorPair
 
 from .components import UPDATE, Collected
 
-#: Contiguous parts of the depth that share over groups is told of, as MSPLoRA's mid tier.
+#: Sharing over groups is reported for so many contiguous parts of the depth, as MSPLoRA's mid tier has.
 GROUPS = 3
 
 

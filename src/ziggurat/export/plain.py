@@ -104,7 +104,7 @@ def export(adapter: str | Path, out: str | Path, *, serving: bool = False, base_
     config = adapter_config(adapter)
     if config.peft_type == PeftType.LORA:
         raise ExportError(f"{adapter} is a plain LoRA adapter already: use it as it is.")
-    # PEFT can't put rows that train beside an embedding without numbers.
+    # PEFT can't put rows that train beside an embedding on the meta device.
     on_meta = not getattr(config, "trainable_token_indices", None)
     model = load_adapter(adapter, load_base(adapter, base_model, on_meta=on_meta))
     unused = check_complete(adapter, model)

@@ -61,5 +61,5 @@ def note_untied(model: Any) -> None:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two names are those of one tensor: tensors without numbers are known by the object alone."""
+    """Whether two names are those of one tensor: on the meta device they are known by the object alone."""
     return one is other or (not one.is_meta and one.data_ptr() == other.data_ptr() and one.shape == other.shape)

@@ -258,17 +258,17 @@ class MethodTuner(BaseTuner):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
-        merged = [(path, layer) for path, layer in self._linears() if layer.merged]
+        merged = [(path, layer) for path, layer in self._linear_layers() if layer.merged]
         with changing(merged, "unmerged from"):
             super().unmerge_adapter()
 
-    def _linears(self) -> list[tuple[str, AdaptedLinear]]:
+    def _linear_layers(self) -> list[tuple[str, AdaptedLinear]]:
         return [(path, module) for path, module in self.model.named_modules() if isinstance(module, AdaptedLinear)]
 
     def _reached(self, adapter_names: list[str] | None) -> list[tuple[str, AdaptedLinear]]:
         """Path and layer of the linear layers that the adapters named (default: the active ones) reach."""
         names = set(self.active_adapters if adapter_names is None else adapter_names)
-        return [(path, layer) for path, layer in self._linears() if names & set(layer.adapters)]
+        return [(path, layer) for path, layer in self._linear_layers() if names & set(layer.adapters)]
 
     def _unload_and_optionally_merge(
         self,

@@ -21,13 +21,13 @@ class AdapterDropModel(MethodTuner):
         Raises:
             ConfigError: a negative number, or one that leaves no layer an adapter.
         """
-        linears: list[Any] = [layer for _, layer in self._linears() if adapter in layer.sites]
-        deepest = max((linear.sites[adapter].layer for linear in linears), default=-1)
+        linear_layers: list[Any] = [layer for _, layer in self._linear_layers() if adapter in layer.sites]
+        deepest = max((linear.sites[adapter].layer for linear in linear_layers), default=-1)
         if not 0 <= layers <= deepest:
             raise ConfigError(
                 f"drop({layers}): from 0 to {deepest} layers can be left out, the last with an adapter is {deepest}."
             )
-        for linear in linears:
+        for linear in linear_layers:
             linear.dropped[adapter] = layers
 
 

@@ -32,10 +32,10 @@ class Around(NamedTuple):
 
 @dataclass
 class Layout:
-    """`layers`: path -> what is known of it. `linears`: path -> (stack, layer). `structure`: the paths at the start."""
+    """`layers`: path -> what is known of it. `linear_layers`: path -> (stack, layer). `structure`: the first paths."""
 
     layers: dict[str, Around] = field(default_factory=dict)
-    linears: dict[str, tuple[str, int]] = field(default_factory=dict)
+    linear_layers: dict[str, tuple[str, int]] = field(default_factory=dict)
     structure: dict[str, StackState] = field(default_factory=dict)
 
     def sites(self, model: nn.Module, anatomy: Anatomy) -> dict[str, Site]:
@@ -46,7 +46,7 @@ class Layout:
                 stack, span = body_name(model, at.stack), Span(at.layer, at.layer)
                 depth = anatomy.stacks[at.stack]
                 found[path] = Site(path, stack, at.layer, depth, "", at.width, at.width, span=span)
-        for path in self.linears:
+        for path in self.linear_layers:
             found[path] = linear_site(model, anatomy, path, model.get_submodule(path))
         return found
 
@@ -259,7 +259,7 @@ def _add_linears(
                 f"LoRA in place of a path would have rank {config.lora_r}, but {path!r} has room for {most} at most. "
                 "Set inject_r (default: r / 2)."
             )
-        layout.linears[path] = (place.stack, place.layer)
+        layout.linear_layers[path] = (place.stack, place.layer)
         found.add((place.stack, place.layer))
     if missing := sorted(needed - found):
         near = near_misses(targets, model)

@@ -86,7 +86,7 @@ class LoR2CModel(StructureTuner):
         layout = self._layout
         if layout is None:
             layout = lay_out(peft_config, self.model, Anatomy(self.model, peft_config.layers_pattern), None)
-        return key in layout.layers or key in layout.linears
+        return key in layout.layers or key in layout.linear_layers
 
     def _create_and_replace(
         self,
@@ -103,11 +103,11 @@ class LoR2CModel(StructureTuner):
             self._add_path(peft_config, adapter_name, target, current_key)
             return
         assert self.sites is not None
-        stack, number = self._layout.linears[current_key]
+        stack, number = self._layout.linear_layers[current_key]
         if not isinstance(target, LoR2CLinear):
             linear = LoR2CLinear(target, **_quantization(self.model))
             self._replace_module(parent, target_name, linear, target)
-            self._bank().linears.setdefault(stack, {}).setdefault(number, []).append(linear)
+            self._bank().linear_layers.setdefault(stack, {}).setdefault(number, []).append(linear)
             target = linear
         weight = target.weight_of_base(current_key)
         self._join(target, adapter_name, peft_config, self.sites[current_key], weight)

@@ -40,7 +40,7 @@ class PathBank(Bank):
         self.known: dict[str, Adapter] = {}
         # Past nn.Module.__setattr__: these are registered in their layers, here only looked up.
         object.__setattr__(self, "_members", {})
-        object.__setattr__(self, "_linears", {})
+        object.__setattr__(self, "_linear_layers", {})
 
     @property
     def members(self) -> dict[str, dict[int, LoR2CPath]]:
@@ -48,9 +48,9 @@ class PathBank(Bank):
         return self.__dict__["_members"]
 
     @property
-    def linears(self) -> dict[str, dict[int, list[LoR2CLinear]]]:
+    def linear_layers(self) -> dict[str, dict[int, list[LoR2CLinear]]]:
         """Stack -> layer -> the linear layers that can take over there."""
-        return self.__dict__["_linears"]
+        return self.__dict__["_linear_layers"]
 
     def set_structure(self, adapter: str, structure: Structure, done: int = 0) -> None:
         """Let the forward follow `structure` from now on. Every way to change paths ends here.
@@ -73,8 +73,8 @@ class PathBank(Bank):
                 if adapter in path.covers:
                     path.covers[adapter] = cover.get(layer)
                     _forget_gradient(path, adapter, active=adapter in path.adapters)
-            for layer, linears in self.linears.get(stack, {}).items():
-                for linear in linears:
+            for layer, linear_layers in self.linear_layers.get(stack, {}).items():
+                for linear in linear_layers:
                     if adapter in linear.leaves:
                         linear.asleep[adapter] = layer not in state.injected
                         _forget_gradient(linear, adapter, active=layer in state.injected)
@@ -154,8 +154,10 @@ class PathBank(Bank):
         if adapter in self.stores:
             stored |= {id(p): p for p in self.factors(adapter).parameters()}
         everyone = [path for members in self.members.values() for path in members.values()]
-        linears = [linear for layers in self.linears.values() for some in layers.values() for linear in some]
-        for module in (*everyone, *linears):
+        linear_layers = [
+            linear for layers in self.linear_layers.values() for some in layers.values() for linear in some
+        ]
+        for module in (*everyone, *linear_layers):
             own = {id(p): p for p in module.own_tensors(adapter).values()}
             stored |= own
             if adapter in module.adapters:
@@ -184,8 +186,8 @@ class PathBank(Bank):
                 )
             ends = [span.last for span in state.spans]
             paired = [layer for layer in ends if layer in members and adapter in members[layer].leaves]
-            linears = self.linears.get(stack, {})
-            ready = [n for n in state.injected if any(adapter in linear.leaves for linear in linears.get(n, ()))]
+            linear_layers = self.linear_layers.get(stack, {})
+            ready = [n for n in state.injected if any(adapter in linear.leaves for linear in linear_layers.get(n, ()))]
             if len(paired) < len(ends) or len(ready) < len(state.injected):
                 lack = sorted({*ends, *state.injected} - {*paired, *ready})
                 raise ConfigError(

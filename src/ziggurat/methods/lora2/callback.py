@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ziggurat.host.unwrap import unwrap
 from ziggurat.methods.lora2.pruning import adapted, learning_adapters, load_pruning_state, prune, pruning_state
 from ziggurat.methods.lora2.ranks import table
-from ziggurat.methods.lora2.regulariser import deviation, hook_of, learning_linears, penalty
+from ziggurat.methods.lora2.regulariser import deviation, hook_of, learning_linear_layers, penalty
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +78,8 @@ class LoRA2Callback(TrainerCallback):
         if added is None or not added.requires_grad:
             return
         _unscale(optimizer)
-        linears = learning_linears(model).items()
-        factors = [factor for adapter, layers in linears for layer in layers for factor in layer.planes(adapter)]
+        linear_layers = learning_linear_layers(model).items()
+        factors = [factor for adapter, layers in linear_layers for layer in layers for factor in layer.planes(adapter)]
         for factor, gradient in zip(factors, torch.autograd.grad(added, factors, allow_unused=True), strict=True):
             if gradient is not None and factor.grad is not None:
                 factor.grad.add_(gradient)

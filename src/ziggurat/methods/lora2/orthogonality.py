@@ -20,7 +20,7 @@ class Planes(NamedTuple):
     u: Tensor
 
 
-def orthogonality(linears: Sequence[Planes]) -> Tensor:
+def orthogonality(linear_layers: Sequence[Planes]) -> Tensor:
     """||G - I||_F averaged over all factors of all linear layers; G is the Gram matrix of a factor's smaller side.
 
     U (k, d_in) has rows to be orthonormal, G = U U^T; u (d_out, k) columns, G = u^T u; of V (r, k)
@@ -28,7 +28,7 @@ def orthogonality(linears: Sequence[Planes]) -> Tensor:
     side can't be orthonormal: its Gram matrix has a rank below its size. Factors without entries count as 0.
     """
     alike: dict[tuple[object, ...], list[Tensor]] = defaultdict(list)
-    for planes in linears:
+    for planes in linear_layers:
         for factor in planes:
             wide = factor if factor.shape[-2] <= factor.shape[-1] else factor.mT
             matrices = wide.reshape(-1, *wide.shape[-2:])
@@ -44,13 +44,13 @@ def orthogonality(linears: Sequence[Planes]) -> Tensor:
     return _total(parts)
 
 
-def cross_plane(linears: Sequence[Planes]) -> Tensor:
+def cross_plane(linear_layers: Sequence[Planes]) -> Tensor:
     """||(U^T V^T)(v^T u^T)||_F averaged over the linear layers: the norm of (u v)(V U), the update with E = 1.
 
     From the k x k Gram matrices alone: with C = v V, the square is tr(C^T (u^T u) C (U U^T)).
     """
     parts = []
-    for U, V, v, u in linears:
+    for U, V, v, u in linear_layers:
         with _full_precision(U):
             U, V, v, u = _exact(U), _exact(V), _exact(v), _exact(u)
             core = v @ V

@@ -12,7 +12,7 @@ from ziggurat.methods.lora2.layer import Directions
 from ziggurat.methods.lora2.orthogonality import Planes, cross_plane, orthogonality
 
 
-def learning_linears(model: nn.Module) -> dict[str, list[Directions]]:
+def learning_linear_layers(model: nn.Module) -> dict[str, list[Directions]]:
     """Adapter -> the linear layers where it is active, trains, and has a direction left."""
     learning: dict[str, list[Directions]] = {}
     for layer in model.modules():
@@ -25,7 +25,9 @@ def learning_linears(model: nn.Module) -> dict[str, list[Directions]]:
 
 def deviation(model: nn.Module) -> Tensor:
     """The factors' deviation from orthonormality, unweighted, averaged over all that train. See `orthogonality`."""
-    return orthogonality([_whole_planes(layer, a) for a, layers in learning_linears(model).items() for layer in layers])
+    return orthogonality(
+        [_whole_planes(layer, a) for a, layers in learning_linear_layers(model).items() for layer in layers]
+    )
 
 
 def penalty(model: nn.Module) -> Tensor | None:
@@ -35,7 +37,7 @@ def penalty(model: nn.Module) -> Tensor | None:
     loss that the model returns. Add it yourself to a loss that is made outside the model.
     """
     total: Tensor | None = None
-    for adapter, layers in learning_linears(model).items():
+    for adapter, layers in learning_linear_layers(model).items():
         config, planes = layers[0].configs[adapter], [_whole_planes(layer, adapter) for layer in layers]
         for weight, measure in ((config.orthogonality, orthogonality), (config.cross_plane, cross_plane)):
             if weight:

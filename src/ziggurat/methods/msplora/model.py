@@ -73,7 +73,7 @@ class MSPLoraModel(MethodTuner):
         with self.added(adapter, summed):
             bank = self.bank_cls.at_root(self.model)
             sums, olds = bank.factors(adapter), [bank.factors(name) for name in adapters]
-            for layer in (layer for _, layer in self._linears() if adapter in layer.leaves):
+            for layer in (layer for _, layer in self._linear_layers() if adapter in layer.leaves):
                 pyramids = [layer.configs[name].pyramid(layer.sites[name].role) for name in adapters]
                 for same in zip(*pyramids, strict=True):
                     down, up = (layer.leaves[adapter][f"{half}_{same[0].name}"][1] for half in "AB")

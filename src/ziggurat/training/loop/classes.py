@@ -1,4 +1,4 @@
-"""What a classifier gets right and wrong, class by class, and the mistakes that it is surest of."""
+"""What a classifier gets right and wrong, class by class, and its most confident mistakes."""
 
 from __future__ import annotations
 
