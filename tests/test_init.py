@@ -61,6 +61,16 @@ def test_the_forms_that_are_known_by_their_columns(name: str, task: str, shape: 
     assert recipe.method["target_modules"] == "all-linear" and recipe.model == str(tmp_path / "model")
 
 
+def test_words_with_tags_and_lists_of_labels(tmp_path: Path) -> None:
+    tagged = made(FORMS / "tagged.jsonl", tmp_path / "tagged.yaml")
+    assert tagged.task == "tokens" and tagged.data.columns.tokens is None
+    rows = [{"tokens": ["a", "b"], "ner_tags": ["O", "B-x"]} for _ in range(9)]
+    other = made(write(tmp_path / "other.jsonl", rows), tmp_path / "other.yaml")
+    assert (other.task, other.data.columns.tokens, other.data.columns.tags) == ("tokens", None, "ner_tags")
+    several = made(FORMS / "labels.jsonl", tmp_path / "several.yaml")
+    assert (several.task, several.data.text, several.data.label) == ("multilabel", "text", "label")
+
+
 def test_questions_and_answers(tmp_path: Path) -> None:
     rows = [{"question": f"what is {n} and one", "answer": f"that is {n + 1}"} for n in range(20)]
     recipe = made(write(tmp_path / "a.jsonl", rows), tmp_path / "made.yaml", "--model", str(tmp_path / "model"))

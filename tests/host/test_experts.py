@@ -31,7 +31,7 @@ from ziggurat.errors import ConfigError, ExportError
 from ziggurat.export import export_model
 from ziggurat.host.count import count
 from ziggurat.host.experts import ParameterLayer
-from ziggurat.lowrank.grouped import _padded, grouped
+from ziggurat.lowrank.grouped import _has_kernel, _padded, grouped
 from ziggurat.plan.planner import plan
 
 pytestmark = versions.saves_whole
@@ -189,6 +189,14 @@ def test_one_dropout_on_a_tokens_input_serves_all_its_experts() -> None:
             gate, up = both.chunk(2)
             expected[token] += weight * base.down_proj[expert] @ (nn.functional.silu(gate) * up)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_kernel_is_looked_for_whatever_mode_asks_first() -> None:
+    _has_kernel.cache_clear()
+    with torch.inference_mode():
+        asked_in_inference = _has_kernel("cpu", torch.float32)
+    _has_kernel.cache_clear()
+    assert asked_in_inference == _has_kernel("cpu", torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

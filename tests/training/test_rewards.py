@@ -76,7 +76,7 @@ def test_built_in_rewards() -> None:
     right = ["so #### 7", 1234.5, -2, "none", "8"]
     assert built_in("last_number", texts, total=right, rewards__answer="total") == [1, 1, 1, 0, 0]
     assert built_in("regex", ["a 12", "b"], rewards__pattern=r"\d{2}$") == [1, 0]
-    assert built_in("json", ['{"a": [1]}', "{a: 1}", "", "[" * 100_000]) == [1, 0, 0, 0]
+    assert built_in("json", ['{"a": [1]}', "{a: 1}", "", "[" * 100_000, "NaN"]) == [1, 0, 0, 0, 0]
     assert built_in("length", ["abcd", "abcdefgh", ""], rewards__most=4) == [1, 0.5, 1]
     chat = [[{"role": "assistant", "content": "It is 7"}]]
     assert built_in("last_number", chat, answer=["7"]) == [1]

@@ -18,7 +18,8 @@ def init(
     out: Annotated[Path | None, typer.Option(help="Recipe to write (default: FILE's name with .yaml).")] = None,
     model: Annotated[str | None, typer.Option(help="Folder or hub name of the model to start from.")] = None,
     task: Annotated[
-        str | None, typer.Option(help="classification, regression, instruct, dpo or kto, instead of what FILE says.")
+        str | None,
+        typer.Option(help="The task, instead of what FILE says: classification, tokens, instruct, ..."),
     ] = None,
 ) -> None:
     """Look at a file's columns and rows, and write a commented recipe for it."""

@@ -40,7 +40,7 @@ def _has_kernel(device: str, dtype: torch.dtype) -> bool:
     if not hasattr(F, "grouped_mm"):
         return False
     try:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():  # whatever mode asks first
             x, W = (torch.ones(shape, device=device, dtype=dtype, requires_grad=True) for shape in ((8, 8), (2, 8, 8)))
             y = F.grouped_mm(x, W, offs=torch.tensor([3, 8], device=device, dtype=torch.int32))
             torch.autograd.grad(y, (x, W), torch.ones_like(y))

@@ -23,6 +23,8 @@ _PAIRS = (
     *(("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("text1", "text2")),
     *(("text_a", "text_b"), ("query", "passage"), ("first", "second")),
 )
+#: Pairs of columns that hold words and their tags, by their usual names.
+_TAGGED = (("tokens", "tags"), ("tokens", "ner_tags"), ("words", "tags"), ("words", "labels"), ("words", "ner"))
 #: More different values than this, in more than a tenth of the rows, are no classes but numbers.
 _MOST_CLASSES = 30
 #: Characters of a token, roughly, for a length before a model is known; lengths are multiples of `_STEP`.
@@ -63,9 +65,10 @@ def look(file: str, task: str | None = None) -> Start:
     if seen is None or task not in (None, seen.task):
         raise DataError(
             f"{file} has the columns {', '.join(table.column_names)}, which fit {task or 'no task'}; needed: a text "
-            "and a label, a number for regression (classification, regression); messages, prompt and completion, "
-            "instruction and output, or text alone (instruct); prompt, chosen and rejected (dpo); prompt, completion "
-            "and a label true or false (kto). Rename columns, or say by --task what is to be learned"
+            "and a label, a list of labels, or a number (classification, multilabel, regression); tokens and tags "
+            "(tokens); messages, prompt and completion, instruction and output, or text alone (instruct); prompt, "
+            "chosen and rejected (dpo); prompt, completion and a label true or false (kto). Rename columns, or say by "
+            "--task what is to be learned"
         )
     return seen
 
@@ -77,6 +80,11 @@ def _forms(table: Dataset) -> Iterator[Start]:
     def has(*names: str) -> bool:
         return all(any(column in table.column_names for column in ALIASES[name]) for name in names)
 
+    tagged = next((pair for pair in _TAGGED if all(name in table.column_names for name in pair)), None)
+    if tagged is not None:
+        named = zip(("tokens", "tags"), tagged, strict=True)
+        keys: dict[str, tuple[Any, str]] = {f"data.columns.{key}": (name, "") for key, name in named if key != name}
+        yield Start("tokens", "words with tags, of which B- begins an entity and I- goes on with it", keys)
     if has("chosen", "rejected"):
         yield Start("dpo", "pairs of a chosen and a rejected answer")
     verdict = {str(value).lower() for value in table["label"]} if "label" in table.column_names else set()
@@ -88,7 +96,7 @@ def _forms(table: Dataset) -> Iterator[Start]:
         ("prompt", ("prompt", "completion")),
     ):
         if has(*names):
-            keys: dict[str, tuple[Any, str]] = {"data.format": (shape, f"columns {' and '.join(names)}")}
+            keys = {"data.format": (shape, f"columns {' and '.join(names)}")}
             if shape != "messages":
                 keys["data.as_chat"] = (True, "joined by the model's chat template; false for a base model")
             yield Start("instruct", "questions with answers" if shape != "messages" else "conversations", keys)
@@ -99,7 +107,10 @@ def _table(table: Dataset, task: str | None) -> Start | None:
     # Lists and objects are neither texts nor labels of these tasks.
     kinds = (str, int, float, bool, type(None))
     columns = {name: list(table[name]) for name in table.column_names}
+    lists = [name for name in columns if name.casefold() in _LABELS and all(isinstance(v, list) for v in columns[name])]
     columns = {name: values for name, values in columns.items() if all(isinstance(value, kinds) for value in values)}
+    if lists and task in (None, "multilabel"):
+        return _several(columns, lists[0], list(table[lists[0]]))
     label = _label_of(columns)
     texts = [name for name, values in columns.items() if name != label and _is_text(values)]
     texts.sort(key=lambda name: -sum(len(str(value)) for value in columns[name]))
@@ -133,6 +144,20 @@ def _table(table: Dataset, task: str | None) -> Start | None:
         keys["data.drop_missing"] = (True, f"{gaps} of {len(table)} rows lack a text or a label")
     keys["data.max_length"] = _length(columns[first], columns[pair[1]] if pair else [])
     return Start(kind, f"texts with {'numbers' if kind == 'regression' else 'classes'}", keys)
+
+
+def _several(columns: dict[str, list[Any]], label: str, sets: Sequence[Sequence[Any]]) -> Start | None:
+    """Texts with lists of labels; None where there is no text."""
+    texts = [name for name, values in columns.items() if _is_text(values)]
+    if not texts:
+        return None
+    text = max(texts, key=lambda name: sum(len(str(value)) for value in columns[name]))
+    keys: dict[str, tuple[Any, str]] = {
+        "data.text": (text, "the column of texts"),
+        "data.label": (label, _labels_in_words([name for labels in sets for name in labels], "multilabel")),
+        "data.max_length": _length(columns[text], []),
+    }
+    return Start("multilabel", "texts with several classes each", keys)
 
 
 def _label_of(columns: dict[str, list[Any]]) -> str | None:

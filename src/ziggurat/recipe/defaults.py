@@ -12,7 +12,7 @@ import yaml
 from .schema import WRITES
 
 #: The tasks that `ziggurat init` writes recipes for.
-TASKS = ("classification", "regression", "instruct", "dpo", "kto")
+TASKS = ("classification", "multilabel", "regression", "tokens", "instruct", "dpo", "kto")
 
 
 @dataclass(frozen=True)

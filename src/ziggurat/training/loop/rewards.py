@@ -95,10 +95,14 @@ def _last(text: str) -> float | None:
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
+        json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is Python's, not JSON's")
 
 
 def from_words(words: Iterable[str]) -> list[Reward]:
