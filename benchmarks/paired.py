@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from ziggurat import LoR2CConfig, LoRA2Config, MSPLoraConfig
+from ziggurat.lowrank.remade import unchanged
 from ziggurat.methods.lora2.pruning import prune
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
@@ -149,7 +150,7 @@ class Step:
             kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(pack, unchanged):
             alive = self.loss()
         del alive
         return sum(size for at, size in kept.items() if at not in own)

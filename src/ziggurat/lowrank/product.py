@@ -21,6 +21,7 @@ from ziggurat.errors import ConfigError
 from ziggurat.lowrank import mask as masks
 from ziggurat.lowrank import plain_product
 from ziggurat.lowrank.pair import is_plain, transformed
+from ziggurat.lowrank.remade import Remade, remade
 
 #: Up to so many tokens, as in generation, what counts is the number of operations, not the passes over memory.
 _FEW = 16
@@ -121,7 +122,8 @@ def down(x: Tensor, As: Sequence[Tensor], dropout: float = 0.0) -> tuple[Tensor,
 def down_by(parts: Any, x: Tensor, As: Sequence[Tensor], dropout: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """`down` with the products in ``dtype`` and the functions of ``parts``: `plain_product` or `triton_product`."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *As)):
-        return _Down.apply(x, dropout, dtype, parts, *As)  # type: ignore[no-any-return]
+        again = remade(x) if any(A.requires_grad for A in As) else None
+        return _Down.apply(x, dropout, dtype, parts, again, *As)  # type: ignore[no-any-return]
     mask = parts.draw(x, dropout) if dropout else None
     return parts.down(x, mask, As, dropout, dtype).split([A.shape[0] for A in As], dim=1)  # type: ignore[no-any-return]
 
@@ -141,25 +143,29 @@ class _Down(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, dropout: float, dtype: torch.dtype, parts: Any, *As: Tensor
+        ctx: Any, x: Tensor, dropout: float, dtype: torch.dtype, parts: Any, again: Remade | None, *As: Tensor
     ) -> tuple[Tensor, ...]:
-        need_x, need_A = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4:])
+        need_x, need_A = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:])
         ctx.parts, ctx.dropout, ctx.dtype = parts, dropout, dtype
         ctx.like, ctx.ranks = plain_product.Like(x.shape, x.dtype, As[0].dtype), [A.shape[0] for A in As]
         ctx.set_materialize_grads(False)
         mask = parts.draw(x, dropout) if dropout else None
-        ctx.save_for_backward(x if need_A else None, mask, *(A if need_x else None for A in As))
+        operands, ctx.make = ((x if need_A else None,), None) if again is None else again
+        ctx.save_for_backward(mask, *(A if need_x else None for A in As), *operands)
         return parts.down(x, mask, As, dropout, dtype).split(ctx.ranks, dim=1)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, mask, *As = _saved(ctx, dhs)
-        need_x, need_A = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        mask, *tensors = _saved(ctx, dhs)
+        As, operands = tensors[: len(ctx.ranks)], tensors[len(ctx.ranks) :]
+        need_x, need_A = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         asked = [i for i, dh in enumerate(dhs) if dh is not None]  # linear layers that did run
         if not asked:
-            return (None,) * (4 + len(As))
+            return (None,) * (5 + len(As))
         dh = plain_product.joined([dhs[i] for i in asked], dim=1)  # type: ignore[misc]
-        x = x if any(need_A[i] for i in asked) else None
+        x = None
+        if any(need_A[i] for i in asked):
+            x = operands[0] if ctx.make is None else ctx.make(operands).view(ctx.like.shape)
         # With grad mode on, this backward is itself differentiated: nothing in place.
         gradients = partial(_down_gradients_twice, ctx.parts) if torch.is_grad_enabled() else ctx.parts.down_gradients
         dA, dx = gradients(dh, x, ctx.like, mask, [As[i] for i in asked] if need_x else None, ctx.dropout)
@@ -167,7 +173,7 @@ class _Down(torch.autograd.Function):
         if dA is not None:
             for i, dA_i in zip(asked, dA.split([ctx.ranks[i] for i in asked]), strict=True):
                 dAs[i] = dA_i if need_A[i] else None
-        return dx, None, None, None, *dAs
+        return dx, None, None, None, None, *dAs
 
 
 def _saved(ctx: Any, dhs: Sequence[Tensor | None]) -> tuple[Any, ...]:

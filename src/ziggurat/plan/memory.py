@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ziggurat.lowrank.remade import unchanged
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -132,7 +134,7 @@ def _kept(
     hooks = [layer.register_forward_pre_hook(enter(number)) for number, layer in enumerate(layers)]
     hooks += [layer.register_forward_hook(leave) for layer in layers]
     try:
-        with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, unchanged):
             output = model(**inputs)
     finally:
         for hook in hooks:
