@@ -17,9 +17,10 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "ray": (*_TRAIN, "ray"),
     "gguf": ("gguf", "sentencepiece"),
     "quantised": ("bitsandbytes", "torchao"),
+    "vision": (*_TRAIN, "pillow", "torchvision", "num2words"),
 }
 #: Packages whose module isn't called as they are.
-_MODULES = {"scikit-learn": "sklearn"}
+_MODULES = {"scikit-learn": "sklearn", "pillow": "PIL"}
 
 
 def module_of(package: str) -> str:

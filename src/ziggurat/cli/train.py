@@ -98,13 +98,18 @@ def predict(
     top_k: TopK = 0,
     seed: Seed = None,
     system: System = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="An image that the text asks about; several in their order.")
+    ] = None,
 ) -> None:
     """Ask a trained adapter."""
     if (text is None) == (file is None):
         raise typer.BadParameter("give either a text or --file")
+    if image and (text is None or text == "-"):
+        raise typer.BadParameter("--image goes with one text; --file reads the images that its rows name")
 
     from ziggurat.training.answers.load import load_adapter_model
-    from ziggurat.training.answers.predict import predict_each, read_texts
+    from ziggurat.training.answers.predict import predict_each, read_texts, seen_with
     from ziggurat.training.answers.write import check_ending, write_answers
     from ziggurat.training.model.generate import Sampling
 
@@ -114,7 +119,7 @@ def predict(
         check_writable(out)
     loaded = load_adapter_model(adapter)
     seconds = [second] if second is not None else None
-    firsts: Any = [text]
+    firsts: Any = [text] if not image else [seen_with(str(text), image)]
     if file is not None:
         firsts, seconds = read_texts(file, loaded)
     elif text == "-":

@@ -43,7 +43,7 @@ def export(
         converter()  # refuses before anything is written
     loaded = adapter_of_a_run(adapter, base)
     if loaded is not None:
-        written = exporting.export_model(loaded.model, out, serving=serving, tokenizer=loaded.tokenizer)
+        written = exporting.export_model(loaded.model, out, serving=serving, tokenizer=loaded.whole_tokenizer)
     else:
         written = exporting.export(adapter, out, serving=serving, base_model=base)
     say(f"plain LoRA of rank {written.rank} on {written.modules} linear layers written to {out}")
@@ -69,7 +69,7 @@ def merge(adapter: Adapter, out: Out, base: Base = None, push_to_hub: Push = Non
     loaded = adapter_of_a_run(adapter, base)
     with without_bars():
         if loaded is not None:
-            exporting.merge_model(loaded.model, out, loaded.tokenizer)
+            exporting.merge_model(loaded.model, out, loaded.whole_tokenizer)
         else:
             exporting.merge(adapter, out, base_model=base)
     push(out, push_to_hub, private)

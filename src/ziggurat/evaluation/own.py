@@ -123,8 +123,15 @@ def _answers(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
     from ziggurat.training.model.generate import Sampling, generate
 
     notes: list[str] = []
-    rows = tokens_of(loaded.recipe, loaded.tokenizer, table, "scored", notes)
-    logs, counts = _answer_logs(loaded, rows, batch, notes)
+    if loaded.processor is None:
+        rows = tokens_of(loaded.recipe, loaded.tokenizer, table, "scored", notes)
+        logs, counts = _answer_logs(loaded, rows, batch, notes)
+        asked = [question_of(loaded.tokenizer, row) for row in table]  # type: ignore[arg-type]
+    else:
+        from ziggurat.training.model import seeing
+
+        logs, counts = _seen_logs(loaded, table, batch, notes)
+        asked = [seeing.question_of(loaded.writer, row) for row in table]  # type: ignore[arg-type]
     loss = -logs.sum() / counts.sum()
     scores = {"perplexity": perplexity(float(loss)), "loss": float(loss)}
 
@@ -132,11 +139,10 @@ def _answers(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
         return perplexity(float(-logs[drawn].sum() / counts[drawn].sum()))
 
     intervals = {"perplexity": drawn_interval(of_rows, len(logs))}
-    asked = [question_of(loaded.tokenizer, row) for row in table]  # type: ignore[arg-type]
     asked = [question for question in asked if question is not None]
     if not asked:
         return {"scores": scores, "intervals": intervals, "per_cent": (), "notes": notes}
-    most = positions(loaded.model.config)
+    most = positions(loaded.model.config) if loaded.processor is None else None
     fitting = [question for question in asked if most is None or len(question[0]) < most]
     if len(fitting) < len(asked):
         left_out = len(asked) - len(fitting)
@@ -144,7 +150,10 @@ def _answers(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
     prompts, answers = [ids for ids, _, _ in fitting], [answer.strip() for _, _, answer in fitting]
     longest = max((len(loaded.tokenizer(answer)["input_ids"]) for answer in answers), default=0)  # type: ignore[arg-type]
     wanted = Sampling(tokens=min(longest + 8, 512))
-    written = generate(loaded.model, loaded.tokenizer, prompts, wanted, batch=batch, name=loaded.recipe.model)
+    if loaded.processor is None:
+        written = generate(loaded.model, loaded.tokenizer, prompts, wanted, batch=batch, name=loaded.recipe.model)
+    else:
+        written = seeing.answers(loaded.model, loaded.processor, prompts, wanted, batch=batch)
     hits = sum(text == answer for text, answer in zip(written, answers, strict=True))
     scores["exact_match"] = 100.0 * hits / len(asked)
     intervals["exact_match"] = share_interval(hits, len(asked))
@@ -242,6 +251,31 @@ def _answer_logs(loaded: Loaded, rows: Sequence[Any], batch: int, notes: list[st
     if not total.any():
         raise DataError(f"--data: no row has an answer within {length} tokens")
     return np.concatenate(logs), total
+
+
+def _seen_logs(loaded: Loaded, table: Dataset, batch: int, notes: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """`_answer_logs` of conversations with images, whole."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from ziggurat.training.model.seeing import ImageCollator, expanded, text_of
+
+    writer, device = loaded.writer, next(loaded.model.parameters()).device
+    rows = [
+        {"labels": [token if on else -100 for token, on in zip(*learned, strict=True)], "text": text_of(writer, row),
+         "images": row.get("images") or []}  # type: ignore[union-attr]
+        for row, learned in zip(table, expanded(loaded.recipe, writer, table, "scored", notes), strict=True)
+    ]  # fmt: skip
+    logs, counts = [], []
+    for start in range(0, len(rows), batch):
+        inputs = {name: value.to(device) for name, value in ImageCollator(writer)(rows[start : start + batch]).items()}
+        labels = inputs.pop("labels")[:, 1:]
+        with torch.no_grad():
+            outputs = loaded.model(**inputs).logits[:, :-1].float()
+        losses = cross_entropy(outputs.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+        logs.append(-losses.sum(-1).double().cpu().numpy())
+        counts.append(labels.ne(-100).sum(-1).cpu().numpy())
+    return np.concatenate(logs), np.concatenate(counts)
 
 
 def share_interval(hits: int, rows: int) -> tuple[float, float]:

@@ -24,9 +24,12 @@ _LLAMA_LIKE = (
     *("qwen2_moe", "qwen3_moe", "jamba", "zamba"),
     *("m2m_100", "marian", "mbart", "pegasus", "whisper"),
     *("clip", "siglip"),
+    *("idefics3", "smolvlm"),
 )
 #: Their queries and values have the first two names in older versions of transformers, and the other two in newer ones.
 _VISION = ["query", "value", "q_proj", "v_proj"]
+#: The last one is that of the vision tower.
+_SEEING_QWEN = ["q_proj", "v_proj", "qkv"]
 
 DEFAULT_TARGETS: dict[str, list[str] | str] = {
     **{model_type: ["query", "value"] for model_type in _BERT_LIKE},
@@ -36,6 +39,7 @@ DEFAULT_TARGETS: dict[str, list[str] | str] = {
     "modernbert": ["Wqkv"],
     "mpnet": ["q", "v"],
     "persimmon": ["query_key_value"],
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _SEEING_QWEN),
     "phi3": ["qkv_proj"],
     "swin": _VISION,
     "umt5": ["q", "v"],

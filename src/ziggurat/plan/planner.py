@@ -285,6 +285,11 @@ def _beside(model: nn.Module, config: Any, method: str, parameters: int) -> tupl
         ):
             notes.append(f"{variant_name(other)} adapts no parameters of experts")
             continue
+        if other not in _OWN_PLACES and (
+            lacking := [name for name in same if name not in method_fields(fields["name"])]
+        ):
+            notes.append(f"{variant_name(other)} has no {', '.join(lacking)}")
+            continue
         choice = fields if other in _OWN_PLACES or method in _OWN_PLACES else {**fields, **same}
         try:
             if rank is not None:
@@ -332,7 +337,8 @@ def plan_recipe(
     from ziggurat.recipe.methods import BUDGET, METHODS, method_config
     from ziggurat.recipe.schema import SCORED_LENGTH
     from ziggurat.training.data.encode import longest
-    from ziggurat.training.model.adapt import beside
+    from ziggurat.training.model.adapt import beside, leave_out, other_towers
+    from ziggurat.training.model.base import sees_images
     from ziggurat.training.model.meta import bare_model
     from ziggurat.training.model.meta_base import BareBase, bare_base
     from ziggurat.training.sizing.budget import read_budget
@@ -347,9 +353,13 @@ def plan_recipe(
         pays = read_budget(budget, sum(p.numel() for p in base.model.parameters()))
     if pays is not None:
         chosen = _paid(base.model, chosen, pays)
+    seeing = recipe is not None and recipe.writes and sees_images(base.model.config)
+    config: Any = method_config(chosen, **(beside(recipe, base.head, seeing) if recipe is not None else {}))
+    if recipe is not None and seeing:
+        leave_out(config, other_towers(base.model, recipe.tower))
     planned = plan(
         base.model,
-        method_config(chosen, **(beside(recipe, base.head) if recipe is not None else {})),
+        config,
         name=str(model),
         method=chosen["name"],
         task=recipe.task if recipe is not None else None,

@@ -11,7 +11,7 @@ from .glue import brings_validation
 from .schema import METRICS, REWARDED, WRITES, keys
 
 _TASK_ONLY = {
-    "instruct": ("data.format", "data.loss", "data.packing", "train.answers"),
+    "instruct": ("data.format", "data.loss", "data.packing", "data.image_folder", "tower", "train.answers"),
     "writing": ("data.as_chat",),
     "preference": ("train.beta",),
     "rewarded": tuple(key for key in keys() if key.startswith(("rewards.", "sampling."))),

@@ -67,6 +67,11 @@ _SYNONYMS = {
     "train_on_prompt": "data.loss",
     "mask_history": "data.loss",
     "field_messages": "data.columns.messages",
+    "field_images": "data.columns.images",
+    "image_dir": "data.image_folder",
+    "image_folder": "data.image_folder",
+    "media_dir": "data.image_folder",
+    "freeze_vision_tower": "tower",
     "field_instruction": "data.columns.instruction",
     "field_input": "data.columns.input",
     "field_output": "data.columns.output",
@@ -258,7 +263,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     """The recipe as one flat mapping, defaults too but for the method's; paths on this disk are made absolute."""
     elsewhere = set() if recipe.task in REWARDED else {"rewards", "sampling"}
     flat = flatten(recipe.model_dump(exclude={"resume", "overwrite", *elsewhere}))
-    for key in ("model", "data.train", "data.validation", "data.folder"):
+    for key in ("model", "data.train", "data.validation", "data.folder", "data.image_folder"):
         value = flat.get(key)
         named = value in ("embedded", "demo") or glue_name(value) is not None
         if value is not None and not named and Path(value).expanduser().exists():

@@ -88,6 +88,7 @@ class ColumnsPart(Part):
     text: str | None = _named("plain text (else text)")
     tokens: str | None = _named("the words of a text (else tokens)")
     tags: str | None = _named("the BIO tags of these words (else tags)")
+    images: str | None = _named("the images of a conversation (else images or image)")
     chosen: str | None = _named("the better of two answers (else chosen)")
     rejected: str | None = _named("the worse of two answers (else rejected)")
 
@@ -161,6 +162,9 @@ class DataPart(Part):
         default=None,
         description=f"tokens; longer rows are cut, and counted. Without it {SCORED_LENGTH}, for instruct as many as "
         f"95% of the training rows have, at most {MOST_LENGTH}",
+    )
+    image_folder: str | None = Field(
+        default=None, description="folder that paths of images start from; without it that of the file which names them"
     )
     encoding: str | None = Field(
         default=None, description="of text files, e.g. cp1252; without it UTF-8, or UTF-16 where a mark says so"
@@ -288,6 +292,9 @@ class Recipe(Part):
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         default="float32", description="dtype of the frozen base weights"
+    )
+    tower: Literal["language", "vision", "both"] = Field(
+        default="language", description="which part of a model that sees images is adapted"
     )
     metric: Metric | None = Field(
         default=None, description="the score of the table; without it the usual one of the task"

@@ -10,9 +10,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 
 from ziggurat.errors import ConfigError, RecipeError
@@ -26,18 +28,36 @@ from ..data.template import stop_at_turns
 from ..folder.run_folder import RECIPE, RUN
 from ..heads import MeanPooledClassifier
 from ..loop.trainers import quiet
-from ..model.base import HeadSpec, device, load_base
+from ..model.base import HeadSpec, device, load_base, load_processor
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Model (in evaluation mode, on the accelerator where there is one), tokenizer, and what they were trained for."""
+    """Model (in evaluation mode, on the accelerator where there is one), tokenizer, and what they were trained for.
+
+    `processor`: of a model that sees images, which has the tokenizer in it.
+    """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     recipe: Recipe
     head: HeadSpec
     run: dict[str, Any]
+    processor: ProcessorMixin | None = None
+
+    @property
+    def writer(self) -> Any:
+        """What writes conversations by the chat template."""
+        if self.processor is None:
+            return self.tokenizer
+        from ..model.seeing import Writer
+
+        return Writer(self.processor)
+
+    @property
+    def whole_tokenizer(self) -> Any:
+        """What is saved beside a model: the processor, where there is one."""
+        return self.processor or self.tokenizer
 
 
 def load_adapter_model(folder: str | Path) -> Loaded:
@@ -64,7 +84,7 @@ def load_adapter_model(folder: str | Path) -> Loaded:
                 model: nn.Module = PeftModel.from_pretrained(base.model, str(path))
             except (ValueError, KeyError, RuntimeError, OSError) as error:
                 raise RecipeError(f"the adapter in '{folder}' does not fit {recipe.model}: {error}") from error
-            tokenizer = base.tokenizer
+            tokenizer, processor = base.tokenizer, base.processor
         else:
             from transformers import AutoTokenizer
 
@@ -72,14 +92,16 @@ def load_adapter_model(folder: str | Path) -> Loaded:
             safe = {"use_safetensors": True, "trust_remote_code": False}
             try:
                 model = _whole_class(spec).from_pretrained(str(path), dtype=recipe.dtype, **safe)
+                processor = load_processor(str(path), str(path), {"trust_remote_code": False}) if spec.images else None
                 tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
             except (OSError, ValueError) as error:
                 raise RecipeError(f"the model in '{folder}' cannot be read: {error}") from error
     if not getattr(model, "is_quantized", False) and not METHODS[recipe.method["name"]].four_bits:
         model = model.to(device())
+    loaded = Loaded(model.eval(), tokenizer, recipe, spec, run, processor)
     if run.get("shape") == "messages":
-        stop_at_turns(model, tokenizer)
-    return Loaded(model.eval(), tokenizer, recipe, spec, run)
+        stop_at_turns(model, loaded.writer)
+    return loaded
 
 
 def read_run(path: Path) -> tuple[Recipe, dict[str, Any]]:
@@ -117,7 +139,7 @@ def head_of(run: dict[str, Any], path: Path) -> HeadSpec:
 
 def _whole_class(spec: HeadSpec) -> Any:
     if spec.task in WRITES:
-        return AutoModelForCausalLM
+        return AutoModelForImageTextToText if spec.images else AutoModelForCausalLM
     if spec.task == "tokens":
         return AutoModelForTokenClassification
     return MeanPooledClassifier if spec.pooling == "mean" else AutoModelForSequenceClassification

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from ziggurat.nearest import missing_path
 from ziggurat.recipe.schema import REWARDED, SCORED_LENGTH, WRITES
 
 from ..data.alpaca import WITH_LINE_BREAK, alpaca_prompt
-from ..data.chat import conversation, tools_of
+from ..data.chat import IMAGE, conversation, tools_of
 from ..data.encode import Collator, encode_texts, longest
 from ..data.examples import text_columns
 from ..data.faults import Faults, RowFault
+from ..data.images import Images, undecoded
 from ..data.instruct import column_of
 from ..data.readers import encoding_of, read_lines
 from ..data.tables import read_table, require_column, texts_of
@@ -55,10 +56,14 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages (with a system prompt and earlier turns) that an answer is to follow, and tools that it may call."""
+    """Messages (with a system prompt and earlier turns) that an answer is to follow, and tools that it may call.
+
+    `images` are the sources of what stands in the texts as the sign `IMAGE`; `seen_with` makes one of a text.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] = field(default_factory=list)
+    images: list[dict[str, Any]] = field(default_factory=list)
 
 
 def predict(
@@ -98,6 +103,8 @@ def predict_each(
     shape, writes = loaded.run.get("shape"), loaded.head.task in WRITES
     if shape != "messages" and (system is not None or any(isinstance(text, Conversation) for text in texts)):
         raise DataError("this adapter was not trained on conversations: it takes no system prompt and no earlier turns")
+    if loaded.processor is None and any(isinstance(text, Conversation) and text.images for text in texts):
+        raise DataError("this adapter was trained on texts alone: it takes no images")
     if writes and second is not None and shape in ("prompt", "text"):
         raise DataError("this adapter was trained on prompts, which have no input beside them: give one text")
     if not writes and loaded.head.pair and second is None:
@@ -116,9 +123,17 @@ def predict_each(
     if not writes:
         return _score(loaded, [shown(text) for text in texts], second, batch or 32)
     contexts = second if second is not None else [None] * len(texts)
-    asked = [_asked(loaded, text, context, system) for text, context in zip(texts, contexts, strict=True)]
-    name = loaded.recipe.model
-    answers = generate(loaded.model, loaded.tokenizer, asked, sampling or Sampling(), batch=batch or 8, name=name)
+    sampling, batch, each = sampling or Sampling(), batch or 8, zip(texts, contexts, strict=True)
+    if loaded.processor is not None:
+        from ..model import seeing
+
+        talks = [_talk(text, context, system) for text, context in each]
+        seen = [seeing.asked(loaded.writer, talk.messages, talk.images, talk.tools) for talk in talks]
+        answers = seeing.answers(loaded.model, loaded.processor, seen, sampling, batch=batch)
+    else:
+        asked = [_asked(loaded, text, context, system) for text, context in each]
+        name = loaded.recipe.model
+        answers = generate(loaded.model, loaded.tokenizer, asked, sampling, batch=batch, name=name)
     return (Prediction(shown(text), answer) for text, answer in zip(texts, answers, strict=True))
 
 
@@ -126,7 +141,7 @@ def shown(text: str | list[str] | Conversation) -> str:
     """A text, or what was said last in a conversation."""
     if isinstance(text, list):
         return " ".join(text)
-    return text if isinstance(text, str) else str(text.messages[-1]["content"])
+    return text if isinstance(text, str) else str(text.messages[-1]["content"]).replace(IMAGE, "")
 
 
 def _score(loaded: Loaded, texts: Sequence[str], second: Sequence[str] | None, batch: int) -> Iterator[Prediction]:
@@ -154,26 +169,41 @@ def _score(loaded: Loaded, texts: Sequence[str], second: Sequence[str] | None, b
             yield Prediction(text, max(named, key=lambda name: named[name]), named)
 
 
+def seen_with(text: str, images: Sequence[str | Path]) -> Conversation:
+    """A question about images, which stand before it. Raises DataError for files that are no images."""
+    try:
+        reader = Images("--image", "")
+        messages, sources = reader.placed([{"role": "user", "content": text}], [], [str(path) for path in images])
+    except RowFault as fault:
+        raise DataError(f"--image: {fault}") from fault
+    return Conversation(messages, images=sources)
+
+
 def _opened(loaded: Loaded, messages: list[Any], tools: Any = None) -> list[int]:
     """Token ids of messages to be answered: as completions were drawn in training, or as answers were learned."""
     if loaded.head.task in REWARDED:
         return chat_ids(loaded.tokenizer, messages, tools, add_generation_prompt=True)
-    return asked_ids(loaded.tokenizer, messages, tools)
+    return asked_ids(loaded.writer, messages, tools)
 
 
 def _asked(loaded: Loaded, text: str | list[str] | Conversation, context: str | None, system: str | None) -> list[int]:
     """Token ids of one question, in the form that the adapter was trained on."""
     shape = loaded.run.get("shape")
-    text = shown(text) if isinstance(text, list) else text
-    if isinstance(text, Conversation):
-        return _opened(loaded, with_system(text.messages, system), text.tools)
-    if shape == "messages":
-        content = text if not (context or "").strip() else f"{text}\n\n{context}"
-        return _opened(loaded, with_system([{"role": "user", "content": content}], system))
-    prompt = text
+    if shape == "messages" or isinstance(text, Conversation):
+        talk = _talk(text, context, system)
+        return _opened(loaded, talk.messages, talk.tools)
+    prompt = text = shown(text)
     if shape == "alpaca":
         prompt = alpaca_prompt(text, context, form=loaded.run.get("prompt_form", WITH_LINE_BREAK))
     return list(loaded.tokenizer(prompt)["input_ids"])  # type: ignore[arg-type]
+
+
+def _talk(text: str | list[str] | Conversation, context: str | None, system: str | None) -> Conversation:
+    """A text as a conversation, behind the system prompt where there is one."""
+    if isinstance(text, Conversation):
+        return replace(text, messages=with_system(text.messages, system))
+    content = shown(text) if not (context or "").strip() else f"{shown(text)}\n\n{context}"
+    return Conversation(with_system([{"role": "user", "content": content}], system))
 
 
 def asked_of(loaded: Loaded, messages: list[dict[str, Any]], system: str | None = None) -> list[int]:
@@ -247,17 +277,23 @@ def _chats(loaded: Loaded, table: Any, source: str) -> str | None:
 
 
 def _conversations(loaded: Loaded, table: Any, column: str, source: str) -> list[Conversation]:
-    tools, system = (column_of(loaded.recipe, name, table, source) for name in ("tools", "system"))
+    tools, system, seen = (column_of(loaded.recipe, name, table, source) for name in ("tools", "system", "images"))
     found, faults = [], Faults(source, len(table))
-    for index, row in enumerate(table):
+    images = Images(source, None) if loaded.processor is not None else None
+    for index, row in enumerate(undecoded(table, seen)):
         try:
-            messages, _ = conversation(row[column], loaded.recipe.data)
+            named: list[Any] | None = [] if images is not None else None
+            messages, _ = conversation(row[column], loaded.recipe.data, named)
             if messages[-1]["role"] == "assistant":
                 messages = messages[:-1]
             if not messages:
                 raise RowFault("nothing is asked")
+            sources = []
+            if images is not None:
+                messages, sources = images.placed(messages, named or [], row[seen] if seen is not None else None)
             given = (row[system] or None) if system is not None else None
-            found.append(Conversation(with_system(messages, given), tools_of(row[tools]) if tools is not None else []))
+            called = tools_of(row[tools]) if tools is not None else []
+            found.append(Conversation(with_system(messages, given), called, sources))
         except RowFault as fault:
             faults.add(index, str(fault))
     faults.settle(table, drop=False)

@@ -21,17 +21,23 @@ ROLES = {
 _KEYS = {"role": ("role", "from"), "content": ("content", "value")}
 #: Further keys of a message that chat templates know.
 _KEPT = ("name", "tool_call_id", "reasoning_content", "thinking")
+#: Stands in a text where an image is: Unicode's own sign for an object.
+IMAGE = "\ufffc"
+#: Kinds of a message's parts that are images, and their keys that may say which.
+_IMAGES, _SOURCES = ("image", "image_url"), ("image", "path", "url", "image_url")
 #: Thoughts, which some chat templates put into an answer and others leave out.
 THOUGHTS = ("reasoning_content", "thinking")
 
 Message = dict[str, Any]
 
 
-def conversation(value: Any, data: DataPart) -> tuple[list[Message], set[str]]:
+def conversation(value: Any, data: DataPart, images: list[Any] | None = None) -> tuple[list[Message], set[str]]:
     """The messages of a conversation (a list, or JSON text of one), and the keys of messages that aren't read.
 
-    ShareGPT's `from` and `value` become `role` and `content`, its calls of functions `tool_calls`. Raises RowFault for
-    a message without role or content, an unknown role, parts that are no text, or calls that can't be read.
+    `images` gets what each image among their parts is read from (None: it doesn't say), and the text has the sign
+    `IMAGE` in its place; without the list images are refused. ShareGPT's `from` and `value` become `role` and
+    `content`, its calls of functions `tool_calls`. Raises RowFault for a message without role or content, an unknown
+    role, parts that are no text, or calls that can't be read.
     """
     value = parsed(value)
     if not value:
@@ -44,11 +50,15 @@ def conversation(value: Any, data: DataPart) -> tuple[list[Message], set[str]]:
     for given in value:
         if not isinstance(given, dict):
             raise RowFault(f"each message needs role and content, got {given!r}")
-        messages.append(_message({key: part for key, part in given.items() if part is not None}, data, names, unread))
+        messages.append(
+            _message({key: part for key, part in given.items() if part is not None}, data, names, unread, images)
+        )
     return messages, unread
 
 
-def _message(given: Message, data: DataPart, names: dict[str, str], unread: set[str]) -> Message:
+def _message(
+    given: Message, data: DataPart, names: dict[str, str], unread: set[str], images: list[Any] | None
+) -> Message:
     keys = {"role": data.columns.role, "content": data.columns.content}
     role_key, content_key = (
         chosen or next((key for key in _KEYS[name] if key in given), _KEYS[name][0]) for name, chosen in keys.items()
@@ -70,7 +80,7 @@ def _message(given: Message, data: DataPart, names: dict[str, str], unread: set[
             raise RowFault(f"a message with the role '{said}' holds no call: {given!r}")
     if content is None and not calls:
         raise RowFault(f"each message needs role and content, got {given!r}")
-    message: Message = {"role": role, "content": text_of(content)}
+    message: Message = {"role": role, "content": text_of(content, images)}
     if calls:
         message["tool_calls"] = calls
     message |= {key: given[key] for key in _KEPT if given.get(key)}
@@ -79,17 +89,33 @@ def _message(given: Message, data: DataPart, names: dict[str, str], unread: set[
     return message
 
 
-def text_of(content: Any) -> str:
-    """The text of a message, which may come in parts. Raises RowFault for parts that are no text."""
+def text_of(content: Any, images: list[Any] | None = None) -> str:
+    """The text of a message, which may come in parts; see `conversation`. Raises RowFault for what isn't read."""
     if content is None:
         return ""
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-    if len(texts) < len(parts) or None in texts:
+    return "".join(_text_of_part(part, content, images) for part in parts)
+
+
+def _text_of_part(part: Any, content: Any, images: list[Any] | None) -> str:
+    kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
+    if kind in _IMAGES and images is not None:
+        source = next((part[key] for key in _SOURCES if part.get(key) is not None), None)
+        images.append(source.get("url", source) if isinstance(source, dict) else source)
+        return IMAGE
+    if kind != "text" or text is None:
         raise RowFault(f"a message holds parts that are no texts, and only texts are learned: {content!r}")
-    if odd := next((text for text in texts if isinstance(text, list | dict | bytes)), None):
-        raise RowFault(f"a text is needed, this is {kind_of(odd)}: {str(odd)[:80]}")
-    return "".join(map(str, texts))
+    if isinstance(text, list | dict | bytes):
+        raise RowFault(f"a text is needed, this is {kind_of(text)}: {str(text)[:80]}")
+    return str(text)
+
+
+def has_images(value: Any) -> bool:
+    """True for a conversation with a part that is an image."""
+    value = parsed(value)
+    messages = [message for message in value if isinstance(message, dict)] if isinstance(value, list) else []
+    parts = [part for message in messages for said in message.values() if isinstance(said, list) for part in said]
+    return any(isinstance(part, dict) and part.get("type") in _IMAGES for part in parts)
 
 
 def _calls(value: Any) -> list[Message]:

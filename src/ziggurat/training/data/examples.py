@@ -34,6 +34,11 @@ class Examples:
     notes: list[str] = field(default_factory=list)
     shape: str | None = None
 
+    @property
+    def has_images(self) -> bool:
+        """True if a row has an image."""
+        return any(any(part["images"]) for part in (self.train, self.validation) if "images" in part.column_names)
+
 
 def load_examples(recipe: Recipe) -> Examples:
     """Read, split and check the data of a recipe.

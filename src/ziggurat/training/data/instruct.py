@@ -12,8 +12,9 @@ from ziggurat.errors import DataError
 from ziggurat.recipe.schema import Recipe
 
 from .alpaca import alpaca_prompt
-from .chat import Message, as_messages, conversation, parsed, tools_of
+from .chat import IMAGE, Message, as_messages, conversation, has_images, parsed, tools_of
 from .faults import Faults, RowFault, kind_of
+from .images import Images, undecoded
 from .tables import require_column
 
 if TYPE_CHECKING:
@@ -35,12 +36,13 @@ ALIASES = {
     "text": ("text",),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
+    "images": ("images", "image"),
 }
 #: The columns that make a shape, and those that it reads besides.
 _SHAPES = {
-    "prompt": (("prompt", "completion"), ("tools", "system", "history")),
-    "alpaca": (("instruction", "output"), ("input", "system", "history")),
-    "messages": (("messages",), ("tools", "system")),
+    "prompt": (("prompt", "completion"), ("tools", "system", "history", "images")),
+    "alpaca": (("instruction", "output"), ("input", "system", "history", "images")),
+    "messages": (("messages",), ("tools", "system", "images")),
     "text": (("text",), ()),
 }
 #: Columns that say which of two answers is better, or whether one is good: they make no instruction data.
@@ -106,8 +108,9 @@ def to_rows(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, 
     """The rows in one of three forms, the shape that they had, and notes of what of them isn't read or learned.
 
     Texts: columns `prompt` and `completion`. Conversations: `messages` and `tools` as JSON text, and `learned`, the
-    number of the message from which on answers are learned. Plain text: `text`. In all of them `row` is the number of
-    the row in the file. Rows with an empty answer are left out (in Alpaca 28 are).
+    number of the message from which on answers are learned; where there are images also `images`, their `Source`s.
+    Plain text: `text`. In all of them `row` is the number of the row in the file. Rows with an empty answer are left
+    out (in Alpaca 28 are).
 
     Raises DataError for columns that don't fit and, counted together, for all rows that can't be read; or if no row has
     an answer.
@@ -117,11 +120,12 @@ def to_rows(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, 
     shape = shape_of(recipe, table, source)
     given = {name: column_of(recipe, name, table, source) for part in _SHAPES[shape] for name in part}
     faults, counts, found = Faults(source, len(table)), Counter[str](), []
-    for index, row in enumerate(table):
+    images = _images_of(recipe, table, given, source)
+    for index, row in enumerate(undecoded(table, given.get("images"))):
         assert isinstance(row, dict)
         cells = {name: row[column] if column is not None else None for name, column in given.items()}
         try:
-            made = read_row(recipe, shape, cells, counts)
+            made = read_row(recipe, shape, cells, counts, images)
         except RowFault as fault:
             faults.add(index, str(fault), gap=fault.gap)
             made = None
@@ -149,11 +153,14 @@ def joined_bare(rows: list[dict[str, Any]]) -> list[str]:
     return ["prompts and answers are joined with nothing in between; end prompts by a blank, or set data.as_chat: true"]
 
 
-def read_row(recipe: Recipe, shape: str, cells: dict[str, Any], counts: Counter[str]) -> dict[str, Any] | None:
+def read_row(
+    recipe: Recipe, shape: str, cells: dict[str, Any], counts: Counter[str], images: Images | None = None
+) -> dict[str, Any] | None:
     """One row in its form, None if its answer is empty. `counts` gets what of it isn't learned. Raises RowFault."""
+    named: list[Any] | None = None if images is None else []
     if shape == "messages":
-        messages, unread = conversation(cells["messages"], recipe.data)
-        return _chat(messages, 0, cells, unread, counts)
+        messages, unread = conversation(cells["messages"], recipe.data, named)
+        return _chat(messages, 0, cells, unread, counts, images, named)
     if shape == "text":
         text = as_text(cells["text"])
         if text is None or not text.strip():
@@ -163,8 +170,8 @@ def read_row(recipe: Recipe, shape: str, cells: dict[str, Any], counts: Counter[
     if asked and said and (as_messages(asked) is None) != (as_messages(said) is None):
         raise RowFault("of prompt and answer one is a list of messages and one is a text; both have to be the same")
     if (before := as_messages(asked)) is not None:
-        messages, unread = conversation([*before, *(as_messages(said) or [])], recipe.data)
-        return _chat(messages, len(before), cells, unread, counts)
+        messages, unread = conversation([*before, *(as_messages(said) or [])], recipe.data, named)
+        return _chat(messages, len(before), cells, unread, counts, images, named)
     prompt, answer, context = as_text(asked), as_text(said), as_text(cells.get("input"))
     if not (answer or "").strip():
         counts[""] += 1
@@ -174,8 +181,9 @@ def read_row(recipe: Recipe, shape: str, cells: dict[str, Any], counts: Counter[
     if recipe.data.as_chat:
         content = f"{prompt}\n\n{context}" if context and context.strip() else prompt
         turns = [*_history(cells.get("history")), {"role": "user", "content": content}]
-        return _chat([*turns, {"role": "assistant", "content": answer}], len(turns), cells, set(), counts)
-    for name in ("system", "history", "tools"):
+        talk = [*turns, {"role": "assistant", "content": answer}]
+        return _chat(talk, len(turns), cells, set(), counts, images, named)
+    for name in ("system", "history", "tools", "images"):
         if cells.get(name):
             counts[f"have {name}, which is learned with data.as_chat: true alone"] += 1
     if shape == "alpaca":
@@ -184,9 +192,18 @@ def read_row(recipe: Recipe, shape: str, cells: dict[str, Any], counts: Counter[
 
 
 def _chat(
-    messages: list[Message], learned: int, cells: dict[str, Any], unread: set[str], counts: Counter[str]
+    messages: list[Message],
+    learned: int,
+    cells: dict[str, Any],
+    unread: set[str],
+    counts: Counter[str],
+    images: Images | None,
+    named: list[Any] | None,
 ) -> dict[str, Any] | None:
-    """A conversation up to its last answer, with its system prompt and tools; None if its answers are empty."""
+    """A conversation up to its last answer, with its system prompt, tools and images; None if its answers are empty."""
+    sources = []
+    if images is not None:
+        messages, sources = images.placed(messages, named or [], cells.get("images"))
     if (system := as_text(cells.get("system"))) and messages[0]["role"] != "system":
         messages, learned = [{"role": "system", "content": system}, *messages], learned + 1
     places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
@@ -196,13 +213,24 @@ def _chat(
         counts[f"have {key} in their messages, which is not read"] += 1
     if places[-1] + 1 < len(messages):
         counts["go on behind the last answer; what follows it is left out"] += 1
-    messages = messages[: places[-1] + 1]
+    messages, rest = messages[: places[-1] + 1], messages[places[-1] + 1 :]
+    sources = sources[: len(sources) - sum(message["content"].count(IMAGE) for message in rest)]
     answers = [messages[place] for place in places if place >= learned]
     if not any(answer["content"].strip() or answer.get("tool_calls") for answer in answers):
         counts[""] += 1
         return None
     tools = tools_of(cells.get("tools"))
-    return {"messages": dumps(messages), "tools": dumps(tools), "learned": learned}
+    row = {"messages": dumps(messages), "tools": dumps(tools), "learned": learned}
+    return row if images is None else {**row, "images": sources}
+
+
+def _images_of(recipe: Recipe, table: Dataset, given: dict[str, str | None], source: str) -> Images | None:
+    """What reads the images of a table; None where it has none, and texts are all that counts."""
+    column = given.get("messages")
+    in_parts = column is not None and any(has_images(cell) for cell in table[column])
+    if recipe.task != "instruct" or (given.get("images") is None and not in_parts):
+        return None
+    return Images(source, recipe.data.image_folder)
 
 
 def _history(value: Any) -> list[Message]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 #: A length that is taken from the data is a multiple of this.
-_STEP = 64
+STEP = 64
 
 #: Token ids of a row, and a mask that is 1 for those of its answers.
 Row = tuple[list[int], list[int]]
@@ -59,7 +59,7 @@ def encode_rows(
 def length_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, needed: int, notes: list[str]) -> int:
     """`data.max_length`, or what most rows need; at most what the model takes."""
     wanted = recipe.data.max_length
-    length = longest(tokenizer, config, wanted or min(-(-needed // _STEP) * _STEP, MOST_LENGTH))
+    length = longest(tokenizer, config, wanted or min(-(-needed // STEP) * STEP, MOST_LENGTH))
     if wanted is None:
         why = "which at least 95% of the training rows fit into"
         if length < needed:

@@ -25,10 +25,10 @@ def write_run_card(folder: Path, recipe: Recipe, spec: HeadSpec, result: Result,
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     section = text[text.index(BEGIN) :] if BEGIN in text else _loading(recipe, spec)
-    path.write_text(f"{run_card(recipe, result, versions)}\n{section.rstrip()}\n", encoding="utf-8")
+    path.write_text(f"{run_card(recipe, spec, result, versions)}\n{section.rstrip()}\n", encoding="utf-8")
 
 
-def run_card(recipe: Recipe, result: Result, versions: dict[str, str]) -> str:
+def run_card(recipe: Recipe, spec: HeadSpec, result: Result, versions: dict[str, str]) -> str:
     """Front matter and text: data, rows, scores, settings, cost, versions."""
     base, local = _base(recipe.model)
     name, method = recipe.name, shown(result.method)
@@ -38,7 +38,8 @@ def run_card(recipe: Recipe, result: Result, versions: dict[str, str]) -> str:
         if front["library_name"] == "peft":
             front["base_model_relation"] = "adapter"
     scored = "token-classification" if recipe.task == "tokens" else "text-classification"
-    front["pipeline_tag"] = "text-generation" if recipe.writes else scored
+    written = "image-text-to-text" if spec.images else "text-generation"
+    front["pipeline_tag"] = written if recipe.writes else scored
     front["tags"] = ["ziggurat", result.method, recipe.task]
     counts, train = result.counts, recipe.train
     where = f"`{base}`, a model in a folder of the machine that trained" if local else f"[{base}](https://hf.co/{base})"
@@ -112,6 +113,8 @@ model = load_adapter_model("path/to/this/folder").model
     kind = "CausalLM" if recipe.writes else "SequenceClassification"
     is_adapter = METHODS[recipe.method["name"]].config is not None
     package, prefix = ("peft", "AutoPeftModelFor") if is_adapter else ("transformers", "AutoModelFor")
+    if spec.images:
+        prefix, kind = ("AutoPeftModel", "") if is_adapter else (prefix, "ImageTextToText")
     # An adapter's base comes without the head's size; a whole model's config has it.
     labels = f", num_labels={len(spec.label_names) or 1}" if is_adapter and not recipe.writes else ""
     return f"""## Loading

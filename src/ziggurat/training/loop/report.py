@@ -134,7 +134,8 @@ def _next(recipe: Recipe, result: Result) -> list[str]:
     plugins = "".join(f" --plugin {shlex.quote(plugin)}" for plugin in loaded())
     # A text that begins with a hyphen would be taken for an option.
     marked = ["--"] * any(text.startswith("-") for text in result.example)
-    lines = [f"ziggurat predict {folder} {shlex.join([*marked, *map(clean, result.example)])}"]
+    images = "".join(f" --image {shlex.quote(_short(Path(image)))}" for image in result.example_images)
+    lines = [f"ziggurat predict {folder}{images} {shlex.join([*marked, *map(clean, result.example)])}"]
     if recipe.writes:
         lines.append(f"ziggurat chat {folder}")
     if METHODS[result.method].exports:

@@ -30,7 +30,7 @@ class Result:
     `before`, `after` and `guess` (of the majority class, or the mean) are scores of the validation data; `shape` is the
     shape that instruction data had; `left` counts the active parameters at the end, for methods that restructure or
     prune; `by_class` is that of `classes.by_class`; `answers` those of `samples.Answers`; `example`
-    holds the texts of a validation row.
+    holds the texts of a validation row, `example_images` the files of its images.
     """
 
     folder: Path
@@ -51,6 +51,7 @@ class Result:
     by_class: dict[str, Any] = field(default_factory=dict)
     answers: list[dict[str, str]] = field(default_factory=list)
     example: list[str] = field(default_factory=list)
+    example_images: list[str] = field(default_factory=list)
     rows: dict[str, int] = field(default_factory=dict)
 
 
@@ -69,7 +70,7 @@ def save(
     with quiet():
         model.save_pretrained(str(ready), **({} if state is None else {"state_dict": state}))  # type: ignore[operator]
         draw(model, ready)
-        base.tokenizer.save_pretrained(str(ready))
+        (base.processor or base.tokenizer).save_pretrained(str(ready))
     from .card import write_run_card
 
     write_run_card(ready, recipe, spec, result, versions())

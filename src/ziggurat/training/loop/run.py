@@ -122,7 +122,7 @@ def _train(
     note = partial(_note, console, notes)
     watch = _watch(recipe, base, partial(note, kind="warning", style="yellow"))
     task = _task(recipe, base, model, examples, folder, [*callbacks, progress, stop, meter, watch], rewards)
-    note(*examples.notes, *task.notes, *_notes(recipe, processes, fit), *_costs(model, counts))
+    note(*examples.notes, *task.notes, *_notes(recipe, processes, fit, spec), *_costs(model, counts))
     begun = time.monotonic() - float(noted.get("seconds", 0.0))
     try:
         before = _score_before(recipe, task.trainer, folder, noted, console)
@@ -168,7 +168,9 @@ def _seen(task: Task, answers: Answers, examples: Examples) -> dict[str, Any]:
 
     answers.write("after")
     rows = {"train": len(examples.train), "validation": len(examples.validation)}
-    return {"by_class": task.by_class(), "answers": answers.rows, "example": example_of(examples), "rows": rows}
+    example, images = example_of(examples)
+    seen = {"by_class": task.by_class(), "answers": answers.rows, "rows": rows}
+    return {**seen, "example": example, "example_images": images}
 
 
 def _note(console: Console, notes: list[str], *texts: str, kind: str = "note", style: str = "dim") -> None:
@@ -239,7 +241,14 @@ def _task(
     return task
 
 
-def _notes(recipe: Recipe, processes: Processes, fit: Fit | None) -> Iterator[str]:
+def _notes(recipe: Recipe, processes: Processes, fit: Fit | None, spec: HeadSpec) -> Iterator[str]:
+    if spec.images:
+        adapted = {
+            "language": "the language model is adapted; what sees the images stays as it is (tower: both has both)",
+            "vision": "what sees the images is adapted; the language model stays as it is (tower: both has both)",
+            "both": "the language model and what sees the images are adapted",
+        }
+        yield adapted[recipe.tower]
     if processes.way != "one":
         examples = processes.size * recipe.train.batch * recipe.train.accumulate
         yield (
@@ -287,7 +296,7 @@ def _answers(
     """The answers before training, noted in the run's folder beside the scores."""
     from .samples import Answers
 
-    answers = Answers(recipe, trainer, base.tokenizer, examples.validation, alone=folder.processes.way == "one")
+    answers = Answers(recipe, trainer, base, examples.validation, alone=folder.processes.way == "one")
     if "answers" in noted:
         # `train.answers` may be another in the resumed run; the questions come in the same order.
         for row, earlier in zip(answers.rows, noted["answers"], strict=False):
@@ -328,6 +337,7 @@ def make_model(recipe: Recipe, examples: Examples) -> tuple[Base, nn.Module, Hea
         pooling=recipe.head.pooling,
         dropout=recipe.head.dropout,
         pair=recipe.data.text_pair is not None,
+        images=examples.has_images,
     )
     # The head is seeded apart from the method, so that every method starts from the same head.
     set_seed(recipe.seed)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import Trainer
 
 from ziggurat.recipe.schema import Recipe
 
+from ..data.chat import IMAGE
 from ..data.encode import positions
 from ..data.examples import Examples
 from ..data.template import question_of
+from ..model.base import Base
 from ..model.generate import Sampling, generate
 from .trainers import quiet
 
@@ -31,12 +33,11 @@ class Answers:
     nothing, and for several processes, which share out the model.
     """
 
-    def __init__(
-        self, recipe: Recipe, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, validation: Dataset, alone: bool
-    ) -> None:
-        self.trainer, self.tokenizer, self.name = trainer, tokenizer, recipe.model
+    def __init__(self, recipe: Recipe, trainer: Trainer, base: Base, validation: Dataset, alone: bool) -> None:
+        self.trainer, self.base, self.name = trainer, base, recipe.model
         count = recipe.train.answers if recipe.task == "instruct" and alone else 0
-        asked = [question_of(tokenizer, dict(row)) for row in validation.select(range(min(count, len(validation))))]
+        rows = validation.select(range(min(count, len(validation))))
+        asked = [_question(base, dict(row)) for row in rows]
         self._prompts = [question[0] for question in asked if question is not None]
         self.rows: list[dict[str, str]] = [
             {"question": question[1][:SHOWN], "expected": question[2][:SHOWN]}
@@ -49,31 +50,45 @@ class Answers:
         if not self._prompts:
             return
         model: Any = self.trainer.model
-        most = positions(model.config)
+        most = positions(model.config) if self.base.processor is None else None
         fits = [place for place, ids in enumerate(self._prompts) if most is None or len(ids) < most]
         training = model.training
         model.eval()
         with quiet():
             prompts = [self._prompts[place] for place in fits]
-            written = list(generate(model, self.tokenizer, prompts, Sampling(TOKENS), name=self.name))
+            if self.base.processor is None:
+                written = list(generate(model, self.base.tokenizer, prompts, Sampling(TOKENS), name=self.name))
+            else:
+                from ..model.seeing import answers
+
+                written = list(answers(model, self.base.processor, prompts, Sampling(TOKENS)))
         model.train(training)
         for place, answer in zip(fits, written, strict=True):
             self.rows[place][when] = answer
 
 
-def example_of(examples: Examples) -> list[str]:
-    """The texts of a short validation row, in the form in which `ziggurat predict` takes them."""
+def _question(base: Base, row: dict[str, Any]) -> tuple[Any, str, str] | None:
+    if base.processor is None:
+        return question_of(base.tokenizer, row)
+    from ..model import seeing
+
+    return seeing.question_of(seeing.Writer(base.processor), row)
+
+
+def example_of(examples: Examples) -> tuple[list[str], list[str]]:
+    """The texts of a short validation row, and the files of its images, as `ziggurat predict` takes them."""
     table, shape = examples.validation, examples.shape
-    rows = [_texts(dict(row), shape) for row in table.select(range(min(50, len(table))))]
-    usable = [texts for texts in rows if texts and all(text.strip() for text in texts)]
-    texts = min(usable, key=lambda texts: sum(map(len, texts)), default=["..."])
-    return [" ".join(text.split())[:LONGEST] for text in texts]
+    rows = [dict(row) for row in table.select(range(min(50, len(table))))]
+    asked = [(_texts(row, shape), [image["path"] for image in row.get("images") or []]) for row in rows]
+    usable = [(texts, paths) for texts, paths in asked if texts and all(text.strip() for text in texts) and all(paths)]
+    texts, paths = min(usable, key=lambda found: (not found[1], sum(map(len, found[0]))), default=(["..."], []))
+    return [" ".join(text.split())[:LONGEST] for text in texts], paths
 
 
 def _texts(row: dict[str, Any], shape: str | None) -> list[str]:
     if "messages" in row:
         asked = [message["content"] for message in json.loads(row["messages"]) if message["role"] == "user"]
-        return asked[:1]
+        return [text.replace(IMAGE, "") for text in asked[:1]]
     if "prompt" in row:
         instruction = row["prompt"].partition("### Instruction:\n")[2].partition("\n\n###")[0]
         return [instruction if shape == "alpaca" else row["prompt"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, Trainer
 
@@ -25,21 +26,29 @@ def instructed(setup: Setup) -> tuple[Trainer, list[str]]:
 
     recipe, base, examples = setup.recipe, setup.base, setup.examples
     _check_tokenizer(recipe, base, examples)
-    train, validation, length, notes = encode_rows(recipe, base.tokenizer, base.model.config, examples)
+    writer: Any = base.tokenizer
+    how: dict[str, Any] = {"completion_only_loss": True}  # the mask says what is learned, of whatever data
+    collator = None
+    if base.processor is None:
+        train, validation, how["max_length"], notes = encode_rows(recipe, writer, base.model.config, examples)
+    else:
+        from ..model.seeing import ImageCollator, Writer, encode_images
+
+        writer = Writer(base.processor)
+        train, validation, _, notes = encode_images(recipe, writer, base.model.config, examples)
+        collator, how = ImageCollator(writer), {"max_length": None, "remove_unused_columns": False}
     if examples.shape == "messages":
-        notes += _template_notes(base.tokenizer)
+        notes += _template_notes(writer)
     arguments = SFTConfig(
-        **training_arguments(recipe, setup.checkpoints),
-        max_length=length,
-        completion_only_loss=True,  # the mask says what is learned, of whatever data
-        pad_token=str(base.tokenizer.pad_token),
+        **training_arguments(recipe, setup.checkpoints), **how, pad_token=str(base.tokenizer.pad_token)
     )
     trainer = exact_sft(SFTTrainer)(
         model=setup.model,
         args=arguments,
         train_dataset=train,
         eval_dataset=validation,
-        processing_class=base.tokenizer,
+        data_collator=collator,
+        processing_class=base.processor or base.tokenizer,
         callbacks=setup.callbacks,
     )
     return trainer, notes
@@ -68,7 +77,7 @@ def rewarded(setup: Setup) -> tuple[Trainer, list[str]]:
 
 def _check_tokenizer(recipe: Recipe, base: Base, examples: Examples) -> None:
     """Raises DataError or RecipeError for a tokenizer that can't join messages or end a text."""
-    if examples.shape == "messages" and not base.tokenizer.chat_template:
+    if examples.shape == "messages" and not getattr(base.processor or base.tokenizer, "chat_template", None):
         raise DataError(
             f"data.format: the tokenizer of {recipe.model} has no chat template to join messages with; "
             "use a chat model, or columns prompt and completion"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,16 +40,19 @@ def adapt(recipe: Recipe, base: Base) -> nn.Module:
     Raises RecipeError with what the method says of this model (targets that match nothing, ranks too high, ...).
     """
     method = METHODS[recipe.method["name"]]
+    outside = other_towers(base.model, recipe.tower) if base.processor is not None else []
     if method.config is None:
-        assert method.trains is not None
-        freeze_all_but(base.model, method.trains, base.head)
+        trains = method.trains
+        assert trains is not None
+        freeze_all_but(base.model, lambda name: trains(name) and not _in_head(name, outside), base.head)
         names = [name for name, parameter in base.model.named_parameters() if parameter.requires_grad]
         if not names or (recipe.method["name"] != "head" and all(_in_head(name, base.head) for name in names)):
             raise RecipeError(f"method.name: {recipe.method['name']} finds nothing to train in {recipe.model}")
         return base.model
-    config = method_config(recipe.method, **beside(recipe, base.head))
+    config = method_config(recipe.method, **beside(recipe, base.head, base.processor is not None))
     assert config is not None
     check_targets(config, base.model)
+    leave_out(config, outside)
     if method.four_bits:
         prepare_model_for_kbit_training(base.model, use_gradient_checkpointing=recipe.train.gradient_checkpointing)
         for module in base.model.modules():
@@ -63,10 +67,40 @@ def adapt(recipe: Recipe, base: Base) -> nn.Module:
         raise RecipeError(f"method: {recipe.method['name']} cannot adapt {recipe.model}: {error}") from error
 
 
-def beside(recipe: Recipe, head: list[str]) -> dict[str, Any]:
+def other_towers(model: nn.Module, tower: str) -> list[str]:
+    """The modules of a vision-language model that `tower` leaves as they are.
+
+    Beside the language model these are the vision tower and what joins the two; beside `vision` the language model
+    itself. Heads belong to neither. Raises RecipeError for a model whose language model can't be told.
+    """
+    if tower == "both":
+        return []
+    decoder: Any = model.get_decoder()  # type: ignore[operator]
+    path = next((path for path, module in model.named_modules() if path and module is decoder), None)
+    if path is None or "." not in path:
+        raise RecipeError(f"tower: nothing tells the language model of a {type(model).__name__}; take tower: both")
+    if tower == "vision":
+        return [path]
+    body, _, name = path.rpartition(".")
+    return [f"{body}.{child}" for child, _ in model.get_submodule(body).named_children() if child != name]
+
+
+def leave_out(config: Any, outside: list[str]) -> None:
+    """Let a PEFT config exclude modules, beside those that it excludes already."""
+    if not outside:
+        return
+    if not hasattr(config, "exclude_modules"):
+        raise RecipeError(f"tower: {type(config).__name__} leaves no module out; take tower: both, or another method")
+    given = config.exclude_modules
+    named = [given] if isinstance(given, str) else [rf"(?:.*\.)?{re.escape(one)}" for one in given or ()]
+    whole = "|".join(re.escape(path) for path in outside)
+    config.exclude_modules = "|".join([*named, rf"(?:{whole})(?:\..*)?"])
+
+
+def beside(recipe: Recipe, head: list[str], images: bool = False) -> dict[str, Any]:
     """The fields of a method's config that the task gives, not the method: what else trains, and what PEFT calls it."""
     saved = {"modules_to_save": sorted({*head, *(recipe.method.get("modules_to_save") or [])})} if head else {}
-    return {"task_type": task_type(recipe), **saved}
+    return {"task_type": task_type(recipe, images), **saved}
 
 
 def check_targets(config: Any, model: nn.Module) -> None:
@@ -123,10 +157,11 @@ def _lora_count(recipe: Recipe, model: nn.Module, base: Base) -> int | None:
     return sum(parameter.numel() for name, parameter in adapted.named_parameters() if "lora_" in name)
 
 
-def task_type(recipe: Recipe) -> TaskType | None:
+def task_type(recipe: Recipe, images: bool = False) -> TaskType | None:
     """PEFT's task of a recipe."""
     if recipe.writes:
-        return TaskType.CAUSAL_LM
+        # PEFT has no task for models that see images, and stores the class of one without a task.
+        return TaskType.CAUSAL_LM if not images else None
     if recipe.task == "tokens":
         return TaskType.TOKEN_CLS
     # PEFT has no task for a head of ours: without one it stores the class, from which AutoPeftModel rebuilds it.

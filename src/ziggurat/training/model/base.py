@@ -12,13 +12,16 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from ziggurat.errors import RecipeError, first_line
 from ziggurat.extras import require
@@ -31,13 +34,17 @@ from ..heads import MeanPooledClassifier
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """What the scores mean: how many, their names, one text or two. Stored beside the adapter, needed to reload it."""
+    """What the scores mean: how many, their names, one text or two; and whether the model sees images.
+
+    Stored beside the adapter, needed to reload it.
+    """
 
     task: str
     label_names: list[str]
     pooling: str = "model"
     dropout: float = 0.1
     pair: bool = False
+    images: bool = False
 
     @property
     def num_labels(self) -> int:
@@ -46,11 +53,15 @@ class HeadSpec:
 
 @dataclass(frozen=True)
 class Base:
-    """A model ready to be adapted, and the modules that were made afresh and so must train with any method."""
+    """A model ready to be adapted, and the modules that were made afresh and so must train with any method.
+
+    `processor`: of a model that sees images, what turns them and the texts into its inputs.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     head: list[str]
+    processor: ProcessorMixin | None = None
 
 
 def load_base(
@@ -83,7 +94,8 @@ def load_base(
         reading = {"trust_remote_code": False} if tokenizer_from else dict(where)
         if spec.task == "tokens":
             reading["add_prefix_space"] = True  # else byte-level tokenizers join each word to the one before
-        tokenizer = _tokenizer(tokenizer_from or path, reading)
+        processor = load_processor(tokenizer_from or path, model, reading) if spec.images else None
+        tokenizer = _tokenizer(tokenizer_from or path, reading) if processor is None else processor.tokenizer
         config = AutoConfig.from_pretrained(path, **where)
         how = {**where, "dtype": dtype} | ({"quantization_config": _nf4(dtype)} if four_bits else {})
         built, fresh = _build(path, spec, config, how)
@@ -95,13 +107,15 @@ def load_base(
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if built.config.pad_token_id is None:
         built.config.pad_token_id = tokenizer.pad_token_id
-    return Base(built, tokenizer, fresh)
+    return Base(built, tokenizer, fresh, processor)
 
 
 def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
     if spec.task in WRITES:
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, **where)
-        return model, []
+        if spec.images and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise ValueError(f"it is a {config.model_type}, which sees no images, and the data have some")
+        kind: Any = AutoModelForImageTextToText if spec.images else AutoModelForCausalLM
+        return kind.from_pretrained(path, config=config, **where), []
     config.num_labels = spec.num_labels
     if spec.label_names:
         config.id2label = dict(enumerate(spec.label_names))
@@ -116,7 +130,7 @@ def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tup
         own = getattr(AutoModel._model_mapping[type(config)], "base_model_prefix", "")
         if own and own != MeanPooledClassifier.base_model_prefix:
             where = {**where, "key_mapping": {rf"^{own}\.": f"{MeanPooledClassifier.base_model_prefix}."}}
-        kind: Any = MeanPooledClassifier
+        kind = MeanPooledClassifier
     elif spec.task == "tokens":
         kind = AutoModelForTokenClassification
     else:
@@ -186,6 +200,25 @@ def freeze_all_but(model: nn.Module, trains: Any, head: list[str]) -> None:
     for name, parameter in model.named_parameters():
         in_head = any(name.startswith(f"{module}.") for module in head)
         parameter.requires_grad_(bool(trains(name)) or in_head)
+
+
+def sees_images(config: Any) -> bool:
+    """True for the config of a model that writes about images and is no plain language model."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def load_processor(path: str, model: str, where: dict[str, Any]) -> ProcessorMixin:
+    """Raises RecipeError for a model that has none, MissingExtraError where packages that it needs are missing."""
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(path, **where)
+    except ImportError as error:
+        require(f"reading the images of {model}", "pillow", "torchvision", "num2words")
+        raise RecipeError(f"model: '{model}' cannot be loaded: {first_line(error)}") from error
+    if not hasattr(processor, "image_processor"):
+        raise RecipeError(f"model: '{model}' sees no images, and the data have some; take a vision-language model")
+    return processor
 
 
 def _tokenizer(path: str, where: dict[str, Any]) -> PreTrainedTokenizerBase:

@@ -13,6 +13,8 @@ from ziggurat.extras import require
 from ziggurat.nearest import missing_path
 from ziggurat.recipe.schema import WRITES
 
+from .base import find_gguf, is_path, sees_images
+
 
 def bare_model(
     model: str | Path,
@@ -45,6 +47,8 @@ def bare_model(
         "tokens": transformers.AutoModelForTokenClassification,
         "regression": transformers.AutoModelForSequenceClassification,
     }.get(task or "")
+    if task in WRITES and sees_images(config):
+        auto = transformers.AutoModelForImageTextToText
     own = getattr(transformers, next(iter(config.architectures or []), ""), None)
     try:
         with torch.device("meta"):
@@ -64,8 +68,6 @@ def bare_config(model: str | Path, *, revision: str | None = None, gguf_file: st
     from transformers import AutoConfig
 
     from ziggurat.recipe.embedded import model_path
-
-    from .base import find_gguf, is_path
 
     path = model_path(str(model))
     if is_path(str(model)) and not Path(path).expanduser().exists():

@@ -1,0 +1,123 @@
+"""Images of conversations: where they stand in the messages, and the files or bytes that they are read from."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ziggurat.extras import require
+
+from .chat import IMAGE, Message, parsed
+from .faults import RowFault, kind_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL.Image import Image
+
+#: Stands for an image in texts of other tools (LLaVA, LLaMA-Factory, TRL).
+MARK = "<image>"
+
+#: What an image is read from: `bytes` where they are given, else the file at `path`.
+Source = dict[str, Any]
+
+
+class Images:
+    """Reads the images of one table's rows; a fault names the first file that has it."""
+
+    def __init__(self, source: str, folder: str | None) -> None:
+        require(f"reading the images of {source}", "pillow")
+        place = Path(source).expanduser()
+        beside = place.parent if place.is_file() else Path()
+        self.folder = Path(folder).expanduser() if folder is not None else beside
+        self._first: dict[str, str] = {}
+
+    def placed(self, messages: list[Message], named: list[Any], column: Any) -> tuple[list[Message], list[Source]]:
+        """The messages with the sign `IMAGE` where an image stands, and what the images are read from, in that order.
+
+        `named`: what the parts of the messages say, None where they say nothing; `column`: the row's images beside
+        them. Images that no part and no mark `<image>` places stand before the first question. Raises RowFault for
+        images without a place, places without an image, images that can't be read, and images in answers.
+        """
+        column = parsed(column)
+        given = column if isinstance(column, list) else [] if column is None else [column]
+        if given and not named:
+            messages, named = _with_signs(messages, len(given)), [None] * len(given)
+        if len(given) != named.count(None):
+            raise RowFault(f"{named.count(None)} places for images in the messages, and {len(given)} images")
+        if any(IMAGE in message["content"] for message in messages if message["role"] == "assistant"):
+            raise RowFault("an image in a message of the assistant, and only texts are learned")
+        if sum(message["content"].count(IMAGE) for message in messages) != len(named):
+            raise RowFault(f"a text holds the sign {IMAGE!a}, which stands for images: take it out")
+        rest = iter(given)
+        return messages, [self._source(next(rest) if one is None else one) for one in named]
+
+    def _source(self, value: Any) -> Source:
+        """What an image is read from, seen to be readable."""
+        if isinstance(value, dict):
+            value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+        if isinstance(value, str):
+            value = self._named(value)
+        if not isinstance(value, bytes | Path):
+            raise RowFault(f"an image is the path of a file, or its bytes; this is {kind_of(value)}")
+        in_memory = isinstance(value, bytes)
+        source = {"bytes": value if in_memory else None, "path": None if in_memory else str(value)}
+        if isinstance(value, Path) and not value.is_file():
+            raise self._fault("an image file is not there", value)
+        try:
+            open_image(source)
+        except Exception as error:  # PIL's readers end in whatever a broken file leads them to
+            raise self._fault(f"an image cannot be read ({type(error).__name__})", value) from error
+        return source
+
+    def _named(self, name: str) -> bytes | Path:
+        if name.startswith(("http://", "https://")):
+            raise RowFault("an image is named by an address of the web: download it, and name the file")
+        if name.startswith("data:"):
+            try:
+                return base64.b64decode(name.partition(",")[2], validate=True)
+            except binascii.Error as error:
+                raise RowFault("an image in base64 cannot be decoded", gap=True) from error
+        return self.folder / Path(name.removeprefix("file://")).expanduser()
+
+    def _fault(self, kind: str, value: bytes | Path) -> RowFault:
+        named = "" if isinstance(value, bytes) else f", the first is {str(value)!r}"
+        return RowFault(self._first.setdefault(kind, f"{kind}{named}"), gap=True)
+
+
+def _with_signs(messages: list[Message], count: int) -> list[Message]:
+    """Messages with signs for `count` images, in place of marks or before the first question."""
+    asked = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    marks = sum(messages[place]["content"].count(MARK) for place in asked)
+    if marks not in (0, count) or not asked:
+        raise RowFault(f"{marks} places for images in the messages, and {count} images")
+    placed = list(messages)
+    for place in asked if marks else asked[:1]:
+        text = messages[place]["content"]
+        placed[place] = {**messages[place], "content": text.replace(MARK, IMAGE) if marks else IMAGE * count + text}
+    return placed
+
+
+def open_image(source: Source) -> Image:
+    """The image in RGB, upright. Raises what PIL raises for files that are no images."""
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"]) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def undecoded(table: Dataset, column: str | None) -> Dataset:
+    """A table whose images, which a hub data set may decode by itself, stay bytes and paths."""
+    import datasets
+
+    if column is None:
+        return table
+    feature: Any = table.features[column]
+    inner = getattr(feature, "feature", None)
+    if isinstance(feature, datasets.Image):
+        return table.cast_column(column, datasets.Image(decode=False))
+    if isinstance(inner, datasets.Image):
+        return table.cast_column(column, type(feature)(datasets.Image(decode=False)))
+    return table
