@@ -50,7 +50,7 @@ def test_parts_of_text_are_read_as_the_text(tmp_path: Path) -> None:
     ("row", "said"),
     [
         (
-            turns([{"type": "image", "url": "x"}], [{"type": "text", "text": "yes"}]),
+            turns([{"type": "video", "url": "x"}], [{"type": "text", "text": "yes"}]),
             "rows 1, 2: a message holds parts that are no",
         ),
         ({"instruction": ["a", "b"], "output": "c"}, "rows 1, 2: a text is needed, this is a list: ['a', 'b']"),

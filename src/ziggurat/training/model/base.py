@@ -105,8 +105,9 @@ def load_base(
         raise RecipeError(f"model: {_reason(model, path, error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    if built.config.pad_token_id is None:
-        built.config.pad_token_id = tokenizer.pad_token_id
+    text_config = built.config.get_text_config() if spec.images else built.config
+    if text_config.pad_token_id is None:
+        text_config.pad_token_id = tokenizer.pad_token_id
     return Base(built, tokenizer, fresh, processor)
 
 
