@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _autograd
 from torch.nn import functional as F
 
 from ziggurat.lowrank.pair import is_plain
@@ -51,7 +52,7 @@ def remade(x: Tensor) -> Remade | None:
 
 
 def _kept_elsewhere() -> bool:
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # since torch 2.6
+    top = getattr(_autograd, "_top_saved_tensors_default_hooks", None)  # since torch 2.6
     if top is None or torch._C._len_torch_dispatch_stack() or os.environ.get("ZIGGURAT_REMAKE") == "0":
         return True
     hooks = top(True)
