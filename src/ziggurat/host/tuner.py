@@ -74,13 +74,18 @@ class MethodTuner(BaseTuner):
         """Path -> site. Changes nothing."""
         return sites_of(self.method, config, model)
 
-    def _check_site(self, config: Any, site: Site) -> None:
-        """Raise ConfigError where the method can't work at `site`, or its two functions don't fit each other."""
+    def _check_site(self, config: Any, site: Site, computed: set[Any]) -> None:
+        """Raise ConfigError where the method can't work at `site`, or its two functions don't fit each other.
+
+        The pair is computed once for all sites of the same sizes, which `computed` holds.
+        """
         if self.method.check is not None and config.blended is None:
             self.method.check(config, site)
         if self.method.pair is not None:
             specs = specs_of(self.method, config, site)
-            if all(spec.size for spec in specs.values()):
+            sizes = (site.d_in, site.d_out, site.fused, *((key, spec.shape) for key, spec in specs.items()))
+            if sizes not in computed and all(spec.size for spec in specs.values()):
+                computed.add(sizes)
                 stored = {key: _on_meta(spec.shape) for key, spec in specs.items()}
                 pair = pair_of(self.method, config, site, stored)
                 check_pair(pair, site.d_in, site.d_out, f"{self.method.card.shown} at {site.path!r}")
@@ -100,8 +105,9 @@ class MethodTuner(BaseTuner):
         all_linear = config.target_modules == "all-linear"  # which PEFT replaces by names
         self.sites = self._sites(config, model)
         check_fused_mixers(model, self.sites)
+        computed: set[Any] = set()
         for site in self.sites.values():
-            self._check_site(config.at(site), site)
+            self._check_site(config.at(site), site, computed)
         config.check_sites(self.sites)
         specs = unique_specs(self.method, config.at, self.sites)
         if config.freeze_tiers is not None:
@@ -210,7 +216,6 @@ class MethodTuner(BaseTuner):
         layer.join(adapter, here, site, specs, bank=bank, draws=draws, weight=weight, device=device, dtype=dtype)
         if bank is not None:
             bank.quantization_backend = getattr(layer, "quantization_backend", None)
-            bank.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT's casts parameters; frozen tensors are buffers, and a pair multiplies both.
