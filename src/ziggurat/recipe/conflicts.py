@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ziggurat.nearest import did_you_mean
@@ -11,7 +11,15 @@ from .glue import brings_validation
 from .schema import METRICS, REWARDED, WRITES, keys
 
 _TASK_ONLY = {
-    "instruct": ("data.format", "data.loss", "data.packing", "data.image_folder", "tower", "train.answers"),
+    "instruct": (
+        "data.format",
+        "data.loss",
+        "data.packing",
+        "data.streaming",
+        "data.image_folder",
+        "tower",
+        "train.answers",
+    ),
     "writing": ("data.as_chat",),
     "preference": ("train.beta",),
     "rewarded": tuple(key for key in keys() if key.startswith(("rewards.", "sampling."))),
@@ -91,12 +99,28 @@ def conflicts(good: dict[str, Any]) -> list[str]:
         )
     if value("sampling.vllm") is None and value("sampling.vllm_options"):
         found.append("sampling.vllm_options: has no meaning without sampling.vllm")
+    found += _of_streams(good, value)
     found += tracker_problems(value("train.report_to") or [])
     if value("resume") and value("overwrite"):
         found.append("overwrite: contradicts resume; give one of them")
     name = value("name")
     if not name.strip() or any(sign in name for sign in "/\\"):
         found.append(f"name: '{name}' cannot name a folder; use output for a path")
+    return found
+
+
+def _of_streams(good: dict[str, Any], value: Callable[[str], Any]) -> list[str]:
+    """What is wrong with `data.streaming`, or with keys beside it."""
+    if not value("data.streaming"):
+        buffer = value("data.shuffle_buffer") != keys()["data.shuffle_buffer"].default
+        return ["data.shuffle_buffer: has no meaning without data.streaming"] * buffer
+    found = [
+        f"{key}: has no meaning with data.streaming, whose rows are not counted beforehand"
+        for key in ("data.validation_share", "data.max_train", "train.epochs", "train.group_by_length")
+        if key in good and good[key] != keys()[key].default
+    ]
+    if value("train.max_steps") is None:
+        found.append("data.streaming: needs train.max_steps, for a stream has no end that is known")
     return found
 
 

@@ -158,6 +158,10 @@ class DataPart(Part):
     packing: bool = Field(
         default=False, description="plain text: rows are joined and cut into pieces of max_length, so nothing is lost"
     )
+    streaming: bool = Field(
+        default=False, description="instruct: read rows as they are learned from, for train.max_steps steps"
+    )
+    shuffle_buffer: Positive = Field(default=1000, description="rows of a stream that are shuffled at a time")
     max_length: Positive | None = Field(
         default=None,
         description=f"tokens; longer rows are cut, and counted. Without it {SCORED_LENGTH}, for instruct as many as "

@@ -29,6 +29,8 @@ def contents(recipe: Recipe) -> dict[str, str]:
         found["data.folder"] = digest(glue_home(task, data.folder))
     further = [(f"data.more, {source}", source) for source in data.more or []]
     for key, source in (("data.train", data.train), *further, ("data.validation", data.validation)):
+        if data.streaming and source != data.validation:  # too much to be read once more
+            continue
         if source is not None and source != "demo" and glue_name(source) is None and Path(source).expanduser().exists():
             found[key] = digest(Path(source).expanduser())
     return found

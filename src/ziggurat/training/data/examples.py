@@ -20,12 +20,15 @@ from .tables import draw, is_hub_name, is_one_table, read_table, require_column
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from .streams import Stream
+
 
 @dataclass(frozen=True)
 class Examples:
     """Checked examples. Scored tasks: columns `text`, `text_pair` (if two) and `label`; instruct: see `to_rows`.
 
-    `shape` is the shape that instruction data had. `notes` says in plain words what was decided on the user's behalf.
+    `shape` is the shape that instruction data had; `stream`: the rows to learn from, where they are streamed and
+    `train` holds those at their start. `notes` says in plain words what was decided on the user's behalf.
     """
 
     train: Dataset
@@ -33,6 +36,7 @@ class Examples:
     label_names: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     shape: str | None = None
+    stream: Stream | None = None
 
     @property
     def has_images(self) -> bool:
@@ -46,11 +50,15 @@ def load_examples(recipe: Recipe) -> Examples:
     Raises DataError: nothing to read, a column that isn't there, empty texts, an empty split, a class of the validation
     data that the training data lack, a label that isn't a number (regression).
     """
+    if recipe.data.streaming:
+        from .streams import load_stream
+
+        return load_stream(recipe)
     notes: list[str] = []
     data = recipe.data
     train, validation = _tables(recipe)
     sources = [data.train, *(data.more or [])]
-    trains = [train, *(_read(recipe, source, "train") for source in sources[1:])]
+    trains = [train, *(_read(recipe, source, "train", first=False) for source in sources[1:])]
     names: list[str] = []
     shape = None
     # All is checked before a part is split off, so that errors name rows of the file.
@@ -165,10 +173,10 @@ def _tables(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
     return train, None
 
 
-def _read(recipe: Recipe, source: str, split: str, demo: str = "train") -> Dataset:
+def _read(recipe: Recipe, source: str, split: str, demo: str = "train", first: bool = True) -> Dataset:
     return read_table(
         source,
-        subset=recipe.data.subset,
+        subset=recipe.data.subset if first else None,
         split=split,
         demo=demo,
         texts=[*text_columns(recipe), *([recipe.data.label] if recipe.task == "multilabel" else [])],
@@ -268,6 +276,8 @@ def _labelled(
         notes += left_out
     if len(files) > 1:
         used = [column for column in (data.text, data.text_pair, data.label) if column is not None]
+        if len({str(table.features[data.label]) for table in tables[: len(files)]}) > 1:
+            tables[: len(files)] = [_with_names(table, data.label) for table in tables[: len(files)]]
         tables[: len(files)] = [joined([table.select_columns(used) for table in tables[: len(files)]], files)]
     if recipe.task == "regression":
         labels: list[list[Any]] = [[number_of(value) for value in table[data.label]] for table in tables]
@@ -280,6 +290,15 @@ def _labelled(
         names, labels = classes_of(recipe, tables, data.train)
     built = [_assemble(recipe, table, label) for table, label in zip(tables, labels, strict=True)]
     return built[0], built[1] if validation is not None else None, names
+
+
+def _with_names(table: Dataset, column: str) -> Dataset:
+    """A table whose classes, numbers that a hub data set names, are these names: other files write them so."""
+    names = getattr(table.features[column], "names", None)
+    if names is None:
+        return table
+    values = [None if value is None else names[value] for value in table[column]]
+    return table.remove_columns(column).add_column(column, values)  # type: ignore[call-arg]
 
 
 def _checked(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, list[str]]:

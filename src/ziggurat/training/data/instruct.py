@@ -100,6 +100,11 @@ def shape_of(recipe: Recipe, table: Dataset, source: str) -> str:
     return shape
 
 
+def given_columns(recipe: Recipe, shape: str, table: Dataset, source: str) -> dict[str, str | None]:
+    """The column that stands for each key of `data.columns` which a shape reads, None where there is none."""
+    return {name: column_of(recipe, name, table, source) for part in _SHAPES[shape] for name in part}
+
+
 def _needed(shape: str) -> str:
     return " + ".join(_SHAPES[shape][0])
 
@@ -118,7 +123,7 @@ def to_rows(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, 
     from datasets import Dataset
 
     shape = shape_of(recipe, table, source)
-    given = {name: column_of(recipe, name, table, source) for part in _SHAPES[shape] for name in part}
+    given = given_columns(recipe, shape, table, source)
     faults, counts, found = Faults(source, len(table)), Counter[str](), []
     images = _images_of(recipe, table, given, source)
     for index, row in enumerate(undecoded(table, given.get("images"))):

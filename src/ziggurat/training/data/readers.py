@@ -187,7 +187,7 @@ def _csv(path: Path, content: bytes, texts: Collection[str], classes: str | None
 
     tabs = Path(path.name.lower().removesuffix(".gz")).suffix == ".tsv"
     parse = csv.ParseOptions(
-        delimiter=delimiter or _delimiter(content),
+        delimiter=delimiter or first_delimiter(content.partition(b"\n")[0].decode()),
         quote_char=False if tabs else '"',
         newlines_in_values=not tabs,
     )
@@ -202,9 +202,9 @@ def _csv(path: Path, content: bytes, texts: Collection[str], classes: str | None
     return table
 
 
-def _delimiter(content: bytes) -> str:
+def first_delimiter(line: str) -> str:
     """What stands between the columns of a csv file: of the usual signs the most frequent in its first line."""
-    line = re.sub(r'"[^"]*"', "", content.partition(b"\n")[0].decode())
+    line = re.sub(r'"[^"]*"', "", line)
     return max(",;\t|", key=line.count)
 
 
@@ -248,13 +248,13 @@ def _json(path: Path, content: bytes, nested: Collection[str]) -> Any:
     for name in names:
         try:
             values = [row.get(name) for row in rows]
-            columns[name] = pa.array([_as_text(value) for value in values] if name in nested else values)
+            columns[name] = pa.array([as_text_if_nested(value) for value in values] if name in nested else values)
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise DataError(f"{path}: column '{name}' holds values of several kinds: {first_line(error)}") from error
     return pa.table(columns)
 
 
-def _as_text(value: Any) -> Any:
+def as_text_if_nested(value: Any) -> Any:
     """A list of objects as JSON text; Arrow would give every object the keys of all, and take no mixed values."""
     is_list = isinstance(value, list) and all(isinstance(item, dict) for item in value)
     return json.dumps(value, ensure_ascii=False) if is_list else value

@@ -71,9 +71,11 @@ def read_table(
         if isinstance(loaded, datasets.DatasetDict):
             raise DataError(f"{source} holds several splits; name one of them: {', '.join(map(str, loaded))}")
         return _not_empty(loaded, source)
-    if _looks_like_a_file(source) and not path.is_dir():
+    if _looks_like_a_file(source) and not Path(hub_parts(source, None, "")[0]).expanduser().is_dir():
         raise DataError(f"data file {missing_path(source)}")
-    return _from_hub(str(path.resolve()) if path.is_dir() else source, subset, split)
+    name, subset, split = hub_parts(source, subset, split)
+    shown = name if subset is None else f"{name} ({subset})"
+    return _not_empty(load_hub(name, subset, split), f"{shown}, split '{split}'")
 
 
 def require_column(table: Dataset, column: str, key: str, source: str) -> None:
@@ -146,20 +148,30 @@ def _not_empty(table: Dataset, source: str) -> Dataset:
     return table
 
 
-def _from_hub(source: str, subset: str | None, split: str) -> Dataset:
+def hub_parts(source: str, subset: str | None, split: str) -> tuple[str, str | None, str]:
+    """Name, configuration and split of a hub data set that may say them itself, as in `owner/name:subset@split`."""
+    name, _, own_split = source.partition("@")
+    name, _, own_subset = name.partition(":")
+    return name, own_subset or subset, own_split or split
+
+
+def load_hub(source: str, subset: str | None, split: str, *, streaming: bool = False) -> Any:
+    """A hub data set, or a folder with the layout of one. Raises DataError that says what can't be read."""
     import datasets
     from datasets.exceptions import DatasetsError
 
-    shown = source if subset is None else f"{source} ({subset})"
+    name, subset, split = hub_parts(source, subset, split)
+    folder = Path(name).expanduser()
+    shown = name if subset is None else f"{name} ({subset})"
     try:
-        loaded = datasets.load_dataset(source, subset, split=split)
+        where = str(folder.resolve()) if folder.is_dir() else name
+        return datasets.load_dataset(where, subset, split=split, streaming=streaming)
     except ValueError as error:
         # datasets names the splits or the configurations there are; its first line is what a user can act on.
         raise DataError(f"{shown}, split '{split}': {first_line(error)}") from error
     except (OSError, RuntimeError, DatasetsError) as error:
         # A hub data set that cannot be reached is most often a mistyped file name or a machine without network.
         raise DataError(
-            f"{missing_path(source)}. Nor could the hub data set '{shown}' be read: "
+            f"{missing_path(name)}. Nor could the hub data set '{shown}' be read: "
             f"{first_line(error)}. Name a data file ({', '.join(SUFFIXES)}), `demo`, or a hub data set"
         ) from error
-    return _not_empty(loaded, f"{shown}, split '{split}'")  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +20,8 @@ from .template import answer_tokens, common_start, rendered
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from .streams import Stream
 
 #: A length that is taken from the data is a multiple of this.
 STEP = 64
@@ -54,6 +56,34 @@ def encode_rows(
         for rows, word in parts
     )
     return train, validation, length, notes
+
+
+def streamed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, length: int, stream: Stream) -> Any:
+    """The rows of a stream as an iterable data set of `input_ids` and `labels`, cut to `length` tokens, or packed.
+
+    Rows without a token to learn are left out and counted in the stream.
+    """
+    from datasets import Features, IterableDataset, List, Value
+
+    def rows() -> Iterator[dict[str, list[int]]]:
+        rest: list[int] = []
+        for row in stream:
+            ids, mask = _encoded(tokenizer, row, recipe.data.loss, Counter())
+            if recipe.data.packing:
+                rest += ids
+                while len(rest) >= length:
+                    piece, rest = rest[:length], rest[length:]
+                    yield {"input_ids": piece, "labels": piece}
+                continue
+            ids, mask = ids[:length], [1] * len(ids) if recipe.data.loss == "all" else mask[:length]
+            labels = [token if learned else -100 for token, learned in zip(ids, mask, strict=False)]
+            if any(label != -100 for label in labels[1:]):
+                yield {"input_ids": ids, "labels": labels}
+            else:
+                stream.lost[f"have no answer within {length} tokens"] += 1
+
+    kinds = {name: List(Value("int64")) for name in ("input_ids", "labels")}
+    return IterableDataset.from_generator(rows, features=Features(kinds))
 
 
 def length_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, needed: int, notes: list[str]) -> int:

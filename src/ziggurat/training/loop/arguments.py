@@ -73,6 +73,8 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
         "logging_first_step": True,
     }
     for key, every in (("eval", train.evaluate), ("save", train.save)):
+        if every == "epoch" and recipe.data.streaming:  # a fifth of the run: the epochs of a stream aren't known
+            every = max(1, (train.max_steps or 1) // 5)
         if isinstance(every, int):
             arguments |= {f"{key}_strategy": "steps", f"{key}_steps": every}
         else:

@@ -123,7 +123,7 @@ def counted_rows(trainer: Trainer, size: int) -> int | None:
     rows are new. accelerate's own `remainder` forgets the processes where a resumed run skips batches.
     """
     state, processes = trainer.accelerator.gradient_state, trainer.args.world_size
-    if processes == 1 or not state.end_of_dataloader:
+    if processes == 1 or not state.end_of_dataloader or not hasattr(state.active_dataloader.dataset, "__len__"):
         return None
     rest = len(state.active_dataloader.dataset) % (processes * size)  # type: ignore[union-attr]
     return min(max(rest - trainer.args.process_index * size, 0), size) if rest else None

@@ -136,7 +136,7 @@ def _train(
         folder.note({"before": before, "seconds": time.monotonic() - begun, "answers": answers.rows})
         raise _interrupted(recipe, folder, stop.agreed, task.trainer.state)
     # From here on signals are deferred until the result is saved: they could only lose what has been learned.
-    after, seen = _final_scores(task, recipe), _seen(task, answers, examples)
+    after, seen = _final_scores(task, recipe), _seen(task, answers, examples, note)
     trackers.close(task.trainer)
     state = sharding.whole_state(task.trainer, processes)
     result = Result(
@@ -162,12 +162,17 @@ def _train(
     return result
 
 
-def _seen(task: Task, answers: Answers, examples: Examples) -> dict[str, Any]:
+def _seen(task: Task, answers: Answers, examples: Examples, note: Callable[..., None]) -> dict[str, Any]:
     """What the scores consist of, after training, as fields of `Result`."""
     from .samples import example_of
 
     answers.write("after")
     rows = {"train": len(examples.train), "validation": len(examples.validation)}
+    if examples.stream is not None:
+        arguments, state = task.trainer.args, task.trainer.state
+        rows["train"] = state.global_step * arguments.train_batch_size * arguments.gradient_accumulation_steps
+        rows["train"] *= arguments.world_size
+        note(*(f"{count} rows of the stream {what} and were left out" for what, count in examples.stream.lost.items()))
     example, images = example_of(examples)
     seen = {"by_class": task.by_class(), "answers": answers.rows, "rows": rows}
     return {**seen, "example": example, "example_images": images}

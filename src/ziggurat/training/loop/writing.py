@@ -13,7 +13,7 @@ from ziggurat.recipe.schema import Recipe
 from ..data.examples import Examples
 from ..data.pairs import encode_judged, encode_pairs
 from ..data.template import asked_ids, chat_ids, end_of_turn
-from ..data.tokens import encode_rows
+from ..data.tokens import encode_rows, streamed
 from ..model.base import Base
 from .arguments import Setup, training_arguments
 from .exact import exact_sft
@@ -31,6 +31,8 @@ def instructed(setup: Setup) -> tuple[Trainer, list[str]]:
     collator = None
     if base.processor is None:
         train, validation, how["max_length"], notes = encode_rows(recipe, writer, base.model.config, examples)
+        if examples.stream is not None:
+            train = streamed(recipe, writer, how["max_length"], examples.stream)
     else:
         from ..model.seeing import ImageCollator, Writer, encode_images
 
