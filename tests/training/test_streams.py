@@ -134,7 +134,7 @@ def test_hub_data_sets_stand_among_files(tmp_path: Path) -> None:
     card = (
         "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: a.csv\n"
         "  - split: more\n    path: b.csv\ndataset_info:\n  features:\n  - name: text\n    dtype: string\n"
-        "  - name: label\n    dtype:\n      class_label:\n        names:\n          '0': bad\n          '1': good\n---\n"
+        "  - name: label\n    dtype:\n      class_label:\n        names: {'0': bad, '1': good}\n---\n"
     )
     (hub / "README.md").write_text(card)
     for name in ("a", "b"):
