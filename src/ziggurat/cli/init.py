@@ -24,10 +24,10 @@ def init(
 ) -> None:
     """Look at a file's columns and rows, and write a commented recipe for it."""
     from ziggurat.plan.start import start
-    from ziggurat.recipe.defaults import TASKS
+    from ziggurat.recipe.defaults import STARTS
 
-    if task is not None and task not in TASKS:
-        raise typer.BadParameter(f"--task {task}: one of {', '.join(TASKS)}")
+    if task is not None and task not in STARTS:
+        raise typer.BadParameter(f"--task {task}: one of {', '.join(STARTS)}")
     place = (
         out.expanduser() if out else Path(f"{Path(file).name.removesuffix('.gz').rpartition('.')[0] or 'recipe'}.yaml")
     )

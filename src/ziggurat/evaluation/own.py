@@ -13,7 +13,6 @@ import numpy as np
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.extras import require
 from ziggurat.nearest import missing_path
-from ziggurat.recipe.needs import OF_A_TASK
 from ziggurat.recipe.schema import Recipe
 from ziggurat.training.loop.metrics import perplexity, score
 
@@ -58,7 +57,7 @@ def read_file(recipe: Recipe, head: HeadSpec, file: str | Path, limit: int | Non
         )
     if not Path(file).expanduser().is_file():
         raise DataError(f"--data: {missing_path(file)}")
-    require(f"scoring {file}", "datasets", OF_A_TASK[recipe.task])
+    require(f"scoring {file}", "datasets", recipe.kind.package)
     table, _, notes = load_scored(recipe, str(file), [str(name) for name in head.label_names])
     return (table.select(range(min(limit, len(table)))) if limit else table), notes
 

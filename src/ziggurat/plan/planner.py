@@ -22,6 +22,7 @@ from ziggurat.host.method import method_of
 from ziggurat.host.names import key_of
 from ziggurat.host.site import Site
 from ziggurat.host.sites_table import from_table
+from ziggurat.recipe.tasks import WRITES
 
 from .disk import file_bytes
 from .memory import Memory, Step, memory
@@ -48,7 +49,7 @@ _OWN_PLACES = ("lor2c", "sharelor2c", "adapter")
 #: What a row of BESIDE is called where it isn't its method's name.
 _VARIANTS = {"sharelor2c": "ShareLoR2C"}
 LABELS = {
-    **dict.fromkeys(("instruct", "dpo", "kto", "grpo", "rloo"), "tokens"),
+    **dict.fromkeys(WRITES, "tokens"),
     "classification": "classes",
     "multilabel": "classes",
     "tokens": "tags",

@@ -8,7 +8,8 @@ from typing import Any
 from ziggurat.nearest import did_you_mean
 
 from .glue import brings_validation
-from .schema import METRICS, REWARDED, WRITES, keys
+from .schema import keys
+from .tasks import REWARDED, TASKS, WRITES
 
 _TASK_ONLY = {
     "instruct": (
@@ -58,8 +59,9 @@ def conflicts(good: dict[str, Any]) -> list[str]:
         fits = owner is None or task in _KINDS.get(owner, (owner,))
         if not fits and good[key] != known[key].get_default(call_default_factory=True):
             found.append(f"{key}: has no meaning with task: {task}")
-    if value("metric") is not None and value("metric") not in METRICS[task]:
-        found.append(f"metric: {value('metric')} does not go with task: {task}; one of {', '.join(METRICS[task])}")
+    metrics = TASKS[task].metrics
+    if value("metric") is not None and value("metric") not in metrics:
+        found.append(f"metric: {value('metric')} does not go with task: {task}; one of {', '.join(metrics)}")
     files = 1 + len(value("data.more") or [])
     if value("data.weights") is not None and len(value("data.weights")) != files:
         found.append(

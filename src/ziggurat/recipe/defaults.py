@@ -9,10 +9,12 @@ from typing import Any
 
 import yaml
 
-from .schema import WRITES
+from .tasks import TASKS
 
-#: The tasks that `ziggurat init` writes recipes for.
-TASKS = ("classification", "multilabel", "regression", "tokens", "instruct", "dpo", "kto")
+#: The tasks that `ziggurat init` writes recipes for; which answers are rewarded, no file says.
+STARTS = tuple(name for name, task in TASKS.items() if task.rows != "prompts")
+#: What transformers calls a task's models -> the part of the file that proposes some.
+_KINDS = {"SequenceClassification": "encoder", "TokenClassification": "encoder", "CausalLM": "decoder"}
 
 
 @dataclass(frozen=True)
@@ -26,20 +28,16 @@ class Proposal:
 
 def models_for(task: str) -> list[Proposal]:
     """Models for a task, the first to try first."""
-    return [Proposal(*row) for row in _all()["encoder" if _scores(task) else "decoder"]["models"]]
+    return [Proposal(*row) for row in _all()[_KINDS[TASKS[task].model]]["models"]]
 
 
 def keys_for(task: str) -> dict[str, tuple[Any, str]]:
     """Key -> value and reason, for a task."""
-    parts = ["encoder" if _scores(task) else "decoder", "preference" if task in ("dpo", "kto") else task]
+    row = TASKS[task]
     found: dict[str, tuple[Any, str]] = {}
-    for part in parts:
+    for part in (_KINDS[row.model], "preference" if row.rows in ("pairs", "judged") else task):
         found |= {key: (value, why) for key, (value, why) in _all().get(part, {}).get("keys", {}).items()}
     return found
-
-
-def _scores(task: str) -> bool:
-    return task not in WRITES
 
 
 @cache

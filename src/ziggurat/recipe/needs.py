@@ -6,21 +6,12 @@ from ziggurat.extras import require
 
 from .embedded import EMBEDDED, PACKAGE
 from .methods import METHODS
-from .schema import WRITES, Recipe
-
-#: Task -> the packages that train or score it.
-OF_A_TASK = {
-    "classification": "scikit-learn",
-    "multilabel": "datasets",
-    "tokens": "datasets",
-    "regression": "scipy",
-    **dict.fromkeys(WRITES, "trl"),
-}
+from .schema import Recipe
 
 
 def needs(recipe: Recipe) -> dict[str, str]:
     """Package -> what in the recipe asks for it."""
-    found = {"datasets": f"data.train: {recipe.data.train}", OF_A_TASK[recipe.task]: f"task: {recipe.task}"}
+    found = {"datasets": f"data.train: {recipe.data.train}", recipe.kind.package: f"task: {recipe.task}"}
     if recipe.model == EMBEDDED:
         found[PACKAGE] = f"model: {EMBEDDED}"
     if recipe.gguf_file is not None:

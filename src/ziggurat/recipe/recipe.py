@@ -16,7 +16,8 @@ from ziggurat.nearest import did_you_mean, missing_path, nearest
 from .conflicts import conflicts, unmerged_with_vllm
 from .glue import fill_in, glue_name
 from .methods import METHODS, SYNONYMS, method_config, method_fields, method_problems
-from .schema import REWARDED, Recipe, keys
+from .schema import Recipe, keys
+from .tasks import REWARDED
 from .text import MOST_TEXT, SECTIONS, flatten, read_overrides, read_yaml
 from .values import explain
 

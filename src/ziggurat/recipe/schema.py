@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from .tasks import TASKS, Task
 
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
@@ -15,50 +17,11 @@ Every = Literal["epoch", "never"] | Positive
 #: Tokens of a scored text, and the most of an instruction's row, where the recipe names no length.
 SCORED_LENGTH, MOST_LENGTH = 256, 2048
 
-CLASSIFICATION_METRICS = ("accuracy", "f1", "matthews")
-MULTILABEL_METRICS = ("f1_micro", "f1_macro", "subset_accuracy")
-TOKENS_METRICS = ("entity_f1", "entity_precision", "entity_recall", "token_accuracy")
-REGRESSION_METRICS = ("pearson", "spearman")
-INSTRUCT_METRICS = ("perplexity",)
-#: As TRL calls them: the share of pairs whose better answer has the greater reward, and the rewards' distance.
-PAIR_METRICS = ("rewards/accuracies", "rewards/margins")
-JUDGED_METRICS = ("rewards/margins",)
-
-#: Tasks whose model answers prompts while it learns, and learns from the rewards of its answers.
-REWARDED = ("grpo", "rloo")
-#: Tasks whose model writes texts.
-WRITES = ("instruct", "dpo", "kto", *REWARDED)
-#: The scores of each task that a recipe may choose by, the usual one first.
-METRICS = {
-    "classification": CLASSIFICATION_METRICS,
-    "multilabel": MULTILABEL_METRICS,
-    "tokens": TOKENS_METRICS,
-    "regression": REGRESSION_METRICS,
-    "instruct": INSTRUCT_METRICS,
-    "dpo": PAIR_METRICS,
-    "kto": JUDGED_METRICS,
-    **dict.fromkeys(REWARDED, ("reward",)),
-}
-
-
-Metric = Literal[
-    "accuracy",
-    "f1",
-    "matthews",
-    "f1_micro",
-    "f1_macro",
-    "subset_accuracy",
-    "entity_f1",
-    "entity_precision",
-    "entity_recall",
-    "token_accuracy",
-    "pearson",
-    "spearman",
-    "perplexity",
-    "rewards/accuracies",
-    "rewards/margins",
-    "reward",
-]
+if TYPE_CHECKING:
+    Metric = TaskName = str
+else:  # every one that a row of the table names
+    Metric = Literal[tuple(dict.fromkeys(metric for task in TASKS.values() for metric in task.metrics))]
+    TaskName = Literal[tuple(TASKS)]
 
 
 class Part(BaseModel):
@@ -286,9 +249,7 @@ class Recipe(Part):
 
     about: str = Field(default="", description="one line that says what this is")
     name: str = Field(default="run", description="names the output folder; without it the file's name")
-    task: Literal["classification", "multilabel", "tokens", "regression", "instruct", "dpo", "kto", "grpo", "rloo"] = (
-        Field(default="classification", description="what is learned")
-    )
+    task: TaskName = Field(default="classification", description="what is learned")
     model: str = Field(description="folder or hub name, or `embedded` (all-MiniLM-L6-v2 from the installed package)")
     gguf_file: str | None = Field(
         default=None, description="file in `model` when the weights are in llama.cpp's format"
@@ -325,12 +286,17 @@ class Recipe(Part):
 
     @property
     def main_metric(self) -> str:
-        return self.metric if self.metric is not None else METRICS[self.task][0]
+        return self.metric if self.metric is not None else self.kind.metrics[0]
+
+    @property
+    def kind(self) -> Task:
+        """The task's row in the table."""
+        return TASKS[self.task]
 
     @property
     def writes(self) -> bool:
         """Whether the task's model writes texts; else it scores them."""
-        return self.task in WRITES
+        return self.kind.writes
 
 
 def keys() -> dict[str, Any]:

@@ -6,23 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from peft import PeftModel
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from ziggurat.errors import ConfigError, RecipeError
 from ziggurat.files.untrusted import MOST_RUN, own_file, read_json
 from ziggurat.nearest import missing_path
 from ziggurat.recipe.methods import METHODS
 from ziggurat.recipe.recipe import find_recipe, recipe_of
-from ziggurat.recipe.schema import WRITES, Recipe
+from ziggurat.recipe.schema import Recipe
 
 from ..data.template import stop_at_turns
 from ..folder.run_folder import RECIPE, RUN
@@ -86,8 +80,6 @@ def load_adapter_model(folder: str | Path) -> Loaded:
                 raise RecipeError(f"the adapter in '{folder}' does not fit {recipe.model}: {error}") from error
             tokenizer, processor = base.tokenizer, base.processor
         else:
-            from transformers import AutoTokenizer
-
             # No pickle, and no code that the folder brings.
             safe = {"use_safetensors": True, "trust_remote_code": False}
             try:
@@ -138,8 +130,4 @@ def head_of(run: dict[str, Any], path: Path) -> HeadSpec:
 
 
 def _whole_class(spec: HeadSpec) -> Any:
-    if spec.task in WRITES:
-        return AutoModelForImageTextToText if spec.images else AutoModelForCausalLM
-    if spec.task == "tokens":
-        return AutoModelForTokenClassification
-    return MeanPooledClassifier if spec.pooling == "mean" else AutoModelForSequenceClassification
+    return MeanPooledClassifier if spec.pooling == "mean" else getattr(transformers, f"AutoModelFor{spec.model}")

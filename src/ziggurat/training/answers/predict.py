@@ -12,7 +12,8 @@ import torch
 
 from ziggurat.errors import DataError
 from ziggurat.nearest import missing_path
-from ziggurat.recipe.schema import REWARDED, SCORED_LENGTH, WRITES
+from ziggurat.recipe.schema import SCORED_LENGTH
+from ziggurat.recipe.tasks import REWARDED, WRITES
 
 from ..data.alpaca import WITH_LINE_BREAK, alpaca_prompt
 from ..data.chat import IMAGE, conversation, tools_of

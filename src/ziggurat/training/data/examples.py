@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ziggurat.errors import DataError
 from ziggurat.recipe.glue import PREFIX, glue_name
-from ziggurat.recipe.schema import REWARDED, DataPart, Recipe
+from ziggurat.recipe.schema import DataPart, Recipe
 
 from .faults import Faults, kind_of
 from .glue import glue_splits
@@ -62,8 +63,7 @@ def load_examples(recipe: Recipe) -> Examples:
     names: list[str] = []
     shape = None
     # All is checked before a part is split off, so that errors name rows of the file.
-    if recipe.writes:
-        read = _reader(recipe.task)
+    if (read := _reader(recipe)) is not None:
         parts = [read(recipe, table, source) for table, source in zip(trains, sources, strict=True)]
         shape = parts[0][1]
         if any(part[1] != shape for part in parts):
@@ -107,8 +107,8 @@ def load_scored(recipe: Recipe, source: str, names: list[str]) -> tuple[Dataset,
     """
     data = recipe.data.model_copy(update={"encoding": encoding_of(source, recipe.data.encoding)})
     table = _read(recipe.model_copy(update={"data": data}), source, "train")
-    if recipe.writes:
-        return _reader(recipe.task)(recipe, table, source)
+    if (read := _reader(recipe)) is not None:
+        return read(recipe, table, source)
     if recipe.task == "tokens":
         from .tags import tagged_among
 
@@ -180,7 +180,7 @@ def _read(recipe: Recipe, source: str, split: str, demo: str = "train", first: b
         split=split,
         demo=demo,
         texts=[*text_columns(recipe), *([recipe.data.label] if recipe.task == "multilabel" else [])],
-        nested=text_columns(recipe) if recipe.writes else (),
+        nested=text_columns(recipe) if recipe.kind.rows in _READ_APART else (),
         classes=recipe.data.label if recipe.task == "classification" else None,
         encoding=recipe.data.encoding,
         delimiter=recipe.data.delimiter,
@@ -214,13 +214,21 @@ def _split_off(recipe: Recipe, train: Dataset, notes: list[str]) -> tuple[Datase
     return train.select(split.train), train.select(split.validation)
 
 
-def _reader(task: str) -> Any:
-    """The function that reads the rows of a task whose model writes."""
-    from .instruct import to_rows
-    from .prefer import to_judged, to_pairs
-    from .prompts import to_prompts
+#: Forms of rows -> the file beside this one, and its function, that reads them.
+_READ_APART = {
+    "answers": ("instruct", "to_rows"),
+    "pairs": ("prefer", "to_pairs"),
+    "judged": ("prefer", "to_judged"),
+    "prompts": ("prompts", "to_prompts"),
+}
 
-    return {"instruct": to_rows, "dpo": to_pairs, "kto": to_judged, **dict.fromkeys(REWARDED, to_prompts)}[task]
+
+def _reader(recipe: Recipe) -> Any:
+    """The function that reads the rows of a task which has no labels, or tags; else None."""
+    if recipe.kind.rows not in _READ_APART:
+        return None
+    file, name = _READ_APART[recipe.kind.rows]
+    return getattr(import_module(f".{file}", __package__), name)
 
 
 def _identity(row: Any) -> str:
@@ -234,7 +242,7 @@ def _identity(row: Any) -> str:
 
 def text_columns(recipe: Recipe) -> list[str]:
     """The columns that hold texts."""
-    if recipe.writes:
+    if recipe.kind.rows in _READ_APART:
         from .instruct import ALIASES, columns_of
 
         return columns_of(recipe, ALIASES)

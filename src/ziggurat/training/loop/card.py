@@ -110,7 +110,7 @@ from ziggurat.training import load_adapter_model
 model = load_adapter_model("path/to/this/folder").model
 ```
 """
-    kind = "CausalLM" if recipe.writes else "SequenceClassification"
+    kind = recipe.kind.model
     is_adapter = METHODS[recipe.method["name"]].config is not None
     package, prefix = ("peft", "AutoPeftModelFor") if is_adapter else ("transformers", "AutoModelFor")
     if spec.images:

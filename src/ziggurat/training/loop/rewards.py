@@ -15,7 +15,8 @@ from typing import Any
 from ziggurat.errors import ConfigError, RecipeError, RewardError, first_line
 from ziggurat.nearest import did_you_mean
 from ziggurat.recipe.methods import METHODS
-from ziggurat.recipe.schema import REWARDED, Recipe
+from ziggurat.recipe.schema import Recipe
+from ziggurat.recipe.tasks import REWARDED
 
 from ..devices.processes import launched_size
 

@@ -17,9 +17,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 
 from ziggurat.files.staging import told_of_storage
-from ziggurat.recipe import needs
 from ziggurat.recipe.methods import BUDGET, METHODS
-from ziggurat.recipe.schema import REWARDED, Recipe
+from ziggurat.recipe.schema import Recipe
+from ziggurat.recipe.tasks import REWARDED
 
 from ..callbacks import trackers
 from ..callbacks.allocation import callbacks_for
@@ -68,7 +68,9 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; says which checkpoint there is.
         ProcessError: another process of the run has gone.
     """
-    needs.check(recipe)
+    from ziggurat.recipe.needs import check
+
+    check(recipe)
     processes = join()
     trackers.check(recipe.train.report_to or [])
     functions, fit = None, None

@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ziggurat.errors import RecipeError
 from ziggurat.host.bars import without_bars
-from ziggurat.recipe.schema import REWARDED, SCORED_LENGTH
+from ziggurat.recipe.schema import SCORED_LENGTH
 
 from ..callbacks import trackers
 from ..data.encode import Collator, encode, longest, spread
@@ -75,14 +75,13 @@ def make_trainer(setup: Setup) -> Task:
     Raises RecipeError for what this machine can't do, DataError for texts that don't fit the model's tokenizer.
     """
     with quiet():
-        if setup.recipe.writes:
-            from .writing import instructed, preferring, rewarded
-
-            way = instructed if setup.recipe.task == "instruct" else preferring
-            trainer, notes = (rewarded if setup.recipe.task in REWARDED else way)(setup)
-            task = Task(trainer, {}, notes)
-        else:
+        if setup.recipe.kind.rows in ("labelled", "tagged"):
             task = _scored(setup)
+        else:
+            from .writing import TRAINERS
+
+            trainer, notes = TRAINERS[setup.recipe.kind.rows](setup)
+            task = Task(trainer, {}, notes)
     trackers.write_into(task.trainer, setup.checkpoints.with_name(LOGS))
     for kind in (PrinterCallback, ProgressCallback):
         task.trainer.remove_callback(kind)

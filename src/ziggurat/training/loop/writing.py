@@ -60,7 +60,7 @@ def preferring(setup: Setup) -> tuple[Trainer, list[str]]:
     """DPOTrainer or KTOTrainer of preferences, and notes. Raises DataError, RecipeError."""
     recipe, base, examples = setup.recipe, setup.base, setup.examples
     _check_tokenizer(recipe, base, examples)
-    encode_all = {"dpo": encode_pairs, "kto": encode_judged}[recipe.task]
+    encode_all = encode_judged if recipe.kind.rows == "judged" else encode_pairs
     train, validation, length, notes = encode_all(recipe, base.tokenizer, base.model.config, examples)
     if examples.shape == "messages":
         notes += _template_notes(base.tokenizer)
@@ -106,3 +106,7 @@ def _template_notes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
             f"the chat template ends a turn by {tokenizer.convert_ids_to_tokens(end)}, and the tokenizer a text by "
             f"{tokenizer.eos_token}: `ziggurat predict` and merged models stop at either; let other programs stop there"
         )
+
+
+#: Forms of rows -> what makes the trainer of a task that has them.
+TRAINERS = {"answers": instructed, "pairs": preferring, "judged": preferring, "prompts": rewarded}

@@ -159,10 +159,14 @@ def _lora_count(recipe: Recipe, model: nn.Module, base: Base) -> int | None:
 
 def task_type(recipe: Recipe, images: bool = False) -> TaskType | None:
     """PEFT's task of a recipe."""
-    if recipe.writes:
-        # PEFT has no task for models that see images, and stores the class of one without a task.
-        return TaskType.CAUSAL_LM if not images else None
-    if recipe.task == "tokens":
-        return TaskType.TOKEN_CLS
+    if images:
+        return None  # PEFT has no task for models that see images, and stores the class of one without a task
     # PEFT has no task for a head of ours: without one it stores the class, from which AutoPeftModel rebuilds it.
-    return TaskType.SEQ_CLS if recipe.head.pooling == "model" else None
+    return _TASK_TYPES[recipe.kind.model] if recipe.writes or recipe.head.pooling == "model" else None
+
+
+_TASK_TYPES = {
+    "CausalLM": TaskType.CAUSAL_LM,
+    "SequenceClassification": TaskType.SEQ_CLS,
+    "TokenClassification": TaskType.TOKEN_CLS,
+}

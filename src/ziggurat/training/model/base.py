@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -27,7 +24,7 @@ from ziggurat.errors import RecipeError, first_line
 from ziggurat.extras import require
 from ziggurat.nearest import missing_path
 from ziggurat.recipe.embedded import model_path
-from ziggurat.recipe.schema import WRITES
+from ziggurat.recipe.tasks import TASKS
 
 from ..heads import MeanPooledClassifier
 
@@ -49,6 +46,11 @@ class HeadSpec:
     @property
     def num_labels(self) -> int:
         return 1 if self.task == "regression" else len(self.label_names)
+
+    @property
+    def model(self) -> str:
+        """What transformers calls such models, behind AutoModelFor."""
+        return "ImageTextToText" if self.images else TASKS[self.task].model
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,10 @@ def load_base(
 
 
 def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
-    if spec.task in WRITES:
+    kind: Any = getattr(transformers, f"AutoModelFor{spec.model}")
+    if TASKS[spec.task].writes:
         if spec.images and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             raise ValueError(f"it is a {config.model_type}, which sees no images, and the data have some")
-        kind: Any = AutoModelForImageTextToText if spec.images else AutoModelForCausalLM
         return kind.from_pretrained(path, config=config, **where), []
     config.num_labels = spec.num_labels
     if spec.label_names:
@@ -132,11 +134,8 @@ def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tup
         if own and own != MeanPooledClassifier.base_model_prefix:
             where = {**where, "key_mapping": {rf"^{own}\.": f"{MeanPooledClassifier.base_model_prefix}."}}
         kind = MeanPooledClassifier
-    elif spec.task == "tokens":
-        kind = AutoModelForTokenClassification
     else:
-        config.problem_type = _PROBLEMS[spec.task]
-        kind = AutoModelForSequenceClassification
+        config.problem_type = _PROBLEMS.get(spec.task)
     # A checkpoint's own head may be of another size: it belongs to another task, and is made afresh.
     model, info = kind.from_pretrained(
         path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **where

@@ -11,7 +11,7 @@ from torch import nn
 from ziggurat.errors import ConfigError, first_line
 from ziggurat.extras import require
 from ziggurat.nearest import missing_path
-from ziggurat.recipe.schema import WRITES
+from ziggurat.recipe.tasks import TASKS
 
 from .base import find_gguf, is_path, sees_images
 
@@ -39,16 +39,10 @@ def bare_model(
     for name, value in changes.items():
         setattr(config, name, value)
     numbers = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
-    auto: Any = {
-        **dict.fromkeys(WRITES, transformers.AutoModelForCausalLM),
-        "encoder": transformers.AutoModel,
-        "classification": transformers.AutoModelForSequenceClassification,
-        "multilabel": transformers.AutoModelForSequenceClassification,
-        "tokens": transformers.AutoModelForTokenClassification,
-        "regression": transformers.AutoModelForSequenceClassification,
-    }.get(task or "")
-    if task in WRITES and sees_images(config):
-        auto = transformers.AutoModelForImageTextToText
+    auto: Any = transformers.AutoModel if task == "encoder" else None
+    if task in TASKS:
+        kind = "ImageTextToText" if TASKS[task].writes and sees_images(config) else TASKS[task].model
+        auto = getattr(transformers, f"AutoModelFor{kind}")
     own = getattr(transformers, next(iter(config.architectures or []), ""), None)
     try:
         with torch.device("meta"):

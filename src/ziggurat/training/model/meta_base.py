@@ -40,7 +40,7 @@ def bare_base(recipe: Recipe, model: str | Path | None = None) -> BareBase:
     where = str(model if model is not None else recipe.model)
     gguf = find_gguf(model_path(where), recipe.gguf_file)
     if recipe.writes:
-        found = bare_model(where, "instruct", recipe.dtype, revision=recipe.revision, gguf_file=gguf)
+        found = bare_model(where, recipe.task, recipe.dtype, revision=recipe.revision, gguf_file=gguf)
         return BareBase(found, [], False, [])
     notes: list[str] = []
     labels = {"num_labels": _labels(recipe, notes)}

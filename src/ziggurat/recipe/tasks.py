@@ -1,0 +1,66 @@
+"""The tasks, a row each: what the rest of the package asks of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    `model`: what transformers calls its models, behind AutoModelFor. `rows`: the form of its data. `metrics`: the
+    scores that a recipe may choose by, the usual one first. `package`: what trains or scores it, beside datasets.
+    `names`: what other tools call it.
+    """
+
+    model: str
+    rows: str
+    metrics: tuple[str, ...]
+    package: str
+    names: tuple[str, ...] = ()
+
+    @property
+    def writes(self) -> bool:
+        """Whether its model writes texts; else it scores them."""
+        return self.model in ("CausalLM", "Seq2SeqLM")
+
+
+#: As TRL calls them: the share of pairs whose better answer has the greater reward, and the rewards' distance.
+_OF_PAIRS = ("rewards/accuracies", "rewards/margins")
+
+TASKS = {
+    "classification": Task(
+        "SequenceClassification",
+        "labelled",
+        ("accuracy", "f1", "matthews"),
+        "scikit-learn",
+        ("text_classification", "sequence_classification", "seq_cls"),
+    ),
+    "multilabel": Task(
+        "SequenceClassification",
+        "labelled",
+        ("f1_micro", "f1_macro", "subset_accuracy"),
+        "datasets",
+        ("multi_label_classification",),
+    ),
+    "tokens": Task(
+        "TokenClassification",
+        "tagged",
+        ("entity_f1", "entity_precision", "entity_recall", "token_accuracy"),
+        "datasets",
+        ("ner", "token_classification", "token_cls"),
+    ),
+    "regression": Task("SequenceClassification", "labelled", ("pearson", "spearman"), "scipy"),
+    "instruct": Task("CausalLM", "answers", ("perplexity",), "trl", ("sft", "pt", "causal_lm", "chat", "completion")),
+    "dpo": Task("CausalLM", "pairs", _OF_PAIRS, "trl"),
+    "kto": Task("CausalLM", "judged", ("rewards/margins",), "trl"),
+    "grpo": Task("CausalLM", "prompts", ("reward",), "trl"),
+    "rloo": Task("CausalLM", "prompts", ("reward",), "trl"),
+}
+#: What other tools call a task -> the task.
+SYNONYMS = {name: task for task, row in TASKS.items() for name in row.names}
+#: Tasks whose model writes texts.
+WRITES = tuple(name for name, task in TASKS.items() if task.writes)
+#: Tasks whose model answers prompts while it learns, and learns from the rewards of its answers.
+REWARDED = ("grpo", "rloo")
