@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from ziggurat._distribution import DISTRIBUTION
 from ziggurat.errors import MissingExtraError
 
-_TRAIN = ("datasets", "scikit-learn", "scipy", "trl")
+_TRAIN = ("datasets", "rouge-score", "scikit-learn", "scipy", "trl")
 #: Extra -> the packages that it adds to the core, as in pyproject.toml (a test compares them). Where several extras
 #: would do, the first one is named to the user.
 EXTRAS: dict[str, tuple[str, ...]] = {

@@ -9,6 +9,7 @@ from ziggurat.errors import RecipeError
 from ziggurat.recipe.methods import METHODS, method_config, method_fields
 from ziggurat.recipe.recipe import load_recipe, make_recipe, resolved, shipped, to_yaml
 from ziggurat.recipe.schema import keys
+from ziggurat.recipe.tasks import TASKS
 
 GOOD = {"model": "some/model", "data.train": "a.csv", "method.name": "lora", "method.r": 4}
 
@@ -40,8 +41,7 @@ seed: -1
         "train.lr: '4e-4' is text to YAML, write 4.0e-4",
         "train.batch: needs a whole number, got 16.5",
         "head.poling: unknown, did you mean head.pooling?",
-        "task: 'clasification' is not one of classification, multilabel, tokens, regression, instruct, dpo, kto, grpo, "
-        "rloo, did you mean classification?",
+        f"task: 'clasification' is not one of {', '.join(TASKS)}, did you mean classification?",
         "seed: must be at least 0, got -1",
         "method.rank: unknown, did you mean method.r?",
         "method.use_dora: needs true or false, got 'maybe'",

@@ -79,6 +79,33 @@ def save_tiny_llama(folder: Path) -> None:
     _save_tokenizer(folder, chat=True)
 
 
+def save_tiny_t5(folder: Path) -> None:
+    """An untrained T5 of two layers a side, whose tokenizer ends texts as T5's does."""
+    from tokenizers import processors
+    from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(WORDS) + 5,
+        d_model=32,
+        d_kv=16,
+        d_ff=48,
+        num_layers=2,
+        num_heads=2,
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=4,
+        decoder_start_token_id=0,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(str(folder))
+    _save_tokenizer(folder, chat=False)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 4)]
+    )
+    tokenizer.save_pretrained(str(folder))
+
+
 def reviews(count: int) -> list[dict[str, str]]:
     """Sentences whose class one word decides, so that a few steps learn them."""
     good, bad, nouns = ["good", "great", "fine", "lovely"], ["bad", "poor", "dull", "awful"], WORDS[2:8]

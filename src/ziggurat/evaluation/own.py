@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,13 @@ from ziggurat.nearest import missing_path
 from ziggurat.recipe.schema import Recipe
 from ziggurat.training.loop.metrics import perplexity, score
 
+from .intervals import FACTORS, correlation_interval, drawn_interval, share_interval
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from ziggurat.training.answers.load import Loaded
     from ziggurat.training.model.base import HeadSpec
-
-#: Of the intervals, in per cent; and how often rows are drawn again for those without a closed form.
-CONFIDENCE, RESAMPLES = 95, 1000
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def _labelled(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
         return score(loaded.recipe, outputs[drawn], labels[drawn], len(names))[metric]
 
     if not names:
-        intervals = {name: correlation_interval(name, scores[name], rows) for name in _FACTORS if rows > 3}
+        intervals = {name: correlation_interval(name, scores[name], rows) for name in FACTORS if rows > 3}
     else:
         share = "subset_accuracy" if loaded.recipe.task == "multilabel" else "accuracy"
         intervals = {share: share_interval(round(scores[share] * rows / 100), rows)}
@@ -159,6 +158,34 @@ def _answers(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
     return {"scores": scores, "intervals": intervals, "per_cent": ("exact_match",), "notes": notes}
 
 
+def _sequences(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
+    """ROUGE and exact match of the likeliest texts, sources cut as in training."""
+    from ziggurat.recipe.schema import MOST_LENGTH
+    from ziggurat.training.data.encode import longest
+    from ziggurat.training.data.sources import source_ids, target_ids
+    from ziggurat.training.loop.sequences import text_scores
+    from ziggurat.training.model.generate import Sampling, generate
+
+    recipe, tokenizer, targets, notes = loaded.recipe, loaded.tokenizer, list(table["target"]), list[str]()
+    length = longest(tokenizer, loaded.model.config, recipe.data.max_length or MOST_LENGTH)
+    asked = source_ids(recipe, tokenizer, table["source"])
+    if cut := sum(len(ids) > length for ids in asked):
+        notes.append(f"{cut} of {len(asked)} sources are longer than {length} tokens and were cut")
+        asked = source_ids(recipe, tokenizer, table["source"], length)
+    needed = max(map(len, target_ids(recipe, tokenizer, targets)))
+    wanted = Sampling(tokens=min(recipe.data.max_target or needed, MOST_LENGTH))
+    written = list(generate(loaded.model, tokenizer, asked, wanted, batch=batch, name=recipe.model))
+    rows = text_scores(written, targets)
+    intervals = {name: drawn_interval(partial(_mean, of), len(of)) for name, of in rows.items()}
+    intervals["exact_match"] = share_interval(int((rows["exact_match"] > 0).sum()), len(written))
+    scores = {name: float(of.mean()) for name, of in rows.items()}
+    return {"scores": scores, "intervals": intervals, "per_cent": tuple(scores), "notes": notes}
+
+
+def _mean(scores: np.ndarray, rows: np.ndarray) -> float:
+    return float(scores[rows].mean())
+
+
 def _preferences(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
     """Share of pairs whose better answer has the greater reward beta ln p(y | x) / p_ref(y | x), and the distance."""
     from ziggurat.training.data.prefer import WORSE
@@ -177,7 +204,7 @@ def _preferences(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
         "scores": {"accuracy": 100.0 * hits / len(gaps), "margin": float(gaps.mean())},
         "intervals": {
             "accuracy": share_interval(hits, len(gaps)),
-            "margin": drawn_interval(lambda rows: float(gaps[rows].mean()), len(gaps)),
+            "margin": drawn_interval(partial(_mean, gaps), len(gaps)),
         },
         "per_cent": ("accuracy",),
         "notes": list(dict.fromkeys(notes)),
@@ -206,6 +233,7 @@ _SCORERS: dict[str, Callable[[Loaded, Dataset, int], dict[str, Any]]] = {
     "tokens": _tagged,
     "regression": _labelled,
     "instruct": _answers,
+    "seq2seq": _sequences,
     "dpo": _preferences,
     "kto": _judged,
 }
@@ -275,30 +303,3 @@ def _seen_logs(loaded: Loaded, table: Dataset, batch: int, notes: list[str]) -> 
         logs.append(-losses.sum(-1).double().cpu().numpy())
         counts.append(labels.ne(-100).sum(-1).cpu().numpy())
     return np.concatenate(logs), np.concatenate(counts)
-
-
-def share_interval(hits: int, rows: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share, in per cent (E. B. Wilson 1927)."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(hits, rows).proportion_ci(CONFIDENCE / 100, method="wilson")
-    return 100.0 * float(interval.low), 100.0 * float(interval.high)
-
-
-#: What the standard error of atanh(r), 1 / sqrt(n - 3), is multiplied by: Fisher 1921; Fieller et al. 1957.
-_FACTORS = {"pearson": 1.0, "spearman": 1.03}
-
-
-def correlation_interval(name: str, value: float, rows: int) -> tuple[float, float]:
-    """The 95% interval tanh(atanh r +- 1.96 s) of a correlation of more than 3 rows, in per cent."""
-    middle, half = math.atanh(max(min(value / 100, 1 - 1e-12), 1e-12 - 1)), 1.96 * _FACTORS[name] / math.sqrt(rows - 3)
-    return 100.0 * math.tanh(middle - half), 100.0 * math.tanh(middle + half)
-
-
-def drawn_interval(of_rows: Callable[[np.ndarray], float], rows: int) -> tuple[float, float]:
-    """The 95% percentile bootstrap: scores of rows drawn with replacement, `RESAMPLES` times, with a fixed seed."""
-    random = np.random.default_rng(0)
-    scores = [of_rows(random.integers(rows, size=rows)) for _ in range(RESAMPLES)]
-    tail = (100 - CONFIDENCE) / 2
-    low, high = np.percentile([value for value in scores if not math.isnan(value)] or [math.nan], [tail, 100 - tail])
-    return float(low), float(high)

@@ -13,6 +13,7 @@ import yaml
 from ziggurat.errors import DataError, ZigguratError
 from ziggurat.recipe.defaults import Proposal, keys_for, models_for
 from ziggurat.recipe.recipe import recipe_of
+from ziggurat.recipe.tasks import TASKS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,6 +26,11 @@ _PAIRS = (
 )
 #: Pairs of columns that hold words and their tags, by their usual names.
 _TAGGED = (("tokens", "tags"), ("tokens", "ner_tags"), ("words", "tags"), ("words", "labels"), ("words", "ner"))
+#: Pairs of columns that hold texts and what they become, by their usual names.
+_SEQUENCES = (
+    *(("source", "target"), ("document", "summary"), ("article", "highlights"), ("article", "summary")),
+    *(("dialogue", "summary"), ("text", "summary")),
+)
 #: More different values than this, in more than a tenth of the rows, are no classes but numbers.
 _MOST_CLASSES = 30
 #: Characters of a token, roughly, for a length before a model is known; lengths are multiples of `_STEP`.
@@ -60,15 +66,15 @@ def look(file: str, task: str | None = None) -> Start:
     nested = [name for names in ALIASES.values() for name in names]
     table = read_table(file, nested=nested)
     seen = next((form for form in _forms(table) if task in (None, form.task)), None)
-    if seen is None and task not in ("dpo", "kto"):
+    if seen is None and (task is None or TASKS[task].rows in ("labelled", "answers")):
         seen = _table(table, task)
     if seen is None or task not in (None, seen.task):
         raise DataError(
             f"{file} has the columns {', '.join(table.column_names)}, which fit {task or 'no task'}; needed: a text "
             "and a label, a list of labels, or a number (classification, multilabel, regression); tokens and tags "
-            "(tokens); messages, prompt and completion, instruction and output, or text alone (instruct); prompt, "
-            "chosen and rejected (dpo); prompt, completion and a label true or false (kto). Rename columns, or say by "
-            "--task what is to be learned"
+            "(tokens); messages, prompt and completion, instruction and output, or text alone (instruct); source and "
+            "target (seq2seq); prompt, chosen and rejected (dpo); prompt, completion and a label true or false (kto). "
+            "Rename columns, or say by --task what is to be learned"
         )
     return seen
 
@@ -85,6 +91,9 @@ def _forms(table: Dataset) -> Iterator[Start]:
         named = zip(("tokens", "tags"), tagged, strict=True)
         keys: dict[str, tuple[Any, str]] = {f"data.columns.{key}": (name, "") for key, name in named if key != name}
         yield Start("tokens", "words with tags, of which B- begins an entity and I- goes on with it", keys)
+    rewritten = next((pair for pair in _SEQUENCES if all(name in table.column_names for name in pair)), None)
+    if rewritten is not None:
+        yield Start("seq2seq", f"texts in {rewritten[0]} that become those in {rewritten[1]}")
     if has("chosen", "rejected"):
         yield Start("dpo", "pairs of a chosen and a rejected answer")
     verdict = {str(value).lower() for value in table["label"]} if "label" in table.column_names else set()

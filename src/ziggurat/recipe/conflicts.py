@@ -9,39 +9,36 @@ from ziggurat.nearest import did_you_mean
 
 from .glue import brings_validation
 from .schema import keys
-from .tasks import REWARDED, TASKS, WRITES
+from .tasks import REWARDED, TASKS
 
-_TASK_ONLY = {
-    "instruct": (
-        "data.format",
-        "data.loss",
-        "data.packing",
-        "data.streaming",
-        "data.image_folder",
-        "tower",
-        "train.answers",
-    ),
-    "writing": ("data.as_chat",),
-    "preference": ("train.beta",),
-    "rewarded": tuple(key for key in keys() if key.startswith(("rewards.", "sampling."))),
-    "labelled": ("data.label",),
-    "score": ("data.text", "data.text_pair", "head.pooling", "head.dropout"),
-    "headed": ("head.lr",),
-    "named": ("data.label_names",),
-    "classes": ("data.similar_labels",),
-    "multilabel": ("data.label_separator",),
+
+def _of(*rows: str) -> tuple[str, ...]:
+    """The tasks whose data have one of these forms."""
+    return tuple(name for name, task in TASKS.items() if task.rows in rows)
+
+
+_CLASSES = ("classification", "multilabel")
+#: Keys, or sections, that go with some tasks alone.
+_GOES_WITH = {
+    ("data.format", "data.loss", "data.packing", "data.streaming", "data.image_folder", "tower"): _of("answers"),
+    ("data.prefix", "data.max_target"): _of("sources"),
+    ("train.answers",): _of("answers", "sources"),
+    ("data.as_chat",): _of("answers", "pairs", "judged", "prompts"),
+    ("train.beta",): _of("pairs", "judged"),
+    ("rewards.", "sampling."): REWARDED,
+    ("data.label",): _of("labelled", "judged"),
+    ("data.text", "data.text_pair", "head.pooling", "head.dropout"): _of("labelled"),
+    ("head.lr",): tuple(name for name, task in TASKS.items() if not task.writes),
+    ("data.label_names",): (*_CLASSES, "tokens"),
+    ("data.similar_labels",): _CLASSES,
+    ("data.label_separator",): ("multilabel",),
 }
-#: Kinds of tasks that keys go with.
-_KINDS = {
-    "writing": WRITES,
-    "preference": ("dpo", "kto"),
-    "rewarded": REWARDED,
-    "labelled": ("classification", "multilabel", "regression", "kto"),
-    "score": ("classification", "multilabel", "regression"),
-    "headed": ("classification", "multilabel", "tokens", "regression"),
-    "named": ("classification", "multilabel", "tokens"),
-    "classes": ("classification", "multilabel"),
-}
+
+
+def _tasks_of(key: str) -> tuple[str, ...]:
+    """The tasks that a key goes with."""
+    sought = (key, key[: key.find(".") + 1])
+    return next((tasks for keys, tasks in _GOES_WITH.items() if any(name in keys for name in sought)), tuple(TASKS))
 
 
 def conflicts(good: dict[str, Any]) -> list[str]:
@@ -53,11 +50,8 @@ def conflicts(good: dict[str, Any]) -> list[str]:
         return good.get(key, known[key].get_default(call_default_factory=True))
 
     task = value("task")
-    owners = {key: kind for kind, names in _TASK_ONLY.items() for key in names}
     for key in good:
-        owner = owners.get(key)
-        fits = owner is None or task in _KINDS.get(owner, (owner,))
-        if not fits and good[key] != known[key].get_default(call_default_factory=True):
+        if task not in _tasks_of(key) and good[key] != known[key].get_default(call_default_factory=True):
             found.append(f"{key}: has no meaning with task: {task}")
     metrics = TASKS[task].metrics
     if value("metric") is not None and value("metric") not in metrics:

@@ -14,7 +14,12 @@ from .tasks import TASKS
 #: The tasks that `ziggurat init` writes recipes for; which answers are rewarded, no file says.
 STARTS = tuple(name for name, task in TASKS.items() if task.rows != "prompts")
 #: What transformers calls a task's models -> the part of the file that proposes some.
-_KINDS = {"SequenceClassification": "encoder", "TokenClassification": "encoder", "CausalLM": "decoder"}
+_KINDS = {
+    "SequenceClassification": "encoder",
+    "TokenClassification": "encoder",
+    "CausalLM": "decoder",
+    "Seq2SeqLM": "encoder_decoder",
+}
 
 
 @dataclass(frozen=True)

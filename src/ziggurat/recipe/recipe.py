@@ -17,7 +17,7 @@ from .conflicts import conflicts, unmerged_with_vllm
 from .glue import fill_in, glue_name
 from .methods import METHODS, SYNONYMS, method_config, method_fields, method_problems
 from .schema import Recipe, keys
-from .tasks import REWARDED
+from .tasks import REWARDED, task_called
 from .text import MOST_TEXT, SECTIONS, flatten, read_overrides, read_yaml
 from .values import explain
 
@@ -62,6 +62,12 @@ _SYNONYMS = {
     "sequence_len": "data.max_length",
     "val_set_size": "data.validation_share",
     "val_size": "data.validation_share",
+    "max_source_length": "data.max_length",
+    "max_target_length": "data.max_target",
+    "val_max_target_length": "data.max_target",
+    "source_prefix": "data.prefix",
+    "text_column": "data.columns.source",
+    "summary_column": "data.columns.target",
     "max_samples": "data.max_train",
     "sample_packing": "data.packing",
     "train_on_inputs": "data.loss",
@@ -95,6 +101,9 @@ _SYNONYMS = {
     "vllm_mode": "sampling.vllm",
     "stage": "task",
     "rl": "task",
+    "rlhf": "task",
+    "rlhf_type": "task",
+    "task_type": "task",
     "sentence": "data.text",
     "labels": "data.label",
     "pooling": "head.pooling",
@@ -214,15 +223,18 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
             said = explain(Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation, value)
             if said is None:
                 good[key] = value
+            elif key == "task" and task_called(value):
+                problems.append(f"task: {value} is called {task_called(value)} here")
             else:
                 problems.append(f"{key}: {said}")
         elif key in SECTIONS:
             problems.append(f"{key}: needs its own keys, {_example(key)}")
         else:
             choices = [*known, "method.name", *(f"method.{name}" for name in _fields_of(choice))]
-            problems.append(
-                f"{key}: unknown{did_you_mean(key, choices, _SYNONYMS) or '; docs/recipes.md lists the keys'}"
-            )
+            hint = did_you_mean(key, choices, _SYNONYMS) or "; docs/recipes.md lists the keys"
+            if nearest(key, choices, _SYNONYMS) == "task" and task_called(value):
+                hint = f", did you mean task: {task_called(value)}?"
+            problems.append(f"{key}: unknown{hint}")
     problems += [
         f"{key}: missing: {info.description}" for key, info in known.items() if info.is_required() and key not in flat
     ]

@@ -52,6 +52,8 @@ class ColumnsPart(Part):
     tokens: str | None = _named("the words of a text (else tokens)")
     tags: str | None = _named("the BIO tags of these words (else tags)")
     images: str | None = _named("the images of a conversation (else images or image)")
+    source: str | None = _named("the text to be rewritten (else source, document, article, dialogue, text or input)")
+    target: str | None = _named("what it becomes (else target, summary, highlights or output)")
     chosen: str | None = _named("the better of two answers (else chosen)")
     rejected: str | None = _named("the worse of two answers (else rejected)")
 
@@ -132,6 +134,14 @@ class DataPart(Part):
     )
     image_folder: str | None = Field(
         default=None, description="folder that paths of images start from; without it that of the file which names them"
+    )
+    max_target: Positive | None = Field(
+        default=None,
+        description="seq2seq: tokens of a target; longer ones are cut, and counted, and no more are written when "
+        f"scoring. Without it as many as 95% of the training rows have, at most {MOST_LENGTH}",
+    )
+    prefix: str = Field(
+        default="", description="seq2seq: stands before every source, here and when asked, e.g. `summarize: ` for T5"
     )
     encoding: str | None = Field(
         default=None, description="of text files, e.g. cp1252; without it UTF-8, or UTF-16 where a mark says so"
@@ -236,7 +246,8 @@ class TrainPart(Part):
     keep: Positive = Field(default=2, description="newest checkpoints kept while training")
     best: bool = Field(default=False, description="end with the checkpoint of the best score instead of the last")
     answers: Annotated[int, Field(ge=0)] = Field(
-        default=3, description="instruct: so many validation questions are answered before and after, to be read"
+        default=3,
+        description="instruct, seq2seq: so many validation rows are answered before and after, to be read",
     )
     workers: Annotated[int, Field(ge=0)] = Field(default=0, description="processes that prepare batches")
     report_to: list[str] | None = Field(

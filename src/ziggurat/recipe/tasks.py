@@ -53,14 +53,25 @@ TASKS = {
     ),
     "regression": Task("SequenceClassification", "labelled", ("pearson", "spearman"), "scipy"),
     "instruct": Task("CausalLM", "answers", ("perplexity",), "trl", ("sft", "pt", "causal_lm", "chat", "completion")),
+    "seq2seq": Task(
+        "Seq2SeqLM",
+        "sources",
+        ("rougeL", "rouge1", "rouge2", "exact_match", "perplexity"),
+        "rouge-score",
+        ("seq2seq_lm", "summarization", "translation", "text2text", "text2text_generation"),
+    ),
     "dpo": Task("CausalLM", "pairs", _OF_PAIRS, "trl"),
     "kto": Task("CausalLM", "judged", ("rewards/margins",), "trl"),
     "grpo": Task("CausalLM", "prompts", ("reward",), "trl"),
     "rloo": Task("CausalLM", "prompts", ("reward",), "trl"),
 }
-#: What other tools call a task -> the task.
-SYNONYMS = {name: task for task, row in TASKS.items() for name in row.names}
 #: Tasks whose model writes texts.
 WRITES = tuple(name for name, task in TASKS.items() if task.writes)
 #: Tasks whose model answers prompts while it learns, and learns from the rewards of its answers.
 REWARDED = ("grpo", "rloo")
+
+
+def task_called(name: object) -> str | None:
+    """The task that is called so here, or by another tool."""
+    plain = str(name).strip().lower().replace("-", "_")
+    return next((task for task, row in TASKS.items() if plain in (task, *row.names)), None)

@@ -23,6 +23,7 @@ from ..data.faults import Faults, RowFault
 from ..data.images import Images, undecoded
 from ..data.instruct import column_of
 from ..data.readers import encoding_of, read_lines
+from ..data.sources import source_ids
 from ..data.tables import read_table, require_column, texts_of
 from ..data.tags import words_in
 from ..data.template import asked_ids, chat_ids
@@ -106,8 +107,8 @@ def predict_each(
         raise DataError("this adapter was not trained on conversations: it takes no system prompt and no earlier turns")
     if loaded.processor is None and any(isinstance(text, Conversation) and text.images for text in texts):
         raise DataError("this adapter was trained on texts alone: it takes no images")
-    if writes and second is not None and shape in ("prompt", "text"):
-        raise DataError("this adapter was trained on prompts, which have no input beside them: give one text")
+    if writes and second is not None and shape in ("prompt", "text", "source"):
+        raise DataError(f"this adapter was trained on {shape}s, which have no input beside them: give one text")
     if not writes and loaded.head.pair and second is None:
         raise DataError(
             f"this adapter compares two texts ('{loaded.recipe.data.text}' and '{loaded.recipe.data.text_pair}'): "
@@ -194,6 +195,8 @@ def _asked(loaded: Loaded, text: str | list[str] | Conversation, context: str | 
         talk = _talk(text, context, system)
         return _opened(loaded, talk.messages, talk.tools)
     prompt = text = shown(text)
+    if shape == "source":
+        return source_ids(loaded.recipe, loaded.tokenizer, [text])[0]
     if shape == "alpaca":
         prompt = alpaca_prompt(text, context, form=loaded.run.get("prompt_form", WITH_LINE_BREAK))
     return list(loaded.tokenizer(prompt)["input_ids"])  # type: ignore[arg-type]
@@ -222,6 +225,8 @@ def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict
 
 def _question_columns(loaded: Loaded, table: Any, source: str) -> tuple[str, str | None]:
     """The columns of the questions and of what belongs to them."""
+    if loaded.run.get("shape") == "source":
+        return column_of(loaded.recipe, "source", table, source) or "source", None
     names = ("instruction", "prompt") if loaded.run.get("shape") == "alpaca" else ("prompt", "instruction")
     found = (column_of(loaded.recipe, name, table, source) for name in names)
     first = next((column for column in found if column is not None), names[0])

@@ -217,6 +217,7 @@ def _split_off(recipe: Recipe, train: Dataset, notes: list[str]) -> tuple[Datase
 #: Forms of rows -> the file beside this one, and its function, that reads them.
 _READ_APART = {
     "answers": ("instruct", "to_rows"),
+    "sources": ("sources", "to_sources"),
     "pairs": ("prefer", "to_pairs"),
     "judged": ("prefer", "to_judged"),
     "prompts": ("prompts", "to_prompts"),
@@ -232,11 +233,15 @@ def _reader(recipe: Recipe) -> Any:
 
 
 def _identity(row: Any) -> str:
-    """What may not stand on both sides of a split: all of a row but its label; of pairs the prompt."""
+    """What may not stand on both sides of a split: all of a row but its label; of pairs the prompt, of
+    sources with targets the source.
+    """
     if "messages_rejected" in row:
         return repr(json.loads(row["messages"])[: row["learned"]])
     if "prompt_rejected" in row or ("prompt" in row and "completion" not in row):
         return str(row["prompt"])
+    if "source" in row:
+        return str(row["source"])
     return repr([value for name, value in row.items() if name not in ("label", "good", "row", ORIGIN)])
 
 

@@ -34,6 +34,8 @@ ALIASES = {
     "input": ("input", "context"),
     "output": ("output", "response"),
     "text": ("text",),
+    "source": ("source", "document", "article", "dialogue", "text", "input"),
+    "target": ("target", "summary", "highlights", "output"),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
     "images": ("images", "image"),

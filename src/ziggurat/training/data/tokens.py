@@ -86,17 +86,24 @@ def streamed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, length: int, st
     return IterableDataset.from_generator(rows, features=Features(kinds))
 
 
-def length_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, needed: int, notes: list[str]) -> int:
-    """`data.max_length`, or what most rows need; at most what the model takes."""
-    wanted = recipe.data.max_length
+def length_of(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Any,
+    needed: int,
+    notes: list[str],
+    key: str = "max_length",
+) -> int:
+    """`data.max_length` (or `data.max_target`), or what most rows need; at most what the model takes."""
+    wanted = getattr(recipe.data, key)
     length = longest(tokenizer, config, wanted or min(-(-needed // STEP) * STEP, MOST_LENGTH))
     if wanted is None:
         why = "which at least 95% of the training rows fit into"
         if length < needed:
             why = f"the most {'by itself' if length == MOST_LENGTH else f'that {recipe.model} takes'}"
-        notes.append(f"data.max_length is not given: {length} tokens, {why}")
+        notes.append(f"data.{key} is not given: {length} tokens, {why}")
     elif length < wanted:
-        notes.append(f"data.max_length {wanted} lowered to {length}, all this model can take")
+        notes.append(f"data.{key} {wanted} lowered to {length}, all this model can take")
     return length
 
 

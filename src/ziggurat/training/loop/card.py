@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from .result import Result
 
 
+#: What transformers calls a task's models -> the hub's name of what they are for.
+_PIPELINES = {
+    "CausalLM": "text-generation",
+    "ImageTextToText": "image-text-to-text",
+    "Seq2SeqLM": "text2text-generation",
+    "SequenceClassification": "text-classification",
+    "TokenClassification": "token-classification",
+}
+
+
 def write_run_card(folder: Path, recipe: Recipe, spec: HeadSpec, result: Result, versions: dict[str, str]) -> None:
     """Write `folder`/README.md; the section on loading that an adapter of ours has stays at its end."""
     path = folder / "README.md"
@@ -37,9 +47,7 @@ def run_card(recipe: Recipe, spec: HeadSpec, result: Result, versions: dict[str,
         front["base_model"] = base
         if front["library_name"] == "peft":
             front["base_model_relation"] = "adapter"
-    scored = "token-classification" if recipe.task == "tokens" else "text-classification"
-    written = "image-text-to-text" if spec.images else "text-generation"
-    front["pipeline_tag"] = written if recipe.writes else scored
+    front["pipeline_tag"] = _PIPELINES[spec.model]
     front["tags"] = ["ziggurat", result.method, recipe.task]
     counts, train = result.counts, recipe.train
     where = f"`{base}`, a model in a folder of the machine that trained" if local else f"[{base}](https://hf.co/{base})"

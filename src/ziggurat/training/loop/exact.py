@@ -15,8 +15,8 @@ from . import metrics
 COUNTED = "counted_rows"
 
 
-class ExactTrainer(Resumable, Trainer):
-    """A Trainer for scored tasks. Its loss is the mean over a step's examples (or tokens), each counted once.
+class ExactSteps(Resumable):
+    """Mixed into a Trainer: its loss is the mean over a step's examples (or tokens), each counted once.
 
     Over the micro-batches of all processes L = sum_b (n_b / N) L_b: a batch of n_b examples with the mean loss L_b
     counts by its share of the N of its step. At the end of an epoch accelerate fills the last batches up with rows from
@@ -31,8 +31,8 @@ class ExactTrainer(Resumable, Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+    def get_batch_samples(self: Any, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
         if self.args.world_size == 1:
             return batches, sum(labelled(batch["labels"]) for batch in batches)
         for batch in batches:
@@ -45,7 +45,11 @@ class ExactTrainer(Resumable, Trainer):
         return batches, self.accelerator.gather(number).sum()  # type: ignore[union-attr]
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self: Any,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         counted = inputs.pop(COUNTED, labelled(inputs["labels"]))
         outputs = model(**inputs)
@@ -54,6 +58,10 @@ class ExactTrainer(Resumable, Trainer):
             # The processes' gradients are averaged: their number gives back the sum.
             loss = loss * (counted * self.args.world_size / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+
+class ExactTrainer(ExactSteps, Trainer):
+    """A Trainer for scored tasks."""
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         output = super().evaluation_loop(*args, **kwargs)
@@ -70,14 +78,44 @@ def labelled(labels: Tensor) -> int:
     return int(labels.ne(-100).sum()) if of_tokens else len(labels)
 
 
+class TokenLoss:
+    """Mixed into a Trainer: the loss of scoring is the mean over all tokens at once, and the perplexity beside it.
+
+    Perplexity is exp(L), L = -sum_i ln p(token_i | before) / number of tokens, over all validation texts.
+    """
+
+    #: The first place of a row whose label counts.
+    first = 0
+
+    def prediction_step(
+        self: Any, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        if (counted := counted_rows(self, self.args.per_device_eval_batch_size)) is not None:
+            inputs["labels"][counted:] = -100
+        loss, outputs, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
+        tokens = inputs["labels"][:, self.first :].ne(-100).sum().to(loss)
+        total = torch.where(tokens > 0, loss * tokens, 0.0)  # the mean over no token is NaN
+        self._sums += self.accelerator.gather(torch.stack([total, tokens])[None]).sum(0).cpu().double()
+        return loss, outputs, labels
+
+    def evaluation_loop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self._sums = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        total, tokens = self._sums.tolist()
+        if tokens:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics[f"{prefix}_loss"] = total / tokens
+            output.metrics[f"{prefix}_perplexity"] = metrics.perplexity(total / tokens)
+        return output
+
+
 def exact_sft(base: type) -> type:
     """TRL's SFTTrainer `base`, with loss and perplexity of every token once, however the texts are split."""
 
-    class ExactSFTTrainer(Resumable, base):
-        """SFTTrainer that reports the perplexity beside the loss, so that it can be watched and chosen by.
+    class ExactSFTTrainer(TokenLoss, Resumable, base):
+        """SFTTrainer that reports the perplexity beside the loss, so that it can be watched and chosen by."""
 
-        Perplexity is exp(L), L = -sum_i ln p(token_i | before) / number of tokens, over all validation texts at once.
-        """
+        first = 1  # it is predicted from nothing
 
         def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
             batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -89,29 +127,9 @@ def exact_sft(base: type) -> type:
         def compute_loss(
             self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            # In scoring the mean over this process's tokens is wanted, to be weighted here.
+            # In scoring the mean over this process's tokens is wanted, to be weighted by `TokenLoss`.
             number = num_items_in_batch if self.model.training else None
             return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=number)
-
-        def prediction_step(
-            self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-        ) -> Any:
-            if (counted := counted_rows(self, self.args.per_device_eval_batch_size)) is not None:
-                inputs["labels"][counted:] = -100
-            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-            tokens = inputs["labels"][:, 1:].ne(-100).sum().to(loss)
-            self._sums += self.accelerator.gather(torch.stack([loss * tokens, tokens])[None]).sum(0).cpu().double()
-            return loss, logits, labels
-
-        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-            self._sums = torch.zeros(2, dtype=torch.float64)
-            output = super().evaluation_loop(*args, **kwargs)
-            total, tokens = self._sums.tolist()
-            if tokens:
-                prefix = kwargs.get("metric_key_prefix", "eval")
-                output.metrics[f"{prefix}_loss"] = total / tokens
-                output.metrics[f"{prefix}_perplexity"] = metrics.perplexity(total / tokens)
-            return output
 
     return ExactSFTTrainer
 

@@ -203,7 +203,7 @@ def _classes(recipe: Recipe, base: Base) -> int | None:
     if recipe.task == "multilabel":  # yes or no, of each class
         return 2
     config = base.model.config
-    return config.get_text_config().vocab_size if recipe.task == "instruct" else config.num_labels
+    return config.get_text_config().vocab_size if recipe.task in ("instruct", "seq2seq") else config.num_labels
 
 
 def _hint(checkpoint: Path | None) -> str:

@@ -12,6 +12,7 @@ from ziggurat.recipe.schema import Recipe
 from ..data.chat import IMAGE
 from ..data.encode import positions
 from ..data.examples import Examples
+from ..data.sources import source_ids
 from ..data.template import question_of
 from ..model.base import Base
 from ..model.generate import Sampling, generate
@@ -35,9 +36,9 @@ class Answers:
 
     def __init__(self, recipe: Recipe, trainer: Trainer, base: Base, validation: Dataset, alone: bool) -> None:
         self.trainer, self.base, self.name = trainer, base, recipe.model
-        count = recipe.train.answers if recipe.task == "instruct" and alone else 0
+        count = recipe.train.answers if recipe.task in ("instruct", "seq2seq") and alone else 0
         rows = validation.select(range(min(count, len(validation))))
-        asked = [_question(base, dict(row)) for row in rows]
+        asked = [_question(recipe, base, dict(row)) for row in rows]
         self._prompts = [question[0] for question in asked if question is not None]
         self.rows: list[dict[str, str]] = [
             {"question": question[1][:SHOWN], "expected": question[2][:SHOWN]}
@@ -67,7 +68,9 @@ class Answers:
             self.rows[place][when] = answer
 
 
-def _question(base: Base, row: dict[str, Any]) -> tuple[Any, str, str] | None:
+def _question(recipe: Recipe, base: Base, row: dict[str, Any]) -> tuple[Any, str, str] | None:
+    if "source" in row:
+        return source_ids(recipe, base.tokenizer, [row["source"]])[0], row["source"], row["target"]
     if base.processor is None:
         return question_of(base.tokenizer, row)
     from ..model import seeing
@@ -94,4 +97,4 @@ def _texts(row: dict[str, Any], shape: str | None) -> list[str]:
         return [instruction if shape == "alpaca" else row["prompt"]]
     if "tokens" in row:
         return [" ".join(row["tokens"])]
-    return [row[name] for name in ("text", "text_pair") if name in row]
+    return [row[name] for name in ("text", "text_pair", "source") if name in row]

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,18 +70,28 @@ class Task:
     by_class: Callable[[], dict[str, Any]] = dict
 
 
+#: Task -> the file beside this one, and its function, that makes its trainer; of tasks with labels or tags `_scored`.
+_TRAINERS = {
+    "instruct": ("writing", "instructed"),
+    "dpo": ("writing", "preferring"),
+    "kto": ("writing", "preferring"),
+    "grpo": ("writing", "rewarded"),
+    "rloo": ("writing", "rewarded"),
+    "seq2seq": ("sequences", "transforming"),
+}
+
+
 def make_trainer(setup: Setup) -> Task:
     """The HF Trainer (or one of TRL's) of a recipe's task.
 
     Raises RecipeError for what this machine can't do, DataError for texts that don't fit the model's tokenizer.
     """
     with quiet():
-        if setup.recipe.kind.rows in ("labelled", "tagged"):
+        if setup.recipe.task not in _TRAINERS:
             task = _scored(setup)
         else:
-            from .writing import TRAINERS
-
-            trainer, notes = TRAINERS[setup.recipe.kind.rows](setup)
+            file, name = _TRAINERS[setup.recipe.task]
+            trainer, notes = getattr(import_module(f".{file}", __package__), name)(setup)
             task = Task(trainer, {}, notes)
     trackers.write_into(task.trainer, setup.checkpoints.with_name(LOGS))
     for kind in (PrinterCallback, ProgressCallback):

@@ -106,7 +106,3 @@ def _template_notes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
             f"the chat template ends a turn by {tokenizer.convert_ids_to_tokens(end)}, and the tokenizer a text by "
             f"{tokenizer.eos_token}: `ziggurat predict` and merged models stop at either; let other programs stop there"
         )
-
-
-#: Forms of rows -> what makes the trainer of a task that has them.
-TRAINERS = {"answers": instructed, "pairs": preferring, "judged": preferring, "prompts": rewarded}

@@ -167,6 +167,7 @@ def task_type(recipe: Recipe, images: bool = False) -> TaskType | None:
 
 _TASK_TYPES = {
     "CausalLM": TaskType.CAUSAL_LM,
+    "Seq2SeqLM": TaskType.SEQ_2_SEQ_LM,
     "SequenceClassification": TaskType.SEQ_CLS,
     "TokenClassification": TaskType.TOKEN_CLS,
 }

@@ -99,10 +99,13 @@ def load_base(
         processor = load_processor(tokenizer_from or path, model, reading) if spec.images else None
         tokenizer = _tokenizer(tokenizer_from or path, reading) if processor is None else processor.tokenizer
         config = AutoConfig.from_pretrained(path, **where)
+        _check_kind(model, spec.task, config)
         how = {**where, "dtype": dtype} | ({"quantization_config": _nf4(dtype)} if four_bits else {})
         built, fresh = _build(path, spec, config, how)
         if gguf_file is not None:
             _forget_gguf(built)
+    except RecipeError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise RecipeError(f"model: {_reason(model, path, error)}") from error
     if tokenizer.pad_token_id is None:
@@ -111,6 +114,17 @@ def load_base(
     if text_config.pad_token_id is None:
         text_config.pad_token_id = tokenizer.pad_token_id
     return Base(built, tokenizer, fresh, processor)
+
+
+def _check_kind(model: str, task: str, config: Any) -> None:
+    """Raises RecipeError for an encoder-decoder where a decoder is needed, and the other way round.
+
+    transformers makes a decoder of a BART, and leaves its encoder out.
+    """
+    encodes, wanted = bool(getattr(config, "is_encoder_decoder", False)), TASKS[task].model == "Seq2SeqLM"
+    if TASKS[task].writes and encodes != wanted:
+        what, do = ("no encoder", "instruct") if wanted else ("an encoder and a decoder", "seq2seq")
+        raise RecipeError(f"model: '{model}' is of type {config.model_type}, which has {what}; set task: {do}")
 
 
 def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ziggurat.errors import DataError
@@ -50,14 +51,16 @@ def generate(
     name: str = "the model",
     streamer: BaseStreamer | None = None,
 ) -> Iterator[str]:
-    """The answers to prompts of token ids, in their order, batch by batch; shorter ones are padded on the left.
+    """The answers to prompts of token ids, in their order, batch by batch.
+
+    Shorter prompts are padded on the left, those of an encoder, which nothing is written behind, on the right.
 
     `streamer` gets the tokens of a single prompt as they come. Raises DataError for a prompt that fills all positions
     of the model, which `name` names.
     """
     most = positions(model.config)
     for index, ids in enumerate(prompts):
-        if most is not None and len(ids) >= most:
+        if most is not None and len(ids) > most - (not encodes(model)):
             raise DataError(
                 f"text {index + 1} of {len(prompts)} has {len(ids):,} tokens, and {name} takes {most:,}, "
                 "those of the answer too; shorten it"
@@ -76,16 +79,23 @@ def _answers(
     sampling: Sampling,
     streamer: BaseStreamer | None,
 ) -> list[str]:
-    device, pad, most = next(model.parameters()).device, tokenizer.pad_token_id, positions(model.config)
-    width = max(map(len, part))
-    ids = torch.tensor([[pad or 0] * (width - len(row)) + list(row) for row in part], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in part], device=device)
+    pad: Any = tokenizer.pad_token_id
+    device, most = next(model.parameters()).device, positions(model.config)
+    side = "right" if encodes(model) else "left"
+    ids = pad_sequence([torch.tensor(row) for row in part], True, pad or 0, side).to(device)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in part], True, 0, side).to(device)
+    read = 0 if encodes(model) else ids.shape[1]  # what stands before the answer, and takes positions from it
     output: Any = model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=mask,
-        max_new_tokens=min(sampling.tokens, most - width) if most is not None else sampling.tokens,
+        max_new_tokens=min(sampling.tokens, most - read) if most is not None else sampling.tokens,
         pad_token_id=pad,
         streamer=streamer,
         **sampling.arguments(),
     )
-    return [str(text).strip() for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
+    return [str(text).strip() for text in tokenizer.batch_decode(output[:, read:], skip_special_tokens=True)]
+
+
+def encodes(model: Any) -> bool:
+    """Whether prompts go to an encoder of their own."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))

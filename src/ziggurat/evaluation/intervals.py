@@ -1,0 +1,38 @@
+"""95% intervals of scores of rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+#: Of the intervals, in per cent; and how often rows are drawn again for those without a closed form.
+CONFIDENCE, RESAMPLES = 95, 1000
+
+
+def share_interval(hits: int, rows: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share, in per cent (E. B. Wilson 1927)."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(hits, rows).proportion_ci(CONFIDENCE / 100, method="wilson")
+    return 100.0 * float(interval.low), 100.0 * float(interval.high)
+
+
+#: What the standard error of atanh(r), 1 / sqrt(n - 3), is multiplied by: Fisher 1921; Fieller et al. 1957.
+FACTORS = {"pearson": 1.0, "spearman": 1.03}
+
+
+def correlation_interval(name: str, value: float, rows: int) -> tuple[float, float]:
+    """The 95% interval tanh(atanh r +- 1.96 s) of a correlation of more than 3 rows, in per cent."""
+    middle, half = math.atanh(max(min(value / 100, 1 - 1e-12), 1e-12 - 1)), 1.96 * FACTORS[name] / math.sqrt(rows - 3)
+    return 100.0 * math.tanh(middle - half), 100.0 * math.tanh(middle + half)
+
+
+def drawn_interval(of_rows: Callable[[np.ndarray], float], rows: int) -> tuple[float, float]:
+    """The 95% percentile bootstrap: scores of rows drawn with replacement, `RESAMPLES` times, with a fixed seed."""
+    random = np.random.default_rng(0)
+    scores = [of_rows(random.integers(rows, size=rows)) for _ in range(RESAMPLES)]
+    tail = (100 - CONFIDENCE) / 2
+    low, high = np.percentile([value for value in scores if not math.isnan(value)] or [math.nan], [tail, 100 - tail])
+    return float(low), float(high)

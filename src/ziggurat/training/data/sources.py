@@ -1,0 +1,105 @@
+"""Texts, and the texts that they become: what a model with an encoder and a decoder learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ziggurat.errors import DataError
+from ziggurat.recipe.schema import Recipe
+
+from .encode import percentile, spread
+from .examples import Examples
+from .faults import Faults, RowFault
+from .instruct import ALIASES, as_text, column_of
+from .tokens import length_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_COLUMNS = ("source", "target")
+
+
+def to_sources(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, list[str]]:
+    """The rows as texts `source` and `target`.
+
+    Raises DataError for missing columns and, counted together, for all rows that lack a text.
+    """
+    from datasets import Dataset
+
+    given = {name: column_of(recipe, name, table, source) for name in _COLUMNS}
+    lacking = [name for name, column in given.items() if column is None]
+    if lacking:
+        usual = "; ".join(f"{name}: {' or '.join(ALIASES[name])}" for name in lacking)
+        raise DataError(
+            f"{source} has the columns {', '.join(table.column_names)}, and {recipe.task} needs a source and a target "
+            f"({usual}); data.columns.{lacking[0]} says what it is called"
+        )
+    faults, rows = Faults(source, len(table)), []
+    for index, cells in enumerate(zip(*(table[str(column)] for column in given.values()), strict=True)):
+        try:
+            texts = {name: _text(cell, name) for name, cell in zip(_COLUMNS, cells, strict=True)}
+        except RowFault as fault:
+            faults.add(index, str(fault), gap=fault.gap)
+            continue
+        rows.append({**texts, "row": index + 1})
+    _, notes = faults.settle(table, recipe.data.drop_missing)
+    return Dataset.from_list(rows), "source", notes
+
+
+def _text(cell: Any, name: str) -> str:
+    text = as_text(cell)
+    if not (text or "").strip():
+        raise RowFault(f"the {name} is empty", gap=True)
+    return str(text)
+
+
+def source_ids(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int | None = None
+) -> list[list[int]]:
+    """Token ids of sources behind `data.prefix`, of at most `length` tokens."""
+    return _ids(tokenizer, length, text=[recipe.data.prefix + text for text in texts])
+
+
+def target_ids(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int | None = None
+) -> list[list[int]]:
+    """Token ids of targets, of at most `length` tokens."""
+    return _ids(tokenizer, length, text_target=list(texts))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, length: int | None, **texts: list[str]) -> list[list[int]]:
+    cut: dict[str, Any] = {} if length is None else {"truncation": True, "max_length": length}
+    return tokenizer(**texts, verbose=False, **cut)["input_ids"]  # type: ignore[arg-type, return-value]
+
+
+#: Column of `to_sources` -> its ids, what the model calls them, and the key of their greatest length.
+_ENCODED = {"source": (source_ids, "input_ids", "max_length"), "target": (target_ids, "labels", "max_target")}
+
+
+def encode_sources(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, examples: Examples
+) -> tuple[Dataset, Dataset, int, list[str]]:
+    """Training and validation rows as `input_ids` and `labels`, the most tokens of a target, and notes.
+
+    The notes say how long both are, and how many are cut.
+    """
+    from datasets import Dataset
+
+    notes: list[str] = []
+    limits: dict[str, int] = {}
+    made = []
+    for table, word in ((examples.train, "training"), (examples.validation, "validation")):
+        columns = {}
+        for name, (ids, column, key) in _ENCODED.items():
+            lengths = [len(row) for row in ids(recipe, tokenizer, table[name])]
+            if word == "training":
+                notes.append(spread(lengths, f"training {name}s"))
+                limits[name] = length_of(recipe, tokenizer, config, percentile(lengths, 95), notes, key=key)
+            if cut := sum(length > limits[name] for length in lengths):
+                notes.append(f"{cut} of {len(table)} {word} {name}s are longer than {limits[name]} tokens and were cut")
+            columns[column] = ids(recipe, tokenizer, table[name], limits[name])
+        made.append(Dataset.from_dict(columns))
+    return made[0], made[1], limits["target"], notes

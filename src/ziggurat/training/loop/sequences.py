@@ -1,0 +1,89 @@
+"""Models with an encoder and a decoder: their Trainer, and the scores of what they write."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+from ..data.sources import encode_sources
+from .arguments import Setup, training_arguments
+from .exact import ExactSteps, TokenLoss
+
+#: Words of any script; of Chinese and Japanese, which part none, each sign.
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+_ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+class Words:
+    """The tokenizer of ROUGE. rouge_score's own knows the letters a to z alone, and would score other scripts 0."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return _WORD.findall(text.lower())
+
+
+def text_scores(written: Sequence[str], targets: Sequence[str]) -> dict[str, np.ndarray]:
+    """Scores of each text against its target, in per cent.
+
+    F1 of ROUGE-1, ROUGE-2 and ROUGE-L [Lin 2004] on lower-case words without stemming, and whether both are the same
+    but for blanks around them.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(list(_ROUGE), tokenizer=Words())
+    rows = [scorer.score(target, text) for text, target in zip(written, targets, strict=True)]
+    scores = {name: np.array([100.0 * row[name].fmeasure for row in rows]) for name in _ROUGE}
+    same = [100.0 * (text.strip() == target.strip()) for text, target in zip(written, targets, strict=True)]
+    return {**scores, "exact_match": np.array(same)}
+
+
+class SequenceTrainer(TokenLoss, ExactSteps, Trainer):
+    """Scores the likeliest text of each validation source, as `ziggurat predict` writes it, and its target's loss."""
+
+    #: The most tokens that are written.
+    most: int
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        asked = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad(), self.compute_loss_context_manager():
+            written = self.accelerator.unwrap_model(model).generate(
+                **asked, do_sample=False, max_new_tokens=self.most, synced_gpus=self.args.world_size > 1
+            )
+        return loss, written, inputs["labels"]
+
+
+def transforming(setup: Setup) -> tuple[Trainer, list[str]]:
+    """The Trainer of texts that become others, and notes. Raises DataError."""
+    recipe, tokenizer = setup.recipe, setup.base.tokenizer
+    train, validation, most, notes = encode_sources(recipe, tokenizer, setup.base.model.config, setup.examples)
+
+    def compute(result: Any) -> dict[str, float]:
+        # Rows shorter than the longest one are filled up with -100, which is no token.
+        filled: Any = (np.where(ids < 0, tokenizer.pad_token_id, ids) for ids in (result.predictions, result.label_ids))  # type: ignore[arg-type]
+        texts = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in filled)
+        return {name: float(scores.mean()) for name, scores in text_scores(*texts).items()}
+
+    trainer = SequenceTrainer(
+        model=setup.model,  # type: ignore[arg-type]
+        args=TrainingArguments(
+            **training_arguments(recipe, setup.checkpoints), label_names=["labels"], remove_unused_columns=False
+        ),
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=DataCollatorForSeq2Seq(
+            tokenizer, pad_to_multiple_of=8 if recipe.train.precision != "fp32" else None
+        ),
+        compute_metrics=compute,
+        callbacks=setup.callbacks,
+    )
+    trainer.most = most
+    return trainer, notes
