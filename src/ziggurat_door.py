@@ -185,6 +185,21 @@ def _collect_plainly(trainer: Any) -> None:
         setattr(trainer, name, _asking_first(getattr(trainer, name), name))
 
 
+def _keep_configs(loaders: Any) -> None:
+    """Let diffusers make of the config in an adapter's file what it is; it makes a LoraConfig of any."""
+    original = loaders._create_lora_config
+
+    @functools.wraps(original)
+    def create(state_dict: Any, network_alphas: Any, metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        if not (metadata and _import_for(metadata.get("peft_type"))):
+            return original(state_dict, network_alphas, metadata, *args, **kwargs)
+        config = importlib.import_module("peft").PeftConfig.from_peft_type(**metadata)
+        config.stored_numbers = sum(tensor.numel() for tensor in state_dict.values())
+        return config
+
+    loaders._create_lora_config = create
+
+
 def _asking_first(original: Any, name: str) -> Any:
     @functools.wraps(original)
     def ask(*args: Any, **kwargs: Any) -> Any:
@@ -203,4 +218,5 @@ _ACTS: dict[str, Callable[[Any], None]] = {
     "transformers.modeling_utils": _loading_begins_again,
     "trl.experimental.async_grpo.async_grpo_trainer": _collect_plainly,
     "trl.experimental.async_distillation.async_distillation_trainer": _collect_plainly,
+    "diffusers.loaders.peft": _keep_configs,
 }

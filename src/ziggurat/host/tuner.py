@@ -130,6 +130,7 @@ class MethodTuner(BaseTuner):
         if config.sites is not None:
             # It has served for a model before, which saves it with that model's sites.
             self.peft_config[adapter_name] = copy.copy(config)
+        kwargs.pop("state_dict", None)  # by its names PEFT would choose the targets, and shared tensors name none
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:
