@@ -17,8 +17,7 @@ from ziggurat.host.tenants import add_tenants, save_tenants, share
 from ziggurat.methods.adapterdrop.config import AdapterDropConfig
 from ziggurat.methods.adapterdrop.model import AdapterDropModel
 from ziggurat.methods.aslora import ASLoRAConfig
-from ziggurat.methods.dylora.config import DyLoRAConfig
-from ziggurat.methods.dylora.model import DyLoRAModel
+from ziggurat.methods.dylora import DyLoRAConfig, DyLoRAModel
 from ziggurat.methods.lor2c.config import LoR2CConfig
 from ziggurat.methods.lor2c.model import LoR2CModel
 from ziggurat.methods.lora2.config import LoRA2Config

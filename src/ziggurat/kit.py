@@ -3,10 +3,10 @@
 from ziggurat.host.config import MethodConfig
 from ziggurat.host.method import EVALUATION, Card, Context, Method, Part, Stored
 from ziggurat.host.registry import register, unregister
-from ziggurat.host.site import Site
+from ziggurat.host.site import Site, check_room
 from ziggurat.host.structure import MergingConfig, acting_parameters, shared_tensors
 from ziggurat.host.tensors import Init, TensorSpec, Weight, gaussian, kaiming, low_rank, normal, ones, zeros
-from ziggurat.host.values import check_flag, check_room, is_whole, shown
+from ziggurat.host.values import check_flag, is_whole, one_of, option, shown, whole
 from ziggurat.lowrank.pair import FactorPair, stack
 
 __all__ = [
@@ -31,11 +31,14 @@ __all__ = [
     "kaiming",
     "low_rank",
     "normal",
+    "one_of",
     "ones",
+    "option",
     "register",
     "shared_tensors",
     "shown",
     "stack",
     "unregister",
+    "whole",
     "zeros",
 ]

@@ -17,7 +17,7 @@ from ziggurat.export import export_model
 from ziggurat.host.count import count
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.method import EVALUATION, Method, method_of, unique_specs
-from ziggurat.host.method_layer import MethodLayer
+from ziggurat.host.method_layer import layers_of
 from ziggurat.host.site import Site
 
 #: (config at the site, site, tensors in float64 by key) -> the dense update (d_out, d_in) in float64.
@@ -148,7 +148,7 @@ def _check_reload(case: _Case, folder: Path) -> None:
     model = case.active()
     model.save_pretrained(str(folder))
     config: Any = model.peft_config["default"]
-    sites = {s.path: s for m in model.modules() if isinstance(m, MethodLayer) for s in m.sites.values()}
+    sites = {site.path: site for layer in layers_of(model) for site in layer.sites.values()}
     specs = unique_specs(case.method, config.at, sites)
     wanted = sum(spec.size for spec in specs.values() if spec.seed is None)
     stored = load_file(folder / "adapter_model.safetensors")

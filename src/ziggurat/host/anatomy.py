@@ -101,6 +101,10 @@ class Anatomy:
         bare = self._bare_path(path)
         return None if bare is None else self._find_bare(bare)
 
+    def position(self, path: str) -> Place:
+        """As `find`; what lies in no stack is a stack of its own, with one layer."""
+        return self.find(path) or Place(stack=path, layer=0, role="", num_layers=1)
+
     def place(self, path: str) -> Place:
         """The place of the module or parameter at `path`, as `find` gives it.
 
@@ -204,9 +208,9 @@ def _named_stacks(root: Node, layers_pattern: str | Sequence[str]) -> dict[str, 
         if node.is_list and name.fullmatch(node.path):
             members = [child for child in node.children.values() if child.shapes()]
             return {node.path: members} if members else {}
-        found: dict[str, list[Node]] = {}
+        stacks: dict[str, list[Node]] = {}
         for child in node.children.values():
-            found |= below(child)
-        return found
+            stacks |= below(child)
+        return stacks
 
     return below(root)

@@ -21,6 +21,12 @@ class Stores(BaseTunerLayer):
 
     stores: Any
 
+    def _begin(self) -> None:
+        """Set up the attributes of a tuner layer; to be called by `__init__`."""
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's, which leaves what the last of several adapters with a common parameter says of it."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
@@ -29,25 +35,30 @@ class Stores(BaseTunerLayer):
                 self.stores[adapter].requires_grad_(True)
 
 
-class Bank(nn.Module, Stores):
+class WithoutBase(BaseTunerLayer):
+    """A tuner layer without a base layer.
+
+    `weight` and `bias` are there because PEFT's properties of these names would look for a base layer for ever, the
+    number of features because PEFT expects it of every tuner layer.
+    """
+
+    weight = None  # type: ignore[assignment]
+    bias = None  # type: ignore[assignment]
+    in_features: Any = None
+    out_features: Any = None
+
+
+class Bank(nn.Module, WithoutBase, Stores):
     """All shared tensors of a method's adapters.
 
-    It is a tuner layer without a base layer: PEFT finds, saves, casts, freezes and deletes its parameters as those of
-    any other tuner layer. `weight` and `bias` are there because PEFT's properties of these names would look for a base
-    layer for ever, the number of features because PEFT expects it of every tuner layer.
+    PEFT finds, saves, casts, freezes and deletes its parameters as those of any other tuner layer.
     """
 
     method: ClassVar[Method]
-    weight = None  # type: ignore[assignment]
-    bias = None  # type: ignore[assignment]
-    in_features = None
-    out_features = None
 
     def __init__(self) -> None:
         super().__init__()
-        self._disable_adapters = False
-        self._active_adapter: list[str] = []
-        self.merged_adapters: list[str] = []
+        self._begin()
         self._held: dict[str, frozenset[str]] = {}
         #: Adapter -> a config whose tensors lie here.
         self.configs: dict[str, Any] = {}
@@ -58,6 +69,11 @@ class Bank(nn.Module, Stores):
         """The bank of this class at `root`, or None."""
         bank = root._modules.get(cls.method.bank)
         return bank if isinstance(bank, cls) else None
+
+    @classmethod
+    def inside(cls, model: nn.Module) -> Self:
+        """The bank of this class in `model`, however that is wrapped."""
+        return next(module for module in model.modules() if isinstance(module, cls))
 
     @classmethod
     def at_root(cls, root: nn.Module) -> Self:

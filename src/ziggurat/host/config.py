@@ -1,8 +1,7 @@
 """The fields that every method shares, with PEFT's names and meanings."""
 
 import copy
-import os
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -19,22 +18,34 @@ from ziggurat.host.method import Method
 from ziggurat.host.names import FORMAT
 from ziggurat.host.peft_type import peft_type
 from ziggurat.host.site import Site
-from ziggurat.host.tensors import tier_of
+from ziggurat.host.tensors import is_named
 from ziggurat.host.values import (
-    MOST_RANK,
+    Check,
+    by_target,
     check_above_zero,
     check_flag,
     check_layers,
+    check_mapping,
     check_names,
     check_pattern,
     check_probability,
     check_rank,
+    check_text,
     is_whole,
+    one_of,
+    option,
     shown,
+    whole,
 )
 
 #: Fields of LoRA's config that say nothing about the update, and so are taken over as they are.
 _OF_EVERY_ADAPTER = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping")
+#: Checks of the fields that PEFT and `save_pretrained` write into a folder, and a stranger may have changed.
+_OF_PEFT: dict[str, Check] = {
+    **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), check_text),
+    "auto_mapping": check_mapping,
+    "inference_mode": check_flag,
+}
 
 
 @dataclass
@@ -58,64 +69,53 @@ class MethodConfig(PeftConfig):
     #: Fields of LoRA's config that mean something else here, or nothing; why.
     not_from_lora: ClassVar[dict[str, str]] = {}
 
-    r: int = field(default=8, metadata={"help": "Rank."})
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Names of the linear layers to adapt, a regular expression over their paths, or 'all-linear'."
-        },
+    r: int = option(8, "Rank.", check_rank)
+    target_modules: list[str] | str | None = option(
+        None,
+        "Names of the linear layers to adapt, a regular expression over their paths, or 'all-linear'.",
+        check_pattern,
     )
-    target_parameters: list[str] | None = field(
-        default=None,
-        metadata={"help": "Names of the parameters with all experts of a layer to adapt: 'experts.gate_up_proj', say."},
+    target_parameters: list[str] | None = option(
+        None, "Names of the parameters with all experts of a layer to adapt: 'experts.gate_up_proj', say.", check_names
     )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names, or a regular expression, of linear layers to leave out."}
+    exclude_modules: list[str] | str | None = option(
+        None, "Names, or a regular expression, of linear layers to leave out.", check_pattern
     )
-    lora_alpha: float = field(default=16, metadata={"help": "The update is scaled by lora_alpha / rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the update, in training."})
-    fan_in_fan_out: bool = field(
-        default=False,
-        metadata={"help": "Kept for PEFT's sake: how a weight is laid out is seen from its layer."},
+    lora_alpha: float = option(16, "The update is scaled by lora_alpha / rank.", check_above_zero)
+    lora_dropout: float = option(0.0, "Dropout on the input of the update, in training.", check_probability)
+    fan_in_fan_out: bool = option(
+        False, "Kept for PEFT's sake: how a weight is laid out is seen from its layer.", check_flag
     )
-    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or '<method>_only'."})
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(rank) instead."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained and saved whole, such as a classification head."}
+    bias: str = option("none", "Biases to train: 'none', 'all' or '<method>_only', those of the adapted linear layers.")
+    use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(rank) instead.", check_flag)
+    modules_to_save: list[str] | None = option(
+        None, "Modules trained and saved whole, such as a classification head.", check_names
     )
-    init_weights: bool | Literal["gaussian"] = field(
-        default=True,
-        metadata={"help": "True: A uniform, B zero. 'gaussian': A normal, B zero. False: both random, for tests."},
+    init_weights: bool | Literal["gaussian"] = option(
+        True, "True: A uniform, B zero. 'gaussian': A normal, B zero. False: both random, for tests."
     )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Numbers of the layers to adapt (default: all)."}
+    layers_to_transform: list[int] | int | None = option(
+        None, "Numbers of the layers to adapt (default: all).", check_layers
     )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Name of the list that holds the layers, where it can't be found by itself."},
+    layers_pattern: list[str] | str | None = option(
+        None, "Name of the list that holds the layers, where it can't be found by itself.", check_pattern
     )
-    rank_pattern: dict[str, Any] | None = field(default=None, metadata={"help": "Ranks of single target modules."})
-    alpha_pattern: dict[str, float] | None = field(default=None, metadata={"help": "Alphas of single target modules."})
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Rows of the embedding that train."}
+    rank_pattern: dict[str, Any] | None = option(None, "Ranks of single target modules.", by_target(whole(1)))
+    alpha_pattern: dict[str, float] | None = option(
+        None, "Alphas of single target modules.", by_target(check_above_zero)
     )
-    blended: dict[str, int] | None = field(
-        default=None, metadata={"help": "Ranks of a sum of adapters, by path; not for the user to set."}
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = option(None, "Rows of the embedding that train.")
+    blended: dict[str, int] | None = option(
+        None, "Ranks of a sum of adapters, by path; not for the user to set.", by_target(whole(1))
     )
-    sites: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Where the adapter acts; not for the user to set."}
+    sites: dict[str, Any] | None = option(None, "Where the adapter acts; not for the user to set.")
+    freeze_tiers: list[str] | None = option(
+        None, "Tiers, or single tensors by their keys, that don't train.", check_names
     )
-    freeze_tiers: list[str] | None = field(
-        default=None, metadata={"help": "Tiers, or single tensors by their keys, that don't train."}
-    )
-    from_adapter: str | None = field(
-        default=None, metadata={"help": "Folder of an adapter whose shared tensors are taken over, frozen."}
-    )
-    bank: dict[str, Any] | None = field(
-        default=None, metadata={"help": "What the adapter of a set builds on; not for the user to set."}
-    )
-    ziggurat_version: str | None = field(default=None, metadata={"help": "The version that wrote this config."})
-    ziggurat_format: int = field(default=1, metadata={"help": "The form of what was written; see host/names.py."})
+    from_adapter: str | None = option(None, "Folder of an adapter whose shared tensors are taken over, frozen.")
+    bank: dict[str, Any] | None = option(None, "What the adapter of a set builds on; not for the user to set.")
+    ziggurat_version: str | None = option(None, "The version that wrote this config.")
+    ziggurat_format: int = option(1, "The form of what was written; see host/names.py.")
 
     @property
     def citation(self) -> str:
@@ -162,7 +162,7 @@ class MethodConfig(PeftConfig):
 
     def freezes(self, key: str) -> bool:
         """Whether `freeze_tiers` names the tensor called `key`, or its tier."""
-        return self.freeze_tiers is not None and not {key, tier_of(key)}.isdisjoint(self.freeze_tiers)
+        return is_named(key, self.freeze_tiers or ())
 
     def dropout_at(self, site: Site) -> float:
         """The dropout on the input of the update at `site`."""
@@ -263,20 +263,6 @@ class MethodConfig(PeftConfig):
         content.pop("runtime_config", None)
         return content
 
-    def _check_saved(self) -> None:
-        """Fields that PEFT and `save_pretrained` write into a folder, and a stranger may have changed."""
-        for name in ("base_model_name_or_path", "revision", "peft_version"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str | os.PathLike):
-                raise ConfigError(f"{name}={shown(value)}: text, or nothing, is needed.")
-        if self.auto_mapping is not None and not isinstance(self.auto_mapping, dict):
-            raise ConfigError(f"auto_mapping={shown(self.auto_mapping)}: a mapping, or nothing, is needed.")
-        if not is_whole(self.ziggurat_format, 1, FORMAT):
-            raise ConfigError(
-                f"ziggurat_format={shown(self.ziggurat_format)}, written by ziggurat {shown(self.ziggurat_version)}: "
-                f"this version ({VERSION}) reads the formats 1 to {FORMAT}. Install a newer ziggurat."
-            )
-
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type(self.method.peft_type)
@@ -286,14 +272,20 @@ class MethodConfig(PeftConfig):
         self.bank_file: Path | None = None
         #: True for a sum of adapters, whose rank may be above the matrix.
         self.any_rank = False
-        self._check_saved()
-        check_flag("inference_mode", self.inference_mode)
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            check_pattern(name, getattr(self, name))
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        for item in fields(self):
+            check, value = item.metadata.get("check", _OF_PEFT.get(item.name)), getattr(self, item.name)
+            if check is not None and not (value is None and item.default is None):
+                check(item.name, value)
+        one_of(True, False, *self.named_inits)("init_weights", self.init_weights)
+        one_of("none", "all", f"{self.method.name}_only")("bias", self.bias)
+        if not is_whole(self.ziggurat_format, 1, FORMAT):
+            raise ConfigError(
+                f"ziggurat_format={shown(self.ziggurat_format)}, written by ziggurat {shown(self.ziggurat_version)}: "
+                f"this version ({VERSION}) reads the formats 1 to {FORMAT}. Install a newer ziggurat."
+            )
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
         if self.from_adapter is not None:
             from ziggurat.host.inherit import inherit
 
@@ -305,44 +297,3 @@ class MethodConfig(PeftConfig):
                         f"`{name}` cannot be used when `target_modules` is a str: put the layers into the regular "
                         "expression, or give target_modules as a list."
                     )
-        check_rank("r", self.r)
-        check_above_zero("lora_alpha", self.lora_alpha)
-        check_probability("lora_dropout", self.lora_dropout)
-        check_flag("use_rslora", self.use_rslora)
-        check_flag("fan_in_fan_out", self.fan_in_fan_out)
-        check_names("modules_to_save", self.modules_to_save)
-        check_names("target_parameters", self.target_parameters)
-        check_layers("layers_to_transform", self.layers_to_transform)
-        if not (isinstance(self.init_weights, bool) or self.init_weights in self.named_inits):
-            *others, last = ("True", "False", *map(repr, self.named_inits))
-            raise ConfigError(f"init_weights={shown(self.init_weights)}: {', '.join(others)} or {last}.")
-        allowed = ("none", "all", f"{self.method.name}_only")
-        if self.bias not in allowed:
-            raise ConfigError(
-                f"bias={shown(self.bias)}: 'none', 'all' or '{allowed[2]}' (the biases of the adapted linear layers)."
-            )
-        check_names("freeze_tiers", self.freeze_tiers)
-        self._check_rank_pattern()
-        for path, rank in _pattern("blended", self.blended).items():
-            if not is_whole(rank, 1, MOST_RANK):
-                raise ConfigError(f"blended[{shown(path)}]={shown(rank)}: a rank of 1 to {MOST_RANK:,} is needed.")
-        for path, alpha in _pattern("alpha_pattern", self.alpha_pattern).items():
-            check_above_zero(f"alpha_pattern[{shown(path)}]", alpha)
-
-    def _check_rank_pattern(self) -> None:
-        for path, rank in _pattern("rank_pattern", self.rank_pattern).items():
-            if not is_whole(rank, 1, MOST_RANK):
-                raise ConfigError(
-                    f"rank_pattern[{shown(path)}]={shown(rank)}: a whole number of at least 1 is needed (at most "
-                    f"{MOST_RANK:,})."
-                )
-
-
-def _pattern(name: str, value: Any) -> dict[str, Any]:
-    """`value` as a mapping of target modules; raise ConfigError where it is none, or a key can take for ever."""
-    if value is None:
-        return {}
-    check_names(name, list(value) if isinstance(value, dict) else [0])
-    for key in value:
-        check_pattern(f"a key of {name}", key)
-    return value

@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.method import Method, method_of, trainable, unique_specs
-from ziggurat.host.targets import DEFAULT_TARGETS, sites_of
+from ziggurat.host.method import Method, method_of, trainable
+from ziggurat.host.targets import DEFAULT_TARGETS, checked_specs, sites_of
 
 
 def count(model: nn.Module, config: Any) -> int:
@@ -27,16 +27,7 @@ def count(model: nn.Module, config: Any) -> int:
         raise ConfigError(
             f"target_modules={config.target_modules!r} matches no linear layer of {type(model).__name__}."
         )
-    for site in sites.values():
-        if method.check is not None and config.blended is None:
-            method.check(config.at(site), site)
-    config.check_sites(sites)
-    specs = unique_specs(method, config.at, sites)
-    if config.freeze_tiers is not None:
-        from ziggurat.host.inherit import check_frozen
-
-        check_frozen(method, config, sites, specs)
-    return trainable(specs)
+    return trainable(checked_specs(method, config, sites))
 
 
 def with_targets(config: Any, model: nn.Module, method: Method | None = None) -> Any:

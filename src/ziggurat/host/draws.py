@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from ziggurat.host.method import Method
+from ziggurat.host.root_hook import RootHook
 
 #: Passes that may wait for their backward, times the layers of each.
 REMEMBERED = 4096
 
 
-class Draws:
+class Draws(RootHook):
     """A forward pre-hook on the base model's root: draws for every adapter before each forward pass in training.
 
     Gradient checkpointing computes a layer again in the backward, when other passes may have begun since. It restores
@@ -21,11 +22,14 @@ class Draws:
     (`preserve_rng_state=False`) gets what was drawn last.
     """
 
-    def __init__(self, method: Method) -> None:
-        self.method = method
+    def __init__(self, method: Method | None = None) -> None:
+        super().__init__(method)
         self.configs: dict[str, Any] = {}
         self._last: dict[str, Any] = {}
         self._by_state: OrderedDict[bytes, dict[str, Any]] = OrderedDict()
+
+    def put_on(self, root: nn.Module) -> None:
+        root.register_forward_pre_hook(self)
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         if model.training:
@@ -33,7 +37,7 @@ class Draws:
 
     def draw(self) -> None:
         """Draw for every adapter, from torch's generator of the CPU."""
-        assert self.method.draw is not None
+        assert self.method is not None and self.method.draw is not None
         self.draw_as({adapter: self.method.draw(config) for adapter, config in self.configs.items()})
 
     def draw_as(self, drawn: dict[str, Any]) -> None:
@@ -49,25 +53,3 @@ class Draws:
         if len(self._by_state) > REMEMBERED:
             self._by_state.popitem(last=False)
         return drawn.get(adapter)
-
-    @staticmethod
-    def on(model: nn.Module, method: Method) -> "Draws | None":
-        """The draws of `method` in the model whose root is `model`."""
-        hooks = model._forward_pre_hooks.values()
-        return next((hook for hook in hooks if isinstance(hook, Draws) and hook.method.name == method.name), None)
-
-    @staticmethod
-    def start(model: nn.Module, method: Method) -> "Draws":
-        """As `on`; a new one where there is none."""
-        draws = Draws.on(model, method)
-        if draws is None:
-            draws = Draws(method)
-            model.register_forward_pre_hook(draws)
-        return draws
-
-    @staticmethod
-    def stop(model: nn.Module, method: Method) -> None:
-        """Take the hook off `model`."""
-        for key, hook in list(model._forward_pre_hooks.items()):
-            if isinstance(hook, Draws) and hook.method.name == method.name:
-                del model._forward_pre_hooks[key]

@@ -8,13 +8,13 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Anatomy
 from ziggurat.host.quantised import FLOATS
-from ziggurat.host.site import Site, body_name
-from ziggurat.host.targets import targets
+from ziggurat.host.site import Site
+from ziggurat.host.targets import site_at, targets
 from ziggurat.host.unwrap import bare_tree, unwrap
 
 #: The parameters of experts, in the order in which they act.
@@ -57,7 +57,10 @@ def parameter_sites(config: Any, model: nn.Module) -> dict[str, Site]:
                     f"{path!r} is quantised ({parameter.dtype}), and adapters of fused experts need weights in "
                     "floating point: load the model without quantisation, or leave it out of target_parameters."
                 )
-            sites[path] = _site(root, anatomy, path, node.module, parameter)
+            experts, d_out, d_in = parameter.shape
+            if node.module.is_transposed:
+                d_in, d_out = d_out, d_in
+            sites[path] = site_at(root, anatomy, path, d_in, d_out, experts)
     lost = [
         name for name in sorted(config.target_parameters) if not any(f".{path}".endswith(f".{name}") for path in sites)
     ]
@@ -81,14 +84,3 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def _listed(root: nn.Module) -> str:
     ends = dict.fromkeys(".".join(path.split(".")[-2:]) for path, _ in expert_parameters(root))
     return ", ".join(ends) or "none in this model"
-
-
-def _site(root: nn.Module, anatomy: Anatomy, path: str, module: Any, parameter: Tensor) -> Site:
-    experts, d_out, d_in = parameter.shape
-    if module.is_transposed:
-        d_in, d_out = d_out, d_in
-    place = anatomy.find(path)
-    if place is None:
-        return Site(path, body_name(root, path), 0, 1, "", d_in, d_out, num_experts=experts)
-    stack = body_name(root, place.stack)
-    return Site(path, stack, place.layer, place.num_layers, place.role, d_in, d_out, num_experts=experts)

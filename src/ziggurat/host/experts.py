@@ -8,25 +8,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.bank import WithoutBase
 from ziggurat.host.expert_terms import ExpertTerm, expert_terms
 from ziggurat.host.method import Method
-from ziggurat.host.method_layer import ExpertsLayer, MethodLayer
+from ziggurat.host.method_layer import ExpertsLayer, MethodLayer, check_finite
 from ziggurat.host.tensors import Weight
 from ziggurat.host.unwrap import look_through
 from ziggurat.lowrank.grouped import grouped
-from ziggurat.lowrank.pair import FactorPair, delta, on_device
+from ziggurat.lowrank.pair import on_device, with_updates
 
 
-class ParameterLayer(MethodLayer, ExpertsLayer, nn.Module):
+class ParameterLayer(WithoutBase, MethodLayer, ExpertsLayer, nn.Module):
     """The adapters of one parameter with the weights of all experts of a layer: their tensors and pairs.
 
     It stands below an `AdaptedExperts`, which computes with it, under the parameter's name. It wraps nothing.
     """
-
-    weight = None  # type: ignore[assignment]
-    bias = None  # type: ignore[assignment]
-    in_features = None
-    out_features = None
 
     def __init__(self, method: Method, experts: nn.Module, name: str) -> None:
         nn.Module.__init__(self)
@@ -70,24 +66,17 @@ class ParameterLayer(MethodLayer, ExpertsLayer, nn.Module):
         """Nothing: the layer above changes the parameter."""
 
 
-class AdaptedExperts(ExpertsLayer, nn.Module):
+class AdaptedExperts(WithoutBase, ExpertsLayer, nn.Module):
     """A layer's experts with low-rank updates of their weights: expert e computes with W_e + B_e A_e.
 
     y_e(x) = W_e x + b_e + B_e (A_e dropout(x)), for the gate and up projection and for the down projection, of the
     tokens that the router sends to e. Tokens are sorted by expert; each product is one for all of them.
     """
 
-    weight = None  # type: ignore[assignment]
-    bias = None  # type: ignore[assignment]
-    in_features = None
-    out_features = None
-
     def __init__(self, base_layer: nn.Module) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
-        self._disable_adapters = False
-        self._active_adapter: list[str] = []
-        self.merged_adapters: list[str] = []
+        self._begin()
         #: The parameters as they were before anything was merged, while something is.
         self._unmerged: dict[str, Tensor] = {}
 
@@ -168,11 +157,8 @@ class AdaptedExperts(ExpertsLayer, nn.Module):
         for adapter in check_adapters_to_merge(self, adapter_names or self._active()) or ():
             layers = [layer for layer in self.layers() if adapter in layer.stores]
             summed = {layer.name: self._with_updates(layer, [*self.merged_adapters, adapter]) for layer in layers}
-            if safe_merge and not all(weight.isfinite().all() for weight in summed.values()):
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: it holds or makes "
-                    "values that are not finite. The base weights were left as they were."
-                )
+            for weight in summed.values() if safe_merge else ():
+                check_finite(weight, adapter)
             for layer in layers:
                 self._unmerged.setdefault(layer.name, layer.parameter.data)
                 layer.parameter.data = summed[layer.name]
@@ -193,14 +179,8 @@ class AdaptedExperts(ExpertsLayer, nn.Module):
 
     def _with_updates(self, layer: ParameterLayer, adapters: list[str]) -> Tensor:
         weight = self._unmerged.get(layer.name, layer.parameter.data).to(layer.parameter.device)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        total = weight.to(wide)
-        for adapter in adapters:
-            if adapter in layer.stores:
-                pair = layer.effective_pair(adapter)
-                update = delta(FactorPair(pair.A.to(wide), pair.B.to(wide))).to(weight.device)
-                total = total + (update.mT if self.get_base_layer().is_transposed else update)  # type: ignore[union-attr]
-        return total.to(weight.dtype)
+        pairs = [layer.effective_pair(adapter) for adapter in adapters if adapter in layer.stores]
+        return with_updates(weight, pairs, self.get_base_layer().is_transposed)  # type: ignore[union-attr, arg-type]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Nothing: the layers of the parameters hold the adapters."""

@@ -22,6 +22,7 @@ from ziggurat.host.names import current_names, file_name, key_of
 from ziggurat.host.site import Site
 from ziggurat.host.sites_table import from_table
 from ziggurat.host.tensors import Factors, TensorSpec, tier_of, zeros
+from ziggurat.host.unwrap import PREFIX
 from ziggurat.host.values import NO_MATTER, shown
 
 #: Fields that an adapter has for itself, whatever it builds on.
@@ -91,8 +92,6 @@ def check_frozen(method: Method, config: Any, sites: Mapping[str, Site], specs: 
 
     `specs`: every tensor of the adapter once.
     """
-    if config.freeze_tiers is None:
-        return
     keys = dict.fromkeys(map(key_of, specs))
     known = list(dict.fromkeys(name for key in keys for name in (tier_of(key) or key, key)))
     if unknown := [name for name in config.freeze_tiers if name not in known]:
@@ -117,7 +116,7 @@ def check_frozen(method: Method, config: Any, sites: Mapping[str, Site], specs: 
     held = current_names(stored_tensors(config.from_adapter), method)
     for path, site in sites.items():
         for key, spec in specs_of(method, config.at(site), site).items():
-            name = f"base_model.model.{file_name(method, site, key, spec)}"
+            name = PREFIX + file_name(method, site, key, spec)
             if config.freezes(key) and (name not in held or held[name].shape != spec.shape):
                 there = f"has it as {held[name].shape}" if name in held else "has no such tensor"
                 raise ConfigError(
@@ -131,7 +130,7 @@ def take_over(root: nn.Module, method: Method, adapter: str, config: Any) -> Non
     state = current_names(loaded_tensors(config.from_adapter), method, root)
     for name, leaf, factors in stored_at(root, method, adapter):
         if config.freezes(key_of(leaf)) and not factors[leaf].is_meta:
-            factors.put(leaf, state[f"base_model.model.{name}"].to(factors[leaf].device))
+            factors.put(leaf, state[PREFIX + name].to(factors[leaf].device))
 
 
 def stored_at(root: nn.Module, method: Method, adapter: str) -> Iterator[tuple[str, str, Factors]]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ziggurat.host.method import Method, needs_steps
-from ziggurat.host.method_layer import MethodLayer
+from ziggurat.host.method_layer import layers_of
+from ziggurat.host.root_hook import RootHook
 
 from .unwrap import unwrap, without_wrappers
 
@@ -94,18 +95,20 @@ def _root(model: nn.Module) -> nn.Module:
 def _adapters(root: nn.Module) -> dict[Method, dict[str, Any]]:
     """Method -> adapter -> config, of the adapters that train."""
     training: dict[Method, dict[str, Any]] = {}
-    for layer in root.modules():
-        if isinstance(layer, MethodLayer):
-            for adapter in layer.training_adapters():
-                training.setdefault(layer.method, {}).setdefault(adapter, layer.configs[adapter])
+    for layer in layers_of(root):
+        for adapter in layer.training_adapters():
+            training.setdefault(layer.method, {}).setdefault(adapter, layer.configs[adapter])
     return training
 
 
-class Watch:
+class Watch(RootHook):
     """A forward pre-hook on the base model's root: says once that an adapter needs `step` and doesn't get it."""
 
-    def __init__(self) -> None:
-        self.passes = 0
+    #: Forward passes in training since the last step.
+    passes = 0
+
+    def put_on(self, root: nn.Module) -> None:
+        root.register_forward_pre_hook(self)
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         if not model.training:
@@ -124,33 +127,17 @@ class Watch:
                     )
 
     @staticmethod
-    def start(model: nn.Module) -> None:
-        """Put the hook on `model`, the root, unless it is there."""
-        if not any(isinstance(hook, Watch) for hook in model._forward_pre_hooks.values()):
-            model.register_forward_pre_hook(Watch())
-
-    @staticmethod
     def reset(model: Any) -> None:
         """Begin to count anew: a step was made."""
-        if isinstance(model, nn.Module):
-            for hook in _root(model)._forward_pre_hooks.values():
-                if isinstance(hook, Watch):
-                    hook.passes = 0
-
-    @staticmethod
-    def stop(model: nn.Module) -> None:
-        """Take the hook off `model`."""
-        for key, hook in list(model._forward_pre_hooks.items()):
-            if isinstance(hook, Watch):
-                del model._forward_pre_hooks[key]
+        if isinstance(model, nn.Module) and (watch := Watch.on(_root(model))) is not None:
+            watch.passes = 0
 
 
 def check_something_trains(model: Any) -> None:
     """Warn where a training run begins on a model whose adapters of ours all are frozen."""
     if not isinstance(model, nn.Module):
         return
-    root = _root(model)
-    layers = [layer for layer in root.modules() if isinstance(layer, MethodLayer)]
+    layers = list(layers_of(_root(model)))
     if layers and not any(layer.training_adapters() for layer in layers):
         names = sorted({f"{name!r} ({layer.method.card.shown})" for layer in layers for name in layer.leaves})
         logger.warning(
@@ -170,14 +157,14 @@ def check_moves(model: Any, when: str, rate: float) -> None:
     if not isinstance(model, nn.Module):
         return
     sizes: dict[tuple[str, str], list[Tensor]] = {}
-    for layer in _root(model).modules():
-        if isinstance(layer, MethodLayer) and layer.method.pair is not None:
-            for adapter in set(layer.training_adapters()) & set(layer.adapters):
-                A, B = (half.detach().float() for half in layer.effective_pair(adapter))
-                if hasattr(A, "full_tensor") or hasattr(B, "full_tensor"):
-                    return
-                square = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)).clamp(min=0) / B.shape[-2]
-                sizes.setdefault((adapter, layer.method.card.shown), []).append(square.max().sqrt().cpu())
+    for layer in layers_of(_root(model)):
+        able = layer.method.pair is not None
+        for adapter in set(layer.training_adapters()) & set(layer.adapters) if able else ():
+            A, B = (half.detach().float() for half in layer.effective_pair(adapter))
+            if hasattr(A, "full_tensor") or hasattr(B, "full_tensor"):
+                return
+            square = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)).clamp(min=0) / B.shape[-2]
+            sizes.setdefault((adapter, layer.method.card.shown), []).append(square.max().sqrt().cpu())
     for (adapter, shown), of_sites in sizes.items():
         size = float(torch.stack(of_sites).max())
         if size < NEARLY_ZERO:

@@ -14,7 +14,7 @@ from ziggurat.files.untrusted import loaded_tensors
 from ziggurat.host.config import MethodConfig
 from ziggurat.host.folder import adapter_config
 from ziggurat.host.method import specs_of
-from ziggurat.host.method_layer import MethodLayer
+from ziggurat.host.method_layer import layers_of
 from ziggurat.host.names import current_names
 from ziggurat.host.values import NO_MATTER, shown
 
@@ -46,7 +46,7 @@ def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "d
             f"{folder} can't be swapped for adapter {adapter_name!r}: {', '.join(different)} differ ({first}: "
             f"{shown(old.get(first))} here, {shown(new.get(first))} there). Load it under another name."
         )
-    layers = [layer for layer in model.modules() if isinstance(layer, MethodLayer)]
+    layers = list(layers_of(model))
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ConfigError(f"adapter {adapter_name!r} is merged into the weights: call unmerge_adapter() first.")
     state = current_names(loaded_tensors(folder), layers[0].method)
@@ -77,8 +77,7 @@ def create_loraplus_optimizer(
         ConfigError: no trainable factor of `model` is on the output side.
     """
     up: set[int] = set()
-    layers = [module for module in model.modules() if isinstance(module, MethodLayer)]
-    for layer in layers:
+    for layer in layers_of(model):
         for adapter in layer.leaves:
             specs = specs_of(layer.method, layer.configs[adapter], layer.sites[adapter])
             for key, (in_bank, leaf) in layer.leaves[adapter].items():

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.method_layer import BANK, MethodLayer
+from ziggurat.host.method_layer import BANK, MethodLayer, check_finite, rows_by_adapter
 from ziggurat.host.offload import runs_on
 from ziggurat.host.quantised import FLOATS, backend_of, base_weight, check_changeable, replace_weight
 from ziggurat.host.siblings import SIBLINGS
 from ziggurat.host.tensors import Weight
-from ziggurat.lowrank.pair import FactorPair, delta, is_plain, on_device, transformed
+from ziggurat.lowrank.pair import FactorPair, delta, is_plain, on_device, transformed, with_updates
 from ziggurat.lowrank.product import low_rank_add, owns_output, up_add
 
 #: Adapter -> pair, in a layer's attributes while its model generates: see `generation`.
@@ -137,15 +137,10 @@ class AdaptedLinear(MethodLayer, nn.Module):
 
     def _add_by_sample(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         """Each sample of the batch with the adapter named for it ("__base__": none)."""
-        if len(adapter_names) != len(x):
-            raise ValueError(
-                f"adapter_names has {len(adapter_names)} names for a batch of {len(x)}: give one name a sample."
-            )
         if self.merged:
             raise ValueError("adapter_names can't be used while adapters are merged: call unmerge_adapter() first.")
         y = y.clone()
-        for adapter in sorted(set(adapter_names) & set(self.adapters)):
-            rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=y.device)
+        for adapter, rows in rows_by_adapter(adapter_names, len(x), self.adapters, y.device):
             a, b = on_device(self.pair_now(adapter), x.device)
             y[rows] = low_rank_add(y[rows], x[rows], a, b, self.dropout(adapter) if self.training else 0.0)
         return y
@@ -180,8 +175,10 @@ class AdaptedLinear(MethodLayer, nn.Module):
                     self._with_rows, self.base_layer = (self.base_layer,), rows_merged(self.base_layer)
                 base: Any = self.get_base_layer()
                 before = base.weight.data if self._unmerged is None else self._unmerged.to(base.weight.device)
-                summed = self._with_updates(before, [*self.merged_adapters, adapter])
-                _check_finite(summed, adapter, safe_merge)
+                pairs = [self.effective_pair(name) for name in (*self.merged_adapters, adapter)]
+                summed = with_updates(before, pairs, self.fan_in_fan_out)
+                if safe_merge:
+                    check_finite(summed, adapter)
                 if self.shares_weight and not self._tied:
                     self._tied = (base.weight,)
                     base.weight = nn.Parameter(summed, requires_grad=base.weight.requires_grad)
@@ -208,20 +205,12 @@ class AdaptedLinear(MethodLayer, nn.Module):
             if adapter in self.adapters:
                 self._shift_quantised(adapter, -1.0)
 
-    def _with_updates(self, weight: Tensor, adapters: list[str]) -> Tensor:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        total = weight.to(wide)
-        for adapter in adapters:
-            pair = self.effective_pair(adapter)
-            update = delta(FactorPair(pair.A.to(wide), pair.B.to(wide))).to(weight.device)
-            total = total + (update.T if self.fan_in_fan_out else update)
-        return total.to(weight.dtype)
-
     def _shift_quantised(self, adapter: str, sign: float, safe: bool = False) -> None:
         weight = base_weight(self)
         update = self.get_delta_weight(adapter).to(weight.device)
         shifted = weight + sign * update.to(weight.dtype)
-        _check_finite(shifted, adapter, safe)
+        if safe:
+            check_finite(shifted, adapter)
         error, size = replace_weight(self, shifted), float(update.float().norm())
         self.requantisation_error = error / size if size else None
 
@@ -240,11 +229,3 @@ def rows_merged(wrapper: TrainableTokensWrapper) -> nn.Module:
     layer._parameters = dict(inner._parameters)
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     return layer  # type: ignore[no-any-return]
-
-
-def _check_finite(weight: Tensor, adapter: str, safe: bool) -> None:
-    if safe and not torch.isfinite(weight).all():
-        raise ValueError(
-            f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: it holds or makes values "
-            "that are not finite. The base weights were left as they were."
-        )

@@ -15,6 +15,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from ziggurat.host.method import method_of
 from ziggurat.host.names import check_tensors, current_names
+from ziggurat.host.unwrap import PREFIX
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
@@ -51,7 +52,7 @@ def load_through_methods() -> None:
             if config.bank is not None:  # the method's own reading, which PEFT's and transformers' leave out, checks it
                 state = {**load_file(type(config).from_pretrained(str(source), **hub).bank_file), **state}
         named = {
-            name.removeprefix("base_model.model."): tensor
+            name.removeprefix(PREFIX): tensor
             for name, tensor in current_names(state, method, self).items()
             if name.rpartition(".")[2] not in config.no_factors
         }

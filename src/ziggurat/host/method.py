@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.site import Site
+from ziggurat.host.site import Site, rank_fits
 from ziggurat.host.tensors import TensorSpec, low_rank, over_experts
 from ziggurat.lowrank.pair import FactorPair
 
@@ -71,25 +71,33 @@ class Card:
 
 @dataclass(frozen=True)
 class Method:
-    """A method. `name`, in lower case, is its PEFT type and the prefix of its parameters.
+    """A method. What stands behind `card` is for what the two functions can't say.
 
-    `config`: a subclass of `MethodConfig`. `tensors`, `pair`: see the module; `pair` is None for a method whose layer
-    has a forward of its own. `check`: raises ConfigError for a site where the config can't work. `draw`: gives what is
-    drawn once for each forward pass in training. `parts`: the named parts of a site's update, for the analysis; by
-    default the update itself. `sites`: the places that a config adapts, where these aren't its target modules. `reads`:
-    for a method whose layers come to share a tensor during training: key -> the shared name that a key of `tensors`
-    reads now; its config is a `MergingConfig`, which keeps this. `acting`: of the sites, those whose update acts now,
-    for a method that restructures. `needs_steps`: whether training with this config needs `ziggurat.step`; `step` does
-    what is due, and `step_does` says it in words, where that needs gradients or weights which DeepSpeed keeps to
-    itself; `step_fields` are the fields of the config that ask for it. `run_state` and `resume`: what a resumed run
-    needs of a model besides its weights, as tensors by name, and putting it back. `finish`: takes the trained PeftModel
-    before it is saved, drops what training left without effect, and gives counts of parameters by name. `picture`:
-    draws what training did into a folder. `write`: writes the model with its adapter where no weight can hold the
-    update.
-    `sums`: the update is a sum over tensors, and `pair`, given some of them alone, computes what these add. Tensors
-    that all experts of a layer share then act on all tokens at once. `events_file`: the log that it writes beside an
-    adapter whose structure training changed. `older_names`: regular expressions with replacements, which make of a
-    tensor's name in an older file what it is called now.
+    name: in lower case, its PEFT type and the prefix of its parameters.
+    config: a subclass of `MethodConfig`.
+    tensors, pair: see the module. `pair` is None for a method whose layer has a forward of its own.
+    check: raises ConfigError for a site where the config can't work; by default where the rank is above the matrix.
+    draw: gives what is drawn once for each forward pass in training.
+    parts: the named parts of a site's update, for the analysis; by default the update itself.
+    sites: the places that a config adapts, where these aren't its target modules.
+    reads: for a method whose layers come to share a tensor during training: key -> the shared name that a key of
+        `tensors` reads now. Its config is a `MergingConfig`, which keeps this.
+    acting: of the sites, those whose update acts now, for a method that restructures.
+    needs_steps: whether training with this config needs `ziggurat.step`.
+    step: does what is due at a step.
+    step_does: what it does, in words, where that needs gradients or weights which DeepSpeed keeps to itself.
+    step_fields: the fields of the config that ask for it.
+    callback: the TrainerCallback that every Trainer gets for this config, where calling `step` isn't all.
+    run_state, resume: what a resumed run needs of a model besides its weights, as tensors by name; putting it back.
+    finish: takes the trained PeftModel before it is saved, drops what training left without effect, and gives counts
+        of parameters by name.
+    picture: draws what training did into a folder.
+    write: writes the model with its adapter where no weight can hold the update.
+    sums: the update is a sum over tensors, and `pair`, given some of them alone, computes what these add. Tensors that
+        all experts of a layer share then act on all tokens at once.
+    events_file: the log that it writes beside an adapter whose structure training changed.
+    older_names: regular expressions with replacements, which make of a tensor's name in an older file what it is
+        called now.
     """
 
     name: str
@@ -97,7 +105,7 @@ class Method:
     tensors: Callable[[Any, Site], dict[str, TensorSpec]]
     pair: Callable[[Any, Site, Stored, Context], FactorPair] | None
     card: Card
-    check: Callable[[Any, Site], None] | None = None
+    check: Callable[[Any, Site], None] | None = rank_fits
     draw: Callable[[Any], Any] | None = None
     parts: Callable[[Any, Site, Stored], list[Part]] | None = None
     sites: Callable[[Any, nn.Module, Any], dict[str, Site]] | None = None
@@ -107,6 +115,7 @@ class Method:
     step: Callable[..., None] | None = None
     step_does: str = ""
     step_fields: tuple[str, ...] = ()
+    callback: Callable[[Any], type[Any] | None] | None = None
     run_state: Callable[[nn.Module], dict[str, Tensor]] | None = None
     resume: Callable[[nn.Module, Mapping[str, Tensor]], None] | None = None
     finish: Callable[[Any], dict[str, int]] | None = None

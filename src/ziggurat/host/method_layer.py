@@ -1,6 +1,6 @@
 """What all tuner layers of methods have in common: their tensors, by adapter, and the pair that they compute."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,10 +26,7 @@ class MethodLayer(Stores):
     method: ClassVar[Method]
 
     def _begin(self) -> None:
-        """Set up the attributes of a tuner layer; to be called by `__init__`."""
-        self._disable_adapters = False
-        self._active_adapter: list[str] = []
-        self.merged_adapters: list[str] = []
+        super()._begin()
         setattr(self, self.method.store, nn.ModuleDict())
         self.configs: dict[str, Any] = {}
         self.sites: dict[str, Site] = {}
@@ -79,7 +76,7 @@ class MethodLayer(Stores):
             if value is not None:
                 # Past nn.Module.__setattr__, so that the bank is registered at the root alone.
                 object.__setattr__(self, name, value)
-        own = Factors()
+        private = Factors()
         self.leaves[adapter] = {}
         if bank is not None:
             bank.configs.setdefault(adapter, config)
@@ -87,12 +84,12 @@ class MethodLayer(Stores):
             leaf = spec.leaf(key)
             self.leaves[adapter][key] = (bool(spec.shared), leaf)
             if not spec.shared:
-                own.add(leaf, spec, draw(spec, weight, device, dtype))
+                private.add(leaf, spec, draw(spec, weight, device, dtype))
             else:
                 assert bank is not None
                 if leaf not in (shared := bank.factors(adapter)):
                     shared.add(leaf, spec, draw(spec, weight, device, dtype))
-        self.stores[adapter] = own
+        self.stores[adapter] = private
         self.configs[adapter], self.sites[adapter] = config, site
 
     def stored(self, adapter: str) -> dict[str, Tensor]:
@@ -101,11 +98,11 @@ class MethodLayer(Stores):
         if self.method.reads is not None:
             leaves = leaves | redirected(self.method, self.configs[adapter], self.sites[adapter])
         shared = [leaf for in_bank, leaf in leaves.values() if in_bank]
-        own: Factors = self.stores[adapter]  # type: ignore[assignment]
+        private: Factors = self.stores[adapter]  # type: ignore[assignment]
         if not shared:
-            return {key: own[leaf] for key, (_, leaf) in leaves.items()}
+            return {key: private[leaf] for key, (_, leaf) in leaves.items()}
         from_bank = dict(zip(shared, self.__dict__[BANK](adapter, shared), strict=True))
-        tensors = {key: from_bank[leaf] if in_bank else own[leaf] for key, (in_bank, leaf) in leaves.items()}
+        tensors = {key: from_bank[leaf] if in_bank else private[leaf] for key, (in_bank, leaf) in leaves.items()}
         # A shared tensor lies where the first of its layers does; the last key's is the nearest to this layer.
         home = tensors[next(reversed(tensors))].device
         for tensor in tensors.values():
@@ -176,3 +173,37 @@ class ExpertsLayer(Stores):
 
     def forget(self, adapter: str) -> None:
         """Nothing: the layers of the parameters hold the tensors."""
+
+
+def layers_of(model: nn.Module, adapter: str | None = None, method: Method | None = None) -> Iterator[MethodLayer]:
+    """The layers of methods in `model`; where they are given, those that have `adapter`, and those of `method`."""
+    for module in model.modules():
+        if not isinstance(module, MethodLayer) or (method is not None and module.method is not method):
+            continue
+        if adapter is None or adapter in module.sites:
+            yield module
+
+
+def rows_by_adapter(
+    adapter_names: Sequence[str], batch: int, adapters: Collection[str], device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Each of `adapters` that samples of a batch name, and the numbers of these samples ("__base__" is none of them).
+
+    Raises:
+        ValueError: there isn't one name for each sample.
+    """
+    if len(adapter_names) != batch:
+        raise ValueError(
+            f"adapter_names has {len(adapter_names)} names for a batch of {batch}: give one name a sample."
+        )
+    for adapter in sorted(set(adapter_names) & set(adapters)):
+        yield adapter, torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=device)
+
+
+def check_finite(weight: Tensor, adapter: str) -> None:
+    """Raise ValueError unless a merged weight is finite."""
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: it holds or makes values "
+            "that are not finite. The base weights were left as they were."
+        )

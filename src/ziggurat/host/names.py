@@ -13,10 +13,11 @@ from torch import nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.method import Method
+from ziggurat.host.root_hook import RootHook
 from ziggurat.host.site import CHILD, Site, body_prefix, with_other_head
 from ziggurat.host.tensors import TensorSpec
 
-from .unwrap import unwrap
+from .unwrap import PREFIX, unwrap
 
 #: The form of names and config that this version writes, in adapter_config.json. 1: before it was noted there.
 FORMAT = 2
@@ -50,34 +51,21 @@ def key_of(name: str) -> str:
     return re.split("[.:]", name)[-1]
 
 
-class RenamesOnLoad:
+class RenamesOnLoad(RootHook):
     """A hook on the base model's root: whatever state dict is loaded, its tensors get the names of this version.
 
     PEFT before 0.21 asks a method nothing when it loads an adapter, and other loops load state dicts of whole models.
     """
 
-    def __init__(self, method: Method) -> None:
-        self.method = method
+    def put_on(self, root: nn.Module) -> None:
+        root._register_load_state_dict_pre_hook(self, with_module=True)
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        assert self.method is not None
         inside = {name.removeprefix(prefix): name for name in state_dict if name.startswith(prefix)}
         for (name, given), renamed in zip(inside.items(), current_names(inside, self.method, module), strict=True):
             if renamed != name:
                 state_dict[prefix + renamed] = state_dict.pop(given)
-
-    @staticmethod
-    def start(root: nn.Module, method: Method) -> None:
-        """Put the hook on `root`, unless it is there."""
-        hooks = (hook.hook for hook in root._load_state_dict_pre_hooks.values())
-        if not any(isinstance(hook, RenamesOnLoad) and hook.method.name == method.name for hook in hooks):
-            root._register_load_state_dict_pre_hook(RenamesOnLoad(method), with_module=True)
-
-    @staticmethod
-    def stop(root: nn.Module, method: Method) -> None:
-        """Take the hook off `root`."""
-        for key, hook in list(root._load_state_dict_pre_hooks.items()):
-            if isinstance(hook.hook, RenamesOnLoad) and hook.hook.method.name == method.name:
-                del root._load_state_dict_pre_hooks[key]
 
 
 def _renamed(name: str, method: Method, body: str) -> str:
@@ -93,7 +81,7 @@ def _renamed(name: str, method: Method, body: str) -> str:
 
 def _fitted(name: str, method: Method, prefix: str, paths: Collection[str]) -> str:
     front, at, leaf = name.partition(f".{method.store}.")
-    outer = "base_model.model." if front.startswith("base_model.model.") else ""
+    outer = PREFIX if front.startswith(PREFIX) else ""
     path = front.removeprefix(outer)
     if not at or path == method.bank:
         return name
@@ -120,4 +108,4 @@ def _bare_name(name: str) -> str:
     """A parameter's name without what wrappers put into it."""
     for part in ("_fsdp_wrapped_module.", "_orig_mod."):
         name = name.replace(part, "")
-    return name.removeprefix("base_model.model.")
+    return name.removeprefix(PREFIX)

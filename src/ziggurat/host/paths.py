@@ -18,8 +18,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.bank import WithoutBase
 from ziggurat.host.handover import Handover
-from ziggurat.host.method_layer import MethodLayer
+from ziggurat.host.method_layer import MethodLayer, rows_by_adapter
+from ziggurat.host.root_hook import hooks_of, take_off
 from ziggurat.host.site import CHILD
 from ziggurat.host.stream import stream
 from ziggurat.lowrank.pair import on_device
@@ -37,15 +39,12 @@ class Input(NamedTuple):
     x: Tensor
 
 
-class PathLayer(MethodLayer, nn.Module):
+class PathLayer(WithoutBase, MethodLayer, nn.Module):
     """The paths that end at one layer, one an adapter: h_out = Layer(h_in) + sum of B (A dropout(x)).
 
-    x is the input of the first layer of the adapter's span. It wraps nothing, so `weight` and `bias` are there to end
-    PEFT's search for a base layer.
+    x is the input of the first layer of the adapter's span.
     """
 
-    weight = None  # type: ignore[assignment]
-    bias = None  # type: ignore[assignment]
     #: Why `ziggurat.export` refuses, and what works.
     cannot_export = (
         "a path goes around a whole layer, and no update of a linear layer can say that. Keep the adapter beside the "
@@ -119,15 +118,10 @@ class PathLayer(MethodLayer, nn.Module):
 
     def _add_by_sample(self, y: Tensor, inputs: list[Input], adapter_names: list[str]) -> Tensor:
         """Each sample of the batch with the adapter named for it ("__base__": none). Inference only."""
-        if len(adapter_names) != len(y):
-            raise ValueError(
-                f"adapter_names has {len(adapter_names)} names for a batch of {len(y)}: give one name a sample."
-            )
-        y = y.clone()
-        for adapter, x in inputs:
-            rows = [i for i, name in enumerate(adapter_names) if name == adapter]
-            if rows:
-                y[rows] = self._add(y[rows], x[rows], adapter, 0.0)
+        y, read = y.clone(), dict(inputs)
+        for adapter, rows in rows_by_adapter(adapter_names, len(y), read, y.device):
+            x = read[adapter]
+            y[rows] = self._add(y[rows], x[rows.to(x.device)], adapter, 0.0)
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -251,12 +245,4 @@ def _close(holder: nn.Module, args: Any, output: Any) -> None:
 
 
 def _remove_hooks(module: nn.Module, hooks: tuple[Any, ...]) -> None:
-    for table in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in table.items() if hook in hooks]:
-            del table[key]
-            for other in (
-                module._forward_pre_hooks_with_kwargs,
-                module._forward_hooks_with_kwargs,
-                module._forward_hooks_always_called,
-            ):
-                other.pop(key, None)
+    take_off(module, [key for key, hook in hooks_of(module).items() if hook in hooks])

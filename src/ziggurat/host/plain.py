@@ -20,11 +20,9 @@ from ziggurat.host.bank import Bank
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.method_layer import ExpertsLayer, MethodLayer
 from ziggurat.host.tensors import whole
-from ziggurat.host.unwrap import without_wrappers
+from ziggurat.host.unwrap import PREFIX, without_wrappers
 from ziggurat.host.vocabulary import embedding_names, has_grown
 from ziggurat.lowrank.pair import FactorPair, pad
-
-PREFIX = "base_model.model."
 
 
 class PlainLora(NamedTuple):
@@ -149,7 +147,7 @@ def other_tensors(
         for path, module in base.named_modules()
         if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer)
     }
-    own = tuple(
+    of_adapters = tuple(
         f"{PREFIX}{path}.{name}"
         for path, module in layers.items()
         for name in [*dict(module.named_children()), *dict(module.named_parameters(recurse=False))]
@@ -166,7 +164,7 @@ def other_tensors(
     return {name: whole(tensor).clone() for name, tensor in known.items()} | {
         name: whole(tensor).clone()
         for name, tensor in prefixed.items()
-        if not name.startswith(own)
+        if not name.startswith(of_adapters)
         and ".modules_to_save." not in name
         and ".original_module." not in name
         and name.rpartition(".")[2] not in other

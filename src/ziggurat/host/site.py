@@ -3,14 +3,18 @@
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from ziggurat.errors import ConfigError
 from ziggurat.lowrank.spans import Span
 
 #: The name of a residual path among the children of its layer. No method's prefix may be part of it.
 CHILD = "residual_path"
+#: A rank that is no burden however small the matrix is.
+FREE_RANK = 256
 #: An expert's number in the role of a linear layer, behind the name of the list (or dict) of experts.
 EXPERT = re.compile(r"((?:^|\.)\w*experts?)\.(?:expert_)?(\d+)(?=\.)")
 
@@ -45,10 +49,14 @@ class Site:
         return self.num_experts is not None and self.expert is None
 
     @property
+    def tail(self) -> str:
+        """What the path has behind that of the stack, in a model whose list of layers skips no number."""
+        return f".{self.layer}.{self.role}" if self.role else f".{self.layer}"
+
+    @property
     def stack_path(self) -> str:
         """The path of the stack in the base model."""
-        tail = f".{self.layer}" + (f".{self.role}" if self.role else "")
-        return self.path.removesuffix(tail)
+        return self.path.removesuffix(self.tail)
 
     @property
     def kind_of_experts(self) -> str:
@@ -60,6 +68,27 @@ class Site:
     def kind(self) -> str:
         """What sites that may share a tensor have in common, as part of its name: stack, role and shape."""
         return f"{leaf_name(self.stack)}:{leaf_name(self.role)}:{self.d_out}x{self.d_in}"
+
+
+def check_room(config: Any, name: str, rank: int, site: Site, *, free: bool = False) -> None:
+    """Raise ConfigError if `rank` is above what the matrix at `site` has room for.
+
+    `name` says which rank it is. `free`: a rank up to the larger side, or up to 256, costs nothing worth refusing. An
+    adapter from a folder, or a sum of adapters, has the rank that it has.
+    """
+    if config.stored_numbers is not None or config.any_rank:
+        return
+    most = max(site.d_in, site.d_out, FREE_RANK) if free else min(site.d_in, site.d_out)
+    if rank > most:
+        raise ConfigError(
+            f"{name} is above the matrix: {site.path!r} maps {site.d_in} to {site.d_out}, so at most rank {most} "
+            "has a meaning there. Lower it, or leave the module out by exclude_modules."
+        )
+
+
+def rank_fits(config: Any, site: Site) -> None:
+    """Raise ConfigError if the rank is above what the matrix at `site` has room for."""
+    check_room(config, f"r={config.r}", config.r, site)
 
 
 def leaf_name(path: str) -> str:

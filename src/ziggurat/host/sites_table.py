@@ -22,11 +22,10 @@ def to_table(sites: Mapping[str, Site]) -> dict[str, dict[str, Any]] | None:
     table: dict[str, dict[str, Any]] = {}
     layers: dict[tuple[str, str, str], list[int]] = {}
     for path, site in sites.items():
-        tail = f".{site.layer}" + (f".{site.role}" if site.role else "")
         outside = not site.role and site.span is None
-        if not outside and not path.endswith(tail):
+        if not outside and not path.endswith(site.tail):
             return None
-        entry = table.setdefault(site.stack, {"path": path if outside else path.removesuffix(tail)})
+        entry = table.setdefault(site.stack, {"path": path if outside else site.stack_path})
         entry["layers"] = site.num_layers
         role = AROUND if site.span is not None else site.role
         shape = f"{site.num_experts}*{site.d_out}x{site.d_in}" if site.fused else f"{site.d_out}x{site.d_in}"

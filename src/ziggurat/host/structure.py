@@ -6,7 +6,7 @@ nothing of the config beside them. So the structure travels with the weights, an
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,11 +18,11 @@ from ziggurat.files.untrusted import check_depth
 from ziggurat.host.bank import Bank
 from ziggurat.host.config import MethodConfig
 from ziggurat.host.method import Method
-from ziggurat.host.method_layer import MethodLayer
+from ziggurat.host.method_layer import layers_of
 from ziggurat.host.site import Site
 from ziggurat.host.tensors import Factors
 from ziggurat.host.tuner import MethodTuner
-from ziggurat.host.values import MOST_RANK, is_whole, shown
+from ziggurat.host.values import MOST_RANK, is_whole, option, shown
 
 #: The name of the tensor in an adapter's file.
 STRUCTURE = "structure"
@@ -60,9 +60,7 @@ class MergingConfig(MethodConfig):
 
     no_factors = frozenset({STRUCTURE})
 
-    structure: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Which layers share what; not for the user to set."}
-    )
+    structure: dict[str, Any] | None = option(None, "Which layers share what; not for the user to set.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,13 +98,21 @@ class MergingConfig(MethodConfig):
 class StructureBank(Bank):
     """A bank whose `state_dict` says which of its tensors the layers read."""
 
+    def structures(self) -> dict[str, Any]:
+        """Adapter -> its structure now, in plain lists and dicts."""
+        return {adapter: config.structure for adapter, config in self.configs.items()}
+
+    def restore(self, adapter: str, plain: Any) -> None:
+        """Let `adapter` have the structure that `structures` gave. Raises ConfigError where it can't have it."""
+        self.configs[adapter].set_structure(plain)
+
     def get_extra_state(self) -> Tensor:
-        return to_tensor({adapter: config.structure for adapter, config in self.configs.items()})
+        return to_tensor(self.structures())
 
     def set_extra_state(self, state: Tensor) -> None:
-        for adapter, structure in from_tensor(state).items():
-            if adapter in self.configs:
-                self.configs[adapter].set_structure(structure)
+        for adapter, plain in from_tensor(state).items():
+            if adapter in self.structures():
+                self.restore(adapter, plain)
 
 
 class StructureTuner(MethodTuner):
@@ -120,21 +126,21 @@ class StructureTuner(MethodTuner):
     structure_name: ClassVar[str] = STRUCTURE
 
     @classmethod
-    def structure_of(cls, model: nn.Module, adapter: str) -> Any:
-        """What `restore_structure` needs, in plain lists and dicts; None where training changes nothing."""
-        return _config(model, adapter).structure
+    def structure_of(cls, bank: Any, adapter: str) -> Any:
+        """What stands beside the weights, in plain lists and dicts; None where training changes nothing."""
+        return bank.structures()[adapter]
 
     @classmethod
-    def restore_structure(cls, model: nn.Module, adapter: str, plain: Any) -> None:
+    def restore_structure(cls, bank: Any, adapter: str, plain: Any) -> None:
         """Let `adapter` have the structure that `structure_of` gave. Raises ConfigError where it is none."""
-        _config(model, adapter).set_structure(plain)
+        bank.restore(adapter, plain)
 
     @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
-        plain = cls.structure_of(model, adapter_name)
+        plain = cls.structure_of(cls.bank_cls.inside(model), adapter_name)
         return state if plain is None else {**state, cls.structure_name: to_tensor(plain)}
 
     @classmethod
@@ -143,25 +149,18 @@ class StructureTuner(MethodTuner):
     ) -> dict[str, Tensor]:
         weights = {name: t for name, t in state_dict.items() if name.rpartition(".")[2] != cls.structure_name}
         for name in state_dict.keys() - weights.keys():
-            cls.restore_structure(model, adapter_name, from_tensor(state_dict[name]))
+            cls.restore_structure(cls.bank_cls.inside(model), adapter_name, from_tensor(state_dict[name]))
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
 
 
 def shared_tensors(root: nn.Module, method: Method, adapter: str) -> tuple[list[Site], Factors]:
     """The sites of an adapter in the model whose root is `root`, and its shared tensors, `<shared>:<key>` -> tensor."""
-    layers = [layer for layer in root.modules() if isinstance(layer, MethodLayer) and layer.method is method]
-    sites = [layer.sites[adapter] for layer in layers if adapter in layer.sites]
+    sites = [layer.sites[adapter] for layer in layers_of(root, adapter, method)]
     return sites, getattr(root, method.bank).factors(adapter)
 
 
 def acting_parameters(model: nn.Module, method: Method) -> int:
     """How many parameters the layers of `model` read now, each counted once; stored are also those that went."""
-    layers = [layer for layer in model.modules() if isinstance(layer, MethodLayer) and layer.method is method]
+    layers = layers_of(model, method=method)
     tensors = {id(t): t for layer in layers for name in layer.adapters for t in layer.stored(name).values()}
     return sum(tensor.numel() for tensor in tensors.values())
-
-
-def _config(model: nn.Module, adapter: str) -> Any:
-    """The config of `adapter` that the layers read."""
-    layers = (m for m in model.modules() if isinstance(m, MethodLayer) and adapter in m.configs)
-    return next(layers).configs[adapter]

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
@@ -12,9 +12,10 @@ from torch import nn
 from ziggurat.errors import ConfigError
 from ziggurat.host.anatomy import Anatomy
 from ziggurat.host.linear import features, is_adaptable
-from ziggurat.host.method import Method
+from ziggurat.host.method import Method, unique_specs
 from ziggurat.host.older import check_finds_parameters
 from ziggurat.host.site import Site, body_name, with_experts
+from ziggurat.host.tensors import TensorSpec
 
 from .unwrap import bare_tree, unwrap
 
@@ -78,6 +79,24 @@ def sites_of(method: Method, config: Any, model: nn.Module) -> dict[str, Site]:
     return sites
 
 
+def checked_specs(method: Method, config: Any, sites: Mapping[str, Site]) -> dict[str, TensorSpec]:
+    """Every tensor of an adapter of `config` once, as `unique_specs` gives them.
+
+    Raises:
+        ConfigError: the config doesn't fit the model whose sites these are.
+    """
+    for site in sites.values():
+        if method.check is not None and config.blended is None:
+            method.check(config.at(site), site)
+    config.check_sites(sites)
+    specs = unique_specs(method, config.at, sites)
+    if config.freeze_tiers is not None:
+        from ziggurat.host.inherit import check_frozen
+
+        check_frozen(method, config, sites, specs)
+    return specs
+
+
 def check_takes_parameters(method: Method, config: Any) -> None:
     """Raise ConfigError if `config` names parameters of experts, and the method's update is none of weights."""
     if config.target_parameters and (method.sites is not None or method.pair is None):
@@ -114,10 +133,16 @@ def target_sites(config: Any, model: nn.Module) -> dict[str, Site]:
 
 def linear_site(model: nn.Module, anatomy: Anatomy, path: str, module: nn.Module) -> Site:
     """The site of the linear layer at `path`; outside every stack it is a stack of its own, with one layer."""
-    place, (d_in, d_out) = anatomy.find(path), features(module)
-    if place is None:
-        return Site(path, body_name(model, path), 0, 1, "", d_in, d_out)
-    return Site(path, body_name(model, place.stack), place.layer, place.num_layers, place.role, d_in, d_out)
+    return site_at(model, anatomy, path, *features(module))
+
+
+def site_at(
+    model: nn.Module, anatomy: Anatomy, path: str, d_in: int, d_out: int, num_experts: int | None = None
+) -> Site:
+    """The site at `path`, which maps d_in to d_out."""
+    place = anatomy.position(path)
+    stack = body_name(model, place.stack)
+    return Site(path, stack, place.layer, place.num_layers, place.role, d_in, d_out, num_experts=num_experts)
 
 
 def near_misses(wanted: str | Iterable[str], model: nn.Module, limit: int = 6) -> list[str]:

@@ -30,10 +30,9 @@ from ziggurat.host.method import Method, method_of, specs_of
 from ziggurat.host.names import current_names, file_name, key_of
 from ziggurat.host.site import Site
 from ziggurat.host.sites_table import from_table
-from ziggurat.host.tensors import tier_of
+from ziggurat.host.tensors import is_named
+from ziggurat.host.unwrap import PREFIX
 from ziggurat.host.values import shown
-
-PREFIX = "base_model.model."
 
 
 def share(model: PeftModel, adapters: Sequence[str], tiers: Sequence[str] | None = None) -> None:
@@ -61,7 +60,7 @@ def share(model: PeftModel, adapters: Sequence[str], tiers: Sequence[str] | None
     tiers = shared_tiers(method, configs[first]) if tiers is None else list(tiers)
     root = model.get_base_model()
     held = {name: {at: (leaf, factors) for at, leaf, factors in stored_at(root, method, name)} for name in adapters}
-    common = [at for at, (leaf, _) in held[first].items() if _names(tiers, key_of(leaf))]
+    common = [at for at, (leaf, _) in held[first].items() if is_named(key_of(leaf), tiers)]
     if tiers and not common:
         raise ConfigError(f"tiers={shown(tiers)}: adapter {first!r} has no such tier or tensor.")
     for name in others:
@@ -162,12 +161,8 @@ def common_names(method: Method, config: Any, sites: Mapping[str, Site], tiers: 
         PREFIX + file_name(method, site, key, spec)
         for site in sites.values()
         for key, spec in specs_of(method, config.at(site), site).items()
-        if spec.seed is None and _names(tiers, key)
+        if spec.seed is None and is_named(key, tiers)
     }
-
-
-def _names(tiers: Sequence[str], key: str) -> bool:
-    return not {key, tier_of(key)}.isdisjoint(tiers)
 
 
 def _check_same(name: str, common: Mapping[str, Tensor], bank: Mapping[str, Tensor], whose: Path | str) -> None:

@@ -187,8 +187,13 @@ def draw(spec: TensorSpec, weight: Weight, device: torch.device | None, dtype: t
 
 
 def tier_of(key: str) -> str:
-    """The tier of a tensor by its key, `<factor>_<tier>`; "" where the key names none."""
-    return key.partition("_")[2]
+    """The tier of a tensor by its key, `<factor>_<tier>`, or its name, `...:<key>`; "" where the key names none."""
+    return key.rpartition(":")[2].partition("_")[2]
+
+
+def is_named(key: str, names: Collection[str]) -> bool:
+    """Whether `names`, of tiers and of single tensors by their keys, have the tensor called `key`."""
+    return key in names or tier_of(key) in names
 
 
 class Factors(nn.Module):

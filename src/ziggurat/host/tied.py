@@ -60,6 +60,6 @@ def note_untied(model: Any) -> None:
             part.tie_word_embeddings = len(tied) > 1  # PEFT has set it to False for all
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _same(first: Tensor, other: Tensor) -> bool:
     """Whether two names are those of one tensor: on the meta device they are known by the object alone."""
-    return one is other or (not one.is_meta and one.data_ptr() == other.data_ptr() and one.shape == other.shape)
+    return first is other or (not first.is_meta and first.data_ptr() == other.data_ptr() and first.shape == other.shape)

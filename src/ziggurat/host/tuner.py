@@ -22,7 +22,7 @@ from ziggurat.host.blend import add_blend, check_request
 from ziggurat.host.draws import Draws
 from ziggurat.host.lifecycle import Watch, step_in_trainers, watch_trainers
 from ziggurat.host.linear import AdaptedLinear
-from ziggurat.host.method import Method, needs_steps, pair_of, specs_of, unique_specs
+from ziggurat.host.method import Method, needs_steps, pair_of, specs_of
 from ziggurat.host.method_layer import ExpertsLayer, MethodLayer
 from ziggurat.host.names import RenamesOnLoad, check_tensors, current_names
 from ziggurat.host.older import NoMatchingPeftModuleError, as_no_match, check_saved_whole
@@ -31,9 +31,10 @@ from ziggurat.host.remarks import check_fused_mixers, remark
 from ziggurat.host.siblings import introduce
 from ziggurat.host.site import Site
 from ziggurat.host.sites_table import to_table
-from ziggurat.host.targets import DEFAULT_TARGETS, check_takes_parameters, near_misses, sites_of, targets
+from ziggurat.host.targets import DEFAULT_TARGETS, check_takes_parameters, checked_specs, near_misses, sites_of, targets
 from ziggurat.host.tensors import Weight, check_pair
 from ziggurat.host.tied import note_shared, note_untied
+from ziggurat.host.trainers import ride_along
 from ziggurat.host.vocabulary import grown_beside_adapters
 
 #: An adapter may ask for this many parameters whatever its file holds: 256 MiB in float32.
@@ -74,20 +75,17 @@ class MethodTuner(BaseTuner):
         """Path -> site. Changes nothing."""
         return sites_of(self.method, config, model)
 
-    def _check_site(self, config: Any, site: Site, computed: set[Any]) -> None:
-        """Raise ConfigError where the method can't work at `site`, or its two functions don't fit each other.
-
-        The pair is computed once for all sites of the same sizes, which `computed` holds.
-        """
-        if self.method.check is not None and config.blended is None:
-            self.method.check(config, site)
-        if self.method.pair is not None:
-            specs = specs_of(self.method, config, site)
+    def _check_pairs(self, config: Any, sites: Mapping[str, Site]) -> None:
+        """Raise ConfigError where the method's two functions don't fit each other. Sites of the same sizes have one pair."""
+        computed: set[Any] = set()
+        for site in sites.values() if self.method.pair is not None else ():
+            here = config.at(site)
+            specs = specs_of(self.method, here, site)
             sizes = (site.d_in, site.d_out, site.fused, *((key, spec.shape) for key, spec in specs.items()))
-            if sizes not in computed and all(spec.size for spec in specs.values()):
+            if specs and sizes not in computed and all(spec.size for spec in specs.values()):
                 computed.add(sizes)
-                stored = {key: _on_meta(spec.shape) for key, spec in specs.items()}
-                pair = pair_of(self.method, config, site, stored)
+                stored = {key: torch.empty(spec.shape, device="meta") for key, spec in specs.items()}
+                pair = pair_of(self.method, here, site, stored)
                 check_pair(pair, site.d_in, site.d_out, f"{self.method.card.shown} at {site.path!r}")
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
@@ -105,15 +103,8 @@ class MethodTuner(BaseTuner):
         all_linear = config.target_modules == "all-linear"  # which PEFT replaces by names
         self.sites = self._sites(config, model)
         check_fused_mixers(model, self.sites)
-        computed: set[Any] = set()
-        for site in self.sites.values():
-            self._check_site(config.at(site), site, computed)
-        config.check_sites(self.sites)
-        specs = unique_specs(self.method, config.at, self.sites)
-        if config.freeze_tiers is not None:
-            from ziggurat.host.inherit import check_frozen
-
-            check_frozen(self.method, config, self.sites, specs)
+        specs = checked_specs(self.method, config, self.sites)
+        self._check_pairs(config, self.sites)
         check_stored(config, sum(spec.size for spec in specs.values() if spec.seed is None))
         check_saved_whole(config)
         if self.method.sites is None:
@@ -149,8 +140,10 @@ class MethodTuner(BaseTuner):
         watch_trainers()
         if needs_steps(self.peft_config[adapter_name]):
             Watch.start(self.model)
-            if type(self).inject_adapter is MethodTuner.inject_adapter:
+            if self.method.callback is None:
                 step_in_trainers(self.method)
+        if self.method.callback is not None and (callback := self.method.callback(config)) is not None:
+            ride_along(callback)
 
     def _create_and_replace(
         self,
@@ -235,8 +228,8 @@ class MethodTuner(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return own | grown_beside_adapters(model, config, state_dict)
+        state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return state | grown_beside_adapters(model, config, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -417,10 +410,6 @@ def check_stored(config: Any, parameters: int) -> None:
             "they don't belong together, or belong to another base model. To train such an adapter afresh, make a new "
             "config."
         )
-
-
-def _on_meta(shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, device="meta")
 
 
 def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> tuple[Any, dict[str, Any]]:

@@ -12,6 +12,9 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Size, nn
 
+#: What PEFT puts before the names of the base model's tensors.
+PREFIX = "base_model.model."
+
 
 @dataclass
 class Node:

@@ -1,20 +1,20 @@
-"""Checks of single values in a config, each with an error that says what was given and what is allowed."""
+"""The fields of a config, and checks of their values, each with an error that says what was given and is allowed."""
 
 import re
+from collections.abc import Callable
+from dataclasses import field
+from os import PathLike
 from re import _constants as op  # pyright: ignore[reportAttributeAccessIssue]
 from re import _parser  # pyright: ignore[reportAttributeAccessIssue]
 from typing import Any
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.site import Site
 
 #: No matrix in use has more rows; a rank above is a slip or an attack.
 MOST_RANK = 2**16
 #: What a list or dict in a config may hold.
 MOST_ENTRIES = 100_000
 MOST_ALPHA = 1e9
-#: A rank that is no burden however small the matrix is.
-FREE_RANK = 256
 #: Fields of an adapter's config that don't decide what it computes.
 NO_MATTER = frozenset(
     {"inference_mode", "peft_version", "ziggurat_version", "ziggurat_format", "base_model_name_or_path", "revision"}
@@ -22,6 +22,15 @@ NO_MATTER = frozenset(
 )
 #: Repeats without end in one regular expression; matching takes the length of a path to that power.
 MOST_REPEATS = 4
+
+
+#: Takes a field's name and its value, and raises ConfigError unless the value is allowed.
+Check = Callable[[str, Any], None]
+
+
+def option(default: Any, about: str, check: Check | None = None) -> Any:
+    """A field of a config. `check` looks at its value, but for None where that is the default."""
+    return field(default=default, metadata={"help": about, "check": check})
 
 
 def is_whole(value: Any, least: int, most: float = float("inf")) -> bool:
@@ -51,20 +60,41 @@ def check_rank(name: str, value: Any) -> None:
         raise ConfigError(f"{name}={shown(value)}: no matrix has room for such a rank; at most {MOST_RANK:,}.")
 
 
-def check_room(config: Any, name: str, rank: int, site: Site, *, free: bool = False) -> None:
-    """Raise ConfigError if `rank` is above what the matrix at `site` has room for.
+def whole(least: int, most: int = MOST_RANK) -> Check:
+    """The check for a whole number from `least` to `most`."""
 
-    `name` says which rank it is. `free`: a rank up to the larger side, or up to 256, costs nothing worth refusing. An
-    adapter from a folder, or a sum of adapters, has the rank that it has.
-    """
-    if config.stored_numbers is not None or config.any_rank:
-        return
-    most = max(site.d_in, site.d_out, FREE_RANK) if free else min(site.d_in, site.d_out)
-    if rank > most:
-        raise ConfigError(
-            f"{name} is above the matrix: {site.path!r} maps {site.d_in} to {site.d_out}, so at most rank {most} "
-            "has a meaning there. Lower it, or leave the module out by exclude_modules."
-        )
+    def check(name: str, value: Any) -> None:
+        if not is_whole(value, least, most):
+            raise ConfigError(
+                f"{name}={shown(value)}: a whole number of at least {least} is needed (at most {most:,})."
+            )
+
+    return check
+
+
+def one_of(*allowed: Any) -> Check:
+    """The check for one of several values. True and 1 are two."""
+
+    def check(name: str, value: Any) -> None:
+        if not any(type(value) is type(choice) and value == choice for choice in allowed):
+            *others, last = map(repr, allowed)
+            raise ConfigError(f"{name}={shown(value)}: {', '.join(others)} or {last}.")
+
+    return check
+
+
+def by_target(check: Check) -> Check:
+    """The check for a mapping of target modules, or the ends of their paths, to values that `check` looks at."""
+
+    def check_all(name: str, value: Any) -> None:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name}={shown(value)}: target modules with values are needed, such as {{'query': 4}}.")
+        check_names(name, list(value))
+        for key, of_target in value.items():
+            check_pattern(f"a key of {name}", key)
+            check(f"{name}[{shown(key)}]", of_target)
+
+    return check_all
 
 
 def check_above_zero(name: str, value: Any) -> None:
@@ -83,6 +113,24 @@ def check_flag(name: str, value: Any) -> None:
     """Raise ConfigError unless `value` is True or False: "no" and 0 would count as one of them in silence."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name}={shown(value)}: True or False is needed.")
+
+
+def check_text(name: str, value: Any) -> None:
+    """Raise ConfigError unless `value` is text or a path."""
+    if not isinstance(value, str | PathLike):
+        raise ConfigError(f"{name}={shown(value)}: text, or nothing, is needed.")
+
+
+def check_list(name: str, value: Any) -> None:
+    """Raise ConfigError unless `value` is a list."""
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{name}={shown(value)}: a list is needed.")
+
+
+def check_mapping(name: str, value: Any) -> None:
+    """Raise ConfigError unless `value` is a mapping."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name}={shown(value)}: a mapping, or nothing, is needed.")
 
 
 def check_names(name: str, value: Any) -> None:

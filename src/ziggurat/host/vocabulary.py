@@ -9,16 +9,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
-from .unwrap import unwrap
+from .unwrap import PREFIX, unwrap
 
 #: What wrappers put into the names of the weights that they hold.
 _WRAPPED = frozenset({"base_layer", "original_module", "modules_to_save", "token_adapter"})
-_PREFIX = "base_model.model."
 
 
 def base_name(name: str) -> str:
     """The name in the base model of a tensor in an adapter's file."""
-    return ".".join(part for part in name.removeprefix(_PREFIX).split(".") if part not in _WRAPPED)
+    return ".".join(part for part in name.removeprefix(PREFIX).split(".") if part not in _WRAPPED)
 
 
 def embedding_paths(model: nn.Module) -> list[str]:

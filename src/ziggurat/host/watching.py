@@ -3,7 +3,7 @@
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from ziggurat.host.card import keep_section
 from ziggurat.host.lifecycle import STEPPED, Watch, check_moves, check_something_trains, step
@@ -15,17 +15,13 @@ class TrainingWatch(TrainerCallback):
     Rides along in every Trainer.
     """
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_init_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         keep_section()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         check_something_trains(model)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         Watch.reset(model)
         warmup, total = args.get_warmup_steps(state.max_steps), state.max_steps
         # Some steps at the full rate, so that even a run without warm-up has begun to move.
@@ -36,14 +32,10 @@ class TrainingWatch(TrainerCallback):
 class StepCallback(TrainerCallback):
     """Calls `ziggurat.step` for methods that bring no callback of their own. Rides along in every Trainer."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._step(model, state.global_step, state.max_steps, kwargs.get("optimizer"))
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._step(model, state.global_step + 1, state.max_steps, kwargs.get("optimizer"))
 
     @staticmethod

@@ -4,7 +4,7 @@ A is (rank, d_in), B is (d_out, rank), the update of the weight is the *delta* `
 A scale alpha / rank is folded into B, so a pair says everything about its update.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from math import sqrt
 from typing import NamedTuple
@@ -77,6 +77,21 @@ def on_device(pair: FactorPair, device: torch.device) -> FactorPair:
 def delta(pair: FactorPair) -> Tensor:
     """The dense update ``B @ A``, (d_out, d_in): for merging into a weight. Spectra come from the factors."""
     return pair.B @ pair.A
+
+
+def inner(a: FactorPair, b: FactorPair) -> float:
+    """<dW_a, dW_b>_F = tr(A_b A_a^T B_a^T B_b) in float64, without a dense matrix."""
+    return float(((b.A @ a.A.T).double() * (b.B.T @ a.B).double()).sum())
+
+
+def with_updates(weight: Tensor, pairs: Iterable[FactorPair], transposed: bool) -> Tensor:
+    """W + sum of B A, added up in float32 at least and rounded once. `transposed`: W is (d_in, d_out)."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    total = weight.to(wide)
+    for A, B in pairs:
+        update = delta(FactorPair(A.to(wide), B.to(wide))).to(weight.device)
+        total = total + (update.mT if transposed else update)
+    return total.to(weight.dtype)
 
 
 def pad(pair: FactorPair, rank: int) -> FactorPair:

@@ -4,7 +4,7 @@ dW_n = scale B_g(n) A,  scale = lora_alpha / r.  Every layer begins as a group g
 the other, the two groups whose B's are nearest, by ||B_i - B_j||_F, go on with one B, until `groups` are left.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
@@ -22,12 +22,12 @@ from ziggurat.kit import (
     Stored,
     TensorSpec,
     acting_parameters,
-    check_room,
-    is_whole,
     low_rank,
+    option,
     register,
     shared_tensors,
     shown,
+    whole,
 )
 
 CITATION = """@article{hu2024aslora,
@@ -56,14 +56,12 @@ class ASLoRAConfig(MergingConfig):
         ConfigError: values outside these bounds.
     """
 
-    groups: int = field(default=4, metadata={"help": "B's that each role is left with."})
-    merge_from: float = field(default=0.1, metadata={"help": "Share of training after which B's merge."})
-    merge_until: float = field(default=0.5, metadata={"help": "Share of training at which all merges are done."})
+    groups: int = option(4, "B's that each role is left with.", whole(1))
+    merge_from: float = option(0.1, "Share of training after which B's merge.")
+    merge_until: float = option(0.5, "Share of training at which all merges are done.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_whole(self.groups, 1):
-            raise ConfigError(f"groups={shown(self.groups)}: a whole number of at least 1 is needed.")
         shares = (self.merge_from, self.merge_until)
         numbers = all(isinstance(share, int | float) and not isinstance(share, bool) for share in shares)
         if not numbers or not 0 <= self.merge_from < self.merge_until <= 1:
@@ -90,11 +88,6 @@ def reads(config: ASLoRAConfig, site: Site) -> dict[str, str]:
 def pair(config: ASLoRAConfig, site: Site, t: Stored, context: Context) -> FactorPair:
     """A, scale B."""
     return FactorPair(t["A"], config.scale_of(config.r) * t["B"])
-
-
-def check(config: ASLoRAConfig, site: Site) -> None:
-    """Raise ConfigError if the rank has no room in the matrix of `site`."""
-    check_room(config, f"r={config.r}", config.r, site)
 
 
 @torch.no_grad()
@@ -132,7 +125,6 @@ METHOD = Method(
     tensors,
     pair,
     Card("ASLoRA", "2412.10135", "one A for all layers, and B's that merge in training where they are alike", CITATION),
-    check=check,
     reads=reads,
     needs_steps=lambda config: True,
     step=step,

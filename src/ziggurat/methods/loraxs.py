@@ -4,7 +4,7 @@ W = U S V^T;  dW = scale B R A with B = U_r, A = S_r V_r^T, the r largest singul
 scale = lora_alpha / r.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -23,6 +23,7 @@ from ziggurat.kit import (
     Weight,
     kaiming,
     normal,
+    option,
     register,
     zeros,
 )
@@ -50,9 +51,8 @@ class LoRAXSConfig(MethodConfig):
             fresh adapter changes nothing at all. False: R is large, for tests.
     """
 
-    init_weights: bool | Literal["gaussian"] = field(
-        default="gaussian",
-        metadata={"help": "'gaussian': R normal with standard deviation 1e-5. True: R zero. False: large, for tests."},
+    init_weights: bool | Literal["gaussian"] = option(
+        "gaussian", "'gaussian': R normal with standard deviation 1e-5. True: R zero. False: large, for tests."
     )
 
 

@@ -3,10 +3,9 @@
 dW_n = scale B_n A with share="A",  scale B A_n with "B",  scale B A with "AB";  scale = lora_alpha / r.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from ziggurat.errors import ConfigError
 from ziggurat.kit import (
     Card,
     Context,
@@ -16,10 +15,10 @@ from ziggurat.kit import (
     Site,
     Stored,
     TensorSpec,
-    check_room,
     low_rank,
+    one_of,
+    option,
     register,
-    shown,
 )
 
 CITATION = """@article{song2024sharelora,
@@ -44,14 +43,9 @@ class ShareLoRAConfig(MethodConfig):
         ConfigError: `share` is something else.
     """
 
-    share: Literal["A", "B", "AB"] = field(
-        default="A", metadata={"help": "The factors that all layers share: 'A', 'B' or 'AB'."}
+    share: Literal["A", "B", "AB"] = option(
+        "A", "The factors that all layers share: 'A', 'B' or 'AB'.", one_of("A", "B", "AB")
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.share not in ("A", "B", "AB"):
-            raise ConfigError(f"share={shown(self.share)}: 'A', 'B' or 'AB'.")
 
 
 def tensors(config: ShareLoRAConfig, site: Site) -> dict[str, TensorSpec]:
@@ -65,17 +59,11 @@ def pair(config: ShareLoRAConfig, site: Site, t: Stored, context: Context) -> Fa
     return FactorPair(t["A"], config.scale_of(config.r) * t["B"])
 
 
-def check(config: ShareLoRAConfig, site: Site) -> None:
-    """Raise ConfigError if the rank has no room in the matrix of `site`."""
-    check_room(config, f"r={config.r}", config.r, site)
-
-
 METHOD = Method(
     "sharelora",
     ShareLoRAConfig,
     tensors,
     pair,
     Card("ShareLoRA", "2406.10785", "LoRA whose A, B or both are shared by all layers", CITATION),
-    check=check,
 )
 register(METHOD)

@@ -3,7 +3,8 @@
 dW_n = scale diag(v_n) B diag(u_n) A with u_n (r) and v_n (d_out);  scale = lora_alpha / r.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -19,10 +20,10 @@ from ziggurat.kit import (
     Stored,
     TensorSpec,
     Weight,
-    check_room,
     gaussian,
     kaiming,
     ones,
+    option,
     register,
     shown,
     zeros,
@@ -34,6 +35,12 @@ CITATION = """@article{renduchintala2023tiedlora,
   journal = {arXiv preprint arXiv:2311.09578},
   year    = {2023}
 }"""
+
+
+def _check_letters(name: str, value: Any) -> None:
+    letters = value if isinstance(value, str) else ""
+    if not letters or len(set(letters)) < len(letters) or not set(letters) <= set("ABuv"):
+        raise ConfigError(f"{name}={shown(value)}: some of the letters A, B, u, v, each once, as 'ABuv'.")
 
 
 @dataclass
@@ -52,13 +59,7 @@ class TiedLoRAConfig(MethodConfig):
         ConfigError: `trained` is no such word.
     """
 
-    trained: str = field(default="ABuv", metadata={"help": "The tensors that train, some of A, B, u, v: 'ABuv'."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        letters = self.trained if isinstance(self.trained, str) else ""
-        if not letters or len(set(letters)) < len(letters) or not set(letters) <= set("ABuv"):
-            raise ConfigError(f"trained={shown(self.trained)}: some of the letters A, B, u, v, each once, as 'ABuv'.")
+    trained: str = option("ABuv", "The tensors that train, some of A, B, u, v: 'ABuv'.", _check_letters)
 
 
 def tensors(config: TiedLoRAConfig, site: Site) -> dict[str, TensorSpec]:
@@ -84,11 +85,6 @@ def pair(config: TiedLoRAConfig, site: Site, t: Stored, context: Context) -> Fac
     return FactorPair(t["u"].unsqueeze(1) * t["A"], (config.scale_of(config.r) * t["v"]).unsqueeze(1) * t["B"])
 
 
-def check(config: TiedLoRAConfig, site: Site) -> None:
-    """Raise ConfigError if the rank has no room in the matrix of `site`."""
-    check_room(config, f"r={config.r}", config.r, site)
-
-
 def _around_one(tensor: Tensor, weight: Weight) -> None:
     tensor.uniform_(0.5, 1.5)
 
@@ -99,6 +95,5 @@ METHOD = Method(
     tensors,
     pair,
     Card("Tied-LoRA", "2311.09578", "one A and B for all layers, scaled by vectors of each layer's own", CITATION),
-    check=check,
 )
 register(METHOD)

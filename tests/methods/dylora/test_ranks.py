@@ -14,7 +14,7 @@ from ziggurat import DyLoRAConfig
 from ziggurat.errors import ConfigError
 from ziggurat.host.draws import Draws
 from ziggurat.host.linear import AdaptedLinear
-from ziggurat.methods.dylora.model import METHOD
+from ziggurat.methods.dylora import METHOD
 from zoo import ZOO
 
 

@@ -23,7 +23,7 @@ from zoo import ZOO
         ({"injections": 1.5}, r"injections=1\.5: a whole number"),
         ({"max_span": 0}, r"max_span=0: a whole number of at least 1"),
         ({"max_span": 1, "merges": 1}, r"max_span=1 with merges=1: a merged path covers at least 2"),
-        ({"criterion": "size"}, r"criterion='size': one of mean, energy, sfs, effective_rank"),
+        ({"criterion": "size"}, r"criterion='size': 'mean', 'energy', 'sfs' or 'effective_rank'"),
         ({"keep": "upper"}, r"keep='upper': 'lower' or 'richer'"),
         ({"criterion_k": 9}, r"criterion_k=9: a path of rank r=8 has 8 singular values"),
         ({"lora_alpha": 0}, r"lora_alpha=0: a finite number above 0"),

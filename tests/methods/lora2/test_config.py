@@ -35,7 +35,7 @@ from zoo import ZOO
         ({"lora_alpha": 0}, "lora_alpha=0: a finite number above 0"),
         ({"lora_alpha": "16"}, "lora_alpha='16'"),
         ({"layers_to_transform": "0"}, "layers_to_transform='0': a layer's number"),
-        ({"rank_pattern": [4]}, r"rank_pattern=\[4\]: paths with ranks"),
+        ({"rank_pattern": [4]}, r"rank_pattern=\[4\]: target modules with values"),
         ({"rank_pattern": {"a": -1}}, r"rank_pattern\['a'\]=-1"),
         ({"init_weights": "pissa"}, "init_weights='pissa': True, False, 'gaussian' or 'orthonormal'"),
     ],

@@ -17,7 +17,7 @@ from ziggurat import MSPLoraConfig
 from ziggurat.analysis import collect
 from ziggurat.errors import AnatomyError, ConfigError
 from ziggurat.host.count import count
-from ziggurat.methods.msplora.pyramid import tier_of
+from ziggurat.host.tensors import tier_of
 from zoo import ZOO
 
 

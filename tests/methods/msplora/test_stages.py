@@ -9,7 +9,7 @@ from peft import get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ziggurat import MSPLoraConfig
-from ziggurat.methods.msplora.pyramid import tier_of
+from ziggurat.host.tensors import tier_of
 from zoo import ZOO
 
 

@@ -1,11 +1,11 @@
 """What a user says of bottleneck adapters."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.config import MethodConfig
-from ziggurat.host.values import MOST_ENTRIES, is_whole, shown
+from ziggurat.host.values import check_rank, one_of, option, whole
 
 CITATION = """@article{ruckle2021adapterdrop,
   title     = {{AdapterDrop}: On the Efficiency of Adapters in Transformers},
@@ -43,25 +43,16 @@ class AdapterDropConfig(MethodConfig):
         ConfigError: values that can't work in any model; fields that only low-rank updates have.
     """
 
-    bias: Literal["none", "all", "adapterdrop_only"] = field(
-        default="none", metadata={"help": "Biases to train: 'none', 'all' or 'adapterdrop_only'."}
-    )
-    r: int = field(default=16, metadata={"help": "Width of the bottleneck."})
-    activation: Literal["relu", "gelu", "silu"] = field(default="relu", metadata={"help": "Between down and up."})
-    drop_layers: int = field(default=0, metadata={"help": "So many of the lowest layers get no adapter."})
-    robust_drop: int = field(default=0, metadata={"help": "Up to so many lowest layers are left out while training."})
+    r: int = option(16, "Width of the bottleneck.", check_rank)
+    activation: Literal["relu", "gelu", "silu"] = option("relu", "Between down and up.", one_of("relu", "gelu", "silu"))
+    drop_layers: int = option(0, "So many of the lowest layers get no adapter.", whole(0))
+    robust_drop: int = option(0, "Up to so many lowest layers are left out while training.", whole(0))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.target_modules is None:
             self.target_modules = FEED_FORWARD_OUTPUT
-        for name in ("drop_layers", "robust_drop"):
-            value = getattr(self, name)
-            if not is_whole(value, 0, MOST_ENTRIES):
-                raise ConfigError(f"{name}={shown(value)}: a number of layers, at least 0, is needed.")
         if self.drop_layers and self.robust_drop:
             raise ConfigError("drop_layers and robust_drop are the two variants of AdapterDrop: give one of them.")
-        if self.activation not in ("relu", "gelu", "silu"):
-            raise ConfigError(f"activation={shown(self.activation)}: 'relu', 'gelu' or 'silu'.")
         if self.use_rslora or self.lora_alpha != 16:
             raise ConfigError("lora_alpha and use_rslora have no meaning here: a bottleneck isn't scaled by its width.")

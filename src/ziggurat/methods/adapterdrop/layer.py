@@ -12,6 +12,7 @@ from torch.nn import functional
 from ziggurat.errors import ExportError
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.method import EVALUATION, Context
+from ziggurat.host.method_layer import rows_by_adapter
 from ziggurat.host.site import Site
 from ziggurat.host.tensors import TensorSpec, kaiming, zeros
 from ziggurat.lowrank.pair import FactorPair
@@ -71,14 +72,9 @@ class BottleneckLinear(AdaptedLinear):
         return self.sites[adapter].layer < max(drawn, self.dropped.get(adapter, 0))
 
     def _add_by_sample(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
-        if len(adapter_names) != len(x):
-            raise ValueError(
-                f"adapter_names has {len(adapter_names)} names for a batch of {len(x)}: give one name a sample."
-            )
         y = y.clone()
-        for adapter in sorted(set(adapter_names) & set(self.adapters)):
+        for adapter, rows in rows_by_adapter(adapter_names, len(x), self.adapters, y.device):
             if not self._left_out(adapter):
-                rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=y.device)
                 y[rows] = y[rows] + self._bottleneck(y[rows], adapter)
         return y
 

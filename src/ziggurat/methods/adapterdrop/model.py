@@ -5,9 +5,8 @@ from typing import Any
 from ziggurat.errors import ConfigError
 from ziggurat.host.method import Card, Method
 from ziggurat.host.registry import register
-from ziggurat.host.site import Site
+from ziggurat.host.site import Site, check_room
 from ziggurat.host.tuner import MethodTuner
-from ziggurat.host.values import check_room
 from ziggurat.methods.adapterdrop.config import CITATION, AdapterDropConfig
 from ziggurat.methods.adapterdrop.layer import BottleneckLinear, draw, tensors
 

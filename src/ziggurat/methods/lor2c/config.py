@@ -1,7 +1,7 @@
 """What a user says of a LoR2C adapter."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +16,10 @@ from ziggurat.host.values import (
     check_probability,
     check_rank,
     is_whole,
+    one_of,
+    option,
     shown,
+    whole,
 )
 from ziggurat.methods.lor2c.draw import draw_events
 from ziggurat.methods.lor2c.plan import CRITERIA, KEEP
@@ -25,8 +28,6 @@ EVENTS_FILE = "lor2c_events.json"
 PICTURE_FILE = "lor2c_events.svg"
 #: The tensor that carries structure and log beside the weights: JSON in bytes.
 STRUCTURE_KEY = "lor2c_structure"
-#: Above any number of layers, events or features that a model has.
-MOST_WHOLE = 2**24
 
 CITATION = """@article{zhao2025lor2c,
   title   = {{LoR2C}: Low-Rank Residual Connection Adaptation for Parameter-Efficient Fine-Tuning},
@@ -34,6 +35,36 @@ CITATION = """@article{zhao2025lor2c,
   journal = {arXiv preprint arXiv:2503.00572},
   year    = {2025}
 }"""
+
+
+def _by_stack(value: Any) -> list[Any]:
+    """What is said of each stack, or once for all."""
+    return list(value.values()) if isinstance(value, dict) else [value]
+
+
+def _check_spans(name: str, value: Any) -> None:
+    if not all(isinstance(spans, list | tuple) and len(spans) <= MOST_ENTRIES for spans in _by_stack(value)):
+        raise ConfigError(
+            f"{name}={shown(value)}: a list of first and last layers such as [[0, 1], [2, 5]], or one such list a "
+            "stack, {stack: [...]}."
+        )
+
+
+def _check_injected(name: str, value: Any) -> None:
+    for layers in _by_stack(value):
+        numbers = isinstance(layers, list | tuple) and all(is_whole(n, -MOST_RANK, MOST_RANK) for n in layers)
+        if not numbers or len(set(layers)) < len(layers):
+            raise ConfigError(
+                f"{name}={shown(value)}: layers' numbers, each once, such as [3, 5] or {{stack: [3, 5]}}."
+            )
+
+
+def _check_structure(name: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{name}={shown(value)}: a mapping that LoR2C has written. Leave it out, and say where paths lie by spans "
+            "and injected_layers."
+        )
 
 
 @dataclass
@@ -77,29 +108,26 @@ class LoR2CConfig(MethodConfig):
         ("rank_pattern", "alpha_pattern"), "a path goes around a whole layer"
     )
 
-    bias: Literal["none", "all", "lor2c_only"] = field(
-        default="none", metadata={"help": "Biases to train: 'none', 'all' or 'lor2c_only'."}
+    share: bool = option(False, "One A for all layers of a stack.", check_flag)
+    spans: list[list[int]] | dict[str, list[list[int]]] | None = option(
+        None, "First and last layer of every path (default: one path a layer).", _check_spans
     )
-    share: bool = field(default=False, metadata={"help": "One A for all layers of a stack."})
-    spans: list[list[int]] | dict[str, list[list[int]]] | None = field(
-        default=None, metadata={"help": "First and last layer of every path (default: one path a layer)."}
+    merges: int = option(0, "How many times two adjacent paths become one.", whole(0))
+    injections: int = option(0, "How many paths are given up for LoRA on query and value.", whole(0))
+    criterion: Literal["mean", "energy", "sfs", "effective_rank"] = option(
+        "mean", "How paths are scored: mean, energy, sfs or effective_rank.", one_of(*CRITERIA)
     )
-    merges: int = field(default=0, metadata={"help": "How many times two adjacent paths become one."})
-    injections: int = field(default=0, metadata={"help": "How many paths are given up for LoRA on query and value."})
-    criterion: Literal["mean", "energy", "sfs", "effective_rank"] = field(
-        default="mean", metadata={"help": "How paths are scored: mean, energy, sfs or effective_rank."}
+    criterion_k: int | None = option(None, "The k of energy and sfs (default: r / 2).", whole(1))
+    keep: Literal["lower", "richer"] = option("lower", "Whose weights a merged path keeps.", one_of(*KEEP))
+    max_span: int | None = option(None, "The most layers a merged path may cover.", whole(1))
+    inject_r: int | None = option(None, "Rank of injected LoRA (default: r / 2).", check_rank)
+    inject_alpha: float | None = option(None, "Its alpha (default: lora_alpha).", check_above_zero)
+    inject_dropout: float | None = option(None, "Its dropout (default: lora_dropout).", check_probability)
+    injected_layers: list[int] | dict[str, list[int]] | None = option(
+        None, "Layers that have LoRA instead of a path from the start.", _check_injected
     )
-    criterion_k: int | None = field(default=None, metadata={"help": "The k of energy and sfs (default: r / 2)."})
-    keep: Literal["lower", "richer"] = field(default="lower", metadata={"help": "Whose weights a merged path keeps."})
-    max_span: int | None = field(default=None, metadata={"help": "The most layers a merged path may cover."})
-    inject_r: int | None = field(default=None, metadata={"help": "Rank of injected LoRA (default: r / 2)."})
-    inject_alpha: float | None = field(default=None, metadata={"help": "Its alpha (default: lora_alpha)."})
-    inject_dropout: float | None = field(default=None, metadata={"help": "Its dropout (default: lora_dropout)."})
-    injected_layers: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Layers that have LoRA instead of a path from the start."}
-    )
-    hidden_size: int | None = field(default=None, metadata={"help": "Width of the residual stream."})
-    structure: dict[str, Any] | None = field(default=None, metadata={"help": "The paths as training has left them."})
+    hidden_size: int | None = option(None, "Width of the residual stream.", whole(1))
+    structure: dict[str, Any] | None = option(None, "The paths as training has left them.", _check_structure)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,36 +136,13 @@ class LoR2CConfig(MethodConfig):
                 "rank_pattern and alpha_pattern name linear layers, and a path goes around a whole layer: take them "
                 "out. All paths have the rank r, and the LoRA in place of a path has inject_r."
             )
-        check_flag("share", self.share)
         #: The decisions so far, with their scores; written beside the adapter.
         self.log: list[dict[str, Any]] = []
-        for name in ("merges", "injections"):
-            self._whole(name, 0)
-        for name in ("criterion_k", "max_span", "inject_r", "hidden_size"):
-            if getattr(self, name) is not None:
-                self._whole(name, 1)
-        if self.inject_r is not None:
-            check_rank("inject_r", self.inject_r)
         if self.max_span == 1 and self.merges:
             raise ConfigError(f"max_span=1 with merges={self.merges}: a merged path covers at least 2 layers.")
-        if self.criterion not in CRITERIA:
-            raise ConfigError(f"criterion={shown(self.criterion)}: one of {', '.join(CRITERIA)}.")
-        if self.keep not in KEEP:
-            raise ConfigError(f"keep={shown(self.keep)}: 'lower' or 'richer'.")
         if self.criterion_k is not None and self.criterion_k > self.r:
             raise ConfigError(
                 f"criterion_k={self.criterion_k}: a path of rank r={self.r} has {self.r} singular values."
-            )
-        if self.inject_alpha is not None:
-            check_above_zero("inject_alpha", self.inject_alpha)
-        if self.inject_dropout is not None:
-            check_probability("inject_dropout", self.inject_dropout)
-        self._check_spans()
-        self._check_injected()
-        if self.structure is not None and not isinstance(self.structure, dict):
-            raise ConfigError(
-                f"structure={shown(self.structure)}: a mapping that LoR2C has written. Leave it out, and say where "
-                "paths lie by spans and injected_layers."
             )
         if self.may_inject and self.r == 1 and self.inject_r is None:
             raise ConfigError("r=1: LoRA in place of a path has rank r / 2, a whole number; set inject_r=1, or r=2.")
@@ -185,28 +190,3 @@ class LoR2CConfig(MethodConfig):
             folder = Path(save_directory)
             (folder / EVENTS_FILE).write_text(json.dumps(self.log, indent=1), encoding="utf-8")
             (folder / PICTURE_FILE).write_text(draw_events(self.log), encoding="utf-8")
-
-    def _check_spans(self) -> None:
-        given = self.spans
-        for spans in given.values() if isinstance(given, dict) else () if given is None else (given,):
-            if not isinstance(spans, list | tuple) or len(spans) > MOST_ENTRIES:
-                raise ConfigError(
-                    f"spans={shown(given)}: a list of first and last layers such as [[0, 1], [2, 5]], or one such list "
-                    "a stack, {stack: [...]}."
-                )
-
-    def _check_injected(self) -> None:
-        given = self.injected_layers
-        for layers in given.values() if isinstance(given, dict) else () if given is None else (given,):
-            whole = isinstance(layers, list | tuple) and all(is_whole(layer, -MOST_RANK, MOST_RANK) for layer in layers)
-            if not whole or len(set(layers)) < len(layers):
-                raise ConfigError(
-                    f"injected_layers={shown(given)}: layers' numbers, each once, such as [3, 5] or {{stack: [3, 5]}}."
-                )
-
-    def _whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if not is_whole(value, least, MOST_WHOLE):
-            raise ConfigError(
-                f"{name}={shown(value)}: a whole number of at least {least} is needed (at most {MOST_WHOLE:,})."
-            )

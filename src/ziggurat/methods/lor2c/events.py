@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from ziggurat.methods.lor2c.paths import PathBank
 
@@ -29,17 +29,9 @@ def restructure(
 class RestructureCallback(TrainerCallback):
     """Does the events of all LoR2C adapters in a training run, and shows each decision as a table."""
 
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: Optimizer | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         if isinstance(model, nn.Module) and state.max_steps > 0:
-            records = restructure(model, state.global_step, state.max_steps, optimizer)
+            records = restructure(model, state.global_step, state.max_steps, kwargs.get("optimizer"))
             if state.is_world_process_zero:
                 show(records)
 

@@ -40,15 +40,15 @@ class Layout:
 
     def sites(self, model: nn.Module, anatomy: Anatomy) -> dict[str, Site]:
         """Where the adapter has tensors: the last layer of every span, and the linear layers that may take over."""
-        found: dict[str, Site] = {}
+        sites: dict[str, Site] = {}
         for path, at in self.layers.items():
             if at.owner:
                 stack, span = body_name(model, at.stack), Span(at.layer, at.layer)
                 depth = anatomy.stacks[at.stack]
-                found[path] = Site(path, stack, at.layer, depth, "", at.width, at.width, span=span)
+                sites[path] = Site(path, stack, at.layer, depth, "", at.width, at.width, span=span)
         for path in self.linear_layers:
-            found[path] = linear_site(model, anatomy, path, model.get_submodule(path))
-        return found
+            sites[path] = linear_site(model, anatomy, path, model.get_submodule(path))
+        return sites
 
 
 def lay_out(config: LoR2CConfig, model: nn.Module, anatomy: Anatomy, model_type: str | None) -> Layout:
@@ -247,7 +247,7 @@ def _add_linears(
     if config.injections:
         needed |= {(p.stack, p.span.first) for p in paths(layout.structure) if p.span.length == 1}
     inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    found = set()
+    places = set()
     for path, module in model.named_modules():
         place = anatomy.find(path) if path and not path.startswith(inside) and means(targets, path) else None
         if place is None or (place.stack, place.layer) not in needed or not is_adaptable(module):
@@ -260,8 +260,8 @@ def _add_linears(
                 "Set inject_r (default: r / 2)."
             )
         layout.linear_layers[path] = (place.stack, place.layer)
-        found.add((place.stack, place.layer))
-    if missing := sorted(needed - found):
+        places.add((place.stack, place.layer))
+    if missing := sorted(needed - places):
         near = near_misses(targets, model)
         names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
         raise ConfigError(

@@ -21,13 +21,12 @@ from ziggurat.host.registry import register
 from ziggurat.host.site import Site
 from ziggurat.host.structure import StructureTuner
 from ziggurat.host.tensors import Weight
-from ziggurat.host.trainers import ride_along
 from ziggurat.host.tuner import _quantization
 from ziggurat.methods.lor2c.config import CITATION, EVENTS_FILE, STRUCTURE_KEY, LoR2CConfig
 from ziggurat.methods.lor2c.equations import pair, parts, tensors
 from ziggurat.methods.lor2c.layer import LoR2CLinear, LoR2CPath
 from ziggurat.methods.lor2c.layout import Layout, lay_out, means
-from ziggurat.methods.lor2c.paths import Adapter, PathBank, acting, from_json, to_json
+from ziggurat.methods.lor2c.paths import Adapter, PathBank, acting, from_json
 
 
 class LoR2CModel(StructureTuner):
@@ -56,10 +55,6 @@ class LoR2CModel(StructureTuner):
             bank.set_structure(adapter_name, structure, done)
         finally:
             self._layout = None
-        if config.restructures:
-            from ziggurat.methods.lor2c.events import RestructureCallback  # loads transformers' Trainer
-
-            ride_along(RestructureCallback)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
@@ -162,30 +157,21 @@ class LoR2CModel(StructureTuner):
         return model
 
     @classmethod
-    def structure_of(cls, model: nn.Module, adapter: str) -> Any:
-        known = _bank_of(model).known[adapter]
-        if not known.config.restructures:
-            return None
-        return {"structure": to_json(known.structure, known.done), "log": known.config.log}
+    def structure_of(cls, bank: PathBank, adapter: str) -> Any:
+        config = bank.known[adapter].config
+        return {"structure": bank.structures()[adapter], "log": config.log} if config.restructures else None
 
     @classmethod
-    def restore_structure(cls, model: nn.Module, adapter: str, plain: Any) -> None:
-        bank = _bank_of(model)
-        structure, done, log = _decode(plain)
-        bank.set_structure(adapter, structure, done)
+    def restore_structure(cls, bank: PathBank, adapter: str, plain: Any) -> None:
+        try:
+            structure, log = plain["structure"], [dict(entry) for entry in plain["log"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"the tensor {STRUCTURE_KEY!r} beside the adapter's weights isn't the JSON that LoR2C writes "
+                f"({error}): the file is damaged. Save the adapter again."
+            ) from error
+        bank.restore(adapter, structure)
         bank.known[adapter].config.log = log
-
-
-def _decode(plain: Any) -> tuple[Mapping[str, Any], int, list[dict[str, Any]]]:
-    try:
-        log = [dict(entry) for entry in plain["log"]]
-        structure = plain["structure"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"the tensor {STRUCTURE_KEY!r} beside the adapter's weights isn't the JSON that LoR2C writes ({error}): "
-            "the file is damaged. Save the adapter again."
-        ) from error
-    return *from_json(structure), log
 
 
 def _no_weight(path: str) -> Weight:
@@ -193,10 +179,6 @@ def _no_weight(path: str) -> Weight:
         raise ValueError("a path goes around a whole layer")
 
     return Weight(path, read)
-
-
-def _bank_of(model: nn.Module) -> PathBank:
-    return next(module for module in model.modules() if isinstance(module, PathBank))
 
 
 def _home(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -224,7 +206,16 @@ def step(
 ) -> None:
     """Merge and inject what is due before the next step."""
     if step < total:
-        _bank_of(root).restructure(step, total, optimizer, adapter)
+        PathBank.inside(root).restructure(step, total, optimizer, adapter)
+
+
+def callback(config: LoR2CConfig) -> type[Any] | None:
+    """Under a Trainer each decision is shown as a table."""
+    if not config.restructures:
+        return None
+    from ziggurat.methods.lor2c.events import RestructureCallback  # loads transformers' Trainer
+
+    return RestructureCallback
 
 
 METHOD = Method(
@@ -239,6 +230,7 @@ METHOD = Method(
         CITATION,
         merges=False,
     ),
+    check=None,
     sites=_all_sites,
     parts=parts,
     acting=acting,
@@ -246,6 +238,7 @@ METHOD = Method(
     step=step,
     step_fields=("merges", "injections"),
     step_does="moves weights during training",
+    callback=callback,
     events_file=EVENTS_FILE,
     finish=lambda model: dict(model.path_counts()),
     write=lambda model, folder: model.write_self_contained(folder),

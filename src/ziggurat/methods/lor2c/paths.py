@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.bank import Bank
 from ziggurat.host.site import Site
-from ziggurat.host.structure import from_tensor, to_tensor
+from ziggurat.host.structure import StructureBank
 from ziggurat.host.tensors import whole
 from ziggurat.host.values import is_whole, shown
 from ziggurat.lowrank.spans import check_spans
@@ -30,7 +29,7 @@ class Adapter:
     done: int = 0
 
 
-class PathBank(Bank):
+class PathBank(StructureBank):
     """Owned once at the model's root: the shared A's, every adapter's structure, and the one place that changes it."""
 
     other_param_names = ("known",)
@@ -83,11 +82,11 @@ class PathBank(Bank):
 
     def spectra(self, adapter: str) -> dict[Path, Tensor]:
         """The singular values of B A of every path, from QR of the factors; no d x d matrix is formed."""
-        found = {}
+        spectra = {}
         for path in paths(self.known[adapter].structure):
             t = self.members[path.stack][path.span.last].stored(adapter)
-            found[path] = singular_values(whole(t["A"]), whole(t["B"])).cpu()
-        return found
+            spectra[path] = singular_values(whole(t["A"]), whole(t["B"])).cpu()
+        return spectra
 
     def due(self, adapter: str, step: int, total_steps: int) -> list[Any]:
         """The events of `adapter` that should have happened before optimiser step `step`, and have not."""
@@ -158,8 +157,8 @@ class PathBank(Bank):
             linear for layers in self.linear_layers.values() for some in layers.values() for linear in some
         ]
         for module in (*everyone, *linear_layers):
-            own = {id(p): p for p in module.own_tensors(adapter).values()}
-            stored |= own
+            parameters = {id(p): p for p in module.own_tensors(adapter).values()}
+            stored |= parameters
             if adapter in module.adapters:
                 active |= {id(p): p for p in module.stored(adapter).values()}
         trained = {key: p for key, p in active.items() if p.requires_grad}
@@ -173,7 +172,11 @@ class PathBank(Bank):
 
     def _stack_here(self, stack: str) -> str:
         """What the stack is called in this model, where the structure is of a model with another head."""
-        alike = [own for own in self.members if f".{own}".endswith(f".{stack}") or f".{stack}".endswith(f".{own}")]
+        alike = [
+            member
+            for member in self.members
+            if f".{member}".endswith(f".{stack}") or f".{stack}".endswith(f".{member}")
+        ]
         return alike[0] if len(alike) == 1 else stack
 
     def _check(self, adapter: str, structure: Structure) -> None:
@@ -196,19 +199,11 @@ class PathBank(Bank):
                     "weights were trained with."
                 )
 
-    def get_extra_state(self) -> Tensor:
-        """The structure of every adapter: with it, a plain `state_dict` says which paths its weights belong to."""
-        return to_tensor({name: to_json(known.structure, known.done) for name, known in self.known.items()})
+    def structures(self) -> dict[str, Any]:
+        return {name: to_json(known.structure, known.done) for name, known in self.known.items()}
 
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take up the structure that `get_extra_state` gave.
-
-        Raises:
-            ConfigError: it needs a path or a linear layer that this model or adapter doesn't have.
-        """
-        for adapter, plain in from_tensor(state).items():
-            if adapter in self.known:
-                self.set_structure(adapter, *from_json(plain))
+    def restore(self, adapter: str, plain: Any) -> None:
+        self.set_structure(adapter, *from_json(plain))
 
     def forget(self, adapter: str) -> None:
         super().forget(adapter)
@@ -258,15 +253,15 @@ def acting(config: LoR2CConfig, sites: dict[str, Site]) -> dict[str, Site]:
         structure = {site.stack: state for site in sites.values() if (state := _state_of(config, site)) is not None}
     else:
         structure = _first_structure(config, sites)
-    found: dict[str, Site] = {}
+    acting_sites: dict[str, Site] = {}
     for path, site in sites.items():
         state = structure.get(site.stack, StackState(()))
         span = next((span for span in state.spans if span.last == site.layer), None)
         if site.span is not None and span is not None:
-            found[path] = replace(site, span=span)
+            acting_sites[path] = replace(site, span=span)
         elif site.span is None and site.layer in state.injected:
-            found[path] = site
-    return found
+            acting_sites[path] = site
+    return acting_sites
 
 
 def _state_of(config: LoR2CConfig, site: Site) -> StackState | None:

@@ -26,7 +26,7 @@ from ziggurat.errors import ExportError
 from ziggurat.files.staging import written_beside
 from ziggurat.host.paths import CHILD
 from ziggurat.host.tied import note_untied
-from ziggurat.host.unwrap import bare_path, bare_tree, unwrap
+from ziggurat.host.unwrap import PREFIX, bare_path, bare_tree, unwrap
 from ziggurat.methods.lor2c.layer import LoR2CLinear, LoR2CPath
 from ziggurat.methods.lor2c.layout import holder_of
 from ziggurat.methods.lor2c.paths import PathBank
@@ -70,14 +70,16 @@ def write_remote_code_model(model: nn.Module, tokenizer: Any, out: str | Path, a
     with written_beside(Path(out)) as folder:
         (folder / f"{MODULE}.py").write_text(_filled(names), encoding="utf-8")
         written = _run(folder / f"{MODULE}.py")
-        own = getattr(written, names["config"])(**{k: v for k, v in config.to_dict().items() if k != "model_type"})
-        own.lor2c_paths = layout
-        own.auto_map = {"AutoConfig": f"{MODULE}.{names['config']}"}
+        its_config = getattr(written, names["config"])(
+            **{k: v for k, v in config.to_dict().items() if k != "model_type"}
+        )
+        its_config.lor2c_paths = layout
+        its_config.auto_map = {"AutoConfig": f"{MODULE}.{names['config']}"}
         if body is not kind:  # before the others: servers take the first
-            own.auto_map["AutoModel"] = f"{MODULE}.{names['body']}"
-        own.auto_map |= dict.fromkeys(_auto_classes(kind.__name__), f"{MODULE}.{names['model']}")
+            its_config.auto_map["AutoModel"] = f"{MODULE}.{names['body']}"
+        its_config.auto_map |= dict.fromkeys(_auto_classes(kind.__name__), f"{MODULE}.{names['model']}")
         with torch.device("meta"):
-            whole = getattr(written, names["model"])(own)
+            whole = getattr(written, names["model"])(its_config)
         # Every name has its tensor, tied ones the same: tie_weights could only tie what was trained apart.
         whole.load_state_dict(weights, strict=False, assign=True)
         note_untied(whole)
@@ -85,7 +87,7 @@ def write_remote_code_model(model: nn.Module, tokenizer: Any, out: str | Path, a
             raise ExportError(f"the model's weights lack {', '.join(lacking[:3])}: is it whole, and not offloaded?")
         if base.can_generate():
             whole.generation_config = base.generation_config
-        # As the classes have them: the own model type has no conversion back from a checkpoint's older names.
+        # As the classes have them: their model type is new and has no conversion back from a checkpoint's older names.
         whole.save_pretrained(str(folder), save_original_format=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
@@ -103,8 +105,8 @@ def write_injected_lora(model: nn.Module, out: str | Path, adapter: str | None =
     base, _ = unwrap(model)
     bank, adapter = _bank(base, adapter)
     config = bank.known[adapter].config
-    found = dict(_awake(base, adapter))
-    if not found:
+    injected = dict(_awake(base, adapter))
+    if not injected:
         raise ExportError(
             f"adapter {adapter!r} has LoRA in no layer: all of it are paths, which no linear's weight can absorb. Keep "
             "the adapter, or write a model folder with its paths by `ziggurat merge`."
@@ -112,16 +114,16 @@ def write_injected_lora(model: nn.Module, out: str | Path, adapter: str | None =
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_r,
-        target_modules=sorted(found),
+        target_modules=sorted(injected),
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
     )
     tensors = {}
-    for path, linear in found.items():
+    for path, linear in injected.items():
         a, b = linear.effective_pair(adapter)
-        tensors[f"base_model.model.{path}.lora_A.weight"] = a.detach().cpu().contiguous()
-        tensors[f"base_model.model.{path}.lora_B.weight"] = b.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = a.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = b.detach().cpu().contiguous()
     with written_beside(Path(out)) as folder:
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         lora.save_pretrained(str(folder))

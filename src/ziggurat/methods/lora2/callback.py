@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ziggurat.host.unwrap import unwrap
@@ -26,24 +26,16 @@ STATE_KEY = "ziggurat.lora2"
 class LoRA2Callback(TrainerCallback):
     """Prunes the LoRA² adapters that train. Rides along in every Trainer; does nothing for other models."""
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Check the schedule against the length of the run; take up the averages and masks of a resumed one."""
         adapters = learning_adapters(model) if isinstance(model, nn.Module) else {}
         for adapter, config in adapters.items():
             config.schedule(state.max_steps)
             if not state.global_step:
-                for layer in adapted(model, adapter).values():  # type: ignore[arg-type]
+                for layer in adapted(model, adapter).values():
                     layer.begin(adapter)
         if not adapters or not state.global_step:
             return
-        assert model is not None
         saved = _states(state).get(STATE_KEY)
         if saved is None:
             logger.warning(
@@ -54,13 +46,7 @@ class LoRA2Callback(TrainerCallback):
             load_pruning_state(model, load(base64.b64decode(saved["state"])))
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Where the step's loss was not the model's own, add the regulariser's gradient here.
 
@@ -84,14 +70,7 @@ class LoRA2Callback(TrainerCallback):
             if gradient is not None and factor.grad is not None:
                 factor.grad.add_(gradient)
 
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Rank and prune: gradients are summed, averaged over processes, unscaled and clipped now, and still there.
 
         The checkpoints of before the final mask hold more directions than the target: from that mask on they no longer
@@ -99,7 +78,6 @@ class LoRA2Callback(TrainerCallback):
         """
         step = state.global_step + 1
         for adapter, config in learning_adapters(model).items() if isinstance(model, nn.Module) else ():
-            assert model is not None
             prune(model, step, state.max_steps, adapter)
             if config.target < config.r and step == config.schedule(state.max_steps).last:
                 if args.load_best_model_at_end and state.best_model_checkpoint is not None:
@@ -111,13 +89,7 @@ class LoRA2Callback(TrainerCallback):
                 state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, logs: Any = None, **kwargs: Any
     ) -> None:
         """Put `orthogonality`, the deviation without its weight, beside the training loss."""
         if not isinstance(model, nn.Module) or logs is None or "loss" not in logs or not learning_adapters(model):
@@ -128,14 +100,7 @@ class LoRA2Callback(TrainerCallback):
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1]["orthogonality"] = logs["orthogonality"]
 
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Write averages and masks into the checkpoint's trainer_state.json, from where the Trainer reads them back.
 
         Trainer doesn't hand a callback the folder that a run resumes from, but the state that it read there.
@@ -150,14 +115,7 @@ class LoRA2Callback(TrainerCallback):
         if state.is_world_process_zero and folder.is_dir():
             state.save_to_json(str(folder / "trainer_state.json"))
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Show where the directions that survived are, one row a layer, one column a role."""
         if not isinstance(model, nn.Module):
             return

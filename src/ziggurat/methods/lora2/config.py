@@ -1,13 +1,13 @@
 """What a user says of a LoRA² adapter."""
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.config import MethodConfig
 from ziggurat.host.site import Site
-from ziggurat.host.values import MOST_ALPHA, MOST_ENTRIES, MOST_RANK, is_number, is_whole, shown
-from ziggurat.methods.lora2.schedule import Schedule, check_steps
+from ziggurat.host.values import MOST_ALPHA, by_target, is_number, is_whole, option, shown, whole
+from ziggurat.methods.lora2.schedule import Schedule, steps
 
 CITATION = """@article{zhang2024lora2,
   title   = {{LoRA}$^2$: Multi-Scale Low-Rank Approximations for Fine-Tuning Large Language Models},
@@ -18,6 +18,18 @@ CITATION = """@article{zhang2024lora2,
 
 #: The paper's k, where the matrix allows it.
 DEFAULT_OUTER_RANK = 8
+
+
+def _check_beta(name: str, value: Any) -> None:
+    if not isinstance(value, float) or not 0 < value < 1:
+        raise ConfigError(f"{name}={shown(value)}: a number above 0 and below 1 is needed, such as 0.85.")
+
+
+def _check_weight(name: str, value: Any) -> None:
+    if not is_number(value) or not 0 <= value <= MOST_ALPHA:
+        raise ConfigError(
+            f"{name}={shown(value)}: a weight of 0 or more is needed (a finite one, at most {MOST_ALPHA:g})."
+        )
 
 
 @dataclass
@@ -59,66 +71,33 @@ class LoRA2Config(MethodConfig):
 
     named_inits: ClassVar[tuple[str, ...]] = ("gaussian", "orthonormal")
 
-    bias: Literal["none", "all", "lora2_only"] = field(
-        default="none", metadata={"help": "Biases to train: 'none', 'all' or 'lora2_only'."}
-    )
-    outer_rank: int | None = field(default=None, metadata={"help": "Rank of the outer plane, the paper's k."})
-    target_rank: int | None = field(default=None, metadata={"help": "Directions left per linear, on average."})
-    initial_warmup: int | float = field(default=0.15, metadata={"help": "Steps or share before the first pruning."})
-    final_warmup: int | float = field(default=0.5, metadata={"help": "Steps or share with the final mask."})
-    mask_interval: int | float = field(default=10, metadata={"help": "Steps or share between two prunings."})
-    beta1: float = field(default=0.85, metadata={"help": "Smoothing of the sensitivities."})
-    beta2: float = field(default=0.85, metadata={"help": "Smoothing of their uncertainty."})
-    orthogonality: float = field(default=0.1, metadata={"help": "Weight of the orthogonality regulariser."})
-    cross_plane: float = field(default=0.0, metadata={"help": "Weight of the cross-plane penalty."})
-    rank_pattern: dict[str, int] | None = field(default=None, metadata={"help": "Inner rank of single linear layers."})
-    init_weights: bool | Literal["gaussian", "orthonormal"] = field(
-        default=True,
-        metadata={"help": "True or 'gaussian': N(0, 0.02^2), E = 0. 'orthonormal': u = 0, E = 1. False: for tests."},
+    outer_rank: int | None = option(None, "Rank of the outer plane, the paper's k.", whole(1))
+    target_rank: int | None = option(None, "Directions left per linear, on average.")
+    initial_warmup: int | float = option(0.15, "Steps or share before the first pruning.", steps(0))
+    final_warmup: int | float = option(0.5, "Steps or share with the final mask.", steps(0))
+    mask_interval: int | float = option(10, "Steps or share between two prunings.", steps(1))
+    beta1: float = option(0.85, "Smoothing of the sensitivities.", _check_beta)
+    beta2: float = option(0.85, "Smoothing of their uncertainty.", _check_beta)
+    orthogonality: float = option(0.1, "Weight of the orthogonality regulariser.", _check_weight)
+    cross_plane: float = option(0.0, "Weight of the cross-plane penalty.", _check_weight)
+    rank_pattern: dict[str, int] | None = option(None, "Inner rank of single linear layers.", by_target(whole(0)))
+    init_weights: bool | Literal["gaussian", "orthonormal"] = option(
+        True, "True or 'gaussian': N(0, 0.02^2), E = 0. 'orthonormal': u = 0, E = 1. False: for tests."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.outer_rank is not None and not is_whole(self.outer_rank, 1, MOST_RANK):
-            raise ConfigError(
-                f"outer_rank={shown(self.outer_rank)}: a whole number of at least 1 is needed (at most {MOST_RANK:,})."
-            )
         if self.target_rank is not None and not is_whole(self.target_rank, 1, self.r):
             raise ConfigError(
                 f"target_rank={shown(self.target_rank)} with r={self.r}: a whole number from 1 to r is needed, since "
                 "pruning only takes away. Lower target_rank or raise r."
             )
-        for name, lowest in (("initial_warmup", 0), ("final_warmup", 0), ("mask_interval", 1)):
-            check_steps(name, getattr(self, name), lowest)
         shares = [share for share in (self.initial_warmup, self.final_warmup) if isinstance(share, float)]
         if sum(shares) >= 1:
             raise ConfigError(
                 f"initial_warmup={self.initial_warmup} and final_warmup={self.final_warmup} take the whole run: their "
                 "sum must be below 1, to leave steps to prune in."
             )
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            if not isinstance(value, float) or not 0 < value < 1:
-                raise ConfigError(f"{name}={shown(value)}: a number above 0 and below 1 is needed, such as 0.85.")
-        for name in ("orthogonality", "cross_plane"):
-            value = getattr(self, name)
-            if not is_number(value) or not 0 <= value <= MOST_ALPHA:
-                raise ConfigError(
-                    f"{name}={shown(value)}: a weight of 0 or more is needed (a finite one, at most {MOST_ALPHA:g})."
-                )
-
-    def _check_rank_pattern(self) -> None:
-        pattern = {} if self.rank_pattern is None else self.rank_pattern
-        if not isinstance(pattern, dict) or len(pattern) > MOST_ENTRIES or not all(isinstance(p, str) for p in pattern):
-            raise ConfigError(
-                f"rank_pattern={shown(pattern)}: paths with ranks, such as {{'layer.0.query': 4}}, is needed."
-            )
-        for path, rank in pattern.items():
-            if not is_whole(rank, 0, MOST_RANK):
-                raise ConfigError(
-                    f"rank_pattern[{shown(path)}]={shown(rank)}: a whole number of at least 0 is needed (at most "
-                    f"{MOST_RANK:,})."
-                )
 
     @property
     def scale(self) -> float:

@@ -10,16 +10,14 @@ from ziggurat.errors import ConfigError
 from ziggurat.extras import missing
 from ziggurat.host.method import Card, Method
 from ziggurat.host.registry import register
-from ziggurat.host.site import Site
-from ziggurat.host.trainers import ride_along
+from ziggurat.host.site import Site, check_room
 from ziggurat.host.tuner import MethodTuner
-from ziggurat.host.values import check_room
 from ziggurat.methods.lora2 import pruning
 from ziggurat.methods.lora2.config import CITATION, LoRA2Config
 from ziggurat.methods.lora2.equations import pair, parts, tensors
 from ziggurat.methods.lora2.layer import Directions, LoRA2Linear, most_alive
 from ziggurat.methods.lora2.ranks import RANKS_PICTURE, heat_map
-from ziggurat.methods.lora2.regulariser import deviation, hook_into, penalty, unhook
+from ziggurat.methods.lora2.regulariser import Regulariser, deviation, penalty
 
 
 class LoRA2Model(MethodTuner):
@@ -30,10 +28,7 @@ class LoRA2Model(MethodTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        hook_into(self.model)
-        from ziggurat.methods.lora2.callback import LoRA2Callback  # loads transformers' Trainer
-
-        ride_along(LoRA2Callback)
+        Regulariser.start(self.model)
 
     @property
     def parameter_cls(self) -> type[Any]:
@@ -43,7 +38,7 @@ class LoRA2Model(MethodTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        unhook(model)
+        Regulariser.stop(model)
         return model
 
     def prune(self, step: int, total: int, adapter: str = "default") -> int:
@@ -148,6 +143,13 @@ def picture(model: Any, folder: Path) -> None:
         heat_map(model, model.ranks(), folder / RANKS_PICTURE)
 
 
+def callback(config: LoRA2Config) -> type[Any]:
+    """Under a Trainer a loss that isn't the model's own gets the regulariser, too; the mask stands in checkpoints."""
+    from ziggurat.methods.lora2.callback import LoRA2Callback  # loads transformers' Trainer
+
+    return LoRA2Callback
+
+
 METHOD = Method(
     "lora2",
     LoRA2Config,
@@ -159,6 +161,7 @@ METHOD = Method(
     needs_steps=needs_steps,
     step=step,
     step_does="ranks directions by their gradients",
+    callback=callback,
     run_state=pruning.pruning_state,
     resume=pruning.load_pruning_state,
     finish=finish,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ziggurat.host.older import trainer_counts_shifted_labels
+from ziggurat.host.root_hook import RootHook
 from ziggurat.methods.lora2.layer import Directions
 from ziggurat.methods.lora2.orthogonality import Planes, cross_plane, orthogonality
 
@@ -65,7 +66,7 @@ def _whole(factor: Tensor) -> Tensor:
     return whole
 
 
-class Regulariser:
+class Regulariser(RootHook):
     """A forward hook on the base model's root: adds `penalty` to the loss that the model returns, while training.
 
     In evaluation, and where the output holds no loss, it changes nothing. `joined` tells whether a backward has gone
@@ -73,8 +74,10 @@ class Regulariser:
     model's aside.
     """
 
-    def __init__(self) -> None:
-        self.joined = False
+    joined = False
+
+    def put_on(self, root: nn.Module) -> None:
+        root.register_forward_hook(self, with_kwargs=True)
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not (model.training and torch.is_grad_enabled()):
@@ -98,25 +101,8 @@ class Regulariser:
 
 def hook_of(model: nn.Module) -> Regulariser | None:
     """The regulariser's hook on `model` or on a module inside it."""
-    for module in model.modules():
-        for hook in module._forward_hooks.values():
-            if isinstance(hook, Regulariser):
-                return hook
-    return None
-
-
-def hook_into(model: nn.Module) -> None:
-    """Put the regulariser's hook on `model`, the root that holds the adapted linear layers, unless it is there."""
-    if not any(isinstance(hook, Regulariser) for hook in model._forward_hooks.values()):
-        model.register_forward_hook(Regulariser(), with_kwargs=True)
-
-
-def unhook(model: nn.Module) -> None:
-    """Take the regulariser's hook off `model`."""
-    for key, hook in list(model._forward_hooks.items()):
-        if isinstance(hook, Regulariser):
-            del model._forward_hooks[key]
-            model._forward_hooks_with_kwargs.pop(key, None)
+    hooks = (Regulariser.on(module) for module in model.modules())
+    return next((hook for hook in hooks if hook is not None), None)
 
 
 def _loss_of(output: Any, kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -1,23 +1,26 @@
 """When to prune, and how many directions may be left."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.values import Check, is_whole, shown
 
 Phase = Literal["warm", "shrink", "final"]
 
 
-def check_steps(name: str, value: float, lowest: int) -> None:
-    """Raise ConfigError unless `value` is a number of steps (int, `lowest` or more) or a share of a run (float)."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= lowest:
-        return
-    if isinstance(value, float) and 0 <= value < 1 and (value > 0 or lowest == 0):
-        return
-    raise ConfigError(
-        f"{name}={value!r}: a number of optimiser steps (a whole number, {lowest} or more), or a share of the run (a "
-        f"fraction from 0 up to, not including, 1, such as 0.1)."
-    )
+def steps(least: int) -> Check:
+    """The check for a number of steps (int, `least` or more) or a share of a run (float)."""
+
+    def check(name: str, value: Any) -> None:
+        share = isinstance(value, float) and 0 <= value < 1 and (value > 0 or least == 0)
+        if not share and not is_whole(value, least):
+            raise ConfigError(
+                f"{name}={shown(value)}: a number of optimiser steps (a whole number, {least} or more), or a share of "
+                "the run (a fraction from 0 up to, not including, 1, such as 0.1)."
+            )
+
+    return check
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Self
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.config import MethodConfig
 from ziggurat.host.site import Site
-from ziggurat.host.values import MOST_RANK, check_flag, is_whole, shown
+from ziggurat.host.values import MOST_RANK, check_flag, check_list, is_whole, option, shown, whole
 from ziggurat.methods.msplora.pyramid import Tier, check_tiers, halved_tiers, listed_tiers
 
 #: Where a copy for one site keeps the pyramids that it has worked out, by role.
@@ -60,17 +60,14 @@ class MSPLoraConfig(MethodConfig):
             when the adapter is put into it, before anything there is changed.
     """
 
-    bias: Literal["none", "all", "msplora_only"] = field(
-        default="none", metadata={"help": "Biases to train: 'none', 'all' or 'msplora_only'."}
-    )
-    num_groups: int | None = field(default=None, metadata={"help": "Number of mid groups (default: 3)."})
-    group_starts: list[int] | None = field(default=None, metadata={"help": "First layer of each mid group."})
-    rank_decay: int = field(default=2, metadata={"help": "Each tier's rank divided by this gives the next one's."})
-    ranks: list[int] | None = field(default=None, metadata={"help": "Ranks of the global, mid and layer tier."})
-    tiers: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Tiers one by one, coarse to fine."})
-    rank_pattern: dict[str, list[int]] | None = field(default=None, metadata={"help": "Ranks of the tiers by role."})
-    even_scales: bool = field(default=False, metadata={"help": "Give every tier the scale of the coarsest."})
-    train_in_stages: bool = field(default=False, metadata={"help": "Train the tiers one after the other."})
+    num_groups: int | None = option(None, "Number of mid groups (default: 3).")
+    group_starts: list[int] | None = option(None, "First layer of each mid group.", check_list)
+    rank_decay: int = option(2, "Each tier's rank divided by this gives the next one's.", whole(1))
+    ranks: list[int] | None = option(None, "Ranks of the global, mid and layer tier.", check_list)
+    tiers: list[dict[str, Any]] | None = option(None, "Tiers one by one, coarse to fine.", check_list)
+    rank_pattern: dict[str, list[int]] | None = option(None, "Ranks of the tiers by role.")
+    even_scales: bool = option(False, "Give every tier the scale of the coarsest.", check_flag)
+    train_in_stages: bool = option(False, "Train the tiers one after the other.", check_flag)
 
     not_from_lora: ClassVar[dict[str, str]] = {
         "rank_pattern": "a role has one rank for each tier here, such as {'value': [12, 4, 2]}"
@@ -78,20 +75,12 @@ class MSPLoraConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_flag("train_in_stages", self.train_in_stages)
-        check_flag("even_scales", self.even_scales)
-        for name in ("group_starts", "ranks", "tiers"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, list | tuple):
-                raise ConfigError(f"{name}={shown(value)}: a list is needed.")
         if self.tiers is not None:
             given = [name for name in ("num_groups", "group_starts", "ranks") if getattr(self, name) is not None]
             if given:
                 raise ConfigError(f"tiers=[...] says all of the pyramid; {given[0]} can't be given beside it.")
         if self.num_groups is not None and self.group_starts is not None:
             raise ConfigError("num_groups and group_starts both say where the mid groups lie: give one of them.")
-        if not is_whole(self.rank_decay, -MOST_RANK, MOST_RANK):
-            raise ConfigError(f"rank_decay={shown(self.rank_decay)}: a whole number of at least 1 is needed.")
         check_tiers(self._tiers())
         if self.train_in_stages and self.target_parameters and self.tiers is None:
             raise ConfigError(
@@ -150,9 +139,6 @@ class MSPLoraConfig(MethodConfig):
         """The key of `rank_pattern` that counts for `role`."""
         fits = [key for key in self.rank_pattern or {} if role == key or role.endswith(f".{key}")]
         return max(fits, key=len, default=None)
-
-    def _check_rank_pattern(self) -> None:
-        pass  # below, once the number of tiers is known
 
     def _check_ranks_of_roles(self) -> None:
         if self.rank_pattern is None:

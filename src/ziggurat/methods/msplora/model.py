@@ -12,24 +12,16 @@ from ziggurat.host.bank import Bank
 from ziggurat.host.blend import blend_whole_modules
 from ziggurat.host.method import Card, Method
 from ziggurat.host.registry import register
-from ziggurat.host.site import Site
-from ziggurat.host.trainers import ride_along
+from ziggurat.host.site import Site, check_room
+from ziggurat.host.tensors import tier_of
 from ziggurat.host.tuner import MethodTuner
-from ziggurat.host.values import check_room
 from ziggurat.methods.msplora.config import CITATION, MSPLoraConfig
 from ziggurat.methods.msplora.equations import pair, parts, tensors
-from ziggurat.methods.msplora.pyramid import Tier, tier_of
+from ziggurat.methods.msplora.pyramid import Tier
 
 
 class MSPLoraModel(MethodTuner):
     """Puts MSPLoRA adapters into a model. Made by PEFT from an `MSPLoraConfig`; see there."""
-
-    def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if self.peft_config[adapter_name].train_in_stages:  # type: ignore[union-attr]
-            from ziggurat.methods.msplora.stages import StageCallback  # loads transformers' Trainer
-
-            ride_along(StageCallback)
 
     def set_stage(self, progress: float, adapter: str = "default") -> str:
         """Let only one tier of `adapter` learn: the one whose share of the run `progress` (0 to 1) lies in.
@@ -39,9 +31,8 @@ class MSPLoraModel(MethodTuner):
         """
         tiers = self._tiers(adapter)
         bank = self.bank_cls.at_root(self.model)
-        learning = stage(tiers, progress)
-        bank.hold_still(adapter, [leaf for leaf in bank.factors(adapter).names() if tier_of(leaf) != learning])
-        return learning
+        bank.hold_still(adapter, waiting(bank, adapter, tiers, progress))
+        return stage(tiers, progress)
 
     def end_stages(self, adapter: str = "default") -> None:
         """Let all tiers of `adapter` learn again."""
@@ -99,6 +90,12 @@ def stage(tiers: tuple[Tier, ...], progress: float) -> str:
     return tiers[min(int(progress * len(tiers)), len(tiers) - 1)].name
 
 
+def waiting(bank: Bank, adapter: str, tiers: tuple[Tier, ...], progress: float) -> list[str]:
+    """The names of the shared tensors of the tiers that don't learn at `progress`."""
+    learning = stage(tiers, progress)
+    return [leaf for leaf in bank.factors(adapter).names() if tier_of(leaf) != learning]
+
+
 def check(config: MSPLoraConfig, site: Site) -> None:
     """Raise ConfigError if the pyramid has no room in the stack or the matrix of `site`."""
     if not config.pyramid_at(site):
@@ -121,10 +118,17 @@ def step(
     root: nn.Module, adapter: str, config: MSPLoraConfig, step: int, total: int, optimizer: Optimizer | None
 ) -> None:
     """Let the tier learn in whose share of the run the next step lies; after the last step all learn again."""
-    bank = next(module for module in root.modules() if isinstance(module, Bank) and module.method is METHOD)
-    learning = stage(config.stages, step / total)
-    held = [] if step == total else [leaf for leaf in bank.factors(adapter).names() if tier_of(leaf) != learning]
-    bank.hold_still(adapter, held)
+    bank: Bank = getattr(root, METHOD.bank)
+    bank.hold_still(adapter, [] if step == total else waiting(bank, adapter, config.stages, step / total))
+
+
+def callback(config: MSPLoraConfig) -> type[Any] | None:
+    """Under a Trainer stages leave no mark on the model."""
+    if not config.train_in_stages:
+        return None
+    from ziggurat.methods.msplora.stages import StageCallback  # loads transformers' Trainer
+
+    return StageCallback
 
 
 METHOD = Method(
@@ -139,6 +143,7 @@ METHOD = Method(
     needs_steps=needs_steps,
     step=step,
     step_fields=("train_in_stages",),
+    callback=callback,
     older_names=(
         (
             r"(^|\.)pyramid\.msplora_factors\.((?:[^.:]+\.)?)(.*):([^:]*\D)(\d+):([AB])$",

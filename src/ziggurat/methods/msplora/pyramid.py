@@ -101,11 +101,6 @@ class Tier:
             )
 
 
-def tier_of(leaf: str) -> str:
-    """The name of the tier of the shared tensor called `leaf`, `<stack>:<role>:<d_out>x<d_in>:<group>:A_<tier>`."""
-    return leaf.rpartition(":")[2][2:]
-
-
 def role_of(leaf: str) -> str:
     """The role of the linear layers that share the tensor called `leaf`."""
     return leaf.split(":")[1].replace("/", ".")
@@ -152,12 +147,12 @@ def halved_tiers(
 
 def _divided(r: int, rank_decay: int, step: int) -> int:
     divisor = rank_decay**step
-    if rank_decay < 1 or (r > divisor and r % divisor):
-        unit = max(rank_decay, 1) ** 2
+    if r > divisor and r % divisor:
+        unit = rank_decay**2
         fits = " or ".join(str(k * unit) for k in sorted({max(r // unit, 1), -(-r // unit)}))
         raise ConfigError(
             f"r={r} with rank_decay={rank_decay}: the tiers' ranks r, r/{rank_decay}, r/{rank_decay**2} must be "
-            f"whole numbers. Use r={fits}, another rank_decay (1 or more), or give ranks=[global, mid, layer]."
+            f"whole numbers. Use r={fits}, another rank_decay, or give ranks=[global, mid, layer]."
         )
     return max(r // divisor, 1)
 

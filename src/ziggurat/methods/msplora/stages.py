@@ -1,16 +1,13 @@
 """Training the tiers one after the other, coarse to fine, in equal shares of the run."""
 
-from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import TrainerCallback, TrainerState
 
 from ziggurat.host.bank import Bank
-from ziggurat.host.method_layer import MethodLayer
 from ziggurat.methods.msplora.config import MSPLoraConfig
-from ziggurat.methods.msplora.model import stage
-from ziggurat.methods.msplora.pyramid import tier_of
+from ziggurat.methods.msplora.model import waiting
 
 
 class StageCallback(TrainerCallback):
@@ -21,31 +18,12 @@ class StageCallback(TrainerCallback):
     """
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        if isinstance(model, nn.Module) and state.max_steps > 0:
-            for tensor in waiting(model, state.global_step / state.max_steps):
-                tensor.grad = None
-
-
-def waiting(model: nn.Module, progress: float) -> Iterator[Tensor]:
-    """The tensors of the tiers that don't learn at `progress` (0 to 1) of a run, of all adapters in stages."""
-    banks = {id(m): m for m in model.modules() if isinstance(m, Bank) and m.method.config is MSPLoraConfig}
-    for bank in banks.values():
-        for adapter in bank.stores:
-            config = _config(model, adapter)
-            if config is None or not config.train_in_stages:
-                continue
-            learning = stage(config.stages, progress)
-            factors = bank.factors(adapter)
-            yield from (factors[leaf] for leaf in factors.names() if tier_of(leaf) != learning)
-
-
-def _config(model: nn.Module, adapter: str) -> MSPLoraConfig | None:
-    layers = (m for m in model.modules() if isinstance(m, MethodLayer) and m.method.config is MSPLoraConfig)
-    return next((layer.configs[adapter] for layer in layers if adapter in layer.configs), None)
+        for bank in model.modules() if isinstance(model, nn.Module) and state.max_steps > 0 else ():
+            if isinstance(bank, Bank) and bank.method.config is MSPLoraConfig:
+                for adapter, config in bank.configs.items():
+                    if config.train_in_stages:
+                        factors, progress = bank.factors(adapter), state.global_step / state.max_steps
+                        for leaf in waiting(bank, adapter, config.stages, progress):
+                            factors[leaf].grad = None

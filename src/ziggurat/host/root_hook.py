@@ -1,0 +1,60 @@
+"""Hooks of ours on the base model's root: each class of them is there once, for each method at most."""
+
+from typing import Any, Self
+
+from torch import nn
+
+from ziggurat.host.method import Method
+
+#: The tables of a module that may hold one of ours, and those that say how a hook is called.
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_load_state_dict_pre_hooks")
+_FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+
+
+def hooks_of(module: nn.Module) -> dict[int, Any]:
+    """Key -> hook of `module`, without what torch wraps around it."""
+    return {key: getattr(hook, "hook", hook) for name in HOOKS for key, hook in getattr(module, name).items()}
+
+
+def take_off(module: nn.Module, keys: list[int]) -> None:
+    """Take the hooks of these keys off `module`."""
+    for name in (*HOOKS, *_FLAGS):
+        for key in keys:
+            getattr(module, name).pop(key, None)
+
+
+class RootHook:
+    """A hook on the base model's root, of one method, or of all. A subclass registers itself by `put_on`."""
+
+    def __init__(self, method: Method | None = None) -> None:
+        self.method = method
+
+    def put_on(self, root: nn.Module) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def _keys(cls, root: nn.Module, method: Method | None) -> list[int]:
+        # By name: a method that is registered again is another object.
+        name = method and method.name
+        ours = {key: hook for key, hook in hooks_of(root).items() if isinstance(hook, cls)}
+        return [key for key, hook in ours.items() if (hook.method and hook.method.name) == name]
+
+    @classmethod
+    def on(cls, root: nn.Module, method: Method | None = None) -> Self | None:
+        """The hook on `root`, or None."""
+        keys = cls._keys(root, method)
+        return hooks_of(root)[keys[0]] if keys else None
+
+    @classmethod
+    def start(cls, root: nn.Module, method: Method | None = None) -> Self:
+        """The hook on `root`; a new one where there is none."""
+        hook = cls.on(root, method)
+        if hook is None:
+            hook = cls(method)
+            hook.put_on(root)
+        return hook
+
+    @classmethod
+    def stop(cls, root: nn.Module, method: Method | None = None) -> None:
+        """Take the hook off `root`."""
+        take_off(root, cls._keys(root, method))

@@ -1,1 +1,0 @@
-"""DyLoRA (arXiv 2210.07558): LoRA whose every leading rank works, a baseline of the papers' tables."""
