@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.files.untrusted import loaded_tensors
-from ziggurat.host.anatomy import Anatomy, Place
+from ziggurat.host.anatomy import Anatomy
 from ziggurat.host.count import with_targets
 from ziggurat.host.folder import adapter_config, load_base
 from ziggurat.host.method import METHODS, method_of
@@ -131,12 +131,9 @@ def _from_model(model: nn.Module, adapter: str, composed: bool) -> Collected:
     if any(tensor.is_meta for tensor in state.values()):
         raise ConfigError(f"adapter {adapter!r} lies on the meta device, without values: load its weights first.")
 
-    def places(path: str) -> Place:
-        return anatomy.find(path) or Place(stack=path, layer=0, role="", num_layers=1)
-
     method = method_of(config)
     sites = sites_of(method, with_targets(config, base, method), base) if method is not None else None
-    return collect_state(state, config, source=adapter, places=places, sites=sites, composed=composed)
+    return collect_state(state, config, source=adapter, places=anatomy.position, sites=sites, composed=composed)
 
 
 def _plain(tensor: Tensor) -> Tensor:

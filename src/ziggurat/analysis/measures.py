@@ -5,13 +5,14 @@ Symbols: a component has the update B A with singular values s_1 >= s_2 >= ...; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from ziggurat.errors import ConfigError
+from ziggurat.lowrank.pair import inner
 from ziggurat.lowrank.spectrum import effective_rank, spectrum_kl, stable_rank, top_k_share
 
 from .components import UPDATE, Collected, Component
@@ -169,25 +170,25 @@ def tier_overlap(collected: Collected, stack: str | None = None, side: str = "in
     grid = np.full((len(parts), len(parts)), np.nan)
     for i, first in enumerate(parts):
         for j, second in enumerate(parts):
-            overlaps = [
-                overlap(a, b, side)
-                for a in collected.of(first)
-                for b in collected.of(second)
-                if a.stack == b.stack == stack and a.role == b.role and set(a.layers) & set(b.layers)
-                if a.A.shape[1] == b.A.shape[1] and a.B.shape[0] == b.B.shape[0]
-                if (a is b) == (first == second)
-            ]
-            grid[i, j] = mean(overlaps)
+            grid[i, j] = mean(overlap(a, b, side) for a, b in on_one_linear(collected, first, second, stack))
     return grid, parts
+
+
+def on_one_linear(collected: Collected, first: str, second: str, stack: str) -> Iterator[tuple[Component, Component]]:
+    """The components of two parts that act on the same linear layer; of one part each with itself."""
+    for a in collected.of(first):
+        for b in collected.of(second) if first != second else [a]:
+            same_place = a.stack == b.stack == stack and a.role == b.role and a.shape == b.shape
+            if same_place and set(a.layers) & set(b.layers):
+                yield a, b
 
 
 def cosine(a: Component, b: Component) -> float:
     """<D_a, D_b>_F / (||D_a|| ||D_b||); NaN for zeros, for what isn't finite, and for different shapes."""
     if a.shape != b.shape or not (a.finite and b.finite):
         return float("nan")
-    inner = float(((b.A @ a.A.T).double() * (b.B.T @ a.B).double()).sum())
     norms = float(np.linalg.norm(a.singular_values) * np.linalg.norm(b.singular_values))
-    return inner / norms if norms else float("nan")
+    return inner(a.pair, b.pair) / norms if norms else float("nan")
 
 
 def overlap(a: Component, b: Component, side: str = "input") -> float:
@@ -195,11 +196,19 @@ def overlap(a: Component, b: Component, side: str = "input") -> float:
 
     With orthonormal bases Q_a and Q_b that is ||Q_a^T Q_b||_F^2 / min(n_a, n_b).
     """
+    product = between_spaces(a, b, side)
+    return float(product.square().sum()) / min(product.shape) if product.numel() else float("nan")
+
+
+def between_spaces(a: Component, b: Component, side: str) -> torch.Tensor:
+    """Q_a^T Q_b, (n_a, n_b), of orthonormal bases of the row ("input") or column ("output") spaces.
+
+    Without entries for zeros, for what isn't finite, and for different shapes.
+    """
     if a.shape != b.shape or not (a.finite and b.finite):
-        return float("nan")
+        return torch.zeros(0, 0)
     first, second = (c.spaces[0 if side == "output" else 1] for c in (a, b))
-    directions = min(first.shape[1], second.shape[1])
-    return float((first.T @ second).square().sum()) / directions if directions else float("nan")
+    return first.T @ second
 
 
 def stack_of(collected: Collected, stack: str | None) -> str:

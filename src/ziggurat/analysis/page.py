@@ -155,16 +155,16 @@ def _curves(runs: Sequence[Run]) -> Iterator[str]:
 
 def _answered(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Tables of scores by class, of the most confident mistakes, and of answers before training and after."""
-    found = values.get("by_class") or {}
-    classes = found.get("classes") or []
+    by_class = values.get("by_class") or {}
+    classes = by_class.get("classes") or []
     if classes:
         head = ["class", "rows", "precision", "recall", "F1", *(f"answered {row['name']}" for row in classes)]
         rows = [
             [row["name"], str(row["rows"]), *(_number(row[key]) for key in ("precision", "recall", "f1")), *map(str, n)]
-            for row, n in zip(classes, found["confusion"], strict=True)
+            for row, n in zip(classes, by_class["confusion"], strict=True)
         ]
         yield {"title": "by class (%), and its rows by answer", "head": head, "rows": rows}
-    if mistakes := found.get("mistakes"):
+    if mistakes := by_class.get("mistakes"):
         rows = [[_number(m["probability"]), m["answer"], m["label"], m["text"]] for m in mistakes]
         head = ["probability", "answer", "label", "text"]
         yield {"title": "most confident mistakes on the validation rows", "head": head, "rows": rows}

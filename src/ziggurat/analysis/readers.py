@@ -16,6 +16,7 @@ from ziggurat.host.expert_terms import expert_pair, expert_parts, of_expert
 from ziggurat.host.method import Method, pair_of, parts_of, redirected, specs_of
 from ziggurat.host.names import current_names
 from ziggurat.host.site import CHILD, Site
+from ziggurat.host.unwrap import PREFIX
 from ziggurat.lowrank.pair import FactorPair, stack
 from ziggurat.lowrank.spectrum import factored_svd
 
@@ -111,7 +112,7 @@ def _own_name(method: Method, site: Site, key: str) -> str:
 
 
 def _bare(name: str) -> str:
-    return name.removeprefix("base_model.model.")
+    return name.removeprefix(PREFIX)
 
 
 def lora(state: State, config: Any, places: Places) -> Iterator[Component]:
@@ -149,5 +150,5 @@ def _grouped(state: State, pattern: str) -> dict[str, dict[str, Tensor]]:
     for name, tensor in state.items():
         match = re.match(pattern, name)
         if match:
-            groups.setdefault(match[1].removeprefix("base_model.model."), {})[match[2]] = tensor
+            groups.setdefault(match[1].removeprefix(PREFIX), {})[match[2]] = tensor
     return groups

@@ -21,9 +21,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.anatomy import Anatomy, Place
+from ziggurat.host.anatomy import Anatomy
 from ziggurat.host.linear import is_adaptable
-from ziggurat.lowrank.pair import FactorPair
+from ziggurat.lowrank.pair import FactorPair, inner
 
 from .components import UPDATE, Collected
 
@@ -112,7 +112,7 @@ def gradients(model: nn.Module, losses: Iterator[Tensor]) -> list[Item]:
     anatomy = Anatomy(model)
     items = []
     for path, gradient in sums.items():
-        place = anatomy.find(path) or Place(stack=path, layer=0, role="", num_layers=1)
+        place = anatomy.position(path)
         matrix = gradient.T if getattr(layers[path], "fan_in_fan_out", False) else gradient
         items.append(Item("", place.stack, place.role, place.layer, place.num_layers, matrix))
     return items
@@ -150,15 +150,15 @@ def gram(items: Sequence[Item]) -> np.ndarray:
     matrix = np.zeros((len(items), len(items)))
     for i, first in enumerate(items):
         for j, second in enumerate(items[: i + 1]):
-            matrix[i, j] = matrix[j, i] = inner(first.matrix, second.matrix)
+            matrix[i, j] = matrix[j, i] = _inner(first.matrix, second.matrix)
     return matrix
 
 
-def inner(a: FactorPair | Tensor, b: FactorPair | Tensor) -> float:
+def _inner(a: FactorPair | Tensor, b: FactorPair | Tensor) -> float:
     """<a, b>_F of two pairs, or of two dense matrices."""
     if isinstance(a, FactorPair):
         assert isinstance(b, FactorPair)
-        return float(((b.A @ a.A.T).double() * (b.B.T @ a.B).double()).sum())
+        return inner(a, b)
     assert not isinstance(b, FactorPair)
     return float((a.double() * b.double()).sum())
 

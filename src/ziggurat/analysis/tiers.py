@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
-import numpy as np
+import torch
 
 from . import measures
 from .components import Collected, Component
@@ -18,13 +17,10 @@ def smallest_angle(a: Component, b: Component, side: str = "input") -> float:
 
     cos of it is the largest singular value of Q_a^T Q_b, of orthonormal bases [Björck & Golub 1973]. NaN for zeros.
     """
-    if a.shape != b.shape or not (a.finite and b.finite):
+    product = measures.between_spaces(a, b, side).double()
+    if not product.numel():
         return math.nan
-    first, second = (c.spaces[0 if side == "output" else 1] for c in (a, b))
-    if not min(first.shape[1], second.shape[1]):
-        return math.nan
-    largest = float(np.linalg.svd((first.T @ second).double().numpy(), compute_uv=False)[0])
-    return math.degrees(math.acos(min(1.0, largest)))
+    return math.degrees(math.acos(min(1.0, float(torch.linalg.svdvals(product)[0]))))
 
 
 def rows(collected: Collected) -> list[dict[str, Any]]:
@@ -37,7 +33,7 @@ def rows(collected: Collected) -> list[dict[str, Any]]:
     lines = []
     for stack in collected.layers:
         for first, second in combinations(collected.stored_parts, 2):
-            pairs = list(_on_one_linear(collected, first, second, stack))
+            pairs = list(measures.on_one_linear(collected, first, second, stack))
             if not pairs:
                 continue
             by_measure = {
@@ -48,15 +44,3 @@ def rows(collected: Collected) -> list[dict[str, Any]]:
             means = {name: measures.mean(values) for name, values in by_measure.items()}
             lines.append({"stack": stack, "part": first, "other": second, "pairs": len(pairs), **means})
     return lines
-
-
-def _on_one_linear(collected: Collected, first: str, second: str, stack: str) -> Iterator[tuple[Component, Component]]:
-    for a in collected.of(first):
-        for b in collected.of(second):
-            if (
-                a.stack == b.stack == stack
-                and a.role == b.role
-                and set(a.layers) & set(b.layers)
-                and a.shape == b.shape
-            ):
-                yield a, b

@@ -66,8 +66,7 @@ def scalars(collected: Collected, top: int = TOP) -> dict[str, float]:
             logged[f"{PREFIX}{part}/s{number}"] = float(value)
         lines = [measures.row(component) for component in collected.of(part)]
         for name in _MEANS:
-            finite = [line[name] for line in lines if math.isfinite(line[name])]
-            logged[f"{PREFIX}{part}/{name}"] = float(np.mean(finite)) if finite else math.nan
+            logged[f"{PREFIX}{part}/{name}"] = measures.mean(line[name] for line in lines)
     return {name: value for name, value in logged.items() if math.isfinite(value)}
 
 

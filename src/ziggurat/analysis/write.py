@@ -55,7 +55,7 @@ def summary(collected: Collected, k: int = measures.HALF) -> list[dict[str, Any]
     lines = []
     for (part, stack, role), group in groups.items():
         means = {
-            name: _mean([line[name] for line in group])
+            name: measures.mean(line[name] for line in group)
             for name in ("norm", "m_eff", "effective_rank", "stable_rank", "rank", "m_eff_k")
         }
         parameters = sum(line["parameters"] for line in group)
@@ -261,11 +261,6 @@ def _layer_map(map_: Map, collected: Collected, stack: str) -> Any:
 
 def _number(value: float, digits: int) -> str:
     return "NaN" if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def _mean(values: list[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return float(np.mean(finite)) if finite else float("nan")
 
 
 def _plain(value: Any) -> Any:

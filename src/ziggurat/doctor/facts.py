@@ -69,9 +69,12 @@ def markdown() -> str:
         for row in FACTS:
             if row.section == section:
                 cells = " | ".join(row.cells[method] for method in METHODS)
-                said = {"": (row.why, row.instead), **{f"{METHODS[name]}: ": text for name, text in row.apart.items()}}
+                reasons = {
+                    "": (row.why, row.instead),
+                    **{f"{METHODS[name]}: ": text for name, text in row.apart.items()},
+                }
                 about = ". ".join(
-                    who + "; otherwise: ".join(part for part in parts if part) for who, parts in said.items()
+                    whose + "; otherwise: ".join(part for part in parts if part) for whose, parts in reasons.items()
                 )
                 lines.append(f"| {row.what} | {cells} | {about} |")
         lines.append("")

@@ -55,8 +55,8 @@ def _requirements() -> Iterator[Finding]:
                 yield Finding("error", f"{wanted.name} is not installed", why, f"pip install '{what}'")
             continue
         if not wanted.specifier.contains(have, prereleases=True):
-            level, who = ("error", "ziggurat") if needed else ("warning", f"{DISTRIBUTION}[{brought[wanted.name]}]")
-            yield Finding(level, f"{wanted.name} {have}", f"{who} needs {what}", f"pip install '{what}'")
+            level, asking = ("error", "ziggurat") if needed else ("warning", f"{DISTRIBUTION}[{brought[wanted.name]}]")
+            yield Finding(level, f"{wanted.name} {have}", f"{asking} needs {what}", f"pip install '{what}'")
     for extra, packages in EXTRAS.items():
         if lacking := missing(packages):
             why = f"{', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not installed"

@@ -21,11 +21,11 @@ def converter() -> Path:
         ExportError: it is neither in the folder that the variable LLAMA_CPP names, nor on PATH.
     """
     named = os.environ.get(SOURCE)
-    found = str(Path(named) / CONVERTER) if named else shutil.which(CONVERTER)
-    if found is None or not Path(found).is_file():
+    path = str(Path(named) / CONVERTER) if named else shutil.which(CONVERTER)
+    if path is None or not Path(path).is_file():
         where = f"in {SOURCE}={named}" if named else f"on PATH, and {SOURCE} names no folder"
         raise ExportError(f"llama.cpp's {CONVERTER} isn't {where}: set {SOURCE} to the folder of llama.cpp's source.")
-    return Path(found)
+    return Path(path)
 
 
 def write_gguf(folder: Path, base_model: str) -> Path:
@@ -40,8 +40,8 @@ def write_gguf(folder: Path, base_model: str) -> Path:
     command = [sys.executable, str(converter()), str(folder), *base, "--outfile", str(folder / ADAPTER)]
     done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
     if done.returncode != 0 or not (folder / ADAPTER).is_file():
-        said = next(filter(str.strip, reversed(done.stderr.splitlines())), "it says nothing of why")
-        raise ExportError(f"{CONVERTER} can't convert {folder}: {said.strip()}")
+        reason = next(filter(str.strip, reversed(done.stderr.splitlines())), "it says nothing of why")
+        raise ExportError(f"{CONVERTER} can't convert {folder}: {reason.strip()}")
     return folder / ADAPTER
 
 

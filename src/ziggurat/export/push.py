@@ -73,8 +73,8 @@ def _contents(folder: Path) -> Iterator[tuple[str, Any]]:
             continue
         if inside == "run.json":
             values = json.loads(file.read_text(encoding="utf-8"))
-            told = {key: _renamed(value, short) for key, value in values.items() if key not in _OF_ROWS}
-            yield inside, json.dumps(told, indent=2).encode()
+            kept = {key: _renamed(value, short) for key, value in values.items() if key not in _OF_ROWS}
+            yield inside, json.dumps(kept, indent=2).encode()
         elif inside == "recipe.yaml":
             values = _renamed(yaml.safe_load(file.read_text(encoding="utf-8")), short)
             yield inside, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()

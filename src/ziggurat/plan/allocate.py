@@ -17,7 +17,8 @@ from ziggurat.analysis import Collected, Component, measures
 from ziggurat.analysis.measures import kl_matrix
 from ziggurat.errors import ConfigError
 from ziggurat.host.bank import Bank
-from ziggurat.methods.msplora.pyramid import role_of, tier_of
+from ziggurat.host.tensors import tier_of
+from ziggurat.methods.msplora.pyramid import role_of
 
 CRITERIA = ("energy", "sensitivity", "effective_rank", "stable_rank")
 
@@ -85,7 +86,8 @@ def by_gain(gains: Mapping[str, np.ndarray], cost: Mapping[str, int], budget: in
         ConfigError: one rank for each tier is above the budget.
     """
     ranks = dict.fromkeys(gains, 1)
-    spent = _least(cost, budget)
+    spent = sum(cost.values())
+    check_budget(spent, budget)
     while True:
         open_ = [t for t in ranks if ranks[t] < len(gains[t]) and spent + cost[t] <= budget]
         if not open_:
@@ -102,7 +104,8 @@ def by_width(width: Mapping[str, float], cost: Mapping[str, int], budget: int, m
         ConfigError: one rank for each tier is above the budget.
     """
     ranks = dict.fromkeys(width, 1)
-    spent = _least(cost, budget)
+    spent = sum(cost.values())
+    check_budget(spent, budget)
     while True:
         open_ = [t for t in ranks if ranks[t] < most and spent + cost[t] <= budget and width[t] > 0]
         if not open_:
@@ -144,8 +147,7 @@ def layer_distance(collected: Collected) -> np.ndarray:
     return np.diagonal(grid, 1) + np.diagonal(grid, -1)
 
 
-def _least(cost: Mapping[str, int], budget: int) -> int:
-    least = sum(cost.values())
+def check_budget(least: int, budget: int) -> None:
+    """Raise ConfigError where a budget is below `least`, what one rank for each tier takes."""
     if least > budget:
         raise ConfigError(f"a budget of {budget:,} parameters, but one rank for each tier takes {least:,}. Raise it.")
-    return least

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ziggurat.analysis.sharing import GROUPS, Item, gradients
-from ziggurat.errors import ConfigError
+
+from .allocate import check_budget
 
 #: Batches that are looked at.
 BATCHES = 16
@@ -69,10 +70,7 @@ def lay_out(
         for pyramid in pyramids:
             key = f"{tier}:{pyramid.role}" if by_role else tier
             cost[key] = cost.get(key, 0) + pyramid.cost(tier)
-    if sum(cost.values()) > budget:
-        raise ConfigError(
-            f"a budget of {budget:,} parameters, but one rank for each tier takes {sum(cost.values()):,}. Raise it."
-        )
+    check_budget(sum(cost.values()), budget)
     ranks, gains, spent = dict.fromkeys(cost, 0), {key: [] for key in cost}, 0
     while True:
         reserved = sum(cost[key] for key in cost if not ranks[key])

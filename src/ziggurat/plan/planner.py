@@ -203,9 +203,9 @@ def _tenants(number: int, config: Any, state: Mapping[str, Any]) -> Tenants:
         )
     names = common_names(method, config, from_table(config.sites or {}), tiers)
     bank = {name: tensor for name, tensor in state.items() if name in names}
-    own = {name: tensor for name, tensor in state.items() if name not in names}
-    shared, private = (sum(tensor.numel() for tensor in part.values()) for part in (bank, own))
-    return Tenants(number, tiers, shared, private, *map(file_bytes, (bank, own, state)))
+    rest = {name: tensor for name, tensor in state.items() if name not in names}
+    shared, private = (sum(tensor.numel() for tensor in part.values()) for part in (bank, rest))
+    return Tenants(number, tiers, shared, private, *map(file_bytes, (bank, rest, state)))
 
 
 @contextmanager
@@ -377,11 +377,11 @@ def plan_recipe(
 
 
 def _precision(precision: str) -> list[str]:
-    told = (
+    note = (
         f"train.precision {precision}: the activations are counted in the dtype of the weights; autocast keeps about "
         "half of them, and a copy of the weights that it casts"
     )
-    return [told] * (precision != "fp32")
+    return [note] * (precision != "fp32")
 
 
 def _paid(model: nn.Module, choice: dict[str, Any], budget: int) -> dict[str, Any]:

@@ -247,6 +247,5 @@ def _budget(recipe: Any, budget: str | None) -> int:
     ranked = ("r", "ranks", "tiers", "rank_pattern", "group_starts", "budget")
     shape = {name: value for name, value in recipe.method.items() if name not in ranked}
     least = count(bare, method_config({**shape, "ranks": [1, 1, 1]}))
-    if total < least:
-        raise ConfigError(f"a budget of {total:,} parameters, but one rank for each tier takes {least:,}. Raise it.")
+    allocate.check_budget(least, total)
     return total
