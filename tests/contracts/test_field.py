@@ -28,6 +28,7 @@ from transformers.trainer import DEFAULT_CALLBACKS
 
 import versions
 import ziggurat
+from contracts.like_lora import PAIRS
 from contracts.test_training import _tokenizer
 from methods_table import METHODS, logits, zoo_config
 from ziggurat import LoR2CConfig, LoRA2Config, MSPLoraConfig
@@ -533,10 +534,8 @@ def test_an_adapter_that_needs_steps_and_gets_none_says_so_once(caplog: pytest.L
 # What LoRA's config says
 
 
-@targeting
+@pytest.mark.parametrize("method", PAIRS)
 def test_a_config_of_lora_becomes_one_of_the_method(method: str, tmp_path: Path) -> None:
-    if method == "adapterdrop":
-        pytest.skip("its bottlenecks have no alpha")
     config_class = type(zoo_config(method, "llama"))
     lora = LoraConfig(
         r=4, lora_alpha=6, lora_dropout=0.25, use_rslora=True, bias="lora_only", target_modules=["q_proj"],
@@ -547,20 +546,11 @@ def test_a_config_of_lora_becomes_one_of_the_method(method: str, tmp_path: Path)
     assert config.bias == f"{METHODS[method].prefix}only" and config.init_weights == "gaussian"
     # Without biases, which some PEFTs can't save.
     model = get_peft_model(LLAMA.build(), config_class.from_lora(lora, bias="none"))
-    assert sorted(model.base_model.targeted_module_names) == [f"model.layers.{n}.self_attn.q_proj" for n in (1, 2)]
+    adapted = "model.layers.{}.self_attn.q_proj" if METHODS[method].takes_targets else "model.layers.{}"
+    assert sorted(model.base_model.targeted_module_names) == [adapted.format(n) for n in (1, 2)]
     with pytest.raises(ConfigError, match=r"can't follow LoRA's .*use_dora=True"):
         config_class.from_lora(LoraConfig(use_dora=True, init_lora_weights="pissa"))
     assert config_class.from_lora(lora, r=8).r == 8
-
-
-@merging
-def test_an_alpha_of_its_own_scales_one_module(method: str) -> None:
-    plain, patterned = active(method), active(method, alpha_pattern={"layers.1.self_attn.q_proj": 32})
-    for name, module in plain.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            delta, other = (m.get_submodule(name).get_delta_weight("default") for m in (plain, patterned))
-            factor = 2 if name.endswith("layers.1.self_attn.q_proj") else 1  # lora_alpha is 16
-            torch.testing.assert_close(other, factor * delta)
 
 
 @every_method

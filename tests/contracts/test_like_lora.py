@@ -1,19 +1,24 @@
-"""What PEFT has for LoRA alone: swapping in place, and LoRA+."""
+"""What LoRA has: the fields of its config, swapping in place, LoRA+; and the table of it in docs/combinations.md."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.optim import AdamW
 
+from contracts.like_lora import PAIRS, REFUSED, table, written_into
 from methods_table import METHODS, logits, zoo_config
 from ziggurat import create_loraplus_optimizer, hotswap_adapter
 from ziggurat.errors import ConfigError
+from ziggurat.host.method_layer import layers_of
 from zoo import ZOO
 
 every_method = pytest.mark.parametrize("method", METHODS)
+every_pair = pytest.mark.parametrize("method", PAIRS)
 LLAMA = ZOO["llama"]
+ROOT = Path(__file__).parents[2]
 
 
 def saved(folder: Path, method: str, seed: int, **fields: object) -> PeftModel:
@@ -21,6 +26,80 @@ def saved(folder: Path, method: str, seed: int, **fields: object) -> PeftModel:
     model = get_peft_model(LLAMA.build(), zoo_config(method, "llama", init_weights=False, **fields)).eval()
     model.save_pretrained(str(folder))
     return model
+
+
+def active(method: str, **fields: Any) -> PeftModel:
+    torch.manual_seed(0)
+    return get_peft_model(LLAMA.build(), zoo_config(method, "llama", init_weights=False, **fields)).eval()
+
+
+def updates(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Path -> B A."""
+    pairs = {layer.sites["default"].path: layer.effective_pair("default") for layer in layers_of(model, "default")}
+    return {path: (B @ A).detach() for path, (A, B) in pairs.items()}
+
+
+@pytest.mark.skipif("aslora" not in METHODS, reason="an older PEFT, where a method is refused")
+def test_the_page_has_the_table_of_these_tests() -> None:
+    page = (ROOT / "docs" / "combinations.md").read_text(encoding="utf-8")
+    assert table() in page
+    assert written_into(page) == page
+    assert "untested" not in table()
+
+
+@every_pair
+def test_rslora_divides_by_the_root_of_the_rank(method: str) -> None:
+    ranks = {"ranks": [4, 4, 4]} if method == "msplora" else {}  # else each tier has a root of its own
+    rooted, plain = active(method, use_rslora=True, **ranks), active(method, lora_alpha=32, **ranks)  # 16 / 2 = 32 / 4
+    expected = updates(plain)
+    for path, update in updates(rooted).items():
+        torch.testing.assert_close(update, expected[path])
+
+
+@every_pair
+def test_a_rank_of_its_own(method: str) -> None:
+    pattern = {"v_proj": [2, 1, 1] if method == "msplora" else 2}
+    if why := REFUSED.get(("test_a_rank_of_its_own", method)):
+        with pytest.raises(ConfigError, match=why):
+            active(method, rank_pattern=pattern)
+        return
+    small = {p: torch.linalg.matrix_rank(update) for p, update in updates(active(method, rank_pattern=pattern)).items()}
+    plain = {p: torch.linalg.matrix_rank(update) for p, update in updates(active(method)).items()}
+    for path in plain:
+        assert small[path] < plain[path] if path.endswith("v_proj") else small[path] == plain[path], path
+
+
+@every_pair
+def test_an_alpha_of_its_own_scales_one_module(method: str) -> None:
+    pattern = {"layers.1.self_attn.q_proj": 32}
+    if why := REFUSED.get(("test_an_alpha_of_its_own_scales_one_module", method)):
+        with pytest.raises(ConfigError, match=why):
+            active(method, alpha_pattern=pattern)
+        return
+    patterned = updates(active(method, alpha_pattern=pattern))
+    for path, update in updates(active(method)).items():
+        factor = 2 if path.endswith("layers.1.self_attn.q_proj") else 1  # lora_alpha is 16
+        torch.testing.assert_close(patterned[path], factor * update)
+
+
+@every_pair
+def test_layers_and_modules_are_left_out(method: str) -> None:
+    around = not METHODS[method].takes_targets
+    left_out = ["layers.2"] if around else ["v_proj"]
+    expected = {"model.layers.1"} if around else {f"model.layers.{n}.self_attn.q_proj" for n in (1, 2)}
+    assert set(updates(active(method, layers_to_transform=[1, 2], exclude_modules=left_out))) == expected
+
+
+@every_pair
+def test_a_head_is_trained_and_saved_whole(method: str, tmp_path: Path) -> None:
+    model = active(method, modules_to_save=["lm_head"])
+    head = [p for n, p in model.named_parameters() if "lm_head.modules_to_save" in n]
+    assert len(head) == 1 and head[0].requires_grad
+    with torch.no_grad():
+        head[0].normal_()
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(LLAMA.build(), str(tmp_path)).eval()
+    assert torch.equal(logits(loaded, LLAMA.inputs()), logits(model, LLAMA.inputs()))
 
 
 @every_method
@@ -56,7 +135,8 @@ def test_a_swap_that_cannot_be_changes_nothing(tmp_path: Path) -> None:
 @every_method
 def test_lora_plus_gives_the_output_side_its_rate(method: str) -> None:
     model = get_peft_model(LLAMA.build(), zoo_config(method, "llama"))
-    if method in ("loraxs", "adapterdrop"):  # nothing, or no factor, trains on the output side
+    refused = REFUSED.get(("test_lora_plus_gives_the_output_side_its_rate", method))
+    if refused or method == "adapterdrop":  # whose bottleneck is no factor
         with pytest.raises(ConfigError, match="no such factor"):
             create_loraplus_optimizer(model, AdamW, lr=1e-3, loraplus_lr_ratio=16)
         return
