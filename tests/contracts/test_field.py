@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,9 +32,10 @@ import ziggurat
 from contracts.like_lora import PAIRS
 from contracts.test_training import _tokenizer
 from methods_table import METHODS, logits, zoo_config
-from ziggurat import LoR2CConfig, LoRA2Config, MSPLoraConfig
+from ziggurat import LoR2CConfig, LoRA2Config, MSPLoraConfig, kit
 from ziggurat.errors import ConfigError
 from ziggurat.export import export_model
+from ziggurat.kit import MethodConfig, low_rank, register
 from zoo import ZOO
 
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -513,6 +515,37 @@ def test_one_call_a_step_does_what_each_adapter_needs() -> None:
     for step in range(9):
         ziggurat.step(paths, step, 8)
     assert len(paths.peft_config["default"].structure["stacks"]["model.layers"]["spans"]) == 2
+
+
+@dataclass
+class CounterConfig(MethodConfig):
+    """LoRA that counts the steps of its run."""
+
+
+def test_a_run_of_a_method_of_ones_own_is_resumed_with_its_state(tmp_path: Path) -> None:
+    def step(root: nn.Module, adapter: str, config: Any, step: int, total: int, optimizer: Any) -> None:
+        root.__dict__["steps"] = [*root.__dict__.get("steps", ()), step]
+
+    register(
+        kit.Method(
+            *("counter", CounterConfig),
+            tensors=lambda config, site: low_rank(config.r, site.d_in, site.d_out, config.init_weights),
+            pair=lambda config, site, t, context: kit.FactorPair(t["A"], t["B"]),
+            card=kit.Card("Counter", "", "counts"),
+            needs_steps=lambda config: True,
+            step=step,
+            run_state=lambda root: {"steps": torch.tensor(root.__dict__["steps"])},
+            resume=lambda root, state: root.__dict__.update(steps=state["steps"].tolist()),
+        )
+    )
+    try:
+        fields = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+            model = get_peft_model(LLAMA.build(), CounterConfig(r=2, target_modules=["q_proj"]))
+            Trainer(model, arguments(tmp_path, **fields), train_dataset=rows()).train(resume_from_checkpoint=checkpoint)
+            assert model.get_base_model().__dict__["steps"] == [0, 1, 2, 3, 4]
+    finally:
+        kit.unregister("counter")
 
 
 def test_an_adapter_that_needs_steps_and_gets_none_says_so_once(caplog: pytest.LogCaptureFixture) -> None:

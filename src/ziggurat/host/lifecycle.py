@@ -25,7 +25,7 @@ PATIENCE = 96
 #: after ten steps at a rate of 1e-5.
 NEARLY_ZERO = 1e-5
 
-#: Names of methods whose `step` a Trainer calls for them; others bring a callback of their own.
+#: Names of methods whose `step` a Trainer calls for them.
 STEPPED: set[str] = set()
 
 
@@ -49,19 +49,20 @@ def step(
         ConfigError: a step outside 0..total, or a run too short for what an adapter's config asks for.
     """
     root = _root(model)
-    for method, adapters in _adapters(root).items():
-        if only is not None and method.name not in only:
-            continue
+    for method, adapters in _stepping(root, only).items():
         for adapter, config in adapters.items():
-            if method.step is not None and needs_steps(config):
+            if method.step is not None:
                 method.step(root, adapter, config, step, total, optimizer)
     Watch.reset(root)
 
 
-def run_state(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """What a resumed run needs besides the weights, by method: averages that directions are ranked by, masks."""
+def run_state(model: nn.Module, *, only: Collection[str] | None = None) -> dict[str, dict[str, Tensor]]:
+    """What a resumed run needs besides the weights, by method: averages that directions are ranked by, masks.
+
+    `only`: as in `step`.
+    """
     root = _root(model)
-    states = {m.name: m.run_state(root) for m in _adapters(root) if m.run_state is not None}
+    states = {m.name: m.run_state(root) for m in _stepping(root, only) if m.run_state is not None}
     return {name: state for name, state in states.items() if state}
 
 
@@ -71,20 +72,34 @@ def resume(
     done: int,
     total: int,
     optimizer: Optimizer | None = None,
+    *,
+    only: Collection[str] | None = None,
 ) -> None:
     """Go on with a run of which `done` of `total` steps are done: in the place of `step(model, 0, total)`.
 
-    `state`: what `run_state` gave then. The model has the weights and the structure of then.
+    `state`: what `run_state` gave then. The model has the weights and the structure of then. `only`: as in `step`.
 
     Raises:
         ConfigError: it was saved from another model or config.
     """
     root = _root(model)
-    for method in _adapters(root):
+    for method in _stepping(root, only):
         if method.resume is None:
             step(model, done, total, optimizer, only=(method.name,))
         elif method.name in state:
             method.resume(root, state[method.name])
+        else:
+            logger.warning(
+                "resuming at step %d of %d without what %s knew of the run besides its weights: it starts anew",
+                *(done, total, method.card.shown),
+            )
+
+
+def _stepping(root: nn.Module, only: Collection[str] | None) -> dict[Method, dict[str, Any]]:
+    """Method, of those in `only`, -> adapter -> config, of the adapters that train and need steps."""
+    chosen = {m: adapters for m, adapters in _adapters(root).items() if only is None or m.name in only}
+    needing = {m: {name: c for name, c in adapters.items() if needs_steps(c)} for m, adapters in chosen.items()}
+    return {m: adapters for m, adapters in needing.items() if adapters}
 
 
 def _root(model: nn.Module) -> nn.Module:

@@ -87,7 +87,8 @@ class Method:
     step: does what is due at a step.
     step_does: what it does, in words, where that needs gradients or weights which DeepSpeed keeps to itself.
     step_fields: the fields of the config that ask for it.
-    callback: the TrainerCallback that every Trainer gets for this config, where calling `step` isn't all.
+    callback: a TrainerCallback that every Trainer gets for this config.
+    steps_in_trainer: a Trainer calls `step`; False where `callback` does instead what is due.
     run_state, resume: what a resumed run needs of a model besides its weights, as tensors by name; putting it back.
     finish: takes the trained PeftModel before it is saved, drops what training left without effect, and gives counts
         of parameters by name.
@@ -116,6 +117,7 @@ class Method:
     step_does: str = ""
     step_fields: tuple[str, ...] = ()
     callback: Callable[[Any], type[Any] | None] | None = None
+    steps_in_trainer: bool = True
     run_state: Callable[[nn.Module], dict[str, Tensor]] | None = None
     resume: Callable[[nn.Module, Mapping[str, Tensor]], None] | None = None
     finish: Callable[[Any], dict[str, int]] | None = None

@@ -76,7 +76,7 @@ class MethodTuner(BaseTuner):
         return sites_of(self.method, config, model)
 
     def _check_pairs(self, config: Any, sites: Mapping[str, Site]) -> None:
-        """Raise ConfigError where the method's two functions don't fit each other. Sites of the same sizes have one pair."""
+        """Raise ConfigError where the two functions don't fit each other; asked once for sites of the same sizes."""
         computed: set[Any] = set()
         for site in sites.values() if self.method.pair is not None else ():
             here = config.at(site)
@@ -140,7 +140,7 @@ class MethodTuner(BaseTuner):
         watch_trainers()
         if needs_steps(self.peft_config[adapter_name]):
             Watch.start(self.model)
-            if self.method.callback is None:
+            if self.method.steps_in_trainer:
                 step_in_trainers(self.method)
         if self.method.callback is not None and (callback := self.method.callback(config)) is not None:
             ride_along(callback)

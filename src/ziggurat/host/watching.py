@@ -1,12 +1,19 @@
 """The callbacks that ride along in every Trainer: a look at what trains and moves, and `step`. They load its module."""
 
+import base64
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load, save
 from torch import nn
 from transformers import TrainerCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ziggurat.host.card import keep_section
-from ziggurat.host.lifecycle import STEPPED, Watch, check_moves, check_something_trains, step
+from ziggurat.host.lifecycle import STEPPED, Watch, check_moves, check_something_trains, resume, run_state, step
+
+#: What the names of states in a checkpoint's trainer_state.json begin with, before the method's.
+KEY = "ziggurat."
 
 
 class TrainingWatch(TrainerCallback):
@@ -30,13 +37,32 @@ class TrainingWatch(TrainerCallback):
 
 
 class StepCallback(TrainerCallback):
-    """Calls `ziggurat.step` for methods that bring no callback of their own. Rides along in every Trainer."""
+    """Calls `ziggurat.step` for the methods in `STEPPED`, and keeps what a resumed run needs of them in checkpoints.
+
+    Rides along in every Trainer. A Trainer doesn't hand a callback the folder that a run resumes from, but the state
+    that it has read there: so this stands in trainer_state.json, among the states of callbacks.
+    """
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._step(model, state.global_step, state.max_steps, kwargs.get("optimizer"))
+        if state.global_step and isinstance(model, nn.Module):
+            kept: Any = state.stateful_callbacks
+            saved = {name: load(base64.b64decode(kept[KEY + name]["state"])) for name in STEPPED if KEY + name in kept}
+            resume(model, saved, state.global_step, state.max_steps, kwargs.get("optimizer"), only=STEPPED)
+        else:
+            self._step(model, 0, state.max_steps, kwargs.get("optimizer"))
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._step(model, state.global_step + 1, state.max_steps, kwargs.get("optimizer"))
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
+        kept: Any = state.stateful_callbacks
+        states = run_state(model, only=STEPPED) if isinstance(model, nn.Module) else {}
+        for name, tensors in states.items():
+            text = base64.b64encode(save(tensors)).decode()
+            kept[KEY + name] = {"format": "safetensors, base64", "state": text}
+        folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if states and state.is_world_process_zero and folder.is_dir():
+            state.save_to_json(str(folder / "trainer_state.json"))
 
     @staticmethod
     def _step(model: Any, done: int, total: int, optimizer: Any) -> None:

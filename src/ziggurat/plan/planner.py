@@ -338,8 +338,6 @@ def plan_recipe(
     from ziggurat.recipe.methods import BUDGET, METHODS, method_config
     from ziggurat.recipe.schema import SCORED_LENGTH
     from ziggurat.training.data.encode import longest
-    from ziggurat.training.model.adapt import beside, leave_out, other_towers
-    from ziggurat.training.model.base import sees_images
     from ziggurat.training.model.meta import bare_model
     from ziggurat.training.model.meta_base import BareBase, bare_base
     from ziggurat.training.sizing.budget import read_budget
@@ -354,13 +352,9 @@ def plan_recipe(
         pays = read_budget(budget, sum(p.numel() for p in base.model.parameters()))
     if pays is not None:
         chosen = _paid(base.model, chosen, pays)
-    seeing = recipe is not None and recipe.writes and sees_images(base.model.config)
-    config: Any = method_config(chosen, **(beside(recipe, base.head, seeing) if recipe is not None else {}))
-    if recipe is not None and seeing:
-        leave_out(config, other_towers(base.model, recipe.tower))
     planned = plan(
         base.model,
-        config,
+        method_config(chosen) if recipe is None else _config_of(recipe, base, chosen),
         name=str(model),
         method=chosen["name"],
         task=recipe.task if recipe is not None else None,
@@ -374,6 +368,19 @@ def plan_recipe(
     )
     precision = recipe.train.precision if measure_memory and recipe is not None else "fp32"
     return replace(planned, notes=[*base.notes, *planned.notes, *_precision(precision)])
+
+
+def _config_of(recipe: Any, base: Any, choice: Mapping[str, Any]) -> Any:
+    """The config of a recipe's method as `ziggurat train` makes it for this base."""
+    from ziggurat.recipe.methods import method_config
+    from ziggurat.training.model.adapt import beside, leave_out, other_towers
+    from ziggurat.training.model.base import sees_images
+
+    seeing = recipe.writes and sees_images(base.model.config)
+    config: Any = method_config(dict(choice), **beside(recipe, base.head, seeing))
+    if seeing:
+        leave_out(config, other_towers(base.model, recipe.tower))
+    return config
 
 
 def _precision(precision: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ziggurat.nearest import did_you_mean
@@ -41,83 +41,96 @@ def _tasks_of(key: str) -> tuple[str, ...]:
     return next((tasks for keys, tasks in _GOES_WITH.items() if any(name in keys for name in sought)), tuple(TASKS))
 
 
+class _Given:
+    """The keys of a recipe that are good by themselves, and the defaults of the others."""
+
+    def __init__(self, good: dict[str, Any]) -> None:
+        self.keys = list(good)
+        self._good, self._known = good, keys()
+
+    def default(self, key: str) -> Any:
+        return self._known[key].get_default(call_default_factory=True)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._good.get(key, self.default(key))
+
+    def changes(self, key: str) -> bool:
+        """Whether the recipe gives the key another value than its default."""
+        return key in self._good and self._good[key] != self.default(key)
+
+
 def conflicts(good: dict[str, Any]) -> list[str]:
     """What is wrong with keys that are good by themselves; those that aren't take no part."""
-    found: list[str] = []
-    known = keys()
+    given = _Given(good)
+    return [*_of_task(given), *_of_data(given), *_of_run(given)]
 
-    def value(key: str) -> Any:
-        return good.get(key, known[key].get_default(call_default_factory=True))
 
-    task = value("task")
-    for key in good:
-        if task not in _tasks_of(key) and good[key] != known[key].get_default(call_default_factory=True):
-            found.append(f"{key}: has no meaning with task: {task}")
+def _of_task(given: _Given) -> Iterator[str]:
+    task, metric = given["task"], given["metric"]
+    for key in given.keys:
+        if task not in _tasks_of(key) and given.changes(key):
+            yield f"{key}: has no meaning with task: {task}"
     metrics = TASKS[task].metrics
-    if value("metric") is not None and value("metric") not in metrics:
-        found.append(f"metric: {value('metric')} does not go with task: {task}; one of {', '.join(metrics)}")
-    files = 1 + len(value("data.more") or [])
-    if value("data.weights") is not None and len(value("data.weights")) != files:
-        found.append(
-            f"data.weights: {len(value('data.weights'))} for {files} files; data.train names the files as a list"
-        )
-    if files > 1 and brings_validation(value("data.train"), value("data.folder")):
-        found.append(f"data.more: has no meaning with {value('data.train')}, a task of GLUE")
-    share, dropout, warmup = (known[key].default for key in ("data.validation_share", "head.dropout", "train.warmup"))
-    if good.get("data.validation_share", share) != share and "data.validation_rows" in good:
-        found.append("data.validation_rows: given beside data.validation_share; keep one")
-    if value("data.validation") is not None or value("data.validation_split") is not None:
+    if metric is not None and metric not in metrics:
+        yield f"metric: {metric} does not go with task: {task}; one of {', '.join(metrics)}"
+
+
+def _of_data(given: _Given) -> Iterator[str]:
+    weights, train = given["data.weights"], given["data.train"]
+    files, validates = 1 + len(given["data.more"] or []), brings_validation(train, given["data.folder"])
+    if weights is not None and len(weights) != files:
+        yield f"data.weights: {len(weights)} for {files} files; data.train names the files as a list"
+    if files > 1 and validates:
+        yield f"data.more: has no meaning with {train}, a task of GLUE"
+    if given.changes("data.validation_share") and "data.validation_rows" in given.keys:
+        yield "data.validation_rows: given beside data.validation_share; keep one"
+    if given["data.validation"] is not None or given["data.validation_split"] is not None:
         for key in ("data.validation_share", "data.validation_rows"):
-            if key in good and good[key] != known[key].get_default(call_default_factory=True):
-                found.append(f"{key}: has no meaning where validation data are named")
-    elif good.get("data.validation_share", share) != share and brings_validation(
-        value("data.train"), value("data.folder")
-    ):
-        found.append(
-            f"data.validation_share: has no meaning with {value('data.train')}, which has validation data; "
-            "data.validation_rows splits a part of the training rows off instead"
+            if given.changes(key):
+                yield f"{key}: has no meaning where validation data are named"
+    elif given.changes("data.validation_share") and validates:
+        yield (
+            f"data.validation_share: has no meaning with {train}, which has validation data; data.validation_rows "
+            "splits a part of the training rows off instead"
         )
-    names = value("data.label_names") or []
+    names = given["data.label_names"] or []
     if len(set(names)) < len(names):
-        found.append(f"data.label_names: two classes have one name: {', '.join(names)}")
-    if value("head.pooling") == "model" and good.get("head.dropout", dropout) != dropout:
-        found.append("head.dropout: has no meaning with head.pooling: model, whose dropout is the model's own")
-    if value("train.scheduler") == "constant" and good.get("train.warmup", warmup) not in (warmup, 0):
-        found.append("train.warmup: has no meaning with train.scheduler: constant; constant_with_warmup has one")
-    if value("train.best"):
-        if value("train.evaluate") == "never":
-            found.append("train.best: needs scores to choose by; set train.evaluate to epoch or a number of steps")
-        elif value("train.evaluate") != value("train.save"):
-            found.append("train.save: must equal train.evaluate when train.best is true")
-    if task in REWARDED and value("train.group_by_length"):
-        found.append(
-            f"train.group_by_length: has no meaning with task: {task}, whose batches are groups of completions"
-        )
-    if value("sampling.vllm") is None and value("sampling.vllm_options"):
-        found.append("sampling.vllm_options: has no meaning without sampling.vllm")
-    found += _of_streams(good, value)
-    found += tracker_problems(value("train.report_to") or [])
-    if value("resume") and value("overwrite"):
-        found.append("overwrite: contradicts resume; give one of them")
-    name = value("name")
+        yield f"data.label_names: two classes have one name: {', '.join(names)}"
+
+
+def _of_run(given: _Given) -> Iterator[str]:
+    task, name = given["task"], given["name"]
+    if given["head.pooling"] == "model" and given.changes("head.dropout"):
+        yield "head.dropout: has no meaning with head.pooling: model, whose dropout is the model's own"
+    if given["train.scheduler"] == "constant" and given.changes("train.warmup") and given["train.warmup"] != 0:
+        yield "train.warmup: has no meaning with train.scheduler: constant; constant_with_warmup has one"
+    if given["train.best"] and given["train.evaluate"] == "never":
+        yield "train.best: needs scores to choose by; set train.evaluate to epoch or a number of steps"
+    elif given["train.best"] and given["train.evaluate"] != given["train.save"]:
+        yield "train.save: must equal train.evaluate when train.best is true"
+    if task in REWARDED and given["train.group_by_length"]:
+        yield f"train.group_by_length: has no meaning with task: {task}, whose batches are groups of completions"
+    if given["sampling.vllm"] is None and given["sampling.vllm_options"]:
+        yield "sampling.vllm_options: has no meaning without sampling.vllm"
+    yield from _of_streams(given)
+    yield from tracker_problems(given["train.report_to"] or [])
+    if given["resume"] and given["overwrite"]:
+        yield "overwrite: contradicts resume; give one of them"
     if not name.strip() or any(sign in name for sign in "/\\"):
-        found.append(f"name: '{name}' cannot name a folder; use output for a path")
-    return found
+        yield f"name: '{name}' cannot name a folder; use output for a path"
 
 
-def _of_streams(good: dict[str, Any], value: Callable[[str], Any]) -> list[str]:
+def _of_streams(given: _Given) -> Iterator[str]:
     """What is wrong with `data.streaming`, or with keys beside it."""
-    if not value("data.streaming"):
-        buffer = value("data.shuffle_buffer") != keys()["data.shuffle_buffer"].default
-        return ["data.shuffle_buffer: has no meaning without data.streaming"] * buffer
-    found = [
-        f"{key}: has no meaning with data.streaming, whose rows are not counted beforehand"
-        for key in ("data.validation_share", "data.max_train", "train.epochs", "train.group_by_length")
-        if key in good and good[key] != keys()[key].default
-    ]
-    if value("train.max_steps") is None:
-        found.append("data.streaming: needs train.max_steps, for a stream has no end that is known")
-    return found
+    if not given["data.streaming"]:
+        if given.changes("data.shuffle_buffer"):
+            yield "data.shuffle_buffer: has no meaning without data.streaming"
+        return
+    for key in ("data.validation_share", "data.max_train", "train.epochs", "train.group_by_length"):
+        if given.changes(key):
+            yield f"{key}: has no meaning with data.streaming, whose rows are not counted beforehand"
+    if given["train.max_steps"] is None:
+        yield "data.streaming: needs train.max_steps, for a stream has no end that is known"
 
 
 def unmerged_with_vllm(good: dict[str, Any], choice: dict[str, Any]) -> list[str]:
@@ -144,11 +157,11 @@ def known_trackers() -> list[str]:
 def tracker_problems(names: Sequence[str]) -> list[str]:
     """What is wrong with a recipe's `train.report_to`, whatever is installed."""
     allowed = known_trackers() if names else []
-    found = [
+    unknown = [
         f"train.report_to: '{name}' is no tracker of transformers{did_you_mean(name, allowed)}; "
         f"one of {', '.join(allowed)}, or leave the key out to report nowhere"
         for name in names
         if name not in allowed
     ]
     twice = sorted({name for name in names if list(names).count(name) > 1})
-    return found + [f"train.report_to: {name} is named twice" for name in twice]
+    return unknown + [f"train.report_to: {name} is named twice" for name in twice]

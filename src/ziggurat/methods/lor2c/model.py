@@ -239,6 +239,7 @@ METHOD = Method(
     step_fields=("merges", "injections"),
     step_does="moves weights during training",
     callback=callback,
+    steps_in_trainer=False,
     events_file=EVENTS_FILE,
     finish=lambda model: dict(model.path_counts()),
     write=lambda model, folder: model.write_self_contained(folder),

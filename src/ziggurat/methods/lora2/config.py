@@ -109,6 +109,11 @@ class LoRA2Config(MethodConfig):
         """Directions left per linear, on average, when training is over."""
         return (self.r + 1) // 2 if self.target_rank is None else self.target_rank
 
+    @property
+    def prunes(self) -> bool:
+        """Whether training takes directions away."""
+        return self.target < self.r
+
     def at(self, site: Site) -> Self:
         """The config with the alpha that `alpha_pattern` has for `site`; `rank_at` reads the ranks."""
         return self.with_values(self.r, self.alpha_at(site))

@@ -116,17 +116,19 @@ def check(config: LoRA2Config, site: Site) -> None:
 
 def needs_steps(config: LoRA2Config) -> bool:
     """Whether directions are pruned."""
-    return config.target < config.r
+    return config.prunes
 
 
 def step(
     root: nn.Module, adapter: str, config: LoRA2Config, step: int, total: int, optimizer: Optimizer | None
 ) -> None:
-    """Check the schedule before the first step; then rank by the gradients that are there, and prune if it is time."""
+    """Before the first step check the schedule, and forget an earlier run; then rank by the gradients, and prune."""
     if step:
         pruning.prune(root, step, total, adapter)
-    else:
-        config.schedule(total)
+        return
+    config.schedule(total)
+    for layer in pruning.adapted(root, adapter).values():
+        layer.begin(adapter)
 
 
 def finish(model: Any) -> dict[str, int]:
@@ -144,7 +146,7 @@ def picture(model: Any, folder: Path) -> None:
 
 
 def callback(config: LoRA2Config) -> type[Any]:
-    """Under a Trainer a loss that isn't the model's own gets the regulariser, too; the mask stands in checkpoints."""
+    """Under a Trainer a loss that isn't the model's own gets the regulariser, too."""
     from ziggurat.methods.lora2.callback import LoRA2Callback  # loads transformers' Trainer
 
     return LoRA2Callback

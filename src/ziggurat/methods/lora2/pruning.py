@@ -146,7 +146,8 @@ def load_pruning_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     loaded: list[tuple[Directions, str, Importance, str]] = []
     for path, layer in unwrap(model)[0].named_modules():
-        for adapter in layer.learning if isinstance(layer, Directions) else ():
+        learning = layer.learning if isinstance(layer, Directions) else []
+        for adapter in (name for name in learning if layer.configs[name].prunes):  # type: ignore[union-attr, index]
             at = f"{path}.{adapter}"
             *experts, k, r = layer.factor(adapter, "v").shape  # type: ignore[union-attr]
             shape = (*experts, r, 1 + 2 * k)

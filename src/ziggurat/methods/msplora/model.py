@@ -144,6 +144,7 @@ METHOD = Method(
     step=step,
     step_fields=("train_in_stages",),
     callback=callback,
+    steps_in_trainer=False,
     older_names=(
         (
             r"(^|\.)pyramid\.msplora_factors\.((?:[^.:]+\.)?)(.*):([^:]*\D)(\d+):([AB])$",
