@@ -109,6 +109,10 @@ def test_what_cannot_be_written_says_why(tmp_path: Path) -> None:
     write_remote_code_model(two, None, tmp_path / "b", adapter="second")
     with pytest.raises(ExportError, match="isn't an empty folder"):
         write_remote_code_model(two, None, tmp_path / "b", adapter="second")
+
+
+@versions.transformers_calls
+def test_a_model_with_adapters_of_other_methods_is_not_written(tmp_path: Path) -> None:
     mixed = ZOO["llama"].build()
     mixed.add_adapter(MSPLoraConfig(r=4, target_modules=["q_proj"]), "pyramid")
     mixed.add_adapter(LoR2CConfig(r=4), "path")
