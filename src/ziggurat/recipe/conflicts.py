@@ -8,6 +8,7 @@ from typing import Any
 from ziggurat.nearest import did_you_mean
 
 from .glue import brings_validation
+from .methods import METHODS
 from .schema import keys
 from .tasks import REWARDED, TASKS
 
@@ -32,6 +33,7 @@ _GOES_WITH = {
     ("data.label_names",): (*_CLASSES, "tokens"),
     ("data.similar_labels",): _CLASSES,
     ("data.label_separator",): ("multilabel",),
+    ("train.class_weights",): ("classification",),
 }
 
 
@@ -108,6 +110,11 @@ def _of_run(given: _Given) -> Iterator[str]:
         yield "train.best: needs scores to choose by; set train.evaluate to epoch or a number of steps"
     elif given["train.best"] and given["train.evaluate"] != given["train.save"]:
         yield "train.save: must equal train.evaluate when train.best is true"
+    if given["train.patience"] is not None and not given["train.best"]:
+        yield "train.patience: needs train.best: true, so that the run ends with its best checkpoint"
+    if given["adapter"] in METHODS:
+        yield f"adapter: is the folder of an adapter to go on from; the method is method.name: {given['adapter']}"
+    yield from optimizer_problems(given["train.optimizer"])
     if task in REWARDED and given["train.group_by_length"]:
         yield f"train.group_by_length: has no meaning with task: {task}, whose batches are groups of completions"
     if given["sampling.vllm"] is None and given["sampling.vllm_options"]:
@@ -135,7 +142,7 @@ def _of_streams(given: _Given) -> Iterator[str]:
 
 def unmerged_with_vllm(good: dict[str, Any], choice: dict[str, Any]) -> list[str]:
     """What is wrong with `sampling.vllm` beside a checked `method.*`: TRL sends merged weights to vLLM."""
-    from .methods import METHODS, shown
+    from .methods import shown
 
     method = METHODS[choice["name"]]
     if good.get("sampling.vllm") is None or method.merges or method.four_bits or method.config is None:
@@ -144,6 +151,21 @@ def unmerged_with_vllm(good: dict[str, Any], choice: dict[str, Any]) -> list[str
     return [
         f"sampling.vllm: TRL merges the adapter into the weights that it sends to vLLM, and {shown(choice['name'])} "
         f"can't be merged; leave the key out, or take one of {able}"
+    ]
+
+
+def optimizer_problems(name: str | None) -> list[str]:
+    """What is wrong with a recipe's `train.optimizer`, whatever is installed."""
+    if name is None:
+        return []
+    from transformers.training_args import OptimizerNames
+
+    # The others keep little of whole weights' gradients, and an adapter has no whole weights.
+    names = [one.value for one in OptimizerNames if not any(part in one.value for part in ("galore", "apollo", "lomo"))]
+    if name in names:
+        return []
+    return [
+        f"train.optimizer: '{name}' is no optimiser for adapters{did_you_mean(name, names)}; one of {', '.join(names)}"
     ]
 
 

@@ -229,6 +229,7 @@ def method_fields(name: str) -> dict[str, Any]:
 
 def method_problems(choice: dict[str, Any]) -> list[str]:
     """Everything wrong with `method.*`: the name, each field, and what the config itself refuses."""
+    from .names import answer
     from .values import explain
 
     if "name" not in choice:
@@ -252,7 +253,8 @@ def method_problems(choice: dict[str, Any]) -> list[str]:
         elif key not in fields and (meant := _meant(key)) in METHODS[name].unread:
             problems.append(f"method.{key}: {name} never reads it; {METHODS[name].unread[meant]}")
         elif key not in fields:
-            hint = did_you_mean(f"method.{key}", [f"method.{other}" for other in fields], SYNONYMS)
+            hint = answer(key) if key not in SYNONYMS else None
+            hint = hint or did_you_mean(f"method.{key}", [f"method.{other}" for other in fields], SYNONYMS)
             problems.append(f"method.{key}: unknown{hint or f', {name} has no such field'}")
         else:
             said = explain(fields[key], value)

@@ -8,6 +8,17 @@ from .embedded import EMBEDDED, PACKAGE
 from .methods import METHODS
 from .schema import Recipe
 
+#: Part of an optimiser's name -> the package that brings it, where that isn't torch or transformers; the first counts.
+_OF_OPTIMIZERS = {
+    **dict.fromkeys(("torch_8bit", "torch_4bit"), "torchao"),
+    **dict.fromkeys(("bnb", "8bit", "paged", "lion", "ademamix"), "bitsandbytes"),
+    "galore": "galore-torch",
+    "lomo": "lomo-optim",
+    "apollo": "apollo-torch",
+    "schedule_free": "schedulefree",
+    "stable_adamw": "torch-optimi",
+}
+
 
 def needs(recipe: Recipe) -> dict[str, str]:
     """Package -> what in the recipe asks for it."""
@@ -18,6 +29,9 @@ def needs(recipe: Recipe) -> dict[str, str]:
         found["gguf"] = f"gguf_file: {recipe.gguf_file}"
     if recipe.sampling.vllm is not None:
         found["vllm"] = f"sampling.vllm: {recipe.sampling.vllm}"
+    optimizer = recipe.train.optimizer or ""
+    if package := next((package for part, package in _OF_OPTIMIZERS.items() if part in optimizer), None):
+        found[package] = f"train.optimizer: {optimizer}"
     if METHODS[recipe.method["name"]].four_bits:
         found["bitsandbytes"] = f"method {recipe.method['name']}"
     return found

@@ -16,6 +16,7 @@ from ziggurat.nearest import did_you_mean, missing_path, nearest
 from .conflicts import conflicts, unmerged_with_vllm
 from .glue import fill_in, glue_name
 from .methods import METHODS, SYNONYMS, method_config, method_fields, method_problems
+from .names import answer
 from .schema import Recipe, keys
 from .tasks import REWARDED, task_called
 from .text import MOST_TEXT, SECTIONS, flatten, read_overrides, read_yaml
@@ -30,87 +31,30 @@ _WITHOUT_EFFECT = (
     *("about", "name", "output", "train.answers"),
     *("train.eval_batch", "train.keep", "train.report_to", "train.workers"),
 )
+#: Values that mean another one, as other programs write it.
+_SPELLINGS = {
+    "dtype": {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"},
+    "train.precision": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},
+}
+#: What a key may have been meant by, beside the names that other programs have for it (`names.yaml`).
 _SYNONYMS = {
     **SYNONYMS,
-    "learning_rate": "train.lr",
-    "num_train_epochs": "train.epochs",
-    "num_epochs": "train.epochs",
-    "batch_size": "train.batch",
-    "per_device_train_batch_size": "train.batch",
-    "per_device_eval_batch_size": "train.eval_batch",
-    "gradient_accumulation_steps": "train.accumulate",
     "accumulation": "train.accumulate",
-    "warmup_ratio": "train.warmup",
-    "warmup_steps": "train.warmup",
-    "lr_scheduler_type": "train.scheduler",
-    "wd": "train.weight_decay",
-    "fp16": "train.precision",
-    "bf16": "train.precision",
-    "load_best_model_at_end": "train.best",
-    "metric_for_best_model": "metric",
-    "base_model": "model",
-    "model_name_or_path": "model",
-    "output_dir": "output",
-    "dataset": "data.train",
-    "train_file": "data.train",
-    "validation_file": "data.validation",
-    "test": "data.validation",
+    "batch_size": "train.batch",
+    "description": "about",
+    "epoch": "train.epochs",
     "eval": "data.validation",
-    "max_seq_length": "data.max_length",
-    "max_len": "data.max_length",
-    "cutoff_len": "data.max_length",
-    "sequence_len": "data.max_length",
-    "val_set_size": "data.validation_share",
-    "val_size": "data.validation_share",
-    "max_source_length": "data.max_length",
-    "max_target_length": "data.max_target",
-    "val_max_target_length": "data.max_target",
-    "source_prefix": "data.prefix",
-    "text_column": "data.columns.source",
-    "summary_column": "data.columns.target",
-    "max_samples": "data.max_train",
-    "sample_packing": "data.packing",
-    "train_on_inputs": "data.loss",
-    "train_on_prompt": "data.loss",
-    "mask_history": "data.loss",
-    "field_messages": "data.columns.messages",
-    "field_images": "data.columns.images",
-    "image_dir": "data.image_folder",
     "image_folder": "data.image_folder",
-    "media_dir": "data.image_folder",
-    "freeze_vision_tower": "tower",
-    "field_instruction": "data.columns.instruction",
-    "field_input": "data.columns.input",
-    "field_output": "data.columns.output",
-    "field_system": "data.columns.system",
-    "role_tag": "data.columns.role",
-    "content_tag": "data.columns.content",
-    "user_tag": "data.roles.user",
-    "assistant_tag": "data.roles.assistant",
-    "observation_tag": "data.roles.tool",
-    "function_tag": "data.roles.call",
-    "micro_batch_size": "train.batch",
-    "pref_beta": "train.beta",
-    "dpo_beta": "train.beta",
-    "num_generations": "sampling.completions",
-    "max_completion_length": "sampling.tokens",
-    "temperature": "sampling.temperature",
-    "reward_funcs": "rewards.functions",
-    "reward_weights": "rewards.weights",
-    "use_vllm": "sampling.vllm",
-    "vllm_mode": "sampling.vllm",
-    "stage": "task",
-    "rl": "task",
+    "labels": "data.label",
+    "logging": "train.report_to",
+    "max_len": "data.max_length",
+    "pooling": "head.pooling",
     "rlhf": "task",
     "rlhf_type": "task",
-    "task_type": "task",
     "sentence": "data.text",
-    "labels": "data.label",
-    "pooling": "head.pooling",
-    "logging": "train.report_to",
-    "epoch": "train.epochs",
     "steps": "train.max_steps",
-    "description": "about",
+    "test": "data.validation",
+    "wd": "train.weight_decay",
 }
 
 
@@ -219,6 +163,7 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
         if key.startswith("method."):
             continue
         if key in known:
+            value = _SPELLINGS.get(key, {}).get(str(value), value)
             info = known[key]
             said = explain(Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation, value)
             if said is None:
@@ -230,11 +175,7 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
         elif key in SECTIONS:
             problems.append(f"{key}: needs its own keys, {_example(key)}")
         else:
-            choices = [*known, "method.name", *(f"method.{name}" for name in _fields_of(choice))]
-            hint = did_you_mean(key, choices, _SYNONYMS) or "; docs/recipes.md lists the keys"
-            if nearest(key, choices, _SYNONYMS) == "task" and task_called(value):
-                hint = f", did you mean task: {task_called(value)}?"
-            problems.append(f"{key}: unknown{hint}")
+            problems.append(f"{key}: unknown{_meant(key, [*known, 'method.name'], choice, value)}")
     problems += [
         f"{key}: missing: {info.description}" for key, info in known.items() if info.is_required() and key not in flat
     ]
@@ -250,6 +191,17 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
             part = part.setdefault(section, {})
         part[name] = value
     return Recipe.model_validate(nested)
+
+
+def _meant(key: str, known: list[str], choice: dict[str, Any], value: Any) -> str:
+    """What an unknown key may have meant: by our own synonyms, as other programs call it, or as it is spelt."""
+    hint = answer(key) if key.rpartition(".")[2] not in _SYNONYMS else None
+    if hint is None:
+        fields = [f"method.{name}" for name in _fields_of(choice)]
+        hint = did_you_mean(key, [*known, *fields], _SYNONYMS) or "; docs/recipes.md lists the keys"
+    if hint == ", did you mean task?" and task_called(value):
+        return f", did you mean task: {task_called(value)}?"
+    return hint
 
 
 def _fields_of(choice: dict[str, Any]) -> list[str]:
@@ -276,7 +228,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     """The recipe as one flat mapping, defaults too but for the method's; paths on this disk are made absolute."""
     elsewhere = set() if recipe.task in REWARDED else {"rewards", "sampling"}
     flat = flatten(recipe.model_dump(exclude={"resume", "overwrite", *elsewhere}))
-    for key in ("model", "data.train", "data.validation", "data.folder", "data.image_folder"):
+    for key in ("model", "adapter", "data.train", "data.validation", "data.folder", "data.image_folder"):
         value = flat.get(key)
         named = value in ("embedded", "demo") or glue_name(value) is not None
         if value is not None and not named and Path(value).expanduser().exists():

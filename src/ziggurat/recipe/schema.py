@@ -223,7 +223,15 @@ class TrainPart(Part):
     beta: Annotated[float, Field(gt=0.0)] = Field(
         default=0.1, description="dpo and kto: how strongly the model is held near the one that it starts from"
     )
+    optimizer: str | None = Field(
+        default=None, description="by transformers' name, such as adamw_8bit, adafactor, lion_32bit; without it AdamW"
+    )
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(default=0.0, description="AdamW's decoupled weight decay")
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(ge=0.0)]] | None = Field(
+        default=None,
+        description="classification: what an example of each class counts in the loss, else 1; balanced: all classes "
+        "alike in sum",
+    )
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         default="linear", description="course of the learning rate after the warm-up"
     )
@@ -245,6 +253,9 @@ class TrainPart(Part):
     )
     keep: Positive = Field(default=2, description="newest checkpoints kept while training")
     best: bool = Field(default=False, description="end with the checkpoint of the best score instead of the last")
+    patience: Positive | None = Field(
+        default=None, description="stop after so many scorings without a better score; needs train.best"
+    )
     answers: Annotated[int, Field(ge=0)] = Field(
         default=3,
         description="instruct, seq2seq: so many validation rows are answered before and after, to be read",
@@ -268,6 +279,13 @@ class Recipe(Part):
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         default="float32", description="dtype of the frozen base weights"
+    )
+    attn_implementation: str | None = Field(
+        default=None,
+        description="of transformers: sdpa, eager, flash_attention_2, flex_attention; else its choice",
+    )
+    adapter: str | None = Field(
+        default=None, description="folder of an adapter to go on from, of the same method and model; else a fresh one"
     )
     tower: Literal["language", "vision", "both"] = Field(
         default="language", description="which part of a model that sees images is adapted"

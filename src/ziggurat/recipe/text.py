@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import yaml
 
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 SECTIONS = ("data", "data.columns", "data.roles", "head", "method", "rewards", "sampling", "train")
 #: Bytes of a recipe; those that ship have at most a few thousand.
 MOST_TEXT = 2**16
@@ -74,11 +76,18 @@ def read_overrides(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
             problems.append(f"{key}: given twice on the command line; keep one")
         else:
             try:
-                flat[key] = yaml.safe_load(text) if text.strip() else None
+                flat[key] = _numbers(yaml.safe_load(text)) if text.strip() else None
             except (yaml.YAMLError, ValueError, RecursionError):
                 # Prose with a colon or a bracket is not YAML, but on a command line it is plainly a text.
                 flat[key] = text
     return flat, problems
+
+
+def _numbers(value: Any) -> Any:
+    """A value, or a list's values, in which `2e-4`, which YAML 1.1 takes for a text, is the number."""
+    if isinstance(value, list):
+        return [_numbers(part) for part in value]
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

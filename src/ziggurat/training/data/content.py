@@ -23,6 +23,8 @@ def contents(recipe: Recipe) -> dict[str, str]:
     data = recipe.data
     model, task = Path(recipe.model).expanduser(), glue_name(data.train, data.subset)
     found = {}
+    if recipe.adapter is not None and Path(recipe.adapter).expanduser().is_dir():
+        found["adapter"] = digest(Path(recipe.adapter).expanduser(), "*", _NOT_OF_A_MODEL)
     if recipe.model != EMBEDDED and model.is_dir():
         found["model"] = digest(model, "*", _NOT_OF_A_MODEL)
     if task is not None and data.folder is not None:

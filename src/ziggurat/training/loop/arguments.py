@@ -51,6 +51,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
         "gradient_accumulation_steps": train.accumulate,
         "learning_rate": train.lr,
         "weight_decay": train.weight_decay,
+        **({"optim": train.optimizer} if train.optimizer is not None else {}),
         "lr_scheduler_type": train.scheduler,
         "warmup_steps": train.warmup,
         "max_grad_norm": train.max_grad_norm,

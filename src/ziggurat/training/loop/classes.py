@@ -6,12 +6,32 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+
+from ziggurat.errors import DataError
+from ziggurat.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 #: So many mistakes are kept, and so many characters of each one's text.
 MISTAKES, SHOWN = 20, 300
+
+
+def weights_of(recipe: Recipe, labels: Sequence[int], names: Sequence[str]) -> torch.Tensor:
+    """What an example of each class counts in the loss, by `train.class_weights`; `labels`: places among the `names`.
+
+    balanced: w_c = N / (K n_c) for n_c of N examples in K classes, so that the mean over all examples is 1. Raises
+    DataError for names that are no classes.
+    """
+    wanted = recipe.train.class_weights
+    if wanted == "balanced":
+        counts = np.bincount(np.asarray(labels), minlength=len(names))
+        return torch.tensor(len(labels) / (len(names) * np.maximum(counts, 1)), dtype=torch.float32)
+    assert isinstance(wanted, dict)
+    if unknown := [name for name in wanted if name not in names]:
+        raise DataError(f"train.class_weights: no class is called {', '.join(unknown)}; there are {', '.join(names)}")
+    return torch.tensor([wanted.get(name, 1.0) for name in names])
 
 
 def by_class(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import Trainer
 
 from ..folder.checkpoints import Resumable
@@ -26,6 +27,8 @@ class ExactSteps(Resumable):
     # Left to transformers, a model that takes any keyword is believed to divide by `num_items_in_batch` by itself.
     # BERT doesn't: its loss would be added up over processes and micro-batches.
     loss_is_scaled_for_ga = True
+    #: What an example of each class counts in the loss; None: all 1.
+    class_weights: Tensor | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -54,6 +57,9 @@ class ExactSteps(Resumable):
         counted = inputs.pop(COUNTED, labelled(inputs["labels"]))
         outputs = model(**inputs)
         loss = outputs["loss"]
+        if self.class_weights is not None and model.training:
+            weights = self.class_weights.to(inputs["labels"].device)[inputs["labels"]]
+            loss = (cross_entropy(outputs["logits"].float(), inputs["labels"], reduction="none") * weights).mean()
         if num_items_in_batch is not None:
             # The processes' gradients are averaged: their number gives back the sum.
             loss = loss * (counted * self.args.world_size / num_items_in_batch)

@@ -122,8 +122,8 @@ def _train(
     processes.first(lambda: workplace.reserve(folder.work, expected_bytes(model, base.tokenizer)))
     progress, meter, notes = LiveProgress(console, recipe.main_metric), Meter(), list[str]()
     note = partial(_note, console, notes)
-    watch = _watch(recipe, base, partial(note, kind="warning", style="yellow"))
-    task = _task(recipe, base, model, examples, folder, [*callbacks, progress, stop, meter, watch], rewards)
+    watch = _watch(recipe, base, note, partial(note, kind="warning", style="yellow"))
+    task = _task(recipe, base, model, examples, folder, [*callbacks, progress, stop, meter, *watch], rewards)
     note(*examples.notes, *task.notes, *_notes(recipe, processes, fit, spec), *_costs(model, counts))
     begun = time.monotonic() - float(noted.get("seconds", 0.0))
     try:
@@ -187,13 +187,20 @@ def _note(console: Console, notes: list[str], *texts: str, kind: str = "note", s
         console.print(f"{kind}: {text}", style=style, highlight=False)
 
 
-def _watch(recipe: Recipe, base: Base, tell: Callable[[str], None]) -> TrainerCallback:
-    """The callback that warns of a run which learns nothing."""
+def _watch(
+    recipe: Recipe, base: Base, tell: Callable[[str], None], warn: Callable[[str], None]
+) -> Iterator[TrainerCallback]:
+    """The callbacks that warn of a run which learns nothing, and end one that learns no more."""
+    if recipe.train.patience is not None:
+        from ..callbacks.patience import StopWhenFlat
+
+        yield StopWhenFlat(recipe.main_metric, recipe.train.patience, tell)
     if recipe.task in REWARDED:
         from ..callbacks.signal import NoSignal
 
-        return NoSignal(tell, recipe.sampling.temperature, recipe.sampling.tokens)
-    return RisingLoss(tell, _classes(recipe, base))
+        yield NoSignal(warn, recipe.sampling.temperature, recipe.sampling.tokens)
+    else:
+        yield RisingLoss(warn, _classes(recipe, base))
 
 
 def _classes(recipe: Recipe, base: Base) -> int | None:
@@ -355,6 +362,7 @@ def make_model(recipe: Recipe, examples: Examples) -> tuple[Base, nn.Module, Hea
         revision=recipe.revision,
         dtype=recipe.dtype,
         four_bits=METHODS[recipe.method["name"]].four_bits,
+        attention=recipe.attn_implementation,
     )
     set_seed(recipe.seed)
     return base, adapt(recipe, base), spec

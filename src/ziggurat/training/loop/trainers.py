@@ -151,6 +151,10 @@ def _scored(setup: Setup) -> Task:
         compute_metrics=compute,
         callbacks=setup.callbacks,
     )
+    if recipe.train.class_weights is not None:
+        from .classes import weights_of
+
+        trainer.class_weights = weights_of(recipe, examples.train["label"], examples.label_names)
     trainer.head, trainer.head_lr = tuple(base.head), recipe.head.lr
     return Task(trainer, guess, notes, judged if recipe.task == "classification" else dict)
 

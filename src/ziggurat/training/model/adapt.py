@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
-from ziggurat.errors import RecipeError
+from ziggurat.errors import ConfigError, RecipeError, first_line
+from ziggurat.files.untrusted import MOST_RUN, read_json
+from ziggurat.host.folder import adapter_config
 from ziggurat.nearest import did_you_mean
 from ziggurat.recipe.embedded import model_path
 from ziggurat.recipe.methods import METHODS, method_config
@@ -42,6 +45,8 @@ def adapt(recipe: Recipe, base: Base) -> nn.Module:
     method = METHODS[recipe.method["name"]]
     outside = other_towers(base.model, recipe.tower) if base.processor is not None else []
     if method.config is None:
+        if recipe.adapter is not None:
+            raise RecipeError(f"adapter: method.name {recipe.method['name']} trains no adapter to go on with")
         trains = method.trains
         assert trains is not None
         freeze_all_but(base.model, lambda name: trains(name) and not _in_head(name, outside), base.head)
@@ -61,10 +66,45 @@ def adapt(recipe: Recipe, base: Base) -> nn.Module:
                 module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     config.base_model_name_or_path = model_path(recipe.model)
     config.revision = recipe.revision
+    if recipe.adapter is not None:
+        return _trained_on(recipe, base, config, recipe.adapter)
     try:
         return get_peft_model(base.model, config)
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         raise RecipeError(f"method: {recipe.method['name']} cannot adapt {recipe.model}: {error}") from error
+
+
+def _trained_on(recipe: Recipe, base: Base, config: Any, folder: str) -> nn.Module:
+    """The base model with the adapter in `folder`, whose parameters train on. Raises RecipeError if it isn't that of
+    the recipe's method, settings and classes."""
+    path = Path(folder).expanduser()
+    try:
+        saved = adapter_config(path)
+    except ConfigError as error:
+        raise RecipeError(f"adapter: {error}") from error
+    if type(saved) is not type(config):
+        names = ", ".join(name for name, row in METHODS.items() if row.config_class() is type(saved))
+        raise RecipeError(f"adapter: '{folder}' was trained with method.name: {names}, not {recipe.method['name']}")
+    given = {key: value for key, value in recipe.method.items() if isinstance(value, bool | int | float)}
+    others = [f"method.{key}: {value}, not {getattr(saved, key)}" for key, value in given.items()
+              if getattr(saved, key) != value]  # fmt: skip
+    if others:
+        raise RecipeError(f"adapter: '{folder}' has other settings than the recipe; leave out {'; '.join(others)}")
+    names = list((base.model.config.id2label or {}).values()) if base.head else []
+    if (path / "run.json").is_file() and base.head:
+        before = [str(name) for name in read_json(path, "run.json", MOST_RUN).get("head", {}).get("label_names", [])]
+        if before and before != [str(name) for name in names]:
+            raise RecipeError(
+                f"adapter: '{folder}' knows the classes {', '.join(before)}, and the data have {', '.join(names)}; "
+                "data.label_names says their order"
+            )
+    try:
+        model = PeftModel.from_pretrained(base.model, str(path), is_trainable=True)
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        raise RecipeError(f"adapter: '{folder}' does not fit {recipe.model}: {first_line(error)}") from error
+    model.peft_config["default"].base_model_name_or_path = model_path(recipe.model)
+    model.peft_config["default"].revision = recipe.revision
+    return model
 
 
 def other_towers(model: nn.Module, tower: str) -> list[str]:

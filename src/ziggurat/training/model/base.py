@@ -75,10 +75,12 @@ def load_base(
     dtype: str = "float32",
     tokenizer_from: str | None = None,
     four_bits: bool = False,
+    attention: str | None = None,
 ) -> Base:
     """Load the base model of a task with its head.
 
-    `four_bits`: all linear layers but those of the head become NF4 with doubly quantised constants (QLoRA).
+    `attention`: transformers' name of an implementation. `four_bits`: all linear layers but those of the head become
+    NF4 with doubly quantised constants (QLoRA).
 
     Raises RecipeError when the model can't be found or read, has no head for the task, or can't be quantised here;
     MissingExtraError where packages that it needs aren't installed.
@@ -100,7 +102,8 @@ def load_base(
         tokenizer = _tokenizer(tokenizer_from or path, reading) if processor is None else processor.tokenizer
         config = AutoConfig.from_pretrained(path, **where)
         _check_kind(model, spec.task, config)
-        how = {**where, "dtype": dtype} | ({"quantization_config": _nf4(dtype)} if four_bits else {})
+        how = {**where, "dtype": dtype} | ({"attn_implementation": attention} if attention is not None else {})
+        how |= {"quantization_config": _nf4(dtype)} if four_bits else {}
         built, fresh = _build(path, spec, config, how)
         if gguf_file is not None:
             _forget_gguf(built)

@@ -1,0 +1,52 @@
+"""What other programs call the keys of a recipe, from `names.yaml`, and the answer to one who writes their names."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+#: The programs of `names.yaml`, as they are written.
+PROGRAMS = {"huggingface": "Hugging Face", "llama_factory": "LLaMA-Factory", "axolotl": "Axolotl"}
+
+
+@cache
+def tables() -> dict[str, dict[str, str]]:
+    """Program -> its names with what stands for them here: a key, a key with its value, or words; "" for nothing."""
+    read: Any = yaml.safe_load((files("ziggurat") / "recipe" / "names.yaml").read_text(encoding="utf-8"))
+    return {program: read[program] | dict.fromkeys(read["none"][program], "") for program in PROGRAMS}
+
+
+def answer(key: str) -> str | None:
+    """The end of a sentence on a key that is unknown here and known elsewhere; None where it isn't."""
+    name = key.rpartition(".")[2].lower().replace("-", "_")
+    found = next((program for program, names in tables().items() if name in names), None)
+    if found is None:
+        return None
+    ours = tables()[found][name]
+    if not ours:
+        return f"; {PROGRAMS[found]} has it, and no key stands for it here"
+    if ours.startswith("nothing"):
+        return f"; {ours.replace('nothing', 'leave it out', 1)}"
+    return f"; here it is {ours}" if " " in ours else f", did you mean {ours}?"
+
+
+def page() -> str:
+    """docs/names.md."""
+    lines = [
+        "# Names from elsewhere",
+        "",
+        "What recipes of other programs say, and the key of a recipe here that says it. `ziggurat train` answers each",
+        "of these names so, and says of the other options of these programs that no key stands for them. Columns of",
+        "data have a table of their own in [recipes.md](recipes.md#instructions-chats-and-plain-text).",
+    ]
+    for program, title in PROGRAMS.items():
+        lines += ["", f"## {title}", "", "| there | here |", "|---|---|"]
+        lines += [f"| `{name}` | {_shown(ours)} |" for name, ours in tables()[program].items() if ours]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(ours: str) -> str:
+    return f"`{ours}`" if " " not in ours or (": " in ours and ours.count(" ") == 1) else ours
