@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -143,6 +144,21 @@ def closure(start: str, edges: set[tuple[str, str]]) -> set[str]:
 def test_no_file_imports_itself_round_a_circle() -> None:
     edges = edges_between_files(SOURCE)
     assert [a for a, b in sorted(edges) if a in closure(b, edges)] == []
+
+
+def test_every_import_of_the_package_is_there() -> None:
+    """Those inside functions too, which importing a file doesn't try."""
+    files = {module_name(file, SOURCE): file for file in SOURCE.rglob("*.py")}
+    packages = {name.rpartition(".")[0] for name in files}
+    lost = []
+    for file in files.values():
+        for line, target in imported_names(file, SOURCE):
+            home, _, name = target.rpartition(".")
+            known = target in files or target in packages or (home == SOURCE.name and name == "__version__")
+            text = files[home].read_text(encoding="utf-8") if home in files else ""
+            if not known and not re.search(rf"\b{name}\b", text):
+                lost.append(f"{file.relative_to(SOURCE)}:{line}: {target}")
+    assert lost == []
 
 
 def test_train_imports_at_once_what_every_run_needs() -> None:

@@ -13,7 +13,7 @@ from ziggurat.host.lifecycle import step
 from ziggurat.host.like_lora import create_loraplus_optimizer, hotswap_adapter
 from ziggurat.host.plain import PlainLora, plain_lora
 from ziggurat.host.plugins import load_installed
-from ziggurat.host.tenants import add_tenants, save_tenants, share
+from ziggurat.host.sets.tenants import add_tenants, save_tenants, share
 from ziggurat.methods.adapterdrop.config import AdapterDropConfig
 from ziggurat.methods.adapterdrop.model import AdapterDropModel
 from ziggurat.methods.aslora import ASLoRAConfig

@@ -3,8 +3,8 @@
 from ziggurat.host.config import MethodConfig
 from ziggurat.host.method import EVALUATION, Card, Context, Method, Part, Stored
 from ziggurat.host.registry import register, unregister
+from ziggurat.host.saved.structure import MergingConfig, acting_parameters, shared_tensors
 from ziggurat.host.site import Site, check_room
-from ziggurat.host.structure import MergingConfig, acting_parameters, shared_tensors
 from ziggurat.host.tensors import Init, TensorSpec, Weight, gaussian, kaiming, low_rank, normal, ones, zeros
 from ziggurat.host.values import check_flag, is_whole, one_of, option, shown, whole
 from ziggurat.lowrank.pair import FactorPair, stack

@@ -37,7 +37,7 @@ def test_stock_lm_eval_gives_the_same_numbers(adapter: Path, llama: Path, data: 
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    from ziggurat.host.folder import load_adapter, load_base
+    from ziggurat.host.saved.folder import load_adapter, load_base
 
     model = load_adapter(adapter, load_base(adapter)).eval()
     tokenizer = AutoTokenizer.from_pretrained(str(adapter))

@@ -15,8 +15,8 @@ from commands import main
 from fresh import Fresh
 from ziggurat.errors import ConfigError
 from ziggurat.host import plugins
-from ziggurat.host.folder import adapter_config
 from ziggurat.host.method import METHODS
+from ziggurat.host.saved.folder import adapter_config
 from ziggurat.kit import unregister
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))

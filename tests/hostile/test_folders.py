@@ -23,7 +23,7 @@ from ziggurat.cli import app
 from ziggurat.errors import ConfigError, RecipeError, ZigguratError
 from ziggurat.export import export, merge
 from ziggurat.files.untrusted import own_file
-from ziggurat.host.folder import adapter_config, load_adapter, load_base, tensor_shapes
+from ziggurat.host.saved.folder import adapter_config, load_adapter, load_base, tensor_shapes
 from ziggurat.training.answers.load import load_adapter_model
 from zoo import ZOO
 

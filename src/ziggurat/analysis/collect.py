@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.files.untrusted import loaded_tensors
-from ziggurat.host.anatomy import Anatomy
+from ziggurat.host.base.anatomy import Anatomy
+from ziggurat.host.base.targets import sites_of
 from ziggurat.host.count import with_targets
-from ziggurat.host.folder import adapter_config, load_base
 from ziggurat.host.method import METHODS, method_of
+from ziggurat.host.saved.folder import adapter_config, load_base
+from ziggurat.host.saved.sites_table import from_table
 from ziggurat.host.site import Site
-from ziggurat.host.sites_table import from_table
-from ziggurat.host.targets import sites_of
 from ziggurat.host.tensors import whole
 
 from .components import UPDATE, Collected, Component, span_text

@@ -11,12 +11,12 @@ from typing import Any
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from ziggurat.host.anatomy import Place
-from ziggurat.host.expert_terms import expert_pair, expert_parts, of_expert
+from ziggurat.host.base.anatomy import Place
+from ziggurat.host.base.unwrap import PREFIX
+from ziggurat.host.experts.terms import expert_pair, expert_parts, of_expert
 from ziggurat.host.method import Method, pair_of, parts_of, redirected, specs_of
-from ziggurat.host.names import current_names
+from ziggurat.host.saved.names import current_names
 from ziggurat.host.site import CHILD, Site
-from ziggurat.host.unwrap import PREFIX
 from ziggurat.lowrank.pair import FactorPair, stack
 from ziggurat.lowrank.spectrum import factored_svd
 

@@ -85,7 +85,7 @@ def _events(folder: Path) -> list[Any]:
 
 
 def _pruned(folder: Path, collected: Collected | None) -> tuple[dict[str, int], int]:
-    from ziggurat.host.folder import adapter_config
+    from ziggurat.host.saved.folder import adapter_config
 
     if collected is None:
         return {}, 0

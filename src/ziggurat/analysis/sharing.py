@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.anatomy import Anatomy
+from ziggurat.host.base.anatomy import Anatomy
 from ziggurat.host.linear import is_adaptable
 from ziggurat.lowrank.pair import FactorPair, inner
 

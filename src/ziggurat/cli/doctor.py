@@ -32,7 +32,7 @@ def doctor(
             )
         findings += adapter(given[0])
     elif given and Path(given[0]).is_dir() and not (Path(given[0]) / "recipe.yaml").is_file():
-        from ziggurat.host.folder import adapter_config
+        from ziggurat.host.saved.folder import adapter_config
 
         adapter_config(given[0])  # raises, and says what the folder lacks
     elif given:

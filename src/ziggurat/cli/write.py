@@ -52,7 +52,7 @@ def export(
     if serving:
         say(f"serve it with --max-lora-rank {written.rank}")
     if gguf:
-        from ziggurat.host.folder import adapter_config
+        from ziggurat.host.saved.folder import adapter_config
 
         model = base or str(adapter_config(out).base_model_name_or_path)
         say(f"llama.cpp's form of it is {write_gguf(out, model)}")

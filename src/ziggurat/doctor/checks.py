@@ -131,7 +131,7 @@ def adapter(folder: str | Path, variables: Mapping[str, str] | None = None) -> I
         ConfigError: the folder holds no readable adapter.
     """
     from ziggurat.analysis import collect
-    from ziggurat.host.folder import adapter_config
+    from ziggurat.host.saved.folder import adapter_config
     from ziggurat.training.model.meta import bare_config
 
     config = adapter_config(folder)

@@ -34,7 +34,7 @@ def is_decoder(config: Any, task: str | None) -> bool | None:
 def serving(folder: str | Path, config: Any, collected: Any, base: Any) -> Iterator[Finding]:
     """`collected`: what analysis read of the adapter, or None; `base`: the base's config, or None."""
     from ziggurat.export import SERVING_RANKS
-    from ziggurat.host.folder import tensor_shapes
+    from ziggurat.host.saved.folder import tensor_shapes
 
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     method = kind.lower()

@@ -12,8 +12,8 @@ from ziggurat.errors import DataError
 from ziggurat.extras import require
 from ziggurat.files.staging import write_whole
 from ziggurat.recipe.glue import GLUE, GlueTask, glue_name
-from ziggurat.recipe.needs import OF_A_TASK
 from ziggurat.recipe.schema import Recipe
+from ziggurat.recipe.tasks import TASKS
 from ziggurat.training.answers.load import Loaded
 from ziggurat.training.answers.predict import Prediction, predict
 from ziggurat.training.data.glue import read_glue
@@ -73,7 +73,7 @@ def class_order(recipe: Recipe, head: HeadSpec, name: str) -> list[int]:
 
 def needs(name: str) -> tuple[str, ...]:
     """The packages outside the core that scoring the GLUE task `name` imports."""
-    return "datasets", OF_A_TASK["classification" if GLUE[name].classes else "regression"]
+    return "datasets", TASKS["classification" if GLUE[name].classes else "regression"].package
 
 
 def check_data(name: str, folder: str | None, *, server: bool) -> None:

@@ -42,7 +42,7 @@ def find_subject(place: str | Path) -> Subject:
         ConfigError: nothing is there, or an adapter whose files can't be (`host.folder.adapter_config` says which).
         RecipeError: a run that isn't finished or was changed.
     """
-    from ziggurat.host.folder import adapter_config
+    from ziggurat.host.saved.folder import adapter_config
 
     path = Path(place).expanduser()
     if (path / "run.json").is_file() and (path / "recipe.yaml").is_file():
@@ -100,7 +100,7 @@ def _without_text(subject: Subject) -> str | None:
             else f"was trained for {task}: score it on glue/<task>, or use `ziggurat predict`"
         )
     if subject.kind == "adapter":
-        from ziggurat.host.folder import adapter_config
+        from ziggurat.host.saved.folder import adapter_config
 
         task = adapter_config(subject.model).task_type
         name = str(getattr(task, "value", task))
@@ -147,8 +147,8 @@ def load_subject(subject: Subject, dtype: str = "auto") -> tuple[Any, Any, Loade
         return _placed(model, device()), base.tokenizer, None
     from transformers import AutoTokenizer
 
-    from ziggurat.host import folder
     from ziggurat.host.bars import without_bars
+    from ziggurat.host.saved import folder
 
     home = Path(subject.model)
     with without_bars():

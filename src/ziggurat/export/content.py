@@ -7,9 +7,9 @@ from pathlib import Path
 from peft import PeftModel, get_peft_model_state_dict
 
 from ziggurat.errors import ExportError
-from ziggurat.host.folder import tensor_shapes
+from ziggurat.host.base.vocabulary import embedding_names
 from ziggurat.host.plain import bare
-from ziggurat.host.vocabulary import embedding_names
+from ziggurat.host.saved.folder import tensor_shapes
 
 
 def check_complete(folder: str | Path, model: PeftModel) -> list[str]:

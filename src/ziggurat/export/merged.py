@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from ziggurat.files.staging import written_beside
-from ziggurat.host.folder import adapter_config, load_adapter, load_base
+from ziggurat.host.base.tied import note_untied, untie
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.method import method_of
 from ziggurat.host.plain import bare, lora_pairs
-from ziggurat.host.tied import note_untied, untie
+from ziggurat.host.saved.folder import adapter_config, load_adapter, load_base
 
 from .beside import copy_tokenizer, name_labels, save_tokenizer
 from .content import check_complete

@@ -14,8 +14,8 @@ from torch import nn
 
 from ziggurat.errors import ExportError
 from ziggurat.files.staging import written_beside
-from ziggurat.host.folder import adapter_config, load_adapter, load_base, tensor_shapes
 from ziggurat.host.plain import as_plain, bare
+from ziggurat.host.saved.folder import adapter_config, load_adapter, load_base, tensor_shapes
 
 from .beside import copy_tokenizer
 from .card import card

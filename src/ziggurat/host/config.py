@@ -13,10 +13,10 @@ from ziggurat._distribution import VERSION
 from ziggurat.errors import ConfigError
 from ziggurat.files.staging import open_weights
 from ziggurat.files.untrusted import BANK, bank_of, check_factors, check_folder, read_json
-from ziggurat.host.card import write_card
 from ziggurat.host.method import Method
-from ziggurat.host.names import FORMAT
 from ziggurat.host.peft_type import peft_type
+from ziggurat.host.saved.card import write_card
+from ziggurat.host.saved.names import FORMAT
 from ziggurat.host.site import Site
 from ziggurat.host.tensors import is_named
 from ziggurat.host.values import (
@@ -115,7 +115,7 @@ class MethodConfig(PeftConfig):
     from_adapter: str | None = option(None, "Folder of an adapter whose shared tensors are taken over, frozen.")
     bank: dict[str, Any] | None = option(None, "What the adapter of a set builds on; not for the user to set.")
     ziggurat_version: str | None = option(None, "The version that wrote this config.")
-    ziggurat_format: int = option(1, "The form of what was written; see host/names.py.")
+    ziggurat_format: int = option(1, "The form of what was written; see host/saved/names.py.")
 
     @property
     def citation(self) -> str:
@@ -287,7 +287,7 @@ class MethodConfig(PeftConfig):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
         if self.from_adapter is not None:
-            from ziggurat.host.inherit import inherit
+            from ziggurat.host.sets.inherit import inherit
 
             inherit(self)
         if isinstance(self.target_modules, str):

@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.base.targets import DEFAULT_TARGETS, checked_specs, sites_of
 from ziggurat.host.method import Method, method_of, trainable
-from ziggurat.host.targets import DEFAULT_TARGETS, checked_specs, sites_of
 
 
 def count(model: nn.Module, config: Any) -> int:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ziggurat.host.base.unwrap import unwrap, without_wrappers
 from ziggurat.host.method import Method, needs_steps
 from ziggurat.host.method_layer import layers_of
 from ziggurat.host.root_hook import RootHook
-
-from .unwrap import unwrap, without_wrappers
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from ziggurat.errors import ConfigError
 from ziggurat.files.untrusted import loaded_tensors
 from ziggurat.host.config import MethodConfig
-from ziggurat.host.folder import adapter_config
 from ziggurat.host.method import specs_of
 from ziggurat.host.method_layer import layers_of
-from ziggurat.host.names import current_names
+from ziggurat.host.saved.folder import adapter_config
+from ziggurat.host.saved.names import current_names
 from ziggurat.host.values import NO_MATTER, shown
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.base.offload import runs_on
+from ziggurat.host.base.quantised import FLOATS, backend_of, base_weight, check_changeable, replace_weight
 from ziggurat.host.method_layer import BANK, MethodLayer, check_finite, rows_by_adapter
-from ziggurat.host.offload import runs_on
-from ziggurat.host.quantised import FLOATS, backend_of, base_weight, check_changeable, replace_weight
 from ziggurat.host.siblings import SIBLINGS
 from ziggurat.host.tensors import Weight
 from ziggurat.lowrank.pair import FactorPair, delta, is_plain, on_device, transformed, with_updates

@@ -214,7 +214,7 @@ def pair_of(method: Method, config: Any, site: Site, stored: Stored, context: Co
     Where the site holds all experts of a layer, A (experts, rank, d_in) and B (experts, d_out, rank).
     """
     if site.fused:
-        from ziggurat.host.expert_terms import expert_terms, for_each_expert
+        from ziggurat.host.experts.terms import expert_terms, for_each_expert
 
         return for_each_expert(expert_terms(method, config, site, stored, context), site)
     if config.blended is not None:

@@ -167,7 +167,7 @@ class MethodLayer(Stores):
 
 
 class ExpertsLayer(Stores):
-    """A tuner layer of fused experts: of all experts of a layer, or of one of their parameters (host/experts.py)."""
+    """A tuner layer of fused experts: of all experts of a layer, or of one of their parameters (host/experts)."""
 
     stores: Mapping[str, Any] = {}
 

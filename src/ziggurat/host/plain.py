@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from ziggurat.errors import ExportError
 from ziggurat.host.bank import Bank
+from ziggurat.host.base.unwrap import PREFIX, without_wrappers
+from ziggurat.host.base.vocabulary import embedding_names, has_grown
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.method_layer import ExpertsLayer, MethodLayer
 from ziggurat.host.tensors import whole
-from ziggurat.host.unwrap import PREFIX, without_wrappers
-from ziggurat.host.vocabulary import embedding_names, has_grown
 from ziggurat.lowrank.pair import FactorPair, pad
 
 

@@ -10,11 +10,11 @@ from peft.utils import register_peft_method
 from ziggurat.errors import ConfigError
 from ziggurat.host.bank import Bank
 from ziggurat.host.linear import AdaptedLinear
-from ziggurat.host.loading import load_through_methods
 from ziggurat.host.method import METHODS, Method
 from ziggurat.host.method_layer import ExpertsLayer
 from ziggurat.host.peft_type import peft_type
-from ziggurat.host.structure import StructureBank, StructureTuner
+from ziggurat.host.saved.loading import load_through_methods
+from ziggurat.host.saved.structure import StructureBank, StructureTuner
 from ziggurat.host.tuner import MethodTuner
 
 

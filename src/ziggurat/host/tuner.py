@@ -18,24 +18,31 @@ from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.bank import Bank
+from ziggurat.host.base.quantised import changing
+from ziggurat.host.base.remarks import check_fused_mixers, remark
+from ziggurat.host.base.targets import (
+    DEFAULT_TARGETS,
+    check_takes_parameters,
+    checked_specs,
+    near_misses,
+    sites_of,
+    targets,
+)
+from ziggurat.host.base.tied import note_shared, note_untied
+from ziggurat.host.base.vocabulary import grown_beside_adapters
 from ziggurat.host.blend import add_blend, check_request
 from ziggurat.host.draws import Draws
 from ziggurat.host.lifecycle import Watch, step_in_trainers, watch_trainers
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.method import Method, needs_steps, pair_of, specs_of
 from ziggurat.host.method_layer import ExpertsLayer, MethodLayer
-from ziggurat.host.names import RenamesOnLoad, check_tensors, current_names
 from ziggurat.host.older import NoMatchingPeftModuleError, as_no_match, check_saved_whole
-from ziggurat.host.quantised import changing
-from ziggurat.host.remarks import check_fused_mixers, remark
+from ziggurat.host.saved.names import RenamesOnLoad, check_tensors, current_names
+from ziggurat.host.saved.sites_table import to_table
 from ziggurat.host.siblings import introduce
 from ziggurat.host.site import Site
-from ziggurat.host.sites_table import to_table
-from ziggurat.host.targets import DEFAULT_TARGETS, check_takes_parameters, checked_specs, near_misses, sites_of, targets
 from ziggurat.host.tensors import Weight, check_pair
-from ziggurat.host.tied import note_shared, note_untied
 from ziggurat.host.trainers import ride_along
-from ziggurat.host.vocabulary import grown_beside_adapters
 
 #: An adapter may ask for this many parameters whatever its file holds: 256 MiB in float32.
 UNCHECKED = 2**26
@@ -133,7 +140,7 @@ class MethodTuner(BaseTuner):
         finally:
             self.sites = None
         if config.from_adapter is not None:
-            from ziggurat.host.inherit import take_over
+            from ziggurat.host.sets.inherit import take_over
 
             take_over(self.model, self.method, adapter_name, config)
         RenamesOnLoad.start(self.model, self.method)
@@ -173,7 +180,7 @@ class MethodTuner(BaseTuner):
     @property
     def parameter_cls(self) -> type[Any]:
         """The layer of a parameter with all experts of a layer; imported where it is needed."""
-        from ziggurat.host.experts import ParameterLayer
+        from ziggurat.host.experts.layer import ParameterLayer
 
         return ParameterLayer
 
@@ -183,7 +190,7 @@ class MethodTuner(BaseTuner):
         """Adapt the experts' parameters among the sites. PEFT calls it where the config has `target_parameters`."""
         from accelerate import init_empty_weights
 
-        from ziggurat.host.experts import wrapped_experts
+        from ziggurat.host.experts.layer import wrapped_experts
 
         assert self.sites is not None
         fused = {path: site for path, site in self.sites.items() if site.fused}

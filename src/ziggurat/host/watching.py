@@ -9,8 +9,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ziggurat.host.card import keep_section
 from ziggurat.host.lifecycle import STEPPED, Watch, check_moves, check_something_trains, resume, run_state, step
+from ziggurat.host.saved.card import keep_section
 
 #: What the names of states in a checkpoint's trainer_state.json begin with, before the method's.
 KEY = "ziggurat."

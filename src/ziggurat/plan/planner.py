@@ -17,11 +17,11 @@ from ziggurat.analysis.components import UPDATE, Component
 from ziggurat.analysis.readers import READERS, components, place_by_name
 from ziggurat.errors import ConfigError, RecipeError
 from ziggurat.export.serving import cost_of_serving
-from ziggurat.host.anatomy import Anatomy, Place
+from ziggurat.host.base.anatomy import Anatomy, Place
 from ziggurat.host.method import method_of
-from ziggurat.host.names import key_of
+from ziggurat.host.saved.names import key_of
+from ziggurat.host.saved.sites_table import from_table
 from ziggurat.host.site import Site
-from ziggurat.host.sites_table import from_table
 from ziggurat.recipe.tasks import WRITES
 
 from .disk import file_bytes
@@ -191,8 +191,8 @@ def plan(
 
 def _tenants(number: int, config: Any, state: Mapping[str, Any]) -> Tenants:
     """Raises ConfigError for a method that shares nothing."""
-    from ziggurat.host.inherit import shared_tiers
-    from ziggurat.host.tenants import common_names
+    from ziggurat.host.sets.inherit import shared_tiers
+    from ziggurat.host.sets.tenants import common_names
 
     method = method_of(config)
     tiers = [] if method is None else config.freeze_tiers or shared_tiers(method, config)

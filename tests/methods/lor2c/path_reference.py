@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ziggurat.host.paths import PathLayer
+from ziggurat.host.paths.layer import PathLayer
 from ziggurat.lowrank.pair import FactorPair
 
 #: First layer, last layer, and the dense (d, d) matrix scale * B A of a path.

@@ -11,8 +11,8 @@ from transformers import MobileBertConfig, MobileBertModel, Qwen3VLConfig, Qwen3
 from methods_table import logits
 from ziggurat import LoR2CConfig
 from ziggurat.errors import ConfigError
-from ziggurat.host.paths import path_of
-from ziggurat.host.stream import stream_width
+from ziggurat.host.base.stream import stream_width
+from ziggurat.host.paths.layer import path_of
 from zoo import ZOO
 
 

@@ -12,7 +12,7 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from methods_table import logits
 from ziggurat import LoR2CConfig
-from ziggurat.host.paths import path_of
+from ziggurat.host.paths.layer import path_of
 from zoo import ZOO
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

@@ -20,7 +20,7 @@ from plain_models import Block, PlainList
 from tolerance import assert_models_agree
 from ziggurat import LoR2CConfig
 from ziggurat.errors import ConfigError
-from ziggurat.host.paths import HANDOVER, path_of
+from ziggurat.host.paths.layer import HANDOVER, path_of
 from zoo import ZOO, shallow
 
 SPANS = [(0, 2), (3, 3)]

@@ -1,7 +1,7 @@
 """LoR2C's tuner layers: the path at a layer, and the linear layer that takes over when a path is given up."""
 
 from ziggurat.host.linear import AdaptedLinear
-from ziggurat.host.paths import PathLayer
+from ziggurat.host.paths.layer import PathLayer
 
 
 class LoR2CPath(PathLayer):

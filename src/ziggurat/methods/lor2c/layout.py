@@ -9,12 +9,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.anatomy import Anatomy
+from ziggurat.host.base.anatomy import Anatomy
+from ziggurat.host.base.stream import are_layers, stream_width
+from ziggurat.host.base.targets import DEFAULT_TARGETS, linear_site, near_misses
 from ziggurat.host.linear import features, is_adaptable
-from ziggurat.host.paths import check_room
+from ziggurat.host.paths.layer import check_room
 from ziggurat.host.site import Site, body_name
-from ziggurat.host.stream import are_layers, stream_width
-from ziggurat.host.targets import DEFAULT_TARGETS, linear_site, near_misses
 from ziggurat.lowrank.spans import Span, check_spans
 from ziggurat.methods.lor2c.config import LoR2CConfig
 from ziggurat.methods.lor2c.plan import StackState, most_events, paths

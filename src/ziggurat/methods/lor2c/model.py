@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.anatomy import Anatomy
+from ziggurat.host.base.anatomy import Anatomy
+from ziggurat.host.base.offload import runs_on
+from ziggurat.host.base.quantised import FLOATS
 from ziggurat.host.method import Card, Method
-from ziggurat.host.offload import runs_on
-from ziggurat.host.paths import CANT_MERGE, attach, detach, handover_of, path_of
-from ziggurat.host.quantised import FLOATS
+from ziggurat.host.paths.layer import CANT_MERGE, attach, detach, handover_of, path_of
 from ziggurat.host.registry import register
+from ziggurat.host.saved.structure import StructureTuner
 from ziggurat.host.site import Site
-from ziggurat.host.structure import StructureTuner
 from ziggurat.host.tensors import Weight
 from ziggurat.host.tuner import _quantization
 from ziggurat.methods.lor2c.config import CITATION, EVENTS_FILE, STRUCTURE_KEY, LoR2CConfig

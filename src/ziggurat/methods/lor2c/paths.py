@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.saved.structure import StructureBank
 from ziggurat.host.site import Site
-from ziggurat.host.structure import StructureBank
 from ziggurat.host.tensors import whole
 from ziggurat.host.values import is_whole, shown
 from ziggurat.lowrank.spans import check_spans

@@ -24,9 +24,9 @@ from transformers.models.auto import modeling_auto
 
 from ziggurat.errors import ExportError
 from ziggurat.files.staging import written_beside
-from ziggurat.host.paths import CHILD
-from ziggurat.host.tied import note_untied
-from ziggurat.host.unwrap import PREFIX, bare_path, bare_tree, unwrap
+from ziggurat.host.base.tied import note_untied
+from ziggurat.host.base.unwrap import PREFIX, bare_path, bare_tree, unwrap
+from ziggurat.host.paths.layer import CHILD
 from ziggurat.methods.lor2c.layer import LoR2CLinear, LoR2CPath
 from ziggurat.methods.lor2c.layout import holder_of
 from ziggurat.methods.lor2c.paths import PathBank

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerState
 
-from ziggurat.host.unwrap import unwrap
+from ziggurat.host.base.unwrap import unwrap
 from ziggurat.methods.lora2.pruning import adapted, learning_adapters
 from ziggurat.methods.lora2.ranks import table
 from ziggurat.methods.lora2.regulariser import deviation, hook_of, learning_linear_layers, penalty

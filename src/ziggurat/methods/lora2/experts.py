@@ -1,6 +1,6 @@
 """LoRA² at the parameters with all experts of a layer."""
 
-from ziggurat.host.experts import ParameterLayer
+from ziggurat.host.experts.layer import ParameterLayer
 from ziggurat.methods.lora2.layer import Directions
 
 

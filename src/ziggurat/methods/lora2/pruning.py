@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.base.unwrap import unwrap
 from ziggurat.host.lifecycle import Watch
 from ziggurat.host.tensors import whole
-from ziggurat.host.unwrap import unwrap
 from ziggurat.methods.lora2.config import LoRA2Config
 from ziggurat.methods.lora2.importance import Importance, entries, scores, sensitivity, smooth, survivors
 from ziggurat.methods.lora2.layer import Directions

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ziggurat.extras import require
-from ziggurat.host.anatomy import Anatomy
+from ziggurat.host.base.anatomy import Anatomy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
 from ziggurat.errors import ProcessError, RecipeError
-from ziggurat.host.anatomy import Anatomy
+from ziggurat.host.base.anatomy import Anatomy
 from ziggurat.host.method import does_at_steps
 
 from .processes import Processes

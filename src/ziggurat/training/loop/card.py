@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ziggurat._distribution import VERSION
-from ziggurat.host.card import BEGIN
+from ziggurat.host.saved.card import BEGIN
 from ziggurat.recipe.embedded import EMBEDDED, HUB_NAME
 from ziggurat.recipe.methods import METHODS, shown
 from ziggurat.recipe.schema import Recipe

@@ -14,10 +14,10 @@ from torch import nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host import count as registered
-from ziggurat.host.expert_sites import parameter_sites
+from ziggurat.host.base.targets import target_sites
+from ziggurat.host.experts.sites import parameter_sites
 from ziggurat.host.method import method_of
 from ziggurat.host.site import Site
-from ziggurat.host.targets import target_sites
 
 
 def lora(some: Iterable[Site], config: Any) -> int:

@@ -8,9 +8,9 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as OF_PEFT
 from torch import nn
 
-from ziggurat.host.anatomy import Anatomy
+from ziggurat.host.base.anatomy import Anatomy
+from ziggurat.host.base.targets import DEFAULT_TARGETS, near_misses
 from ziggurat.host.linear import is_adaptable
-from ziggurat.host.targets import DEFAULT_TARGETS, near_misses
 from zoo import ZOO
 
 #: Their queries and values have other names in older versions of transformers.

@@ -27,8 +27,7 @@ from dataclasses import dataclass
 from torch import Size, nn
 
 from ziggurat.errors import AnatomyError
-
-from .unwrap import Node, bare_path, bare_tree, unwrap
+from ziggurat.host.base.unwrap import Node, bare_path, bare_tree, unwrap
 
 
 @dataclass(frozen=True)

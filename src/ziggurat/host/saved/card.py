@@ -8,8 +8,8 @@ from typing import Any
 from peft import PeftConfig, TaskType
 
 from ziggurat._distribution import DISTRIBUTION
-from ziggurat.host.folder import AUTO_CLASSES
-from ziggurat.host.unwrap import unwrap
+from ziggurat.host.base.unwrap import unwrap
+from ziggurat.host.saved.folder import AUTO_CLASSES
 
 BEGIN, END = "<!-- ziggurat: begin -->", "<!-- ziggurat: end -->"
 

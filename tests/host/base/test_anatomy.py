@@ -13,7 +13,7 @@ from torch import nn
 import versions
 from plain_models import LAYERS, WIDTH, Block, PlainList
 from ziggurat.errors import AnatomyError
-from ziggurat.host.anatomy import Anatomy, Place
+from ziggurat.host.base.anatomy import Anatomy, Place
 from zoo import ZOO
 
 every_model = pytest.mark.parametrize("name", ZOO)

@@ -15,14 +15,14 @@ from torch import nn
 from ziggurat.errors import ConfigError
 from ziggurat.files.untrusted import loaded_tensors, stored_tensors
 from ziggurat.host.bank import Bank
-from ziggurat.host.folder import adapter_config
+from ziggurat.host.base.unwrap import PREFIX
 from ziggurat.host.method import Method, specs_of
 from ziggurat.host.method_layer import MethodLayer
-from ziggurat.host.names import current_names, file_name, key_of
+from ziggurat.host.saved.folder import adapter_config
+from ziggurat.host.saved.names import current_names, file_name, key_of
+from ziggurat.host.saved.sites_table import from_table
 from ziggurat.host.site import Site
-from ziggurat.host.sites_table import from_table
 from ziggurat.host.tensors import Factors, TensorSpec, tier_of, zeros
-from ziggurat.host.unwrap import PREFIX
 from ziggurat.host.values import NO_MATTER, shown
 
 #: Fields that an adapter has for itself, whatever it builds on.

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.bank import WithoutBase
-from ziggurat.host.handover import Handover
+from ziggurat.host.base.stream import stream
 from ziggurat.host.method_layer import MethodLayer, rows_by_adapter
+from ziggurat.host.paths.handover import Handover
 from ziggurat.host.root_hook import hooks_of, take_off
 from ziggurat.host.site import CHILD
-from ziggurat.host.stream import stream
 from ziggurat.lowrank.pair import on_device
 from ziggurat.lowrank.product import low_rank_add
 from ziggurat.lowrank.spans import Span

@@ -8,9 +8,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.base.unwrap import bare_tree, look_through
 from ziggurat.host.linear import features, is_adaptable
-
-from .unwrap import bare_tree, look_through
 
 
 def stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -19,7 +19,7 @@ from methods_table import logits
 from tolerance import assert_sums_agree
 from ziggurat import LoR2CConfig, LoRA2Config, MSPLoraConfig
 from ziggurat.host.linear import AdaptedLinear
-from ziggurat.host.paths import PathLayer
+from ziggurat.host.paths.layer import PathLayer
 from zoo import seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -12,7 +12,7 @@ from torch import nn
 
 from methods_table import logits
 from ziggurat import LoR2CConfig, LoRA2Config, MSPLoraConfig
-from ziggurat.host.offload import runs_on
+from ziggurat.host.base.offload import runs_on
 from zoo import ZOO
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.bank import WithoutBase
-from ziggurat.host.expert_terms import ExpertTerm, expert_terms
+from ziggurat.host.base.unwrap import look_through
+from ziggurat.host.experts.terms import ExpertTerm, expert_terms
 from ziggurat.host.method import Method
 from ziggurat.host.method_layer import ExpertsLayer, MethodLayer, check_finite
 from ziggurat.host.tensors import Weight
-from ziggurat.host.unwrap import look_through
 from ziggurat.lowrank.grouped import grouped
 from ziggurat.lowrank.pair import on_device, with_updates
 

@@ -24,14 +24,14 @@ from torch import Tensor
 from ziggurat.errors import ConfigError, ExportError
 from ziggurat.files.staging import written_beside
 from ziggurat.files.untrusted import BANK, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, digest, loaded_tensors, own_file
-from ziggurat.host.folder import adapter_config
-from ziggurat.host.inherit import shared_tiers, stored_at
+from ziggurat.host.base.unwrap import PREFIX
 from ziggurat.host.method import Method, method_of, specs_of
-from ziggurat.host.names import current_names, file_name, key_of
+from ziggurat.host.saved.folder import adapter_config
+from ziggurat.host.saved.names import current_names, file_name, key_of
+from ziggurat.host.saved.sites_table import from_table
+from ziggurat.host.sets.inherit import shared_tiers, stored_at
 from ziggurat.host.site import Site
-from ziggurat.host.sites_table import from_table
 from ziggurat.host.tensors import is_named
-from ziggurat.host.unwrap import PREFIX
 from ziggurat.host.values import shown
 
 

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
-from .unwrap import PREFIX, unwrap
+from ziggurat.host.base.unwrap import PREFIX, unwrap
 
 #: What wrappers put into the names of the weights that they hold.
 _WRAPPED = frozenset({"base_layer", "original_module", "modules_to_save", "token_adapter"})

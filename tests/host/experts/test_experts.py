@@ -30,7 +30,7 @@ from ziggurat.analysis.collect import collect
 from ziggurat.errors import ConfigError, ExportError
 from ziggurat.export import export_model
 from ziggurat.host.count import count
-from ziggurat.host.experts import ParameterLayer
+from ziggurat.host.experts.layer import ParameterLayer
 from ziggurat.lowrank.grouped import _has_kernel, _padded, grouped
 from ziggurat.plan.planner import plan
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.files.untrusted import check_folder, own_file, read_json, stored_tensors
+from ziggurat.host.base.vocabulary import base_name, fit_vocabulary
 from ziggurat.host.values import shown
-from ziggurat.host.vocabulary import base_name, fit_vocabulary
 
 #: A number of labels that is no other size of a model: where it stands in a shape stand the labels.
 _PROBE = 7919

@@ -13,9 +13,9 @@ from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import load_file
 from transformers.integrations.peft import PeftAdapterMixin
 
+from ziggurat.host.base.unwrap import PREFIX
 from ziggurat.host.method import method_of
-from ziggurat.host.names import check_tensors, current_names
-from ziggurat.host.unwrap import PREFIX
+from ziggurat.host.saved.names import check_tensors, current_names
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 

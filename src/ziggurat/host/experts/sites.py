@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.anatomy import Anatomy
-from ziggurat.host.quantised import FLOATS
+from ziggurat.host.base.anatomy import Anatomy
+from ziggurat.host.base.quantised import FLOATS
+from ziggurat.host.base.targets import site_at, targets
+from ziggurat.host.base.unwrap import bare_tree, unwrap
 from ziggurat.host.site import Site
-from ziggurat.host.targets import site_at, targets
-from ziggurat.host.unwrap import bare_tree, unwrap
 
 #: The parameters of experts, in the order in which they act.
 PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")

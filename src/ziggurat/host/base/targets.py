@@ -10,14 +10,13 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.anatomy import Anatomy
+from ziggurat.host.base.anatomy import Anatomy
+from ziggurat.host.base.unwrap import bare_tree, unwrap
 from ziggurat.host.linear import features, is_adaptable
 from ziggurat.host.method import Method, unique_specs
 from ziggurat.host.older import check_finds_parameters
 from ziggurat.host.site import Site, body_name, with_experts
 from ziggurat.host.tensors import TensorSpec
-
-from .unwrap import bare_tree, unwrap
 
 _BERT_LIKE = ("albert", "camembert", "data2vec-text", "ernie", "megatron-bert", "rembert", "xlm-roberta-xl")
 _LLAMA_LIKE = (
@@ -69,7 +68,7 @@ def sites_of(method: Method, config: Any, model: nn.Module) -> dict[str, Site]:
         return method.sites(config, model, Anatomy(model, layers_pattern=config.layers_pattern))
     sites = target_sites(config, model) if config.target_modules else {}
     if config.target_parameters:
-        from ziggurat.host.expert_sites import parameter_sites
+        from ziggurat.host.experts.sites import parameter_sites
 
         sites |= parameter_sites(config, model)
     if config.speaks_of_depth and sites and all(not site.role for site in sites.values()):
@@ -91,7 +90,7 @@ def checked_specs(method: Method, config: Any, sites: Mapping[str, Site]) -> dic
     config.check_sites(sites)
     specs = unique_specs(method, config.at, sites)
     if config.freeze_tiers is not None:
-        from ziggurat.host.inherit import check_frozen
+        from ziggurat.host.sets.inherit import check_frozen
 
         check_frozen(method, config, sites, specs)
     return specs

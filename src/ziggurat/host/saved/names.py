@@ -12,12 +12,11 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.base.unwrap import PREFIX, unwrap
 from ziggurat.host.method import Method
 from ziggurat.host.root_hook import RootHook
 from ziggurat.host.site import CHILD, Site, body_prefix, with_other_head
 from ziggurat.host.tensors import TensorSpec
-
-from .unwrap import PREFIX, unwrap
 
 #: The form of names and config that this version writes, in adapter_config.json. 1: before it was noted there.
 FORMAT = 2

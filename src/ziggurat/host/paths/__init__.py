@@ -1,0 +1,1 @@
+"""Low-rank paths around transformer layers, and how the input of a span reaches its last layer."""
