@@ -14,7 +14,7 @@ from torch import nn
 
 from ziggurat.errors import ConfigError, RecipeError, first_line
 from ziggurat.files.untrusted import MOST_RUN, read_json
-from ziggurat.host.folder import adapter_config
+from ziggurat.host.saved.folder import adapter_config
 from ziggurat.nearest import did_you_mean
 from ziggurat.recipe.embedded import model_path
 from ziggurat.recipe.methods import METHODS, method_config
