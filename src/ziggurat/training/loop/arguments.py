@@ -13,7 +13,6 @@ from transformers import TrainerCallback
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ziggurat.errors import RecipeError
-from ziggurat.host.older import checkpointing_argument
 from ziggurat.recipe.schema import Recipe
 
 from ..callbacks.rising import EVERY
@@ -37,6 +36,8 @@ class Setup:
 
 def training_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
     """The fields of TrainingArguments. Raises RecipeError for a precision that this machine doesn't have."""
+    from ziggurat.host.older import checkpointing_argument
+
     train = recipe.train
     if train.precision == "fp16" and not torch.accelerator.is_available():
         raise RecipeError("train.precision: fp16 needs an accelerator, this machine has none; use fp32 or bf16")

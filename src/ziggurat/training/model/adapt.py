@@ -13,8 +13,6 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_
 from torch import nn
 
 from ziggurat.errors import ConfigError, RecipeError, first_line
-from ziggurat.files.untrusted import MOST_RUN, read_json
-from ziggurat.host.saved.folder import adapter_config
 from ziggurat.nearest import did_you_mean
 from ziggurat.recipe.embedded import model_path
 from ziggurat.recipe.methods import METHODS, method_config
@@ -77,6 +75,9 @@ def adapt(recipe: Recipe, base: Base) -> nn.Module:
 def _trained_on(recipe: Recipe, base: Base, config: Any, folder: str) -> nn.Module:
     """The base model with the adapter in `folder`, whose parameters train on. Raises RecipeError if it isn't that of
     the recipe's method, settings and classes."""
+    from ziggurat.files.untrusted import MOST_RUN, read_json
+    from ziggurat.host.saved.folder import adapter_config
+
     path = Path(folder).expanduser()
     try:
         saved = adapter_config(path)
