@@ -71,6 +71,16 @@ def test_words_with_tags_and_lists_of_labels(tmp_path: Path) -> None:
     assert (several.task, several.data.text, several.data.label) == ("multilabel", "text", "label")
 
 
+def test_a_table_of_another_encoding_and_chats_about_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = "".join(f"où est le colis {n};{'lost' if n % 2 else 'late'}\n" for n in range(20))
+    (tmp_path / "a.csv").write_bytes(f"text;label\n{rows}".encode("cp1252"))
+    recipe = made(tmp_path / "a.csv", tmp_path / "a.yaml", "--model", str(tmp_path / "model"))
+    assert recipe.data.encoding == "cp1252"
+    assert "it is not UTF-8; look whether this is right: où est le colis 0" in capsys.readouterr().out
+    seen = made(FORMS / "images.jsonl", tmp_path / "b.yaml")
+    assert (seen.task, seen.tower, seen.model) == ("instruct", "language", "HuggingFaceTB/SmolVLM-256M-Instruct")
+
+
 def test_questions_and_answers(tmp_path: Path) -> None:
     rows = [{"question": f"what is {n} and one", "answer": f"that is {n + 1}"} for n in range(20)]
     recipe = made(write(tmp_path / "a.jsonl", rows), tmp_path / "made.yaml", "--model", str(tmp_path / "model"))

@@ -14,7 +14,7 @@ from ziggurat.terminal import say
 
 
 def init(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="Your data: csv, tsv, json, jsonl, txt, parquet.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Your data: csv, tsv, json, jsonl, txt, parquet, xlsx.")],
     out: Annotated[Path | None, typer.Option(help="Recipe to write (default: FILE's name with .yaml).")] = None,
     model: Annotated[str | None, typer.Option(help="Folder or hub name of the model to start from.")] = None,
     task: Annotated[

@@ -39,11 +39,12 @@ _CHARACTERS, _STEP, _LONGEST = 4, 32, 512
 
 @dataclass
 class Start:
-    """What a file's columns and rows say: the task, and each key with its value and reason."""
+    """What a file's columns and rows say: the task, each key with its value and reason; and if there are images."""
 
     task: str
     why: str
     keys: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    images: bool = False
 
 
 def start(file: str, *, task: str | None = None, model: str | None = None) -> tuple[str, Start]:
@@ -52,7 +53,7 @@ def start(file: str, *, task: str | None = None, model: str | None = None) -> tu
     Raises DataError for a file that can't be read, or whose columns fit no task.
     """
     seen = look(file, task)
-    proposals = models_for(seen.task)
+    proposals = models_for(seen.task, seen.images)
     name = model or _first_here(proposals)
     text = _text(file, seen, name, proposals, "")
     return _text(file, seen, name, proposals, _size(text, name, proposals)), seen
@@ -64,7 +65,8 @@ def look(file: str, task: str | None = None) -> Start:
     from ziggurat.training.data.tables import read_table
 
     nested = [name for names in ALIASES.values() for name in names]
-    table = read_table(file, nested=nested)
+    encoding = _encoding_of(file)
+    table = read_table(file, nested=nested, encoding=encoding)
     seen = next((form for form in _forms(table) if task in (None, form.task)), None)
     if seen is None and (task is None or TASKS[task].rows in ("labelled", "answers")):
         seen = _table(table, task)
@@ -76,11 +78,24 @@ def look(file: str, task: str | None = None) -> Start:
             "target (seq2seq); prompt, chosen and rejected (dpo); prompt, completion and a label true or false (kto). "
             "Rename columns, or say by --task what is to be learned"
         )
+    if encoding is not None:
+        cells = (str(value) for row in table.to_list() for value in row.values())
+        example = next((text[:40] for text in cells if not text.isascii()), "")
+        why = f"it is not UTF-8; look whether this is right: {example}"
+        seen.keys = {"data.encoding": (encoding, why), **seen.keys}
     return seen
+
+
+def _encoding_of(file: str) -> str | None:
+    """The encoding to try where a file of text isn't UTF-8: that of Western Windows, whose tables are the commonest."""
+    from ziggurat.training.data.readers import PACKED, encoding_of
+
+    return None if file.lower().endswith(PACKED) else encoding_of(file, "cp1252")
 
 
 def _forms(table: Dataset) -> Iterator[Start]:
     """The tasks whose data are known by the names of their columns."""
+    from ziggurat.training.data.chat import has_images
     from ziggurat.training.data.instruct import ALIASES
 
     def has(*names: str) -> bool:
@@ -108,7 +123,10 @@ def _forms(table: Dataset) -> Iterator[Start]:
             keys = {"data.format": (shape, f"columns {' and '.join(names)}")}
             if shape != "messages":
                 keys["data.as_chat"] = (True, "joined by the model's chat template; false for a base model")
-            yield Start("instruct", "questions with answers" if shape != "messages" else "conversations", keys)
+            column = next((name for name in ALIASES["messages"] if name in table.column_names), None)
+            images = has("images") or any(has_images(cell) for cell in (table[column] if column else ()))
+            what = "questions with answers" if shape != "messages" else "conversations"
+            yield Start("instruct", what + " about images" * images, keys, images)
 
 
 def _table(table: Dataset, task: str | None) -> Start | None:
@@ -247,7 +265,7 @@ def _text(file: str, seen: Start, model: str, proposals: Sequence[Proposal], siz
         *(f"# model: {each.name}  # {each.millions:g}M; {each.about}" for each in proposals if each.name != model),
         _line("data.train", file, "a part of it is split off for the scores; data.validation names another file"),
     ]
-    lines += [_line(key, value, why) for key, (value, why) in {**seen.keys, **keys_for(seen.task)}.items()]
+    lines += [_line(key, value, why) for key, (value, why) in {**seen.keys, **keys_for(seen.task, seen.images)}.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -31,16 +31,17 @@ class Proposal:
     about: str
 
 
-def models_for(task: str) -> list[Proposal]:
-    """Models for a task, the first to try first."""
-    return [Proposal(*row) for row in _all()[_KINDS[TASKS[task].model]]["models"]]
+def models_for(task: str, images: bool = False) -> list[Proposal]:
+    """Models for a task (that see `images`), the first to try first."""
+    return [Proposal(*row) for row in _all()["seeing" if images else _KINDS[TASKS[task].model]]["models"]]
 
 
-def keys_for(task: str) -> dict[str, tuple[Any, str]]:
+def keys_for(task: str, images: bool = False) -> dict[str, tuple[Any, str]]:
     """Key -> value and reason, for a task."""
     row = TASKS[task]
     found: dict[str, tuple[Any, str]] = {}
-    for part in (_KINDS[row.model], "preference" if row.rows in ("pairs", "judged") else task):
+    parts = [_KINDS[row.model], "preference" if row.rows in ("pairs", "judged") else task]
+    for part in [*parts, "seeing"] if images else parts:
         found |= {key: (value, why) for key, (value, why) in _all().get(part, {}).get("keys", {}).items()}
     return found
 

@@ -17,6 +17,7 @@ from ziggurat.extras import require
 
 #: Marks that a text file may begin with, and the encoding that each says.
 _MARKS = {BOM_UTF8: "utf-8", BOM_UTF16_LE: "utf-16", BOM_UTF16_BE: "utf-16"}
+PACKED = (".parquet", ".xlsx")
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".xlsx")
 #: Decoded, a parquet or xlsx file may have this many times its bytes, or `LEAST_DECODED` bytes where that is more.
 MOST_GROWTH, LEAST_DECODED = 1000, 2**28
