@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.recipe.recipe import load_recipe, make_recipe
+from ziggurat.training.answers.predict import predict, seen_with
 from ziggurat.training.loop.classes import weights_of
 from ziggurat.training.loop.result import Result
 from ziggurat.training.loop.run import train
@@ -57,6 +58,11 @@ def test_optimiser_attention_and_class_weights_act(first: tuple[Path, Path, Resu
     assert (seen.optimizer, seen.attention) == ("Adafactor", "eager")
     recall = {row["name"]: row["recall"] for row in result.by_class["classes"]}
     assert recall == {"neg": 100.0, "pos": 0.0}
+    card = (result.folder / "README.md").read_text(encoding="utf-8")
+    assert ", num_labels=2)\n" in card and "More Information Needed" not in card
+    picture = Path(__file__).parents[1] / "forms" / "images" / "blue-32x32.png"
+    with pytest.raises(DataError, match="trained on texts alone: it takes no images"):
+        predict(result.folder, [seen_with("what is it", [picture])])
 
 
 def test_weights_of_classes() -> None:

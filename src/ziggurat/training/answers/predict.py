@@ -103,10 +103,10 @@ def predict_each(
     if not texts:
         raise DataError("no text to predict")
     shape, writes = loaded.run.get("shape"), loaded.head.task in WRITES
-    if shape != "messages" and (system is not None or any(isinstance(text, Conversation) for text in texts)):
-        raise DataError("this adapter was not trained on conversations: it takes no system prompt and no earlier turns")
     if loaded.processor is None and any(isinstance(text, Conversation) and text.images for text in texts):
         raise DataError("this adapter was trained on texts alone: it takes no images")
+    if shape != "messages" and (system is not None or any(isinstance(text, Conversation) for text in texts)):
+        raise DataError("this adapter was not trained on conversations: it takes no system prompt and no earlier turns")
     if writes and second is not None and shape in ("prompt", "text", "source"):
         raise DataError(f"this adapter was trained on {shape}s, which have no input beside them: give one text")
     if not writes and loaded.head.pair and second is None:

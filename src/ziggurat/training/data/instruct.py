@@ -125,6 +125,11 @@ def to_rows(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, 
     from datasets import Dataset
 
     shape = shape_of(recipe, table, source)
+    if recipe.data.packing and shape != "text":
+        raise DataError(
+            f"data.packing: joins rows of plain text, and {source} has answers to learn, which would see each other's "
+            "questions; train.group_by_length: true saves padding instead"
+        )
     given = given_columns(recipe, shape, table, source)
     faults, counts, found = Faults(source, len(table)), Counter[str](), []
     images = _images_of(recipe, table, given, source)

@@ -47,9 +47,7 @@ def encode_rows(
     ]
     lengths = [len(ids) for ids, _ in parts[0][0]]
     notes.append(spread(lengths, "training rows"))
-    packed = recipe.data.packing and examples.shape == "text"
-    if recipe.data.packing and not packed:
-        raise DataError(f"data.packing: joins rows of plain text, and {recipe.data.train} has answers to learn")
+    packed = recipe.data.packing
     length = length_of(recipe, tokenizer, config, MOST_LENGTH if packed else percentile(lengths, 95), notes)
     train, validation = (
         _packed(rows, length, word, notes) if packed else _cut(recipe, rows, length, word, notes)

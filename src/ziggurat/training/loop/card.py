@@ -35,6 +35,9 @@ def write_run_card(folder: Path, recipe: Recipe, spec: HeadSpec, result: Result,
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     section = text[text.index(BEGIN) :] if BEGIN in text else _loading(recipe, spec)
+    # PEFT's config doesn't say how many classes there are.
+    guessed, known = ", num_labels=2)  # as many as it was trained with", f", num_labels={spec.num_labels})"
+    section = section.replace(guessed, known)
     path.write_text(f"{run_card(recipe, spec, result, versions)}\n{section.rstrip()}\n", encoding="utf-8")
 
 

@@ -184,7 +184,8 @@ def _note(console: Console, notes: list[str], *texts: str, kind: str = "note", s
     """Print notes, and keep them for run.json."""
     notes += texts
     for text in texts:
-        console.print(f"{kind}: {text}", style=style, highlight=False)
+        # Whoever reads it from a pipe or a log wants it in one line.
+        console.print(f"{kind}: {text}", style=style, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def _watch(
