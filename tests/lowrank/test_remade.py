@@ -108,6 +108,8 @@ def test_what_is_kept_after_all() -> None:
     assert remade.remade(x) is not None
     with torch.autograd.graph.save_on_cpu():
         assert remade.remade(x) is None
+    x.sum().backward()
+    assert remade.remade(x) is None  # its graph is freed
 
 
 def test_small_inputs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

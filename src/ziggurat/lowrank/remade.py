@@ -47,7 +47,10 @@ def remade(x: Tensor) -> Remade | None:
     if x.numel() < _LEAST or x.grad_fn is None or x._version or _kept_elsewhere():
         return None
     operands: list[Tensor] = []
-    make = _making(x.grad_fn, x, operands)
+    try:
+        make = _making(x.grad_fn, x, operands)
+    except RuntimeError:  # the graph has been freed by a backward, or operands have no rows without a copy
+        return None
     return None if make is None else Remade(tuple(operands), make)
 
 
@@ -85,10 +88,6 @@ def _operand(kept: Tensor | None, node: Any, number: int, x: Tensor, operands: l
     # A number has no say in a product's dtype; expanded it would.
     if not kept.dim() or not is_plain(kept) or kept.device != x.device:
         return None
-    try:
-        rows = kept.expand(x.shape).view(-1, x.shape[-1])
-    except RuntimeError:  # entries in such an order have no rows without a copy
-        return None
     place = len(operands)
-    operands.append(rows)
+    operands.append(kept.expand(x.shape).view(-1, x.shape[-1]))
     return lambda given: given[place]
