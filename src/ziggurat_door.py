@@ -179,10 +179,29 @@ def _restored(cls: Any, state: dict[str, Any]) -> Any:
     return made
 
 
-def _collect_plainly(trainer: Any) -> None:
-    """Let the functions by which TRL sends an adapter alone to vLLM ask ziggurat first, where that is loaded."""
-    for name in ("validate_lora_for_vllm_sync", "save_lora_adapter"):
-        setattr(trainer, name, _asking_first(getattr(trainer, name), name))
+#: Modules by which tools send an adapter alone to a server -> the file of `ziggurat.integrations` that is asked before
+#: their functions (or `Class.method`), once ziggurat is loaded.
+_SENDING: dict[str, tuple[str, tuple[str, ...]]] = {
+    **dict.fromkeys(
+        (
+            "trl.experimental.async_grpo.async_grpo_trainer",
+            "trl.experimental.async_distillation.async_distillation_trainer",
+        ),
+        ("trl_sync", ("validate_lora_for_vllm_sync", "save_lora_adapter")),
+    ),
+    "verl.utils.fsdp_utils": ("verl_sync", ("collect_lora_params", "fsdp_merge_unmerge")),
+    "verl.workers.engine.fsdp.transformer_impl": ("verl_sync", ("FSDPEngine.get_per_tensor_param",)),
+    "swift.rlhf_trainers.rollout_mixin": ("swift_sync", ("RolloutTrainerMixin._move_adapter_to_vllm",)),
+}
+
+
+def _collect_plainly(module: Any) -> None:
+    """Let the functions of `module` that look for LoRA's tensors ask ziggurat first."""
+    file, names = _SENDING[module.__name__]
+    for name in names:
+        *holders, last = name.split(".")
+        holder = functools.reduce(getattr, holders, module)
+        setattr(holder, last, _asking_first(getattr(holder, last), file, last))
 
 
 def _keep_configs(loaders: Any) -> None:
@@ -200,12 +219,12 @@ def _keep_configs(loaders: Any) -> None:
     loaders._create_lora_config = create
 
 
-def _asking_first(original: Any, name: str) -> Any:
+def _asking_first(original: Any, file: str, name: str) -> Any:
     @functools.wraps(original)
     def ask(*args: Any, **kwargs: Any) -> Any:
         if "ziggurat" not in sys.modules:
             return original(*args, **kwargs)
-        return getattr(importlib.import_module("ziggurat.integrations.trl_sync"), name)(original, *args, **kwargs)
+        return getattr(importlib.import_module(f"ziggurat.integrations.{file}"), name)(original, *args, **kwargs)
 
     return ask
 
@@ -216,7 +235,6 @@ _ACTS: dict[str, Callable[[Any], None]] = {
     "transformers.integrations.peft": _loading_begins_again,
     # Every model class needs it. It comes later where the module above is the first of all to import torch.
     "transformers.modeling_utils": _loading_begins_again,
-    "trl.experimental.async_grpo.async_grpo_trainer": _collect_plainly,
-    "trl.experimental.async_distillation.async_distillation_trainer": _collect_plainly,
+    **dict.fromkeys(_SENDING, _collect_plainly),
     "diffusers.loaders.peft": _keep_configs,
 }

@@ -1,5 +1,6 @@
 """What is shipped: versions, metadata, and the contents of the wheel and of the source package."""
 
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SOURCE = ROOT / "src" / "ziggurat"
 INFO = f"{DISTRIBUTION.replace('-', '_')}-{ziggurat.__version__}.dist-info"
+REPOSITORY = "https://example.org/us/ziggurat"
 PAPERS = {
     "2503.21838": "MSPLoRA",
     "2503.00572": "LoR2C",
@@ -37,7 +39,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel and the source package, built without a network."""
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    env = {**os.environ, "ZIGGURAT_REPOSITORY": REPOSITORY}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -81,6 +84,19 @@ def test_the_wheel_carries_the_licences(wheel: zipfile.ZipFile) -> None:
     for file in files:
         licence = f"{INFO}/licenses/{file}"
         assert wheel.read(licence) == (ROOT / file).read_bytes()
+
+
+def test_links_on_pypi_lead_into_the_repository(wheel: zipfile.ZipFile) -> None:
+    """The README's are relative, which PyPI can't follow; the address is the builder's."""
+    metadata = Parser().parsestr(wheel.read(f"{INFO}/METADATA").decode())
+    readme, tag = str(metadata.get_payload()), f"v{ziggurat.__version__}"
+    targets = re.findall(r"\]\(([^)]+)\)", readme)
+    assert len(targets) > 30 and [target for target in targets if not target.startswith(("https://", "#"))] == []
+    assert f"]({REPOSITORY}/raw/{tag}/docs/pyramid.svg)" in readme
+    inside = [target.removeprefix(f"{REPOSITORY}/blob/{tag}/") for target in targets if f"/blob/{tag}/" in target]
+    assert inside and [path for path in inside if not (ROOT / path.partition("#")[0]).exists()] == []
+    urls = dict(text.split(", ", 1) for text in metadata.get_all("Project-URL") or [])
+    assert urls["Repository"] == REPOSITORY and {"Documentation", "Changelog", "Issues"} < set(urls)
 
 
 def test_the_command_starts_where_the_wheel_says(wheel: zipfile.ZipFile) -> None:

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -47,3 +49,38 @@ def test_swift_trains_and_merges_the_method(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     before, after = (load_file(tmp_path / at / "model.safetensors")[name] for at in ("llama", "merged"))
     assert (before - after).abs().max() > 1e-3
+
+
+def test_grpo_sends_the_adapter_alone() -> None:
+    """ms-swift's own function, asked with a trainer that holds what it reads; the client keeps what it would post."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import torch
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from swift.rlhf_trainers import rollout_mixin  # pyright: ignore[reportMissingImports]
+    from swift.rlhf_trainers.utils import peft_config_to_dict  # pyright: ignore[reportMissingImports]
+
+    from methods_table import logits, zoo_config
+    from tolerance import assert_models_agree
+    from zoo import ZOO
+
+    llama = ZOO["llama"]
+    torch.manual_seed(0)
+    model = get_peft_model(llama.build(), zoo_config("msplora", "llama", init_weights=False)).eval()  # type: ignore[arg-type]
+    posted: list[tuple[Any, ...]] = []
+    trainer = SimpleNamespace(
+        model=model,
+        vllm_mode="server",
+        is_deepspeed_enabled=False,
+        accelerator=SimpleNamespace(is_main_process=True, state=SimpleNamespace(deepspeed_plugin=None)),
+        args=SimpleNamespace(enable_flattened_weight_sync=True),
+        vllm_client=SimpleNamespace(update_adapter_flattened_param=lambda *words: posted.append(words)),
+    )
+    rollout_mixin.RolloutTrainerMixin._move_adapter_to_vllm(trainer)
+    ((config, metadata, flat),) = posted
+    json.dumps(peft_config_to_dict(config))  # as its client does
+    bucket = rollout_mixin.FlattenedTensorBucket(metadata=metadata, flattened_tensor=flat)
+    assert type(config) is LoraConfig
+    plain = get_peft_model(llama.build(), config).eval()  # type: ignore[arg-type]
+    held = set_peft_model_state_dict(plain, bucket.reconstruct_tensors())
+    assert not held.unexpected_keys and not any("lora_" in name for name in held.missing_keys)
+    assert_models_agree(logits(plain, llama.inputs()), logits(model, llama.inputs()))

@@ -76,7 +76,9 @@ def test_trl_sends_an_adapter_of_ours_alone(tmp_path: Path) -> None:
     import ziggurat_door
 
     sync = SimpleNamespace(
-        validate_lora_for_vllm_sync=trainer.validate_lora_for_vllm_sync, save_lora_adapter=trainer.save_lora_adapter
+        __name__=trainer.__name__,
+        validate_lora_for_vllm_sync=trainer.validate_lora_for_vllm_sync,
+        save_lora_adapter=trainer.save_lora_adapter,
     )
     ziggurat_door._collect_plainly(sync)
     model, inputs = adapted("msplora"), ZOO["llama"].inputs()

@@ -1,6 +1,6 @@
 """vLLM's and llama.cpp's own runtimes compute with a serving export, and a merged model, what Ziggurat computes.
 
-Both need an environment of their own, which `.ci/servers` makes; without one the tests are skipped.
+Both need an environment of their own, which `.ci/clients vllm llama_cpp` makes; without one the tests are skipped.
 
     ZIGGURAT_VLLM_PYTHON      a python that has vLLM
     ZIGGURAT_LLAMA_PYTHON     a python that has llama-cpp-python
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.timeout(1200)
 
 def needs(*variables: str) -> pytest.MarkDecorator:
     lacking = [name for name in variables if not os.environ.get(name)]
-    return pytest.mark.skipif(bool(lacking), reason=f"no {' and no '.join(lacking)}, which .ci/servers sets")
+    return pytest.mark.skipif(bool(lacking), reason=f"no {' and no '.join(lacking)}, which .ci/clients sets")
 
 
 VLLM = needs("ZIGGURAT_VLLM_PYTHON")
