@@ -1,7 +1,7 @@
 """For hatchling: the project's URLs, and the README with links that work on PyPI.
 
-ZIGGURAT_REPOSITORY has the repository's address: the workflows in .github set it from the host that they run on. A build
-without it has the README as it is, and no URLs.
+ZIGGURAT_REPOSITORY has the repository's address: the workflows in .github set it from the host that they run on.
+Without it a build has the README as it is, and no URLs.
 """
 
 import os
