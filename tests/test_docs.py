@@ -126,3 +126,12 @@ def anchors(page: Path) -> set[str]:
     """The anchors that a page's headings get: lower case, spaces as hyphens, no punctuation."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_reference_has_every_public_name() -> None:
+    """A method's tuner is PEFT's affair: its config is the name that users take."""
+    import ziggurat
+
+    said = re.findall(r"^::: ziggurat\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    public = {name for name in ziggurat.__all__ if not name.endswith("Model") and name != "__version__"}
+    assert set(said) == public

@@ -3,6 +3,7 @@
 import base64
 import json
 import shlex
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -134,6 +135,25 @@ def test_an_adapter_an_export_and_a_merged_model_are_uploaded(
         hub.files.clear()
         assert main(command, str(run), str(tmp_path / command), "--push-to-hub", "mine") == 0
         assert "uploaded to " in capsys.readouterr().out and file in hub.files
+
+
+def test_paths_of_windows_are_paths_on_any_machine(run: Path, tmp_path: Path, hub: type[Hub]) -> None:
+    """A folder that was trained there and is uploaded from here."""
+    from ziggurat.export.push import push
+    from ziggurat.training.model.base import is_path
+
+    base, data = r"C:\Users\me\models\roberta", r"D:\data\reviews.csv"
+    assert is_path(base) and is_path(r"models\roberta") and not is_path("me/roberta") and not is_path("roberta")
+    folder = shutil.copytree(run, tmp_path / "from-windows")
+    for name, key, value in (("adapter_config.json", "base_model_name_or_path", base), ("recipe.yaml", "model", base)):
+        values = yaml.safe_load((folder / name).read_text())
+        values |= {key: value} | ({"data.train": data} if name == "recipe.yaml" else {})
+        (folder / name).write_text(json.dumps(values))
+    assert push(folder, "me/mine").endswith("/me/mine")
+    assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "roberta"
+    told = yaml.safe_load(hub.files["recipe.yaml"])
+    assert (told["model"], told["data.train"]) == ("roberta", "reviews.csv")
+    assert b"Users" not in hub.files["adapter_config.json"] + hub.files["recipe.yaml"]
 
 
 def test_who_is_not_logged_in_hears_it_before_any_work(

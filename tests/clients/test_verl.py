@@ -81,6 +81,8 @@ def test_what_would_leave_the_server_without_the_adapter_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="verl merges PEFT's LoRA layers alone, and of MSPLoraConfig nothing"):
         fsdp_utils.fsdp_merge_unmerge(adapted("msplora"), do_merge=True)
+    with pytest.raises(ConfigError, match="sharded the model by FSDP1"):
+        fsdp_utils.collect_lora_params(SimpleNamespace(_fsdp_wrapped_module=adapted("msplora")), False, True)
     with pytest.raises(ConfigError, match=r"model.lora_rank=1, .* rank 7: set model.lora_rank=7, .* r=1 -- "):
         sent(adapted("msplora"), lora_rank=1)
     with pytest.raises(ExportError, match="path"):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from two_processes import METHODS, PLAIN_RANK, STRATEGIES, build, steps, work
+from transformers import AutoModelForCausalLM
+from two_processes import METHODS, PLAIN_RANK, STRATEGIES, build, first_logits, steps, work
 
 from fresh import Fresh
 from methods_table import logits
@@ -50,3 +51,12 @@ def test_plain_lora_gathers_what_fsdp2_has_sharded(method: str, trained: Path) -
     found = load_file(trained / f"{method}-plain.safetensors")
     assert found.keys() == expected.keys() and len(found) == 2 * 2 * LAYERS
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_tensor_parallelism_is_refused_where_a_linear_layer_is_split(trained: Path) -> None:
+    """Silently each process would train an adapter of its part, and one save it. Paths stand around whole layers."""
+    said = json.loads((trained / "tensor_parallel.json").read_text())
+    for method in ("msplora", "lora2"):
+        assert "layers.0.self_attn.q_proj' is split over processes by tensor parallelism (tp_plan)" in said[method]
+    alone = first_logits(AutoModelForCausalLM.from_pretrained(trained / "llama"), METHODS["lor2c"]())
+    assert_models_agree(torch.tensor(said["lor2c"]), alone)

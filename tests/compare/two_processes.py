@@ -1,6 +1,7 @@
 """What each of two gloo processes does in `test_two_processes`: train all methods under DDP and FSDP2, and save."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
 
 from ziggurat import LoR2CConfig, LoRA2Config, MSPLoraConfig, plain_lora
+from ziggurat.errors import ConfigError
 from zoo import ZOO
 
 TARGETS = ["q_proj", "v_proj"]
@@ -81,6 +84,32 @@ def work(rank: int, out: str) -> None:
             if rank == 0:
                 model.save_pretrained(str(Path(out) / f"{method}-{strategy}"), state_dict=state)
             dist.barrier()
+    said = tensor_parallel(rank, out)
     if rank == 0:
         (Path(out) / "losses.json").write_text(json.dumps(found))
+        (Path(out) / "tensor_parallel.json").write_text(json.dumps(said))
     dist.destroy_process_group()
+
+
+def tensor_parallel(rank: int, out: str) -> dict[str, Any]:
+    """What each method says of a base that transformers has split over the processes; of LoR2C the logits."""
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
+    if rank == 0:
+        config: Any = ZOO["llama"].build().config
+        config.num_key_value_heads = config.num_attention_heads  # heads are what is split
+        AutoModelForCausalLM.from_config(config).save_pretrained(Path(out) / "llama")
+    dist.barrier()
+    said: dict[str, Any] = {}
+    for method, config in METHODS.items():
+        base = AutoModelForCausalLM.from_pretrained(Path(out) / "llama", tp_plan="auto")
+        try:
+            said[method] = first_logits(base, config()).tolist()
+        except ConfigError as error:
+            said[method] = str(error)
+    return said
+
+
+def first_logits(base: nn.Module, config: Any) -> Tensor:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return get_peft_model(base, config).eval()(input_ids=batch(0)).logits  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 import yaml
@@ -88,10 +88,10 @@ def _base(folder: Path) -> tuple[str | None, str]:
     """The path of the base model that an adapter names, None if it is no path; and the name to say instead."""
     config, recipe = folder / "adapter_config.json", folder / "recipe.yaml"
     base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") if config.is_file() else None
-    if not isinstance(base, str) or not Path(base).is_absolute():
+    if not isinstance(base, str) or not _pure(base).is_absolute():
         return None, ""
     values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
-    return base, HUB_NAME if values.get("model") == EMBEDDED else Path(base).name
+    return base, HUB_NAME if values.get("model") == EMBEDDED else _pure(base).name
 
 
 def _short_names(folder: Path) -> dict[str, str]:
@@ -99,10 +99,15 @@ def _short_names(folder: Path) -> dict[str, str]:
     recipe = folder / "recipe.yaml"
     values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
     named = [str(values[key]) for key in _PATHS if values.get(key)] + [str(v) for v in values.get("data.more") or ()]
-    paths = {
-        text for name in named for text in (name, os.path.expanduser(name)) if Path(text).expanduser().is_absolute()
-    }
-    return {path: Path(path).name for path in sorted(paths, key=len, reverse=True)}
+    written = {name: os.path.expanduser(name) for name in named}
+    paths = {text for both in written.items() if _pure(both[1]).is_absolute() for text in both}
+    return {path: _pure(path).name for path in sorted(paths, key=len, reverse=True)}
+
+
+def _pure(text: str) -> PurePath:
+    """A path as the machine wrote it that the folder comes from, which may be another one."""
+    windows = PureWindowsPath(text)
+    return windows if windows.drive else PurePath(text)
 
 
 def _renamed(value: Any, short: dict[str, str]) -> Any:

@@ -42,7 +42,15 @@ def by_offload(model: nn.Module, folder: Path) -> nn.Module:
     return model
 
 
-WAYS = {"device_map": by_device_map, "cpu_offload": by_offload}
+def by_auto(model: Any, folder: Path) -> nn.Module:
+    """`device_map="auto"`, with memory for a part of the weights: the rest goes to the disk."""
+    model.save_pretrained(folder / "saved")
+    room = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) * 6 // 10
+    where: dict[str, Any] = {"device_map": "auto", "max_memory": {"cpu": room}, "offload_folder": folder / "offloaded"}
+    return type(model).from_pretrained(folder / "saved", **where).eval()
+
+
+WAYS = {"device_map": by_device_map, "auto": by_auto, "cpu_offload": by_offload}
 
 
 def adapted(base: nn.Module, method: str) -> Any:

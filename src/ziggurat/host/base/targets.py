@@ -11,7 +11,7 @@ from torch import nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.base.anatomy import Anatomy
-from ziggurat.host.base.unwrap import bare_tree, unwrap
+from ziggurat.host.base.unwrap import bare_tree, look_through, unwrap
 from ziggurat.host.linear import features, is_adaptable
 from ziggurat.host.method import Method, unique_specs
 from ziggurat.host.older import check_finds_parameters
@@ -61,9 +61,16 @@ def sites_of(method: Method, config: Any, model: nn.Module) -> dict[str, Site]:
     """Path -> site of every place in `model` that `config` adapts, in the model's order. Changes nothing.
 
     Raises:
-        ConfigError: a target module is no linear layer, or the method finds no place.
+        ConfigError: a target module is no linear layer, or split by tensor parallelism; the method finds no place.
     """
     check_takes_parameters(method, config)
+    sites = _sites_of(method, config, model)
+    for path in sites:
+        _check_whole(model, path)
+    return sites
+
+
+def _sites_of(method: Method, config: Any, model: nn.Module) -> dict[str, Site]:
     if method.sites is not None:
         return method.sites(config, model, Anatomy(model, layers_pattern=config.layers_pattern))
     sites = target_sites(config, model) if config.target_modules else {}
@@ -94,6 +101,21 @@ def checked_specs(method: Method, config: Any, sites: Mapping[str, Site]) -> dic
 
         check_frozen(method, config, sites, specs)
     return specs
+
+
+def _check_whole(model: nn.Module, path: str) -> None:
+    """Raise ConfigError if tensor parallelism has split the weight at `path`: factors would be those of one part."""
+    module: Any = model
+    for name in path.split("."):  # the last one may be a parameter's, of fused experts
+        module = look_through(getattr(module, name, None) or module) or module
+    # transformers marks the module, in newer versions by its forward alone.
+    forward = vars(module).get("forward")
+    if hasattr(module, "_hf_tp_plan") or getattr(forward, "__module__", "").endswith(".tensor_parallel"):
+        raise ConfigError(
+            f"{path!r} is split over processes by tensor parallelism (tp_plan), and an adapter there would be one of "
+            "each process's part. Load the model without tp_plan and use DDP or FSDP2 (docs/distributed.md); LoR2C's "
+            "paths, which stand around whole layers, work as it is."
+        )
 
 
 def check_takes_parameters(method: Method, config: Any) -> None:

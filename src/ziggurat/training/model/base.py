@@ -276,8 +276,8 @@ def _forget_gguf(model: PreTrainedModel) -> None:
 
 
 def is_path(model: str) -> bool:
-    """Whether a model's name can only be a path: the hub's have one stroke at most."""
-    return model.startswith((".", "/", "~")) or model.count("/") > 1
+    """Whether a model's name can only be a path, Windows' too: the hub's have at most one stroke."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model or model[1:2] == ":"
 
 
 def _reason(model: str, path: str, error: Exception) -> str:
