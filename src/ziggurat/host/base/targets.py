@@ -106,8 +106,10 @@ def checked_specs(method: Method, config: Any, sites: Mapping[str, Site]) -> dic
 def _check_whole(model: nn.Module, path: str) -> None:
     """Raise ConfigError if tensor parallelism has split the weight at `path`: factors would be those of one part."""
     module: Any = model
-    for name in path.split("."):  # the last one may be a parameter's, of fused experts
-        module = look_through(getattr(module, name, None) or module) or module
+    for name in path.split("."):
+        inner = getattr(module, name, None)
+        if isinstance(inner, nn.Module):  # the last name may be a parameter's, of fused experts
+            module = look_through(inner) or inner
     # transformers marks the module, in newer versions by its forward alone.
     forward = vars(module).get("forward")
     if hasattr(module, "_hf_tp_plan") or getattr(forward, "__module__", "").endswith(".tensor_parallel"):
