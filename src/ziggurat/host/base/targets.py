@@ -112,7 +112,8 @@ def _check_whole(model: nn.Module, path: str) -> None:
             module = look_through(inner) or inner
     # transformers marks the module, in newer versions by its forward alone.
     forward = vars(module).get("forward")
-    if hasattr(module, "_hf_tp_plan") or getattr(forward, "__module__", "").endswith(".tensor_parallel"):
+    marked = getattr(module, "_hf_tp_plan", None) is not None
+    if marked or getattr(forward, "__module__", "").endswith(".tensor_parallel"):
         raise ConfigError(
             f"{path!r} is split over processes by tensor parallelism (tp_plan), and an adapter there would be one of "
             "each process's part. Load the model without tp_plan and use DDP or FSDP2 (docs/distributed.md); LoR2C's "
