@@ -149,7 +149,7 @@ def test_a_model_that_sees_learns_answers_and_is_exported(save: Callable[[Path],
     assert scored.scores["perplexity"] == pytest.approx(result.after["perplexity"], rel=1e-3)
 
     card = (result.folder / "README.md").read_text(encoding="utf-8")
-    assert "pipeline_tag: image-text-to-text" in card
+    assert "pipeline_tag: image-text-to-text" in card and "base = AutoModelForImageTextToText.from_pretrained(" in card
     for command in ("export", "merge"):
         done = CliRunner().invoke(app, [command, str(result.folder), str(tmp_path / command)])
         assert done.exit_code == 0, done.output

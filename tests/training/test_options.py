@@ -80,6 +80,7 @@ def test_going_on_from_an_adapter(tiny_bert: Path, first: tuple[Path, Path, Resu
     again = train(tiny_recipe(tiny_bert, data, folder / "again", **how))
     assert again.before["loss"] == pytest.approx(result.after["loss"], rel=1e-5)  # attention was another
     assert again.after["loss"] < again.before["loss"]
+    assert f"training goes on from the adapter in {result.folder}" in again.notes
     assert again.counts == result.counts and (result.folder / "adapter_model.safetensors").read_bytes() == saved
     with pytest.raises(RecipeError, match=r"other settings than the recipe; leave out method\.r: 2, not 4"):
         train(tiny_recipe(tiny_bert, data, tmp_path / "a", **how, method__r=2))

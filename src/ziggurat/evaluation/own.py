@@ -194,6 +194,7 @@ def _preferences(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
     notes: list[str] = []
     worse = table.select_columns([name for name in table.column_names if name.endswith(WORSE) or name == "row"])
     worse = worse.rename_columns({name: name.removesuffix(WORSE) for name in worse.column_names if name != "row"})
+    notes += _of_reference(loaded)
     better, lesser = (
         _rewards(loaded, tokens_of(loaded.recipe, loaded.tokenizer, part, "scored", notes), batch, notes)
         for part in (table, worse)
@@ -221,6 +222,7 @@ def _judged(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
         kind = "good" if good.all() else "bad"
         raise DataError(f"--data: all {len(good)} answers are {kind}, and their distance needs both; raise --limit")
     rows = tokens_of(loaded.recipe, loaded.tokenizer, table, "scored", notes)
+    notes += _of_reference(loaded)
     rewards = _rewards(loaded, rows, batch, notes)
     margin = float(rewards[good].mean() - rewards[~good].mean())
     return {"scores": {"margin": margin}, "intervals": {}, "per_cent": (), "notes": notes}
@@ -237,6 +239,13 @@ _SCORERS: dict[str, Callable[[Loaded, Dataset, int], dict[str, Any]]] = {
     "dpo": _preferences,
     "kto": _judged,
 }
+
+
+def _of_reference(loaded: Loaded) -> list[str]:
+    """A note where the run's own rewards were differences to another model than the one without an adapter."""
+    if loaded.recipe.adapter is None:
+        return []
+    return ["rewards are differences to the model without an adapter; those of the run, to the adapter it went on from"]
 
 
 def _rewards(loaded: Loaded, rows: Sequence[Any], batch: int, notes: list[str]) -> np.ndarray:

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 #: Files of a tokenizer that belong beside an adapter.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
-TOKENIZER_FILES += ("chat_template*", "preprocessor_config.json", "processor_config.json")
+TOKENIZER_FILES += ("chat_template*", "*processor_config.json")
 
 
 def save_tokenizer(name: str, folder: Path) -> None:

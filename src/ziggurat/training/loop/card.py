@@ -38,6 +38,9 @@ def write_run_card(folder: Path, recipe: Recipe, spec: HeadSpec, result: Result,
     # PEFT's config doesn't say how many classes there are.
     guessed, known = ", num_labels=2)  # as many as it was trained with", f", num_labels={spec.num_labels})"
     section = section.replace(guessed, known)
+    if spec.images:
+        section = section.replace("AutoModel  # or the class for your task", "AutoModelForImageTextToText")
+        section = section.replace("= AutoModel.", "= AutoModelForImageTextToText.")
     path.write_text(f"{run_card(recipe, spec, result, versions)}\n{section.rstrip()}\n", encoding="utf-8")
 
 

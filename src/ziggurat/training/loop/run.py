@@ -257,6 +257,8 @@ def _task(
 
 
 def _notes(recipe: Recipe, processes: Processes, fit: Fit | None, spec: HeadSpec) -> Iterator[str]:
+    if recipe.adapter is not None:
+        yield f"training goes on from the adapter in {recipe.adapter}"
     if spec.images:
         adapted = {
             "language": "the language model is adapted; what sees the images stays as it is (tower: both has both)",

@@ -110,6 +110,11 @@ def _check_start(recipe: Recipe, tokenizer: Any, model: Any) -> None:
         with model.disable_adapter():
             bare = model(input_ids=inputs["input_ids"]).logits
     if not torch.allclose(fresh, bare, rtol=1e-3, atol=1e-3 * float(bare.abs().max())):
+        if recipe.adapter is not None:
+            raise RecipeError(
+                f"rewards.beta: holds the model near the one without an adapter, and '{recipe.adapter}' has moved it; "
+                "leave the key out, or merge that adapter first (ziggurat merge)"
+            )
         raise RecipeError(
             f"rewards.beta: {recipe.method['name']} starts from other base weights than the model's, so that without "
             "its adapter there is no reference to be held near; leave the key out, or take another method"
