@@ -1,24 +1,18 @@
 """The tuner of every method: finds the sites, checks before any change, creates the tensors, loads, merges, unloads."""
 
 import copy
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-)
-from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.bank import Bank
-from ziggurat.host.base.quantised import changing
+from ziggurat.host.base.quantised import backend_arguments, changing
 from ziggurat.host.base.remarks import check_fused_mixers, remark
 from ziggurat.host.base.targets import (
     DEFAULT_TARGETS,
@@ -35,7 +29,7 @@ from ziggurat.host.draws import Draws
 from ziggurat.host.lifecycle import Watch, step_in_trainers, watch_trainers
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.method import Method, needs_steps, pair_of, specs_of
-from ziggurat.host.method_layer import ExpertsLayer, MethodLayer
+from ziggurat.host.mixed import MixedTuner
 from ziggurat.host.older import NoMatchingPeftModuleError, as_no_match, check_saved_whole
 from ziggurat.host.saved.names import RenamesOnLoad, check_tensors, current_names
 from ziggurat.host.saved.sites_table import to_table
@@ -46,10 +40,9 @@ from ziggurat.host.trainers import ride_along
 
 #: An adapter may ask for this many parameters whatever its file holds: 256 MiB in float32.
 UNCHECKED = 2**26
-BASE = "__base__"  # PEFT's name, in adapter_names, for a sample without adapter
 
 
-class MethodTuner(BaseTuner):
+class MethodTuner(MixedTuner):
     """Puts adapters of one method into a model. A subclass adds what the method's two functions can't say."""
 
     method: ClassVar[Method]
@@ -62,8 +55,6 @@ class MethodTuner(BaseTuner):
     sites: Mapping[str, Site] | None = None
     #: Its name.
     _adding: str = ""
-    #: The adapters that train together, on batches that name one for each sample.
-    together: frozenset[str] = frozenset()
     #: PEFT before 0.21.2 reads this of every model for sequence-to-sequence, and transformers 5.19 no longer has it.
     _prepare_encoder_decoder_kwargs_for_generation = None
 
@@ -166,7 +157,9 @@ class MethodTuner(BaseTuner):
         site = self.sites[current_key]
         if not specs_of(self.method, peft_config.at(site), site):
             return  # the method has nothing here
-        layer = target if isinstance(target, self.layer_cls) else self.layer_cls(target, **_quantization(self.model))
+        layer = (
+            target if isinstance(target, self.layer_cls) else self.layer_cls(target, **backend_arguments(self.model))
+        )
         self._join(layer, adapter_name, peft_config, site, layer.weight_of_base(current_key))
         layer.set_adapter(self.active_adapters)
         if layer is target:
@@ -354,59 +347,6 @@ class MethodTuner(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names` (one adapter name a sample) to every layer for the length of one forward."""
-        names: list[str] | None = kwargs.pop("adapter_names", None)
-        if names is None:
-            yield
-            return
-        self._check_adapter_names(names)
-        beams = kwargs.get("num_beams") or 1
-        for_decoder = [name for name in names for _ in range(beams)]
-        encoder = _encoder(self.model) if beams > 1 else None
-        # In beam search only the decoder sees every sample `num_beams` times.
-        in_encoder = {id(module) for module in encoder.modules()} if encoder is not None else set()
-        handles = [
-            module.register_forward_pre_hook(
-                partial(_pass_names, names=names if id(module) in in_encoder else for_decoder),
-                with_kwargs=True,
-            )
-            for module in self.modules()
-            if isinstance(module, MethodLayer | ExpertsLayer | AuxiliaryTrainingWrapper)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _check_adapter_names(self, names: list[str]) -> None:
-        if self.training:
-            self._check_trains_mixed(set(names) - {BASE})
-        known = {name for module in self.modules() if isinstance(module, MethodLayer) for name in module.adapters}
-        unknown = sorted(set(names) - known - {BASE})
-        if unknown:
-            raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
-                f"The model has {', '.join(sorted(known))}; {BASE} means no adapter."
-            )
-
-    def _check_trains_mixed(self, names: set[str]) -> None:
-        """Raise ValueError unless `share` has made this model ready for batches of these adapters in training."""
-        refused = "Cannot pass `adapter_names` when the model is in training mode"
-        if not names <= self.together:
-            raise ValueError(
-                f"{refused}: call model.eval() first. To train several adapters together, call "
-                f"ziggurat.share(model, {sorted(names)})."
-            )
-        if asleep := sorted(names - set(self.active_adapters)):
-            raise ValueError(f"{refused} and adapter {asleep[0]!r} isn't active: call ziggurat.share again.")
-        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
-            raise ValueError(
-                f"{refused} with gradient checkpointing, which computes layers again without them: switch it off."
-            )
-
 
 def check_stored(config: Any, parameters: int) -> None:
     """Raise ConfigError if an adapter from a folder would take far more room than its file fills."""
@@ -417,25 +357,3 @@ def check_stored(config: Any, parameters: int) -> None:
             "they don't belong together, or belong to another base model. To train such an adapter afresh, make a new "
             "config."
         )
-
-
-def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": names}
-
-
-def _encoder(model: nn.Module) -> nn.Module | None:
-    get_encoder = getattr(model, "get_encoder", None)
-    encoder = get_encoder() if get_encoder is not None else None
-    return None if encoder is model else encoder
-
-
-def _quantization(model: nn.Module) -> dict[str, Any]:
-    """What PEFT's quantisation backends need to know of the model: how torchao weights are quantised again."""
-    try:
-        return {
-            "get_apply_tensor_subclass": operator.attrgetter(
-                "hf_quantizer.quantization_config.get_apply_tensor_subclass"
-            )(model)
-        }
-    except AttributeError:
-        return {}

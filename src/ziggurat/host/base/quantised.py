@@ -43,6 +43,13 @@ def backend_of(base: nn.Module, **kwargs: Any) -> QuantizationBackend | None:
     )
 
 
+def backend_arguments(model: nn.Module) -> dict[str, Any]:
+    """What PEFT's backends need to know of the model: how torchao weights are quantised again."""
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    again = getattr(config, "get_apply_tensor_subclass", None)
+    return {} if again is None else {"get_apply_tensor_subclass": again}
+
+
 def base_weight(layer: BaseTunerLayer) -> Tensor:
     """The weight of `layer`'s base, dequantised if it is quantised."""
     weight: Any = getattr(layer.get_base_layer(), "weight", None)

@@ -14,14 +14,13 @@ from torch.optim import Optimizer
 from ziggurat.errors import ConfigError
 from ziggurat.host.base.anatomy import Anatomy
 from ziggurat.host.base.offload import runs_on
-from ziggurat.host.base.quantised import FLOATS
+from ziggurat.host.base.quantised import FLOATS, backend_arguments
 from ziggurat.host.method import Card, Method
 from ziggurat.host.paths.layer import CANT_MERGE, attach, detach, handover_of, path_of
 from ziggurat.host.registry import register
 from ziggurat.host.saved.structure import StructureTuner
 from ziggurat.host.site import Site
 from ziggurat.host.tensors import Weight
-from ziggurat.host.tuner import _quantization
 from ziggurat.methods.lor2c.config import CITATION, EVENTS_FILE, STRUCTURE_KEY, LoR2CConfig
 from ziggurat.methods.lor2c.equations import pair, parts, tensors
 from ziggurat.methods.lor2c.layer import LoR2CLinear, LoR2CPath
@@ -100,7 +99,7 @@ class LoR2CModel(StructureTuner):
         assert self.sites is not None
         stack, number = self._layout.linear_layers[current_key]
         if not isinstance(target, LoR2CLinear):
-            linear = LoR2CLinear(target, **_quantization(self.model))
+            linear = LoR2CLinear(target, **backend_arguments(self.model))
             self._replace_module(parent, target_name, linear, target)
             self._bank().linear_layers.setdefault(stack, {}).setdefault(number, []).append(linear)
             target = linear
