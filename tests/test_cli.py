@@ -11,12 +11,10 @@ import pytest
 import torch
 import yaml
 
-from commands import main
-
 # Fixtures and tables of the training tests serve here too.
-sys.path.insert(0, str(Path(__file__).parent / "training"))
 from training_tables import reviews, save_tiny_bert, write_csv
 
+from commands import main
 from fresh import Fresh
 from tolerance import assert_models_agree
 

@@ -13,14 +13,13 @@ import pytest
 import yaml
 from peft import get_peft_model
 
+# Fixtures and tables of the training tests serve here too.
+from training_tables import reviews, save_tiny_bert, write_csv
+
 from commands import main
 from ziggurat import MSPLoraConfig
 from ziggurat.extras import EXTRAS, module_of
 from zoo import ZOO
-
-# Fixtures and tables of the training tests serve here too.
-sys.path.insert(0, str(Path(__file__).parent / "training"))
-from training_tables import reviews, save_tiny_bert, write_csv
 
 #: Commands that need no extra, and a part of what they print. RUN, MODEL, ... stand for paths of `place`.
 WORKS = {

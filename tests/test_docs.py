@@ -8,19 +8,17 @@ block of any language that is marked with the name of a file (```python mine.py)
 
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+# The tables of the training tests serve here too.
+from training_tables import reviews, write_csv
+
 from fresh import Fresh
 from peft_suite.tiny_hub import BERT, GROUPED, furnish
-
-# The tables of the training tests serve here too.
-sys.path.insert(0, str(Path(__file__).parent / "training"))
-from training_tables import reviews, write_csv
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

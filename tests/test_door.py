@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from training_tables import save_tiny_bert
 from transformers import AutoModelForSequenceClassification
 
 import ziggurat_door
@@ -22,9 +23,6 @@ from fresh import Fresh
 from installed import ELSEWHERE, PROJECT, install
 from ziggurat import LoR2CConfig, MSPLoraConfig
 from ziggurat.host.method import METHODS
-
-sys.path.insert(0, str(Path(__file__).parent / "training"))
-from training_tables import save_tiny_bert
 
 IDS = "torch.arange(5, 13).reshape(2, 4)"
 

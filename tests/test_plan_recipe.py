@@ -1,12 +1,14 @@
 """A recipe's plan against its run: the head by labels and pooling, the file to the byte, the memory of its settings."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
+
+# Tables of the training tests serve here too.
+from training_tables import _save_tokenizer, save_tiny_bert, tiny_recipe, write_csv
 from transformers import BertConfig, RobertaConfig, RobertaForMaskedLM
 
 from methods_table import METHODS
@@ -15,10 +17,6 @@ from ziggurat.plan import plan, plan_recipe
 from ziggurat.plan.memory import checkpointed_bytes, saved_bytes
 from ziggurat.training.loop.run import train
 from zoo import ZOO
-
-# Tables of the training tests serve here too.
-sys.path.insert(0, str(Path(__file__).parent / "training"))
-from training_tables import _save_tokenizer, save_tiny_bert, tiny_recipe, write_csv
 
 PAIRS = [
     {"a": f"the film is very {word}", "b": "the sky is blue", "label": label}

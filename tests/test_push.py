@@ -4,7 +4,6 @@ import base64
 import json
 import shlex
 import shutil
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,12 +14,9 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-
-from commands import main
-
-sys.path.insert(0, str(Path(__file__).parent / "training"))
 from training_tables import reviews, save_tiny_bert, tiny_recipe, write_csv
 
+from commands import main
 from ziggurat.training.answers.load import load_adapter_model
 from ziggurat.training.loop.run import train
 

@@ -2,19 +2,15 @@
 
 import json
 import shutil
-import sys
 from io import StringIO
 from pathlib import Path
 
 import pytest
 from rich.table import Table
 from rich.text import Text
-
-from commands import main
-
-sys.path.insert(0, str(Path(__file__).parent / "training"))
 from training_tables import reviews, save_tiny_bert, tiny_recipe, write_csv
 
+from commands import main
 from ziggurat.terminal import Console, clean
 from ziggurat.training.loop.run import train
 

@@ -19,10 +19,8 @@ import torch
 import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from training_tables import save_tiny_llama
+from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("ZIGGURAT_CLIENT") != "axolotl", reason="no Axolotl of its own: .ci/clients"

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from training_tables import save_tiny_llama
 
 pytestmark = pytest.mark.skipif(

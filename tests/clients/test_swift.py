@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from training_tables import save_tiny_llama
 
 pytestmark = pytest.mark.skipif(

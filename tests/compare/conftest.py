@@ -1,13 +1,9 @@
 """Tiny models, written once a session."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
 from letters import save_llama, write_tasks_data
 from training_tables import save_tiny_bert, save_tiny_llama
 

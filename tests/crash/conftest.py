@@ -1,16 +1,13 @@
 """A tiny model with a table to learn from, a finished run of it, and small disks."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from ziggurat.training.loop.run import train
-
-sys.path.insert(0, str(Path(__file__).parent))
 from disks import Disk, make_disk
 from places import Place
+
+from ziggurat.training.loop.run import train
 
 
 @pytest.fixture(scope="session")

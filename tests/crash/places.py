@@ -1,14 +1,12 @@
 """Where a tiny model and its table lie, and recipes that train it."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
+from training_tables import reviews, save_tiny_bert, write_csv
+
 from ziggurat.recipe.recipe import make_recipe
 from ziggurat.recipe.schema import Recipe
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
-from training_tables import reviews, save_tiny_bert, write_csv
 
 
 class Place:

@@ -1,7 +1,6 @@
 """`ziggurat eval` and disks: a place that takes no file is known before the scoring; a full one costs no score."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from disks import Disk
+from glue_folder import write_glue
 
 from commands import main
 from ziggurat.errors import StorageError
 from ziggurat.evaluation import glue
 from ziggurat.evaluation.local_tasks import write_tasks
 from ziggurat.files.staging import check_writable
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "evaluation"))
-from glue_folder import write_glue
 
 
 @pytest.fixture(scope="module")

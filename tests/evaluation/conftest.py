@@ -1,12 +1,8 @@
 """Tiny models and a folder of GLUE-like parquet files, in the hub's columns."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-sys.path.insert(0, str(Path(__file__).parent))
 from letters import save_llama, write_tasks_data
 from training_tables import save_tiny_bert
 

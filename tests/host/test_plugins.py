@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from training_tables import reviews, save_tiny_bert, write_csv
 
 from commands import main
 from fresh import Fresh
@@ -18,9 +19,6 @@ from ziggurat.host import plugins
 from ziggurat.host.method import METHODS
 from ziggurat.host.saved.folder import adapter_config
 from ziggurat.kit import unregister
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from training_tables import reviews, save_tiny_bert, write_csv
 
 PLUGIN = '''
 from dataclasses import dataclass, replace

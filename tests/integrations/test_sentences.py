@@ -1,20 +1,17 @@
 """sentence-transformers and SetFit: train an adapter, save it, load it again with nothing but their own calls."""
 
-import sys
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from training_tables import save_tiny_bert
 
 import ziggurat_door
 from fresh import Fresh
 from installed import PROJECT, install
 from ziggurat import MSPLoraConfig
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from training_tables import save_tiny_bert
 
 sentences = pytest.importorskip("sentence_transformers")
 losses = pytest.importorskip("sentence_transformers.losses")

@@ -1,11 +1,8 @@
 """Tiny models, written once a session."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from training_tables import reviews, save_tiny_bert, save_tiny_llama, write_csv
 
 

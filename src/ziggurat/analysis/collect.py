@@ -15,7 +15,7 @@ from ziggurat.files.untrusted import loaded_tensors
 from ziggurat.host.base.anatomy import Anatomy
 from ziggurat.host.base.targets import sites_of
 from ziggurat.host.count import with_targets
-from ziggurat.host.method import METHODS, method_of
+from ziggurat.host.method import METHODS, kind_of, method_of
 from ziggurat.host.saved.folder import adapter_config, load_base
 from ziggurat.host.saved.sites_table import from_table
 from ziggurat.host.site import Site
@@ -110,7 +110,7 @@ def check_readable(model: nn.Module, adapter: str = "default") -> Any:
 
 
 def _kind(config: Any, source: str) -> str:
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    kind = kind_of(config)
     if kind in READERS:
         return kind
     method = method_of(config)

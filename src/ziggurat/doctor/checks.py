@@ -9,7 +9,7 @@ from typing import Any
 
 from ziggurat.errors import ConfigError, MissingExtraError, ZigguratError
 from ziggurat.extras import install_command, missing
-from ziggurat.host.method import does_at_steps
+from ziggurat.host.method import does_at_steps, kind_of
 
 from .finding import LEVELS, Finding, cell
 from .machine import environment, machine
@@ -135,7 +135,7 @@ def adapter(folder: str | Path, variables: Mapping[str, str] | None = None) -> I
     from ziggurat.training.model.meta import bare_config
 
     config = adapter_config(folder)
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    kind = kind_of(config)
     method = kind.lower()
     try:
         collected = collect(folder)

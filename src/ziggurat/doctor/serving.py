@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ziggurat.host.method import method_of
+from ziggurat.host.method import kind_of, method_of
 
 from .facts import METHODS, fact
 from .finding import Finding, cell
@@ -36,7 +36,7 @@ def serving(folder: str | Path, config: Any, collected: Any, base: Any) -> Itera
     from ziggurat.export import SERVING_RANKS
     from ziggurat.host.saved.folder import tensor_shapes
 
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    kind = kind_of(config)
     method = kind.lower()
     if method in METHODS and fact("llama_cpp").cells[method] == "no":
         for key in ("vllm", "llama_cpp"):

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from ziggurat.host.method import kind_of
+
 
 def card(model: nn.Module, config: Any, rank: int, serving: bool) -> str:
-    method = str(getattr(config.peft_type, "value", config.peft_type))
+    method = kind_of(config)
     base = config.base_model_name_or_path or "the base model"
     load = "`peft.PeftModel.from_pretrained`; no other package is needed."
     owner, name = type(model).__module__, type(model).__qualname__

@@ -83,6 +83,20 @@ def read_json(folder: str | Path, name: str, most: int = MOST_JSON) -> Any:
     return content
 
 
+def read_config(folder: str | Path, name: str = CONFIG_NAME) -> dict[str, Any]:
+    """An adapter's config as it stands in `folder`.
+
+    Raises:
+        ConfigError: as `read_json`; or it is no mapping.
+    """
+    content = read_json(folder, name)
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{Path(folder) / name} holds a {type(content).__name__}; a config is a mapping of its fields."
+        )
+    return content
+
+
 def check_depth(content: Any, where: str) -> None:
     """Raise ConfigError if lists and dicts nest too deep in `content`, for what walks through them later."""
     level, depth = [content], 0
@@ -129,8 +143,7 @@ def bank_of(folder: str | Path) -> Path | None:
     folder = Path(folder)
     if not (folder / CONFIG_NAME).is_file():
         return None
-    content = read_json(folder, CONFIG_NAME)
-    given = content.get("bank") if isinstance(content, dict) else None
+    given = read_config(folder).get("bank")
     if given is None:
         return None
     wanted = given.get("sha256") if isinstance(given, dict) else None
@@ -189,11 +202,7 @@ def check_folder(folder: str | Path) -> None:
         ConfigError: as `read_json` for the config, which must be a mapping; weights that are a pickle.
     """
     folder = Path(folder)
-    content = read_json(folder, CONFIG_NAME)
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"{folder / CONFIG_NAME} holds a {type(content).__name__}; a config is a mapping of its fields."
-        )
+    read_config(folder)
     if (folder / WEIGHTS_NAME).exists() and not (folder / SAFETENSORS_WEIGHTS_NAME).exists():
         raise ConfigError(
             f"{folder} holds its weights as {WEIGHTS_NAME}, a pickle, which can run code when it is read. Only "

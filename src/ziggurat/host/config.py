@@ -12,7 +12,7 @@ from peft.utils.other import get_pattern_key
 from ziggurat._distribution import VERSION
 from ziggurat.errors import ConfigError
 from ziggurat.files.staging import open_weights
-from ziggurat.files.untrusted import BANK, bank_of, check_factors, check_folder, read_json
+from ziggurat.files.untrusted import BANK, bank_of, check_factors, check_folder, read_config
 from ziggurat.host.method import Method
 from ziggurat.host.peft_type import peft_type
 from ziggurat.host.saved.card import write_card
@@ -257,9 +257,7 @@ class MethodConfig(PeftConfig):
             ConfigError: they aren't, or the file holds no mapping.
         """
         path = Path(path_json_file)
-        content = read_json(path.parent, path.name)
-        if not isinstance(content, dict):
-            raise ConfigError(f"{path} holds a {type(content).__name__}; a config is a mapping of its fields.")
+        content = read_config(path.parent, path.name)
         content.pop("runtime_config", None)
         return content
 

@@ -175,10 +175,15 @@ def registered(peft_type: str) -> Method:
     return METHODS[peft_type]
 
 
+def kind_of(config: Any) -> str:
+    """The name of the PEFT type of any adapter's config; "None" of what is no such config."""
+    kind = getattr(config, "peft_type", None)
+    return str(getattr(kind, "value", kind))
+
+
 def method_of(config: Any) -> Method | None:
     """The method of an adapter's config; None where it is PEFT's own or nobody's."""
-    kind = getattr(config, "peft_type", None)
-    return METHODS.get(str(getattr(kind, "value", kind)))
+    return METHODS.get(kind_of(config))
 
 
 def specs_of(method: Method, config: Any, site: Site) -> dict[str, TensorSpec]:

@@ -18,7 +18,7 @@ from ziggurat.analysis.readers import READERS, components, place_by_name
 from ziggurat.errors import ConfigError, RecipeError
 from ziggurat.export.serving import cost_of_serving
 from ziggurat.host.base.anatomy import Anatomy, Place
-from ziggurat.host.method import method_of
+from ziggurat.host.method import kind_of, method_of
 from ziggurat.host.saved.names import key_of
 from ziggurat.host.saved.sites_table import from_table
 from ziggurat.host.site import Site
@@ -237,7 +237,7 @@ def _without_values(config: Any) -> Any:
 
 
 def _parts(state: Mapping[str, Any], config: Any, anatomy: Anatomy, sites: Mapping[str, Site]) -> list[Part]:
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    kind = kind_of(config)
 
     def places(path: str) -> Place:
         return anatomy.find(path) or place_by_name(path)
