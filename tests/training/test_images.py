@@ -208,5 +208,7 @@ def _written(folder: Path, model: Path) -> Path:
 def test_a_model_without_eyes_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="sees no images, and the data have some"):
         train(tiny_recipe(tiny_llama, FILE, tmp_path / "out", task="instruct"))
+    with pytest.raises(RecipeError, match="tower: both sees images, and the data have none"):
+        train(tiny_recipe(tiny_llama, FORMS / "chat.jsonl", tmp_path / "out", task="instruct", tower="both"))
     with pytest.raises(RecipeError, match="tower: has no meaning with task: classification"):
         tiny_recipe(tiny_llama, FILE, tmp_path / "out", tower="both")

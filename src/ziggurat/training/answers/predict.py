@@ -285,7 +285,9 @@ def _chats(loaded: Loaded, table: Any, source: str) -> str | None:
 def _conversations(loaded: Loaded, table: Any, column: str, source: str) -> list[Conversation]:
     tools, system, seen = (column_of(loaded.recipe, name, table, source) for name in ("tools", "system", "images"))
     found, faults = [], Faults(source, len(table))
-    images = Images(source, None) if loaded.processor is not None else None
+    folder = loaded.recipe.data.image_folder  # may be one of another machine
+    folder = folder if folder is not None and Path(folder).is_dir() else None
+    images = Images(source, folder) if loaded.processor is not None else None
     for index, row in enumerate(undecoded(table, seen)):
         try:
             named: list[Any] | None = [] if images is not None else None

@@ -42,7 +42,7 @@ class Images:
         images without a place, places without an image, images that can't be read, and images in answers.
         """
         column = parsed(column)
-        given = column if isinstance(column, list) else [] if column is None else [column]
+        given = column if isinstance(column, list) else [] if column in (None, "") else [column]
         if given and not named:
             messages, named = _with_signs(messages, len(given)), [None] * len(given)
         if len(given) != named.count(None):

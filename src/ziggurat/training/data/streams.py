@@ -23,7 +23,7 @@ from .examples import Examples, load_scored
 from .faults import RowFault
 from .instruct import given_columns, read_row, shape_of, to_rows
 from .readers import as_text_if_nested, first_delimiter
-from .tables import hub_parts, is_hub_name, load_hub
+from .tables import draw, hub_parts, is_hub_name, load_hub
 
 #: Rows at the start of a source from which columns, form and length are seen; and rows to score where none are named.
 SEEN, SCORED = 1000, 200
@@ -127,6 +127,7 @@ def load_stream(recipe: Recipe) -> Examples:
         validation = tables[0].select(first)
         train = tables[0].select(range(len(first), len(tables[0])))
         notes.append(f"the first {scored} rows of {sources[0]} are scored on and not learned from")
+    validation = draw(validation, data.max_validation, recipe.seed)
     steps = recipe.train.max_steps
     notes.append(
         f"data.streaming: rows are read as they are learned from, for {steps} steps, {data.shuffle_buffer:,} of them "

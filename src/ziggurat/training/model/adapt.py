@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ def adapt(recipe: Recipe, base: Base) -> nn.Module:
     Raises RecipeError with what the method says of this model (targets that match nothing, ranks too high, ...).
     """
     method = METHODS[recipe.method["name"]]
+    if base.processor is None and recipe.tower != "language":
+        raise RecipeError(f"tower: {recipe.tower} sees images, and the data have none; leave the key out")
     outside = other_towers(base.model, recipe.tower) if base.processor is not None else []
     if method.config is None:
         if recipe.adapter is not None:
@@ -67,7 +70,10 @@ def adapt(recipe: Recipe, base: Base) -> nn.Module:
     if recipe.adapter is not None:
         return _trained_on(recipe, base, config, recipe.adapter)
     try:
-        return get_peft_model(base.model, config)
+        with warnings.catch_warnings():
+            # The other tower may have no layers of the targets' names, which PEFT warns of.
+            warnings.filterwarnings("ignore", message=".*no modules were excluded")
+            return get_peft_model(base.model, config)
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         raise RecipeError(f"method: {recipe.method['name']} cannot adapt {recipe.model}: {error}") from error
 
