@@ -31,6 +31,15 @@ class Console(RichConsole):
             yield segment if segment.control else segment._replace(text=clean(segment.text))
 
 
+def is_screen(console: RichConsole) -> bool:
+    """Whether `console` writes to a terminal, where lines can be drawn anew.
+
+    FORCE_COLOR, which Jupyter sets for its commands, asks for colours: rich takes a pipe for a terminal then, and would
+    fill it with every state of a progress bar.
+    """
+    return console.is_terminal and console.file.isatty()
+
+
 def say(text: str, err: bool = False) -> None:
     """Print a line, cleaned."""
     import typer

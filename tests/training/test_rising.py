@@ -88,6 +88,12 @@ def test_a_run_whose_rate_is_far_too_high_says_so_on_the_terminal_and_in_its_fol
     assert f"warning: {warnings[0]}" in output.getvalue()
 
 
-def test_a_run_that_learns_says_nothing(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
-    result = train(recipe_for(tiny_bert, reviews_csv, tmp_path / "out"))
+def test_a_run_that_learns_says_nothing_and_draws_nothing_anew_in_a_pipe(
+    tiny_bert: Path, reviews_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as Jupyter does
+    output = io.StringIO()
+    result = train(recipe_for(tiny_bert, reviews_csv, tmp_path / "out"), console=Console(file=output))
     assert not [note for note in result.notes if "training loss" in note]
+    shown = output.getvalue()
+    assert "\x1b[2m" in shown and "\x1b[?25l" not in shown and "learning" not in shown

@@ -11,6 +11,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table as Grid
 
+from ziggurat.terminal import is_screen
+
 from .columns import Column
 from .engines import Outcome
 from .results import Results
@@ -27,7 +29,7 @@ class LiveTable:
         self._live: Live | None = None
 
     def __enter__(self) -> LiveTable:
-        if self.console.is_terminal:
+        if is_screen(self.console):
             self._live = Live(self, console=self.console, refresh_per_second=1, transient=True)
             self._live.start()
         return self

@@ -20,6 +20,8 @@ from rich.progress import (
 )
 from transformers import TrainerCallback
 
+from ziggurat.terminal import is_screen
+
 #: What TRL logs of a step that drew completions -> how the progress and the table call it.
 _OF_A_STEP = {
     "reward": "reward {:.2f}",
@@ -119,7 +121,7 @@ class LiveProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.clock.start(state)
-        if not self.console.is_terminal or not state.is_world_process_zero:
+        if not is_screen(self.console) or not state.is_world_process_zero:
             return
         self.bar = Progress(
             TextColumn("learning"),

@@ -20,6 +20,7 @@ from ziggurat.files.staging import told_of_storage
 from ziggurat.recipe.methods import BUDGET, METHODS
 from ziggurat.recipe.schema import Recipe
 from ziggurat.recipe.tasks import REWARDED
+from ziggurat.terminal import is_screen
 
 from ..callbacks import trackers
 from ..callbacks.allocation import callbacks_for
@@ -185,7 +186,7 @@ def _note(console: Console, notes: list[str], *texts: str, kind: str = "note", s
     notes += texts
     for text in texts:
         # Whoever reads it from a pipe or a log wants it in one line.
-        console.print(f"{kind}: {text}", style=style, highlight=False, soft_wrap=not console.is_terminal)
+        console.print(f"{kind}: {text}", style=style, highlight=False, soft_wrap=not is_screen(console))
 
 
 def _watch(
@@ -222,7 +223,7 @@ def _hint(checkpoint: Path | None) -> str:
 
 def _status(console: Console, text: str) -> AbstractContextManager[Any]:
     """A spinner with `text` on a terminal; nothing elsewhere."""
-    return console.status(text) if console.is_terminal else nullcontext()
+    return console.status(text) if is_screen(console) else nullcontext()
 
 
 def _interrupted(recipe: Recipe, folder: RunFolder, number: int, state: TrainerState | None = None) -> Interrupted:
