@@ -80,6 +80,10 @@ def test_bad_rows_are_told_when_they_are_reached(tmp_path: Path) -> None:
     found = read(data, data__drop_missing=True)
     first(found, 2000)
     assert found.stream is not None and found.stream.lost == {"lack a text or an answer": 1}
+    with pytest.raises(DataError, match=r"b.jsonl, line 3: Expecting value; expected one object a line"):
+        read(_written(tmp_path / "b.jsonl", '{"prompt": "a", "completion": "b"}\n\nno\n'))
+    with pytest.raises(DataError, match=r"c.csv, row 2: more cells than the 2 columns"):
+        read(_written(tmp_path / "c.csv", "prompt,completion\na,b\na,b,c\n"))
     with pytest.raises(DataError, match=r"a.json can't be read row by row; .jsonl, "):
         read(_written(tmp_path / "a.json", json.dumps(ROWS)))
 

@@ -107,7 +107,10 @@ def load_stream(recipe: Recipe) -> Examples:
             raise DataError(f"{source} has {len(rows)} rows, too few to stream; take data.streaming out")
         names = dict.fromkeys(name for row in rows for name in row)
         columns = {name: [as_text_if_nested(row.get(name)) for row in rows] for name in names}
-        table = Dataset.from_dict(columns)
+        try:
+            table = Dataset.from_dict(columns)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{source}: a column holds values of several kinds: {first_line(error)}") from error
         made, shape, remarks = to_rows(recipe, table, source)
         if "images" in made.column_names:
             raise DataError(f"data.streaming: {source} has images, and streams are of texts alone")
@@ -159,6 +162,8 @@ def rows_of(recipe: Recipe, source: str) -> Iterator[Row]:
         raise DataError(f"data.streaming: {source} can't be read row by row; {', '.join(_READERS)} can")
     try:
         yield from reader(recipe, path)
+    except DataError:
+        raise
     except (OSError, EOFError, ValueError, csv.Error) as error:
         raise DataError(f"{source} cannot be read as {suffix[1:]}: {first_line(error)}") from error
 
@@ -173,7 +178,10 @@ def _lines(recipe: Recipe, path: Path, newline: str | None = "\n") -> Iterator[s
 def _json(recipe: Recipe, path: Path) -> Iterator[Row]:
     for number, line in enumerate(_lines(recipe, path), start=1):
         if line.strip():
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number}: {error.msg}; expected one object a line") from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}, line {number}: a {type(row).__name__}, each must be an object")
             yield row
@@ -188,11 +196,13 @@ def _text(recipe: Recipe, path: Path) -> Iterator[Row]:
 def _table(recipe: Recipe, path: Path, tabs: bool) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     first = next(_lines(recipe, path), "")
-    how: dict[str, Any] = (
-        {"delimiter": "\t"} if tabs else {"delimiter": recipe.data.delimiter or first_delimiter(first)}
-    )
-    how |= {"quoting": csv.QUOTE_NONE} if tabs else {}
-    yield from csv.DictReader(_lines(recipe, path, ""), **how)
+    delimiter = "\t" if tabs else recipe.data.delimiter or first_delimiter(first)
+    quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+    table = csv.DictReader(_lines(recipe, path, ""), delimiter=delimiter, quoting=quoting)
+    for number, row in enumerate(table, start=1):
+        if None in row:  # where DictReader puts what has no column
+            raise DataError(f"{path}, row {number}: more cells than the {len(table.fieldnames or ())} columns")
+        yield row
 
 
 def _parquet(recipe: Recipe, path: Path) -> Iterator[Row]:
