@@ -36,3 +36,8 @@ def drawn_interval(of_rows: Callable[[np.ndarray], float], rows: int) -> tuple[f
     tail = (100 - CONFIDENCE) / 2
     low, high = np.percentile([value for value in scores if not math.isnan(value)] or [math.nan], [tail, 100 - tail])
     return float(low), float(high)
+
+
+def mean_of(scores: np.ndarray, rows: np.ndarray) -> float:
+    """The mean score of some rows."""
+    return float(scores[rows].mean())

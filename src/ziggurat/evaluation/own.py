@@ -16,7 +16,9 @@ from ziggurat.nearest import missing_path
 from ziggurat.recipe.schema import Recipe
 from ziggurat.training.loop.metrics import perplexity, score
 
-from .intervals import FACTORS, correlation_interval, drawn_interval, share_interval
+from .intervals import FACTORS, correlation_interval, drawn_interval, mean_of, share_interval
+from .logs import answer_logs, seen_logs
+from .preferences import judged, preferences
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -123,12 +125,12 @@ def _answers(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
     notes: list[str] = []
     if loaded.processor is None:
         rows = tokens_of(loaded.recipe, loaded.tokenizer, table, "scored", notes)
-        logs, counts = _answer_logs(loaded, rows, batch, notes)
+        logs, counts = answer_logs(loaded, rows, batch, notes)
         asked = [question_of(loaded.tokenizer, row) for row in table]  # type: ignore[arg-type]
     else:
         from ziggurat.training.model import seeing
 
-        logs, counts = _seen_logs(loaded, table, batch, notes)
+        logs, counts = seen_logs(loaded, table, batch, notes)
         asked = [seeing.question_of(loaded.writer, row) for row in table]  # type: ignore[arg-type]
     loss = -logs.sum() / counts.sum()
     scores = {"perplexity": perplexity(float(loss)), "loss": float(loss)}
@@ -176,56 +178,10 @@ def _sequences(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
     wanted = Sampling(tokens=min(recipe.data.max_target or needed, MOST_LENGTH))
     written = list(generate(loaded.model, tokenizer, asked, wanted, batch=batch, name=recipe.model))
     rows = text_scores(written, targets)
-    intervals = {name: drawn_interval(partial(_mean, of), len(of)) for name, of in rows.items()}
+    intervals = {name: drawn_interval(partial(mean_of, of), len(of)) for name, of in rows.items()}
     intervals["exact_match"] = share_interval(int((rows["exact_match"] > 0).sum()), len(written))
     scores = {name: float(of.mean()) for name, of in rows.items()}
     return {"scores": scores, "intervals": intervals, "per_cent": tuple(scores), "notes": notes}
-
-
-def _mean(scores: np.ndarray, rows: np.ndarray) -> float:
-    return float(scores[rows].mean())
-
-
-def _preferences(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
-    """Share of pairs whose better answer has the greater reward beta ln p(y | x) / p_ref(y | x), and the distance."""
-    from ziggurat.training.data.prefer import WORSE
-    from ziggurat.training.data.tokens import tokens_of
-
-    notes: list[str] = []
-    worse = table.select_columns([name for name in table.column_names if name.endswith(WORSE) or name == "row"])
-    worse = worse.rename_columns({name: name.removesuffix(WORSE) for name in worse.column_names if name != "row"})
-    notes += _of_reference(loaded)
-    better, lesser = (
-        _rewards(loaded, tokens_of(loaded.recipe, loaded.tokenizer, part, "scored", notes), batch, notes)
-        for part in (table, worse)
-    )
-    gaps = better - lesser
-    hits = int((gaps > 0).sum())
-    return {
-        "scores": {"accuracy": 100.0 * hits / len(gaps), "margin": float(gaps.mean())},
-        "intervals": {
-            "accuracy": share_interval(hits, len(gaps)),
-            "margin": drawn_interval(partial(_mean, gaps), len(gaps)),
-        },
-        "per_cent": ("accuracy",),
-        "notes": list(dict.fromkeys(notes)),
-    }
-
-
-def _judged(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
-    """The distance between the mean rewards of good and of bad answers."""
-    from ziggurat.training.data.tokens import tokens_of
-
-    notes: list[str] = []
-    good = np.asarray(table["good"], dtype=bool)
-    if good.all() or not good.any():
-        kind = "good" if good.all() else "bad"
-        raise DataError(f"--data: all {len(good)} answers are {kind}, and their distance needs both; raise --limit")
-    rows = tokens_of(loaded.recipe, loaded.tokenizer, table, "scored", notes)
-    notes += _of_reference(loaded)
-    rewards = _rewards(loaded, rows, batch, notes)
-    margin = float(rewards[good].mean() - rewards[~good].mean())
-    return {"scores": {"margin": margin}, "intervals": {}, "per_cent": (), "notes": notes}
 
 
 #: Task -> what scores its rows.
@@ -236,79 +192,8 @@ _SCORERS: dict[str, Callable[[Loaded, Dataset, int], dict[str, Any]]] = {
     "regression": _labelled,
     "instruct": _answers,
     "seq2seq": _sequences,
-    "dpo": _preferences,
-    "kto": _judged,
+    "dpo": preferences,
+    "kto": judged,
+    "orpo": preferences,
+    "reward": preferences,
 }
-
-
-def _of_reference(loaded: Loaded) -> list[str]:
-    """A note where the run's own rewards were differences to another model than the one without an adapter."""
-    if loaded.recipe.adapter is None:
-        return []
-    return ["rewards are differences to the model without an adapter; those of the run, to the adapter it went on from"]
-
-
-def _rewards(loaded: Loaded, rows: Sequence[Any], batch: int, notes: list[str]) -> np.ndarray:
-    """beta (ln p(y | x) - ln p_ref(y | x)) of every row; the reference is the model without its adapter."""
-    without: Any = getattr(loaded.model, "disable_adapter", None)
-    if without is None:
-        raise RecipeError("--data: rewards are differences to the model without its adapter, and this run has none")
-    logs, _ = _answer_logs(loaded, rows, batch, notes)
-    with without():
-        before, _ = _answer_logs(loaded, rows, batch, [])
-    return loaded.recipe.train.beta * (logs - before)
-
-
-def _answer_logs(loaded: Loaded, rows: Sequence[Any], batch: int, notes: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The sum of ln p over the answer's tokens of every row, and their number; rows are cut as in training."""
-    import torch
-    from torch.nn.functional import cross_entropy
-    from torch.nn.utils.rnn import pad_sequence
-
-    from ziggurat.recipe.schema import MOST_LENGTH
-    from ziggurat.training.data.encode import longest
-
-    length = longest(loaded.tokenizer, loaded.model.config, loaded.recipe.data.max_length or MOST_LENGTH)
-    if cut := sum(len(ids) > length for ids, _ in rows):
-        notes.append(f"{cut} of {len(rows)} rows are longer than {length} tokens and were cut")
-    device = next(loaded.model.parameters()).device
-    logs, counts = [], []
-    for start in range(0, len(rows), batch):
-        part = [(torch.tensor(ids[:length]), torch.tensor(mask[:length])) for ids, mask in rows[start : start + batch]]
-        ids = pad_sequence([row for row, _ in part], batch_first=True).to(device)
-        learned = pad_sequence([mask for _, mask in part], batch_first=True).to(device)[:, 1:]
-        there = pad_sequence([torch.ones_like(mask) for _, mask in part], batch_first=True).to(device)
-        with torch.no_grad():
-            outputs = loaded.model(input_ids=ids, attention_mask=there).logits[:, :-1].float()
-        losses = cross_entropy(outputs.transpose(1, 2), ids[:, 1:], reduction="none") * learned
-        logs.append(-losses.sum(-1).double().cpu().numpy())
-        counts.append(learned.sum(-1).cpu().numpy())
-    total = np.concatenate(counts)
-    if not total.any():
-        raise DataError(f"--data: no row has an answer within {length} tokens")
-    return np.concatenate(logs), total
-
-
-def _seen_logs(loaded: Loaded, table: Dataset, batch: int, notes: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """`_answer_logs` of conversations with images, whole."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    from ziggurat.training.model.seeing import ImageCollator, expanded, text_of
-
-    writer, device = loaded.writer, next(loaded.model.parameters()).device
-    rows = [
-        {"labels": [token if on else -100 for token, on in zip(*learned, strict=True)], "text": text_of(writer, row),
-         "images": row.get("images") or []}  # type: ignore[union-attr]
-        for row, learned in zip(table, expanded(loaded.recipe, writer, table, "scored", notes), strict=True)
-    ]  # fmt: skip
-    logs, counts = [], []
-    for start in range(0, len(rows), batch):
-        inputs = {name: value.to(device) for name, value in ImageCollator(writer)(rows[start : start + batch]).items()}
-        labels = inputs.pop("labels")[:, 1:]
-        with torch.no_grad():
-            outputs = loaded.model(**inputs).logits[:, :-1].float()
-        losses = cross_entropy(outputs.transpose(1, 2), labels, reduction="none", ignore_index=-100)
-        logs.append(-losses.sum(-1).double().cpu().numpy())
-        counts.append(labels.ne(-100).sum(-1).cpu().numpy())
-    return np.concatenate(logs), np.concatenate(counts)

@@ -110,7 +110,7 @@ def _forms(table: Dataset) -> Iterator[Start]:
     if rewritten is not None:
         yield Start("seq2seq", f"texts in {rewritten[0]} that become those in {rewritten[1]}")
     if has("chosen", "rejected"):
-        yield Start("dpo", "pairs of a chosen and a rejected answer")
+        yield from (Start(task, "pairs of a chosen and a rejected answer") for task in ("dpo", "orpo", "reward"))
     verdict = {str(value).lower() for value in table["label"]} if "label" in table.column_names else set()
     if has("prompt", "completion") and verdict and verdict <= {"true", "false", "0", "1"}:
         yield Start("kto", "answers that a label calls good or bad", {"data.label": ("label", "true or false")})

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .tasks import TASKS
+from .tasks import TASKS, Task
 
 #: The tasks that `ziggurat init` writes recipes for; which answers are rewarded, no file says.
 STARTS = tuple(name for name, task in TASKS.items() if task.rows != "prompts")
@@ -33,17 +33,22 @@ class Proposal:
 
 def models_for(task: str, images: bool = False) -> list[Proposal]:
     """Models for a task (that see `images`), the first to try first."""
-    return [Proposal(*row) for row in _all()["seeing" if images else _KINDS[TASKS[task].model]]["models"]]
+    return [Proposal(*row) for row in _all()["seeing" if images else _part(TASKS[task])]["models"]]
 
 
 def keys_for(task: str, images: bool = False) -> dict[str, tuple[Any, str]]:
     """Key -> value and reason, for a task."""
     row = TASKS[task]
     found: dict[str, tuple[Any, str]] = {}
-    parts = [_KINDS[row.model], "preference" if row.rows in ("pairs", "judged") else task]
+    parts = [_part(row), "preference" if row.rows in ("pairs", "judged") and row.writes else task]
     for part in [*parts, "seeing"] if images else parts:
         found |= {key: (value, why) for key, (value, why) in _all().get(part, {}).get("keys", {}).items()}
     return found
+
+
+def _part(task: Task) -> str:
+    """The part of the file that proposes models: pairs of answers are rated by decoders, which have written some."""
+    return "decoder" if task.rows == "pairs" else _KINDS[task.model]
 
 
 @cache

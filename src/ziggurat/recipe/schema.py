@@ -221,7 +221,8 @@ class TrainPart(Part):
     accumulate: Positive = Field(default=1, description="batches added up for one optimiser step")
     lr: Rate = Field(default=1.0e-3, description="peak learning rate (AdamW)")
     beta: Annotated[float, Field(gt=0.0)] = Field(
-        default=0.1, description="dpo and kto: how strongly the model is held near the one that it starts from"
+        default=0.1,
+        description="dpo, kto: how strongly the model is held near its start; orpo: the odds ratio's weight",
     )
     optimizer: str | None = Field(
         default=None, description="by transformers' name, such as adamw_8bit, adafactor, lion_32bit; without it AdamW"

@@ -11,7 +11,7 @@ class Task:
 
     `model`: what transformers calls its models, behind AutoModelFor. `rows`: the form of its data. `metrics`: the
     scores that a recipe may choose by, the usual one first. `package`: what trains or scores it, beside datasets.
-    `names`: what other tools call it.
+    `names`: what other tools call it. `experimental`: TRL promises nothing of its trainer.
     """
 
     model: str
@@ -19,6 +19,7 @@ class Task:
     metrics: tuple[str, ...]
     package: str
     names: tuple[str, ...] = ()
+    experimental: bool = False
 
     @property
     def writes(self) -> bool:
@@ -61,10 +62,14 @@ TASKS = {
         ("seq2seq_lm", "summarization", "translation", "text2text", "text2text_generation"),
     ),
     "dpo": Task("CausalLM", "pairs", _OF_PAIRS, "trl"),
+    "orpo": Task("CausalLM", "pairs", _OF_PAIRS, "trl", experimental=True),
+    "reward": Task("SequenceClassification", "pairs", _OF_PAIRS, "trl", ("rm", "reward_model", "reward_modeling")),
     "kto": Task("CausalLM", "judged", ("rewards/margins",), "trl"),
     "grpo": Task("CausalLM", "prompts", ("reward",), "trl"),
     "rloo": Task("CausalLM", "prompts", ("reward",), "trl"),
 }
+#: Tasks whose model gives a text one number.
+NUMBERS = ("regression", "reward")
 #: Tasks whose model writes texts.
 WRITES = tuple(name for name, task in TASKS.items() if task.writes)
 #: Tasks whose model answers prompts while it learns, and learns from the rewards of its answers.

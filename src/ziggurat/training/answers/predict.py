@@ -114,7 +114,7 @@ def predict_each(
             f"this adapter compares two texts ('{loaded.recipe.data.text}' and '{loaded.recipe.data.text_pair}'): "
             "give a second one"
         )
-    if not writes and not loaded.head.pair and second is not None:
+    if not writes and not loaded.head.pair and second is not None and loaded.head.task != "reward":
         raise DataError("this adapter takes one text, two were given")
     if second is not None and len(second) != len(texts):
         raise DataError(f"{len(texts)} first texts, but {len(second)} second ones")
@@ -122,6 +122,12 @@ def predict_each(
         from .entities import found_entities
 
         return (Prediction(*found) for found in found_entities(loaded, texts, batch or 32))  # type: ignore[arg-type]
+    if loaded.head.task == "reward":
+        from .rewards import answered, rewards_of
+
+        rows: Any = texts if isinstance(texts[0], dict) else answered(loaded, [shown(text) for text in texts], second)
+        rated = [str(row.get("completion") or json.loads(row["messages"])[-1]["content"]) for row in rows]
+        return (Prediction(*pair) for pair in zip(rated, rewards_of(loaded, rows, batch or 32, []), strict=True))
     if not writes:
         return _score(loaded, [shown(text) for text in texts], second, batch or 32)
     contexts = second if second is not None else [None] * len(texts)
@@ -246,9 +252,15 @@ def read_texts(file: Path, loaded: Loaded) -> tuple[list[Any], list[str] | None]
     if file.suffix.lower() == ".txt":
         if not file.is_file():
             raise DataError(missing_path(file))
+        if loaded.head.task == "reward":
+            raise DataError("this adapter rates answers: give a table with prompts and completions, or conversations")
         if loaded.head.pair:
             raise DataError(f"this adapter compares two texts: give a table with '{data.text}' and '{data.text_pair}'")
         return read_lines(file), None
+    if loaded.head.task == "reward":
+        from .rewards import read_answers
+
+        return read_answers(file, loaded), None
     columns = text_columns(loaded.recipe)
     talks = loaded.run.get("shape") == "messages"
     encoding = encoding_of(str(file), data.encoding)

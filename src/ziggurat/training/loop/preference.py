@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from torch import Tensor
 from transformers import Trainer
 
 from ziggurat.errors import RecipeError
@@ -14,24 +19,47 @@ from .arguments import Setup
 if TYPE_CHECKING:
     from datasets import Dataset
 
+#: Stands for a trainer of TRL's, which importing this file must not load.
+_TRL: Any = object
+#: Task -> the module of TRL, and the first part of the names of its trainer and config there.
+_TRAINERS = {
+    "dpo": ("trl", "DPO"),
+    "kto": ("trl", "KTO"),
+    "orpo": ("trl.experimental.orpo", "ORPO"),
+    "reward": ("trl", "Reward"),
+}
+_ANSWERS = ("chosen", "rejected")
 
-def preference_trainer(setup: Setup, arguments: dict[str, Any], train: Dataset, validation: Dataset) -> Trainer:
-    """DPO (Rafailov et al. 2023) or KTO (Ethayarajh et al. 2024) by TRL.
+
+def preference_trainer(
+    setup: Setup, arguments: dict[str, Any], train: Dataset, validation: Dataset, length: int
+) -> Trainer:
+    """The trainer of TRL. DPO (Rafailov et al. 2023) and KTO (Ethayarajh et al. 2024) learn a policy:
 
     L_DPO = -ln sigmoid(r(x, y_w) - r(x, y_l)) with the reward r(x, y) = beta ln p(y | x) / p_ref(y | x); p_ref is the
     model before training. Its probabilities are computed once, beforehand: no second copy is held while training.
-    """
-    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
+    ORPO (Hong et al. 2024) needs no reference: L_ORPO = L_NLL(y_w) - beta ln sigmoid(ln odds(y_w | x) / odds(y_l | x)).
+    A reward model has the same loss as DPO with the score of its head as r(x, y) (Bradley & Terry 1952).
+    """
     recipe = setup.recipe
-    arguments = arguments | {"precompute_ref_log_probs": True}
+    module, name = _TRAINERS[recipe.task]
+    kind, config = trl_classes(recipe.task, module, f"{name}Trainer", f"{name}Config")
+    arguments = arguments | {"max_length": length, "beta": recipe.train.beta}
+    if recipe.task in ("dpo", "kto"):
+        arguments |= {"precompute_ref_log_probs": True}
+    else:  # nothing is compared with the model as it was, so the recipe's dropout counts
+        arguments |= {"disable_dropout": False}
     if recipe.task == "kto":
         if recipe.train.batch < 2 or recipe.train.eval_batch < 2:
             raise RecipeError("train.batch: kto compares the rows of a batch; at least 2 (train.eval_batch, too)")
         # Each row is paired with the answer before it in its batch, so batches stay as they are cut here.
         arguments |= {"train_sampling_strategy": "sequential"}
-    kind, config = (DPOTrainer, DPOConfig) if recipe.task == "dpo" else (KTOTrainer, KTOConfig)
-    trainer = _tokenized(kind)(
+    if recipe.task == "reward":
+        del arguments["beta"]
+        train, validation = (table.map(lambda row: _whole(row, length)) for table in (train, validation))
+    mixed = {"kto": Tokenized, "orpo": TokenizedORPO}.get(recipe.task, TokenizedPairs)
+    trainer: Any = type(kind.__name__, (mixed, kind), {})(
         model=setup.model,
         args=config(**arguments),
         train_dataset=train,
@@ -41,22 +69,68 @@ def preference_trainer(setup: Setup, arguments: dict[str, Any], train: Dataset, 
     )
     # TRL keeps a copy of the adapter to compute the reference by, which nothing asks for any more.
     if "ref" in getattr(trainer.model, "peft_config", {}):
-        trainer.model.delete_adapter("ref")  # type: ignore[union-attr, operator]
+        trainer.model.delete_adapter("ref")
     return trainer
 
 
-def _tokenized(base: type) -> type:
-    class TokenizedTrainer(Resumable, base):
-        """TRL's trainer `base` without its own tokenization, which drops rows unseen."""
+def trl_classes(task: str, module: str, *names: str) -> list[Any]:
+    """Classes of TRL. Raises RecipeError where its version has none of that name."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is experimental, the run has told
+            home = import_module(module)
+            return [getattr(home, name) for name in names]
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"task: {task} needs {names[0]} of {module}, and TRL {version('trl')} has none") from error
 
-        def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-            if not getattr(self, "calculate_KL", False):
-                return dataset
-            # KTO's reference point is estimated from each prompt with the answer of the row before it in the batch.
-            return dataset.map(
-                lambda rows: {"KL_completion_ids": [rows["completion_ids"][-1], *rows["completion_ids"][:-1]]},
-                batched=True,
-                batch_size=args.per_device_train_batch_size,
-            )
 
-    return TokenizedTrainer
+def _whole(row: dict[str, Any], length: int) -> dict[str, list[int]]:
+    """Both answers behind the prompt, of at most `length` tokens."""
+    return {f"{name}_ids": (row["prompt_ids"] + row[f"{name}_ids"])[:length] for name in _ANSWERS}
+
+
+class Tokenized(Resumable, _TRL):
+    """Mixed into a trainer of TRL: without its own tokenization, which drops rows unseen."""
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        if not getattr(self, "calculate_KL", False):
+            return dataset
+        # KTO's reference point is estimated from each prompt with the answer of the row before it in the batch.
+        return dataset.map(
+            lambda rows: {"KL_completion_ids": [rows["completion_ids"][-1], *rows["completion_ids"][:-1]]},
+            batched=True,
+            batch_size=args.per_device_train_batch_size,
+        )
+
+
+class TokenizedPairs(Tokenized):
+    """Scores are means over pairs. TRL's are means over batches, of which the last may have a single pair."""
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes = self.__dict__.setdefault("_sizes", [])
+        sizes.append(next(len(value) for value in inputs.values() if isinstance(value, Tensor)))
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        sizes = self.__dict__.pop("_sizes", [])
+        kept = self._stored_metrics if hasattr(self, "_stored_metrics") else self._metrics
+        for values in kept["eval"].values():
+            if len(values) == len(sizes):
+                values[:] = [float(np.average(values, weights=sizes))]
+        for of_mode in kept.values():  # the reward trainer's names, as its neighbours call the same
+            for name, ours in (("accuracy", "rewards/accuracies"), ("margin", "rewards/margins")):
+                if name in of_mode:
+                    of_mode[ours] = of_mode.pop(name)
+        super().log(logs, *args, **kwargs)
+
+
+class TokenizedORPO(TokenizedPairs):
+    """The columns that TRL's ORPOTrainer makes of texts, made of token ids."""
+
+    def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
+        columns, start = {}, len(feature["prompt_ids"])
+        for name, ids in _whole(feature, self.max_length).items():
+            answer = name.removesuffix("_ids")
+            columns[f"{answer}_input_ids"], columns[f"{answer}_attention_mask"] = ids, [1] * len(ids)
+            columns[f"{answer}_labels"] = [-100] * start + ids[start:]
+        return columns

@@ -123,9 +123,12 @@ def _train(
     processes.first(lambda: workplace.reserve(folder.work, expected_bytes(model, base.tokenizer)))
     progress, meter, notes = LiveProgress(console, recipe.main_metric), Meter(), list[str]()
     note = partial(_note, console, notes)
-    watch = _watch(recipe, base, note, partial(note, kind="warning", style="yellow"))
+    warn = partial(note, kind="warning", style="yellow")
+    watch = _watch(recipe, base, note, warn)
     task = _task(recipe, base, model, examples, folder, [*callbacks, progress, stop, meter, *watch], rewards)
     note(*examples.notes, *task.notes, *_notes(recipe, processes, fit, spec), *_costs(model, counts))
+    if recipe.kind.experimental:
+        warn(f"TRL calls its trainer for task: {recipe.task} experimental: its next version may change or drop it")
     begun = time.monotonic() - float(noted.get("seconds", 0.0))
     try:
         before = _score_before(recipe, task.trainer, folder, noted, console)
@@ -139,7 +142,7 @@ def _train(
         folder.note({"before": before, "seconds": time.monotonic() - begun, "answers": answers.rows})
         raise _interrupted(recipe, folder, stop.agreed, task.trainer.state)
     # From here on signals are deferred until the result is saved: they could only lose what has been learned.
-    after, seen = _final_scores(task, recipe), _seen(task, answers, examples, note)
+    after, seen = _final_scores(task, recipe), _seen(recipe, task, answers, examples, note)
     trackers.close(task.trainer)
     state = sharding.whole_state(task.trainer, processes)
     result = Result(
@@ -165,7 +168,9 @@ def _train(
     return result
 
 
-def _seen(task: Task, answers: Answers, examples: Examples, note: Callable[..., None]) -> dict[str, Any]:
+def _seen(
+    recipe: Recipe, task: Task, answers: Answers, examples: Examples, note: Callable[..., None]
+) -> dict[str, Any]:
     """What the scores consist of, after training, as fields of `Result`."""
     from .samples import example_of
 
@@ -176,7 +181,7 @@ def _seen(task: Task, answers: Answers, examples: Examples, note: Callable[..., 
         rows["train"] = state.global_step * arguments.train_batch_size * arguments.gradient_accumulation_steps
         rows["train"] *= arguments.world_size
         note(*(f"{count} rows of the stream {what} and were left out" for what, count in examples.stream.lost.items()))
-    example, images = example_of(examples)
+    example, images = example_of(examples, rated=recipe.task == "reward")
     seen = {"by_class": task.by_class(), "answers": answers.rows, "rows": rows}
     return {**seen, "example": example, "example_images": images}
 
@@ -206,13 +211,12 @@ def _watch(
 
 
 def _classes(recipe: Recipe, base: Base) -> int | None:
-    """Between how many classes or tokens the model chooses; None where it predicts a number."""
-    if recipe.task == "regression":
-        return None
-    if recipe.task == "multilabel":  # yes or no, of each class
+    """Between how many classes or tokens the model chooses; None where its loss is of another kind."""
+    if recipe.kind.rows in ("answers", "sources"):
+        return base.model.config.get_text_config().vocab_size
+    if recipe.task in ("multilabel", "dpo", "kto", "reward"):  # yes or no, of each class; the better of two
         return 2
-    config = base.model.config
-    return config.get_text_config().vocab_size if recipe.task in ("instruct", "seq2seq") else config.num_labels
+    return base.model.config.num_labels if recipe.task in ("classification", "tokens") else None
 
 
 def _hint(checkpoint: Path | None) -> str:

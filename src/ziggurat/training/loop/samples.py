@@ -78,17 +78,23 @@ def _question(recipe: Recipe, base: Base, row: dict[str, Any]) -> tuple[Any, str
     return seeing.question_of(seeing.Writer(base.processor), row)
 
 
-def example_of(examples: Examples) -> tuple[list[str], list[str]]:
-    """The texts of a short validation row, and the files of its images, as `ziggurat predict` takes them."""
+def example_of(examples: Examples, rated: bool = False) -> tuple[list[str], list[str]]:
+    """The texts of a short validation row, and the files of its images, as `ziggurat predict` takes them.
+
+    `rated`: with the answer, which is to be rated.
+    """
     table, shape = examples.validation, examples.shape
     rows = [dict(row) for row in table.select(range(min(50, len(table))))]
-    asked = [(_texts(row, shape), [image["path"] for image in row.get("images") or []]) for row in rows]
+    asked = [(_texts(row, shape, rated), [image["path"] for image in row.get("images") or []]) for row in rows]
     usable = [(texts, paths) for texts, paths in asked if texts and all(text.strip() for text in texts) and all(paths)]
     texts, paths = min(usable, key=lambda found: (not found[1], sum(map(len, found[0]))), default=(["..."], []))
     return [" ".join(text.split())[:LONGEST] for text in texts], paths
 
 
-def _texts(row: dict[str, Any], shape: str | None) -> list[str]:
+def _texts(row: dict[str, Any], shape: str | None, rated: bool) -> list[str]:
+    if rated:
+        talk = json.loads(row["messages"])[-2:] if "messages" in row else []
+        return [message["content"] for message in talk] or [row["prompt"], row["completion"]]
     if "messages" in row:
         asked = [message["content"] for message in json.loads(row["messages"]) if message["role"] == "user"]
         return [text.replace(IMAGE, "") for text in asked[:1]]

@@ -75,6 +75,8 @@ _TRAINERS = {
     "instruct": ("writing", "instructed"),
     "dpo": ("writing", "preferring"),
     "kto": ("writing", "preferring"),
+    "orpo": ("writing", "preferring"),
+    "reward": ("writing", "preferring"),
     "grpo": ("writing", "rewarded"),
     "rloo": ("writing", "rewarded"),
     "seq2seq": ("sequences", "transforming"),

@@ -57,16 +57,15 @@ def instructed(setup: Setup) -> tuple[Trainer, list[str]]:
 
 
 def preferring(setup: Setup) -> tuple[Trainer, list[str]]:
-    """DPOTrainer or KTOTrainer of preferences, and notes. Raises DataError, RecipeError."""
+    """TRL's trainer of preferences, and notes. Raises DataError, RecipeError."""
     recipe, base, examples = setup.recipe, setup.base, setup.examples
     _check_tokenizer(recipe, base, examples)
     encode_all = encode_judged if recipe.kind.rows == "judged" else encode_pairs
     train, validation, length, notes = encode_all(recipe, base.tokenizer, base.model.config, examples)
-    if examples.shape == "messages":
+    if examples.shape == "messages" and recipe.writes:
         notes += _template_notes(base.tokenizer)
-    arguments = training_arguments(recipe, setup.checkpoints) | {"max_length": length, "beta": recipe.train.beta}
-    trainer = preference_trainer(setup, arguments, train, validation)
-    return trainer, notes
+    arguments = training_arguments(recipe, setup.checkpoints)
+    return preference_trainer(setup, arguments, train, validation, length), notes
 
 
 def rewarded(setup: Setup) -> tuple[Trainer, list[str]]:

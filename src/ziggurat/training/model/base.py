@@ -24,7 +24,7 @@ from ziggurat.errors import RecipeError, first_line
 from ziggurat.extras import require
 from ziggurat.nearest import missing_path
 from ziggurat.recipe.embedded import model_path
-from ziggurat.recipe.tasks import TASKS
+from ziggurat.recipe.tasks import NUMBERS, TASKS
 
 from ..heads import MeanPooledClassifier
 
@@ -45,7 +45,7 @@ class HeadSpec:
 
     @property
     def num_labels(self) -> int:
-        return 1 if self.task == "regression" else len(self.label_names)
+        return 1 if self.task in NUMBERS else len(self.label_names)
 
     @property
     def model(self) -> str:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ziggurat.errors import ConfigError, DataError, MissingExtraError
 from ziggurat.recipe.embedded import model_path
 from ziggurat.recipe.schema import Recipe
+from ziggurat.recipe.tasks import NUMBERS
 
 from ..data.examples import class_names
 from ..heads import MeanPooledClassifier
@@ -67,7 +68,7 @@ def bare_base(recipe: Recipe, model: str | Path | None = None) -> BareBase:
 
 
 def _labels(recipe: Recipe, notes: list[str]) -> int:
-    if recipe.task == "regression":
+    if recipe.task in NUMBERS:
         return 1
     try:
         names = class_names(recipe)

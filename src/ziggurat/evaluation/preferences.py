@@ -1,0 +1,79 @@
+"""Preferences of one's own: the rewards that a trained adapter gives, and what they say of pairs and verdicts."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ziggurat.errors import DataError, RecipeError
+
+from .intervals import drawn_interval, mean_of, share_interval
+from .logs import answer_logs
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ziggurat.training.answers.load import Loaded
+
+
+def preferences(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
+    """Share of pairs whose better answer has the greater reward, and the rewards' mean distance."""
+    from ziggurat.training.data.prefer import WORSE
+
+    notes: list[str] = []
+    worse = table.select_columns([name for name in table.column_names if name.endswith(WORSE) or name == "row"])
+    worse = worse.rename_columns({name: name.removesuffix(WORSE) for name in worse.column_names if name != "row"})
+    better, lesser = (_rewards(loaded, part, batch, notes) for part in (table, worse))
+    gaps = better - lesser
+    hits = int((gaps > 0).sum())
+    return {
+        "scores": {"accuracy": 100.0 * hits / len(gaps), "margin": float(gaps.mean())},
+        "intervals": {
+            "accuracy": share_interval(hits, len(gaps)),
+            "margin": drawn_interval(partial(mean_of, gaps), len(gaps)),
+        },
+        "per_cent": ("accuracy",),
+        "notes": list(dict.fromkeys(notes)),
+    }
+
+
+def judged(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
+    """The distance between the mean rewards of good and of bad answers."""
+    notes: list[str] = []
+    good = np.asarray(table["good"], dtype=bool)
+    if good.all() or not good.any():
+        kind = "good" if good.all() else "bad"
+        raise DataError(f"--data: all {len(good)} answers are {kind}, and their distance needs both; raise --limit")
+    rewards = _rewards(loaded, table, batch, notes)
+    margin = float(rewards[good].mean() - rewards[~good].mean())
+    return {"scores": {"margin": margin}, "intervals": {}, "per_cent": (), "notes": notes}
+
+
+def _rewards(loaded: Loaded, table: Dataset, batch: int, notes: list[str]) -> np.ndarray:
+    """The reward of every row: a reward model's own, or beta (ln p(y | x) - ln p_ref(y | x)), as DPO and KTO have it.
+
+    The reference is the model without its adapter. ORPO has none: its reward is beta times the mean of ln p a token.
+    """
+    if loaded.recipe.task == "reward":
+        from ziggurat.training.answers.rewards import rewards_of
+
+        return np.asarray(list(rewards_of(loaded, table, batch, notes)))
+    from ziggurat.training.data.tokens import tokens_of
+
+    rows, beta = tokens_of(loaded.recipe, loaded.tokenizer, table, "scored", notes), loaded.recipe.train.beta
+    if loaded.recipe.task == "orpo":
+        logs, counts = answer_logs(loaded, rows, batch, notes)
+        return beta * logs / counts
+    if loaded.recipe.adapter is not None:
+        notes.append(
+            "rewards are differences to the model without an adapter; those of the run, to the adapter it went on from"
+        )
+    without: Any = getattr(loaded.model, "disable_adapter", None)
+    if without is None:
+        raise RecipeError("--data: rewards are differences to the model without its adapter, and this run has none")
+    logs, _ = answer_logs(loaded, rows, batch, notes)
+    with without():
+        before, _ = answer_logs(loaded, rows, batch, [])
+    return beta * (logs - before)
