@@ -26,7 +26,9 @@ _GOES_WITH = {
     ("train.answers",): _of("answers", "sources"),
     ("data.as_chat",): _of("answers", "pairs", "judged", "prompts"),
     ("train.beta",): ("dpo", "orpo", "kto"),
-    ("rewards.", "sampling."): REWARDED,
+    ("rewards.", "sampling.completions"): REWARDED,
+    ("sampling.",): _of("prompts"),
+    ("teacher.",): ("distill",),
     ("data.label",): _of("labelled", "judged"),
     ("data.text", "data.text_pair", "head.pooling", "head.dropout"): _of("labelled"),
     ("head.lr",): _of("labelled", "tagged"),
@@ -37,10 +39,10 @@ _GOES_WITH = {
 }
 
 
-def _tasks_of(key: str) -> tuple[str, ...]:
-    """The tasks that a key goes with."""
-    sought = (key, key[: key.find(".") + 1])
-    return next((tasks for keys, tasks in _GOES_WITH.items() if any(name in keys for name in sought)), tuple(TASKS))
+def tasks_of(key: str) -> tuple[str, ...]:
+    """The tasks that a key goes with, or a section, as `rewards.`."""
+    section = key[: key.find(".") + 1]
+    return next((tasks for keys, tasks in _GOES_WITH.items() if key in keys or section in keys), tuple(TASKS))
 
 
 class _Given:
@@ -70,8 +72,10 @@ def conflicts(good: dict[str, Any]) -> list[str]:
 def _of_task(given: _Given) -> Iterator[str]:
     task, metric = given["task"], given["metric"]
     for key in given.keys:
-        if task not in _tasks_of(key) and given.changes(key):
+        if task not in tasks_of(key) and given.changes(key):
             yield f"{key}: has no meaning with task: {task}"
+    if task == "distill" and given["teacher.model"] is None:
+        yield f"teacher.model: missing: {keys()['teacher.model'].description}"
     metrics = TASKS[task].metrics
     if metric is not None and metric not in metrics:
         yield f"metric: {metric} does not go with task: {task}; one of {', '.join(metrics)}"
@@ -115,7 +119,7 @@ def _of_run(given: _Given) -> Iterator[str]:
     if given["adapter"] in METHODS:
         yield f"adapter: is the folder of an adapter to go on from; the method is method.name: {given['adapter']}"
     yield from optimizer_problems(given["train.optimizer"])
-    if task in REWARDED and given["train.group_by_length"]:
+    if TASKS[task].rows == "prompts" and given["train.group_by_length"]:
         yield f"train.group_by_length: has no meaning with task: {task}, whose batches are groups of completions"
     if given["sampling.vllm"] is None and given["sampling.vllm_options"]:
         yield "sampling.vllm_options: has no meaning without sampling.vllm"

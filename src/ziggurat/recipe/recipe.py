@@ -13,12 +13,12 @@ import yaml
 from ziggurat.errors import RecipeError
 from ziggurat.nearest import did_you_mean, missing_path, nearest
 
-from .conflicts import conflicts, unmerged_with_vllm
+from .conflicts import conflicts, tasks_of, unmerged_with_vllm
 from .glue import fill_in, glue_name
 from .methods import METHODS, SYNONYMS, method_config, method_fields, method_problems
 from .names import answer
 from .schema import Recipe, keys
-from .tasks import REWARDED, task_called
+from .tasks import task_called
 from .text import MOST_TEXT, SECTIONS, flatten, read_overrides, read_yaml
 from .values import explain
 
@@ -53,6 +53,9 @@ _SYNONYMS = {
     "rlhf_type": "task",
     "sentence": "data.text",
     "steps": "train.max_steps",
+    "teacher_model": "teacher.model",
+    "teacher_model_name_or_path": "teacher.model",
+    "teacher_model_revision": "teacher.revision",
     "test": "data.validation",
     "wd": "train.weight_decay",
 }
@@ -219,6 +222,7 @@ def _example(section: str) -> str:
         "head": "for example head.pooling: mean",
         "rewards": "for example rewards.functions: [last_number]",
         "sampling": "for example sampling.completions: 8",
+        "teacher": "for example teacher.model: HuggingFaceTB/SmolLM2-1.7B-Instruct",
         "train": "for example train.lr: 1.0e-3",
         "method": "for example method.name: msplora",
     }[section]
@@ -226,9 +230,11 @@ def _example(section: str) -> str:
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
     """The recipe as one flat mapping, defaults too but for the method's; paths on this disk are made absolute."""
-    elsewhere = set() if recipe.task in REWARDED else {"rewards", "sampling"}
+    sections = ("rewards", "sampling", "teacher")
+    elsewhere = {section for section in sections if recipe.task not in tasks_of(f"{section}.")}
     flat = flatten(recipe.model_dump(exclude={"resume", "overwrite", *elsewhere}))
-    for key in ("model", "adapter", "data.train", "data.validation", "data.folder", "data.image_folder"):
+    paths = ("model", "adapter", "teacher.model", "data.train", "data.validation", "data.folder", "data.image_folder")
+    for key in paths:
         value = flat.get(key)
         named = value in ("embedded", "demo") or glue_name(value) is not None
         if value is not None and not named and Path(value).expanduser().exists():

@@ -189,7 +189,7 @@ class RewardsPart(Part):
 
 
 class SamplingPart(Part):
-    """How grpo and rloo draw completions."""
+    """How grpo, rloo and distill draw completions."""
 
     completions: Annotated[int, Field(ge=2)] = Field(default=8, description="completions of a prompt: its group")
     tokens: Positive = Field(default=256, description="the most tokens of a completion")
@@ -209,6 +209,24 @@ class SamplingPart(Part):
     )
 
 
+class TeacherPart(Part):
+    """Whom distill learns from."""
+
+    model: str | None = Field(
+        default=None,
+        description="folder or hub name of the model to learn from, which has the student's tokens",
+    )
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        default="float32", description="dtype of the teacher's weights"
+    )
+    beta: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=1.0,
+        description="1: the reverse KL divergence, of the student from the teacher; 0: the forward one; between them "
+        "the generalised Jensen-Shannon divergence",
+    )
+
+
 class TrainPart(Part):
     """How it learns."""
 
@@ -216,7 +234,9 @@ class TrainPart(Part):
     max_steps: Positive | None = Field(
         default=None, description="stop after so many optimiser steps, whatever the epochs"
     )
-    batch: Positive = Field(default=16, description="examples (grpo and rloo: completions) a device takes at once")
+    batch: Positive = Field(
+        default=16, description="examples (of tasks with prompts: completions) a device takes at once"
+    )
     eval_batch: Positive = Field(default=32, description="the same when scoring")
     accumulate: Positive = Field(default=1, description="batches added up for one optimiser step")
     lr: Rate = Field(default=1.0e-3, description="peak learning rate (AdamW)")
@@ -307,6 +327,7 @@ class Recipe(Part):
     head: HeadPart = HeadPart()
     rewards: RewardsPart = RewardsPart()
     sampling: SamplingPart = SamplingPart()
+    teacher: TeacherPart = TeacherPart()
     train: TrainPart = TrainPart()
     method: dict[str, Any] = Field(description="method.name and the fields of its PEFT config")
 

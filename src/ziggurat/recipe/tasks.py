@@ -67,6 +67,7 @@ TASKS = {
     "kto": Task("CausalLM", "judged", ("rewards/margins",), "trl"),
     "grpo": Task("CausalLM", "prompts", ("reward",), "trl"),
     "rloo": Task("CausalLM", "prompts", ("reward",), "trl"),
+    "distill": Task("CausalLM", "prompts", ("divergence",), "trl", ("gkd", "distillation", "opd", "minillm")),
 }
 #: Tasks whose model gives a text one number.
 NUMBERS = ("regression", "reward")

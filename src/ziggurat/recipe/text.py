@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
-SECTIONS = ("data", "data.columns", "data.roles", "head", "method", "rewards", "sampling", "train")
+SECTIONS = ("data", "data.columns", "data.roles", "head", "method", "rewards", "sampling", "teacher", "train")
 #: Bytes of a recipe; those that ship have at most a few thousand.
 MOST_TEXT = 2**16
 #: Values in a recipe, and lists and mappings inside one another.

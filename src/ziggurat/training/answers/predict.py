@@ -13,7 +13,7 @@ import torch
 from ziggurat.errors import DataError
 from ziggurat.nearest import missing_path
 from ziggurat.recipe.schema import SCORED_LENGTH
-from ziggurat.recipe.tasks import REWARDED, WRITES
+from ziggurat.recipe.tasks import WRITES
 
 from ..data.alpaca import WITH_LINE_BREAK, alpaca_prompt
 from ..data.chat import IMAGE, conversation, tools_of
@@ -189,7 +189,7 @@ def seen_with(text: str, images: Sequence[str | Path]) -> Conversation:
 
 def _opened(loaded: Loaded, messages: list[Any], tools: Any = None) -> list[int]:
     """Token ids of messages to be answered: as completions were drawn in training, or as answers were learned."""
-    if loaded.head.task in REWARDED:
+    if loaded.recipe.kind.rows == "prompts":
         return chat_ids(loaded.tokenizer, messages, tools, add_generation_prompt=True)
     return asked_ids(loaded.writer, messages, tools)
 

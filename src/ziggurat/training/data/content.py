@@ -27,6 +27,9 @@ def contents(recipe: Recipe) -> dict[str, str]:
         found["adapter"] = digest(Path(recipe.adapter).expanduser(), "*", _NOT_OF_A_MODEL)
     if recipe.model != EMBEDDED and model.is_dir():
         found["model"] = digest(model, "*", _NOT_OF_A_MODEL)
+    teacher = Path(recipe.teacher.model or "").expanduser()
+    if recipe.teacher.model is not None and teacher.is_dir():
+        found["teacher.model"] = digest(teacher, "*", _NOT_OF_A_MODEL)
     if task is not None and data.folder is not None:
         found["data.folder"] = digest(glue_home(task, data.folder))
     further = [(f"data.more, {source}", source) for source in data.more or []]

@@ -97,7 +97,7 @@ def guessing(recipe: Recipe, train: Sequence[Any], validation: Sequence[Any], cl
     return score(recipe, np.full(len(labels), values[counts.argmax()]), labels, classes)
 
 
-_LOWER = ("rmse", "mse", "mae", "loss", "bits_per_byte", "brier_score", "ter", "wer", "cer")
+_LOWER = ("divergence", "rmse", "mse", "mae", "loss", "bits_per_byte", "brier_score", "ter", "wer", "cer")
 
 
 def lower_is_better(metric: str) -> bool:

@@ -172,31 +172,35 @@ def settle_rewards(recipe: Recipe, given: Sequence[Reward]) -> tuple[Recipe, dic
 
 
 def _sampling_problems(recipe: Recipe) -> list[str]:
+    from trl import GRPOConfig, RLOOConfig
+
     problems, group, method = [], recipe.sampling.completions, recipe.method["name"]
     if recipe.rewards.beta and METHODS[method].config is None:
         problems.append(
             f"rewards.beta: the reference is the model without its adapter, and {method} has none; leave the key out"
         )
-    problems += [
-        f"method.{key}: {value} would draw completions from another model than the one that learns; leave it out"
-        for key, value in recipe.method.items()
-        if key.endswith("dropout") and value
-    ]
+    problems += drawing_problems(recipe, GRPOConfig if recipe.task == "grpo" else RLOOConfig)
     drawn = recipe.train.batch * recipe.train.accumulate * launched_size()
     if drawn % group:
         problems.append(
             f"train.batch: with train.accumulate and all processes a step takes {drawn} completions, which are no "
             f"whole groups of sampling.completions {group}; {drawn // group * group or group} are"
         )
-    if recipe.sampling.vllm_options:
-        from trl import GRPOConfig, RLOOConfig
+    return problems
 
-        config = GRPOConfig if recipe.task == "grpo" else RLOOConfig
-        known = [field.name.removeprefix("vllm_") for field in fields(config) if field.name.startswith("vllm_")]
-        for name in recipe.sampling.vllm_options:
-            if name not in known or name == "mode":
-                hint = did_you_mean(name, known) or f"; TRL's are {', '.join(known)}"
-                problems.append(f"sampling.vllm_options: {name} is unknown{hint}")
+
+def drawing_problems(recipe: Recipe, config: Any) -> list[str]:
+    """What of a recipe keeps a trainer of TRL with this class of config from drawing completions."""
+    problems = [
+        f"method.{key}: {value} would draw completions from another model than the one that learns; leave it out"
+        for key, value in recipe.method.items()
+        if key.endswith("dropout") and value
+    ]
+    known = [field.name.removeprefix("vllm_") for field in fields(config) if field.name.startswith("vllm_")]
+    for name in recipe.sampling.vllm_options or {}:
+        if name not in known or name == "mode":
+            hint = did_you_mean(name, known) or f"; TRL's are {', '.join(known)}"
+            problems.append(f"sampling.vllm_options: {name} is unknown{hint}")
     return problems
 
 

@@ -118,17 +118,14 @@ def _train(
     with _status(console, f"loading {recipe.model}"), quiet():
         base, model, spec = make_model(recipe, examples)
     sharding.check(model, processes)
-    counts = count(recipe, model, base)
-    noted = folder.open()
+    counts, noted = count(recipe, model, base), folder.open()
     processes.first(lambda: workplace.reserve(folder.work, expected_bytes(model, base.tokenizer)))
     progress, meter, notes = LiveProgress(console, recipe.main_metric), Meter(), list[str]()
-    note = partial(_note, console, notes)
-    warn = partial(note, kind="warning", style="yellow")
+    note, warn = partial(_note, console, notes), partial(_note, console, notes, kind="warning", style="yellow")
     watch = _watch(recipe, base, note, warn)
     task = _task(recipe, base, model, examples, folder, [*callbacks, progress, stop, meter, *watch], rewards)
     note(*examples.notes, *task.notes, *_notes(recipe, processes, fit, spec), *_costs(model, counts))
-    if recipe.kind.experimental:
-        warn(f"TRL calls its trainer for task: {recipe.task} experimental: its next version may change or drop it")
+    warn(*_warnings(recipe))
     begun = time.monotonic() - float(noted.get("seconds", 0.0))
     try:
         before = _score_before(recipe, task.trainer, folder, noted, console)
@@ -259,6 +256,11 @@ def _task(
     task.trainer.add_callback(WholeCheckpoints(recipe.train.keep))
     task.trainer.add_callback(ProgressFile(folder.work / workplace.PROGRESS))
     return task
+
+
+def _warnings(recipe: Recipe) -> Iterator[str]:
+    if recipe.kind.experimental:
+        yield f"TRL calls its trainer for task: {recipe.task} experimental: its next version may change or drop it"
 
 
 def _notes(recipe: Recipe, processes: Processes, fit: Fit | None, spec: HeadSpec) -> Iterator[str]:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, Trainer
 
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.recipe.schema import Recipe
+from ziggurat.recipe.tasks import REWARDED
 
 from ..data.prompts import fitting_prompts, opened
 from ..data.template import stop_at_turns
@@ -58,8 +59,8 @@ def rewarding(setup: Setup) -> tuple[Trainer, list[str]]:
         model=setup.model,
         reward_funcs=list(rewards.values()),
         args=made,
-        train_dataset=_asking(train, examples.shape),
-        eval_dataset=_asking(validation, examples.shape),
+        train_dataset=asking(train, examples.shape),
+        eval_dataset=asking(validation, examples.shape),
         processing_class=base.tokenizer,
         callbacks=setup.callbacks,
     )
@@ -76,21 +77,21 @@ def rewarding(setup: Setup) -> tuple[Trainer, list[str]]:
 def sampling_arguments(recipe: Recipe) -> dict[str, Any]:
     """`sampling.*` as fields of TRL's configs."""
     sampling = recipe.sampling
-    drawn = {
-        "num_generations": sampling.completions,
-        "num_generations_eval": 1,
+    drawn: dict[str, Any] = {
         "max_completion_length": sampling.tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "disable_dropout": True,
     }
+    if recipe.task in REWARDED:
+        drawn |= {"num_generations": sampling.completions, "num_generations_eval": 1}
     if sampling.vllm is not None:
         drawn |= {f"vllm_{name}": value for name, value in (sampling.vllm_options or {}).items()}
         drawn |= {"use_vllm": True, "vllm_mode": sampling.vllm}
     return drawn
 
 
-def _asking(table: Dataset, shape: str | None) -> Dataset:
+def asking(table: Dataset, shape: str | None) -> Dataset:
     """The rows with prompts as TRL takes them, made when they are read: a table would give all messages all keys."""
 
     def prompts(rows: dict[str, Any]) -> dict[str, Any]:
@@ -129,11 +130,8 @@ def _cut_back(samples: Path, step: int) -> None:
     samples.write_text("".join(line for line, kept in zip(lines, made, strict=True) if kept), encoding="utf-8")
 
 
-class Rewarded(Resumable, _TRL):
-    """Mixed into a trainer of TRL: scored by the rewards of the likeliest completion of each validation prompt."""
-
-    samples: Path
-    _scored: list[tuple[Tensor, Tensor]]
+class Drawing(Resumable, _TRL):
+    """Mixed into a trainer of TRL that draws completions: in scoring it takes the likeliest one."""
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return OrderOfEpoch(super()._get_train_sampler(*args, **kwargs), self)
@@ -156,6 +154,13 @@ class Rewarded(Resumable, _TRL):
             return super()._generate_single_turn(*args, **kwargs)
         finally:
             self.generation_kwargs, self.generation_config = held
+
+
+class Rewarded(Drawing):
+    """Scored by the rewards of the likeliest completion of each validation prompt."""
+
+    samples: Path
+    _scored: list[tuple[Tensor, Tensor]]
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)

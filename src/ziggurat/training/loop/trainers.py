@@ -79,6 +79,7 @@ _TRAINERS = {
     "reward": ("writing", "preferring"),
     "grpo": ("writing", "rewarded"),
     "rloo": ("writing", "rewarded"),
+    "distill": ("distill", "distilling"),
     "seq2seq": ("sequences", "transforming"),
 }
 

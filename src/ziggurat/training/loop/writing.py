@@ -25,7 +25,7 @@ def instructed(setup: Setup) -> tuple[Trainer, list[str]]:
     from trl import SFTConfig, SFTTrainer
 
     recipe, base, examples = setup.recipe, setup.base, setup.examples
-    _check_tokenizer(recipe, base, examples)
+    check_tokenizer(recipe, base, examples)
     writer: Any = base.tokenizer
     how: dict[str, Any] = {"completion_only_loss": True}  # the mask says what is learned, of whatever data
     collator = None
@@ -59,7 +59,7 @@ def instructed(setup: Setup) -> tuple[Trainer, list[str]]:
 def preferring(setup: Setup) -> tuple[Trainer, list[str]]:
     """TRL's trainer of preferences, and notes. Raises DataError, RecipeError."""
     recipe, base, examples = setup.recipe, setup.base, setup.examples
-    _check_tokenizer(recipe, base, examples)
+    check_tokenizer(recipe, base, examples)
     encode_all = encode_judged if recipe.kind.rows == "judged" else encode_pairs
     train, validation, length, notes = encode_all(recipe, base.tokenizer, base.model.config, examples)
     if examples.shape == "messages" and recipe.writes:
@@ -72,11 +72,11 @@ def rewarded(setup: Setup) -> tuple[Trainer, list[str]]:
     """GRPOTrainer or RLOOTrainer, and notes. Raises DataError, RecipeError."""
     from .sampling import rewarding
 
-    _check_tokenizer(setup.recipe, setup.base, setup.examples)
+    check_tokenizer(setup.recipe, setup.base, setup.examples)
     return rewarding(setup)
 
 
-def _check_tokenizer(recipe: Recipe, base: Base, examples: Examples) -> None:
+def check_tokenizer(recipe: Recipe, base: Base, examples: Examples) -> None:
     """Raises DataError or RecipeError for a tokenizer that can't join messages or end a text."""
     if examples.shape == "messages" and not getattr(base.processor or base.tokenizer, "chat_template", None):
         raise DataError(
