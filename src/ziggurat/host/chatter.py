@@ -2,7 +2,7 @@
 
 import logging
 
-#: It says that an optional kernel for 4-bit weights isn't there; the usual one is taken, with the same numbers.
+#: It says that an optional kernel for 4-bit weights isn't there; the usual one is taken, with the same results.
 LOGGER, BEGINS = "bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"
 
 

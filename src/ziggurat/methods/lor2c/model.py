@@ -138,7 +138,7 @@ class LoR2CModel(StructureTuner):
         return self._bank().restructure(step, total_steps, optimizer, adapter)
 
     def path_counts(self, adapter: str = "default") -> dict[str, int]:
-        """How many numbers `adapter` stores, how many act in the forward now, and how many training changes now."""
+        """How many parameters `adapter` stores, how many act in the forward now, and how many training changes now."""
         return self._bank().counts(adapter)
 
     def write_self_contained(self, out: str | Path, tokenizer: Any = None, adapter: str | None = None) -> Path:

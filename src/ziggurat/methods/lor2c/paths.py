@@ -144,7 +144,7 @@ class PathBank(StructureBank):
         self.set_structure(adapter, applied(known.structure, decision), known.done + 1)
 
     def counts(self, adapter: str) -> dict[str, int]:
-        """Numbers that `adapter` stores, that act in its forward now, and that training changes now.
+        """Parameters that `adapter` stores, that act in its forward now, and that training changes now.
 
         `stored` includes what a later event may need: all of it is in the optimiser, but without gradient.
         """

@@ -55,7 +55,7 @@ def cross_plane(linear_layers: Sequence[Planes]) -> Tensor:
             U, V, v, u = _exact(U), _exact(V), _exact(v), _exact(u)
             core = v @ V
             square = ((u.mT @ u @ core) * (core @ (U @ U.mT))).sum((-2, -1))
-            # The root has no finite slope at 0, where the smallest normal number gives it none at all.
+            # The root has no finite derivative at 0; a constant takes its place there.
             tiny = torch.finfo(square.dtype).tiny
             parts.append(torch.where(square > tiny, square.clamp(min=tiny).sqrt(), torch.zeros_like(square)))
     number = sum(part.numel() for part in parts)

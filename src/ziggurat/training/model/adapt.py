@@ -24,7 +24,7 @@ from .base import Base, freeze_all_but
 
 @dataclass(frozen=True)
 class Counts:
-    """Trainable numbers, each counted once however many layers share it.
+    """Trainable parameters, each counted once however many layers share it.
 
     `adapter` are the method's own, `head` the fresh modules', `lora` what plain LoRA of the same rank on the same
     linear layers has (None where the method has no rank).

@@ -157,7 +157,7 @@ def largest_rank(count: Callable[[int], int | None], budget: int, most: int = HI
 
 
 def count_of(model: nn.Module, choice: dict[str, Any], *, refuse: bool = False) -> int | None:
-    """Trainable numbers of the method's own part on `model`, built and each counted once; None where it refuses.
+    """Trainable parameters of the method's own part on `model`, built and each counted once; None where it refuses.
 
     With `refuse` its refusal is raised as ConfigError.
     """
