@@ -191,7 +191,7 @@ def test_what_the_method_itself_refuses(config: type, fields: dict[str, Any]) ->
         ("msplora", {"r": 64}, "rank 64 of tier 'global' is above the matrix"),
         ("dylora", {"r": 64}, "r=64 is above the matrix"),
         ("lor2c", {"r": 64}, "r=64 is above the width"),
-        ("lor2c", {"hidden_size": 10**6}, "hidden_size=1000000, but no weight in layer 'blocks.0' has such a side"),
+        ("lor2c", {"hidden_size": 60_000}, "hidden_size=60000, but no weight in layer 'blocks.0' has such a side"),
         ("lor2c", {"spans": [[-3, 2]]}, r"spans\[0\]=\(-3, 2\): needs 0 <= first"),
         ("lor2c", {"spans": [[0, 10**9]]}, "needs 0 <= first <= last <= 3"),
         ("lor2c", {"structure": {"stacks": {}, "done": -1}, "merges": 1}, "isn't one that LoR2C has written"),

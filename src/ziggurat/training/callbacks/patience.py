@@ -7,19 +7,20 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from ..loop.metrics import lower_is_better
-
 
 class StopWhenFlat(TrainerCallback):
-    """Stops training after `patience` scorings since the best one, counted in the log, so that a resumed run knows."""
+    """Stops training after `patience` scorings since the best one, counted in the log, so that a resumed run knows.
 
-    def __init__(self, metric: str, patience: int, tell: Callable[[str], None]) -> None:
-        self.metric, self.patience, self.tell = metric, patience, tell
+    `lower`: the lower `metric`, the better.
+    """
+
+    def __init__(self, metric: str, lower: bool, patience: int, tell: Callable[[str], None]) -> None:
+        self.metric, self.lower, self.patience, self.tell = metric, lower, patience, tell
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         name = f"eval_{self.metric}"
         scores = [line[name] for line in state.log_history if name in line]
-        sign = -1 if lower_is_better(self.metric) else 1
+        sign = -1 if self.lower else 1
         best = max(range(len(scores)), key=lambda place: sign * scores[place], default=0)
         if state.global_step and len(scores) - 1 - best >= self.patience:
             control.should_training_stop = True

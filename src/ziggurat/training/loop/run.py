@@ -197,8 +197,10 @@ def _watch(
     """The callbacks that warn of a run which learns nothing, and end one that learns no more."""
     if recipe.train.patience is not None:
         from ..callbacks.patience import StopWhenFlat
+        from .metrics import lower_is_better
 
-        yield StopWhenFlat(recipe.main_metric, recipe.train.patience, tell)
+        metric = recipe.main_metric
+        yield StopWhenFlat(metric, lower_is_better(metric), recipe.train.patience, tell)
     if recipe.task in REWARDED:
         from ..callbacks.signal import NoSignal
 
