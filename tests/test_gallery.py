@@ -39,7 +39,7 @@ def test_the_gallery_is_linked_and_shipped() -> None:
     assert '"examples"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for place in ("README.md", "docs/where-you-work.md"):
         assert "gallery.md)" in (ROOT / place).read_text(encoding="utf-8"), place
-    assert len(NOTEBOOKS) >= 7
+    assert len(NOTEBOOKS) >= 10
     used = "".join(cell for notebook in NOTEBOOKS for cell in code(notebook))
     assert all(config in used for config in ("MSPLoraConfig(", "LoRA2Config(", "LoR2CConfig("))
 
