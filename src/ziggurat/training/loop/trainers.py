@@ -15,7 +15,6 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ziggurat.errors import RecipeError
-from ziggurat.host.bars import without_bars
 from ziggurat.recipe.schema import SCORED_LENGTH
 
 from ..callbacks import trackers
@@ -166,6 +165,8 @@ def _scored(setup: Setup) -> Task:
 def quiet() -> Iterator[None]:
     """Switch off the libraries' progress bars and warnings; errors are still shown."""
     import transformers
+
+    from ziggurat.host.bars import without_bars
 
     try:  # predicting, exporting and merging do without it
         from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
