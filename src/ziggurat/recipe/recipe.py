@@ -16,7 +16,6 @@ from ziggurat.nearest import did_you_mean, missing_path, nearest
 from .conflicts import conflicts, tasks_of, unmerged_with_vllm
 from .glue import fill_in, glue_name
 from .methods import METHODS, SYNONYMS, method_config, method_fields, method_problems
-from .names import answer
 from .schema import Recipe, keys
 from .tasks import task_called
 from .text import MOST_TEXT, SECTIONS, flatten, read_overrides, read_yaml
@@ -198,6 +197,8 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
 
 def _meant(key: str, known: list[str], choice: dict[str, Any], value: Any) -> str:
     """What an unknown key may have meant: by our own synonyms, as other programs call it, or as it is spelt."""
+    from .names import answer
+
     hint = answer(key) if key.rpartition(".")[2] not in _SYNONYMS else None
     if hint is None:
         fields = [f"method.{name}" for name in _fields_of(choice)]
