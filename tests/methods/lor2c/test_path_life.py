@@ -40,7 +40,9 @@ def frames(model: nn.Module) -> list[Any]:
 @pytest.mark.parametrize("model", ["bert", "llama", "t5"])
 def test_spans_compile_without_breaks(model: str) -> None:
     spans = {"encoder.block": [[0, 1]], "decoder.block": [[0, 1]]} if model == "t5" else [[0, 1]]
-    paths, inputs = adapted(model, shallow(model), spans=spans), ZOO[model].inputs()
+    paths, inputs = adapted(model, shallow(model), spans=spans), dict[str, Any](ZOO[model].inputs())
+    if model == "t5":
+        inputs["use_cache"] = False  # torch 2.11 can't follow how the cache of an encoder-decoder copies a config
     expected = logits(paths, inputs)
     torch._dynamo.reset()
     compiled = torch.compile(paths, fullgraph=True, backend="eager")
