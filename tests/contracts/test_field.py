@@ -369,6 +369,8 @@ def test_two_hundred_merges_leave_the_base_as_it_was(method: str, dtype: torch.d
 @pytest.mark.parametrize("method", ["msplora", "lora2"])
 def test_trls_own_weight_sync_leaves_the_base_as_it_was(method: str) -> None:
     generation = pytest.importorskip("trl.generation.vllm_generation").VLLMGeneration
+    if not hasattr(generation, "_iter_named_params"):
+        pytest.skip("this TRL merges within its trainer, not here")
     model = active(method, LLAMA.build().to(torch.bfloat16))
     base = {name: p.clone() for name, p in model.named_parameters() if "base_layer" in name}
     sync = object.__new__(generation)  # its __init__ starts vLLM

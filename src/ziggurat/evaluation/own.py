@@ -123,6 +123,7 @@ def _answers(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
     from ziggurat.training.model.generate import Sampling, generate
 
     notes: list[str] = []
+    asked: list[Any]  # prompts of token ids, or of a processor's inputs, with question and answer
     if loaded.processor is None:
         rows = tokens_of(loaded.recipe, loaded.tokenizer, table, "scored", notes)
         logs, counts = answer_logs(loaded, rows, batch, notes)

@@ -291,6 +291,7 @@ def test_merging_refuses_and_names_what_works() -> None:
         assert model.base_model.supports_lora_conversion() is False
 
 
+@versions.saves_whole
 def test_adapters_around_different_layers_are_not_summed() -> None:
     model = adapted(spans=None, merges=1)
     model.restructure(0, 1)

@@ -300,7 +300,8 @@ def _conversations(loaded: Loaded, table: Any, column: str, source: str) -> list
     folder = loaded.recipe.data.image_folder  # may be one of another machine
     folder = folder if folder is not None and Path(folder).is_dir() else None
     images = Images(source, folder) if loaded.processor is not None else None
-    for index, row in enumerate(undecoded(table, seen)):
+    rows: Any = undecoded(table, seen)
+    for index, row in enumerate(rows):
         try:
             named: list[Any] | None = [] if images is not None else None
             messages, _ = conversation(row[column], loaded.recipe.data, named)

@@ -147,7 +147,8 @@ def counted_rows(trainer: Trainer, size: int) -> int | None:
     rows are new. accelerate's own `remainder` forgets the processes where a resumed run skips batches.
     """
     state, processes = trainer.accelerator.gradient_state, trainer.args.world_size
-    if processes == 1 or not state.end_of_dataloader or not hasattr(state.active_dataloader.dataset, "__len__"):
+    rows: Any = getattr(state.active_dataloader, "dataset", None)
+    if processes == 1 or not state.end_of_dataloader or not hasattr(rows, "__len__"):
         return None
-    rest = len(state.active_dataloader.dataset) % (processes * size)  # type: ignore[union-attr]
+    rest = len(rows) % (processes * size)
     return min(max(rest - trainer.args.process_index * size, 0), size) if rest else None
