@@ -58,7 +58,7 @@ def test_train_ends_with_the_table(place: Path, tmp_path: Path, capsys: pytest.C
     ("words", "code", "said"),
     [
         (["train", "roberta-mrcp"], 2, "did you mean roberta-mrpc?"),
-        (["train", "default", "train.lr=4e-4", "method.rank=3"], 2, "default.yaml has 2 problems:"),
+        (["train", "default", "train.lr=fast", "method.rank=3"], 2, "default.yaml has 2 problems:"),
         (["train", "data.train=nothing.csv"], 2, "nothing.csv' does not exist"),
         (["train", "default", "roberta-mrpc"], 2, "one recipe at a time"),
         (["recipes", "defualt"], 2, "did you mean default?"),

@@ -356,6 +356,9 @@ def test_weighted_sums_are_exact(method: str, model: str, tmp_path: Path) -> Non
     adapted.save_pretrained(str(tmp_path), selected_adapters=["sum"])
     again = PeftModel.from_pretrained(ZOO[model].build(), str(tmp_path / "sum")).eval()
     assert torch.equal(logits(again, inputs), expected)
+    again.save_pretrained(str(tmp_path / "again"))  # without the adapters that it is the sum of
+    once_more = PeftModel.from_pretrained(ZOO[model].build(), str(tmp_path / "again")).eval()
+    assert torch.equal(logits(once_more, inputs), expected)
 
 
 @combining

@@ -136,11 +136,18 @@ class StructureTuner(MethodTuner):
         bank.restore(adapter, plain)
 
     @classmethod
+    def _bank_with(cls, adapter: str, model: nn.Module) -> Any:
+        """The bank with the shared tensors of `adapter`; None for a sum of adapters, which shares nothing."""
+        banks = (module for module in model.modules() if isinstance(module, cls.bank_cls))
+        return next((bank for bank in banks if adapter in bank.structures()), None)
+
+    @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
-        plain = cls.structure_of(cls.bank_cls.inside(model), adapter_name)
+        bank = cls._bank_with(adapter_name, model)
+        plain = None if bank is None else cls.structure_of(bank, adapter_name)
         return state if plain is None else {**state, cls.structure_name: to_tensor(plain)}
 
     @classmethod
@@ -148,8 +155,9 @@ class StructureTuner(MethodTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         weights = {name: t for name, t in state_dict.items() if name.rpartition(".")[2] != cls.structure_name}
-        for name in state_dict.keys() - weights.keys():
-            cls.restore_structure(cls.bank_cls.inside(model), adapter_name, from_tensor(state_dict[name]))
+        bank = cls._bank_with(adapter_name, model)
+        for name in state_dict.keys() - weights.keys() if bank is not None else ():
+            cls.restore_structure(bank, adapter_name, from_tensor(state_dict[name]))
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
 
 
