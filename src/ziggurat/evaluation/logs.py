@@ -53,11 +53,15 @@ def seen_logs(loaded: Loaded, table: Dataset, batch: int, notes: list[str]) -> t
     from ziggurat.training.model.seeing import ImageCollator, expanded, text_of
 
     writer, device = loaded.writer, next(loaded.model.parameters()).device
+    given: Any = table
     rows = [
-        {"labels": [token if on else -100 for token, on in zip(*learned, strict=True)], "text": text_of(writer, row),
-         "images": row.get("images") or []}  # type: ignore[union-attr]
-        for row, learned in zip(table, expanded(loaded.recipe, writer, table, "scored", notes), strict=True)
-    ]  # fmt: skip
+        {
+            "labels": [token if on else -100 for token, on in zip(*learned, strict=True)],
+            "text": text_of(writer, row),
+            "images": row.get("images") or [],
+        }
+        for row, learned in zip(given, expanded(loaded.recipe, writer, table, "scored", notes), strict=True)
+    ]
     logs, counts = [], []
     for start in range(0, len(rows), batch):
         inputs = {name: value.to(device) for name, value in ImageCollator(writer)(rows[start : start + batch]).items()}
