@@ -5,7 +5,7 @@ nothing of the config beside them. So the structure travels with the weights, an
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -138,7 +138,7 @@ class StructureTuner(MethodTuner):
     @classmethod
     def _bank_with(cls, adapter: str, model: nn.Module) -> Any:
         """The bank with the shared tensors of `adapter`; None for a sum of adapters, which shares nothing."""
-        banks: Iterator[Any] = (module for module in model.modules() if isinstance(module, cls.bank_cls))
+        banks: Any = [module for module in model.modules() if isinstance(module, cls.bank_cls)]
         return next((bank for bank in banks if adapter in bank.structures()), None)
 
     @classmethod
