@@ -275,6 +275,8 @@ def test_an_adapter_of_other_data_is_refused(
     for more, said in (
         (("--predictions", "server", "--limit", "5"), "--limit leaves"),
         (("--dtype", "float16"), "--dtype is"),
+        (("--dtype", "bf16"), "--dtype is"),
+        (("--dtype", "int8"), "bfloat16 or float16"),
     ):
         assert main("eval", str(folder), "--tasks", "glue/cola", *more) == 2
         assert said in capsys.readouterr().err

@@ -54,6 +54,9 @@ def evaluate(
     if tasks is None:
         _check_no_tasks(dtype, predictions, keep_tasks, run_code=run_generated_code)
         return score_file(adapter, data, limit=limit, batch=batch, out=out)
+    from ziggurat.recipe.recipe import SPELLINGS
+
+    dtype = SPELLINGS["dtype"].get(dtype, dtype)
     glue, rest = _read_tasks(tasks)
     _check_options(glue, dtype, limit, predictions)
     out, predictions, keep_tasks = (path and path.expanduser() for path in (out, predictions, keep_tasks))

@@ -31,7 +31,7 @@ _WITHOUT_EFFECT = (
     *("train.eval_batch", "train.keep", "train.report_to", "train.workers"),
 )
 #: Values that mean another one, as other programs write it.
-_SPELLINGS = {
+SPELLINGS = {
     "dtype": {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"},
     "train.precision": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},
 }
@@ -165,7 +165,7 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
         if key.startswith("method."):
             continue
         if key in known:
-            value = _SPELLINGS.get(key, {}).get(str(value), value)
+            value = SPELLINGS.get(key, {}).get(str(value), value)
             info = known[key]
             said = explain(Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation, value)
             if said is None:
