@@ -10,6 +10,8 @@ BIN := .venv/bin
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Two processes of several threads each on few cores: a thread that waits actively keeps a core from one that works.
+export OMP_WAIT_POLICY ?= passive
 export PYTHON
 
 .PHONY: help demo test quick setup check format lock build peft-suite site clean
