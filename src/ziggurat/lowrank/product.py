@@ -162,7 +162,7 @@ class _Down(torch.autograd.Function):
         asked = [i for i, dh in enumerate(dhs) if dh is not None]  # linear layers that did run
         if not asked:
             return (None,) * (5 + len(As))
-        dh = plain_product.joined([dhs[i] for i in asked], dim=1)  # type: ignore[misc]
+        dh = plain_product.beside([dhs[i] for i in asked])  # type: ignore[misc]
         x = None
         if any(need_A[i] for i in asked):
             x = operands[0] if ctx.make is None else ctx.make(operands).view(ctx.like.shape)
@@ -220,7 +220,7 @@ class _UpAdd(torch.autograd.Function):
         need_y, need_h, need_B, _ = ctx.needs_input_grad
         h, B = ctx.saved_tensors
         rows = plain_product.flat(g).to(ctx.dtype)
-        dh = rows @ B.to(ctx.dtype) if need_h else None
+        dh = plain_product.thin(rows, B.to(ctx.dtype).T) if need_h else None
         dB = (h.T @ rows).T.to(ctx.B_dtype) if need_B else None
         return g if need_y else None, dh, dB, None
 
