@@ -1,13 +1,16 @@
 """Does a bank help a new task with few rows? Private tiers on a bank of other tasks, a fresh pyramid, fresh LoRA.
 
-    python benchmarks/tenants.py --model DIR --data DIR --work DIR --out tenants.jsonl --tasks rte mrpc stsb cola
+    python benchmarks/tenants.py --model DIR --data DIR --work DIR --out tenants.jsonl
 
-For each new task and seed an MSPLoRA bank is trained on the other tasks together (`ziggurat.share`), and kept in
---work. Then the new task learns from --rows of its rows, for as many steps each: `private`, only the layer tier on the
-frozen bank; `msplora`, a fresh pyramid of the same ranks; `lora:N`, a fresh LoRA of as many parameters as the private
-tier, as the pyramid, and of rank --r; `head`, no adapter. All have a fresh head, which no count holds. Scores
-are those after the last step, on the validation split; bytes are those of the weights that a new task adds. What --out
-holds already is not run again; --table prints it and runs nothing.
+For each seed an MSPLoRA bank is trained on the tasks of --bank together (`ziggurat.share`), and kept in --work. Then
+each task of --new learns from --rows of its rows, for as many steps each: `private`, only the layer tier on the frozen
+bank; `msplora`, a fresh pyramid of the same ranks; `lora:N`, a fresh LoRA of as many parameters as the private tier, as
+the pyramid, and of rank --r; `head`, no adapter. All have a fresh head, which no count holds. Scores are those after
+the last step, on the validation split; bytes are those of the weights that a new task adds; seconds the processor's.
+
+Each run adds a line to --out. All runs of the first seed come first, those with the fewest rows at the head, so that
+what is there when it is stopped can be compared. What --out holds already is not run again; --table prints it and runs
+nothing.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import json
 import statistics
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -107,26 +111,27 @@ def pyramid(options: argparse.Namespace, **fields: Any) -> MSPLoraConfig:
     return MSPLoraConfig(r=options.r, lora_alpha=16, even_scales=True, **targets, **fields)
 
 
-def bank(options: argparse.Namespace, new: str, seed: int) -> tuple[Path, float]:
-    """The set trained on all tasks but `new`, and the seconds that it took."""
-    others = [task for task in options.tasks if task != new]
-    folder = Path(options.work) / f"{'-'.join(others)}-r{options.r}-{options.bank_steps}-{seed}"
-    note = folder.with_suffix(".json")
+def bank(options: argparse.Namespace, seed: int) -> tuple[Path, float]:
+    """The set trained on the bank's tasks, and the seconds that it took."""
+    tasks = options.bank
+    size = f"r{options.r}-{options.bank_steps}x{options.batch}-{options.bank_rows}-{options.lr:g}"
+    folder = Path(options.work) / f"{'-'.join(tasks)}-{size}-{seed}"
+    note = folder.parent / f"{folder.name}.json"
     if not note.is_file():
         torch.manual_seed(seed)
-        model = Heads(options, others)
-        model.encoder = peft.get_peft_model(model.encoder, pyramid(options), others[0])
-        for task in others[1:]:
+        model = Heads(options, tasks)
+        model.encoder = peft.get_peft_model(model.encoder, pyramid(options), tasks[0])
+        for task in tasks[1:]:
             model.encoder.add_adapter(task, pyramid(options))
-        ziggurat.share(model.encoder, others)
-        splits = {t: split(options, t, drawn(table_of(options, t, "train"), options.bank_rows, seed)) for t in others}
-        begun = time.perf_counter()
+        ziggurat.share(model.encoder, tasks)
+        splits = {t: split(options, t, drawn(table_of(options, t, "train"), options.bank_rows, seed)) for t in tasks}
+        begun = clock(options)
         fit(options, model.to(options.device), splits, options.bank_steps, seed)
-        seconds = time.perf_counter() - begun
+        seconds = clock(options) - begun
         folder.parent.mkdir(parents=True, exist_ok=True)
         ziggurat.save_tenants(model.encoder, folder)
         note.write_text(json.dumps({"seconds": seconds}))
-    return folder / others[0], json.loads(note.read_text())["seconds"]
+    return folder / tasks[0], json.loads(note.read_text())["seconds"]
 
 
 def arms(options: argparse.Namespace) -> list[str]:
@@ -145,7 +150,7 @@ def count(model: nn.Module) -> int:
 
 
 def run(options: argparse.Namespace, task: str, rows: int, arm: str, seed: int) -> dict[str, Any]:
-    on, bank_seconds = bank(options, task, seed) if arm == "private" else (None, 0.0)
+    on, bank_seconds = bank(options, seed) if arm == "private" else (None, 0.0)
     torch.manual_seed(seed)
     model = Heads(options, [task])
     model.encoder.requires_grad_(False)
@@ -157,9 +162,9 @@ def run(options: argparse.Namespace, task: str, rows: int, arm: str, seed: int) 
         model.encoder = peft.get_peft_model(model.encoder, lora)
     trained = count(model.encoder)
     train = split(options, task, drawn(table_of(options, task, "train"), rows, seed))
-    begun = time.perf_counter()
+    begun = clock(options)
     fit(options, model.to(options.device), {task: train}, options.steps, seed)
-    seconds = time.perf_counter() - begun
+    seconds = clock(options) - begun
     validation = split(options, task, drawn(table_of(options, task, "validation"), options.eval_rows, 0))
     return {
         "task": task,
@@ -171,10 +176,20 @@ def run(options: argparse.Namespace, task: str, rows: int, arm: str, seed: int) 
         "bytes": stored(model.encoder, on),
         "seconds": round(seconds, 1),
         "bank_seconds": round(bank_seconds, 1),
-        "setting": {name: getattr(options, name) for name in ("steps", "bank_steps", "bank_rows", "batch", "lr", "r")}
-        | {"model": Path(options.model).name, "bank": [t for t in options.tasks if t != task]},
+        "setting": setting(options),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, ziggurat)},
     }
+
+
+def setting(options: argparse.Namespace) -> dict[str, Any]:
+    """What all lines of one file have to agree in."""
+    names = ("bank", "steps", "bank_steps", "bank_rows", "eval_rows", "batch", "lr", "r")
+    return {"model": Path(options.model).name, **{name: getattr(options, name) for name in names}}
+
+
+def clock(options: argparse.Namespace) -> float:
+    """Seconds of the processor, which don't depend on what else runs; on a GPU of the clock."""
+    return time.process_time() if options.device == "cpu" else time.perf_counter()
 
 
 def stored(encoder: Any, on: Path | None) -> int:
@@ -200,62 +215,87 @@ def score(options: argparse.Namespace, model: Heads, task: str, part: glue.Split
     return glue.METRICS[glue.TASKS[task].metrics[0]](torch.cat(outputs).cpu().numpy(), part.labels.cpu().numpy())
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """Mean and standard deviation over the seeds by task and rows; parameters, bytes and seconds of each arm."""
-    tasks, rows = (list(dict.fromkeys(line[key] for line in lines)) for key in ("task", "rows"))
-    columns = [(task, number) for task in tasks for number in rows]
-    head = " | ".join(f"{task} {number}" for task, number in columns)
-    text = [f"| | parameters | bytes | seconds | {head} |", "|---|--:|--:|--:|" + "--:|" * len(columns)]
-    for arm in dict.fromkeys(line["arm"] for line in lines):
+def page(lines: list[dict[str, Any]]) -> str:
+    """The setting; scores, parameters, bytes and seconds of each arm; the private tiers' lead over the other arms."""
+    of_bank = [line["bank_seconds"] for line in lines if line["bank_seconds"]]
+    places = list(dict.fromkeys((line["task"], line["rows"]) for line in lines))
+    places.sort(key=lambda place: place[0])
+    score_at = {(x["arm"], x["task"], x["rows"], x["seed"]): 100 * x["score"] for x in lines}
+    arms_run = list(dict.fromkeys(line["arm"] for line in lines))
+    seeds = sorted({line["seed"] for line in lines})
+    head = " | ".join(f"{task} {rows}" for task, rows in places)
+    text = [", ".join(f"{name} {value}" for name, value in lines[0]["setting"].items()), ""]
+    text += [f"Seconds to train a bank: {statistics.mean(of_bank):.0f}.", ""] if of_bank else []
+    text += [f"| | parameters | bytes | seconds | {head} |", "|---|--:|--:|--:|" + "--:|" * len(places)]
+    for arm in arms_run:
         of_arm = [line for line in lines if line["arm"] == arm]
         cells = []
-        for task, number in columns:
-            scores = [100 * x["score"] for x in of_arm if (x["task"], x["rows"]) == (task, number)]
-            spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-            cells.append(f"{statistics.mean(scores):.1f} ± {spread:.1f}" if scores else "")
-        seconds = statistics.mean(x["seconds"] for x in of_arm)
+        for place in places:
+            scores = [score_at[arm, *place, seed] for seed in seeds if (arm, *place, seed) in score_at]
+            spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+            cells.append(f"{statistics.mean(scores):.1f}{spread}" if scores else "")
+        seconds = statistics.mean(line["seconds"] for line in of_arm)
         numbers = f"{of_arm[0]['trained']:,} | {of_arm[0]['bytes']:,} | {seconds:.0f}"
         text.append(f"| {arm} | {numbers} | {' | '.join(cells)} |")
+    text += ["", "Private minus the others, paired by seed: mean (lowest to highest).", ""]
+    text += [f"| | {head} |", "|---|" + "--:|" * len(places)]
+    for arm in (arm for arm in arms_run if arm != "private"):
+        cells = []
+        for place in places:
+            both = [s for s in seeds if (arm, *place, s) in score_at and ("private", *place, s) in score_at]
+            gaps = [score_at["private", *place, s] - score_at[arm, *place, s] for s in both]
+            cells.append(f"{statistics.mean(gaps):+.1f} ({min(gaps):+.1f} to {max(gaps):+.1f})" if gaps else "")
+        text.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, help="JSON lines, added to")
-    parser.add_argument("--table", action="store_true", help="only print the table of --out")
+    parser.add_argument("--table", action="store_true", help="only print what --out holds")
     parser.add_argument("--model", help="folder of an encoder")
     parser.add_argument("--data", help="folder with one folder a task: train.parquet and validation.parquet")
     parser.add_argument("--work", help="folder for the banks")
-    parser.add_argument("--tasks", nargs="+", default=["rte", "mrpc", "stsb", "cola", "sst2"], choices=glue.TASKS)
-    parser.add_argument("--new", nargs="+", choices=glue.TASKS, help="new tasks (default: each of --tasks)")
+    parser.add_argument("--bank", nargs="+", default=["stsb", "qnli", "cola"], choices=glue.TASKS)
+    parser.add_argument("--new", nargs="+", default=["mrpc", "sst2"], choices=glue.TASKS)
     parser.add_argument("--rows", nargs="+", type=int, default=[64, 256, 1024])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
         "--r", type=int, default=8, help="rank of the global tier; mid and layer have a half and a quarter"
     )
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--bank-steps", type=int, default=400, help="each with a batch of every task")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--bank-steps", type=int, default=200, help="each with a batch of every task of the bank")
     parser.add_argument("--bank-rows", type=int, help="rows of each of the bank's tasks (default: all)")
     parser.add_argument("--eval-rows", type=int, help="rows of the validation split (default: all)")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def main() -> None:
+    parser = arguments()
     options = parser.parse_args()
     if not options.table:
         if not (options.model and options.data and options.work):
             parser.error("--model, --data and --work are needed")
+        if len(options.bank) < 2 or set(options.bank) & set(options.new):
+            parser.error("--bank has two tasks or more, and none of --new")
         transformers.logging.set_verbosity_error()
-        done = {(x["task"], x["rows"], x["arm"], x["seed"]) for x in glue.held(options.out)}
-        names = arms(options)
-        for seed in options.seeds:
-            for task in options.new or options.tasks:
-                for key in ((task, rows, arm, seed) for rows in options.rows for arm in names):
-                    if key not in done:
-                        line = run(options, *key)
-                        with options.out.open("a") as file:
-                            file.write(json.dumps(line) + "\n")
-                        print(*key, f"{line['score']:.4f}", line["seconds"], "s", flush=True)
-    print(table(glue.held(options.out)))
+        lines = glue.held(options.out)
+        if any(line["setting"] != setting(options) for line in lines):
+            parser.error(f"{options.out} holds runs of other options ({lines[0]['setting']}): name another file")
+        done = {(x["task"], x["rows"], x["arm"], x["seed"]) for x in lines}
+        for key in product(options.seeds, options.rows, options.new, arms(options)):
+            seed, rows, task, arm = key
+            if (task, rows, arm, seed) not in done:
+                line = run(options, task, rows, arm, seed)
+                with options.out.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                print(*key, f"{line['score']:.4f}", line["seconds"], "s", flush=True)
+    if not (lines := glue.held(options.out)):
+        parser.error(f"{options.out} holds no runs")
+    print(page(lines))
 
 
 if __name__ == "__main__":
