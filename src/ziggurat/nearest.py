@@ -1,7 +1,5 @@
 """The right name nearest to a wrong one: for keys, columns, files, recipes."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What is printed may come from anybody's file: nothing of it reaches a terminal or a spreadsheet as a command."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

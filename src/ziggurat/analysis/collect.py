@@ -1,7 +1,5 @@
 """The components of any adapter, from a loaded model or from a folder. The base model's weights are never needed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The parts of an adapter as plain values: a `Component` for each factor pair, `Collected` for all of an adapter."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -1,7 +1,5 @@
 """A run while it trains: its curves from the file that it logs into."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -3,8 +3,6 @@
 Symbols: a component has the update B A with singular values s_1 >= s_2 >= ...; N is the number of layers of a stack.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 

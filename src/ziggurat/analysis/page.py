@@ -1,7 +1,5 @@
 """`ziggurat report`: one HTML page of one run or several that needs nothing from the network."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From the tensors of an adapter to its components: of registered methods, and of PEFT's LoRA and AdaLoRA."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A finished run's folder, read for the report."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path

@@ -9,8 +9,6 @@ their energy sum_i ||D_i||_F^2. With the Gram matrix G_ij = <D_i, D_j>_F its sha
 fall into several such families (the layers of each third, the adapters at each linear layer), energies are summed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Charts as SVG text that takes its colours from the page around it, so that light and dark both fit."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from html import escape
 

@@ -1,7 +1,5 @@
 """Similarity of the tiers of one adapter: cosine of their updates, overlap and angles of their subspaces."""
 
-from __future__ import annotations
-
 import math
 from itertools import combinations
 from typing import Any

@@ -5,8 +5,6 @@ keep them, and a resumed run goes on where it was. Names: `spectra/<part>/s1` ..
 the largest (arXiv 2503.21838, Fig. 3), and `spectra/<part>/effective_rank`, `m_eff`, `norm`, means over components.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping

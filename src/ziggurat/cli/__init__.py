@@ -1,7 +1,5 @@
 """The `ziggurat` command: its commands stand in the modules beside this one."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import sys

@@ -1,7 +1,5 @@
 """`ziggurat analyze` and `ziggurat report`: what the commands take and print."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`ziggurat compare`: a table of runs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`ziggurat doctor`: what the command takes and prints."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

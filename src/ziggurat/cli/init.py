@@ -1,7 +1,5 @@
 """`ziggurat init`: what the command takes and prints."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Annotated

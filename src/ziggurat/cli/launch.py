@@ -1,7 +1,5 @@
 """`ziggurat launch-config`: the config files for `accelerate launch`, one a way to train on several devices."""
 
-from __future__ import annotations
-
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """`ziggurat plan` and `ziggurat suggest`: what the commands take and print."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Annotated

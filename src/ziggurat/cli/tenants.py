@@ -1,7 +1,5 @@
 """`ziggurat tenants`: adapters that share tensors, as a set."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`ziggurat with` and `ziggurat plugin-path`: what the commands take."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

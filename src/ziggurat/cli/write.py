@@ -1,7 +1,5 @@
 """`ziggurat export` and `merge`: an adapter in another form."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

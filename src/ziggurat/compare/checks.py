@@ -1,7 +1,5 @@
 """Mistakes in a table's file, all of them at once, before recipes are made of it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The runs of a table, several at a time: in processes of this machine, or as tasks of a Ray cluster."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -1,7 +1,5 @@
 """Scoring the adapters of an instruct task on lm-eval's tasks and on plain text, each of which is a column."""
 
-from __future__ import annotations
-
 import gc
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Fill a table: start the runs that it lacks, note each result at once, write the reports."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """Models, data and lm-eval's tasks of a table's runs, checked before the first run instead of in each of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from ziggurat.errors import ConfigError, DataError, RecipeError

@@ -1,10 +1,9 @@
 """The table while it fills."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.live import Live
@@ -28,7 +27,7 @@ class LiveTable:
         self.failed: dict[str, str] = {}
         self._live: Live | None = None
 
-    def __enter__(self) -> LiveTable:
+    def __enter__(self) -> Self:
         if is_screen(self.console):
             self._live = Live(self, console=self.console, refresh_per_second=1, transient=True)
             self._live.start()

@@ -1,7 +1,5 @@
 """Score against trainable parameters, one panel a task, with error bars."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ziggurat.extras import require

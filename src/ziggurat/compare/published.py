@@ -1,7 +1,5 @@
 """Published figures, to be printed beside measured ones and marked as such."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files

@@ -1,7 +1,5 @@
 """Results as JSON lines: what each run gave, and on what."""
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import asdict

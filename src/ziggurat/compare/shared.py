@@ -1,7 +1,5 @@
 """Fields of a method that `set` or a task gives to all methods: each takes those that it has."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from ziggurat.nearest import did_you_mean

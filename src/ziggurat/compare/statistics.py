@@ -1,7 +1,5 @@
 """Means, spreads, and differences to a baseline that are paired by seed."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import warnings

@@ -1,7 +1,5 @@
 """The summary of a table: a cell for each method and task, the average, differences, and the cost of the runs."""
 
-from __future__ import annotations
-
 import statistics
 from dataclasses import dataclass, field
 from typing import Any

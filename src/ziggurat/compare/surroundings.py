@@ -1,7 +1,5 @@
 """When, on what hardware and by which commit a run ran, asked where it runs."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

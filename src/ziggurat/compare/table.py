@@ -1,7 +1,5 @@
 """The table to fill: methods, tasks and seeds from one YAML file, as recipes that are checked before anything runs."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -172,7 +170,7 @@ def _run(
     table: Table,
     base: tuple[dict[str, Any], dict[str, Any]],
     shared: Shared,
-    places: Places,
+    places: "Places",
     method: str,
     task: str,
     seed: int,

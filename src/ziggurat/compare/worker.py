@@ -1,7 +1,5 @@
 """One run in a process of its own: it goes on where an earlier one was stopped, and writes its output into a log."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Findings about a machine, a recipe or an adapter's folder: problems with their reasons, before anything fails."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path

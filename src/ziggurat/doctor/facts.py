@@ -1,7 +1,5 @@
 """What combines with what: combinations.yaml, the one table behind `ziggurat doctor` and docs/combinations.md."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from importlib.resources import files
 

@@ -1,7 +1,5 @@
 """A finding of `ziggurat doctor`, and findings from the table of combinations."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The findings of `ziggurat doctor` about the machine: versions, extras, processor, accelerators, disk."""
 
-from __future__ import annotations
-
 import platform
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Servers for an adapter: vLLM's and llama.cpp's rules, as far as its folder and its base's config show."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """95% intervals of scores of rows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

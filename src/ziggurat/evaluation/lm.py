@@ -1,7 +1,5 @@
 """Language-model tasks by lm-eval, on a model in memory: by name from the hub, or from local parquet."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -13,8 +13,6 @@ of answers, and how answers are found, are those of lm-eval's own tasks of these
 not, docs/evaluation.md says so.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path

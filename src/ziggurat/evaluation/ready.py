@@ -1,7 +1,5 @@
 """Tasks of lm-eval made ready before a model is loaded: names, consent to run code, and data are seen to first."""
 
-from __future__ import annotations
-
 import logging
 import os
 import tempfile

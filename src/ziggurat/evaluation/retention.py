@@ -1,7 +1,5 @@
 """What a model keeps of what its base could do: the perplexity of plain text, with its adapter and without."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ This keeps mistakes in bounds, endless loops and memory eaten; it is no wall aga
 runs as the same user and can read files and reach the network. Run models you don't trust in a container.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

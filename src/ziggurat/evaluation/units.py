@@ -1,7 +1,5 @@
 """Which of lm-eval's scores are fractions of 1, and so become percentages. Others stay as lm-eval gives them."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What goes along with a written model or adapter: the tokenizer's files, and the names of the labels."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from pathlib import Path

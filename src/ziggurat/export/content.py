@@ -1,7 +1,5 @@
 """Whether an adapter's file has all that its config asks for."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict

@@ -1,7 +1,5 @@
 """For llama.cpp and Ollama: an exported adapter as GGUF, by llama.cpp's own converter, and Ollama's Modelfile."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

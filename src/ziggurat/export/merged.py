@@ -1,7 +1,5 @@
 """The base model with an adapter merged in, as a folder of its own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

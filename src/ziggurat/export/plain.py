@@ -1,7 +1,5 @@
 """An adapter written as plain LoRA, exactly: `plain_lora` as a folder."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path

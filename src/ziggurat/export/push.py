@@ -1,7 +1,5 @@
 """Folders to the Hugging Face hub: an adapter, an exported one, a merged model."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -3,8 +3,6 @@
 W + B A is plain LoRA with lora_A = A, lora_B = B and lora_alpha = r, as the pair has its scale folded in.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple

@@ -8,8 +8,6 @@ The keys that Axolotl has for LoRA hold for the method too. `axolotl merge-lora`
 default adds what is called `lora_A` and `lora_B` to the weights, finds none here, and writes the base.
 """
 
-from __future__ import annotations
-
 from dataclasses import MISSING, fields
 from typing import Any
 

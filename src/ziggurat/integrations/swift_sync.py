@@ -4,8 +4,6 @@ ms-swift (4.6) takes PEFT's tensors and config of the adapter as they are. `zigg
 own. Where vLLM has no `enable_lora`, ms-swift merges, by PEFT, which works as it is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

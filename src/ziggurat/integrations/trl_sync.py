@@ -4,8 +4,6 @@ TRL (`trl.experimental.async_grpo`, `async_distillation`) gathers what has `lora
 LoraConfig. `ziggurat_door` puts these two functions before its own.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable

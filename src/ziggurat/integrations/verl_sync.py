@@ -4,8 +4,6 @@ verl (0.9) gathers what has `lora_` in its name, and sends PEFT's config of the 
 these functions before its own. Its other way, `model.lora.merge`, merges PEFT's LoRA layers alone, and is refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary

@@ -5,8 +5,6 @@ is exported once, into a cache by its content, and vLLM reads that. What can't b
 comes in: an error while the engine computes would end it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -3,8 +3,6 @@
 The program and its child processes get the request by a variable, which `ziggurat_door` sees at `import torch`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -5,8 +5,6 @@ worth of its k-th direction, over all linear layers that it reaches. With `by_ro
 tier, under the key `<tier>:<role>`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

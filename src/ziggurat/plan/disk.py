@@ -1,7 +1,5 @@
 """The size of an adapter's file before it exists: safetensors' format is simple enough to be counted exactly."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """The gradients of a recipe's data before training, and the pyramid that they ask for."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import islice

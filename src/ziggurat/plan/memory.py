@@ -10,8 +10,6 @@ while it is computed again. NF4 weights (QLoRA) take 4 bits, a byte per block of
 blocks [Dettmers et al. 2023, double quantisation].
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The plan of a method for a model, counted before there are any weights."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

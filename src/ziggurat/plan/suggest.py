@@ -1,7 +1,5 @@
 """Ranks and groups from evidence: a short run at one high rank for every tier, then a budget laid out by it."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Iterator, Sequence

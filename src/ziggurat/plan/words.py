@@ -1,7 +1,5 @@
 """Names given as a model that are something else: a recipe, the folder of a run, an adapter."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from shlex import quote
 

@@ -1,7 +1,5 @@
 """Mistakes of a recipe that only two keys together show."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

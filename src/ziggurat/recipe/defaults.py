@@ -1,7 +1,5 @@
 """The one file of values for a first recipe, `defaults.yaml`, and their reasons."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files

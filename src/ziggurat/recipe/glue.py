@@ -3,8 +3,6 @@
 Names, columns and splits are those of the hub data set `nyu-mll/glue` (Wang et al., ICLR 2019).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -3,8 +3,6 @@
 A registered method's row follows from its card; its fields are read off its PEFT config.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import typing

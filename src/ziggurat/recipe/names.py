@@ -1,7 +1,5 @@
 """What other programs call the keys of a recipe, from `names.yaml`, and the answer to one who writes their names."""
 
-from __future__ import annotations
-
 from functools import cache
 from importlib.resources import files
 from typing import Any

@@ -1,7 +1,5 @@
 """The packages outside the core that training by a recipe imports."""
 
-from __future__ import annotations
-
 from ziggurat.extras import require
 
 from .embedded import EMBEDDED, PACKAGE

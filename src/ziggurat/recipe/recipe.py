@@ -1,7 +1,5 @@
 """Recipes: found, read, checked whole before anything is loaded, and written beside the adapter."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterable, Mapping
 from importlib.resources import files

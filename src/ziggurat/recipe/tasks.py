@@ -1,7 +1,5 @@
 """The tasks, a row each: what the rest of the package asks of them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

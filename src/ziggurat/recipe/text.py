@@ -1,7 +1,5 @@
 """Reading a recipe's text: YAML or `key=value` words, to one flat mapping with dotted keys."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Whether one YAML value fits one type, and in plain words why not."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

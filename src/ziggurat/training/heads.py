@@ -1,7 +1,5 @@
 """A classifier on the mean of an encoder's last states, for one text or two."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

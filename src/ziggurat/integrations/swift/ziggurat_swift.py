@@ -7,8 +7,6 @@ ms-swift's own arguments for LoRA (rank, alpha, dropout, targets, bias, modules_
 stands under `ziggurat` are fields of the method's config, which win.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model

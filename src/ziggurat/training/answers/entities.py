@@ -1,7 +1,5 @@
 """The entities that a token classifier finds in texts."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """An adapter folder that `ziggurat train` wrote, back as a model that answers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Answers of a trained adapter."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace

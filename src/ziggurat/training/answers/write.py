@@ -1,7 +1,5 @@
 """Answers as a file with a row for each."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

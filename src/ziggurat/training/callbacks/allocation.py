@@ -1,7 +1,5 @@
 """AdaLoRA's allocation of ranks, which PEFT leaves to the training loop to call."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

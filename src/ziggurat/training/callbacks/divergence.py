@@ -1,7 +1,5 @@
 """A NaN or infinite loss ends the run: earlier checkpoints stay, and the error says where and why."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path

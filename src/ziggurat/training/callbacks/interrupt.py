@@ -1,11 +1,9 @@
 """Ctrl-C and SIGTERM end a run at the next step with a checkpoint, not in the middle of one."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from transformers import TrainerCallback, TrainerControl
 
@@ -44,7 +42,7 @@ class StopSignals(TrainerCallback):
         self.learning = False
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._on_signal)

@@ -1,7 +1,5 @@
 """Ends a run whose score gets no better."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

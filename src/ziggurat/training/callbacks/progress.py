@@ -1,7 +1,5 @@
 """The progress of a run that trains: a bar on a terminal, plain lines elsewhere, and a file that can be followed."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import time

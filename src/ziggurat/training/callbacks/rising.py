@@ -1,7 +1,5 @@
 """Warns during a run when the loss rises above its start, with the likely cause."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Warns when no completion is better than the others of its group, so that nothing is learned."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

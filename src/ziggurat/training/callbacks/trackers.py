@@ -1,7 +1,5 @@
 """Trackers that a run reports to (TensorBoard, W&B, trackio, ...): checked before it begins, and where they write."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The Alpaca prompt."""
 
-from __future__ import annotations
-
 # The Alpaca prompt (tatsu-lab/stanford_alpaca, train.py), which MSPLoRA's instruction runs use: models that were
 # tuned on it expect it to the letter.
 _WITH_INPUT = (

@@ -1,7 +1,5 @@
 """Conversations in whichever form a file has them, as the messages that a chat template takes."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

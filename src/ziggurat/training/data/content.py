@@ -1,7 +1,5 @@
 """What the local files that a recipe names hold, as digests: a path alone doesn't say whether they have changed."""
 
-from __future__ import annotations
-
 import hashlib
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files of rows to Arrow tables: csv, tsv, json, text, parquet and xlsx."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import re

@@ -1,7 +1,5 @@
 """Instruction rows that are read while they are learned from, for data that don't fit into memory."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import json

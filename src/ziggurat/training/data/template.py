@@ -1,7 +1,5 @@
 """Conversations through a chat template: their tokens, and which of these are answers."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

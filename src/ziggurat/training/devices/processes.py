@@ -3,8 +3,6 @@
 A run that no launcher started is one process without a process group: every function here is then a plain call.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Sharding a model over several processes: FSDP2's units, and gathering the trained parameters at the end."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Checkpoints that are whole or don't count, whenever the program is ended while one is written."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

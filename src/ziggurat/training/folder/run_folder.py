@@ -1,7 +1,5 @@
 """The folder of a run: never overwritten in silence, complete or not there at all."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

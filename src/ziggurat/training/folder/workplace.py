@@ -4,8 +4,6 @@
 finished when its folder is renamed to `done`; the next program that looks moves it to its place.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

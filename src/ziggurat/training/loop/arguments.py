@@ -1,7 +1,5 @@
 """What a trainer is made from, and a recipe's settings as fields of transformers' TrainingArguments."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

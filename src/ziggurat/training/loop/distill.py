@@ -1,7 +1,5 @@
 """A student that learns from a teacher's probabilities of what the student itself writes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

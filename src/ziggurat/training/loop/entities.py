@@ -1,7 +1,5 @@
 """Entities in BIO tags, and their scores as seqeval and the CoNLL shared tasks count them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Training steps and scores that don't depend on how many processes and micro-batches they are split over."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

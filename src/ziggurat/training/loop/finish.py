@@ -1,7 +1,5 @@
 """The end of training, before the adapter is saved: parts without effect are dropped, active ones counted."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The cost of a run: time per step, peak memory, bytes stored."""
 
-from __future__ import annotations
-
 import platform
 import statistics
 import time

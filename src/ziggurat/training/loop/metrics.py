@@ -1,7 +1,5 @@
 """Scores by scikit-learn and scipy, and the majority-class or mean baseline."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The summary of a run on the terminal."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The result of a run, and how it is written: the adapter's folder with the recipe and run.json."""
 
-from __future__ import annotations
-
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

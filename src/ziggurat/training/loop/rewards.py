@@ -1,7 +1,5 @@
 """Reward functions: those that are built in, those of the user, and what both have to return."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import math

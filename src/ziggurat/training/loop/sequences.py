@@ -1,7 +1,5 @@
 """Models with an encoder and a decoder: their Trainer, and the scores of what they write."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

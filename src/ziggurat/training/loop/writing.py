@@ -1,7 +1,5 @@
 """The trainers of tasks whose model writes texts, by TRL."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Put a recipe's method into a base model, and count what trains."""
 
-from __future__ import annotations
-
 import copy
 import re
 import warnings

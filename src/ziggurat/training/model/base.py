@@ -1,7 +1,5 @@
 """Base model, head and tokenizer of a recipe."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

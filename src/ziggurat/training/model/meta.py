@@ -1,7 +1,5 @@
 """A model without weights: built on the meta device from its config alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

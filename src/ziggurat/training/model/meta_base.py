@@ -1,7 +1,5 @@
 """The base of a recipe without weights: its head, its labels, what the checkpoint lacks, as a run would have them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The largest rank that a budget of parameters pays for: `method.budget` of a recipe, and `ziggurat plan --budget`."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import re

@@ -4,8 +4,6 @@ A registered method's follow from its `tensors`. PEFT's own have a formula each.
 d_out; r is the rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 
