@@ -28,7 +28,7 @@ class Stores(BaseTunerLayer):
         self.merged_adapters: list[str] = []
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's, which leaves what the last of several adapters with a common parameter says of it."""
+        """As PEFT's, but a parameter shared by several adapters trains if one of the active ones trains it."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         for adapter in self.active_adapters:
             if adapter in self.stores and not inference_mode:
@@ -38,8 +38,8 @@ class Stores(BaseTunerLayer):
 class WithoutBase(BaseTunerLayer):
     """A tuner layer without a base layer.
 
-    `weight` and `bias` are there because PEFT's properties of these names would look for a base layer for ever, the
-    number of features because PEFT expects it of every tuner layer.
+    `weight` and `bias` exist because PEFT's properties of these names would recurse without a base layer, the feature
+    counts because PEFT expects them of every tuner layer.
     """
 
     weight = None  # type: ignore[assignment]
@@ -51,7 +51,7 @@ class WithoutBase(BaseTunerLayer):
 class Bank(nn.Module, WithoutBase, Stores):
     """All shared tensors of a method's adapters.
 
-    PEFT finds, saves, casts, freezes and deletes its parameters as those of any other tuner layer.
+    PEFT finds, saves, casts, freezes and deletes its parameters like those of any other tuner layer.
     """
 
     method: ClassVar[Method]
@@ -72,7 +72,7 @@ class Bank(nn.Module, WithoutBase, Stores):
 
     @classmethod
     def inside(cls, model: nn.Module) -> Self:
-        """The bank of this class in `model`, however that is wrapped."""
+        """The bank of this class in `model`, which may be wrapped."""
         return next(module for module in model.modules() if isinstance(module, cls))
 
     @classmethod
@@ -105,14 +105,14 @@ class Bank(nn.Module, WithoutBase, Stores):
         return self.stores[adapter]  # type: ignore[return-value]
 
     def forward(self, adapter: str, leaves: Sequence[str]) -> list[Tensor]:
-        """The tensors of `adapter` called `leaves`. Those that are held still give no gradient."""
+        """The tensors of `adapter` called `leaves`; frozen ones (`hold_still`) are detached."""
         tensors = self.stores[adapter](leaves)
         if held := self._held.get(adapter):
             return [t.detach() if leaf in held else t for leaf, t in zip(leaves, tensors, strict=True)]
         return tensors
 
     def hold_still(self, adapter: str, leaves: Iterable[str]) -> None:
-        """Give the named tensors of `adapter` no gradient from now on (an empty iterable: all learn again).
+        """Freeze the named tensors of `adapter` until the next call (an empty iterable unfreezes all).
 
         They keep `requires_grad` and their place in the optimiser, which passes over parameters whose gradient is
         None: no step, no decay, no moments.
@@ -128,7 +128,7 @@ class Bank(nn.Module, WithoutBase, Stores):
         self.merged_adapters.clear()
 
     def forget(self, adapter: str) -> None:
-        """Take out all of `adapter`, without choosing another active one."""
+        """Remove `adapter` without choosing another active adapter."""
         if adapter in self.stores:
             del self.stores[adapter]
         self._held.pop(adapter, None)
@@ -139,7 +139,7 @@ class Bank(nn.Module, WithoutBase, Stores):
         self.forget(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
-        """The layers that read the tensors bring them to their device."""
+        """Nothing: the layers that read the tensors move them to their device."""
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """No: PEFT's `convert_to_lora` works linear by linear and by SVD; `ziggurat.export` is exact."""

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Show no bars ("Loading weights", "Writing model shards") in the block; then as the user had it. Warnings stay."""
+    """Hide progress bars ("Loading weights", "Writing model shards") in the block, then restore the user's setting.
+    Warnings stay."""
     from huggingface_hub import utils as hub
     from transformers import logging
 

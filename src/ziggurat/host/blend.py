@@ -16,7 +16,7 @@ from ziggurat.lowrank.spectrum import factored_svd
 
 #: Combinations whose update is sum_i w_i dW_i.
 SUMS = ("linear", "cat", "svd")
-#: PEFT's combinations of dense updates that drop entries first; there `_svd` sets apart what here is one and the same.
+#: PEFT's combinations of dense updates that drop entries first; PEFT's ending `_svd` makes no difference here.
 SPARSE = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 
 
@@ -24,8 +24,8 @@ def check_request(known: Mapping[str, Any], adapters: Sequence[str], weights: Se
     """The combination without PEFT's ending `_svd`.
 
     Raises:
-        ValueError: an unknown adapter or combination, lists of unequal length, or an adapter that trains what a
-            combination would lose: biases, rows of an embedding.
+        ValueError: an unknown adapter or combination, lists of unequal length, or an adapter with biases or rows of an
+            embedding, which a combination would lose.
     """
     if len(adapters) != len(weights) or not adapters:
         raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter.")
@@ -58,7 +58,7 @@ def combined(
     "linear", "cat": A = [A_1; A_2; ...], B = [w_1 B_1, w_2 B_2, ...], so dW = sum_i w_i dW_i exactly.
     "svd": the same sum in its `rank` strongest directions (default: the largest rank of the pairs).
     "ties" [arXiv 2306.01708], "dare_linear", "dare_ties" [arXiv 2311.03099], "magnitude_prune": PEFT's functions on the
-    dense dW_i, of which the share `density` of the entries is kept, then as "svd".
+    dense dW_i, with the share `density` of the entries kept, then as "svd".
 
     Raises:
         ValueError: a combination that drops entries without a `density` in (0, 1].
@@ -85,7 +85,7 @@ def _strongest(U: Tensor, S: Tensor, V: Tensor, rank: int) -> FactorPair:
 def add_blend(
     tuner: Any, adapters: Sequence[str], weights: Sequence[float], adapter: str, kind: str, **options: Any
 ) -> None:
-    """Give the model of `tuner` the adapter `adapter`, which combines `adapters` at every site that one of them has."""
+    """Add `adapter` to the model of `tuner`: the combination of `adapters` at every site that one of them has."""
     layers: dict[str, MethodLayer] = {}
     pairs: dict[str, FactorPair] = {}
     for path, layer in tuner.model.named_modules():
@@ -101,7 +101,7 @@ def add_blend(
     }
     ranks = {body_name(tuner.model, sites[path].path): pair.A.shape[0] for path, pair in pairs.items()}
     config = replace(tuner.peft_config[adapters[0]], blended=ranks, bias="none", freeze_tiers=None, from_adapter=None)
-    if tuner.method.sites is None:  # the adapters may have other targets, each
+    if tuner.method.sites is None:  # each adapter may have different targets
         everywhere: dict[str, Any] = {"target_modules": sorted(ranks), "exclude_modules": None}
         config = replace(config, **everywhere, layers_to_transform=None, layers_pattern=None)
     with tuner.added(adapter, config):
@@ -114,7 +114,7 @@ def add_blend(
 
 
 def blend_whole_modules(model: nn.Module, adapters: Sequence[str], weights: Sequence[float], adapter: str) -> None:
-    """Give `adapter` the modules that `adapters` train whole: H + sum_i w_i (H_i - H) with H the base model's."""
+    """Blend the modules that `adapters` train whole into `adapter`: H + sum_i w_i (H_i - H), H the base model's."""
     for module in model.modules():
         if not isinstance(module, ModulesToSaveWrapper):
             continue

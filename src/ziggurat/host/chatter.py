@@ -1,13 +1,13 @@
-"""One line of bitsandbytes that its import logs on some processors, and that nobody can do anything about here."""
+"""A log line of bitsandbytes about an optional kernel that some processors don't support."""
 
 import logging
 
-#: It says that an optional kernel for 4-bit weights isn't there; the usual one is taken, with the same results.
+#: The kernel for 4-bit weights is missing; the default kernel gives the same results.
 LOGGER, BEGINS = "bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"
 
 
 def hush_bitsandbytes() -> None:
-    """Keep that line out of the log, and no other. PEFT imports bitsandbytes, so this must come before PEFT."""
+    """Filter this one line out of the log. PEFT imports bitsandbytes, so this must run before PEFT is imported."""
     logging.getLogger(LOGGER).addFilter(_is_other)
 
 

@@ -38,7 +38,7 @@ from ziggurat.host.values import (
     whole,
 )
 
-#: Fields of LoRA's config that say nothing about the update, and so are taken over as they are.
+#: Fields of LoRA's config that don't concern the update, and so are copied unchanged.
 _OF_EVERY_ADAPTER = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping")
 #: Checks of the fields that PEFT and `save_pretrained` write into a folder, and a stranger may have changed.
 _OF_PEFT: dict[str, Check] = {
@@ -55,18 +55,18 @@ class MethodConfig(PeftConfig):
     `rank_pattern` and `alpha_pattern` map target modules, or the ends of their paths, to a rank and an alpha of their
     own. `trainable_token_indices`: rows of the embedding that train, as in PEFT.
 
-    `freeze_tiers` names what doesn't train: tiers ("global", "mid"), or tensors by their keys ("A"). `from_adapter` is
-    the folder of a trained adapter: what `freeze_tiers` names (default: what several linear layers share) begins as it
-    is there and stays so, and fields that decide the update and are left at their defaults are those of that adapter.
+    `freeze_tiers` names frozen tiers ("global", "mid") or frozen tensors by their keys ("A"). `from_adapter` is the
+    folder of a trained adapter: the tensors that `freeze_tiers` names (default: those that several linear layers share)
+    are copied from it and stay frozen, and fields that decide the update take its values unless they are set.
     """
 
     #: Set by `register`.
     method: ClassVar[Method]
-    #: Last parts of the names of tensors in the adapter's file that are no factors.
+    #: Last parts of the names of tensors in the adapter's file that aren't factors.
     no_factors: ClassVar[frozenset[str]] = frozenset()
-    #: What `init_weights` may be besides True and False.
+    #: Values of `init_weights` besides True and False.
     named_inits: ClassVar[tuple[str, ...]] = ("gaussian",)
-    #: Fields of LoRA's config that mean something else here, or nothing; why.
+    #: Fields of LoRA's config with another meaning here, or none -> the reason.
     not_from_lora: ClassVar[dict[str, str]] = {}
 
     r: int = option(8, "Rank.", check_rank)
@@ -153,7 +153,7 @@ class MethodConfig(PeftConfig):
         return self.lora_alpha / (rank**0.5 if self.use_rslora else rank)
 
     def thawed(self) -> Self:
-        """The config with nothing frozen, for those who look at values alone; itself where nothing is."""
+        """The config with nothing frozen, for readers of values; itself where nothing is frozen."""
         if self.freeze_tiers is None:
             return self
         here = copy.copy(self)
@@ -205,7 +205,8 @@ class MethodConfig(PeftConfig):
         return cls(**{**taken, **more})
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT's, with sets in alphabetical order, so that equal adapters have equal files; with who wrote it."""
+        """As PEFT's, with sets in alphabetical order, so that equal adapters have equal files, and with ziggurat's
+        version."""
         plain = {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
         # What was taken over from another adapter is in the weights; the folder of a set writes its `bank` itself.
         left_out = {"from_adapter", "bank", *(["freeze_tiers"] if self.freeze_tiers is None else [])}
@@ -228,11 +229,11 @@ class MethodConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """As PEFT's. In a folder on this machine config and weights are looked at before anything is built from them.
+        """As PEFT's. In a local folder config and weights are checked before anything is built from them.
 
         Raises:
-            ConfigError: a value that can't be; weights that are a pickle, or no safetensors; files that are links out
-                of the folder, or too large to be what they are called.
+            ConfigError: an invalid value; weights that are a pickle, or not safetensors; files that are links out of
+                the folder, or too large.
         """
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
         here = (folder / CONFIG_NAME).exists()
@@ -264,9 +265,9 @@ class MethodConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type(self.method.peft_type)
-        #: How many parameters the file beside this config holds, where it was read from a folder on this machine.
+        #: The number of parameters in the file beside this config, if it was read from a local folder.
         self.stored_numbers: int | None = None
-        #: The file of shared tensors that it builds on, where it was read from the folder of a set.
+        #: The bank that it builds on, if it was read from the folder of a set.
         self.bank_file: Path | None = None
         #: True for a sum of adapters, whose rank may be above the matrix.
         self.any_rank = False

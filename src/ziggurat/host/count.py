@@ -1,4 +1,4 @@
-"""How many trainable parameters an adapter has, from its method's `tensors` alone: nothing is built."""
+"""The number of trainable parameters of an adapter, from its method's `tensors` alone: nothing is built."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a method draws once for each forward pass in training, such as DyLoRA's rank."""
+"""Random values that a method draws once for each forward pass in training, such as DyLoRA's rank."""
 
 from collections import OrderedDict
 from typing import Any
@@ -19,7 +19,7 @@ class Draws(RootHook):
     Gradient checkpointing computes a layer again in the backward, when other passes may have begun since. It restores
     torch's generators first, so the state of the CPU's generator tells which pass a layer is computed for: every pass
     draws from this generator, and so leaves it in a state of its own. A checkpoint that doesn't restore it
-    (`preserve_rng_state=False`) gets what was drawn last.
+    (`preserve_rng_state=False`) gets the last draw.
     """
 
     def __init__(self, method: Method | None = None) -> None:
@@ -41,11 +41,11 @@ class Draws(RootHook):
         self.draw_as({adapter: self.method.draw(config) for adapter, config in self.configs.items()})
 
     def draw_as(self, drawn: dict[str, Any]) -> None:
-        """Let these be what was drawn, adapter by adapter, for the passes that begin from now on."""
+        """Use these draws, adapter by adapter, for the passes that begin from now on."""
         self._last = drawn
 
     def of(self, adapter: str) -> Any:
-        """What was drawn for `adapter` in the pass that is being computed; None before the first one."""
+        """The draw for `adapter` in the pass that is being computed; None before the first one."""
         if torch.compiler.is_compiling():  # reading the generator's state would break the graph
             return self._last.get(adapter)
         state = torch.get_rng_state().numpy().tobytes()

@@ -1,4 +1,4 @@
-"""What training calls once a step, in any loop: stages, pruning and restructuring of the adapters that train."""
+"""The lifecycle of adapters that train, called once a step in any loop: stages, pruning and restructuring."""
 
 import logging
 import sys
@@ -36,16 +36,16 @@ def step(
     *,
     only: Collection[str] | None = None,
 ) -> None:
-    """Do what the adapters of `model` need when `step` of a run's `total` optimiser steps are done.
+    """Update the adapters of `model` when `step` of a run's `total` optimiser steps are done.
 
     To be called before the first step with 0, and after every `optimizer.step()`, before the gradients are cleared,
     with 1, 2, ... `total`. Tiers that train in stages change, directions are ranked and pruned by the gradients that
     are there, paths merge and inject. With the optimiser, a path that moves to another layer takes its moments along.
-    Adapters that need nothing, and those that are frozen, stay as they are. A transformers Trainer does all this by
-    itself. `only`: names of methods; the others are left to someone else.
+    Frozen adapters, and those that need no steps, stay as they are. A transformers Trainer calls this itself. `only`:
+    names of methods; the others are skipped.
 
     Raises:
-        ConfigError: a step outside 0..total, or a run too short for what an adapter's config asks for.
+        ConfigError: a step outside 0..total, or a run too short for an adapter's schedule.
     """
     root = _root(model)
     for method, adapters in _stepping(root, only).items():
@@ -56,7 +56,7 @@ def step(
 
 
 def run_state(model: nn.Module, *, only: Collection[str] | None = None) -> dict[str, dict[str, Tensor]]:
-    """What a resumed run needs besides the weights, by method: averages that directions are ranked by, masks.
+    """The state that a resumed run needs besides the weights, by method: the averages and masks of pruning.
 
     `only`: as in `step`.
     """
@@ -74,9 +74,10 @@ def resume(
     *,
     only: Collection[str] | None = None,
 ) -> None:
-    """Go on with a run of which `done` of `total` steps are done: in the place of `step(model, 0, total)`.
+    """Resume a run after `done` of `total` steps, instead of `step(model, 0, total)`.
 
-    `state`: what `run_state` gave then. The model has the weights and the structure of then. `only`: as in `step`.
+    `state`: the result of `run_state` at that step. The model must have the weights and the structure of that step.
+    `only`: as in `step`.
 
     Raises:
         ConfigError: it was saved from another model or config.
@@ -95,7 +96,7 @@ def resume(
 
 
 def _stepping(root: nn.Module, only: Collection[str] | None) -> dict[Method, dict[str, Any]]:
-    """Method, of those in `only`, -> adapter -> config, of the adapters that train and need steps."""
+    """Method -> adapter -> config, of the adapters that train and need steps; methods limited to `only`."""
     chosen = {m: adapters for m, adapters in _adapters(root).items() if only is None or m.name in only}
     needing = {m: {name: c for name, c in adapters.items() if needs_steps(c)} for m, adapters in chosen.items()}
     return {m: adapters for m, adapters in needing.items() if adapters}
@@ -116,7 +117,8 @@ def _adapters(root: nn.Module) -> dict[Method, dict[str, Any]]:
 
 
 class Watch(RootHook):
-    """A forward pre-hook on the base model's root: says once that an adapter needs `step` and doesn't get it."""
+    """A forward pre-hook on the base model's root: warns once if an adapter needs `step` and training doesn't call
+    it."""
 
     #: Forward passes in training since the last step.
     passes = 0
@@ -142,13 +144,13 @@ class Watch(RootHook):
 
     @staticmethod
     def reset(model: Any) -> None:
-        """Begin to count anew: a step was made."""
+        """Restart the count: a step was made."""
         if isinstance(model, nn.Module) and (watch := Watch.on(_root(model))) is not None:
             watch.passes = 0
 
 
 def check_something_trains(model: Any) -> None:
-    """Warn where a training run begins on a model whose adapters of ours all are frozen."""
+    """Warn if a training run begins on a model whose ziggurat adapters are all frozen."""
     if not isinstance(model, nn.Module):
         return
     layers = list(layers_of(_root(model)))
@@ -163,10 +165,10 @@ def check_something_trains(model: Any) -> None:
 
 @torch.no_grad()
 def check_moves(model: Any, when: str, rate: float) -> None:
-    """Warn where the whole update of an adapter that trains is still nearly zero, `when` its warm-up is over.
+    """Warn if the whole update of an adapter that trains is still nearly zero when its warm-up is over (`when`).
 
     The size of an update dW is ||dW||_F / sqrt(d_out), the root of the mean square of its outputs where the inputs are
-    independent with mean square 1. Nothing is said where FSDP2 shards the tensors.
+    independent with mean square 1. Skipped where FSDP2 shards the tensors.
     """
     if not isinstance(model, nn.Module):
         return
@@ -191,7 +193,7 @@ def check_moves(model: Any, when: str, rate: float) -> None:
 
 
 def watch_trainers() -> None:
-    """Let every Trainer made from now on look at what trains, where this process has loaded Trainer at all."""
+    """Add `TrainingWatch` to every Trainer made from now on, if this process has loaded Trainer."""
     if "transformers.trainer" in sys.modules:
         from ziggurat.host.trainers import ride_along
         from ziggurat.host.watching import TrainingWatch
@@ -200,7 +202,7 @@ def watch_trainers() -> None:
 
 
 def step_in_trainers(method: Method) -> None:
-    """Let every Trainer made from now on call `step` for the adapters of `method`. Loads Trainer."""
+    """Make every Trainer created from now on call `step` for the adapters of `method`. Loads Trainer."""
     from ziggurat.host.trainers import ride_along
     from ziggurat.host.watching import StepCallback
 

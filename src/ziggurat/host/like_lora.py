@@ -1,4 +1,4 @@
-"""What PEFT has for LoRA alone, for every method: swapping a trained adapter in place, and LoRA+'s two rates."""
+"""Functions that PEFT offers for LoRA only, for every method: swapping an adapter in place, and LoRA+'s two rates."""
 
 from collections import Counter
 from pathlib import Path
@@ -25,7 +25,7 @@ def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "d
     So a compiled model isn't compiled again. PEFT's `hotswap_adapter` does this for LoRA alone.
 
     Raises:
-        ConfigError: the adapters differ in a field that decides what is computed (rank, alpha, targets, ...), the file
+        ConfigError: the adapters differ in a field that decides the update (rank, alpha, targets, ...), the file
             doesn't hold the same tensors, the adapter is merged, or it shares tensors with others of the model that
             would change with it. Nothing is changed then.
     """
@@ -71,7 +71,7 @@ def create_loraplus_optimizer(
     """An optimiser in which the factors on the output side, LoRA's B, learn at `lr` times `loraplus_lr_ratio`.
 
     LoRA+ [Hayou et al. 2024, arXiv 2402.12354]: eta_B = ratio * eta_A. PEFT's function of this name looks for LoRA's
-    parameter names, and would give the factors of other methods the one rate. All else that trains learns at `lr`.
+    parameter names, and would give the factors of other methods one rate. Other trainable parameters learn at `lr`.
 
     Raises:
         ConfigError: no trainable factor of `model` is on the output side.
@@ -82,7 +82,7 @@ def create_loraplus_optimizer(
             specs = specs_of(layer.method, layer.configs[adapter], layer.sites[adapter])
             for key, (in_bank, leaf) in layer.leaves[adapter].items():
                 if specs[key].up:
-                    # The parameters themselves: what a forward reads may be detached, or a copy on another device.
+                    # The parameters themselves: a forward may read a detached tensor, or a copy on another device.
                     factors: Any = layer.bank_factors(adapter) if in_bank else layer.stores[adapter]
                     up.add(id(factors[leaf]))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -45,9 +45,9 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 
 class AdaptedLinear(MethodLayer, nn.Module):
-    """A linear layer W with low-rank updates beside it: y = W x + sum over active adapters of B (A dropout(x)).
+    """A linear layer W with low-rank updates: y = W x + sum over active adapters of B (A dropout(x)).
 
-    (A, B) is the method's pair at this site. All else follows from it: merging, quantised bases, mixed batches.
+    (A, B) is the method's pair at this site. Merging, quantised bases and mixed batches follow from it.
     """
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
@@ -61,13 +61,13 @@ class AdaptedLinear(MethodLayer, nn.Module):
         self.quantization_backend = backend_of(base, **quantization_kwargs)
         #: After a merge into a quantised weight: ||Q(W + dW) - (W + dW)||_F / ||dW||_F, else None.
         self.requantisation_error: float | None = None
-        #: The weight as it was before anything was merged, while something is.
+        #: The weight before the merge, while an adapter is merged.
         self._unmerged: Tensor | None = None
         #: Whether another module holds the base weight too, so that a merge must not change it in place.
         self.shares_weight = False
-        #: That parameter, in a tuple, while a merge has taken the two apart.
+        #: The shared parameter, in a tuple, while a merge has untied the two modules.
         self._tied: tuple[nn.Parameter, ...] = ()
-        #: The base layer with rows that train, in a tuple, while a merge has put a plain layer in its place.
+        #: The base layer with trainable rows, in a tuple, while a merge has replaced it by a plain layer.
         self._with_rows: tuple[nn.Module, ...] = ()
 
     def weight_of_base(self, path: str) -> Weight:
@@ -86,7 +86,7 @@ class AdaptedLinear(MethodLayer, nn.Module):
         """Device and dtype of the base; no dtype where entries are packed or of 8 bits, which no factor can have."""
         weight = getattr(base_layer, "weight", getattr(base_layer, "qweight", None))
         device, dtype = (None, None) if weight is None else (weight.device, weight.dtype)
-        dtype = getattr(base_layer, "compute_dtype", dtype)  # what bitsandbytes multiplies 4-bit weights in
+        dtype = getattr(base_layer, "compute_dtype", dtype)  # the dtype of bitsandbytes' products with 4-bit weights
         if device is not None and device.type == "meta":
             device = runs_on(base_layer) or device
         return device, dtype if dtype in FLOATS else None
@@ -118,7 +118,7 @@ class AdaptedLinear(MethodLayer, nn.Module):
         return low_rank_add(y, x, a, b, self.dropout(adapter) if self.training else 0.0, reuse_y=reuse_y)
 
     def pair_now(self, adapter: str) -> FactorPair:
-        """The pair of the forward pass that is being computed."""
+        """The pair for the forward pass that is being computed."""
         kept: dict[str, FactorPair] | None = self.__dict__.get(KEPT)
         if kept is None or self.training or transformed():
             return self.effective_pair(adapter, self.context(adapter))
@@ -187,7 +187,7 @@ class AdaptedLinear(MethodLayer, nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Give W back as it was, bitwise; a quantised W comes back up to rounding."""
+        """Restore W bitwise; a quantised W is restored up to rounding."""
         if self._unmerged is not None:
             base: Any = self.get_base_layer()
             if self._tied:
@@ -222,7 +222,7 @@ class AdaptedLinear(MethodLayer, nn.Module):
 
 
 def rows_merged(wrapper: TrainableTokensWrapper) -> nn.Module:
-    """The linear layer in PEFT's `wrapper` (trainable_token_indices) with the trained rows in a weight of its own."""
+    """A copy of the linear layer in PEFT's `wrapper` (trainable_token_indices) with the trained rows in its weight."""
     inner: Any = wrapper.token_adapter.base_layer
     weight: Any = wrapper.weight
     layer = copy.copy(inner)

@@ -1,7 +1,7 @@
-"""What a method is: two functions, and a few facts. Everything else about it is derived.
+"""A method is two functions and a few facts. Everything else about it is derived.
 
-    tensors(config, site)            -> {key: TensorSpec}   what is stored for a site, and who shares it
-    pair(config, site, t, context)   -> FactorPair          what is computed: the paper's equation
+    tensors(config, site)            -> {key: TensorSpec}   the tensors of a site, and which sites share them
+    pair(config, site, t, context)   -> FactorPair          the paper's equation
 
 `t` holds the tensors by the keys that `tensors` gave them. The scale is folded into B. `pair` is called in every
 forward pass, with autograd, and for merging, export and analysis, where `context.training` is False.
@@ -24,10 +24,10 @@ Stored = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Context:
-    """What besides the tensors decides a pair.
+    """The inputs of `pair` besides the tensors.
 
-    `training`: inside a forward pass in training mode. `drawn`: what the method's `draw` gave for this pass, the same
-    for all sites, also where gradient checkpointing computes a layer again; None outside training.
+    `training`: inside a forward pass in training mode. `drawn`: the result of the method's `draw` for this pass, the
+    same for all sites, also where gradient checkpointing recomputes a layer; None outside training.
     """
 
     training: bool = False
@@ -42,9 +42,8 @@ EVALUATION = Context()
 class Part:
     """A named part of a site's update, for the analysis: a tier, a plane, a path.
 
-    `keys`: the tensors that it is made of; sites where all of them are shared have the part in common, and `group`
-    numbers such parts. `adds`: the site's update is the sum of such parts; False for
-    planes that multiply.
+    `keys`: its tensors; sites that share all of them share the part, and `group` numbers such parts. `adds`: the site's
+    update is the sum of such parts; False for planes that multiply.
     """
 
     name: str
@@ -56,10 +55,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Card:
-    """What tables, pages and messages say of a method.
+    """A method's description for tables, pages and messages.
 
     `shown`: its name in tables. `paper`: its number at arXiv. `about`: one line for the list of methods. `citation`:
-    BibTeX. `merges`: its updates can be added to weights, and so exported as plain LoRA.
+    BibTeX. `merges`: its updates can be added to weights, and exported as plain LoRA.
     """
 
     shown: str
@@ -71,34 +70,33 @@ class Card:
 
 @dataclass(frozen=True)
 class Method:
-    """A method. What stands behind `card` is for what the two functions can't say.
+    """A method. The fields after `card` cover the cases that the two functions can't express.
 
     name: in lower case, its PEFT type and the prefix of its parameters.
     config: a subclass of `MethodConfig`.
     tensors, pair: see the module. `pair` is None for a method whose layer has a forward of its own.
     check: raises ConfigError for a site where the config can't work; by default where the rank is above the matrix.
-    draw: gives what is drawn once for each forward pass in training.
+    draw: draws a random value once for each forward pass in training; see `Context.drawn`.
     parts: the named parts of a site's update, for the analysis; by default the update itself.
-    sites: the places that a config adapts, where these aren't its target modules.
+    sites: the sites that a config adapts, if these aren't its target modules.
     reads: for a method whose layers come to share a tensor during training: key -> the shared name that a key of
         `tensors` reads now. Its config is a `MergingConfig`, which keeps this.
-    acting: of the sites, those whose update acts now, for a method that restructures.
+    acting: the sites whose update is active at present, for a method that restructures.
     needs_steps: whether training with this config needs `ziggurat.step`.
-    step: does what is due at a step.
-    step_does: what it does, in words, where that needs gradients or weights which DeepSpeed keeps to itself.
-    step_fields: the fields of the config that ask for it.
+    step: the method's part of `ziggurat.step`.
+    step_does: a description of `step` for errors, if it needs gradients or weights which DeepSpeed doesn't expose.
+    step_fields: the fields of the config that require steps.
     callback: a TrainerCallback that every Trainer gets for this config.
-    steps_in_trainer: a Trainer calls `step`; False where `callback` does instead what is due.
-    run_state, resume: what a resumed run needs of a model besides its weights, as tensors by name; putting it back.
-    finish: takes the trained PeftModel before it is saved, drops what training left without effect, and gives counts
-        of parameters by name.
-    picture: draws what training did into a folder.
+    steps_in_trainer: a Trainer calls `step`; False if `callback` replaces it.
+    run_state, resume: the state that a resumed run needs besides the weights, as tensors by name; restoring it.
+    finish: takes the trained PeftModel before it is saved, drops parameters without effect, and returns counts of
+        parameters by name.
+    picture: draws the training history into a folder.
     write: writes the model with its adapter where no weight can hold the update.
-    sums: the update is a sum over tensors, and `pair`, given some of them alone, computes what these add. Tensors that
-        all experts of a layer share then act on all tokens at once.
+    sums: the update is a sum over tensors, and `pair`, given some of them, computes their part. Tensors that all
+        experts of a layer share then act on all tokens at once.
     events_file: the log that it writes beside an adapter whose structure training changed.
-    older_names: regular expressions with replacements, which make of a tensor's name in an older file what it is
-        called now.
+    older_names: regular expressions with replacements that turn a tensor's name in an older file into its current name.
     """
 
     name: str

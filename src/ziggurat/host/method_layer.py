@@ -1,4 +1,4 @@
-"""What all tuner layers of methods have in common: their tensors, by adapter, and the pair that they compute."""
+"""The base class of all tuner layers of methods: their tensors, by adapter, and the pair that they compute."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -19,8 +19,8 @@ BANK, DRAWS = "_bank", "_draws"
 class MethodLayer(Stores):
     """A tuner layer at one site. Subclasses by method have `method`, and are modules.
 
-    Tensors that the site has for itself lie here, so that FSDP shards them with the layer; shared ones in the bank at
-    the root, to which a layer holds an unregistered reference.
+    Tensors of this site alone lie here, so that FSDP shards them with the layer; shared ones lie in the bank at the
+    root, to which a layer holds an unregistered reference.
     """
 
     method: ClassVar[Method]
@@ -32,7 +32,7 @@ class MethodLayer(Stores):
         self.sites: dict[str, Site] = {}
         #: Adapter -> key -> (whether the tensor lies in the bank, its leaf name).
         self.leaves: dict[str, dict[str, tuple[bool, str]]] = {}
-        #: Adapters that have tensors here and take no part in the forward for now.
+        #: Adapters whose tensors here are inactive at present.
         self.asleep: dict[str, bool] = {}
 
     @property
@@ -71,7 +71,7 @@ class MethodLayer(Stores):
         device: torch.device | None,
         dtype: torch.dtype,
     ) -> None:
-        """Give `adapter` its tensors here; what is shared and exists already is left as it is."""
+        """Create the tensors of `adapter` at this site; a shared tensor that exists already is left as it is."""
         for name, value in ((BANK, bank), (DRAWS, draws)):
             if value is not None:
                 # Past nn.Module.__setattr__, so that the bank is registered at the root alone.
@@ -121,18 +121,18 @@ class MethodLayer(Stores):
         return dict(self.stores[adapter].named_parameters())
 
     def context(self, adapter: str) -> Context:
-        """The context of a forward pass that is being computed now."""
+        """The context of the forward pass that is being computed."""
         if not self.training:  # type: ignore[attr-defined]
             return EVALUATION
         draws: Draws | None = self.__dict__.get(DRAWS)
         return Context(True, draws.of(adapter) if draws is not None else None)
 
     def effective_pair(self, adapter: str, context: Context = EVALUATION) -> FactorPair:
-        """The one pair that says all of `adapter`'s update here: A (rank, d_in), B (d_out, rank), scale folded in."""
+        """The pair of `adapter`'s whole update here: A (rank, d_in), B (d_out, rank), scale folded in."""
         return self.pair_of(adapter, self.stored(adapter), context)
 
     def pair_of(self, adapter: str, tensors: dict[str, Tensor], context: Context = EVALUATION) -> FactorPair:
-        """`effective_pair` of `tensors`, which stand for those that `stored` gives."""
+        """`effective_pair`, with `tensors` in the place of those that `stored` gives."""
         return pair_of(self.method, self.configs[adapter], self.sites[adapter], tensors, context)
 
     def dropout(self, adapter: str) -> float:
@@ -140,14 +140,14 @@ class MethodLayer(Stores):
         return self.configs[adapter].dropout_at(self.sites[adapter])
 
     def state_of(self, adapter: str) -> tuple[object, ...]:
-        """What changes whenever the pair of `adapter` in a training pass does: its tensors and their versions."""
+        """A key that changes whenever the pair of `adapter` in a training pass does: its tensors and their versions."""
         context = self.context(adapter)
         tensors = self.stored(adapter).values()
         versions = ((id(t), None if t.is_inference() else t._version) for t in tensors)
         return self.dropout(adapter), context.drawn, *versions
 
     def forget(self, adapter: str) -> None:
-        """Take out all of `adapter`, without choosing another active one."""
+        """Remove `adapter` without choosing another active adapter."""
         for table in (self.stores, self.configs, self.sites, self.leaves, self.asleep):
             if adapter in table:
                 del table[adapter]
@@ -157,7 +157,7 @@ class MethodLayer(Stores):
         raise NotImplementedError
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Never to the meta device, where the tensors just read would be lost, and never to another dtype."""
+        """Never to the meta device, where loaded tensors would be lost, and never to another dtype."""
         home = device or self._home()
         if adapter_name not in self.leaves or home is None:
             return

@@ -1,4 +1,4 @@
-"""Batches in which each sample names an adapter: handing the names to the layers, and refusing what they can't be."""
+"""Batches in which each sample names an adapter: passing the names to the layers, and checking them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +15,14 @@ BASE = "__base__"  # PEFT's name, in adapter_names, for a sample without adapter
 
 
 class MixedTuner(BaseTuner):
-    """The part of the tuner that hands `adapter_names` on."""
+    """The part of the tuner that passes `adapter_names` on."""
 
     #: The adapters that train together, on batches that name one for each sample.
     together: frozenset[str] = frozenset()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names` (one adapter name a sample) to every layer for the length of one forward."""
+        """Pass `adapter_names` (one adapter name a sample) to every layer for the length of one forward."""
         names: list[str] | None = kwargs.pop("adapter_names", None)
         if names is None:
             yield

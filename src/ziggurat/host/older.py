@@ -1,9 +1,10 @@
-"""What older versions lack, under the names that the newest have. A part goes when LOWEST in supported.py passes it.
+"""Features that older versions lack, under the names of the newest. A part goes when LOWEST in supported.py passes it.
 
 transformers 5.23 renames gradient checkpointing to activation checkpointing. PEFT 0.21 has an error class of its own
 for targets that match nothing, which was a ValueError before. PEFT 0.20 has backends that read and write quantised
-weights; before it, quantised linear layers train by their own forward, and nothing is merged into them. torch 2.8 tells
-what autograd's saved tensors meet; before it, a checkpoint between linear layers that read one input would go unseen.
+weights; before it, quantised linear layers train by their own forward, and nothing is merged into them. torch 2.8
+exposes the hooks on autograd's saved tensors; before it, a checkpoint between linear layers that read one input would
+go unnoticed.
 """
 
 from functools import cache
@@ -68,11 +69,11 @@ def as_no_match(error: ValueError) -> ValueError:
 
 
 def check_saved_whole(config: Any) -> None:
-    """Raise ConfigError if PEFT before 0.21 would save this adapter without a part that it trains, or load it so.
+    """Raise ConfigError if PEFT before 0.21 would save or load this adapter without a part that it trains.
 
-    A method tells PEFT 0.21 what belongs to an adapter besides its factors; before, PEFT takes the factors alone. So
-    biases would be lost, and so would the structure of a LoR2C adapter that merges and injects, where a Trainer resumes
-    or takes its best checkpoint back. An adapter whose training is over has its structure in its config.
+    Before 0.21 PEFT saves the factors alone. So biases would be lost, and so would the structure of a LoR2C adapter
+    that merges and injects when a Trainer resumes or loads its best checkpoint. An adapter whose training is over has
+    its structure in its config.
     """
     if hasattr(BaseTuner, "_get_adapter_state_dict"):
         return
@@ -110,7 +111,7 @@ def trainer_counts_shifted_labels() -> bool:
 
 
 def checkpointing_argument() -> str:
-    """What TrainingArguments calls the choice to compute activations again in the backward."""
+    """The name of TrainingArguments' field for gradient checkpointing."""
     from transformers import TrainingArguments  # which takes a second to load
 
     newest = "activation_checkpointing"

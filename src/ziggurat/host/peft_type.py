@@ -1,4 +1,4 @@
-"""A method's type in PEFT, which has no door for methods from outside.
+"""A method's type in PEFT, which has no API for external methods.
 
 `peft.utils.register_peft_method` wants a member of the enum `PeftType`. A plain string in its place fails wherever PEFT
 or transformers read `.value`, so a real member is added first.

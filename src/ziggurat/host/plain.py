@@ -34,9 +34,9 @@ def plain_lora(model: nn.Module, rank: int | None = None, adapter: str = "defaul
     """`adapter` of `model` as plain LoRA with the same updates, in memory: to send it to a server after each step.
 
     For each adapted linear layer, in its dtype and on its device, A (rank, d_in) and B (d_out, rank) with B A = dW, the
-    update, its scale folded in, and lora_alpha = rank; what `modules_to_save` and `bias` train comes along. The tensors
-    are copies. The model isn't touched, and may be wrapped (DDP, torch.compile). Where FSDP2 has sharded it, the
-    shards are gathered: all processes must call this.
+    update, its scale folded in, and lora_alpha = rank; modules_to_save and trained biases are included. The tensors are
+    copies. The model isn't touched, and may be wrapped (DDP, torch.compile). Where FSDP2 has sharded it, the shards are
+    gathered: all processes must call this.
 
     Args:
         rank: of every pair, filled up with zeros, so that shapes stay the same while a method prunes, and a server's
@@ -81,7 +81,7 @@ def as_plain(
 
 
 def lora_names(base: nn.Module, pairs: Mapping[str, FactorPair]) -> dict[str, str]:
-    """Path -> what PEFT calls the module of its LoRA there.
+    """Path -> PEFT's name of the LoRA module there.
 
     It wraps the experts of a layer once for each adapted parameter, the first one in the module innermost.
     """
@@ -126,15 +126,15 @@ def lora_pairs(model: nn.Module, adapter: str = "default") -> dict[str, FactorPa
 def other_tensors(
     model: nn.Module, adapter: str, saved: Collection[str] | None = None, grown: bool = True
 ) -> dict[str, Tensor]:
-    """What PEFT saves of the adapter beside the method's own factors: modules_to_save, biases, grown embeddings.
+    """The tensors that PEFT saves with the adapter besides its factors: modules_to_save, biases, resized embeddings.
 
-    `saved`: the names in the adapter's file, where it comes from one; whose embeddings go along, but for those below an
-    adapter that are as the base has them.
+    `saved`: the names in the adapter's file, if it comes from one; its embeddings are included, except unchanged ones
+    below an adapter.
 
     With bias="all" PEFT names the biases of modules_to_save twice, once by where they stand in the wrapper.
     """
     base, config = bare(model), getattr(model, "peft_config", {}).get(adapter)
-    # Finding the base's size reads its config by name: nothing for every step, and nothing that `plain_lora` sends.
+    # Finding the base's size reads its config by name: too slow for every step, and `plain_lora` doesn't send it.
     grown = grown and config is not None and has_grown(base, config)
     other = getattr(config, "no_factors", ())
     extra = ("modules_to_save", "trainable_token_indices")
@@ -189,7 +189,7 @@ def _gathering() -> Callable[[Tensor], Tensor]:
 
 
 def _refusal(model: nn.Module, module: BaseTunerLayer, adapter: str) -> str:
-    """Why a tuner layer that is no adapted linear layer can't become plain LoRA."""
+    """The reason why a tuner layer other than an adapted linear layer can't become plain LoRA."""
     config = getattr(model, "peft_config", {}).get(adapter)
     if getattr(config, "peft_type", None) == PeftType.LORA:
         return "this is a plain LoRA adapter already: use it as it is."

@@ -24,7 +24,8 @@ _files: dict[str, ModuleType] = {}
 
 
 def load_installed() -> None:
-    """Import what installed packages name in `GROUP`. One that can't be imported is warned of, and passed over."""
+    """Import the modules that installed packages name in `GROUP`; those that can't be imported are skipped with a
+    warning."""
     for entry in entry_points(group=GROUP):
         if entry.module in sys.modules:
             continue  # it is what imports ziggurat just now
@@ -80,7 +81,7 @@ def _is_file(named: str) -> bool:
 
 
 def loaded() -> tuple[str, ...]:
-    """The plugins that were loaded, for a process that is to load them, too."""
+    """The loaded plugins, for a child process that has to load them too."""
     return tuple(_loaded)
 
 

@@ -25,11 +25,11 @@ def register(
     bank: type[Bank] = Bank,
     more_layers: Sequence[type[Any]] = (),
 ) -> None:
-    """Make `method` a PEFT method: `get_peft_model`, `PeftModel.from_pretrained` and all that stands on them.
+    """Make `method` a PEFT method, for `get_peft_model`, `PeftModel.from_pretrained` and everything built on them.
 
-    For what the two functions can't say: a subclass of the `tuner`, of the adapted linear `layer`, of the `bank`, and
-    `more_layers`, further tuner layers of the method. Registering the same method again does nothing; one whose config
-    has the same module and name, as when a notebook's cell runs again, takes the place of the earlier one.
+    For cases that the two functions can't express: a subclass of the `tuner`, of the adapted linear `layer`, of the
+    `bank`, and `more_layers`, further tuner layers of the method. Registering the same method again does nothing; one
+    whose config has the same module and name, as when a notebook's cell runs again, takes the place of the earlier one.
 
     Raises:
         ConfigError: the name is no Python name in lower case, or another package has taken it.

@@ -1,4 +1,4 @@
-"""Hooks of ours on the base model's root: each class of them is there once, for each method at most."""
+"""Ziggurat's hooks on the base model's root: at most one of each class and method."""
 
 from typing import Any, Self
 
@@ -6,13 +6,13 @@ from torch import nn
 
 from ziggurat.host.method import Method
 
-#: The tables of a module that may hold one of ours, and those that say how a hook is called.
+#: The tables of a module that may hold one of these hooks, and those with the flags of each hook.
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_load_state_dict_pre_hooks")
 _FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
 def hooks_of(module: nn.Module) -> dict[int, Any]:
-    """Key -> hook of `module`, without what torch wraps around it."""
+    """Key -> hook of `module`, without torch's wrapper."""
     return {key: getattr(hook, "hook", hook) for name in HOOKS for key, hook in getattr(module, name).items()}
 
 

@@ -43,7 +43,7 @@ SIBLINGS = "_siblings"
 
 
 class Down(NamedTuple):
-    """What one linear adds to its output: h B^T for h = dropout(x) A^T, (tokens, rank); `state` is that of A and B."""
+    """A linear layer's update h B^T, with h = dropout(x) A^T, (tokens, rank); `state` is `state_of` A and B."""
 
     h: Tensor
     B: Tensor
@@ -51,7 +51,7 @@ class Down(NamedTuple):
 
 
 class _Circumstances(NamedTuple):
-    """What besides x decides what a product's graph is: two calls share one only if these are equal.
+    """The state, besides x, that decides a product's graph: two calls share one only if these are equal.
 
     `pack` tells one checkpoint from another and from none: the innermost hook on the tensors that autograd saves.
     """
@@ -75,7 +75,8 @@ class _Circumstances(NamedTuple):
 
 
 def _reference(hook: object) -> object:
-    """Weak, for a checkpoint's hook holds its inputs. What can't be held so equals nothing, itself included."""
+    """Weak, because a checkpoint's hook holds its inputs. An object without weak references equals nothing, not even
+    itself."""
     try:
         return weakref.ref(hook)
     except TypeError:
@@ -95,7 +96,7 @@ class _InFlight:
         self._local.__dict__[adapter] = (weakref.ref(x), _Circumstances.of(x), waiting)
 
     def take(self, adapter: str, x: Tensor, linear: "AdaptedLinear") -> Down | None:
-        """What waits for `linear`, if it is what `linear` would make of this x now."""
+        """The product that waits for `linear`, if `linear` would compute the same from this x."""
         of, circumstances, waiting = self._local.__dict__.get(adapter, (lambda: None, None, {}))
         if of() is not x or circumstances != _Circumstances.of(x):
             self._local.__dict__.pop(adapter, None)
@@ -154,7 +155,7 @@ class Siblings:
 
 
 def introduce(parent: nn.Module, path: str, kind: "type[AdaptedLinear]") -> None:
-    """Let the linear layers of `kind` in `parent` share, where their names say so; `path` is that of one of them."""
+    """Group the linear layers of `kind` in `parent` by `READ_THE_SAME`; `path` is that of one of them."""
     if _ACROSS.search(path) or not SHARES:
         return
     for row in READ_THE_SAME:

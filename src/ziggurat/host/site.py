@@ -1,4 +1,4 @@
-"""A site: where one factor pair acts. Everything that a method may know of the model is here."""
+"""A site: the place of one factor pair, with everything that a method may know of the model."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -13,7 +13,7 @@ from ziggurat.lowrank.spans import Span
 
 #: The name of a residual path among the children of its layer. No method's prefix may be part of it.
 CHILD = "residual_path"
-#: A rank that is no burden however small the matrix is.
+#: A rank that is allowed however small the matrix is.
 FREE_RANK = 256
 #: An expert's number in the role of a linear layer, behind the name of the list (or dict) of experts.
 EXPERT = re.compile(r"((?:^|\.)\w*experts?)\.(?:expert_)?(\d+)(?=\.)")
@@ -71,10 +71,10 @@ class Site:
 
 
 def check_room(config: Any, name: str, rank: int, site: Site, *, free: bool = False) -> None:
-    """Raise ConfigError if `rank` is above what the matrix at `site` has room for.
+    """Raise ConfigError if `rank` is above the largest rank of the matrix at `site`.
 
-    `name` says which rank it is. `free`: a rank up to the larger side, or up to 256, costs nothing worth refusing. An
-    adapter from a folder, or a sum of adapters, has the rank that it has.
+    `name` names the rank in the error. `free`: a rank up to the larger side, or up to 256, is accepted. Adapters from a
+    folder, and sums of adapters, aren't checked.
     """
     if config.stored_numbers is not None or config.any_rank:
         return
@@ -87,7 +87,7 @@ def check_room(config: Any, name: str, rank: int, site: Site, *, free: bool = Fa
 
 
 def rank_fits(config: Any, site: Site) -> None:
-    """Raise ConfigError if the rank is above what the matrix at `site` has room for."""
+    """Raise ConfigError if the rank is above the largest rank of the matrix at `site`."""
     check_room(config, f"r={config.r}", config.r, site)
 
 
@@ -123,7 +123,7 @@ def body_name(model: nn.Module, path: str) -> str:
 
 
 def with_other_head(path: str, prefix: str, known: Collection[str]) -> str:
-    """`path` as it is called in this model, where an adapter was saved with another head, or without one.
+    """`path` in this model, for an adapter that was saved with another head, or without one.
 
     `prefix`: this model's `body_prefix`. `known`: the paths that it has.
     """

@@ -1,9 +1,9 @@
-"""Which versions of PEFT and transformers work, which of them only in part, and the warning that each gives at import.
+"""The versions of PEFT and transformers that work, fully or in part, and the warnings at import.
 
-The methods stand on private parts of both packages. `tested.json` holds the pairs that `.ci/versions` has run, and
-what does not work under each. An older version than the oldest tested one is refused; a newer one than the newest gets
-a warning, because it will mostly work. A pair is *limited* if transformers itself asks for a newer PEFT than the one
-that is installed: then transformers refuses seven of its methods, and everything else works.
+The methods stand on private parts of both packages. `tested.json` holds the pairs that `.ci/versions` has run, and the
+failures under each. An older version than the oldest tested one is refused; a newer one than the newest gets a warning,
+because it will mostly work. A pair is *limited* if transformers itself asks for a newer PEFT than the one that is
+installed: then transformers refuses seven of its methods, and everything else works.
 """
 
 import json
@@ -39,7 +39,7 @@ STRICT = "ZIGGURAT_STRICT"
 
 @dataclass(frozen=True)
 class Tested:
-    """A set of versions under which `.ci/versions` has run, and what came of it."""
+    """A set of versions under which `.ci/versions` has run, with its result."""
 
     name: str
     why: str
@@ -92,7 +92,7 @@ def asked_peft() -> str | None:
 
 
 def limits() -> str | None:
-    """What does not work because transformers asks for a newer PEFT, and what to do; None if nothing."""
+    """The text about functions that fail because transformers asks for a newer PEFT; None if none does."""
     asked = asked_peft()
     if asked is None:
         return None
@@ -132,7 +132,7 @@ def check_versions() -> None:
 
 
 def _explain() -> None:
-    """Let transformers' own check end in our sentence, which says what works instead."""
+    """Replace the message of transformers' version check by ours, which names alternatives."""
     check = getattr(integration, "check_peft_version", None)
     if check is None or hasattr(check, "explained"):
         return

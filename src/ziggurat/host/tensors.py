@@ -1,4 +1,4 @@
-"""What a method stores at a site: the description of a tensor, how it is drawn, and the module that holds it."""
+"""The tensors of a site: their description, their initialisation, and the module that holds them."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -99,11 +99,11 @@ class TensorSpec:
     `shape`: as one linear layer has it. `init`: fills it in place; it may read the frozen weight.
     `shared`: "" for a tensor of this site alone; otherwise a name without dots, and all sites that give a tensor of
     this name and key share one. `trainable`: False keeps it as drawn; it is stored all the same.
-    `seed`: the tensor is frozen and never stored: whoever loads the adapter draws it again from this seed, with torch's
-    generator of the CPU. `up`: it lies on the output side, as LoRA's B; LoRA+ has a rate for such.
-    `experts`: at a parameter that holds all experts of a layer, how many contiguous, equal groups of experts have one
-    of this tensor each, or the first expert of each group. None: every expert has its own, and where the tensor is
-    shared, all have one.
+    `seed`: the tensor is frozen and never stored: loading the adapter draws it again from this seed, with torch's
+    generator of the CPU. `up`: it lies on the output side, as LoRA's B; LoRA+ has a separate rate for these.
+    `experts`: at a parameter that holds all experts of a layer, the number of contiguous, equal groups of experts that
+    have one of this tensor each, or the first expert of each group. None: one for every expert, or one for all if the
+    tensor is shared.
     """
 
     shape: tuple[int, ...]
@@ -124,7 +124,7 @@ class TensorSpec:
         return prod(self.shape)
 
     def leaf(self, key: str) -> str:
-        """What the tensor called `key` is called among the parameters of its adapter."""
+        """The name of the tensor `key` among the parameters of its adapter."""
         return f"{self.shared}:{key}" if self.shared else key
 
 
@@ -192,7 +192,7 @@ def tier_of(key: str) -> str:
 
 
 def is_named(key: str, names: Collection[str]) -> bool:
-    """Whether `names`, of tiers and of single tensors by their keys, have the tensor called `key`."""
+    """Whether `names`, tiers or single tensors by their keys, include the tensor called `key`."""
     return key in names or tier_of(key) in names
 
 
@@ -222,7 +222,7 @@ class Factors(nn.Module):
             self._buffers[leaf] = tensor
 
     def take(self, leaf: str, other: "Factors") -> None:
-        """Let the tensor called `leaf` be that of `other`, the same object."""
+        """Share the tensor called `leaf` with `other`: both hold the same object."""
         for mine, its in ((self._parameters, other._parameters), (self._buffers, other._buffers)):
             mine.pop(leaf, None)
             if leaf in its:
@@ -233,17 +233,17 @@ class Factors(nn.Module):
         return [*self._parameters, *self._buffers]
 
     def forward(self, leaves: Collection[str]) -> list[Tensor]:
-        """The tensors of these names. Called, not read, so that hooks which gather shards run first."""
+        """The tensors of these names. A call, so that hooks which gather shards run first."""
         return [self[leaf] for leaf in leaves]
 
     def widen(self) -> None:
-        """Make frozen tensors of 16 bits float32, as PEFT makes parameters."""
+        """Convert frozen tensors of 16 bits to float32, as PEFT does with parameters."""
         for leaf, buffer in self._buffers.items():
             if buffer is not None and buffer.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[leaf] = buffer.float()
 
     def move(self, device: torch.device) -> None:
-        """Bring what lies on the CPU to `device`; nothing moves to the meta device."""
+        """Move tensors from the CPU to `device`; nothing moves to the meta device."""
         if device.type in ("cpu", "meta"):
             return
         for leaf, parameter in self._parameters.items():

@@ -1,4 +1,4 @@
-"""Letting a method's callback ride along in every transformers Trainer, so that nobody has to add it by hand."""
+"""Adding a method's callback to every transformers Trainer, so that nobody has to add it by hand."""
 
 from typing import TYPE_CHECKING
 
@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 def ride_along(callback: "type[TrainerCallback]") -> None:
     """Give each Trainer made from now on (TRL's are Trainers too) one `callback()`. Asking twice adds it once.
 
-    A tuner asks when it adds an adapter that needs the callback, which is before the
-    Trainer is made: transformers' Trainer starts from a list of default callbacks, and
-    this one is put there. The callback must do nothing for models without its method.
+    A tuner calls this when it adds an adapter that needs the callback, before the Trainer is made: transformers'
+    Trainer starts from a list of default callbacks, which this extends. The callback must do nothing for models without
+    its method.
     """
     from transformers import trainer
 

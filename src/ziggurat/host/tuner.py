@@ -43,7 +43,7 @@ UNCHECKED = 2**26
 
 
 class MethodTuner(MixedTuner):
-    """Puts adapters of one method into a model. A subclass adds what the method's two functions can't say."""
+    """Puts adapters of one method into a model. A subclass covers the cases that the two functions can't express."""
 
     method: ClassVar[Method]
     prefix: str
@@ -64,7 +64,7 @@ class MethodTuner(MixedTuner):
 
     @property
     def generate(self) -> Callable[..., Any]:
-        """The model's own, which computes each layer's pair once a call."""
+        """The model's `generate`, with each layer's pair computed once a call."""
         from ziggurat.host.generation import keeping_pairs
 
         return keeping_pairs(self.model, self.model.generate)  # type: ignore[arg-type]
@@ -74,7 +74,7 @@ class MethodTuner(MixedTuner):
         return sites_of(self.method, config, model)
 
     def _check_pairs(self, config: Any, sites: Mapping[str, Site]) -> None:
-        """Raise ConfigError where the two functions don't fit each other; asked once for sites of the same sizes."""
+        """Raise ConfigError where the two functions don't fit each other; checked once for sites of the same sizes."""
         computed: set[Any] = set()
         for site in sites.values() if self.method.pair is not None else ():
             here = config.at(site)
@@ -95,7 +95,7 @@ class MethodTuner(MixedTuner):
         return targets(peft_config, key)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
-        """Look at the whole model and raise before anything in it is changed."""
+        """Check the whole model and raise before anything in it is changed."""
         config: Any = peft_config
         check_takes_parameters(self.method, config)
         all_linear = config.target_modules == "all-linear"  # which PEFT replaces by names
@@ -113,11 +113,11 @@ class MethodTuner(MixedTuner):
             layer.forget(self._adding)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's. An adapter of this name that the model has already is taken out, so that the new one is fresh."""
+        """As PEFT's. An existing adapter of this name is removed first, so that the new one is fresh."""
         self._adding = adapter_name
         config: Any = self.peft_config[adapter_name]
         if config.sites is not None:
-            # It has served for a model before, which saves it with that model's sites.
+            # Another model uses this config, and saves it with that model's sites.
             self.peft_config[adapter_name] = copy.copy(config)
         kwargs.pop("state_dict", None)  # by its names PEFT would choose the targets, and shared tensors name none
         try:
@@ -235,7 +235,7 @@ class MethodTuner(MixedTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As PEFT's, with names as this version has them; an adapter of which tensors are missing is refused.
+        """As PEFT's, with the names of this version; an adapter with missing tensors is refused.
 
         Raises:
             ConfigError: `state_dict` lacks tensors of the adapter.
@@ -249,7 +249,7 @@ class MethodTuner(MixedTuner):
         return renamed
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        # First of all the method's own refusal: a quantised weight's says to merge elsewhere.
+        # The method's own refusal comes first: a quantised weight's refusal recommends merging elsewhere.
         self._check_merge_allowed()
         reached = self._reached(adapter_names)
         note_shared(self.model, (layer for _, layer in reached))
@@ -296,7 +296,7 @@ class MethodTuner(MixedTuner):
 
     @contextmanager
     def added(self, adapter: str, config: Any) -> Iterator[None]:
-        """Around filling a new adapter of `config`: where that fails, there is no such adapter afterwards."""
+        """Context for filling a new adapter of `config`: if that fails, the adapter is removed."""
         self.peft_config[adapter] = config
         try:
             self.inject_adapter(self.model, adapter)
@@ -349,7 +349,7 @@ class MethodTuner(MixedTuner):
 
 
 def check_stored(config: Any, parameters: int) -> None:
-    """Raise ConfigError if an adapter from a folder would take far more room than its file fills."""
+    """Raise ConfigError if an adapter from a folder would need far more memory than its file has."""
     stored = config.stored_numbers
     if stored is not None and parameters > max(stored, UNCHECKED):
         raise ConfigError(

@@ -12,10 +12,10 @@ from ziggurat.errors import ConfigError
 
 #: No matrix in use has more rows; a rank above is a slip or an attack.
 MOST_RANK = 2**16
-#: What a list or dict in a config may hold.
+#: The most entries of a list or dict in a config.
 MOST_ENTRIES = 100_000
 MOST_ALPHA = 1e9
-#: Fields of an adapter's config that don't decide what it computes.
+#: Fields of an adapter's config that don't change its outputs.
 NO_MATTER = frozenset(
     {"inference_mode", "peft_version", "ziggurat_version", "ziggurat_format", "base_model_name_or_path", "revision"}
     | {"auto_mapping", "task_type", "lora_dropout", "init_weights", "sites", "freeze_tiers", "from_adapter", "bank"}
@@ -44,7 +44,7 @@ def is_number(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """`value` for an error: its beginning, where it is long."""
+    """`value` for an error, cut if it is long."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an int of more digits than Python prints, or a list within itself
@@ -110,7 +110,7 @@ def check_probability(name: str, value: Any) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Raise ConfigError unless `value` is True or False: "no" and 0 would count as one of them in silence."""
+    """Raise ConfigError unless `value` is True or False: "no" and 0 would silently count as one of them."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name}={shown(value)}: True or False is needed.")
 

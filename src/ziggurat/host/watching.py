@@ -1,4 +1,5 @@
-"""The callbacks that ride along in every Trainer: a look at what trains and moves, and `step`. They load its module."""
+"""The callbacks of every Trainer: warnings about frozen or unmoving adapters, and `step`. They load Trainer's
+module."""
 
 import base64
 from pathlib import Path
@@ -37,10 +38,10 @@ class TrainingWatch(TrainerCallback):
 
 
 class StepCallback(TrainerCallback):
-    """Calls `ziggurat.step` for the methods in `STEPPED`, and keeps what a resumed run needs of them in checkpoints.
+    """Calls `ziggurat.step` for the methods in `STEPPED`, and keeps their state for a resumed run in checkpoints.
 
-    Rides along in every Trainer. A Trainer doesn't hand a callback the folder that a run resumes from, but the state
-    that it has read there: so this stands in trainer_state.json, among the states of callbacks.
+    Rides along in every Trainer. A Trainer gives a callback not the folder that a run resumes from, but the state that
+    it has read there: so the state is stored in trainer_state.json, among the states of callbacks.
     """
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:

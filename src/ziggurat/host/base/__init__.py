@@ -1,1 +1,1 @@
-"""The base model: where its layers and linear layers are, what its weights are, and what a merge must know of them."""
+"""The base model: its stacks of layers, its linear layers, and its weights."""

@@ -94,14 +94,14 @@ class Anatomy:
     def find(self, path: str) -> Place | None:
         """The place of the module or parameter at `path`; None where it lies in no stack or is missing.
 
-        The path may be that of the wrapped model: "q.base_layer" and "q.lora_A.default" give the
-        place of "q", and so does the "base_model.model." of a `PeftModel` that was passed in.
+        The path may be that of the wrapped model: "q.base_layer" and "q.lora_A.default" give the place of "q". The
+        prefix "base_model.model." of a `PeftModel` is accepted too.
         """
         bare = self._bare_path(path)
         return None if bare is None else self._find_bare(bare)
 
     def position(self, path: str) -> Place:
-        """As `find`; what lies in no stack is a stack of its own, with one layer."""
+        """As `find`; a module outside every stack counts as a stack with one layer."""
         return self.find(path) or Place(stack=path, layer=0, role="", num_layers=1)
 
     def place(self, path: str) -> Place:

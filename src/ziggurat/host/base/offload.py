@@ -1,4 +1,4 @@
-"""Where modules compute whose weights accelerate keeps on disk, or on another device, between forwards."""
+"""The device of modules whose weights accelerate keeps on disk, or on another device, between forwards."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Linear layers with quantised weights: how to read and change one, and what changing it costs."""
+"""Linear layers with quantised weights: reading and changing a weight, and the error that a change makes."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class ForwardOnly(ForwardOnlyQuantizationBackend):
-    """A weight that computes but can't be changed. `way_round`: how it could be, where there is a way."""
+    """A weight that can be used in a forward but not changed. `way_round`: how to make it changeable, if possible."""
 
     def __init__(self, backend_name: str, way_round: str = "") -> None:
         super().__init__(backend_name)
@@ -27,10 +27,10 @@ class ForwardOnly(ForwardOnlyQuantizationBackend):
 
 
 def backend_of(base: nn.Module, **kwargs: Any) -> QuantizationBackend | None:
-    """How the weight of `base` is read and changed; None where it is plain floating point.
+    """The backend that reads and changes the weight of `base`; None for plain floating-point weights.
 
-    `kwargs`: what PEFT's backends need to know of the model (`get_apply_tensor_subclass`, for torchao). A quantised
-    linear that nothing is known of can be trained beside, by its own forward, but not merged into.
+    `kwargs`: arguments of PEFT's backends (`get_apply_tensor_subclass`, for torchao). An adapter can train beside a
+    quantised linear layer of an unknown kind, but can't be merged into it.
     """
     if kwargs.get("get_apply_tensor_subclass") is None and _is_torchao(base):
         return ForwardOnly(
@@ -44,7 +44,7 @@ def backend_of(base: nn.Module, **kwargs: Any) -> QuantizationBackend | None:
 
 
 def backend_arguments(model: nn.Module) -> dict[str, Any]:
-    """What PEFT's backends need to know of the model: how torchao weights are quantised again."""
+    """Arguments of PEFT's backends for this model: the function that quantises torchao weights again."""
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     again = getattr(config, "get_apply_tensor_subclass", None)
     return {} if again is None else {"get_apply_tensor_subclass": again}
@@ -63,7 +63,7 @@ def base_weight(layer: BaseTunerLayer) -> Tensor:
 
 
 def replace_weight(layer: BaseTunerLayer, weight: Tensor) -> float:
-    """Put `weight`, quantised as the old one was, into `layer`'s base. Returns ||Q(weight) - weight||_F."""
+    """Set the weight of `layer`'s base to `weight`, quantised like the old one. Returns ||Q(weight) - weight||_F."""
     bias = getattr(layer.get_base_layer(), "bias", None)
     layer.set_base_weight(weight)
     base = layer.get_base_layer()
@@ -90,9 +90,10 @@ def check_changeable(backend: QuantizationBackend | None, where: str = "") -> No
 
 @contextmanager
 def changing(layers: Iterable[tuple[str, Any]], verb: str) -> Iterator[None]:
-    """Around a merge (or unmerge) of many layers: refuse before any is changed, and report the errors in one line.
+    """Context for a merge (or unmerge) of many layers: refuses before any layer is changed, and logs the errors once.
 
-    `layers`: path and adapted linear, of which those with a quantised weight count. `verb`: "merged into", say.
+    `layers`: paths and adapted linear layers; only those with quantised weights matter. `verb`: for the log, such as
+    "merged into".
     """
     quantised = [(path, layer) for path, layer in layers if layer.quantization_backend is not None]
     for path, layer in quantised:
@@ -124,5 +125,5 @@ def _is_plain(base: nn.Module) -> bool:
     weight = getattr(base, "weight", None)
     if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
         return False
-    # A subclass of Tensor may keep numbers of its own; one that is spread over devices doesn't.
+    # A subclass of Tensor may store its values in another form; a DTensor doesn't.
     return type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "device_mesh")

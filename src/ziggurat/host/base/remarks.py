@@ -1,4 +1,4 @@
-"""What a user must know of an adapter's places before training: what can't work there, and what stays frozen."""
+"""Checks of an adapter's target modules before training: modules that can't be adapted, experts that stay frozen."""
 
 import logging
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from ziggurat.host.site import Site
 
 logger = logging.getLogger(__name__)
 
-#: Mixers whose fused kernel multiplies by these weights itself, past whatever stands beside them; PEFT's list for LoRA.
+#: Mixers whose fused kernel multiplies by these weights itself, bypassing an adapter; PEFT's list for LoRA.
 MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 PAST_THE_ADAPTER = ("out_proj", "conv1d")
-#: What the projections of experts are called where they are linear layers, or in checkpoints.
+#: Names of the projections of experts that are linear layers, and in checkpoints.
 OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate_up_proj", "input_linear", "output_linear")
 
 

@@ -33,11 +33,11 @@ def stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def stream_width(layer: nn.Module, hidden_size: int | None = None) -> int | None:
-    """d of the residual stream that `layer` reads and writes, seen from its shapes; None where they don't tell.
+    """d of the residual stream that `layer` reads and writes, inferred from its weights' shapes; None if it can't be.
 
-    It is an input size of a linear and an output size of one, and the size that most norms have: attention
-    heads and inner layers of experts have other sizes on one of these counts. `hidden_size`: what the model's config
-    calls so, which is right where a norm has this size too (MobileBERT has more norms in its bottlenecks).
+    d is an input size of a linear layer, an output size of one, and the size of most norms; attention heads and inner
+    layers of experts fail one of these conditions. `hidden_size` from the model's config is taken where a norm has this
+    size (MobileBERT has more norms in its bottlenecks).
     """
     ins: dict[int, int] = {}
     outs: dict[int, int] = {}

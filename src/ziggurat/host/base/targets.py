@@ -26,7 +26,7 @@ _LLAMA_LIKE = (
     *("clip", "siglip"),
     *("idefics3", "smolvlm"),
 )
-#: Their queries and values have the first two names in older versions of transformers, and the other two in newer ones.
+#: Names of queries and values in older versions of transformers (the first two) and in newer ones (the others).
 _VISION = ["query", "value", "q_proj", "v_proj"]
 #: The last one is that of the vision tower.
 _SEEING_QWEN = ["q_proj", "v_proj", "qkv"]
@@ -46,8 +46,8 @@ DEFAULT_TARGETS: dict[str, list[str] | str] = {
     "vit": _VISION,
     **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
 }
-"""model_type -> target_modules. PEFT's own table decides, so that methods and LoRA adapt the same
-linear layers; what it lacks is filled in by its rule, queries and values or the projection that holds both."""
+"""model_type -> target_modules. PEFT's own table decides, so that methods and LoRA adapt the same linear layers;
+missing model types are added by its rule, queries and values or the projection that holds both."""
 
 
 def targets(config: Any, path: str) -> Any:
@@ -104,7 +104,7 @@ def checked_specs(method: Method, config: Any, sites: Mapping[str, Site]) -> dic
 
 
 def _check_whole(model: nn.Module, path: str) -> None:
-    """Raise ConfigError if tensor parallelism has split the weight at `path`: factors would be those of one part."""
+    """Raise ConfigError if tensor parallelism has split the weight at `path`: each process's factors would differ."""
     module: Any = model
     for name in path.split("."):
         inner = getattr(module, name, None)
@@ -122,7 +122,7 @@ def _check_whole(model: nn.Module, path: str) -> None:
 
 
 def check_takes_parameters(method: Method, config: Any) -> None:
-    """Raise ConfigError if `config` names parameters of experts, and the method's update is none of weights."""
+    """Raise ConfigError if `config` names parameters of experts and the method doesn't update weights."""
     if config.target_parameters and (method.sites is not None or method.pair is None):
         raise ConfigError(
             f"target_parameters={sorted(config.target_parameters)}: {method.card.shown} makes no low-rank update of "

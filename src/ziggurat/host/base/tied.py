@@ -1,7 +1,7 @@
-"""Tied weights: modules that hold one parameter, such as an output layer and the embedding, and coming apart exactly.
+"""Tied weights: modules that hold the same parameter, such as an output layer and the embedding, and untying them.
 
-An update of one of them is none of the other. So where a merge reaches a tied weight, the adapted module gets a weight
-of its own, and a config that says that the two are tied says so no longer than they are.
+An update of one module must not change the other. So a merge into a tied weight gives the adapted module a copy, and
+the config's `tie_word_embeddings` is set to False.
 """
 
 from collections import Counter
@@ -16,16 +16,16 @@ from ziggurat.host.linear import AdaptedLinear, rows_merged
 
 
 def note_shared(model: nn.Module, layers: Iterable[AdaptedLinear]) -> None:
-    """Tell each of `layers`, before a merge, whether another module of `model` holds its weight too."""
+    """Note in each of `layers`, before a merge, whether another module of `model` holds its weight too."""
     shared = _shared(model)
     for layer in layers:
         layer.shares_weight = id(layer.get_base_layer()._parameters.get("weight")) in shared
 
 
 def untie(model: nn.Module) -> None:
-    """Give each linear layer below an adapter of PEFT's own methods, which merge in place, a weight of its own.
+    """Give each linear layer below an adapter of PEFT's built-in methods, which merge in place, an untied weight.
 
-    With its trained rows, where it has some (trainable_token_indices): PEFT would merge past them.
+    Trained rows (trainable_token_indices) are merged first: PEFT would lose them.
     """
     shared = _shared(model)
     for layer in model.modules():
@@ -45,10 +45,10 @@ def _shared(model: nn.Module) -> set[int]:
 
 
 def note_untied(model: Any) -> None:
-    """Let the config of a transformers `model` say so where its output layer is the embedding no longer.
+    """Set the config of a transformers `model` to untied where its output layer and its embedding differ.
 
-    Only where nothing else hangs on `tie_word_embeddings`, as BART's two embeddings do, and T5's scale. Loading such a
-    model compares the weights and leaves those that differ apart.
+    Only where `tie_word_embeddings` decides nothing else, as it does in BART (two embeddings) and T5 (a scale). Loading
+    such a model compares the weights and leaves those that differ untied.
     """
     tied = getattr(model, "all_tied_weights_keys", None)
     if not tied:
@@ -61,5 +61,5 @@ def note_untied(model: Any) -> None:
 
 
 def _same(first: Tensor, other: Tensor) -> bool:
-    """Whether two names are those of one tensor: on the meta device they are known by the object alone."""
+    """Whether two tensors are one; on the meta device only the object's identity tells."""
     return first is other or (not first.is_meta and first.data_ptr() == other.data_ptr() and first.shape == other.shape)

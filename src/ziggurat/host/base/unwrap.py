@@ -1,7 +1,7 @@
 """The model below its adapters: the modules and paths it had before PEFT wrapped any of them.
 
-A tuner layer or a `modules_to_save` wrapper stands for the module it wraps; a tuner layer that wraps
-nothing (shared factors, a path beside a layer) is the adapter's own and is not part of the model.
+A tuner layer or a `modules_to_save` wrapper stands for the module it wraps; a tuner layer that wraps nothing (shared
+factors, a path beside a layer) belongs to the adapter and is not part of the model.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Size, nn
 
-#: What PEFT puts before the names of the base model's tensors.
+#: PEFT's prefix of the base model's tensors.
 PREFIX = "base_model.model."
 
 
@@ -53,7 +53,7 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:
-    """The model inside what wraps it for training: DDP, DataParallel, torch.compile."""
+    """The model inside wrappers for training: DDP, DataParallel, torch.compile."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
@@ -92,8 +92,7 @@ def bare_tree(module: nn.Module, path: str = "", above: frozenset[int] = frozens
 def bare_path(model: nn.Module, path: str) -> str | None:
     """The path in the unwrapped model of the module or parameter at `path` of `model`; None where nothing is.
 
-    "q.base_layer" and "q.lora_A.default" are "q"; what an adapter put beside the modules of a layer
-    has the path of the layer.
+    "q.base_layer" and "q.lora_A.default" are "q"; a module that an adapter added to a layer has the path of the layer.
     """
     module, bare = model, []
     for part in path.split("."):

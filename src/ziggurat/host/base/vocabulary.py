@@ -1,4 +1,4 @@
-"""Embeddings that were resized after the base model was made: which they are, and giving a fresh base their size."""
+"""Embeddings that were resized after the base model was made: finding them, and resizing a fresh base."""
 
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ziggurat.host.base.unwrap import PREFIX, unwrap
 
-#: What wrappers put into the names of the weights that they hold.
+#: Parts that wrappers add to the names of the weights that they hold.
 _WRAPPED = frozenset({"base_layer", "original_module", "modules_to_save", "token_adapter"})
 
 
@@ -21,7 +21,7 @@ def base_name(name: str) -> str:
 
 
 def embedding_paths(model: nn.Module) -> list[str]:
-    """The paths of the input and the output embeddings of a transformers model; none of another one's."""
+    """The paths of the input and the output embeddings of a transformers model; empty for other models."""
     layers: list[Any] = []
     asked: Any = model
     for ask in ("get_input_embeddings", "get_output_embeddings"):
@@ -34,13 +34,13 @@ def embedding_paths(model: nn.Module) -> list[str]:
 
 
 def embedding_names(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Those of `names`, tensors of a model with adapters, that are weights of the embeddings of `model`, its base."""
+    """The members of `names`, tensors of a model with adapters, that are embedding weights of `model`, its base."""
     weights = {f"{path}.weight" for path in embedding_paths(model)}
     return {name for name in names if base_name(name) in weights}
 
 
 def fit_vocabulary(model: nn.Module, saved: Mapping[str, tuple[int, ...]]) -> None:
-    """Resize the embeddings of `model` to the rows that `saved`, name -> shape of an adapter's file, has for them."""
+    """Resize the embeddings of `model` to their number of rows in `saved`, name -> shape of an adapter's file."""
     shapes = {base_name(name): shape for name, shape in saved.items()}
     for path in embedding_paths(model):
         weight = getattr(model.get_submodule(path), "weight", None)
@@ -51,10 +51,10 @@ def fit_vocabulary(model: nn.Module, saved: Mapping[str, tuple[int, ...]]) -> No
 
 
 def grown_beside_adapters(model: Any, adapter: PeftConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of `state`, the tensors of `model`, that an adapter's file needs of embeddings that have grown.
+    """The resized embeddings in `state`, the tensors of `model`, that an adapter's file must hold.
 
-    Only where the adapter changes an embedding: PEFT then saves no more than the layer that it changes; elsewhere it
-    sees to all by itself.
+    Empty unless the adapter changes an embedding: PEFT then saves that layer alone; otherwise it saves all of them
+    itself.
     """
     base = unwrap(model)[0]
     layers = [base.get_submodule(path) for path in embedding_paths(base)]
@@ -67,7 +67,7 @@ def grown_beside_adapters(model: Any, adapter: PeftConfig, state: Mapping[str, T
 
 
 def has_grown(model: nn.Module, adapter: PeftConfig) -> bool:
-    """Whether the vocabulary of `model` has another size than that of its base, as far as the base can be found."""
+    """Whether the vocabulary size of `model` differs from its base's; False if the base can't be found."""
     config: Any = getattr(model, "config", None)
     name = adapter.base_model_name_or_path
     if not name or not hasattr(config, "get_text_config"):

@@ -1,1 +1,1 @@
-"""Experts whose weights lie in one parameter: where they are, their updates, and a forward for all of them."""
+"""Experts whose weights lie in one parameter: their sites, their updates, and a forward for all of them."""

@@ -1,4 +1,4 @@
-"""Where the weights of a layer's experts are parameters of three dimensions, and the sites that a config names of them.
+"""Parameters of three dimensions that hold the weights of a layer's experts, and the sites that a config names.
 
 transformers 5 keeps the experts of a layer as two parameters, gate and up projection in one and the down projection,
 (experts, d_out, d_in), or (experts, d_in, d_out) where the module says `is_transposed`.
@@ -33,7 +33,7 @@ def parameter_sites(config: Any, model: nn.Module) -> dict[str, Site]:
     """Path -> site of the parameters that `config.target_parameters` names, by PEFT's rule.
 
     Raises:
-        ConfigError: a name is that of no parameter, or of one that holds no experts.
+        ConfigError: a name matches no parameter, or one that holds no experts.
     """
     named = copy.copy(config)
     named.target_modules = set(config.target_parameters)

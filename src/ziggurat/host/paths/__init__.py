@@ -1,1 +1,1 @@
-"""Low-rank paths around transformer layers, and how the input of a span reaches its last layer."""
+"""Low-rank paths around transformer layers, and the hand-over of a span's input to its last layer."""

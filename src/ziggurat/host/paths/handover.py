@@ -4,11 +4,11 @@ In a forward, x lies in a frame that lives as long as one forward of the module 
 So two threads on one model never mix, an aborted forward leaves nothing behind, and copies and pickles start empty.
 
 A gradient checkpoint may recompute a layer with its hooks, in a backward: transformers before 5.20 does, torch's
-`checkpoint_wrapper`, and whoever checkpoints `layer(x)`. Then no forward is running, and x comes from two places.
-If the span's first layer is recomputed along, x is what it reads again. Otherwise x was computed outside of what is
-recomputed; a `Kept` holds it, and is found by the input of a layer after the first, which knows its own forward: by
-its node in the autograd graph, since a reentrant checkpoint detaches inputs, or without one by the tensor itself.
-The node owns the `Kept` too, so x lives no longer than the graph; a backward that frees the graph frees it earlier.
+`checkpoint_wrapper` does, and so does any checkpoint of `layer(x)`. Then no forward is running, and x has two sources.
+If the span's first layer is recomputed too, x is its input again. Otherwise x was computed outside the checkpoint; a
+`Kept` holds it, and is found by the input of a layer after the first: by its node in the autograd graph, since a
+reentrant checkpoint detaches inputs, or without one by the tensor itself. The node owns the `Kept` too, so x lives no
+longer than the graph; a backward that frees the graph frees it earlier.
 
 A reentrant checkpoint has a graph of its own, which ends at its inputs, and x is none of them. So x is recomputed
 with as a leaf, and the gradient that the leaf gets is added to x's by a hook on x. That is in time: the backward of
@@ -32,12 +32,12 @@ except ImportError:  # private; without it x lives as long as its graph
         return True
 
 
-#: What a `Kept` is called among the things that belong to an autograd node, or to a tensor without one.
+#: The key of a `Kept` in the metadata of an autograd node, or in a tensor without one.
 MARK = "_ziggurat_handed_over"
 
 
 class Frame:
-    """What was handed over in one forward, or in one recomputation, and not taken yet."""
+    """The inputs handed over in one forward, or in one recomputation, and not taken yet."""
 
     def __init__(self, node: Any, recomputes: bool) -> None:
         #: The node whose backward is running; None in a forward outside of any backward.
@@ -61,7 +61,7 @@ class Handover:
         self._traced: dict[tuple[str, int], Tensor] | None = None
 
     def open(self) -> None:
-        """A forward begins in this thread: whatever an earlier one left is dropped."""
+        """A forward begins in this thread: leftovers of an earlier one are dropped."""
         if torch.compiler.is_compiling():
             self._traced = {}
         else:
@@ -76,7 +76,7 @@ class Handover:
     def give(self, key: tuple[str, int], x: Tensor, first: bool, active: bool) -> bool:
         """A layer of the span called `key` reads `x`; `first`: it is the span's first; `active`: the span's path acts.
 
-        What counts is the input of the first layer that runs, for a layer may be dropped. False: no forward is running
+        The input of the first layer that runs is taken, because a layer may be dropped. False: no forward is running
         that could take it.
         """
         if self._traced is not None or torch.compiler.is_compiling():
@@ -150,7 +150,8 @@ class Kept:
             weakref.finalize(self, handle.remove)
 
     def attach(self, h: Tensor, key: Any) -> None:
-        """Let recomputations that read `h` find this, and let it live as long as they are possible."""
+        """Attach this to `h`, so that recomputations which read `h` find it and it lives as long as they are
+        possible."""
         if not h.requires_grad:
             setattr(h, MARK, {**getattr(h, MARK, {}), key: self})
             return
@@ -203,7 +204,7 @@ def _may_be_recomputed(h: Tensor) -> bool:
 
 
 def _find(h: Tensor, key: Any) -> Kept | None:
-    """What `Kept.attach` has attached to `h`, which a recomputation has got back from a checkpoint."""
+    """The `Kept` attached to `h`, which a checkpoint has given back to a recomputation."""
     if not h.requires_grad:
         places = [vars(h)]
     else:

@@ -5,9 +5,9 @@ hooks by which transformers records hidden states. A path over several layers is
 *last* layer, which adds it; the layers before it hand their input over, and the owner multiplies it: handing
 over A x would need another layer's parameters, which FSDP2 has resharded by then.
 
-`handover` says how an input is handed over. A gradient checkpoint of `layer.forward`, as transformers makes it
-since 5.20, runs no hooks: the path itself is never recomputed, and the autograd graph keeps its input. A
-checkpoint of the layer's call recomputes the path too.
+`handover` describes the hand-over. A gradient checkpoint of `layer.forward`, as transformers makes it since 5.20, runs
+no hooks: the path itself is never recomputed, and the autograd graph keeps its input. A checkpoint of the layer's call
+recomputes the path too.
 """
 
 from collections.abc import Collection
@@ -33,7 +33,7 @@ HANDOVER = "_paths_in_flight"
 
 
 class Input(NamedTuple):
-    """What a path of one adapter reads: the residual stream x before the first layer of its span."""
+    """The input of one adapter's path: the residual stream x before the first layer of its span."""
 
     adapter: str
     x: Tensor
@@ -45,7 +45,7 @@ class PathLayer(WithoutBase, MethodLayer, nn.Module):
     x is the input of the first layer of the adapter's span.
     """
 
-    #: Why `ziggurat.export` refuses, and what works.
+    #: The reason why `ziggurat.export` refuses, and the alternatives.
     cannot_export = (
         "a path goes around a whole layer, and no update of a linear layer can say that. Keep the adapter beside the "
         "model, write a model folder with its paths by `ziggurat merge`, or write the injected LoRA alone by "

@@ -1,4 +1,4 @@
-"""The part of a saved adapter's model card that PEFT can't write: how to load it, and whom to cite."""
+"""The part of a saved adapter's model card that PEFT can't write: how to load it, and its citation."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -15,7 +15,7 @@ BEGIN, END = "<!-- ziggurat: begin -->", "<!-- ziggurat: end -->"
 
 
 def write_card(folder: Path, config: PeftConfig, library: str, citation: str) -> None:
-    """Put the section into `folder`/README.md, in the place of an older one, after whatever else stands there.
+    """Put the section at the end of `folder`/README.md, replacing an older one.
 
     `library`: the module of the base model's class, if PEFT noted it.
     """
@@ -28,7 +28,7 @@ def write_card(folder: Path, config: PeftConfig, library: str, citation: str) ->
 
 
 def keep_section() -> None:
-    """Let each Trainer class that is loaded put the section back when it has written a model card of its own."""
+    """Make each loaded Trainer class put the section back after it has written its own model card."""
     from transformers import Trainer
 
     kinds: list[type] = [Trainer]
@@ -73,7 +73,7 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")"""
 
 
 def _package(config: PeftConfig) -> str:
-    """What is to be imported for the method: ziggurat, or the module of a method from elsewhere."""
+    """The module to import for the method: ziggurat, or that of an external method."""
     module = type(config).__module__
     return "ziggurat" if module.partition(".")[0] == "ziggurat" else module
 

@@ -1,4 +1,4 @@
-"""Reading an adapter's folder: its config, what its file holds, and the base model it belongs to."""
+"""Reading an adapter's folder: its config, its tensors' shapes, and the base model it belongs to."""
 
 import copy
 import difflib
@@ -17,7 +17,7 @@ from ziggurat.files.untrusted import check_folder, own_file, read_config, stored
 from ziggurat.host.base.vocabulary import base_name, fit_vocabulary
 from ziggurat.host.values import shown
 
-#: A number of labels that is no other size of a model: where it stands in a shape stand the labels.
+#: A number of labels that is no other size in any model, to find the dimension of the labels in a shape.
 _PROBE = 7919
 #: Tasks whose models have no labels.
 _NO_LABELS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM, TaskType.FEATURE_EXTRACTION)
@@ -36,8 +36,8 @@ def adapter_config(folder: str | Path) -> PeftConfig:
     """The config of the adapter in `folder`.
 
     Raises:
-        ConfigError: no such folder (with the nearest names beside it), no adapter in it, a config that can't be, files
-            that are links out of the folder, or weights that are missing or a pickle.
+        ConfigError: no such folder (with the nearest names), no adapter in it, an invalid config, files that are links
+            out of the folder, or weights that are missing or a pickle.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -82,11 +82,11 @@ def tensor_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
 
 
 def load_base(folder: str | Path, base_model: str | None = None, *, on_meta: bool = False, **kwargs: Any) -> nn.Module:
-    """The base model of the adapter in `folder`, as the adapter's config names it or as `base_model` says.
+    """The base model of the adapter in `folder`: the one that its config names, or `base_model`.
 
-    `on_meta`: the architecture alone, without weights. How many labels a head has, and how many rows embeddings that
-    were resized, is seen from the adapter's file. Code that the base model's folder brings is never run, unless
-    `trust_remote_code=True` is among `kwargs`.
+    `on_meta`: the architecture alone, without weights. The number of labels, and of rows of resized embeddings, is
+    taken from the adapter's file. Code in the base model's folder is never run, unless `trust_remote_code=True` is
+    among `kwargs`.
 
     Raises:
         ConfigError: the config doesn't say which model or which task it is for, or the model can't be found.

@@ -1,4 +1,4 @@
-"""transformers' own way to load an adapter, with what it doesn't ask a method: names, and whether the file is whole.
+"""transformers' `load_adapter` for registered methods, with current tensor names and a check for missing tensors.
 
 `from_pretrained(adapter)`, `load_adapter` and `pipeline` read the file by the names in it and go on where tensors are
 missing. For adapters of registered methods the tensors are handed over under the names that this version and this model

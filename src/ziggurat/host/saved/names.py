@@ -1,4 +1,4 @@
-"""The names of an adapter's tensors, and how older versions called them.
+"""The names of an adapter's tensors, and their names in older versions.
 
 In a model: `<path>.<method>_factors.<adapter>.<key>` for a tensor of one site, and
 `bank_<method>.<method>_factors.<adapter>.<shared>:<key>` for a shared one; in a file the same without the adapter. No
@@ -25,9 +25,9 @@ T = TypeVar("T")
 
 
 def current_names(state: Mapping[str, T], method: Method, model: nn.Module | None = None) -> dict[str, T]:
-    """`state`, an adapter's tensors by the names of its file, by the names that this version gives them.
+    """`state`, an adapter's tensors by the names in its file, renamed to the names of this version.
 
-    With `model`, the names fit it also where the adapter was trained with another head, or without one.
+    With `model`, the names fit it even if the adapter was trained with another head, or without one.
     """
     if model is None:
         return {_renamed(name, method, ""): tensor for name, tensor in state.items()}
@@ -51,7 +51,7 @@ def key_of(name: str) -> str:
 
 
 class RenamesOnLoad(RootHook):
-    """A hook on the base model's root: whatever state dict is loaded, its tensors get the names of this version.
+    """A hook on the base model's root that renames the tensors of every loaded state dict to the names of this version.
 
     PEFT before 0.21 asks a method nothing when it loads an adapter, and other loops load state dicts of whole models.
     """
@@ -104,7 +104,7 @@ def check_tensors(method: Method, model: nn.Module, adapter: str, given: Mapping
 
 
 def _bare_name(name: str) -> str:
-    """A parameter's name without what wrappers put into it."""
+    """A parameter's name without the parts that wrappers add."""
     for part in ("_fsdp_wrapped_module.", "_orig_mod."):
         name = name.replace(part, "")
     return name.removeprefix(PREFIX)

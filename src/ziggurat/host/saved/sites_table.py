@@ -1,8 +1,8 @@
-"""The sites of an adapter as they stand in its adapter_config.json, so that its folder alone says where it acts.
+"""The sites of an adapter as a table in its adapter_config.json, so that its folder alone tells where it acts.
 
-{stack: {"path": its path in the base model, "layers": how many, role: "<d_out>x<d_in>", ...}}. A parameter
-with all experts of a layer has their number in front: "<experts>*<d_out>x<d_in>". A role that isn't in
-every layer has the numbers of its layers behind a colon. The role "(around)" is the residual stream around layers.
+{stack: {"path": its path in the base model, "layers": how many, role: "<d_out>x<d_in>", ...}}. A parameter with all
+experts of a layer is written with their number: "<experts>*<d_out>x<d_in>". A role that isn't in every layer is
+followed by a colon and the numbers of its layers. The role "(around)" is the residual stream around layers.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ AROUND = "(around)"
 
 
 def to_table(sites: Mapping[str, Site]) -> dict[str, dict[str, Any]] | None:
-    """The table of `sites`; None where a path can't be made of stack, layer and role, as where a list skips numbers."""
+    """The table of `sites`; None if a path can't be rebuilt from stack, layer and role (a list that skips numbers)."""
     table: dict[str, dict[str, Any]] = {}
     layers: dict[tuple[str, str, str], list[int]] = {}
     for path, site in sites.items():

@@ -1,7 +1,7 @@
-"""What training has changed about who shares what, saved in an adapter's config and, as a tensor, beside its weights.
+"""The sharing of tensors that training has changed, saved in an adapter's config and, as a tensor, beside its weights.
 
-A Trainer that resumes, or takes its best checkpoint back, loads weights into a model that is there already and knows
-nothing of the config beside them. So the structure travels with the weights, and is restored before them.
+A Trainer that resumes, or loads its best checkpoint, loads weights into an existing model and doesn't read the config
+beside them. So the structure is stored with the weights, and restored before them.
 """
 
 import json
@@ -34,7 +34,7 @@ def to_tensor(plain: Any) -> Tensor:
 
 
 def from_tensor(coded: Tensor) -> Any:
-    """What `to_tensor` was given.
+    """The inverse of `to_tensor`.
 
     Raises:
         ConfigError: the tensor holds something else.
@@ -68,7 +68,7 @@ class MergingConfig(MethodConfig):
         self.set_structure({} if given is None else given)
 
     def set_structure(self, structure: Any) -> None:
-        """Let this be the structure from now on.
+        """Set the structure.
 
         Raises:
             ConfigError: it isn't of that form, or a layer is in two groups.
@@ -96,14 +96,14 @@ class MergingConfig(MethodConfig):
 
 
 class StructureBank(Bank):
-    """A bank whose `state_dict` says which of its tensors the layers read."""
+    """A bank whose `state_dict` includes the structure: which of its tensors the layers read."""
 
     def structures(self) -> dict[str, Any]:
-        """Adapter -> its structure now, in plain lists and dicts."""
+        """Adapter -> its current structure, in plain lists and dicts."""
         return {adapter: config.structure for adapter, config in self.configs.items()}
 
     def restore(self, adapter: str, plain: Any) -> None:
-        """Let `adapter` have the structure that `structures` gave. Raises ConfigError where it can't have it."""
+        """Give `adapter` a structure in the form of `structures`. Raises ConfigError if it doesn't fit."""
         self.configs[adapter].set_structure(plain)
 
     def get_extra_state(self) -> Tensor:
@@ -118,8 +118,8 @@ class StructureBank(Bank):
 class StructureTuner(MethodTuner):
     """Saves the structure beside the weights, and restores it before them.
 
-    Every way to load weights into a model that has the adapter already passes here: a Trainer that resumes or takes its
-    best checkpoint back knows nothing of the config beside the weights.
+    Every way to load weights into a model that already has the adapter passes here: a Trainer that resumes, or loads
+    its best checkpoint, doesn't read the config beside the weights.
     """
 
     #: The name of the tensor that holds it.
@@ -127,12 +127,12 @@ class StructureTuner(MethodTuner):
 
     @classmethod
     def structure_of(cls, bank: Any, adapter: str) -> Any:
-        """What stands beside the weights, in plain lists and dicts; None where training changes nothing."""
+        """The structure to store beside the weights, in plain lists and dicts; None if training doesn't change it."""
         return bank.structures()[adapter]
 
     @classmethod
     def restore_structure(cls, bank: Any, adapter: str, plain: Any) -> None:
-        """Let `adapter` have the structure that `structure_of` gave. Raises ConfigError where it is none."""
+        """Give `adapter` a structure in the form of `structure_of`. Raises ConfigError for another form."""
         bank.restore(adapter, plain)
 
     @classmethod
@@ -168,7 +168,7 @@ def shared_tensors(root: nn.Module, method: Method, adapter: str) -> tuple[list[
 
 
 def acting_parameters(model: nn.Module, method: Method) -> int:
-    """How many parameters the layers of `model` read now, each counted once; stored are also those that went."""
+    """The number of parameters that the layers of `model` read, each counted once; more may be stored."""
     layers = layers_of(model, method=method)
     tensors = {id(t): t for layer in layers for name in layer.adapters for t in layer.stored(name).values()}
     return sum(tensor.numel() for tensor in tensors.values())

@@ -1,7 +1,7 @@
-"""An adapter that builds on another one: its shared tensors taken over, frozen, and only the private ones trained.
+"""An adapter that builds on another one: it copies the shared tensors, frozen, and trains the private ones only.
 
-Which tensors those are follows from a method's `tensors`: those of the tiers that `freeze_tiers` names, by default
-those that several linear layers share. They are no parameters then, and are saved with the adapter all the same.
+`freeze_tiers` names the shared tiers, by default those that several linear layers share. Their tensors are buffers
+then, and are saved with the adapter all the same.
 """
 
 import warnings
@@ -30,10 +30,10 @@ _OWN = NO_MATTER | {"modules_to_save", "bias", "trainable_token_indices", "struc
 
 
 def inherit(config: Any) -> None:
-    """Give `config` the fields of the adapter in `config.from_adapter` that decide the update, and what it freezes.
+    """Copy the fields that decide the update from the adapter in `config.from_adapter`, and set `freeze_tiers`.
 
     Raises:
-        ConfigError: that is no adapter of this method, it shares nothing, or a field here says otherwise.
+        ConfigError: that isn't an adapter of this method, it shares nothing, or a field of `config` differs.
     """
     source: Any = adapter_config(config.from_adapter)
     if type(source) is not type(config) or source.blended is not None:
@@ -70,7 +70,7 @@ def shared_tiers(method: Method, config: Any) -> list[str]:
     """The tiers, or keys where a tensor has no tier, that several linear layers of a saved adapter share.
 
     Raises:
-        ConfigError: an older version saved it, which didn't note where it acts.
+        ConfigError: an older version saved it, without its sites.
     """
     if not config.sites:
         raise ConfigError(
@@ -88,7 +88,7 @@ def shared_tiers(method: Method, config: Any) -> list[str]:
 
 
 def check_frozen(method: Method, config: Any, sites: Mapping[str, Site], specs: Mapping[str, TensorSpec]) -> None:
-    """Raise ConfigError if `freeze_tiers` names nothing or all, or `from_adapter` hasn't what is to be taken over.
+    """Raise ConfigError if `freeze_tiers` names no tensor or all, or `from_adapter` lacks a frozen tensor.
 
     `specs`: every tensor of the adapter once.
     """
@@ -134,7 +134,7 @@ def take_over(root: nn.Module, method: Method, adapter: str, config: Any) -> Non
 
 
 def stored_at(root: nn.Module, method: Method, adapter: str) -> Iterator[tuple[str, str, Factors]]:
-    """Name in a file without PEFT's prefix, leaf, and where it is held, of every tensor of `adapter` below `root`."""
+    """Name in a file without PEFT's prefix, leaf, and `Factors` of every tensor of `adapter` below `root`."""
     for path, module in root.named_modules():
         if isinstance(module, MethodLayer | Bank) and module.method is method and adapter in module.stores:
             factors: Any = module.stores[adapter]

@@ -1,8 +1,8 @@
 """Adapters of one base that have tensors in common: trained together, and saved as a set.
 
-    SET/bank.safetensors                 what all have in common, once
+    SET/bank.safetensors                 the tensors that all share, once
     SET/NAME/adapter_config.json         with the sha256 of that file
-    SET/NAME/adapter_model.safetensors   what NAME has for itself
+    SET/NAME/adapter_model.safetensors   the other tensors of NAME
 
 Each folder of a set is an adapter that loads, exports and merges by itself, as long as the bank lies beside it. Adding
 one and removing a folder touch no other.
@@ -36,13 +36,13 @@ from ziggurat.host.values import shown
 
 
 def share(model: PeftModel, adapters: Sequence[str], tiers: Sequence[str] | None = None) -> None:
-    """From here on `adapters` of `model` have the tensors of `tiers` in common, those of the first, and all train.
+    """Make `adapters` of `model` share the tensors of `tiers`, those of the first adapter, and train all of them.
 
-    `tiers`: names of tiers ("global", "mid"), or tensors by their keys ("A"); default: what several linear layers share
-    in the first adapter; []: nothing, they only train side by side. A batch then names an adapter for each sample,
-    `model(**batch, adapter_names=[...])`, in training too: common tensors learn from all samples, each adapter's own
-    and its modules_to_save from its own. An optimiser made after this call has each tensor once, with a state of its
-    own, and passes over adapters of which a batch has no sample.
+    `tiers`: names of tiers ("global", "mid"), or tensors by their keys ("A"); default: those that several linear layers
+    share in the first adapter; []: none, they only train side by side. A batch then names an adapter for each sample,
+    `model(**batch, adapter_names=[...])`, in training too: shared tensors learn from all samples, private tensors and
+    modules_to_save from their adapter's samples. An optimiser made after this call has each tensor once, and skips
+    adapters without a sample in the batch.
 
     Raises:
         ConfigError: there is no such adapter or tier, the adapters don't have the same tensors of these tiers, or their
@@ -79,7 +79,7 @@ def share(model: PeftModel, adapters: Sequence[str], tiers: Sequence[str] | None
     for module in root.modules():
         if isinstance(module, tuner.tuner_layer_cls):
             module.set_adapter([first, *others])  # type: ignore[operator]
-        elif isinstance(module, AuxiliaryTrainingWrapper):  # which takes one active adapter at most
+        elif isinstance(module, AuxiliaryTrainingWrapper):  # it takes one active adapter at most
             for name in (name for name in adapters if name in module._adapters):
                 module.modules_to_save[name].requires_grad_(True)  # type: ignore[index]
     tuner.active_adapter = [first, *others]
@@ -103,8 +103,8 @@ def add_tenants(
 ) -> dict[str, int]:
     """Add adapters, name -> folder, to the set in `folder`; the first ones make it.
 
-    `tiers`: what they have in common, as in `share`; default: what an adapter froze, or what its linear layers share.
-    All else that lies in an adapter's folder comes along. Returns the bytes of each new weights file, by name.
+    `tiers`: the shared tiers, as in `share`; default: those that an adapter froze, or that its linear layers share.
+    Other files in an adapter's folder are copied. Returns the bytes of each new weights file, by name.
 
     Raises:
         ConfigError: a folder is no adapter's, or an adapter's common tensors aren't those of the set, bitwise.
@@ -130,7 +130,7 @@ def add_tenants(
 
 
 class _Parts(NamedTuple):
-    """An adapter's folder, its tensors by the names of its file, and the tiers that set the common ones apart."""
+    """An adapter's folder, its shared tiers, and its tensors by the names of its file."""
 
     folder: Path
     tiers: list[str]
