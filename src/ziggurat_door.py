@@ -1,9 +1,9 @@
-"""How PEFT and transformers find the methods without `import ziggurat`: torch calls `enter` at the end of its import.
+"""Lets PEFT and transformers find the methods without `import ziggurat`: torch calls `enter` at the end of its import.
 
 Installing the package is enough. PEFT's table of configs imports ziggurat the first time that somebody asks it for one
 of our methods, or for one of an installed package (entry points `ziggurat.methods`). Nothing else is imported. This
 module stands beside the package, as nothing inside it can be imported before the package is, and with it PEFT and
-transformers. It needs the standard library alone, and whatever goes wrong in it, `import torch` goes on.
+transformers. It needs the standard library alone, and no error in it stops `import torch`.
 
 ZIGGURAT_AUTOLOAD=0 keeps the door shut. `ziggurat with METHOD ... -- PROGRAM` sets ZIGGURAT_WITH, under which each
 LoraConfig that a program makes becomes the config of that method.
@@ -39,7 +39,7 @@ def enter() -> None:
 
 
 class _Finder:
-    """Finds the modules that are waited for as the other finders do, and acts on each once it has been executed.
+    """Finds the awaited modules by the other finders, and acts on each once it has been executed.
 
     Looking for a module (`importlib.util.find_spec`) is not executing it: it changes nothing here.
     """
@@ -69,7 +69,7 @@ class _Finder:
 
 
 class _Loader:
-    """A module's own loader, which tells the finder when the module has been executed and then is out of the way."""
+    """A module's own loader, which tells the finder when the module has been executed, and then removes itself."""
 
     def __init__(self, loader: Any, finder: _Finder) -> None:
         self._loader, self._finder = loader, finder
@@ -106,7 +106,7 @@ class _Again(BaseException):
 
 
 def _import_for(key: Any) -> bool:
-    """Import ziggurat if `key` names a method that it brings; whether it does."""
+    """Import ziggurat if `key` names one of its methods; returns whether it does."""
     if not isinstance(key, str) or not (key in METHODS or key in _installed()):
         return False
     new = "ziggurat" not in sys.modules
@@ -118,7 +118,7 @@ def _import_for(key: Any) -> bool:
 
 @functools.cache
 def _installed() -> frozenset[str]:
-    """The names in PEFT's table of the methods that installed packages bring: those of their entry points."""
+    """The names in PEFT's table of the methods of installed packages: those of their entry points."""
     from importlib.metadata import entry_points
 
     return frozenset(entry.name.upper() for entry in entry_points(group="ziggurat.methods"))
@@ -129,7 +129,8 @@ def _lazy_table(mapping: Any) -> None:
 
 
 def _loading_begins_again(_: Any) -> None:
-    """Let transformers' `load_adapter` go the way that ziggurat gives it, also where ziggurat comes in its middle."""
+    """Make transformers' `load_adapter` start again if ziggurat, which wraps it, is imported in the middle of a
+    call."""
     mixin = sys.modules["transformers.integrations.peft"].PeftAdapterMixin
     original = mixin.load_adapter
     if hasattr(original, "begins_again"):
@@ -153,7 +154,7 @@ def _loading_begins_again(_: Any) -> None:
 
 
 def _turn_lora(lora: Any) -> None:
-    """Let a call of LoraConfig outside of PEFT and ziggurat give the config of the method that `ziggurat with` names.
+    """Make LoraConfig, called outside of PEFT and ziggurat, return the config of the method that `ziggurat with` names.
 
     The class stays as it is, for `isinstance`, subclasses, copies and saved adapters (whose configs name their type).
     """
@@ -196,7 +197,7 @@ _SENDING: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def _collect_plainly(module: Any) -> None:
-    """Let the functions of `module` that look for LoRA's tensors ask ziggurat first."""
+    """Make the functions of `module` that look for LoRA's tensors call ziggurat first."""
     file, names = _SENDING[module.__name__]
     for name in names:
         *holders, last = name.split(".")
@@ -205,7 +206,7 @@ def _collect_plainly(module: Any) -> None:
 
 
 def _keep_configs(loaders: Any) -> None:
-    """Let diffusers make of the config in an adapter's file what it is; it makes a LoraConfig of any."""
+    """Make diffusers build the right config from an adapter's file; it builds a LoraConfig from any."""
     original = loaders._create_lora_config
 
     @functools.wraps(original)
@@ -229,7 +230,7 @@ def _asking_first(original: Any, file: str, name: str) -> Any:
     return ask
 
 
-#: What is waited for, and what happens to it once it has been executed.
+#: Awaited module -> the function that is called once it has been executed.
 _ACTS: dict[str, Callable[[Any], None]] = {
     "peft.mapping": _lazy_table,
     "transformers.integrations.peft": _loading_begins_again,

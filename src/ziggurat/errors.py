@@ -1,8 +1,8 @@
-"""The errors users see. Each text says what was given, where, what is allowed and what to do."""
+"""The errors that users see. Each text names the given value, its place, the allowed values, and a remedy."""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says in its first line; of one that says nothing, its kind."""
+    """The first line of another library's error; its class if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -23,7 +23,7 @@ class RecipeError(ZigguratError, ValueError):
 
 
 class ExportError(ZigguratError, ValueError):
-    """An adapter cannot be written in the form that was asked for."""
+    """An adapter cannot be written in the requested form."""
 
 
 class DataError(ZigguratError, ValueError):
@@ -39,7 +39,7 @@ class ProcessError(ZigguratError, RuntimeError):
 
 
 class StorageError(ZigguratError, OSError):
-    """A disk did not take what was to be written: full, read-only or forbidden."""
+    """A file could not be written: the disk is full, read-only or forbidden."""
 
 
 class DivergedError(ZigguratError, ArithmeticError):
@@ -47,7 +47,7 @@ class DivergedError(ZigguratError, ArithmeticError):
 
 
 class MissingExtraError(ZigguratError, ImportError):
-    """What was asked for needs packages outside the core; the text names them and the extra that brings them."""
+    """A function needs packages outside the core; the text names them and the extra that installs them."""
 
 
 class VersionError(ZigguratError, ImportError, ValueError):

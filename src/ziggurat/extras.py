@@ -1,4 +1,4 @@
-"""The packages outside the core: which extra of the distribution brings each, and one error where some are missing."""
+"""The packages outside the core, the extras that install them, and one error for missing packages."""
 
 import importlib.util
 from collections.abc import Iterable
@@ -24,12 +24,12 @@ _MODULES = {"scikit-learn": "sklearn", "pillow": "PIL"}
 
 
 def module_of(package: str) -> str:
-    """The name that `import` knows a package by."""
+    """The name of a package's module."""
     return _MODULES.get(package, package.replace("-", "_"))
 
 
 def missing(packages: Iterable[str]) -> list[str]:
-    """Those of `packages` that can't be imported. Nothing is imported to see it."""
+    """The members of `packages` that can't be imported; nothing is imported."""
     return [package for package in dict.fromkeys(packages) if not _is_there(module_of(package))]
 
 

@@ -1,4 +1,4 @@
-"""What a method of one's own is made of: see docs/your-own-method.md."""
+"""Everything for writing a method outside the package: see docs/your-own-method.md."""
 
 from ziggurat.host.config import MethodConfig
 from ziggurat.host.method import EVALUATION, Card, Context, Method, Part, Stored

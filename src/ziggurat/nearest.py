@@ -1,4 +1,4 @@
-"""The right name nearest to a wrong one: for keys, columns, files, recipes."""
+"""The allowed name nearest to a wrong one: for keys, columns, files, recipes."""
 
 import difflib
 from collections.abc import Iterable
@@ -46,7 +46,7 @@ def did_you_mean(wrong: str, allowed: Iterable[str], synonyms: dict[str, str] | 
 
 
 def missing_path(path: str | Path) -> str:
-    """What to say of a path that isn't there: the deepest folder that is, and the nearest names in it."""
+    """An error's text for a missing path: the deepest folder that exists, and the nearest names in it."""
     target = Path(path).expanduser()
     if target.exists():
         what = "a folder" if target.is_dir() else "a file" if target.is_file() else "no regular file"

@@ -1,4 +1,4 @@
-"""What is printed may come from anybody's file: nothing of it reaches a terminal or a spreadsheet as a command."""
+"""Output may contain text of untrusted files: none of it reaches a terminal or a spreadsheet as a command."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,7 +16,7 @@ def clean(text: str) -> str:
 
 
 def no_formula(value: Any) -> Any:
-    """`value`; where it is a text that a spreadsheet would compute, with a quote in front, which keeps it a text."""
+    """`value`; a text that a spreadsheet would take for a formula gets a quote in front, which keeps it a text."""
     computed = isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@"))
     return f"'{value}" if computed else value
 

@@ -1,4 +1,4 @@
-"""The contract of a method, as one call: `check_method(MyConfig())`."""
+"""The contract of a method as one function: `check_method(MyConfig())`."""
 
 import copy
 import tempfile
@@ -63,7 +63,7 @@ class _Case:
 def check_method(
     config: Any, model: nn.Module | None = None, *, inputs: dict[str, Any] | None = None, naive: Naive | None = None
 ) -> None:
-    """Hold the method of `config` to what every method promises, on `model`, which stays as it is.
+    """Check the promises of every method for that of `config`, on `model`, which stays as it is.
 
     The forward is y = W x + B (A x) with the method's own pair, in float64; the pair's B A is `naive`'s dense update,
     where it is given. A fresh adapter changes nothing. Gradients reach every trainable parameter. `count`, and a model

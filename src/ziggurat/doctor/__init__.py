@@ -1,1 +1,1 @@
-"""What will not work together, and why, before it fails: `checks` finds it, `facts` is the table behind it."""
+"""Incompatible combinations and their reasons, before they fail: `checks` finds them in the table of `facts`."""

@@ -17,9 +17,9 @@ __all__ = ["LEVELS", "Finding", "adapter", "base_model", "distributed", "environ
 
 
 def distributed(method: str, variables: Mapping[str, str] | None = None, config: Any = None) -> Iterator[Finding]:
-    """The way in which `accelerate launch` or `torchrun` started this, by the environment variables that they set.
+    """Findings about the launcher, `accelerate launch` or `torchrun`, by its environment variables.
 
-    `config`: the method's, for what depends on its fields.
+    `config`: the method's, for findings that depend on its fields.
     """
     env = os.environ if variables is None else variables
     if env.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":

@@ -1,4 +1,4 @@
-"""What combines with what: combinations.yaml, the one table behind `ziggurat doctor` and docs/combinations.md."""
+"""The table of combinations in combinations.yaml, used by `ziggurat doctor` and docs/combinations.md."""
 
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -18,7 +18,7 @@ SECTIONS = {
 
 @dataclass(frozen=True)
 class Fact:
-    """One row. `key` is what checks ask for, `cells` the status by method, `evidence` the tests that show it."""
+    """One row. `key` identifies it, `cells` has the status by method, `evidence` the tests that show it."""
 
     key: str
     section: str
@@ -27,11 +27,11 @@ class Fact:
     why: str = ""
     instead: str = ""
     evidence: tuple[str, ...] = ()
-    #: Method -> its own why and instead, where the row's don't hold for it.
+    #: Method -> its own `why` and `instead`, if they differ from the row's.
     apart: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def reason(self, method: str) -> tuple[str, str]:
-        """Why a method's cell is what it is, and what to do instead."""
+        """The reason of a method's cell, and the alternative."""
         return self.apart.get(method, (self.why, self.instead))
 
 
@@ -59,7 +59,7 @@ def fact(key: str) -> Fact:
 
 
 def markdown() -> str:
-    """The table as it stands in docs/combinations.md."""
+    """The table of docs/combinations.md."""
     lines = []
     for section, title in SECTIONS.items():
         names = " | ".join(METHODS.values())

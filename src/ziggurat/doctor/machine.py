@@ -32,7 +32,7 @@ def machine() -> Iterator[Finding]:
 
 
 def _requirements() -> Iterator[Finding]:
-    """What pyproject.toml asks for and is missing or too old; which extras are not whole."""
+    """Requirements of pyproject.toml that are missing or too old; incomplete extras."""
     try:
         listed = [Requirement(text) for text in metadata.requires(DISTRIBUTION) or []]
     except metadata.PackageNotFoundError:
@@ -42,7 +42,7 @@ def _requirements() -> Iterator[Finding]:
     brought = {package: extra for extra, packages in reversed(EXTRAS.items()) for package in packages}
     for wanted in listed:
         needed = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
-        if not needed and wanted.name not in brought:  # a tool of developing
+        if not needed and wanted.name not in brought:  # a development tool
             continue
         what = f"{wanted.name}{wanted.specifier}"
         try:
@@ -106,7 +106,7 @@ def _processor() -> Iterator[Finding]:
 
 
 def _disk() -> Iterator[Finding]:
-    """Free room where runs are written and where models are cached."""
+    """Free space in the folder of runs and in the cache of models."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     for what, folder in (("this folder", Path.cwd()), ("the cache of models", Path(HF_HUB_CACHE))):

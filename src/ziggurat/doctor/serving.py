@@ -1,4 +1,4 @@
-"""Servers for an adapter: vLLM's and llama.cpp's rules, as far as its folder and its base's config show."""
+"""Servers for an adapter: vLLM's and llama.cpp's rules, judged by its folder and its base's config."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +30,7 @@ def is_decoder(config: Any, task: str | None) -> bool | None:
 
 
 def serving(folder: str | Path, config: Any, collected: Any, base: Any) -> Iterator[Finding]:
-    """`collected`: what analysis read of the adapter, or None; `base`: the base's config, or None."""
+    """Findings about servers. `collected`: the adapter's components, or None; `base`: the base's config, or None."""
     from ziggurat.export import SERVING_RANKS
     from ziggurat.host.saved.folder import tensor_shapes
 

@@ -1,4 +1,4 @@
-"""What goes along with a written model or adapter: the tokenizer's files, and the names of the labels."""
+"""Files beside a written model or adapter: the tokenizer's files, and the names of the labels."""
 
 import logging
 import shutil
@@ -33,7 +33,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for pattern in TOKENIZER_FILES:
         for file in source.glob(pattern):
             if file.is_file() and not (target / file.name).exists():
-                # What is copied is handed on: a link out of the folder must not carry a private file along.
+                # Copies are passed on: a link out of the folder must not publish a private file.
                 shutil.copyfile(own_file(source, file.name), target / file.name)
 
 

@@ -1,4 +1,4 @@
-"""Whether an adapter's file has all that its config asks for."""
+"""A check that an adapter's file has all tensors that its config asks for."""
 
 from pathlib import Path
 
@@ -18,12 +18,12 @@ def check_complete(folder: str | Path, model: PeftModel) -> list[str]:
     """
     held = set(tensor_shapes(folder))
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    beside = embedding_names(bare(model), held | wanted)  # which PEFT saves or leaves out as it sees fit
+    beside = embedding_names(bare(model), held | wanted)  # PEFT saves them or leaves them out
     lacking = sorted(wanted - held - beside)
     if lacking:
         raise ExportError(
             f"{folder} lacks {len(lacking)} of the {len(wanted)} tensors its config asks for ({lacking[0]}, ...): is "
             "its adapter_config.json another adapter's?"
         )
-    # Of an embedding that is tied PEFT writes the rows that train twice.
+    # PEFT writes the trained rows of a tied embedding twice.
     return sorted(name for name in held - wanted - beside if not name.endswith(".trainable_tokens_delta"))

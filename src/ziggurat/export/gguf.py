@@ -32,7 +32,7 @@ def write_gguf(folder: Path, base_model: str) -> Path:
     `base_model`: a folder with the base model's config, or its name.
 
     Raises:
-        ExportError: the converter isn't there, or it fails, with the last line that it says.
+        ExportError: the converter isn't there, or it fails, with the last line of its output.
     """
     base = ["--base", base_model] if Path(base_model).is_dir() else ["--base-model-id", base_model]
     command = [sys.executable, str(converter()), str(folder), *base, "--outfile", str(folder / ADAPTER)]
@@ -44,7 +44,7 @@ def write_gguf(folder: Path, base_model: str) -> Path:
 
 
 def modelfile(base_model: str, adapter: str = ".") -> str:
-    """What `ollama create NAME -f Modelfile` reads, beside the adapter. `adapter`: `.`, or the name of a GGUF file."""
+    """The Modelfile for `ollama create NAME -f Modelfile`. `adapter`: `.`, or the name of a GGUF file."""
     return f"""# ollama create NAME -f Modelfile
 # FROM is the adapter's own base: a folder of safetensors, a GGUF file, or a model that Ollama has of it.
 FROM {base_model}

@@ -56,11 +56,11 @@ def merge_model(model: nn.Module, out: str | Path, tokenizer: Any = None) -> Pat
 
 def _write_merged(model: Any, folder: Path) -> None:
     method = method_of(next(iter(getattr(model, "peft_config", {}).values()), None))
-    if method is not None and method.write is not None:  # what no weight can absorb brings its code along
+    if method is not None and method.write is not None:  # no weight can absorb the update
         method.write(model, folder)
         return
     if any(isinstance(module, AdaptedLinear) or hasattr(module, "cannot_export") for module in model.modules()):
-        lora_pairs(model)  # refuses, with the reason, what is no update of weights
+        lora_pairs(model)  # raises, with the reason, if the update isn't one of weights
     untie(bare(model))
     merged = model.merge_and_unload(safe_merge=True)
     note_untied(merged)

@@ -24,9 +24,9 @@ from .serving import cost_of_serving, serving_rank
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the folder, the rank of its pairs (the largest where they differ), how many modules.
+    """A written export: the folder, the rank of its pairs (the largest if they differ), the number of modules.
 
-    `cost`: what it costs servers that this rank is above the adapter's r; None where it isn't.
+    `cost`: the cost in servers of a rank above the adapter's r, in words; None if it isn't above.
     """
 
     folder: Path

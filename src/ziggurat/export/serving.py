@@ -38,7 +38,7 @@ def serving_rank(needed: int, tensors: Collection[str]) -> int:
 
 @torch.no_grad()
 def cost_of_serving(model: nn.Module, adapter: str = "default") -> str | None:
-    """What it costs servers of plain LoRA that tiers add their ranks up; None where `adapter` has LoRA's own rank."""
+    """The cost in servers of plain LoRA of tiers whose ranks add up, in words; None if `adapter` has LoRA's rank."""
     layers: list[AdaptedLinear] = [m for m in model.modules() if isinstance(m, AdaptedLinear) and adapter in m.adapters]
     if not layers or any(layer.method.pair is None for layer in layers):  # nothing that becomes plain LoRA
         return None

@@ -1,1 +1,1 @@
-"""Files of strangers read with care, own files written whole or not at all. Knows no PEFT."""
+"""Safe reading of untrusted files, and atomic writing. Doesn't depend on PEFT."""

@@ -1,4 +1,4 @@
-"""Writing so that nobody ever sees half of it, and saying plainly what keeps a disk from taking it."""
+"""Atomic writing, with clear errors for full, read-only or forbidden disks."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ziggurat.errors import ExportError, StorageError
 
-#: What the system calls say when a disk does not take what is written.
+#: Error numbers of failed writes -> their meaning in words.
 _TROUBLE = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota is used up",
@@ -23,9 +23,9 @@ _TROUBLE = {
     errno.ENOTDIR: "a file stands where a folder should be",
     errno.EIO: "the disk reports an error",
 }
-#: How Rust writes the same error numbers, which safetensors passes on.
+#: The same error numbers in Rust's messages, which safetensors passes on.
 _RUST = re.compile(r"os error (\d+)|\bcode: (\d+)")
-#: torch's writer keeps the number to itself; "unexpected pos" is what closing such a file says.
+#: Messages of torch's writer, which don't contain the number; "unexpected pos" comes from closing such a file.
 _TORCH = ("PytorchStreamWriter failed writing", "unexpected pos")
 
 
@@ -33,7 +33,7 @@ _TORCH = ("PytorchStreamWriter failed writing", "unexpected pos")
 def written_beside(target: Path) -> Iterator[Path]:
     """A new empty folder beside `target` that takes its name when the block ends well, and vanishes otherwise.
 
-    All of it is on the disk before it takes the name. A program killed on the way leaves a folder `.target.*`.
+    It is synced to the disk before it takes the name. A killed program leaves a folder `.target.*`.
 
     Raises:
         ExportError: `target` exists and isn't an empty folder. Nothing is overwritten.
@@ -60,12 +60,12 @@ def written_beside(target: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: str | bytes, then: str = "") -> None:
-    """Write a file: the old content or the new one is there, never a part. Texts are in UTF-8.
+    """Write a file atomically: it has the old content or the new one, never a part. Texts are in UTF-8.
 
     `then`: as in `told_of_storage`.
 
     Raises:
-        StorageError: the disk is full, read-only or forbidden; what was there before still is.
+        StorageError: the disk is full, read-only or forbidden; the old content is still there.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -83,7 +83,7 @@ def write_whole(path: Path, content: str | bytes, then: str = "") -> None:
 
 
 def check_writable(path: Path) -> None:
-    """See, before hours of work, whether a small file could be written to `path`. Nothing stays, no folder is made.
+    """Check, before hours of work, whether a small file could be written to `path`. Leaves no file and no folder.
 
     Raises:
         StorageError: it can't, or it is a folder.
@@ -101,9 +101,9 @@ def check_writable(path: Path) -> None:
 
 
 def open_weights(folder: Path) -> None:
-    """Let the umask say who may read the weights in `folder`, as with other files: safetensors lets their owner alone.
+    """Give the weights in `folder` the permissions of the umask, like other files: safetensors makes them private.
 
-    What belongs to somebody else, and file systems without modes, stay as they are.
+    Files of other owners, and file systems without modes, stay as they are.
     """
     mode = 0o666 & ~_umask()
     for file in folder.rglob("*.safetensors"):
@@ -113,7 +113,7 @@ def open_weights(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Make the disk hold the folder and all in it."""
+    """Sync the folder and everything in it to the disk."""
     for path in folder.rglob("*"):
         if not path.is_symlink() and (path.is_file() or path.is_dir()):
             sync(path)
@@ -121,7 +121,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make the disk hold what was written; a rename before that can leave an empty file after a power cut."""
+    """Sync a file or folder to the disk; a rename before that can leave an empty file after a power cut."""
     if os.name == "nt":  # knows no fsync of folders, nor of files opened for reading
         return
     handle = os.open(path, os.O_RDONLY)
@@ -133,7 +133,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def told_of_storage(place: Path | str, then: str = "") -> Iterator[None]:
-    """Say StorageError, with the place, for what a full, read-only or forbidden disk raises in the block.
+    """Turn errors of a full, read-only or forbidden disk in the block into StorageError, with the place.
 
     `then`: a sentence about the files that remain and what to do.
     """
@@ -150,7 +150,7 @@ def told_of_storage(place: Path | str, then: str = "") -> Iterator[None]:
 
 
 def storage_trouble(error: BaseException | None) -> str | None:
-    """What a disk had against a write, in words; None where the error is of another kind."""
+    """The reason why a write failed, in words; None if the error is of another kind."""
     if error is None:
         return None
     trouble = None

@@ -1,7 +1,7 @@
-"""Reading the folder of an adapter that anybody may have made: its own files only, and none that can't be what it says.
+"""Reading an untrusted adapter folder: only its own files, and only with plausible sizes and contents.
 
-Every check comes before the thing it guards: the size of a file before it is read, its form before a config is built
-from it, the sizes of the tensors in a weights file before a model makes room for them.
+Every check comes before the use: the size of a file before it is read, its form before a config is built from it, the
+sizes of the tensors in a weights file before a model allocates memory for them.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ WEIGHTS_NAME = "adapter_model.bin"
 BANK = "bank.safetensors"
 #: Bytes of a JSON file; the config of an adapter on 20,000 linear layers, each with a rank of its own, has 2 MiB.
 MOST_JSON = 8 * 2**20
-#: Bytes of what a run wrote of itself, with a line every few steps.
+#: Bytes of a run's run.json, with a line every few steps.
 MOST_RUN = 64 * 2**20
 #: Lists and dicts inside one another. Ours nest three deep.
 MOST_LEVELS = 32
@@ -34,7 +34,7 @@ FLOATING = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 
 class Stored(NamedTuple):
-    """A tensor as the header of its file tells of it: dtype in safetensors' words, and shape."""
+    """A tensor by the header of its file: dtype in safetensors' notation, and shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -43,8 +43,8 @@ class Stored(NamedTuple):
 def own_file(folder: str | Path, name: str) -> Path:
     """The path of the file called `name` in `folder`.
 
-    A link is followed where it ends in the folder itself, or in the store of blobs beside the snapshots of the hub's
-    cache; elsewhere it would have us read, and copy, a file that whoever made the folder can't see.
+    A link is followed if it ends in the folder itself, or in the store of blobs beside the snapshots of the hub's
+    cache; any other link could make us read, and copy, a private file.
 
     Raises:
         ConfigError: there is no such file, it is no regular file, or it is a link out of the folder.
@@ -98,7 +98,7 @@ def read_config(folder: str | Path, name: str = CONFIG_NAME) -> dict[str, Any]:
 
 
 def check_depth(content: Any, where: str) -> None:
-    """Raise ConfigError if lists and dicts nest too deep in `content`, for what walks through them later."""
+    """Raise ConfigError if lists and dicts nest too deep in `content` for recursive functions."""
     level, depth = [content], 0
     while level := [v for value in level for v in _inside(value)]:
         depth += 1
@@ -173,7 +173,7 @@ def digest(path: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _digest(path: Path, changed: int, size: int) -> str:
-    # Loading an adapter asks several times; a fleet of adapters asks of one file.
+    # Loading an adapter needs it several times, and so does every adapter of a set.
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -196,7 +196,7 @@ def _header(path: Path) -> dict[str, Stored]:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Look at the files of an adapter that PEFT is about to read from `folder`.
+    """Check the files of an adapter that PEFT is about to read from `folder`.
 
     Raises:
         ConfigError: as `read_json` for the config, which must be a mapping; weights that are a pickle.

@@ -4,8 +4,8 @@
     lora_r: 8
     ziggurat: {even_scales: true}  # fields of the method's own config
 
-The keys that Axolotl has for LoRA hold for the method too. `axolotl merge-lora` goes by `merge_method: legacy`: its
-default adds what is called `lora_A` and `lora_B` to the weights, finds none here, and writes the base.
+The keys that Axolotl has for LoRA hold for the method too. `axolotl merge-lora` needs `merge_method: legacy`: its
+default merges tensors called `lora_A` and `lora_B`, finds none here, and would write the base.
 """
 
 from dataclasses import MISSING, fields
@@ -22,9 +22,9 @@ from ziggurat.integrations.with_method import of_method
 
 
 class ZigguratArgs(BaseModel):
-    """What a config of Axolotl may say besides its own keys.
+    """Keys of an Axolotl config besides its own.
 
-    ziggurat: fields of the method's config; they win over what Axolotl's `lora_` keys say.
+    ziggurat: fields of the method's config; they override Axolotl's `lora_` keys.
     """
 
     ziggurat: dict[str, Any] | None = None
@@ -37,8 +37,8 @@ class ZigguratPlugin(BasePlugin):
         """Let `merge-lora` merge by PEFT.
 
         Raises:
-            ConfigError: the config asks for what knows LoRA's tensors alone and would go on without the adapter, in
-                merging or in sending weights to vLLM; fields for no method of ours.
+            ConfigError: a way of merging, or of sending weights to vLLM, that handles LoRA's tensors only and would
+                lose the adapter; `ziggurat` fields without one of our methods.
         """
         if not _of_ours(cfg):
             if cfg.get("ziggurat"):
@@ -90,7 +90,7 @@ def _of_ours(cfg: Any) -> bool:
 
 
 def _config(model: Any, cfg: Any) -> PeftConfig:
-    """The method's config by what Axolotl would give LoRA. Where Axolotl says None, the method's own default holds."""
+    """The method's config from Axolotl's LoRA config. The method's defaults replace values that Axolotl leaves None."""
     from axolotl.loaders.adapter import load_lora  # pyright: ignore[reportMissingImports]
 
     _, lora = load_lora(model, cfg, config_only=True)

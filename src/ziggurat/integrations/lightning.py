@@ -1,9 +1,9 @@
-"""Lightning: one callback does at each step what adapters need, and keeps what a resumed run needs.
+"""Lightning: one callback calls `ziggurat.step`, and keeps the state of a resumed run.
 
     Trainer(callbacks=[ZigguratCallback()])
 
-The adapted model may stand anywhere in the LightningModule. Checkpoints are Lightning's own: its `state_dict` holds the
-weights and the structure, this callback's state the rest.
+The adapted model may be any attribute of the LightningModule. Lightning writes the checkpoints: its `state_dict` holds
+the weights and the structure, this callback's state the rest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ziggurat.host.method_layer import MethodLayer
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer  # pyright: ignore[reportMissingImports]
 else:
-    # Lightning has two names. The one that the program uses is loaded already, or else either will do.
+    # Lightning has two package names: the one that is loaded already is taken, else either.
     _names = sorted(("lightning", "pytorch_lightning"), key=lambda name: name not in sys.modules)
     _name = next((name for name in _names if find_spec(name) is not None), None)
     _module = {"lightning": "lightning.pytorch"}.get(_name, _name)
@@ -34,7 +34,7 @@ class ZigguratCallback(Callback):
     """Calls `ziggurat.step` before the first optimiser step and after each one.
 
     Raises:
-        ConfigError: a run without an end, whose stages and schedules can't be laid out; several optimisers.
+        ConfigError: a run without an end, which stages and schedules need; several optimisers.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class ZigguratCallback(Callback):
 
 
 def adapted(module: nn.Module) -> nn.Module:
-    """The outermost module in `module` that has adapters of ours: the model that was given to PEFT.
+    """The outermost module in `module` with ziggurat adapters: the model that was given to PEFT.
 
     Raises:
         ConfigError: there is none, or there are several.

@@ -1,4 +1,4 @@
-"""ms-swift's sending of the adapter alone to vLLM, in GRPO: an adapter of ours goes as plain LoRA.
+"""ms-swift's transfer of the adapter to vLLM, in GRPO: a ziggurat adapter is sent as plain LoRA.
 
 ms-swift (4.6) takes PEFT's tensors and config of the adapter as they are. `ziggurat_door` puts this function before its
 own. Where vLLM has no `enable_lora`, ms-swift merges, by PEFT, which works as it is.

@@ -1,6 +1,6 @@
-"""TRL's sending of the adapter alone to vLLM, after each step: an adapter of ours goes as plain LoRA.
+"""TRL's transfer of the adapter to vLLM, after each step: a ziggurat adapter is sent as plain LoRA.
 
-TRL (`trl.experimental.async_grpo`, `async_distillation`) gathers what has `lora_` in its name, and asks for a
+TRL (`trl.experimental.async_grpo`, `async_distillation`) gathers tensors with `lora_` in their names, and needs a
 LoraConfig. `ziggurat_door` puts these two functions before its own.
 """
 
@@ -23,7 +23,7 @@ def validate_lora_for_vllm_sync(original: Callable[..., LoraConfig], model: Any)
     """The config under which the active adapter goes to vLLM, checked by TRL's own rules.
 
     Raises:
-        ValueError: it can't go alone, and why; TRL then sends merged weights.
+        ValueError: it can't be sent alone, with the reason; TRL then sends merged weights.
     """
     active = model.active_adapters
     if len(active) != 1 or method_of(model.peft_config[active[0]]) is None:
@@ -35,7 +35,7 @@ def validate_lora_for_vllm_sync(original: Callable[..., LoraConfig], model: Any)
 def save_lora_adapter(
     original: Callable[..., None], model: Any, accelerator: Any, adapter_name: str, dest_dir: str
 ) -> None:
-    """Write the adapter to `dest_dir` as plain LoRA, in the place of an earlier one. All processes must call this."""
+    """Write the adapter to `dest_dir` as plain LoRA, replacing an earlier one. All processes must call this."""
     if method_of(model.peft_config[adapter_name]) is None:
         original(model, accelerator, adapter_name, dest_dir)
         return

@@ -1,7 +1,8 @@
-"""verl's sending of the adapter alone to its server, after each step: an adapter of ours goes as plain LoRA.
+"""verl's transfer of the adapter to its server, after each step: a ziggurat adapter is sent as plain LoRA.
 
-verl (0.9) gathers what has `lora_` in its name, and sends PEFT's config of the adapter beside it. `ziggurat_door` puts
-these functions before its own. Its other way, `model.lora.merge`, merges PEFT's LoRA layers alone, and is refused.
+verl (0.9) gathers tensors with `lora_` in their names, and sends PEFT's config of the adapter with them.
+`ziggurat_door` puts these functions before its own. The alternative `model.lora.merge` merges PEFT's LoRA layers alone,
+and is refused.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,14 +18,14 @@ from ziggurat.host.method import method_of
 from ziggurat.host.plain import plain_lora
 
 ADAPTER = "default"  # verl knows no other
-#: Model -> the config of what was gathered last, which goes along.
+#: Model -> the config of the last gathered adapter, sent with the tensors.
 _gathered: WeakKeyDictionary[PeftModel, LoraConfig] = WeakKeyDictionary()
 
 
 def collect_lora_params(
     original: Callable[..., dict[str, Tensor]], module: Any, layered_summon: bool, base_sync_done: bool
 ) -> dict[str, Tensor]:
-    """What verl sends of `module`: the adapter, or first, and once, the base. All processes must call this.
+    """The tensors of `module` to send: the adapter's, or in the first call the base's. All processes must call this.
 
     Raises:
         ConfigError: FSDP1 has sharded the model.
@@ -46,7 +47,7 @@ def collect_lora_params(
 def get_per_tensor_param(
     original: Callable[..., tuple[Iterable[Any], Any]], engine: Any, *args: Any, **kwargs: Any
 ) -> tuple[Iterable[Any], Any]:
-    """verl's tensors and the config that goes along, which is that of the plain LoRA.
+    """verl's tensors and the config to send with them: that of the plain LoRA.
 
     Raises:
         ConfigError: the plain LoRA's rank is above the highest that the server takes.
@@ -65,10 +66,10 @@ def get_per_tensor_param(
 
 
 def fsdp_merge_unmerge(original: Callable[..., None], module: Any, do_merge: bool) -> None:
-    """verl's merging, of its own adapters.
+    """verl's merging, for PEFT's own adapters.
 
     Raises:
-        ConfigError: the adapter is of ours: the server would go on with the base.
+        ConfigError: a ziggurat adapter: the server would go on with the base.
     """
     model = _ours(module)
     if model is not None:

@@ -1,8 +1,8 @@
 """vLLM takes adapters as they were saved: `vllm serve BASE --enable-lora --lora-modules a=FOLDER`.
 
-vLLM calls `register` in each of its processes (entry points `vllm.general_plugins`). A folder of one of our methods
-is exported once, into a cache by its content, and vLLM reads that. What can't be served is refused where a request
-comes in: an error while the engine computes would end it.
+vLLM calls `register` in each of its processes (entry points `vllm.general_plugins`). A folder of one of our methods is
+exported once, into a cache by its content, and vLLM reads that. An adapter that can't be served is refused when a
+request arrives: an error during computation would end the engine.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from ziggurat.errors import ExportError
 from ziggurat.files.untrusted import own_file, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-#: The variable that says where exports are kept; default: ziggurat/served in the user's cache.
+#: The variable for the folder of exports; default: ziggurat/served in the user's cache.
 CACHE = "ZIGGURAT_CACHE"
 
 
 def register() -> None:
-    """Let vLLM's two places that read a LoRA request's folder ask `served` first."""
+    """Wrap vLLM's two functions that read a LoRA request's folder: they call `served` first."""
     from vllm.lora import worker_manager  # pyright: ignore[reportMissingImports]
     from vllm.v1.engine import input_processor  # pyright: ignore[reportMissingImports]
 
@@ -50,7 +50,7 @@ def register() -> None:
 
 
 def served(folder: str, max_lora_rank: int, base_model: str | None = None) -> str:
-    """The folder that vLLM is to read for `folder`: itself, or where it is a method's, its serving export.
+    """The folder that vLLM has to read for `folder`: itself, or for one of our methods its serving export.
 
     Raises:
         ExportError: the export's rank is above `max_lora_rank`, with the rank; the method, or what else the adapter
@@ -94,7 +94,7 @@ def _cache() -> Path:
 
 
 def _key(folder: Path) -> str:
-    """A hash of what an export is made of: config, weights, and the version that makes it."""
+    """A hash of an export's sources: config, weights, and ziggurat's version."""
     total = hashlib.sha256(VERSION.encode())
     for name in (CONFIG, WEIGHTS):
         with own_file(folder, name).open("rb") as file:

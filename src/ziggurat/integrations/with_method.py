@@ -1,6 +1,7 @@
 """`ziggurat with METHOD ... -- PROGRAM`: a program that makes a LoraConfig trains another method, its code unmodified.
 
-The program and its child processes get the request by a variable, which `ziggurat_door` sees at `import torch`.
+The program and its child processes get the request by an environment variable, which `ziggurat_door` reads at `import
+torch`.
 """
 
 import json
@@ -30,8 +31,8 @@ def run_with(method: str, fields: Mapping[str, Any], program: Sequence[str]) -> 
     """Run `program` so that each LoraConfig that it makes becomes the config of `method` with `fields`; its exit code.
 
     Raises:
-        ConfigError: there is no such method, field or program; a value that can't be; or the program has ended well
-            and no LoraConfig was made in it, so that nothing of it was trained by `method`.
+        ConfigError: there is no such method, field or program; a value is invalid; or the program succeeded without
+            making a LoraConfig, so that nothing in it was trained by `method`.
     """
     of_method(LoraConfig(), method, fields)  # raises before minutes have passed
     executable = shutil.which(program[0]) or shutil.which(program[0], path=str(Path(sys.executable).parent))
@@ -51,10 +52,10 @@ def run_with(method: str, fields: Mapping[str, Any], program: Sequence[str]) -> 
 
 
 def turned(lora: LoraConfig) -> MethodConfig:
-    """The config that stands for `lora` in a program that `ziggurat with` runs.
+    """The config that replaces `lora` in a program that `ziggurat with` runs.
 
     Raises:
-        ConfigError: `lora` says what the method can't follow.
+        ConfigError: `lora` has settings that the method doesn't support.
     """
     import ziggurat  # noqa: F401  registers the methods
 
@@ -68,7 +69,7 @@ def turned(lora: LoraConfig) -> MethodConfig:
 
 
 def of_method(lora: LoraConfig, method: str, fields: Mapping[str, Any]) -> MethodConfig:
-    """The config of `method` with what `lora` says and with `fields`, which win."""
+    """The config of `method` with the settings of `lora` and with `fields`, which override them."""
     if method.upper() not in METHODS:
         names = [name.lower() for name in METHODS]
         raise ConfigError(f"there is no method {method!r}{did_you_mean(method, names)}; there are {', '.join(names)}.")
@@ -81,7 +82,7 @@ def of_method(lora: LoraConfig, method: str, fields: Mapping[str, Any]) -> Metho
 
 
 def _run(words: list[str], env: dict[str, str]) -> int:
-    """Run the program, to which signals that ask this process to stop go on; its exit code, as a shell tells it."""
+    """Run the program, passing stop signals on to it; its exit code, as in a shell."""
     with subprocess.Popen(words, env=env) as process:  # noqa: S603  what the user has asked to run
         # Ctrl-C reaches the program by itself; here only its end is waited for.
         before = {

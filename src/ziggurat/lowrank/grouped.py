@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-#: What the sizes of a matrix must be multiples of, in bytes, for torch's kernel.
+#: torch's kernel needs matrix sides of a multiple of this many bytes.
 _ALIGNED = 16
 
 
@@ -36,7 +36,7 @@ def _padded(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
 
 @cache
 def _has_kernel(device: str, dtype: torch.dtype) -> bool:
-    """Whether torch's grouped_mm works here, forward and backward: what it knows has changed often."""
+    """Whether torch's grouped_mm works here, forward and backward: its support has changed often."""
     if not hasattr(F, "grouped_mm"):
         return False
     try:

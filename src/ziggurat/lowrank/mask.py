@@ -23,7 +23,7 @@ def threshold(p: float) -> int:
 
 
 def keep_scale(p: float) -> float:
-    """What the kept entries are multiplied by, ``1 / (1 - p)``, for p as it is really drawn; 0 for p = 1.
+    """The factor of the kept entries, ``1 / (1 - p)``, for the p that is drawn; 0 for p = 1.
 
     p is rounded to a multiple of 2^-16, so the expectation of dropout(x) is x exactly.
     """
@@ -66,7 +66,7 @@ def kept(mask: Tensor, start: int, count: int) -> Tensor:
 def apply(x: Tensor, mask: Tensor, *, start: int = 0, in_place: bool = False) -> Tensor:
     """x with the dropped entries set to zero, the others as they are: multiply by `keep_scale` elsewhere.
 
-    x may be a part of what the mask was drawn for, from its entry number ``start``, a multiple of 8.
+    x may be a part of the mask's tensor, from its entry number ``start``, a multiple of 8.
     """
     ones = kept(mask, start, x.numel()).view(x.shape)
     return x.mul_(ones) if in_place else x * ones

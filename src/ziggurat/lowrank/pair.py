@@ -1,7 +1,7 @@
 """Factor pairs: one low-rank update (A, B), and how several become one.
 
-A is (rank, d_in), B is (d_out, rank), the update of the weight is the *delta* ``B @ A``, (d_out, d_in).
-A scale alpha / rank is folded into B, so a pair says everything about its update.
+A is (rank, d_in), B is (d_out, rank), the update of the weight is the *delta* ``B @ A``, (d_out, d_in). A scale alpha /
+rank is folded into B, so a pair determines its update.
 """
 
 from collections.abc import Iterable, Sequence
@@ -61,7 +61,7 @@ def _columns_scales(
     scales: tuple[float, ...], ranks: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """The scale of each column of a stacked B: one operation for all of them, in the dtypes that hold a scale whole."""
-    with torch.inference_mode(False):  # what is made in inference mode can't be kept for a backward later
+    with torch.inference_mode(False):  # a tensor made in inference mode can't be kept for a later backward
         each = [scale for scale, rank in zip(scales, ranks, strict=True) for _ in range(rank)]
         return torch.tensor(each, dtype=dtype, device=device)
 
@@ -128,12 +128,12 @@ def _do_not_fit(pairs: Sequence[FactorPair]) -> ConfigError:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether `tensor` is torch's own, and no subclass that operations treat in a way of their own."""
+    """Whether `tensor` is of torch's own class, and not of a subclass that overrides operations."""
     return type(tensor) in _PLAIN
 
 
 def transformed() -> bool:
-    """Whether torch follows the operations themselves: it compiles, traces, or takes derivatives by torch.func."""
+    """Whether torch is compiling, tracing, or taking derivatives by torch.func."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()

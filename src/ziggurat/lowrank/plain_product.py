@@ -71,14 +71,14 @@ def down_gradients(
 
 
 def up_add(y: Tensor, h: Tensor, B: Tensor, reuse_y: bool) -> Tensor:
-    """y + h B^T in y's dtype and shape, in y's memory if it may. Never a view: autograd lets nobody change a
+    """y + h B^T in y's dtype and shape, in y's memory if `reuse_y`. Never a view: autograd forbids changing a
     Function's view in place."""
     B = B.to(h.dtype)
     if y.dtype != B.dtype or torch._C._len_torch_dispatch_stack():
-        # A mode may keep what it sees, as selective checkpointing does: nothing in place.
+        # A dispatch mode may keep tensors, as selective checkpointing does: nothing in place.
         return torch.add(y, (h @ B.T).view(y.shape)).to(y.dtype)
     if reuse_y and y.is_contiguous():
-        # detach() shares y's version counter: had somebody saved y for a backward, that would raise there.
+        # detach() shares y's version counter: if y was saved for a backward, that backward raises.
         out = y.detach()
         flat(out).addmm_(h, B.T)
         return out

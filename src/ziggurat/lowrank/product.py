@@ -1,6 +1,6 @@
-"""y + (dropout(x) A^T) B^T: what every adapted linear computes besides its frozen weight.
+"""y + (dropout(x) A^T) B^T: the product that every adapted linear layer computes besides its frozen weight.
 
-The two thin products are cheap; what costs is passing over (tokens, d) and keeping copies of it. So one autograd
+The two thin products are cheap; passing over (tokens, d) and keeping copies of it is expensive. So one autograd
 operation goes down and one goes up into the base output. They keep x itself (every linear layer that reads the same x
 keeps the same tensor), the (tokens, rank) product and the dropout mask, as bits or as a seed. Linear layers that read
 one x can go down together. Torch does both (`plain_product`); large inputs on a GPU that are dropped out go down by
@@ -23,7 +23,7 @@ from ziggurat.lowrank import plain_product
 from ziggurat.lowrank.pair import is_plain, transformed
 from ziggurat.lowrank.remade import Remade, remade
 
-#: Up to so many tokens, as in generation, what counts is the number of operations, not the passes over memory.
+#: Up to so many tokens, as in generation, the number of operations matters, not the passes over memory.
 _FEW = 16
 
 
@@ -64,13 +64,14 @@ def low_rank_add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.
 def can_share(x: Tensor, A: Tensor) -> bool:
     """Whether linear layers that read this x should take `down` together, and then `up_add` each.
 
-    Not for tensor subclasses; and the caller must see to it that torch isn't following the operations (`transformed`).
+    Not for tensor subclasses; and the caller must check that torch isn't compiling or tracing (`transformed`).
     """
     return is_plain(x) and is_plain(A) and not x.is_inference()
 
 
 def composed(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.0) -> Tensor:
-    """The same value from plain differentiable operations: what is compiled, and what tests compare with."""
+    """The definition of `low_rank_add` in plain differentiable operations: used in compilation, and as the tests'
+    reference."""
     dtype = _product_dtype(x, A)
     x = x.to(dtype)
     if dropout:
@@ -79,7 +80,7 @@ def composed(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float = 0.0) -
 
 
 def owns_output(module: nn.Module) -> bool:
-    """Whether what ``module`` returns is new and read by nobody else, so that `low_rank_add` may reuse its memory.
+    """Whether ``module``'s output is new and has no other reader, so that `low_rank_add` may reuse its memory.
 
     True for exactly `torch.nn.Linear` with its own forward and without hooks: a hook could keep the output,
     a subclass or a replaced forward could return anything.
@@ -92,7 +93,7 @@ def owns_output(module: nn.Module) -> bool:
 
 
 def _parts_for(x: Tensor, As: Sequence[Tensor], dropout: float, dtype: torch.dtype) -> ModuleType:
-    """Who goes down with the products in ``dtype``: Triton's kernels, or torch."""
+    """The module that computes `down` with products in ``dtype``: Triton's kernels, or torch."""
     if x.is_cuda and (fused := _fused()) and fused.runs_on(x.device) and fused.suits(x, As, dropout, dtype):
         return fused
     return plain_product
@@ -177,10 +178,9 @@ class _Down(torch.autograd.Function):
 
 
 def _saved(ctx: Any, dhs: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """What `ctx` saved. After a backward through some of the linear layers alone, `ctx` keeps it for the others.
+    """The saved tensors. After a backward through some of the linear layers only, `ctx` keeps them for the others.
 
-    They are one node of the graph, which autograd empties when it has been gone through; layers that went down alone
-    would be a node each.
+    The layers are one node of the graph, which autograd frees after a backward; separate layers would be a node each.
     """
     try:
         tensors, versions = getattr(ctx, "kept", None) or (ctx.saved_tensors, None)

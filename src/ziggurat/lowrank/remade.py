@@ -1,9 +1,9 @@
-"""Inputs that the backward pass makes again from tensors that autograd keeps anyway.
+"""Inputs that the backward pass recomputes from tensors that autograd keeps anyway.
 
 A frozen linear layer keeps no input for its backward; an adapted one needs its input for dL/dA. Most inputs in a
 transformer are made by one cheap step whose own backward keeps the operands: act(gate) * up before the MLP's last
-linear layer, w * (h / rms(h)) before queries, keys, values, gate and up, gelu(h) in an encoder's MLP. To keep the
-result as well costs memory for the sake of one multiplication. `remade` finds the operands in autograd's graph.
+linear layer, w * (h / rms(h)) before queries, keys, values, gate and up, gelu(h) in an encoder's MLP. Keeping the
+result as well would spend memory to save one multiplication. `remade` finds the operands in autograd's graph.
 """
 
 import os
@@ -32,7 +32,7 @@ class Remade(NamedTuple):
 
 
 def unchanged(tensor: Tensor) -> Tensor:
-    """The unpacking hook for `saved_tensors_hooks` that only watch; under any other hooks every input is kept.
+    """The unpacking hook for `saved_tensors_hooks` that only observe; under any other hooks every input is kept.
 
     Those may move kept tensors elsewhere (to the CPU, to disk) or drop them (checkpoints), and looking fetches them.
     """
@@ -40,7 +40,7 @@ def unchanged(tensor: Tensor) -> Tensor:
 
 
 def remade(x: Tensor) -> Remade | None:
-    """How x is made again; None where that isn't known, x is small, or was changed in place after it was made.
+    """A way to recompute x; None if there is none known, if x is small, or was changed in place after it was made.
 
     ZIGGURAT_REMAKE=0 in the environment turns it off. Tensors changed through `.data` can't be told from others.
     """
@@ -63,7 +63,7 @@ def _kept_elsewhere() -> bool:
 
 
 def _making(node: Any, x: Tensor, operands: list[Tensor]) -> Make | None:
-    """How the output of `node` is made; its operands are added to `operands`."""
+    """A function that recomputes the output of `node`; its operands are added to `operands`."""
     kind = type(node).__name__
     if kind == "MulBackward0":
         left = _operand(node._saved_self, node, 0, x, operands)
@@ -85,7 +85,7 @@ def _operand(kept: Tensor | None, node: Any, number: int, x: Tensor, operands: l
     """An operand of `node`: kept by it; or made in turn, where the node needs the other operand alone."""
     if kept is None:
         return _making(node.next_functions[number][0], x, operands)
-    # A number has no say in a product's dtype; expanded it would.
+    # A scalar doesn't influence a product's dtype; an expanded one would.
     if not kept.dim() or not is_plain(kept) or kept.device != x.device:
         return None
     place = len(operands)

@@ -1,4 +1,4 @@
-"""What the singular values of an update say about it, computed from its factors.
+"""Measures of an update's singular values, computed from its factors.
 
 The dense (d_out, d_in) update is never formed. Half-precision factors are computed in float32, float64
 stays float64. NaN: from factors it is an error, in a given spectrum it is passed on to the result.

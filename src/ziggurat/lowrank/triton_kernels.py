@@ -4,10 +4,10 @@ Each reads or writes (tokens, d) once and nothing else of that size. Dropout is 
 dropped if 16 bits of Philox4x32-7 at counter ``t * ceil(d / 8) + k // 8`` are below a threshold, so a seed says
 the whole mask, whatever the tiles, and one draw of 128 bits serves 8 neighbours.
 
-The grid is (tiles of the output, splits). A program of a split runs over ``per_split`` columns or tokens. Where these
-are what is summed, each split writes its own float32 part, and `add_parts` adds them in a fixed order, hence the same
+The grid is (tiles of the output, splits). A program of a split runs over ``per_split`` columns or tokens. If the sum
+runs over these, each split writes its own float32 part, and `add_parts` adds them in a fixed order, hence the same
 result each time. Sizes that are no multiple of a tile are masked. Offsets into (tokens, d) have 64 bits, those into
-what has the rank as its second size 32.
+tensors of second size rank have 32.
 """
 
 from typing import NamedTuple

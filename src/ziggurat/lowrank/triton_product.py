@@ -1,7 +1,7 @@
-"""Going down by the kernels of `triton_kernels`: dropout and scale cost no pass of their own.
+"""`plain_product`'s functions by the kernels of `triton_kernels`: dropout and scale need no extra pass.
 
-The functions are those of `plain_product`. A dropout mask is a seed here. Each passes over (tokens, d) once: one
-launch, and one that adds up parts where a sum had to be split to fill the GPU.
+A dropout mask is a seed here. Each passes over (tokens, d) once: one launch, and one that adds up parts where a sum had
+to be split to fill the GPU.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
-"""ASLoRA (arXiv 2412.10135): one A for all layers, and B's that merge during training where they are alike.
+"""ASLoRA (arXiv 2412.10135): one A for all layers, and B's that merge during training by similarity.
 
-dW_n = scale B_g(n) A,  scale = lora_alpha / r.  Every layer begins as a group g(n) of its own; then, one merge after
-the other, the two groups whose B's are nearest, by ||B_i - B_j||_F, go on with one B, until `groups` are left.
+dW_n = scale B_g(n) A,  scale = lora_alpha / r.  Every layer begins as a group g(n) of its own; then the two groups with
+the nearest B's, by ||B_i - B_j||_F, merge, one merge after the other, until `groups` remain.
 """
 
 from dataclasses import dataclass, replace
@@ -43,14 +43,14 @@ CITATION = """@article{hu2024aslora,
 class ASLoRAConfig(MergingConfig):
     """Config of ASLoRA (arXiv 2412.10135).
 
-    The paper's abstract says that A is shared and B's merge during training by similarity. The distance, the mean of
-    the two B's (weighted by their layers) as what a group goes on with, and the even schedule are choices made here.
-    B's that were merged away stay in the optimiser and the file, and take no part.
+    The paper's abstract says that A is shared and B's merge during training by similarity. The distance, the merged B
+    (the mean of the two, weighted by their layers) and the even schedule are choices made here. B's that were merged
+    away stay in the optimiser and the file, unused.
 
     Args:
-        groups: how many B's each role and shape is left with.
+        groups: how many B's of each role and shape remain.
         merge_from: where in training, from 0 to 1, the first merge may come; merges are spread evenly.
-        merge_until: where the last one has come.
+        merge_until: where the last merge has come.
 
     Raises:
         ConfigError: values outside these bounds.
@@ -94,7 +94,7 @@ def pair(config: ASLoRAConfig, site: Site, t: Stored, context: Context) -> Facto
 def step(
     root: nn.Module, adapter: str, config: ASLoRAConfig, step: int, total: int, optimizer: Optimizer | None
 ) -> None:
-    """Merge what is due when `step` of `total` steps are done."""
+    """Make the merges that are due when `step` of `total` steps are done."""
     sites, factors = shared_tensors(root, METHOD, adapter)
     progress = (step / total - config.merge_from) / (config.merge_until - config.merge_from)
     assert config.structure is not None

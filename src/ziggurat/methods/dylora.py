@@ -45,8 +45,8 @@ class DyLoRAConfig(MethodConfig):
     Args:
         r: the largest rank.
         min_rank: the smallest rank that is drawn.
-        frozen: only direction b learns at a step; those before it take part but stay as they are (the paper's
-            "Frozen" variant). Default: all of the first b learn.
+        frozen: only direction b learns at a step; the directions before it are used but frozen (the paper's "Frozen"
+            variant). Default: the first b all learn.
         inference_rank: the rank used outside training, in merging and in export. None: r.
         bias: "none", "all", or "dylora_only" (the biases of the adapted linear layers).
 
@@ -77,7 +77,7 @@ def tensors(config: DyLoRAConfig, site: Site) -> dict[str, TensorSpec]:
 
 
 def pair(config: DyLoRAConfig, site: Site, t: Stored, context: Context) -> FactorPair:
-    """The leading b directions; with `frozen` only the last of them gives a gradient."""
+    """The leading b directions; with `frozen` only the last of them has a gradient."""
     b = (context.drawn or config.r) if context.training else config.kept_rank
     A, B = t["A"][:b], t["B"][:, :b]
     if context.training and config.frozen:

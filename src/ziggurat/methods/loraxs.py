@@ -43,7 +43,7 @@ INIT_STD = 1e-5
 class LoRAXSConfig(MethodConfig):
     """Config of LoRA-XS (arXiv 2405.17604): r^2 trainable parameters for each linear layer.
 
-    A and B are stored with the adapter, because a singular value decomposition isn't bitwise the same on another
+    A and B are stored with the adapter, because a singular value decomposition isn't bitwise reproducible on another
     machine: its file holds r (d_in + d_out + r) values for each linear layer, a little more than LoRA's.
 
     Args:

@@ -49,7 +49,7 @@ class ShareLoRAConfig(MethodConfig):
 
 
 def tensors(config: ShareLoRAConfig, site: Site) -> dict[str, TensorSpec]:
-    """A (r, d_in) and B (d_out, r); what `share` names is shared by the sites of one role and shape."""
+    """A (r, d_in) and B (d_out, r); the factors that `share` names are shared by the sites of one role and shape."""
     specs = low_rank(config.r, site.d_in, site.d_out, config.init_weights)
     return {key: replace(spec, shared=site.kind) if key in config.share else spec for key, spec in specs.items()}
 

@@ -1,4 +1,4 @@
-"""Tied-LoRA (arXiv 2311.09578): one A and one B for all layers, scaled by vectors of each layer's own.
+"""Tied-LoRA (arXiv 2311.09578): one A and one B for all layers, scaled by private vectors of each layer.
 
 dW_n = scale diag(v_n) B diag(u_n) A with u_n (r) and v_n (d_out);  scale = lora_alpha / r.
 """
@@ -51,9 +51,9 @@ class TiedLoRAConfig(MethodConfig):
     one fused linear layer for queries, keys and values, and so ties these, too.
 
     Args:
-        trained: the tensors that train, some of "A", "B", "u", "v" in one word; the paper compares such choices. The
-            first of B, v, u, A that trains starts at 0, so that a fresh adapter changes nothing; u and v start at 1
-            otherwise, A and B random.
+        trained: the tensors that train, letters of "ABuv" in one word; the paper compares such choices. The first of B,
+            v, u, A that trains starts at 0, so that a fresh adapter changes nothing; otherwise u and v start at 1, A
+            and B at random.
 
     Raises:
         ConfigError: `trained` is no such word.

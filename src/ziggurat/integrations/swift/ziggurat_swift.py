@@ -3,8 +3,8 @@
     swift sft --external_plugins $(ziggurat plugin-path swift) --tuner_type msplora --lora_rank 8 \\
         --model_kwargs '{"ziggurat": {"even_scales": true}}' ...
 
-ms-swift's own arguments for LoRA (rank, alpha, dropout, targets, bias, modules_to_save) hold for the method too; what
-stands under `ziggurat` are fields of the method's config, which win.
+ms-swift's own arguments for LoRA (rank, alpha, dropout, targets, bias, modules_to_save) hold for the method too; the
+values under `ziggurat` are fields of the method's config and override them.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from ziggurat.errors import ConfigError
 from ziggurat.host.method import METHODS
 from ziggurat.integrations.with_method import of_method
 
-#: PEFT's name of what ms-swift trains; None: it has none.
+#: ms-swift's task -> PEFT's task type; None: it has none.
 _TASKS = {"EMBEDDING": None, "RERANKER": "SEQ_CLS", "GENERATIVE_RERANKER": "CAUSAL_LM", "DECISION": "CAUSAL_LM"}
 
 
@@ -31,7 +31,7 @@ class _MethodTuner(PeftTuner):
         """`model` with a fresh adapter.
 
         Raises:
-            ConfigError: ms-swift's arguments say what the method can't follow.
+            ConfigError: arguments of ms-swift that the method doesn't support.
         """
         from swift.pipelines.train.tuner import (  # pyright: ignore[reportMissingImports]
             get_modules_to_save,

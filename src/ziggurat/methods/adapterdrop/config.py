@@ -1,4 +1,4 @@
-"""What a user says of bottleneck adapters."""
+"""The config of bottleneck adapters."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -27,9 +27,9 @@ FEED_FORWARD_OUTPUT = (
 class AdapterDropConfig(MethodConfig):
     """Config of bottleneck adapters (Houlsby et al. 2019, Pfeiffer et al. 2021) with AdapterDrop (arXiv 2010.11918).
 
-    Behind a linear W: y = W x + U f(D dropout(W x) + a) + c with D (r, d_out), U (d_out, r), the activation f and U = 0
-    at the start. Default place: the end of each layer's feed-forward part, one adapter a layer (Pfeiffer); with the
-    attention's output in target_modules too it is Houlsby's. An update of this kind can't be merged into W.
+    After a linear layer W: y = W x + U f(D dropout(W x) + a) + c with D (r, d_out), U (d_out, r), the activation f and
+    U = 0 at the start. Default place: the end of each layer's feed-forward part, one adapter a layer (Pfeiffer); with
+    the attention's output in target_modules too it is Houlsby's. An update of this kind can't be merged into W.
 
     Args:
         r: width of the bottleneck.

@@ -1,6 +1,6 @@
-"""A linear layer with a bottleneck behind it (bottleneck adapters, arXiv 1902.00751; AdapterDrop, arXiv 2010.11918).
+"""A linear layer with a bottleneck after it (bottleneck adapters, arXiv 1902.00751; AdapterDrop, arXiv 2010.11918).
 
-y = W x + U f(D dropout(W x) + a) + c. It is no pair, since f is not linear, and so has a forward of its own.
+y = W x + U f(D dropout(W x) + a) + c. It is not a factor pair, since f is not linear, and so has its own forward.
 """
 
 from typing import Any
@@ -41,7 +41,8 @@ def draw(config: AdapterDropConfig) -> int:
 
 
 class BottleneckLinear(AdaptedLinear):
-    """`dropped`: adapters of layers below this number are left out, for good; `robust_drop` draws one for each pass."""
+    """`dropped`: adapters of layers below this number are skipped permanently; `robust_drop` draws a number for each
+    pass."""
 
     other_param_names = ("dropped",)
 

@@ -1,4 +1,4 @@
-"""Bottleneck adapters as a PEFT method: behind linear layers, with those of the lowest layers dropped."""
+"""Bottleneck adapters as a PEFT method: after linear layers, optionally dropped in the lowest layers."""
 
 from typing import Any
 

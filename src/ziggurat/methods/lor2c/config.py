@@ -1,4 +1,4 @@
-"""What a user says of a LoR2C adapter."""
+"""The config of LoR2C."""
 
 import json
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from ziggurat.methods.lor2c.plan import CRITERIA, KEEP
 
 EVENTS_FILE = "lor2c_events.json"
 PICTURE_FILE = "lor2c_events.svg"
-#: The tensor that carries structure and log beside the weights: JSON in bytes.
+#: The tensor that stores structure and log beside the weights: JSON in bytes.
 STRUCTURE_KEY = "lor2c_structure"
 
 CITATION = """@article{zhao2025lor2c,
@@ -38,7 +38,7 @@ CITATION = """@article{zhao2025lor2c,
 
 
 def _by_stack(value: Any) -> list[Any]:
-    """What is said of each stack, or once for all."""
+    """The values of each stack, or the one for all stacks."""
     return list(value.values()) if isinstance(value, dict) else [value]
 
 
@@ -72,35 +72,34 @@ class LoR2CConfig(MethodConfig):
     """Config of LoR2C (arXiv 2503.00572): a low-rank residual path around each transformer layer.
 
     h_out = Layer(h_in) + lora_alpha / r * B A dropout(h_in), with A (r, d) and B (d, r), B = 0 at the start. The layers
-    are found by themselves; `layers_to_transform`, `layers_pattern` and `exclude_modules` choose among them.
+    are found automatically; `layers_to_transform`, `layers_pattern` and `exclude_modules` choose among them.
 
     Args:
         share: ShareLoR2C: all layers of a stack use one A; B stays each layer's own.
         spans: where paths begin and end, [[first, last], ...] with both layers included, for every stack, or one such
             list a stack: {stack: [...]}. Default: a path around every layer. Layers in no span have none.
         merges: MergeLoR2C: how often, during training, two adjacent paths become one over both spans.
-        injections: InjectLoR2C: how often the path of one layer is given up for plain LoRA on its query and value.
-            With `merges` as well: IMLoR2C. All events are spread evenly over the first quarter of training.
-        criterion: what makes a path weak or strong: "mean" of the singular values of B A, "energy" (share of the
-            `criterion_k` largest), "sfs" (1 - that share) or "effective_rank". Merged: the adjacent pair with the
-            smallest sum. Injected: the path with the largest, by "sfs" the smallest.
+        injections: InjectLoR2C: how often the path of one layer is replaced by plain LoRA on its query and value. With
+            `merges` as well: IMLoR2C. All events are spread evenly over the first quarter of training.
+        criterion: the score of a path: "mean" of the singular values of B A, "energy" (share of the `criterion_k`
+            largest), "sfs" (1 - that share) or "effective_rank". Merged: the adjacent pair with the smallest sum.
+            Injected: the path with the largest, by "sfs" the smallest.
         criterion_k: the k of "energy" and "sfs" (default: r / 2).
-        keep: whose weights a merged path goes on with: the "lower" layer's, or the "richer" (larger sum of
-            singular values).
+        keep: the weights of a merged path: the "lower" layer's, or the "richer" ones (larger sum of singular values).
         max_span: the most layers that a merged path may cover (default: no limit).
-        target_modules: the linear layers in a layer that get plain LoRA when its path is given up (default: the
-            architecture's query and value, or what it fuses them into).
+        target_modules: the linear layers in a layer that get plain LoRA when its path is replaced (default: the
+            architecture's query and value, or their fused projection).
         inject_r: rank of that LoRA (default: r / 2).
         inject_alpha: its alpha (default: lora_alpha).
         inject_dropout: its dropout (default: lora_dropout).
         injected_layers: layers that have it from the start, [3, 5] or {stack: [...]}.
-        hidden_size: width of the residual stream, where the layers' shapes don't tell it.
-        structure: what training has made of `spans` and `injected_layers`. Written when an event happens and
-            saved, so that loading builds the same paths; not for the user to set.
+        hidden_size: width of the residual stream, if the layers' shapes don't determine it.
+        structure: the state of `spans` and `injected_layers` after training's events. Written at each event and saved,
+            so that loading builds the same paths; not for the user to set.
 
     Raises:
-        ConfigError: values that can't work in any model; what can't work in a given model is refused
-            when the adapter is put into it, before anything there is changed.
+        ConfigError: values that can't work in any model. Values that don't fit a given model are refused when the
+            adapter is put into it, before the model is changed.
     """
 
     no_factors = frozenset({STRUCTURE_KEY})
@@ -153,19 +152,19 @@ class LoR2CConfig(MethodConfig):
         return self.scale_of(self.r)
 
     def dropout_at(self, site: Site) -> float:
-        """Of a path, or of the LoRA in its place."""
+        """The dropout of a path, or of the LoRA in its place."""
         if site.span is None and self.inject_dropout is not None:
             return self.inject_dropout
         return self.lora_dropout
 
     @property
     def may_inject(self) -> bool:
-        """Whether some layer has, or may get, plain LoRA in place of its path."""
+        """Whether a layer has, or may get, plain LoRA in place of its path."""
         return bool(self.injections or self.injected_layers)
 
     @property
     def restructures(self) -> bool:
-        """Whether training changes which paths there are."""
+        """Whether training changes the structure."""
         return bool(self.merges or self.injections)
 
     @property

@@ -1,4 +1,4 @@
-"""A picture of a run's structure: which layers each path covers, and where plain LoRA took over, over the steps."""
+"""A picture of a run's structure over the steps: the layers that each path covers, and the layers with plain LoRA."""
 
 from collections.abc import Sequence
 from html import escape
@@ -12,7 +12,7 @@ INJECTED_COLOUR = "#e08e45"
 def draw_events(log: Sequence[dict[str, Any]]) -> str:
     """The events in `log` as SVG: steps to the right, layers upwards, a bar for each path, a line at each event.
 
-    The time of the events is drawn to scale and what follows as one last column; stacks stand below each other.
+    The time of the events is drawn to scale, the time after them as one last column; stacks are drawn below each other.
     """
     if not log:
         return '<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"></svg>\n'

@@ -1,7 +1,7 @@
-"""LoR2C (arXiv 2503.00572): what is stored, and what is computed.
+"""LoR2C (arXiv 2503.00572): tensors and equation.
 
 h_out = Layer(h_in) + s B A h_in around a layer, or a span of layers, with A (r, d), B (d, r) and s = lora_alpha / r.
-With `share` all paths of a stack have one A. A layer whose path was given up has plain LoRA on its query and value.
+With `share` all paths of a stack have one A. A layer whose path was replaced has plain LoRA on its query and value.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ from ziggurat.methods.lor2c.config import LoR2CConfig
 
 
 def tensors(config: LoR2CConfig, site: Site) -> dict[str, TensorSpec]:
-    """A and B of a path, or of the LoRA that waits in its place."""
+    """A and B of a path, or of the LoRA that may replace it."""
     if site.span is None:
         return low_rank(config.lora_r, site.d_in, site.d_out, config.init_weights)
     specs = low_rank(config.r, site.d_in, site.d_out, config.init_weights)

@@ -1,4 +1,4 @@
-"""Events during training: a callback that rides along in every Trainer, and the tables it shows."""
+"""Events during training: the callback of every Trainer, and the tables it prints."""
 
 import sys
 from collections.abc import Iterable
@@ -17,17 +17,18 @@ from ziggurat.methods.lor2c.paths import PathBank
 def restructure(
     model: nn.Module, step: int, total_steps: int, optimizer: Optimizer | None = None
 ) -> list[dict[str, Any]]:
-    """Merge and inject what is due before optimiser step `step` (from 0) of `total_steps`, in any model with paths.
+    """Make the merges and injections due before optimiser step `step` (from 0) of `total_steps`, in any model with
+    paths.
 
-    One call before every step of a loop of one's own. With the optimiser, a path that moves to another layer takes
-    its moments along; without it, it goes on with those of the path that was there.
+    To be called before every step of a custom loop. With the optimiser, a path that moves to another layer keeps its
+    moments; without it, it gets those of the path that was there.
     """
     banks = [module for module in model.modules() if isinstance(module, PathBank)]
     return [record for bank in banks for record in bank.restructure(step, total_steps, optimizer)]
 
 
 class RestructureCallback(TrainerCallback):
-    """Does the events of all LoR2C adapters in a training run, and shows each decision as a table."""
+    """Makes the events of all LoR2C adapters in a training run, and prints each decision as a table."""
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         if isinstance(model, nn.Module) and state.max_steps > 0:
@@ -37,9 +38,10 @@ class RestructureCallback(TrainerCallback):
 
 
 def show(records: Iterable[dict[str, Any]], console: Console | None = None) -> None:
-    """Print one table for each record of an event: all scores, what was chosen, why, and what trains now."""
+    """Print one table for each record of an event: all scores, the choice with its reason, and the trainable
+    parameters."""
     if console is None:
-        # By sys.stderr as it is now: a live progress bar puts itself there, to keep its line below what is printed.
+        # By the current sys.stderr: a live progress bar replaces it, to keep its line below the output.
         screen, text = Console(stderr=True), StringIO()
         show(records, Console(file=text, width=screen.width, force_terminal=screen.is_terminal))
         sys.stderr.write(text.getvalue())

@@ -1,4 +1,4 @@
-"""LoR2C's tuner layers: the path at a layer, and the linear layer that takes over when a path is given up."""
+"""LoR2C's tuner layers: the path at a layer, and the linear layers with the LoRA that may replace it."""
 
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.paths.layer import PathLayer
@@ -9,7 +9,7 @@ class LoR2CPath(PathLayer):
 
 
 class LoR2CLinear(AdaptedLinear):
-    """A query or value whose plain LoRA wakes when its layer's path is given up: y = W x + scale B A dropout(x).
+    """A query or value whose plain LoRA replaces its layer's path at an injection: y = W x + scale B A dropout(x).
 
-    Until then it gives no gradient and costs nothing, but its parameters are there, in the optimiser, from the start.
+    Until then it has no gradient and no cost in the forward, but its parameters are in the optimiser from the start.
     """

@@ -1,4 +1,4 @@
-"""Where an adapter's paths lie in a model, and which linear layers may take over, checked before any change."""
+"""The layout of an adapter's paths in a model, and the linear layers of injections, checked before any change."""
 
 import re
 from collections.abc import Sequence
@@ -32,14 +32,14 @@ class Around(NamedTuple):
 
 @dataclass
 class Layout:
-    """`layers`: path -> what is known of it. `linear_layers`: path -> (stack, layer). `structure`: the first paths."""
+    """`layers`: path -> `Around`. `linear_layers`: path -> (stack, layer). `structure`: the initial paths."""
 
     layers: dict[str, Around] = field(default_factory=dict)
     linear_layers: dict[str, tuple[str, int]] = field(default_factory=dict)
     structure: dict[str, StackState] = field(default_factory=dict)
 
     def sites(self, model: nn.Module, anatomy: Anatomy) -> dict[str, Site]:
-        """Where the adapter has tensors: the last layer of every span, and the linear layers that may take over."""
+        """The sites with tensors: the last layer of every span, and the linear layers of injections."""
         sites: dict[str, Site] = {}
         for path, at in self.layers.items():
             if at.owner:
@@ -52,11 +52,11 @@ class Layout:
 
 
 def lay_out(config: LoR2CConfig, model: nn.Module, anatomy: Anatomy, model_type: str | None) -> Layout:
-    """Where `config`'s paths lie in `model`. Changes nothing.
+    """The layout of `config`'s paths in `model`. Changes nothing.
 
     Raises:
-        ConfigError: spans that overlap or leave their stack, more events than paths allow, no linear layers to take
-            over, a rank above the width, a width that can't be seen, no stack of layers at all.
+        ConfigError: spans that overlap or leave their stack, more events than paths allow, no linear layers for
+            injections, a rank above the width, an unknown width, no stack of layers at all.
     """
     if not anatomy.stacks:
         lists = ", ".join(
@@ -93,7 +93,8 @@ def lay_out(config: LoR2CConfig, model: nn.Module, anatomy: Anatomy, model_type:
 
 
 def _chosen(config: LoR2CConfig, stack: str, layers: Sequence[str], model: nn.Module) -> list[int]:
-    """The layers of `stack` that the user wants; none of a stack without linear layers, such as one of convolutions."""
+    """The layers of `stack` that the config chooses; none of a stack without linear layers, such as one of
+    convolutions."""
     if not any(is_adaptable(module) for path in layers for module in model.get_submodule(path).modules()):
         return []
     wanted = config.layers_to_transform
@@ -205,7 +206,7 @@ def _width(config: LoR2CConfig, model: nn.Module, layer: str) -> int:
 
 
 def _hidden_size(model: nn.Module, layer: str) -> int | None:
-    """What the config of the innermost model around `layer` calls its hidden size."""
+    """`hidden_size` in the config of the innermost model around `layer`."""
     parts = layer.split(".")
     for end in range(len(parts), -1, -1):
         config = getattr(model.get_submodule(".".join(parts[:end])), "config", None)

@@ -1,4 +1,4 @@
-"""LoR2C's tuner: finds the layers of a model, puts paths around them, and refuses what a path can't do."""
+"""LoR2C's tuner: finds the layers of a model, puts paths around them, and refuses operations that paths don't allow."""
 
 import copy
 from collections.abc import Mapping
@@ -35,12 +35,12 @@ class LoR2CModel(StructureTuner):
     _layout: Layout | None = None
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # Which modules there are follows from the config alone, never from the names in a state dict.
+        # The modules follow from the config alone, never from the names in a state dict.
         kwargs.pop("state_dict", None)
         config = self.peft_config[adapter_name]
         assert isinstance(config, LoR2CConfig)
         if config.restructures:
-            # A copy, since training writes the structure into it, and the user's own may serve for another model.
+            # A copy, since training writes the structure into it, and the user may use the original for another model.
             config = copy.copy(config)
             config.log = list(config.log)
             self.peft_config[adapter_name] = config
@@ -130,15 +130,16 @@ class LoR2CModel(StructureTuner):
     def restructure(
         self, step: int, total_steps: int, optimizer: Optimizer | None = None, adapter: str | None = None
     ) -> list[dict[str, Any]]:
-        """Merge and inject what is due before optimiser step `step` (from 0) of `total_steps`; what was done.
+        """Make the merges and injections due before optimiser step `step` (from 0) of `total_steps`; returns their
+        records.
 
-        For a loop of one's own: call it before every step, with the optimiser, so that a path that moves takes its
-        moments along. A transformers Trainer does this by itself.
+        In a custom loop call it before every step, with the optimiser, so that a path that moves keeps its moments. A
+        transformers Trainer calls it itself.
         """
         return self._bank().restructure(step, total_steps, optimizer, adapter)
 
     def path_counts(self, adapter: str = "default") -> dict[str, int]:
-        """How many parameters `adapter` stores, how many act in the forward now, and how many training changes now."""
+        """How many parameters `adapter` stores, how many the forward uses, and how many train at present."""
         return self._bank().counts(adapter)
 
     def write_self_contained(self, out: str | Path, tokenizer: Any = None, adapter: str | None = None) -> Path:
@@ -181,7 +182,7 @@ def _no_weight(path: str) -> Weight:
 
 
 def _home(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where the layer computes, and the floating dtype of its weights; none of 8 bits, which no factor can have."""
+    """The layer's device, and the floating dtype of its weights; never one of 8 bits, which factors can't have."""
     inside = [module for module in layer.modules() if not isinstance(module, BaseTunerLayer)]
     weights = [p for module in inside for p in module.parameters(recurse=False)]
     floating = [p for p in weights if p.dtype in FLOATS]
@@ -203,13 +204,13 @@ def needs_steps(config: LoR2CConfig) -> bool:
 def step(
     root: nn.Module, adapter: str, config: LoR2CConfig, step: int, total: int, optimizer: Optimizer | None
 ) -> None:
-    """Merge and inject what is due before the next step."""
+    """Make the merges and injections due before the next step."""
     if step < total:
         PathBank.inside(root).restructure(step, total, optimizer, adapter)
 
 
 def callback(config: LoR2CConfig) -> type[Any] | None:
-    """Under a Trainer each decision is shown as a table."""
+    """The callback that prints each decision as a table under a Trainer."""
     if not config.restructures:
         return None
     from ziggurat.methods.lor2c.events import RestructureCallback  # loads transformers' Trainer

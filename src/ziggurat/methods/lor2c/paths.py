@@ -1,4 +1,4 @@
-"""All paths of a model, adapter by adapter: which there are, what happens to them, what is saved of it."""
+"""All paths of a model, adapter by adapter: their structure, their events, and their saved state."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from ziggurat.methods.lor2c.plan import Decision, Path, StackState, Structure, a
 
 @dataclass
 class Adapter:
-    """One adapter's paths: its config, its structure now, how many events are done."""
+    """One adapter's paths: its config, its current structure, and the number of events done."""
 
     config: LoR2CConfig
     structure: dict[str, StackState] = field(default_factory=dict)
@@ -30,14 +30,14 @@ class Adapter:
 
 
 class PathBank(StructureBank):
-    """Owned once at the model's root: the shared A's, every adapter's structure, and the one place that changes it."""
+    """Owned once at the model's root: the shared A's, and every adapter's structure, which is changed here alone."""
 
     other_param_names = ("known",)
 
     def __init__(self) -> None:
         super().__init__()
         self.known: dict[str, Adapter] = {}
-        # Past nn.Module.__setattr__: these are registered in their layers, here only looked up.
+        # Past nn.Module.__setattr__: these modules are registered in their layers.
         object.__setattr__(self, "_members", {})
         object.__setattr__(self, "_linear_layers", {})
 
@@ -52,9 +52,9 @@ class PathBank(StructureBank):
         return self.__dict__["_linear_layers"]
 
     def set_structure(self, adapter: str, structure: Structure, done: int = 0) -> None:
-        """Let the forward follow `structure` from now on. Every way to change paths ends here.
+        """Set the structure that the forward follows. Every change of paths goes through this function.
 
-        Parameters that take no part any more lose their gradient, so that an optimiser passes over them.
+        Parameters that become unused lose their gradient, so that an optimiser skips them.
 
         Raises:
             ConfigError: `structure` needs a path or a linear that this model or adapter doesn't have.
@@ -97,7 +97,8 @@ class PathBank(StructureBank):
     def restructure(
         self, step: int, total_steps: int, optimizer: Optimizer | None = None, adapter: str | None = None
     ) -> list[dict[str, Any]]:
-        """Do what is due before optimiser step `step` (from 0) of `total_steps`; what was done, with all scores."""
+        """Make the events due before optimiser step `step` (from 0) of `total_steps`; returns records with all
+        scores."""
         records = []
         for name in [adapter] if adapter is not None else list(self.known):
             known, config = self.known[name], self.known[name].config
@@ -122,9 +123,9 @@ class PathBank(StructureBank):
     def carry_out(self, adapter: str, decision: Decision, optimizer: Optimizer | None = None) -> None:
         """Carry out `decision`: move weights if a path moves, change the structure, count the event.
 
-        A joint path belongs to the last layer of its span. If it goes on with the lower path's weights they are copied
-        there, with their moments in `optimizer`, so that training goes on as if nothing had moved; what took part
-        before and does no more leaves nothing in the optimiser.
+        A joint path belongs to the last layer of its span. If it keeps the lower path's weights, they are copied there
+        with their moments in `optimizer`, so that training continues as if nothing had moved; parameters that become
+        unused leave no state in the optimiser.
         """
         known = self.known[adapter]
         gone: list[nn.Parameter] = []
@@ -144,9 +145,9 @@ class PathBank(StructureBank):
         self.set_structure(adapter, applied(known.structure, decision), known.done + 1)
 
     def counts(self, adapter: str) -> dict[str, int]:
-        """Parameters that `adapter` stores, that act in its forward now, and that training changes now.
+        """The numbers of parameters that `adapter` stores, that its forward uses, and that train at present.
 
-        `stored` includes what a later event may need: all of it is in the optimiser, but without gradient.
+        `stored` includes parameters for later events: they are in the optimiser, but without gradient.
         """
         stored: dict[int, Tensor] = {}
         active: dict[int, Tensor] = {}
@@ -171,7 +172,7 @@ class PathBank(StructureBank):
             self.factors(adapter)[leaf].grad = None
 
     def _stack_here(self, stack: str) -> str:
-        """What the stack is called in this model, where the structure is of a model with another head."""
+        """The stack's name in this model, if the structure comes from a model with another head."""
         alike = [
             member
             for member in self.members
@@ -223,7 +224,7 @@ def to_json(structure: Structure, done: int) -> dict[str, Any]:
 
 
 def from_json(plain: Mapping[str, Any]) -> tuple[dict[str, StackState], int]:
-    """What `to_json` was given.
+    """The inverse of `to_json`.
 
     Raises:
         ConfigError: it isn't of that form, or its spans overlap.
@@ -245,9 +246,9 @@ def from_json(plain: Mapping[str, Any]) -> tuple[dict[str, StackState], int]:
 
 
 def acting(config: LoR2CConfig, sites: dict[str, Site]) -> dict[str, Site]:
-    """The paths that the adapter's structure has, with their spans, and the linear layers that have taken over.
+    """The paths of the adapter's structure, with their spans, and the linear layers of past injections.
 
-    What an adapter stores for events that never came takes no part.
+    Parameters stored for events that never came are left out.
     """
     if config.structure:
         structure = {site.stack: state for site in sites.values() if (state := _state_of(config, site)) is not None}
@@ -265,13 +266,13 @@ def acting(config: LoR2CConfig, sites: dict[str, Site]) -> dict[str, Site]:
 
 
 def _state_of(config: LoR2CConfig, site: Site) -> StackState | None:
-    # The structure has the stack's whole path, as the model had it that trained the adapter.
+    # The structure has the stack's whole path in the model that trained the adapter.
     structure, _ = from_json(config.structure or {})
     return next((s for stack, s in structure.items() if f".{stack}".endswith(f".{site.stack}")), None)
 
 
 def _first_structure(config: LoR2CConfig, sites: dict[str, Site]) -> dict[str, StackState]:
-    """What a LoR2C adapter begins with, for a config that was saved before any structure was written into it."""
+    """The initial structure, for a config that was saved before structures were written into it."""
     structure: dict[str, StackState] = {}
     for site in sites.values():
         if site.stack in structure:
@@ -301,7 +302,7 @@ def _forget_gradient(module: LoR2CPath | LoR2CLinear, adapter: str, active: bool
 
 
 def _move(source: nn.Parameter, target: nn.Parameter, optimizer: Optimizer | None) -> None:
-    """Copy values, and what the optimiser remembers of them, from `source` to `target`."""
+    """Copy values, and their state in the optimiser, from `source` to `target`."""
     target.copy_(source)
     if optimizer is None:
         return

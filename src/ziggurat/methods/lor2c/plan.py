@@ -1,7 +1,7 @@
-"""Which paths to merge or to give up for plain LoRA, and when: pure functions of spectra and structure.
+"""The choice of paths to merge or to replace by plain LoRA, and its schedule: pure functions of spectra and structure.
 
-Symbols: a path has the singular values s_1 >= ... >= s_r of B A, and covers a span of layers.
-Every decision keeps all scores it was made from, and says why.
+Symbols: a path has the singular values s_1 >= ... >= s_r of B A, and covers a span of layers. Every decision keeps all
+scores it was made from, and its reason.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,9 +48,9 @@ class Path(NamedTuple):
 class Decision:
     """One event, decided.
 
-    `stack`: where; "" if nothing could be done. `merged`: the two spans that become one. `kept`: the one of them
-    whose weights go on. `injected`: the layer whose path is given up. `scores`: of every path, by `str(Path)`.
-    `candidates`: what was compared, with its value. `reason`: in words.
+    `stack`: where; "" if nothing could be done. `merged`: the two spans that become one. `kept`: the one of them whose
+    weights are kept. `injected`: the layer whose path is replaced. `scores`: of every path, by `str(Path)`.
+    `candidates`: the compared candidates, with their values. `reason`: in words.
     """
 
     kind: Kind
@@ -92,7 +92,7 @@ def score(spectrum: Tensor, criterion: str, k: int) -> float:
     """The score of a path by the singular values of its B A.
 
     ================  ====================================================================
-    mean              mean of all singular values (what the reference scripts run)
+    mean              mean of all singular values (as in the reference scripts)
     energy            the k largest singular values' share of the sum
     sfs               1 - that share: how evenly the spectrum is spread
     effective_rank    exp of the entropy of the normalised singular values
@@ -117,7 +117,7 @@ def decide(
     keep: str = "lower",
     max_span: int | None = None,
 ) -> Decision:
-    """What the next event of `kind` does. `spectra` has the singular values of every path of `structure`."""
+    """Decide the next event of `kind`. `spectra` has the singular values of every path of `structure`."""
     scores = {path: score(spectra[path], criterion, k) for path in paths(structure)}
     if kind == "merge":
         return _merge(structure, spectra, scores, criterion, keep, max_span)

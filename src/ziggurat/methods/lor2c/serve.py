@@ -1,8 +1,8 @@
-"""Serving LoR2C: a model folder whose own code adds the paths, and the injected LoRA as plain LoRA.
+"""Serving LoR2C: a model folder with code that adds the paths, and the injected LoRA as plain LoRA.
 
-No weight can absorb a path, so a model that is to run without ziggurat must bring the paths' code along:
-transformers loads such a folder with `trust_remote_code=True`. Without it loading fails, as it should: the
-model type is the folder's own, so that no one gets the base model by mistake.
+No weight can absorb a path, so a model that runs without ziggurat must include the paths' code: transformers loads such
+a folder with `trust_remote_code=True`. Without it loading fails, as it should: the model type is unique to the folder,
+so that nobody gets the base model by mistake.
 """
 
 import importlib.util
@@ -97,7 +97,7 @@ def write_remote_code_model(model: nn.Module, tokenizer: Any, out: str | Path, a
 def write_injected_lora(model: nn.Module, out: str | Path, adapter: str | None = None) -> Path:
     """Write the LoRA of the layers whose path was given up as a plain PEFT LoRA folder. The paths are left out.
 
-    The result is not the adapter: it is what of it plain LoRA can say.
+    The result is not the whole adapter, only the part that plain LoRA can express.
 
     Raises:
         ExportError: no layer has LoRA in place of a path.
@@ -149,7 +149,7 @@ def _bank(base: nn.Module, adapter: str | None) -> tuple[PathBank, str]:
 
 
 def _weights(base: nn.Module, bank: PathBank, adapter: str) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """All tensors of the model with the adapter in it; and of every path what the written code must know."""
+    """All tensors of the model with the adapter in it; and for every path the data that the written code needs."""
     weights: dict[str, Tensor] = {}
     for node in bare_tree(base).walk():
         module, at = node.module, f"{node.path}." if node.path else ""

@@ -1,4 +1,4 @@
-"""What a Trainer does for LoRA² besides pruning: the regulariser in every loss and in the logs, the ranks at last."""
+"""LoRA²'s part of a Trainer besides pruning: the regulariser in every loss and in the logs, the final ranks."""
 
 import logging
 import sys
@@ -22,7 +22,7 @@ class LoRA2Callback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Where the step's loss was not the model's own, add the regulariser's gradient here.
+        """Add the regulariser's gradient if the step's loss was not the model's own.
 
         Label smoothing, loss functions and TRL's trainers make the loss from the model's other outputs.
         The gradient is the same on every process, and comes after gradients were averaged and clipped.
@@ -45,8 +45,8 @@ class LoRA2Callback(TrainerCallback):
                 factor.grad.add_(gradient)
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """The checkpoints of before the final mask hold more directions than the target: from that mask on they no
-        longer compete for the best model."""
+        """From the final mask on, exclude earlier checkpoints, which hold more directions than the target, from the
+        choice of the best model."""
         for adapter, config in learning_adapters(model).items() if isinstance(model, nn.Module) else ():
             last = config.schedule(state.max_steps).last if config.prunes else None
             if state.global_step + 1 == last:
@@ -66,12 +66,12 @@ class LoRA2Callback(TrainerCallback):
             return
         with torch.no_grad():
             logs["orthogonality"] = float(deviation(model))
-        # The history has a copy of its own, made before callbacks are asked.
+        # The history holds a copy, made before callbacks are called.
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1]["orthogonality"] = logs["orthogonality"]
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Show where the directions that survived are, one row a layer, one column a role."""
+        """Print the numbers of surviving directions, one row a layer, one column a role."""
         if not isinstance(model, nn.Module):
             return
         for adapter, config in learning_adapters(model).items():
@@ -92,7 +92,7 @@ class LoRA2Callback(TrainerCallback):
 
 
 def _unscale(optimizer: Any) -> None:
-    """Bring the gradients back from loss scaling (fp16), if clipping hasn't done it yet."""
+    """Undo loss scaling (fp16) of the gradients, if clipping hasn't done it yet."""
     scaler = getattr(optimizer, "scaler", None)
     if scaler is not None and scaler.is_enabled():
         try:

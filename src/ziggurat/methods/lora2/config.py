@@ -1,4 +1,4 @@
-"""What a user says of a LoRA² adapter."""
+"""The config of LoRA²."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
@@ -42,8 +42,8 @@ class LoRA2Config(MethodConfig):
     Only E has a gradient then, and a small one, because the other four are small: the update stays near zero for the
     first tens of steps. init_weights="orthonormal" starts at zero as well and learns as fast as LoRA.
 
-    Steps (`initial_warmup`, `final_warmup`, `mask_interval`) are optimiser steps if whole numbers, shares of the run
-    if fractions. A transformers Trainer prunes by itself; a loop of one's own calls `model.prune(step, total)`.
+    Steps (`initial_warmup`, `final_warmup`, `mask_interval`) are optimiser steps if whole numbers, shares of the run if
+    fractions. A transformers Trainer prunes automatically; a custom loop calls `model.prune(step, total)`.
 
     Args:
         r: inner rank: how many directions each linear starts with.
@@ -60,13 +60,13 @@ class LoRA2Config(MethodConfig):
             shrinks the factors.
         rank_pattern: inner rank of single linear layers, by path; written by `compact()`. 0: no update there.
         init_weights: True or "gaussian": as above, the paper's. "orthonormal": u = 0, E = 1, and U, V and v have
-            orthonormal rows or columns, whichever are fewer, as the regulariser wants them: u has the gradient that
-            B has in LoRA. False: random with E not zero, for tests.
+            orthonormal rows or columns, whichever are fewer, where the regulariser is 0: u has the gradient that B has
+            in LoRA. False: random with E not zero, for tests.
         bias: "none", "all", or "lora2_only" (the biases of the adapted linear layers).
 
     Raises:
-        ConfigError: values that can't work in any model or run; what can't work in a given model is refused when the
-            adapter is put into it, what can't work in a given run before its first step.
+        ConfigError: values that can't work in any model or run. Values that don't fit a given model are refused when
+            the adapter is put into it, values that don't fit a given run before its first step.
     """
 
     named_inits: ClassVar[tuple[str, ...]] = ("gaussian", "orthonormal")
@@ -119,7 +119,7 @@ class LoRA2Config(MethodConfig):
         return self.with_values(self.r, self.alpha_at(site))
 
     def rank_at(self, path: str) -> int:
-        """The inner rank of the linear at `path`: as `rank_pattern` says of it or of the end of its path, or r."""
+        """The inner rank of the linear layer at `path`: `rank_pattern`'s value for its path or the end of it, or r."""
         pattern = self.rank_pattern or {}
         if path in pattern:
             return pattern[path]

@@ -1,4 +1,4 @@
-"""LoRA² (arXiv 2408.06854): what is stored, and what is computed.
+"""LoRA² (arXiv 2408.06854): tensors and equation.
 
 dW = scale (u v) diag(E) (V U): U goes down to the outer rank k, V to the inner rank r, E weighs each of the r
 directions, v and u go back. scale = lora_alpha / r.

@@ -1,8 +1,8 @@
 """Which directions matter: sensitivities of the small factors, smoothed, and the choice of the best.
 
-Pure functions on tensors; the importance of AdaLoRA (arXiv 2303.10512), read from the
-inner plane alone (LoRA², arXiv 2408.06854). The entries of one linear lie in a matrix
-(r, 1 + 2 k): row i holds what belongs to direction i, that is E_i, V's row i and v's column i.
+Pure functions on tensors; the importance of AdaLoRA (arXiv 2303.10512), read from the inner plane alone (LoRA², arXiv
+2408.06854). The entries of one linear lie in a matrix (r, 1 + 2 k): row i holds the entries of direction i: E_i, V's
+row i and v's column i.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""LoRA²'s adapted layers: what is known of their directions while they are pruned."""
+"""LoRA²'s adapted layers: the state of their directions during pruning."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from ziggurat.methods.lora2.orthogonality import Planes
 
 class Directions(MethodLayer):
     """`importance` holds the averages of the pruning, `kept` the mask of the last one, `final` the adapters whose mask
-    stays as it is. None of these three is a parameter or buffer: they go with the run, not with the adapter.
+    stays as it is. None of these three is a parameter or buffer: they belong to the run, not to the adapter.
 
     At a parameter with all experts of a layer, tensors and masks have the experts in front: E (experts, r).
     """
@@ -47,7 +47,7 @@ class Directions(MethodLayer):
         return [] if self.disable_adapters else [name for name in active if self.factor(name, "E").requires_grad]
 
     def begin(self, adapter: str) -> None:
-        """Forget what an earlier run knew of the directions."""
+        """Reset the state of the directions, which an earlier run may have left."""
         for table in (self.importance, self.kept, self.final):
             table.pop(adapter, None)
 
@@ -55,7 +55,7 @@ class Directions(MethodLayer):
         for adapter, kept in list(self.kept.items()):
             E = state_dict.get(f"{prefix}{self.method.store}.{adapter}.E")
             if E is not None and E.shape == kept.shape and bool((E[~kept.to(E.device)] != 0).any()):
-                self.begin(adapter)  # other weights than those that the mask belongs to
+                self.begin(adapter)  # the mask belongs to other weights
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
 
     @torch.no_grad()
@@ -67,14 +67,15 @@ class Directions(MethodLayer):
             E.masked_fill_(_laid_out_as(E, ~kept), 0)
 
     def alive(self, adapter: str) -> Tensor:
-        """Which directions do something (as E): E_i isn't 0. Where FSDP2 shards E, all processes must ask."""
+        """Which directions are active (in E's shape): E_i isn't 0. Where FSDP2 shards E, all processes must call
+        this."""
         return whole(self.factor(adapter, "E")) != 0
 
     @torch.no_grad()
     def drop(self, adapter: str, alive: Tensor) -> int:
-        """Keep the directions in `alive` and forget the others; how many are left. Their parameters are new.
+        """Keep the directions in `alive` and drop the others, as new parameters; returns how many remain.
 
-        Of experts as many are left for each as the one with the most has.
+        Every expert keeps as many directions as the expert with the most.
         """
         factors: Factors = self.stores[adapter]  # type: ignore[assignment]
         left = most_alive(alive)
@@ -103,7 +104,7 @@ def most_alive(alive: Tensor) -> int:
 
 
 def _laid_out_as(E: Tensor, mask: Tensor) -> Tensor:
-    """`mask`, which every process has whole, in the pieces in which FSDP2 may have laid out E."""
+    """`mask`, which every process has whole, sharded like E."""
     if not hasattr(E, "full_tensor"):
         return mask
     from torch.distributed.tensor import DTensor, Replicate

@@ -1,4 +1,4 @@
-"""LoRA² as a PEFT method: prunes its directions, and drops what was pruned."""
+"""LoRA² as a PEFT method: prunes its directions, and drops the pruned ones."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ziggurat.methods.lora2.regulariser import Regulariser, deviation, penalty
 class LoRA2Model(MethodTuner):
     """Puts LoRA² adapters into a model. Made by PEFT from a `LoRA2Config`; see there.
 
-    In a loop of one's own, `prune` is called once a step; a transformers Trainer needs nothing.
+    A custom loop calls `prune` once a step; a transformers Trainer needs no call.
     """
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -42,7 +42,7 @@ class LoRA2Model(MethodTuner):
         return model
 
     def prune(self, step: int, total: int, adapter: str = "default") -> int:
-        """Take the gradients of optimiser step `step` (from 1) of `total` into account and prune if it is time.
+        """Read the gradients of optimiser step `step` (from 1) of `total`, and prune if a pruning is due.
 
         The one call of a training loop without Trainer (AdaLoRA's `update_and_allocate`): after
         `loss.backward()` and `optimizer.step()`, before `optimizer.zero_grad()`. Returns how many
@@ -54,7 +54,7 @@ class LoRA2Model(MethodTuner):
         return pruning.prune(self.model, step, total, adapter)
 
     def penalty(self) -> Tensor | None:
-        """What training adds to the loss. Add it to a loss that you make outside the model. None: nothing to add."""
+        """The regularisation term. Add it to a loss that you compute outside the model. None: there is none."""
         return penalty(self.model)
 
     def orthogonality(self) -> float:
@@ -62,11 +62,11 @@ class LoRA2Model(MethodTuner):
         return float(deviation(self.model).detach())
 
     def pruning_state(self) -> dict[str, Tensor]:
-        """Averages and masks, to be saved with the optimiser's state by a loop of one's own."""
+        """Averages and masks, which a custom loop has to save with the optimiser's state."""
         return pruning.pruning_state(self.model)
 
     def load_pruning_state(self, state: dict[str, Tensor]) -> None:
-        """Take up averages and masks where `pruning_state` left them.
+        """Restore averages and masks from `pruning_state`.
 
         Raises:
             ConfigError: they are of another model or config.
@@ -74,17 +74,17 @@ class LoRA2Model(MethodTuner):
         pruning.load_pruning_state(self.model, state)
 
     def ranks(self, adapter: str = "default") -> dict[str, int]:
-        """Path -> how many directions of `adapter` are alive there (E_i isn't 0); of experts, the most that one has."""
+        """Path -> how many directions of `adapter` are active there (E_i isn't 0); for experts, the largest number."""
         return {path: most_alive(layer.alive(adapter)) for path, layer in self._layers(adapter).items()}
 
     def compact(self, adapter: str = "default") -> dict[str, int]:
-        """Drop the pruned directions of `adapter`; path -> rank left, which the config remembers as `rank_pattern`.
+        """Drop the pruned directions of `adapter`; path -> remaining rank, which the config stores as `rank_pattern`.
 
-        The update stays what it is, and `save_pretrained` writes the smaller adapter, which loads
-        as any other. The factors are new parameters: an optimiser made before doesn't know them.
+        The update doesn't change, and `save_pretrained` writes the smaller adapter, which loads like any other. The
+        factors are new parameters, unknown to an existing optimiser.
 
         Raises:
-            ConfigError: no direction is alive, as in an adapter that was never trained.
+            ConfigError: no direction is active, as in an untrained adapter.
         """
         layers = self._layers(adapter)
         alive = {path: layer.alive(adapter) for path, layer in layers.items()}
@@ -104,7 +104,7 @@ class LoRA2Model(MethodTuner):
 
 
 def check(config: LoRA2Config, site: Site) -> None:
-    """Raise ConfigError if a plane that was asked for has no room in the matrix of `site`."""
+    """Raise ConfigError if a rank is above the largest rank of the matrix at `site`."""
     if config.outer_rank is not None and config.outer_rank > min(site.d_in, site.d_out):
         raise ConfigError(
             f"outer_rank={config.outer_rank} is above the matrix: {site.path!r} maps {site.d_in} to {site.d_out}, so "
@@ -122,7 +122,7 @@ def needs_steps(config: LoRA2Config) -> bool:
 def step(
     root: nn.Module, adapter: str, config: LoRA2Config, step: int, total: int, optimizer: Optimizer | None
 ) -> None:
-    """Before the first step check the schedule, and forget an earlier run; then rank by the gradients, and prune."""
+    """Check the schedule and reset before the first step; after each step rank by the gradients, and prune."""
     if step:
         pruning.prune(root, step, total, adapter)
         return
@@ -132,7 +132,7 @@ def step(
 
 
 def finish(model: Any) -> dict[str, int]:
-    """Drop the pruned directions; how many parameters act now."""
+    """Drop the pruned directions; returns the number of remaining parameters."""
     if any(model.ranks().values()):
         model.compact()
     prefix = model.base_model.prefix
@@ -140,13 +140,13 @@ def finish(model: Any) -> dict[str, int]:
 
 
 def picture(model: Any, folder: Path) -> None:
-    """Draw the ranks that are left, layers by roles, where matplotlib is installed."""
+    """Draw the remaining ranks, layers by roles, if matplotlib is installed."""
     if not missing(["matplotlib"]):
         heat_map(model, model.ranks(), folder / RANKS_PICTURE)
 
 
 def callback(config: LoRA2Config) -> type[Any]:
-    """Under a Trainer a loss that isn't the model's own gets the regulariser, too."""
+    """The callback that adds the regulariser to losses computed outside the model."""
     from ziggurat.methods.lora2.callback import LoRA2Callback  # loads transformers' Trainer
 
     return LoRA2Callback

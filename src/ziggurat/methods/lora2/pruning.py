@@ -1,4 +1,4 @@
-"""Pruning a model's LoRA² adapters while they train: one call a step, and the state that a resumed run needs."""
+"""Pruning a model's LoRA² adapters during training: one call a step, and the state that a resumed run needs."""
 
 import weakref
 from collections.abc import Iterable, Mapping
@@ -40,13 +40,12 @@ def learning_adapters(model: nn.Module) -> dict[str, LoRA2Config]:
 
 @torch.no_grad()
 def prune(model: nn.Module, step: int, total: int, adapter: str) -> int:
-    """Read the gradients of optimiser step `step` (from 1) of `total`, and prune if it is time; the budget now.
+    """Read the gradients of optimiser step `step` (from 1) of `total`, and prune if due; returns the current budget.
 
-    To be called after `optimizer.step()` (gradients are unscaled and clipped then) and before they
-    are cleared. Averages are updated until the mask is final; on pruning steps all but the best
-    directions of all linear layers together get E_i = 0. They may grow again until the final phase; from then on the
-    mask stays, and so do its zeros after every step of the optimiser that has these factors. Step 1 begins a run: what
-    an earlier one knew is forgotten.
+    To be called after `optimizer.step()` (gradients are unscaled and clipped then) and before they are cleared.
+    Averages are updated until the mask is final; on pruning steps all but the best directions of all linear layers
+    together get E_i = 0. They may grow again until the final phase; from then on the mask is fixed, and its zeros are
+    restored after every step of the optimiser. Step 1 begins a run and resets the state.
 
     Raises:
         ConfigError: warm-ups longer than the run; no gradients; a step outside 1..total.
@@ -113,7 +112,7 @@ def _update(layers: Mapping[str, Directions], adapter: str, config: LoRA2Config)
 
 
 def _gradient(parameter: Tensor) -> Tensor:
-    # None: a linear that took no part in this step, such as an expert that no token was sent to.
+    # None: a layer that this step didn't use, such as an expert without tokens.
     return torch.zeros_like(whole(parameter)) if parameter.grad is None else whole(parameter.grad)
 
 
@@ -124,12 +123,12 @@ def sensitivities(model: nn.Module, adapter: str = "default") -> int:
 
 
 def pruning_state(model: nn.Module) -> dict[str, Tensor]:
-    """What a resumed run needs besides the adapter: `<path>.<adapter>.{mean, uncertainty, kept, final}`, on the CPU."""
+    """The state that a resumed run needs: `<path>.<adapter>.{mean, uncertainty, kept, final}`, on the CPU."""
     state: dict[str, Tensor] = {}
     for path, layer in unwrap(model)[0].named_modules():
         if isinstance(layer, Directions):
             for adapter, importance in layer.importance.items():
-                # A copy of its own: the averages of alike linear layers share memory.
+                # A copy: the averages of linear layers of one shape share memory.
                 state[f"{path}.{adapter}.mean"] = importance.mean.cpu().clone()
                 state[f"{path}.{adapter}.uncertainty"] = importance.uncertainty.cpu().clone()
                 state[f"{path}.{adapter}.final"] = torch.tensor(layer.final.get(adapter, False))
@@ -139,7 +138,7 @@ def pruning_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_pruning_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put back what `pruning_state` gave.
+    """Restore the result of `pruning_state`.
 
     Raises:
         ConfigError: the state is of other linear layers, adapters or ranks. Nothing has been changed then.
@@ -171,8 +170,7 @@ def _stay_final(layers: Iterable[Directions]) -> None:
     global _watching
     _final.update(layers)
     if not _watching:
-        # A pruned E_i has no gradient to follow but the optimiser's momentum: only after its step can the zero be
-        # put back, whoever calls it.
+        # The optimiser's momentum moves a pruned E_i, so the zero is restored after each of its steps.
         register_optimizer_step_post_hook(_clear_final)
         _watching = True
 

@@ -1,4 +1,4 @@
-"""Where the directions that survived are: the rank pattern as a table and as a heat map, layers by roles."""
+"""The remaining ranks as a table and as a heat map, layers by roles."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ Grid = dict[str, dict[int, int]]
 def grids(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, Grid]:
     """`ranks` (path -> rank, as `LoRA2Model.ranks` gives it) by stack, role and layer.
 
-    What lies in no stack comes last, in a grid without a name, with its path for a role and as layer 0.
+    Layers outside every stack come last, in a grid without a name, with their path as the role and layer 0.
     """
     anatomy = Anatomy(model)
     by_stack: dict[str, Grid] = {}

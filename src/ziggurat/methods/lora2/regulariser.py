@@ -1,4 +1,4 @@
-"""The regulariser in the loss: added by a hook on the model's root wherever the model itself returns a loss."""
+"""The regulariser in the loss: a hook on the model's root adds it if the model returns a loss."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,10 +32,10 @@ def deviation(model: nn.Module) -> Tensor:
 
 
 def penalty(model: nn.Module) -> Tensor | None:
-    """What LoRA² adds to the loss: config.orthogonality * deviation + config.cross_plane * cross-plane norm.
+    """LoRA²'s regularisation term: config.orthogonality * deviation + config.cross_plane * cross-plane norm.
 
-    Summed over the adapters that train; None where there is nothing to add. The hook adds it to a
-    loss that the model returns. Add it yourself to a loss that is made outside the model.
+    Summed over the adapters that train; None if there are none. The hook adds it to a loss that the model returns. Add
+    it yourself to a loss that is computed outside the model.
     """
     total: Tensor | None = None
     for adapter, layers in learning_linear_layers(model).items():
@@ -48,7 +48,7 @@ def penalty(model: nn.Module) -> Tensor | None:
 
 
 def _whole_planes(layer: Directions, adapter: str) -> Planes:
-    """The factors in one piece: outside a layer's forward FSDP2 leaves them in shards, as it wants their gradients."""
+    """The gathered factors: outside a layer's forward FSDP2 leaves them sharded, and expects sharded gradients."""
     return Planes(*(_whole(factor) for factor in layer.planes(adapter)))
 
 
@@ -69,9 +69,9 @@ def _whole(factor: Tensor) -> Tensor:
 class Regulariser(RootHook):
     """A forward hook on the base model's root: adds `penalty` to the loss that the model returns, while training.
 
-    In evaluation, and where the output holds no loss, it changes nothing. `joined` tells whether a backward has gone
-    through a penalty since it was last set to False: TRL and label smoothing make a loss of their own and leave the
-    model's aside.
+    In evaluation, and if the output holds no loss, it changes nothing. `joined` tells whether a backward has gone
+    through a penalty since it was last set to False: TRL and label smoothing compute another loss and ignore the
+    model's.
     """
 
     joined = False
@@ -94,8 +94,8 @@ class Regulariser(RootHook):
         return _with_loss(output, loss + added.to(loss.device, loss.dtype))
 
     def _note(self, gradient: Tensor | None) -> None:
-        # DDP, where it looks for unused parameters, goes back through every output of the model, and so with no
-        # gradient through a loss that nobody used. A zero one is that of a process without rows of its own.
+        # DDP with unused parameters runs a backward through every output of the model, with no gradient for an unused
+        # loss. A zero gradient comes from a process without rows.
         self.joined = self.joined or gradient is not None
 
 
@@ -127,7 +127,7 @@ def _with_loss(output: Any, loss: Tensor) -> Any:
 
 
 def _share(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | float:
-    """The part of one optimiser step that this forward is, where its loss says so; else 1.
+    """This forward's share of an optimiser step, if its loss is a sum over the step; else 1.
 
     transformers' Trainer gives `num_items_in_batch`, the number of labels in all micro-batches (and
     processes) of a step, and then *sums* their losses. So each takes the share of the labels it holds;

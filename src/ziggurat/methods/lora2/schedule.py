@@ -1,4 +1,4 @@
-"""When to prune, and how many directions may be left."""
+"""The schedule of pruning: when to prune, and how many directions remain."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -62,7 +62,7 @@ class Schedule:
         return cls(initial, total - final, max(1, interval), total)
 
     def phase(self, step: int) -> Phase:
-        """Where `step` lies: every direction stays, the budget shrinks, or the mask is final."""
+        """The phase of `step`: every direction stays, the budget shrinks, or the mask is final."""
         if step >= self.last:
             return "final"
         return "shrink" if step > self.initial else "warm"

@@ -1,4 +1,4 @@
-"""What a user says of an MSPLoRA adapter."""
+"""The config of MSPLoRA."""
 
 import copy
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from ziggurat.host.site import Site
 from ziggurat.host.values import MOST_RANK, check_flag, check_list, is_whole, option, shown, whole
 from ziggurat.methods.msplora.pyramid import Tier, check_tiers, halved_tiers, listed_tiers
 
-#: Where a copy for one site keeps the pyramids that it has worked out, by role.
+#: The attribute in which a copy for one site caches its pyramids, by role.
 _PYRAMIDS = "_pyramids"
 #: The most roles that `rank_pattern` may name.
 MOST_ROLES = 1000
@@ -28,25 +28,25 @@ CITATION = """@article{zhao2025msplora,
 class MSPLoraConfig(MethodConfig):
     """Config of MSPLoRA (arXiv 2503.21838): a pyramid of factor pairs shared by all, some, or no layers.
 
-    The update of the linear of one role in layer n is
-    dW_n = s_g B_g A_g + s_m B_m A_m + s_l B_l A_l (Eq. 3 and 4): (A_g, B_g), of rank r, is shared by
-    all layers of the stack, (A_m, B_m), of rank r/2, by the layers of n's group, (A_l, B_l), of rank r/4, by nobody.
-    Each scale is lora_alpha over that tier's own rank, or the same for all with `even_scales`.
+    The update of the linear of one role in layer n is dW_n = s_g B_g A_g + s_m B_m A_m + s_l B_l A_l (Eq. 3 and 4):
+    (A_g, B_g), of rank r, is shared by all layers of the stack, (A_m, B_m), of rank r/2, by the layers of n's group,
+    (A_l, B_l), of rank r/4, is private. Each scale is lora_alpha over that tier's own rank, or the same for all with
+    `even_scales`.
 
     Args:
         r: rank of the coarsest tier; the next ones have r / rank_decay and r / rank_decay^2.
         num_groups: mid groups, contiguous and equal parts of the depth: layer n of N is in group
             floor(n num_groups / N). None: 3, or the number of layers on a shallower stack.
         group_starts: instead of `num_groups`: the first layer of each mid group, such as [0, 4, 8].
-        rank_decay: what each tier's rank is divided by to give the next one's. 1: all tiers have rank r.
+        rank_decay: each tier's rank divided by this gives the next tier's. 1: all tiers have rank r.
         ranks: instead of `r` and `rank_decay`: the ranks of the global, mid and layer tier.
         tiers: instead of all of these: any number of tiers, coarse to fine, each a dict of `name`, `groups`
             (a number, a list of first layers, or "layers") and optionally `r`, `lora_alpha` and `expert_groups`: into
             how many groups the experts of a layer are cut (a number, a list of first experts, or "experts"; default 1,
             all share). A tier with more than one group of experts acts at experts only.
-        target_parameters: parameters with all experts of a layer, such as "experts.gate_up_proj". Without `tiers`
-            theirs are global (r), shared by all experts of all layers, layer (r/2), by those of a layer, and expert
-            (r/4), by nobody; `num_groups` and `group_starts` say nothing of them.
+        target_parameters: parameters with all experts of a layer, such as "experts.gate_up_proj". Without `tiers` their
+            tiers are global (r), shared by all experts of all layers, layer (r/2), shared by the experts of a layer,
+            and expert (r/4), private; `num_groups` and `group_starts` don't apply to them.
         rank_pattern: ranks of the tiers, coarse to fine, for linear layers of some roles: {"value": [12, 4, 2]}. A key
             is a role or the end of one, such as "attention.self.value"; the longest that fits counts. Layers of a role
             share pairs, so a role has the same ranks in all of them.
@@ -56,8 +56,8 @@ class MSPLoraConfig(MethodConfig):
         bias: "none", "all", or "msplora_only" (the biases of the adapted linear layers).
 
     Raises:
-        ConfigError: values that can't work in any model; what can't work in a given model is refused
-            when the adapter is put into it, before anything there is changed.
+        ConfigError: values that can't work in any model. Values that don't fit a given model are refused when the
+            adapter is put into it, before the model is changed.
     """
 
     num_groups: int | None = option(None, "Number of mid groups (default: 3).")

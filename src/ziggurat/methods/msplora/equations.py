@@ -1,7 +1,7 @@
-"""MSPLoRA (arXiv 2503.21838): what is stored, and what is computed.
+"""MSPLoRA (arXiv 2503.21838): tensors and equation.
 
-dW_n = s_g B_g A_g + s_m B_m A_m + s_l B_l A_l    (Eq. 3 and 4) for the linear layer of one role in layer n:
-(A_g, B_g) is shared by all layers of the stack, (A_m, B_m) by the layers of n's group, (A_l, B_l) by nobody.
+dW_n = s_g B_g A_g + s_m B_m A_m + s_l B_l A_l    (Eq. 3 and 4) for the linear layer of one role in layer n: (A_g, B_g)
+is shared by all layers of the stack, (A_m, B_m) by the layers of n's group, (A_l, B_l) is private.
 """
 
 from dataclasses import replace
@@ -16,7 +16,7 @@ from ziggurat.methods.msplora.config import MSPLoraConfig
 def tensors(config: MSPLoraConfig, site: Site) -> dict[str, TensorSpec]:
     """A_t (r_t, d_in) and B_t (d_out, r_t) of each tier t, shared by the sites of one role, shape and group.
 
-    Of experts, each group of them has its own, where the tier has several.
+    Each group of experts has its own pair, if the tier has several groups.
     """
     specs: dict[str, TensorSpec] = {}
     for tier in config.pyramid_at(site):

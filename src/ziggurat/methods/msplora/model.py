@@ -24,10 +24,10 @@ class MSPLoraModel(MethodTuner):
     """Puts MSPLoRA adapters into a model. Made by PEFT from an `MSPLoraConfig`; see there."""
 
     def set_stage(self, progress: float, adapter: str = "default") -> str:
-        """Let only one tier of `adapter` learn: the one whose share of the run `progress` (0 to 1) lies in.
+        """Train only one tier of `adapter`: the one whose share of the run contains `progress` (0 to 1).
 
-        The tiers take equal shares of the run, coarse to fine. Returns the tier's name. It stays so until `end_stages`.
-        A Trainer does this by itself when the config says `train_in_stages`.
+        The tiers take equal shares of the run, coarse to fine. Returns the tier's name. Holds until `end_stages`. A
+        Trainer does this itself if the config sets `train_in_stages`.
         """
         tiers = self._tiers(adapter)
         bank = self.bank_cls.at_root(self.model)
@@ -35,7 +35,7 @@ class MSPLoraModel(MethodTuner):
         return stage(tiers, progress)
 
     def end_stages(self, adapter: str = "default") -> None:
-        """Let all tiers of `adapter` learn again."""
+        """Train all tiers of `adapter` again."""
         self.bank_cls.at_root(self.model).hold_still(adapter, ())
 
     def _tiers(self, adapter: str) -> tuple[Tier, ...]:
@@ -86,7 +86,7 @@ class MSPLoraModel(MethodTuner):
 
 
 def stage(tiers: tuple[Tier, ...], progress: float) -> str:
-    """The name of the tier whose equal share of the run `progress` (0 to 1) lies in, coarse to fine."""
+    """The name of the tier whose equal share of the run, coarse to fine, contains `progress` (0 to 1)."""
     return tiers[min(int(progress * len(tiers)), len(tiers) - 1)].name
 
 
@@ -97,7 +97,7 @@ def waiting(bank: Bank, adapter: str, tiers: tuple[Tier, ...], progress: float) 
 
 
 def check(config: MSPLoraConfig, site: Site) -> None:
-    """Raise ConfigError if the pyramid has no room in the stack or the matrix of `site`."""
+    """Raise ConfigError if the pyramid doesn't fit the stack or the matrix of `site`."""
     if not config.pyramid_at(site):
         raise ConfigError(
             f"every tier has several groups of experts, and {site.path!r} is none: add a tier with expert_groups 1, or "
@@ -117,13 +117,13 @@ def needs_steps(config: MSPLoraConfig) -> bool:
 def step(
     root: nn.Module, adapter: str, config: MSPLoraConfig, step: int, total: int, optimizer: Optimizer | None
 ) -> None:
-    """Let the tier learn in whose share of the run the next step lies; after the last step all learn again."""
+    """Train the tier whose share of the run contains the next step; after the last step train all again."""
     bank: Bank = getattr(root, METHOD.bank)
     bank.hold_still(adapter, [] if step == total else waiting(bank, adapter, config.stages, step / total))
 
 
 def callback(config: MSPLoraConfig) -> type[Any] | None:
-    """Under a Trainer stages leave no mark on the model."""
+    """The callback that trains in stages under a Trainer without changing the model."""
     if not config.train_in_stages:
         return None
     from ziggurat.methods.msplora.stages import StageCallback  # loads transformers' Trainer

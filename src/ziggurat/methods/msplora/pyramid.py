@@ -1,4 +1,4 @@
-"""The pyramid: which tiers there are, who shares a pair, and what each pair is called.
+"""The pyramid: its tiers, and the groups of layers and experts that share a pair.
 
 dW = dW_global + dW_mid + dW_layer for every adapted linear (MSPLoRA, arXiv 2503.21838,
 Eq. 3), each a factor pair (Eq. 4). Pure functions of the config and of a site.
@@ -16,7 +16,7 @@ from ziggurat.host.site import Site
 from ziggurat.host.tensors import first_experts
 from ziggurat.host.values import MOST_RANK, check_above_zero, is_whole, shown
 
-#: One group per layer: nobody shares.
+#: One group per layer: nothing is shared.
 EVERY_LAYER = "layers"
 #: One group per expert: each has a pair of its own.
 EVERY_EXPERT = "experts"
@@ -118,7 +118,7 @@ def halved_tiers(
 ) -> tuple[Tier, ...]:
     """The paper's three tiers: global, mid, layer, of ranks r, r/2, r/4 (Eq. 6), each scaled by its own alpha / rank.
 
-    At experts they are global, layer, expert: shared by all experts of all layers, by those of a layer, by nobody.
+    At experts they are global, layer, expert: shared by all experts of all layers, by those of a layer, private.
 
     A rank that would fall below one is one, so that small r work: 2, 1, 1.
 
