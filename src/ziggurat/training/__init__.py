@@ -32,7 +32,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Reading a recipe must not load Trainer, nor listing recipes torch: each name is imported when first used."""
+    """Import each name at its first use: reading a recipe must not load Trainer, nor listing recipes torch."""
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(home), name)

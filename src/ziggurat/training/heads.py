@@ -1,4 +1,4 @@
-"""A classifier on the mean of an encoder's last states, for one text or two."""
+"""A classifier on the mean-pooled states of an encoder, for one text or two."""
 
 from typing import Any
 
@@ -21,11 +21,10 @@ def mean_pool(states: Tensor, mask: Tensor) -> Tensor:
 class MeanPooledClassifier(PreTrainedModel):
     r"""Any encoder with a linear head on its mean-pooled states: (batch, length) ids -> (batch, labels) scores.
 
-    One text: W [u]. Two texts, each encoded by itself as sentence encoders were trained to do:
-    W [u, v, |u - v|, u * v] [Conneau et al. 2017]. With one label the loss is the mean squared error, else
-    cross-entropy. Sentence encoders such as all-MiniLM learn slowly through a fresh head on the first token, which
-    they never used, and fast through this one. With labels of shape (batch, labels), each 0 or 1, the loss is the mean
-    binary cross-entropy.
+    One text: W [u]. Two texts, encoded separately as in the training of sentence encoders: W [u, v, |u - v|, u * v]
+    [Conneau et al. 2017]. With one label the loss is the mean squared error, else cross-entropy. Sentence encoders such
+    as all-MiniLM learn slowly through a fresh head on the first token, which their training never used, and fast
+    through this one. With labels of shape (batch, labels), each 0 or 1, the loss is the mean binary cross-entropy.
 
     The config carries `mean_pooled_pair` (two texts) and `mean_pooled_dropout`.
     """
@@ -40,7 +39,7 @@ class MeanPooledClassifier(PreTrainedModel):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         if config._attn_implementation == "sdpa" and not AutoModel._model_mapping[type(config)]._supports_sdpa:  # type: ignore[attr-defined]
-            config._attn_implementation = "eager"  # else the encoder (MPNet's) refuses what this class chose
+            config._attn_implementation = "eager"  # else the encoder (MPNet's) refuses this class's choice
         self.encoder = AutoModel.from_config(config)
         self.pair = bool(getattr(config, "mean_pooled_pair", False))
         self.dropout = nn.Dropout(float(getattr(config, "mean_pooled_dropout", 0.0)))
@@ -86,6 +85,6 @@ class MeanPooledClassifier(PreTrainedModel):
         return next(self.classifier.parameters()).dtype
 
     def _means(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        # Without a mask the encoder gets none either: it would have to look at the values of one.
+        # Without a mask the encoder gets none either: it would have to read a mask's values.
         states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return mean_pool(states, mask if mask is not None else torch.ones_like(ids))

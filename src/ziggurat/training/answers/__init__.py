@@ -1,1 +1,1 @@
-"""A trained adapter, loaded and asked."""
+"""Loading a trained adapter, and its answers."""

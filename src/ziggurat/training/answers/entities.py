@@ -14,12 +14,12 @@ from ..data.tags import OUTSIDE, encode_words
 from ..loop.entities import entities
 from .load import Loaded
 
-#: What a text is parted into where its words aren't given: words, and signs by themselves.
+#: The units of a text whose words aren't given: words, and single punctuation characters.
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def tags_of(loaded: Loaded, rows: Sequence[list[str]], batch: int) -> Iterator[list[str]]:
-    """The likeliest tag of each word, from its first token; O for words behind the longest length."""
+    """The likeliest tag of each word, from its first token; O for words beyond the maximum length."""
     config: Any = loaded.model.config
     length = longest(loaded.tokenizer, config, loaded.recipe.data.max_length or SCORED_LENGTH)
     columns, firsts, _ = encode_words(rows, loaded.tokenizer, length)
@@ -40,9 +40,9 @@ def tags_of(loaded: Loaded, rows: Sequence[list[str]], batch: int) -> Iterator[l
 def found_entities(
     loaded: Loaded, texts: Sequence[str | list[str]], batch: int
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Each text with its entities: kind, text, and where in the text they start and end (excluded), in characters.
+    """Each text with its entities: kind, text, and their first and last (excluded) character in the text.
 
-    Lists of words are taken with a blank between them, texts parted into words and signs.
+    Lists of words are joined by blanks, texts are split into words and punctuation.
     """
     shown = [text if isinstance(text, str) else " ".join(text) for text in texts]
     spans = [_spans(text) for text in texts]

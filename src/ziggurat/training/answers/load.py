@@ -1,4 +1,4 @@
-"""An adapter folder that `ziggurat train` wrote, back as a model that answers."""
+"""Loading an adapter folder of `ziggurat train` as a model that answers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +25,9 @@ from ..model.base import HeadSpec, device, load_base, load_processor
 
 @dataclass(frozen=True)
 class Loaded:
-    """Model (in evaluation mode, on the accelerator where there is one), tokenizer, and what they were trained for.
+    """A trained model (in evaluation mode, on the accelerator if there is one) with its tokenizer, recipe and head.
 
-    `processor`: of a model that sees images, which has the tokenizer in it.
+    `processor`: of a vision-language model, with the tokenizer in it.
     """
 
     model: nn.Module
@@ -39,7 +39,7 @@ class Loaded:
 
     @property
     def writer(self) -> Any:
-        """What writes conversations by the chat template."""
+        """The tokenizer, or the processor's `Writer`, which applies the chat template."""
         if self.processor is None:
             return self.tokenizer
         from ..model.seeing import Writer
@@ -48,15 +48,15 @@ class Loaded:
 
     @property
     def whole_tokenizer(self) -> Any:
-        """What is saved beside a model: the processor, where there is one."""
+        """The processor or tokenizer to save beside a model."""
         return self.processor or self.tokenizer
 
 
 def load_adapter_model(folder: str | Path) -> Loaded:
     """Rebuild base model, head and adapter from a folder of `ziggurat train`.
 
-    The base is found again by the recipe's `model`, not by the path of the machine that trained: an adapter on the
-    embedded model can be handed around. Raises RecipeError when the folder is none, or its base can't be found.
+    The base is found by the recipe's `model`, not by a path of the training machine: an adapter on the embedded model
+    works on any machine. Raises RecipeError if the folder isn't a run's, or its base can't be found.
     """
     path = Path(folder).expanduser()
     recipe, run = read_run(path)
@@ -78,7 +78,7 @@ def load_adapter_model(folder: str | Path) -> Loaded:
                 raise RecipeError(f"the adapter in '{folder}' does not fit {recipe.model}: {error}") from error
             tokenizer, processor = base.tokenizer, base.processor
         else:
-            # No pickle, and no code that the folder brings.
+            # No pickle, and no code of the folder.
             safe = {"use_safetensors": True, "trust_remote_code": False}
             try:
                 model = _whole_class(spec).from_pretrained(str(path), dtype=recipe.dtype, **safe)
@@ -95,7 +95,7 @@ def load_adapter_model(folder: str | Path) -> Loaded:
 
 
 def read_run(path: Path) -> tuple[Recipe, dict[str, Any]]:
-    """Recipe and run.json of an adapter folder. Raises RecipeError that says what is missing."""
+    """Recipe and run.json of an adapter folder. Raises RecipeError that names missing files."""
     if not path.is_dir():
         raise RecipeError(f"adapter folder {missing_path(path)}" if not path.exists() else f"'{path}' is not a folder")
     for name in (RUN, RECIPE):
@@ -116,7 +116,7 @@ def read_run(path: Path) -> tuple[Recipe, dict[str, Any]]:
 
 
 def head_of(run: dict[str, Any], path: Path) -> HeadSpec:
-    """What the scores mean, as run.json says. Raises RecipeError if it doesn't."""
+    """The head's specification in run.json. Raises RecipeError if it is invalid."""
     head = run["head"]
     names = head.get("label_names") if isinstance(head, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str | int | float) for name in names):

@@ -31,7 +31,7 @@ from .load import Loaded, load_adapter_model
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer: the class, classes, entities, number or text; for classes also the probability of each."""
+    """One answer: a class, several classes, entities, a number or a text; for classes also the probability of each."""
 
     text: str
     answer: str | float | list[Any]
@@ -42,7 +42,7 @@ class Prediction:
         return json.dumps(values if self.shares is None else {**values, "shares": self.shares}, ensure_ascii=False)
 
     def to_line(self, alone: bool = True) -> str:
-        """`positive  (positive 0.93, negative 0.07)`; where there are several, in one line with its text behind."""
+        """`positive  (positive 0.93, negative 0.07)`; unless `alone`, in one line followed by its text."""
         said = f"{self.answer:.4f}" if isinstance(self.answer, float) else str(self.answer)
         if isinstance(self.answer, list):
             names = [part if isinstance(part, str) else f"{part['kind']}: {part['text']}" for part in self.answer]
@@ -56,9 +56,9 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages (with a system prompt and earlier turns) that an answer is to follow, and tools that it may call.
+    """Messages (with a system prompt and earlier turns) to be answered, and tools that the answer may call.
 
-    `images` are the sources of what stands in the texts as the sign `IMAGE`; `seen_with` makes one of a text.
+    `images` are the sources of the images that the texts mark by `IMAGE`; `seen_with` makes one of a text.
     """
 
     messages: list[dict[str, Any]]
@@ -94,8 +94,8 @@ def predict_each(
 
     Classes come with softmax probabilities (multilabel: all above 1/2, with sigmoid ones), regression with the number,
     tokens with entities (lists of words are taken as they are), instruct with text, by `sampling`; `system` is the
-    system prompt of texts that are asked as conversations. Raises DataError when one text is given for two, or two for
-    one, or a conversation where the adapter has learned none.
+    system prompt of texts that become conversations. Raises DataError for a wrong number of texts, or for a
+    conversation if the adapter was not trained on conversations.
     """
     loaded = adapter if isinstance(adapter, Loaded) else load_adapter_model(adapter)
     if not texts:
@@ -144,7 +144,7 @@ def predict_each(
 
 
 def shown(text: str | list[str] | Conversation) -> str:
-    """A text, or what was said last in a conversation."""
+    """A text, or the last message of a conversation."""
     if isinstance(text, list):
         return " ".join(text)
     return text if isinstance(text, str) else str(text.messages[-1]["content"]).replace(IMAGE, "")
@@ -186,7 +186,7 @@ def seen_with(text: str, images: Sequence[str | Path]) -> Conversation:
 
 
 def _opened(loaded: Loaded, messages: list[Any], tools: Any = None) -> list[int]:
-    """Token ids of messages to be answered: as completions were drawn in training, or as answers were learned."""
+    """Token ids of messages to be answered, opened as in training: for drawn completions or for learned answers."""
     if loaded.recipe.kind.rows == "prompts":
         return chat_ids(loaded.tokenizer, messages, tools, add_generation_prompt=True)
     return asked_ids(loaded.writer, messages, tools)
@@ -207,7 +207,7 @@ def _asked(loaded: Loaded, text: str | list[str] | Conversation, context: str | 
 
 
 def _talk(text: str | list[str] | Conversation, context: str | None, system: str | None) -> Conversation:
-    """A text as a conversation, behind the system prompt where there is one."""
+    """A text as a conversation, after the system prompt if there is one."""
     if isinstance(text, Conversation):
         return replace(text, messages=with_system(text.messages, system))
     content = shown(text) if not (context or "").strip() else f"{shown(text)}\n\n{context}"
@@ -215,20 +215,20 @@ def _talk(text: str | list[str] | Conversation, context: str | None, system: str
 
 
 def asked_of(loaded: Loaded, messages: list[dict[str, Any]], system: str | None = None) -> list[int]:
-    """Token ids of a talk; of its last message alone where the adapter was not trained on conversations."""
+    """Token ids of a conversation; of its last message alone if the adapter was not trained on conversations."""
     talk = Conversation(messages) if loaded.run.get("shape") == "messages" else messages[-1]["content"]
     return _asked(loaded, talk, None, system)
 
 
 def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
-    """Messages behind a system prompt, unless they have one of their own."""
+    """Messages after a system prompt, unless they have one already."""
     if system is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system}, *messages]
 
 
 def _question_columns(loaded: Loaded, table: Any, source: str) -> tuple[str, str | None]:
-    """The columns of the questions and of what belongs to them."""
+    """The columns of the questions and of their inputs."""
     if loaded.run.get("shape") == "source":
         return column_of(loaded.recipe, "source", table, source) or "source", None
     names = ("instruction", "prompt") if loaded.run.get("shape") == "alpaca" else ("prompt", "instruction")
@@ -241,10 +241,10 @@ def _question_columns(loaded: Loaded, table: Any, source: str) -> tuple[str, str
 def read_texts(file: Path, loaded: Loaded) -> tuple[list[Any], list[str] | None]:
     """Texts of a .txt file (one a line), or of a table with the columns the adapter was trained on.
 
-    Conversations are asked for what follows them; one that ends in an answer, for that answer anew.
+    Conversations are continued; the last answer of one that ends in an answer is replaced.
 
     Raises DataError for a missing file, missing columns, conversations that can't be read (all at once), or a .txt file
-    where two texts are needed.
+    if two texts are needed.
     """
     data = loaded.recipe.data
     if file.suffix.lower() == ".txt":
@@ -284,7 +284,7 @@ def read_texts(file: Path, loaded: Loaded) -> tuple[list[Any], list[str] | None]
 
 
 def _chats(loaded: Loaded, table: Any, source: str) -> str | None:
-    """The column of conversations, or of prompts that are messages, as TRL's data have them; None where both lack."""
+    """The column of conversations, or of prompts that are messages, as in TRL's data; None if there is neither."""
     column = column_of(loaded.recipe, "messages", table, source)
     prompts = column_of(loaded.recipe, "prompt", table, source) if column is None else None
     if prompts is not None and any(str(prompt).startswith("[{") for prompt in table[prompts]):
@@ -295,7 +295,7 @@ def _chats(loaded: Loaded, table: Any, source: str) -> str | None:
 def _conversations(loaded: Loaded, table: Any, column: str, source: str) -> list[Conversation]:
     tools, system, seen = (column_of(loaded.recipe, name, table, source) for name in ("tools", "system", "images"))
     found, faults = [], Faults(source, len(table))
-    folder = loaded.recipe.data.image_folder  # may be one of another machine
+    folder = loaded.recipe.data.image_folder  # it may exist on another machine only
     folder = folder if folder is not None and Path(folder).is_dir() else None
     images = Images(source, folder) if loaded.processor is not None else None
     rows: Any = undecoded(table, seen)

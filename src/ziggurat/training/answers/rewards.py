@@ -1,4 +1,4 @@
-"""The rewards that a trained reward model gives to answers."""
+"""Rewards of answers by a trained reward model."""
 
 from __future__ import annotations
 
@@ -65,6 +65,6 @@ def rewards_of(loaded: Loaded, rows: Any, batch: int, notes: list[str]) -> Itera
 
 
 def _rated(row: Row) -> list[int]:
-    """The token ids up to the end of the answer, where the reward is read."""
+    """The token ids up to the end of the answer, the position of the reward."""
     ids, mask = row
     return ids[: len(mask) - mask[::-1].index(1)]

@@ -1,4 +1,4 @@
-"""Answers as a file with a row for each."""
+"""Writing answers to a file, one row each."""
 
 import csv
 import io
@@ -13,12 +13,12 @@ from ziggurat.terminal import no_formula
 
 from .predict import Prediction
 
-#: What the file's name may end in.
+#: The formats, by the end of the file's name.
 ENDINGS = (".csv", ".json", ".jsonl", ".parquet")
 
 
 def check_ending(out: Path) -> None:
-    """Raises DataError for a file of another form."""
+    """Raises DataError for a file of another format."""
     if out.suffix.lower() not in ENDINGS:
         raise DataError(f"--out: '{out}' ends in '{out.suffix}'; {', '.join(ENDINGS)} are written")
 
@@ -26,9 +26,8 @@ def check_ending(out: Path) -> None:
 def write_answers(out: Path, predictions: Sequence[Prediction], second: Sequence[str] | None) -> None:
     """Columns `text`, `text_pair` (if two), `answer`, and `probability_<class>` of every class.
 
-    In csv a text that a spreadsheet would compute gets a quote in front, and lists are JSON texts.
-
-    Raises StorageError where the disk doesn't take the file.
+    In csv a text that a spreadsheet would take for a formula gets a quote in front, and lists are JSON texts. Raises
+    StorageError if the file can't be written.
     """
     rows: list[dict[str, Any]] = []
     for place, prediction in enumerate(predictions):
@@ -45,7 +44,7 @@ def write_answers(out: Path, predictions: Sequence[Prediction], second: Sequence
         write_whole(out, content.getvalue())
         return
     if ending == ".csv":
-        # A text with line breaks stands in quotes, so a row of the file may be several lines.
+        # A text with line breaks is quoted, so a row of the file may be several lines.
         buffer = io.StringIO(newline="")
         writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
         writer.writeheader()

@@ -1,4 +1,4 @@
-"""AdaLoRA's allocation of ranks, which PEFT leaves to the training loop to call."""
+"""AdaLoRA's allocation of ranks, which PEFT expects the training loop to call."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from ziggurat.errors import RecipeError
 
 logger = logging.getLogger(__name__)
 
-#: Shares of the run before the first and after the last allocation where the recipe gives no steps; LoRA²'s defaults.
+#: Shares of the run before the first and after the last allocation if the recipe gives no steps; LoRA²'s defaults.
 FIRST, LAST = 0.15, 0.5
 TENSORS, PATTERN = "adalora_importance.safetensors", "adalora_ranks.json"
 
@@ -22,9 +22,8 @@ TENSORS, PATTERN = "adalora_importance.safetensors", "adalora_ranks.json"
 class AdaLoRAAllocation(TrainerCallback):
     """Calls `update_and_allocate` after each optimiser step, and keeps its averages in the checkpoints.
 
-    `tinit` and `tfinal` of 0, PEFT's defaults, stand for 15% and 50% of the run. The config learns which directions
-    are kept only when training ends: PEFT cuts what it saves to them, and a checkpoint that is cut can't be gone on
-    from.
+    `tinit` and `tfinal` of 0, PEFT's defaults, stand for 15% and 50% of the run. The config gets the kept directions
+    only when training ends: PEFT saves these alone, and a run can't resume from such a checkpoint.
     """
 
     def __init__(self, config: AdaLoraConfig) -> None:
@@ -51,7 +50,7 @@ class AdaLoRAAllocation(TrainerCallback):
         self.kept, self.config.rank_pattern = self.config.rank_pattern, None
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Tell the config which directions are kept, read off E: they may be those of an earlier, better checkpoint."""
+        """Write the kept directions into the config, by E: they may be those of an earlier, better checkpoint."""
         if self.kept is not None:
             E = dict(model.base_model.model.named_parameters())
             self.config.rank_pattern = {name: E[name].detach().ne(0).flatten().tolist() for name in self.kept}

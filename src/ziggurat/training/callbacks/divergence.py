@@ -15,12 +15,12 @@ from ziggurat.errors import DivergedError
 class StopAtNaN(TrainerCallback):
     """Stops a Trainer at the first loss or weight that is NaN or infinite, before a checkpoint is made of it.
 
-    The losses of a step's batches are looked at after the step, and the trained weights before a checkpoint, since a
-    step can spoil them whose loss was still a number. It has to stand behind all callbacks that ask for checkpoints.
-    The Trainer's own filter, which hides such losses (`logging_nan_inf_filter`), is switched off.
+    The losses of a step's batches are checked after the step, and the trained weights before a checkpoint, since a step
+    with a finite loss can spoil them. It must come after all callbacks that ask for checkpoints. The Trainer's own
+    filter, which hides such losses (`logging_nan_inf_filter`), is switched off.
 
     Args:
-        last_checkpoint: gives the folder of the newest checkpoint, or None.
+        last_checkpoint: returns the folder of the newest checkpoint, or None.
     """
 
     def __init__(self, last_checkpoint: Callable[[], Path | None]) -> None:
@@ -54,7 +54,7 @@ class StopAtNaN(TrainerCallback):
             self._check_weights(args, state, kwargs["model"])
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A Trainer that makes its loss outside the model shows it only here.
+        # A Trainer that computes its loss outside the model exposes it only here.
         loss = (kwargs.get("logs") or {}).get("loss")
         if isinstance(loss, float) and not math.isfinite(loss):
             raise self._error(args, state, f"the loss is {loss}")
@@ -64,7 +64,7 @@ class StopAtNaN(TrainerCallback):
         self._check_weights(args, state, kwargs["model"])
 
     def close(self) -> None:
-        """Take the hook out of the model."""
+        """Remove the hook from the model."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None

@@ -29,10 +29,10 @@ class StopSignals(TrainerCallback):
     """While entered, SIGINT and SIGTERM ask the Trainer to save and stop; a second SIGINT stops at once.
 
     Outside the training loop (loading, scoring before training) there is nothing to save and the signal raises
-    KeyboardInterrupt right away. Signals reach only the main thread: elsewhere this does nothing.
+    KeyboardInterrupt at once. Signals reach only the main thread: elsewhere this does nothing.
 
-    Of several processes each asks the others after every step: whichever the signal has reached, all stop at the same
-    step. `number` is the signal that came here, `agreed` the one that all stop for.
+    Several processes compare their signals after every step, so that all stop at the same step. `number` is this
+    process's signal, `agreed` the common one.
     """
 
     def __init__(self, processes: Processes | None = None) -> None:
@@ -66,13 +66,13 @@ class StopSignals(TrainerCallback):
         return self._stop(control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> TrainerControl:
-        # A signal during a long scoring is answered right after it.
+        # A signal during a long scoring takes effect right after it.
         return self._stop(control) if self.learning else control
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> TrainerControl:
         if self.agreed is not None:
-            # A Trainer that was stopped in the middle of an epoch calls this too. At the real end of one, a scoring
-            # that is due is made and the checkpoint written again: see `_stop`.
+            # A Trainer that was stopped in the middle of an epoch calls this too. At the real end of an epoch, a
+            # scoring that is due runs and the checkpoint is written again: see `_stop`.
             ended = state.epoch is not None and float(state.epoch).is_integer()
             control.should_evaluate = control.should_evaluate and ended
             control.should_save = control.should_evaluate
@@ -82,8 +82,8 @@ class StopSignals(TrainerCallback):
         self.learning = False
 
     def _stop(self, control: TrainerControl) -> TrainerControl:
-        # A scoring that is due at this very step is still made, before the checkpoint: it draws random numbers, and
-        # without them the resumed run would not be the uninterrupted one.
+        # A scoring that is due at this step still runs, before the checkpoint: it draws random numbers, and without
+        # them the resumed run would differ from the uninterrupted one.
         self.agreed = self.processes.largest(self.number or 0) or None
         if self.agreed is not None:
             control.should_save = control.should_training_stop = True

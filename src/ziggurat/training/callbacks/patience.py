@@ -1,4 +1,4 @@
-"""Ends a run whose score gets no better."""
+"""Ends a run whose score no longer improves."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 
 class StopWhenFlat(TrainerCallback):
-    """Stops training after `patience` scorings since the best one, counted in the log, so that a resumed run knows.
+    """Stops training after `patience` scorings since the best one, counted in the log, which a resumed run keeps.
 
     `lower`: the lower `metric`, the better.
     """

@@ -1,4 +1,4 @@
-"""The progress of a run that trains: a bar on a terminal, plain lines elsewhere, and a file that can be followed."""
+"""The progress of a running training: a bar on a terminal, plain lines elsewhere, and a file to follow."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from ziggurat.terminal import is_screen
 
-#: What TRL logs of a step that drew completions -> how the progress and the table call it.
+#: TRL's logged values of a step that drew completions -> their format in the progress and the table.
 _OF_A_STEP = {
     "reward": "reward {:.2f}",
     "reward_std": "± {:.2f}",
@@ -40,9 +40,9 @@ def rewards_of(logs: Mapping[str, Any]) -> str:
 
 
 class ProgressFile(TrainerCallback):
-    """Appends every logged number to a file, with the step, the number of steps and the seconds that are left.
+    """Appends every logged number to a file, with the step, the number of steps and the remaining seconds.
 
-    A resumed run goes on in the same file; of steps that it takes again, the later line counts.
+    A resumed run continues the same file; for repeated steps the later line counts.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,13 +57,13 @@ class ProgressFile(TrainerCallback):
             return
         numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
         line = {"step": state.global_step, "steps": state.max_steps, "left": self.clock.left(state), **numbers}
-        # A full disk stops a run where it saves, not where it tells.
+        # A full disk stops a run when it saves, not when it reports.
         with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
 class Clock:
-    """How many seconds a run will take to its last step, at the pace that it has had since it began, or was resumed."""
+    """The estimated seconds to a run's last step, by its pace since it began, or was resumed."""
 
     def __init__(self) -> None:
         self._begun, self._first = 0.0, 0
@@ -105,7 +105,7 @@ def line_of(line: dict[str, Any]) -> str:
 
 
 class LiveProgress(TrainerCallback):
-    """A rich bar with the loss and the last score; on a console that is no terminal, a line for all that is logged."""
+    """A rich bar with the loss and the last score; on a console that is no terminal, a line for each log entry."""
 
     def __init__(self, console: Console, metric: str) -> None:
         self.console = console
@@ -170,7 +170,7 @@ class LiveProgress(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Give the terminal back; safe to call again, and after an error."""
+        """Release the terminal; safe to call again, and after an error."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

@@ -8,29 +8,29 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-#: The Trainer logs the loss of the first step, which no step has spoilt, then means over `EVERY` steps.
+#: The Trainer logs the loss of the first step, before any update, then means over `EVERY` steps.
 EVERY = 10
-#: The logged losses whose mean counts as the loss of the moment; one alone may be high by chance.
+#: The number of last logged losses whose mean is the current loss; one alone may be high by chance.
 RECENT = 2
-#: A loss has risen if it lies above the start by this share of it: above the loss of the first step, which is that of
-#: one batch, or above the first mean,
+#: A loss has risen if it lies above the start by this share of it: above the loss of the first step, which is one
+#: batch's, or above the first mean,
 LEAST_RISE = (0.25, 0.1)
-#: and by as many standard errors: the loss of a run that learns nothing goes up and down too.
+#: and by this many standard errors: the loss of a run that learns nothing fluctuates too.
 STANDARD_ERRORS = 5.0
-#: The most noise that a mean is believed to have, as a share of the start: the losses of a run that has broken jump
-#: about, and would hide its rise.
+#: The upper bound of the noise of a mean, as a share of the start: the erratic losses of a broken run would hide its
+#: rise.
 MOST_NOISE = 0.05
 
 
 class RisingLoss(TrainerCallback):
-    """Tells once that the training loss lies above its start after the warm-up, once that a uniform guess has less.
+    """Warns once if the training loss lies above its start after the warm-up, and once if above a uniform guess's.
 
-    It reads what the Trainer logs; four losses are needed, those of 30 steps.
+    It reads the Trainer's log; four losses are needed, those of 30 steps.
 
     Args:
-        tell: takes the sentence.
-        classes: between how many classes or tokens the model chooses; a uniform guess has the loss ln(classes).
-            None: the loss is none of probabilities.
+        tell: receives the warning.
+        classes: the number of classes or tokens to choose from; a uniform guess has the loss ln(classes). None: the
+            loss isn't one of probabilities.
     """
 
     def __init__(self, tell: Callable[[str], None], classes: int | None) -> None:
@@ -65,11 +65,11 @@ class RisingLoss(TrainerCallback):
 
 
 def has_risen(losses: list[float], guess: float = 0.0) -> bool:
-    """Whether the mean of the last losses lies above the start by more than chance explains.
+    """Whether the mean of the last losses lies significantly above the start.
 
-    `losses`: that of the first step, then means over `EVERY` steps. The start is the first step's or, as that is one
-    batch's, the first mean: to lie above one of them is enough. The noise of a mean is taken from the differences of
-    neighbours, whose median size is 0.95 of its standard deviation; of two differences the smaller one counts.
+    `losses`: that of the first step, then means over `EVERY` steps. The start is the first step's loss or, as that is
+    one batch's, the first mean: lying above one of them is enough. The noise of a mean is estimated by the differences
+    of neighbours, whose median size is 0.95 of its standard deviation; of two differences the smaller one counts.
     `guess`: the loss of a uniform guess. A start far below it may double by a single hard batch.
     """
     first, means = losses[0], losses[1:]
@@ -86,7 +86,7 @@ def has_risen(losses: list[float], guess: float = 0.0) -> bool:
 
 
 def _hint(args: TrainingArguments) -> str:
-    """What most often makes a loss rise, under these settings."""
+    """The most frequent causes of a rising loss, for these settings."""
     parts = [f"lower train.lr (now {args.learning_rate:g}; the best rate of one method breaks another)"]
     if not args.warmup_steps:
         parts.append("begin with train.warmup=0.05")

@@ -1,25 +1,25 @@
-"""Warns when no completion is better than the others of its group, so that nothing is learned."""
+"""Warns if all completions of a group have equal rewards, so that nothing is learned."""
 
 from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
 
-#: Logged steps without signal, one after the other, after which the user is told.
+#: Consecutive logged steps without signal before the warning.
 MANY = 10
 #: Below this temperature the completions of a group are mostly the same.
 COLD = 0.5
 
 
 class NoSignal(TrainerCallback):
-    """Tells once that for `MANY` steps every group's rewards have been equal, with the likely causes.
+    """Warns once if every group's rewards have been equal for `MANY` steps, with the likely causes.
 
-    It reads what TRL's trainers log after each step.
+    It reads the log of TRL's trainers.
 
     Args:
-        tell: takes the sentence.
-        temperature: that completions are drawn at.
-        tokens: the most that a completion may have.
+        tell: receives the warning.
+        temperature: the temperature of the completions.
+        tokens: the maximum number of tokens of a completion.
     """
 
     def __init__(self, tell: Callable[[str], None], temperature: float, tokens: int) -> None:
@@ -30,7 +30,7 @@ class NoSignal(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is None or "frac_reward_zero_std" not in logs or self._told:
             return
-        # RLOO counts the distance from the start among the rewards of a group, but not among those of a step.
+        # RLOO includes the distance from the start in the rewards of a group, but not in those of a step.
         silent = logs["frac_reward_zero_std"] == 1 or logs.get("reward_std") == 0
         self._silent = [*self._silent, logs] if silent else []
         if len(self._silent) < MANY:

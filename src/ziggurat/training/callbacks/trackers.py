@@ -1,4 +1,4 @@
-"""Trackers that a run reports to (TensorBoard, W&B, trackio, ...): checked before it begins, and where they write."""
+"""A run's trackers (TensorBoard, W&B, trackio, ...): checks before it begins, and their folders."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -7,7 +7,7 @@ from typing import Any
 
 from ziggurat.errors import RecipeError
 
-#: transformers' name of a tracker -> the modules of which one must be there, where that isn't the name itself.
+#: transformers' name of a tracker -> the modules of which one must be installed, if different from the name.
 _MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "azure_ml": ("azureml",), "flyte": ("flytekit",)}
 _PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}
 
@@ -34,7 +34,7 @@ def check(names: Sequence[str]) -> None:
 
 
 def write_into(trainer: Any, folder: Path) -> None:
-    """Let TensorBoard write into `folder`, unless the environment names another (TENSORBOARD_LOGGING_DIR)."""
+    """Make TensorBoard write into `folder`, unless the environment names another (TENSORBOARD_LOGGING_DIR)."""
     for callback in _tensorboards(trainer):
         callback.logging_dir = callback.logging_dir or str(folder)
 

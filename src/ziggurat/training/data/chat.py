@@ -1,4 +1,4 @@
-"""Conversations in whichever form a file has them, as the messages that a chat template takes."""
+"""Conversations in any of the usual forms, converted to the messages of chat templates."""
 
 import json
 from typing import Any
@@ -7,7 +7,7 @@ from ziggurat.recipe.schema import DataPart
 
 from .faults import RowFault, kind_of
 
-#: Names of the roles in files of other tools, by the role that a chat template knows; `data.roles.*` adds to them.
+#: Role of chat templates -> its names in files of other tools; `data.roles.*` adds to them.
 ROLES = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter"),
@@ -15,15 +15,15 @@ ROLES = {
     "tool": ("tool", "observation", "function", "function_response", "tool_response", "ipython"),
     "call": ("function_call", "tool_call"),
 }
-#: Keys of a message, by what chat templates call them; `data.columns.role` and `.content` name others.
+#: Key of a message in chat templates -> its names in files; `data.columns.role` and `.content` name others.
 _KEYS = {"role": ("role", "from"), "content": ("content", "value")}
 #: Further keys of a message that chat templates know.
 _KEPT = ("name", "tool_call_id", "reasoning_content", "thinking")
-#: Stands in a text where an image is: Unicode's own sign for an object.
+#: Marks an image in a text: Unicode's object replacement character.
 IMAGE = "\ufffc"
-#: Kinds of a message's parts that are images, and their keys that may say which.
+#: Kinds of a message's parts that are images, and their keys for the source.
 _IMAGES, _SOURCES = ("image", "image_url"), ("image", "path", "url", "image_url")
-#: Thoughts, which some chat templates put into an answer and others leave out.
+#: Keys of thoughts, which some chat templates put into an answer and others leave out.
 THOUGHTS = ("reasoning_content", "thinking")
 
 Message = dict[str, Any]
@@ -32,7 +32,7 @@ Message = dict[str, Any]
 def conversation(value: Any, data: DataPart, images: list[Any] | None = None) -> tuple[list[Message], set[str]]:
     """The messages of a conversation (a list, or JSON text of one), and the keys of messages that aren't read.
 
-    `images` gets what each image among their parts is read from (None: it doesn't say), and the text has the sign
+    `images` receives the source of each image among their parts (None if the part has none), and the text has the mark
     `IMAGE` in its place; without the list images are refused. ShareGPT's `from` and `value` become `role` and
     `content`, its calls of functions `tool_calls`. Raises RowFault for a message without role or content, an unknown
     role, parts that are no text, or calls that can't be read.
@@ -88,7 +88,7 @@ def _message(
 
 
 def text_of(content: Any, images: list[Any] | None = None) -> str:
-    """The text of a message, which may come in parts; see `conversation`. Raises RowFault for what isn't read."""
+    """The text of a message, which may come in parts; see `conversation`. Raises RowFault for unreadable parts."""
     if content is None:
         return ""
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
@@ -117,7 +117,7 @@ def has_images(value: Any) -> bool:
 
 
 def _calls(value: Any) -> list[Message]:
-    """Calls of functions as chat templates take them: `arguments` is an object, whether or not it was JSON text."""
+    """Function calls in the form of chat templates: `arguments` is an object, even if it was JSON text."""
     value = parsed(value)
     calls = []
     for call in (value if isinstance(value, list) else [value]) if value else []:
@@ -132,7 +132,7 @@ def _calls(value: Any) -> list[Message]:
 
 
 def tools_of(value: Any) -> list[Message]:
-    """Descriptions of tools as chat templates take them. Raises RowFault for what describes none."""
+    """Descriptions of tools in the form of chat templates. Raises RowFault for other objects."""
     value = parsed(value)
     tools = []
     for tool in (value if isinstance(value, list) else [value]) if value else []:
@@ -145,7 +145,7 @@ def tools_of(value: Any) -> list[Message]:
 
 
 def parsed(value: Any) -> Any:
-    """What a JSON text of a list or an object stands for; other values as they are."""
+    """The value of a JSON text of a list or an object; other values unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -155,14 +155,14 @@ def parsed(value: Any) -> Any:
 
 
 def without_gaps(value: Any) -> Any:
-    """A nested value without the keys that are None: a table gives every object the keys that one of them has."""
+    """A nested value without the keys that are None: a table gives every object the keys of all objects."""
     if isinstance(value, dict):
         return {key: without_gaps(part) for key, part in value.items() if part is not None}
     return [without_gaps(part) for part in value] if isinstance(value, list) else value
 
 
 def as_messages(value: Any) -> list[Any] | None:
-    """The list of messages that a prompt or a completion may be, as a list or as JSON text; None for a plain text."""
+    """The list of messages in a prompt or a completion, given as a list or as JSON text; None for a plain text."""
     value = parsed(value) if isinstance(value, str) else value
     is_chat = isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
     return value if is_chat else None

@@ -1,4 +1,4 @@
-"""What the local files that a recipe names hold, as digests: a path alone doesn't say whether they have changed."""
+"""Digests of the local files that a recipe names: a path alone doesn't tell whether they have changed."""
 
 import hashlib
 from functools import cache
@@ -10,14 +10,14 @@ from ziggurat.recipe.schema import Recipe
 
 from .glue import glue_home
 
-#: Files that loading never reads: hidden ones, and what `datasets` keeps beside a saved data set.
+#: Beginnings of files that loading never reads: hidden files, and the cache of `datasets` beside a saved data set.
 _BESIDE = (".", "cache-")
-#: Of a model's folder also these.
+#: Endings of further unread files in a model's folder.
 _NOT_OF_A_MODEL = (".md", ".py", ".png", ".log")
 
 
 def contents(recipe: Recipe) -> dict[str, str]:
-    """Recipe key -> digest of the files that its value names, of the keys that name something on this machine."""
+    """Recipe key -> digest of the files that its value names, for keys that name local files."""
     data = recipe.data
     model, task = Path(recipe.model).expanduser(), glue_name(data.train, data.subset)
     found = {}
@@ -40,7 +40,7 @@ def contents(recipe: Recipe) -> dict[str, str]:
 
 
 def digest(place: Path, pattern: str = "**/*", without: tuple[str, ...] = ()) -> str:
-    """The digest of a file, or of the names and the content of the files in a folder, wherever they lie.
+    """The digest of a file, or of the names and contents of the files in a folder, independent of its path.
 
     Files whose names end in one of `without` don't count.
     """
@@ -48,7 +48,7 @@ def digest(place: Path, pattern: str = "**/*", without: tuple[str, ...] = ()) ->
     for path in sorted(place.glob(pattern)) if place.is_dir() else [place]:
         if path.is_file() and not path.name.startswith(_BESIDE) and path.suffix not in without:
             state = path.stat()
-            # Of a single file the ending alone, which says how it is read.
+            # For a single file the ending alone, which decides how it is read.
             name = path.relative_to(place).as_posix() + path.suffix
             whole.update(f"{name}\0{_of_file(path, state.st_size, state.st_mtime_ns)}\n".encode())
     return whole.hexdigest()
@@ -56,9 +56,9 @@ def digest(place: Path, pattern: str = "**/*", without: tuple[str, ...] = ()) ->
 
 @cache
 def _of_file(path: Path, size: int, changed: int) -> str:
-    """The digest of a file's content, computed once for as long as its size and its time stay."""
+    """The digest of a file's content, cached while its size and its time stay the same."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except OSError:  # whoever needs the file will say so
+    except OSError:  # reading the file will raise the error
         return "not readable"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def longest(tokenizer: PreTrainedTokenizerBase | None, config: Any, wanted: int) -> int:
-    """`wanted` tokens, or fewer where the model has fewer positions."""
+    """`wanted` tokens, or fewer if the model has fewer positions."""
     limits = [wanted]
     if tokenizer is not None and isinstance(tokenizer.model_max_length, int) and tokenizer.model_max_length < 1_000_000:
         limits.append(tokenizer.model_max_length)
@@ -22,7 +22,7 @@ def longest(tokenizer: PreTrainedTokenizerBase | None, config: Any, wanted: int)
 
 
 def positions(config: Any) -> int | None:
-    """How many tokens a model has positions for; None where it doesn't say."""
+    """The number of a model's positions; None if unknown."""
     most = getattr(config, "max_position_embeddings", None)
     if not isinstance(most, int) or most <= 0:
         return None
@@ -87,7 +87,7 @@ def spread(lengths: Sequence[int], what: str) -> str:
 
 
 def percentile(lengths: Sequence[int], percent: int) -> int:
-    """The smallest length that so many per cent of the rows don't exceed."""
+    """The smallest length that `percent` per cent of the rows don't exceed."""
     return sorted(lengths)[max(0, -(-len(lengths) * percent // 100) - 1)]
 
 

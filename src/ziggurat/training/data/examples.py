@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class Examples:
     """Checked examples. Scored tasks: columns `text`, `text_pair` (if two) and `label`; instruct: see `to_rows`.
 
-    `shape` is the shape that instruction data had; `stream`: the rows to learn from, where they are streamed and
-    `train` holds those at their start. `notes` says in plain words what was decided on the user's behalf.
+    `shape` is the shape of instruction data; `stream`: the training rows, if they are streamed and `train` holds those
+    at their start. `notes` describe automatic decisions.
     """
 
     train: Dataset
@@ -62,7 +62,7 @@ def load_examples(recipe: Recipe) -> Examples:
     trains = [train, *(_read(recipe, source, "train", first=False) for source in sources[1:])]
     names: list[str] = []
     shape = None
-    # All is checked before a part is split off, so that errors name rows of the file.
+    # All rows are checked before a part is split off, so that errors name rows of the file.
     if (read := _reader(recipe)) is not None:
         parts = [read(recipe, table, source) for table, source in zip(trains, sources, strict=True)]
         shape = parts[0][1]
@@ -128,7 +128,7 @@ def load_scored(recipe: Recipe, source: str, names: list[str]) -> tuple[Dataset,
 
 
 def class_names(recipe: Recipe) -> list[str] | None:
-    """The classes of a classification recipe, of the training rows alone; None where only a hub could tell.
+    """The classes of a classification recipe, from the training rows alone; None if they are on the hub.
 
     Raises DataError as `load_examples` does.
     """
@@ -156,7 +156,7 @@ def class_names(recipe: Recipe) -> list[str] | None:
 
 
 def _tables(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
-    """The training table and the validation table; None where a part of the first is to be split off."""
+    """The training table and the validation table; None if a part of the first has to be split off."""
     data = recipe.data
     _check_splits(data)
     train, validation = glue_splits(data) or (None, None)
@@ -214,7 +214,7 @@ def _split_off(recipe: Recipe, train: Dataset, notes: list[str]) -> tuple[Datase
     return train.select(split.train), train.select(split.validation)
 
 
-#: Forms of rows -> the file beside this one, and its function, that reads them.
+#: Form of rows -> module of this package and its function that reads them.
 _READ_APART = {
     "answers": ("instruct", "to_rows"),
     "sources": ("sources", "to_sources"),
@@ -225,7 +225,7 @@ _READ_APART = {
 
 
 def _reader(recipe: Recipe) -> Any:
-    """The function that reads the rows of a task which has no labels, or tags; else None."""
+    """The function that reads the rows of a task without labels or tags; else None."""
     if recipe.kind.rows not in _READ_APART:
         return None
     file, name = _READ_APART[recipe.kind.rows]
@@ -233,8 +233,8 @@ def _reader(recipe: Recipe) -> Any:
 
 
 def _identity(row: Any) -> str:
-    """What may not stand on both sides of a split: all of a row but its label; of pairs the prompt, of
-    sources with targets the source.
+    """A key that must not occur on both sides of a split: a row without its label; the prompt of pairs; the source of a
+    source with target.
     """
     if "messages_rejected" in row:
         return repr(json.loads(row["messages"])[: row["learned"]])
@@ -259,7 +259,7 @@ def text_columns(recipe: Recipe) -> list[str]:
 
 
 def _check_splits(data: DataPart) -> None:
-    """Keys that say which part of a data set is meant have no meaning with files. Raises DataError."""
+    """Raises DataError for keys that choose a part of a data set, which files don't have."""
     scored = data.validation or data.train
     if data.train_split != "train" and is_one_table(data.train):
         raise DataError(f"data.train_split: '{data.train}' is a file and has no splits; drop the key")
@@ -306,7 +306,7 @@ def _labelled(
 
 
 def _with_names(table: Dataset, column: str) -> Dataset:
-    """A table whose classes, numbers that a hub data set names, are these names: other files write them so."""
+    """A table with class names in the place of a hub data set's numbers, as in other files."""
     names = getattr(table.features[column], "names", None)
     if names is None:
         return table
@@ -315,7 +315,7 @@ def _with_names(table: Dataset, column: str) -> Dataset:
 
 
 def _checked(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, list[str]]:
-    """The rows of a table that can be used, and a note of those left out. Raises DataError that counts all others."""
+    """The usable rows of a table, and a note about those left out. Raises DataError that counts all others."""
     data = recipe.data
     texts = [("data.text", data.text)]
     if data.text_pair is not None:
@@ -355,5 +355,5 @@ def _assemble(recipe: Recipe, table: Dataset, labels: list[Any]) -> Dataset:
 
 
 def _texts(values: Any) -> list[str]:
-    """Texts as they are; none where GLUE, whose texts aren't checked, has none."""
+    """Texts; empty ones for missing texts of GLUE, which aren't checked."""
     return ["" if value is None else str(value) for value in values]

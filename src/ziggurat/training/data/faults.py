@@ -15,9 +15,9 @@ SHOWN = 5
 
 
 class Faults:
-    """What is wrong with which rows of one table; rows are counted as the file has them, from 1.
+    """The faults of the rows of one table; rows are counted from 1, in the file's order.
 
-    A fault is a *gap* where the row lacks what is needed, and can be left out with `data.drop_missing`; any other has
+    A fault is a *gap* if the row lacks a needed value, and can be left out with `data.drop_missing`; other faults have
     to be mended in the file.
     """
 
@@ -28,17 +28,17 @@ class Faults:
 
     @property
     def kinds(self) -> list[str]:
-        """What is wrong, each once."""
+        """The different faults."""
         return list(self._rows)
 
     def add(self, index: int, what: str, *, gap: bool = False) -> None:
-        """Row `index` (from 0) has the fault `what`. Values belong into `what` only where few rows have them."""
+        """Record the fault `what` of row `index` (from 0). `what` should contain a value only if few rows have it."""
         self._rows.setdefault(what, []).append(index)
         if gap:
             self._gaps.add(what)
 
     def settle(self, table: Dataset, drop: bool) -> tuple[Dataset, list[str]]:
-        """The rows without a gap, and a note of those that were left out.
+        """The rows without a gap, and a note about those that were left out.
 
         Raises DataError that counts every fault: those that aren't gaps, and gaps too unless `drop`; or if no row is
         left.
@@ -72,14 +72,14 @@ def listed(rows: Iterable[int]) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is that should be a text, in words for an error."""
+    """The kind of a value that should be a text, in words for an error."""
     if isinstance(value, bytes):
         return "bytes that are not UTF-8 throughout"
     return f"a {type(value).__name__}"
 
 
 class RowFault(ValueError):
-    """What is wrong with one row, raised where it is read and noted in `Faults` by whoever goes through the rows."""
+    """The fault of one row, raised by its reader and collected in `Faults` by the loop over the rows."""
 
     def __init__(self, what: str, *, gap: bool = False) -> None:
         super().__init__(what)

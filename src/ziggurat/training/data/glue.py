@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def glue_splits(data: DataPart) -> tuple[Dataset, Dataset | None] | None:
-    """The training and validation rows of a GLUE task; None for other data, or where a plain hub read will do.
+    """The training and validation rows of a GLUE task; None for other data, or if a plain read of the hub suffices.
 
     `data.validation_rows` asks for a part of the training rows instead (to tune on): then the second is None.
     """
@@ -32,7 +32,7 @@ def glue_splits(data: DataPart) -> tuple[Dataset, Dataset | None] | None:
 
 
 def glue_home(name: str, folder: str) -> Path:
-    """The folder of a task's files in `folder`, or `folder` itself where it is called like the task."""
+    """The folder of a task's files in `folder`, or `folder` itself if it has the task's name."""
     root = Path(folder).expanduser()
     return root if root.name == name and not (root / name).is_dir() else root / name
 
@@ -40,7 +40,7 @@ def glue_home(name: str, folder: str) -> Path:
 def read_glue(name: str, split: str, folder: str | None = None) -> Dataset:
     """The rows of one split, from the hub or from `folder`: `<folder>/<task>/<split>.parquet`, or the hub's file names.
 
-    Raises DataError that says which files were looked for.
+    Raises DataError that names the expected files.
     """
     if folder is None:
         return read_table(HUB, subset=name, split=split)

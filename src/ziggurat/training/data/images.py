@@ -1,4 +1,4 @@
-"""Images of conversations: where they stand in the messages, and the files or bytes that they are read from."""
+"""Images of conversations: their places in the messages, and their files or bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: Stands for an image in texts of other tools (LLaVA, LLaMA-Factory, TRL).
 MARK = "<image>"
 
-#: What an image is read from: `bytes` where they are given, else the file at `path`.
+#: An image's source: `bytes` if they are given, else the file at `path`.
 Source = dict[str, Any]
 
 
@@ -35,11 +35,11 @@ class Images:
         self._first: dict[str, str] = {}
 
     def placed(self, messages: list[Message], named: list[Any], column: Any) -> tuple[list[Message], list[Source]]:
-        """The messages with the sign `IMAGE` where an image stands, and what the images are read from, in that order.
+        """The messages with the mark `IMAGE` for each image, and the images' sources in the same order.
 
-        `named`: what the parts of the messages say, None where they say nothing; `column`: the row's images beside
-        them. Images that no part and no mark `<image>` places stand before the first question. Raises RowFault for
-        images without a place, places without an image, images that can't be read, and images in answers.
+        `named`: the sources in the messages' parts, None for parts without one; `column`: the row's images beside them.
+        Images without a part or a mark `<image>` are placed before the first question. Raises RowFault for images
+        without a place, places without an image, images that can't be read, and images in answers.
         """
         column = parsed(column)
         given = column if isinstance(column, list) else [] if column in (None, "") else [column]
@@ -55,7 +55,7 @@ class Images:
         return messages, [self._source(next(rest) if one is None else one) for one in named]
 
     def _source(self, value: Any) -> Source:
-        """What an image is read from, seen to be readable."""
+        """An image's source, checked to be readable."""
         if isinstance(value, dict):
             value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
         if isinstance(value, str):
@@ -68,7 +68,7 @@ class Images:
             raise self._fault("an image file is not there", value)
         try:
             open_image(source)
-        except Exception as error:  # PIL's readers end in whatever a broken file leads them to
+        except Exception as error:  # PIL's readers raise any kind of error for broken files
             raise self._fault(f"an image cannot be read ({type(error).__name__})", value) from error
         return source
 
@@ -101,7 +101,7 @@ def _with_signs(messages: list[Message], count: int) -> list[Message]:
 
 
 def open_image(source: Source) -> Image:
-    """The image in RGB, upright. Raises what PIL raises for files that are no images."""
+    """The image in RGB, upright. Raises PIL's errors for other files."""
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"]) as image:
@@ -109,7 +109,7 @@ def open_image(source: Source) -> Image:
 
 
 def undecoded(table: Dataset, column: str | None) -> Dataset:
-    """A table whose images, which a hub data set may decode by itself, stay bytes and paths."""
+    """A table whose images stay bytes and paths; a hub data set may decode them."""
     import datasets
 
     if column is None:

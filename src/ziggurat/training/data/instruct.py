@@ -1,4 +1,4 @@
-"""Instruction data in whichever of the usual shapes they come, as texts, conversations or plain text."""
+"""Instruction data in any of the usual shapes, as texts, conversations or plain text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 dumps = partial(json.dumps, ensure_ascii=False)
 
-#: What each column may be called where `data.columns` doesn't say, by the key of `data.columns`.
+#: Key of `data.columns` -> the usual names of its column.
 ALIASES = {
     "messages": ("messages", "conversations", "conversation"),
     "tools": ("tools",),
@@ -40,19 +40,19 @@ ALIASES = {
     "rejected": ("rejected",),
     "images": ("images", "image"),
 }
-#: The columns that make a shape, and those that it reads besides.
+#: Shape -> its required columns, and its optional ones.
 _SHAPES = {
     "prompt": (("prompt", "completion"), ("tools", "system", "history", "images")),
     "alpaca": (("instruction", "output"), ("input", "system", "history", "images")),
     "messages": (("messages",), ("tools", "system", "images")),
     "text": (("text",), ()),
 }
-#: Columns that say which of two answers is better, or whether one is good: they make no instruction data.
+#: Columns of a better and a worse answer: preference data, not instruction data.
 _PREFERRED = ("chosen", "rejected")
 
 
 def column_of(recipe: Recipe, name: str, table: Dataset, source: str) -> str | None:
-    """The column that stands for `name`, by `data.columns` or by its usual names. DataError if the one named lacks."""
+    """The column of `name`, by `data.columns` or by its usual names. Raises DataError if a named column is missing."""
     chosen = getattr(recipe.data.columns, name)
     if chosen is not None:
         require_column(table, chosen, f"data.columns.{name}", source)
@@ -83,7 +83,7 @@ def shape_of(recipe: Recipe, table: Dataset, source: str) -> str:
                 "data.columns.* says what they are called"
             )
         return wanted
-    # Columns that the recipe names decide before those that happen to have a usual name.
+    # Columns that the recipe names take precedence over columns with a usual name.
     named = [shape for shape in _SHAPES if any(getattr(recipe.data.columns, name) for name in _SHAPES[shape][0])]
     shape = next((shape for shape in [*named, *_SHAPES] if fits(shape)), None)
     if all(column in names for column in _PREFERRED):
@@ -103,7 +103,7 @@ def shape_of(recipe: Recipe, table: Dataset, source: str) -> str:
 
 
 def given_columns(recipe: Recipe, shape: str, table: Dataset, source: str) -> dict[str, str | None]:
-    """The column that stands for each key of `data.columns` which a shape reads, None where there is none."""
+    """Key of `data.columns` that a shape reads -> its column, None if there is none."""
     return {name: column_of(recipe, name, table, source) for part in _SHAPES[shape] for name in part}
 
 
@@ -112,7 +112,7 @@ def _needed(shape: str) -> str:
 
 
 def to_rows(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, list[str]]:
-    """The rows in one of three forms, the shape that they had, and notes of what of them isn't read or learned.
+    """The rows in one of three forms, their original shape, and notes about parts that aren't read or learned.
 
     Texts: columns `prompt` and `completion`. Conversations: `messages` and `tools` as JSON text, and `learned`, the
     number of the message from which on answers are learned; where there are images also `images`, their `Source`s.
@@ -159,7 +159,7 @@ def to_rows(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, 
 
 
 def joined_bare(rows: list[dict[str, Any]]) -> list[str]:
-    """A note where nothing parts any prompt from its answer."""
+    """A note if no prompt is separated from its answer."""
     if any("prompt" not in row or row["prompt"][-1:].isspace() or row["completion"][:1].isspace() for row in rows):
         return []
     return ["prompts and answers are joined with nothing in between; end prompts by a blank, or set data.as_chat: true"]
@@ -168,7 +168,8 @@ def joined_bare(rows: list[dict[str, Any]]) -> list[str]:
 def read_row(
     recipe: Recipe, shape: str, cells: dict[str, Any], counts: Counter[str], images: Images | None = None
 ) -> dict[str, Any] | None:
-    """One row in its form, None if its answer is empty. `counts` gets what of it isn't learned. Raises RowFault."""
+    """One row in its form, None if its answer is empty. `counts` receives parts that aren't learned. Raises
+    RowFault."""
     named: list[Any] | None = None if images is None else []
     if shape == "messages":
         messages, unread = conversation(cells["messages"], recipe.data, named)
@@ -237,7 +238,7 @@ def _chat(
 
 
 def _images_of(recipe: Recipe, table: Dataset, given: dict[str, str | None], source: str) -> Images | None:
-    """What reads the images of a table; None where it has none, and texts are all that counts."""
+    """The reader of a table's images; None for a table without images."""
     column = given.get("messages")
     in_parts = column is not None and any(has_images(cell) for cell in table[column])
     if recipe.task != "instruct" or (given.get("images") is None and not in_parts):
@@ -256,7 +257,7 @@ def _history(value: Any) -> list[Message]:
 
 
 def as_text(value: Any) -> str | None:
-    """A number or a date as a text, for a table may have columns that hold nothing else. RowFault for a list, say."""
+    """A cell as a text; numbers and dates are converted. Raises RowFault for a list, say."""
     if isinstance(value, bytes | list | dict):
         raise RowFault(f"a text is needed, this is {kind_of(value)}: {str(value)[:80]}")
     return None if value is None else str(value)

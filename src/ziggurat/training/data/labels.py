@@ -26,7 +26,7 @@ def check_numbers(values: Iterable[Any], column: str, faults: Faults) -> None:
 
 
 def number_of(value: Any) -> float | None:
-    """A label as a finite number; None where it is none."""
+    """A label as a finite number; None if it isn't one."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -46,17 +46,17 @@ def check_class_values(values: Iterable[Any], column: str, faults: Faults) -> No
 
 
 def class_values(values: Iterable[Any]) -> list[Any]:
-    """Checked labels of one kind: whole numbers, or texts where one is a text. Rows without a label are passed over."""
+    """Checked labels of one kind: whole numbers, or texts if one is a text. Rows without a label are skipped."""
     found = [int(value) if isinstance(value, float) else value for value in values if value not in (None, "")]
     kinds = {isinstance(value, str) for value in found}
     return [str(value) for value in found] if len(kinds) > 1 else found
 
 
 def one_spelling(recipe: Recipe, parts: list[list[Any]]) -> None:
-    """Labels that differ by case or blanks alone become one, in place, where `data.similar_labels` says `merge`.
+    """Merge labels that differ only by case or blanks, in place, if `data.similar_labels` is `merge`.
 
-    They take the spelling of `data.label_names`, or the most frequent one. Raises DataError, which shows them all,
-    where the recipe doesn't say what to do with them.
+    They take the spelling of `data.label_names`, or the most frequent one. Raises DataError, which lists them all, if
+    the recipe doesn't set `data.similar_labels`.
     """
     names = recipe.data.label_names or []
     counts = Counter(value for part in parts for value in part if isinstance(value, str))
@@ -93,13 +93,13 @@ def classes_of(recipe: Recipe, tables: Sequence[Dataset], source: str) -> tuple[
     values = [class_values(table[column]) for table in tables]
     one_spelling(recipe, values)
     known, names = _known(recipe, tables[0], values[0], source)
-    # By name too: one table may count the classes that the other spells out, or count them in an order of its own.
+    # By name too: one table may number the classes that the other names, or number them in another order.
     place = {name: index for index, name in enumerate(names)} | {value: index for index, value in enumerate(known)}
     for table, part in zip(tables[1:], values[1:], strict=True):
         own = getattr(table.features[column], "names", None)
         if own is not None and recipe.data.label_names is None:
             part[:] = [own[value] if value in range(len(own)) else value for value in part]
-        # Numbers here may be texts there, where one label that is no number makes texts of all.
+        # Numbers here may be texts there: a single label that isn't a number makes texts of all.
         part[:] = [value if value in place else str(value) for value in part]
         unseen = sorted({value for value in part if value not in place})
         if unseen:
@@ -137,7 +137,7 @@ def places_of(recipe: Recipe, labels: Sequence[Any], names: Sequence[str], sourc
 
 
 def _plain(label: str) -> str:
-    """A label without the case and blanks that `data.similar_labels` is about."""
+    """A label normalised in case and blanks; see `data.similar_labels`."""
     return " ".join(label.split()).casefold()
 
 
@@ -149,7 +149,7 @@ def names_of(recipe: Recipe, train: Dataset, source: str) -> list[str]:
 
 
 def _known(recipe: Recipe, train: Dataset, values: list[Any], source: str) -> tuple[list[Any], list[str]]:
-    """The classes as the labels call them, and their names.
+    """The classes by their values among the labels, and their names.
 
     A hub data set's own class names and data.label_names count the classes 0, 1, ...; else the classes are the values
     found in the training data, in order.

@@ -1,4 +1,4 @@
-"""Labels of rows that may have several: lists, or texts with a separator, as one 0 or 1 for each class."""
+"""Several labels per row: lists, or texts with a separator, as a 0 or 1 for each class."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def labels_in(cell: Any, separator: str | None) -> list[Any]:
-    """The labels of one row: a list as it is, a text parted at the separator, or one label by itself."""
+    """The labels of one row: a list unchanged, a text split at the separator, or a single label."""
     if isinstance(cell, str) and separator is not None:
         return [part.strip() for part in cell.split(separator) if part.strip()]
     return cell if isinstance(cell, list) else [cell]
 
 
 def check_sets(recipe: Recipe, values: Iterable[Any], faults: Faults) -> None:
-    """Note every value that is neither a list of classes nor a text with the separator; none at all may be meant."""
+    """Note every value that is neither a list of classes nor a text with the separator; an empty list is allowed."""
     column, separator = recipe.data.label, recipe.data.label_separator
     for index, value in enumerate(values):
         if value is None:
@@ -45,7 +45,7 @@ def check_sets(recipe: Recipe, values: Iterable[Any], faults: Faults) -> None:
 
 
 def one_a_row(recipe: Recipe, table: Dataset) -> tuple[Dataset, list[int]]:
-    """All labels of a checked table one below the other, and how many each row has."""
+    """All labels of a checked table in one column, and how many each row has."""
     from datasets import Dataset, Features
 
     column = recipe.data.label
@@ -86,7 +86,7 @@ def _hot(places: Sequence[int], counts: Sequence[int], classes: int) -> list[lis
 
 
 def rarest(rows: Sequence[Sequence[float]]) -> list[int | None]:
-    """The class of each row that fewest rows have, so that a split can keep one of each in training."""
+    """The rarest class of each row, so that a split can keep one row of each in training."""
     sets = [[place for place, there in enumerate(row) if there] for row in rows]
     counts = Counter(place for places in sets for place in places)
     return [min(places, key=lambda place: counts[place], default=None) for places in sets]

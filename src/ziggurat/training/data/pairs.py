@@ -1,4 +1,4 @@
-"""The token ids of preference data, as TRL's trainers name them, cut to one length and counted."""
+"""The token ids of preference data, under the names of TRL's trainers, cut to one length."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def encode_judged(
 ) -> tuple[Dataset, Dataset, int, list[str]]:
     """Judged answers as `prompt_ids`, `completion_ids` and `label`; the rest as `encode_rows`.
 
-    They are shuffled with the seed, since TRL's KTOTrainer takes them in their order.
+    They are shuffled with the seed, since TRL's KTOTrainer keeps their order.
     """
     notes: list[str] = []
     parts = []
@@ -48,7 +48,7 @@ def encode_judged(
 
 
 def _split(*rows: Row) -> tuple[list[int], ...]:
-    """What the rows have in common before their answers, and each answer."""
+    """The common start of the rows before their answers, and each answer."""
     start = min(mask.index(1) for _, mask in rows)
     ends = [len(mask) - mask[::-1].index(1) for _, mask in rows]
     return rows[0][0][:start], *(ids[start:end] for (ids, _), end in zip(rows, ends, strict=True))

@@ -17,17 +17,17 @@ from .template import common_start
 if TYPE_CHECKING:
     from datasets import Dataset
 
-#: Behind the names of the columns that hold the worse answer.
+#: The suffix of the columns of the worse answer.
 WORSE = "_rejected"
-#: What a pair's row may hold.
+#: The columns of a pair.
 _COLUMNS = ("prompt", "chosen", "rejected", "messages", "tools", "system")
 
 
 def to_pairs(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, list[str]]:
     """Pairs as two rows in one: the columns of `to_rows` for the better answer, and for the worse with `WORSE`.
 
-    The answers are texts behind a prompt, messages behind a conversation, or two conversations that begin alike.
-    Raises DataError for missing columns and, counted together, for all rows that make no pair.
+    The answers are texts after a prompt, messages after a conversation, or two conversations with a common start.
+    Raises DataError for missing columns and, counted together, for all rows that aren't a pair.
     """
     from datasets import Dataset
 
@@ -66,7 +66,7 @@ def _pair(cells: dict[str, Any]) -> tuple[Any, Any, Any]:
     good, bad = ([part] if isinstance(part, dict) else part for part in (cells["chosen"], cells["rejected"]))
     if (first := as_messages(good)) is None or (second := as_messages(bad)) is None:
         if cells["prompt"] is None and isinstance(good, str) and isinstance(bad, str):
-            # Two whole texts: they have in common what was asked, up to a word's end.
+            # Two whole texts: their common start, up to a word's end, is the prompt.
             shared = good[: common_start(good, bad)]
             start = len(shared) - len(shared.rstrip().rpartition(" ")[2]) if shared.rstrip() == shared else len(shared)
             return good[:start], good[start:], bad[start:]
@@ -85,7 +85,7 @@ def _pair(cells: dict[str, Any]) -> tuple[Any, Any, Any]:
 def to_judged(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, list[str]]:
     """The rows of `to_rows` with a column `good`, from `data.label`: true or false, or 1 and 0.
 
-    Raises DataError as `to_rows` does, for labels that are neither, and where all answers have one.
+    Raises DataError as `to_rows` does, for other labels, and if all answers have the same one.
     """
     require_column(table, recipe.data.label, "data.label", source)
     verdicts = [_VERDICTS.get(str(value).strip().lower()) for value in table[recipe.data.label]]

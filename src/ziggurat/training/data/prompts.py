@@ -1,4 +1,4 @@
-"""Prompts that a model answers while it learns, with the columns that its rewards are computed from."""
+"""Prompts that a model answers during training, with the columns for its rewards."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from .template import chat_ids
 if TYPE_CHECKING:
     from datasets import Dataset
 
-#: What a prompt may be read from; the first column that is there counts.
+#: The columns of a prompt; the first one that exists counts.
 _PROMPTS = ("prompt", "messages", "instruction")
-#: What reward functions get beside the columns, under names that a column can't have.
+#: Names of reward functions' other arguments, which a column can't have.
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 RESERVED += ("image", "images", "environment")
 #: TRL keeps a column of this name from reward functions.
 _OWN = "completion"
-#: The prompts until those of the file are taken out: a table without any column would lose its rows.
+#: The name of the prompts while those of the file are removed: a table without a column would lose its rows.
 _MADE = "ziggurat's prompt"
 
 
 def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, list[str]]:
-    """The rows with `prompt`, a text or messages as JSON text, and all columns that no prompt was made of.
+    """The rows with `prompt`, a text or messages as JSON text, and all columns that the prompt wasn't made of.
 
-    A conversation is asked up to its last answer, which is left out. Raises DataError for missing columns, columns that
-    are called as what reward functions get besides, and, counted together, for all rows that can't be read.
+    A conversation ends before its last answer, which is left out. Raises DataError for missing columns, columns with
+    reserved names, and, counted together, for all unreadable rows.
     """
     names = [name for name in _PROMPTS if getattr(recipe.data.columns, name)] or _PROMPTS
     shape, column = next(
@@ -110,7 +110,7 @@ def _prompt(recipe: Recipe, shape: str, value: Any, cells: dict[str, Any]) -> st
 
 
 def opened(row: dict[str, Any], shape: str | None) -> str | list[Message]:
-    """The prompt of a row of `to_prompts`, as TRL takes it."""
+    """The prompt of a row of `to_prompts`, in TRL's form."""
     return json.loads(row["prompt"]) if shape == "messages" else row["prompt"]
 
 

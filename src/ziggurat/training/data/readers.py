@@ -13,7 +13,7 @@ from typing import Any
 from ziggurat.errors import DataError, first_line
 from ziggurat.extras import require
 
-#: Marks that a text file may begin with, and the encoding that each says.
+#: Byte order marks of text files -> their encoding.
 _MARKS = {BOM_UTF8: "utf-8", BOM_UTF16_LE: "utf-16", BOM_UTF16_BE: "utf-16"}
 PACKED = (".parquet", ".xlsx")
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".xlsx")
@@ -27,7 +27,7 @@ _NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d+)?")
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that aren't blank. Raises DataError if it can't be read."""
+    """The non-blank lines of a text file. Raises DataError if it can't be read."""
     try:
         return _lines(read_bytes(path))
     except OSError as error:
@@ -35,7 +35,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def _lines(content: bytes) -> list[str]:
-    # Not splitlines, which also cuts at signs inside a line, such as U+2028 and U+0085.
+    # Not splitlines, which also splits at characters such as U+2028 and U+0085.
     return [line for line in _with_line_feeds(content).split("\n") if line.strip()]
 
 
@@ -51,7 +51,8 @@ def read_file(
     encoding: str | None = None,
     delimiter: str | None = None,
 ) -> Any:
-    """The Arrow table of a file, by its ending; see `read_table`. Raises DataError that says why it can't be read."""
+    """The Arrow table of a file, by its ending; see `read_table`. Raises DataError with the reason if it can't be
+    read."""
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     readers = {
         ".csv": partial(_csv, texts=texts, classes=classes, delimiter=delimiter),
@@ -77,7 +78,7 @@ def read_file(
 
 
 def encoding_of(source: str, known: str | None) -> str | None:
-    """`known`, the encoding of a run's own data, for another file of text that isn't UTF-8; None where it is."""
+    """`known`, the encoding of a run's data, if another text file isn't UTF-8; None if it is."""
     path = Path(source).expanduser()
     if known is None or not path.is_file():
         return known
@@ -89,9 +90,9 @@ def encoding_of(source: str, known: str | None) -> str | None:
 
 
 def read_bytes(path: Path, encoding: str | None = None) -> bytes:
-    """A text file as UTF-8 without a mark, unpacked where it is a .gz.
+    """A text file as UTF-8 without a byte order mark; a .gz is decompressed.
 
-    Raises DataError for a .gz that stands for too much, or with the line of the first byte that isn't of the encoding.
+    Raises DataError for a .gz that decompresses to too much, or with the line of the first invalid byte.
     """
     content = path.read_bytes() if path.suffix.lower() != ".gz" else _unpacked(path)
     marked = next((name for mark, name in _MARKS.items() if content.startswith(mark)), None)
@@ -119,7 +120,7 @@ def _unpacked(path: Path) -> bytes:
 
 
 def read_parquet(path: Path) -> Any:
-    """The table of a parquet file, whose few bytes may stand for very many. Raises DataError if they do."""
+    """The table of a parquet file. Raises DataError if it decompresses to too much."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -146,7 +147,7 @@ def read_parquet(path: Path) -> Any:
 
 
 def _xlsx(path: Path, texts: Collection[str]) -> Any:
-    """The first sheet of a workbook: its first row names the columns; of formulas the values that were saved.
+    """The first sheet of a workbook: its first row names the columns; formulas have their saved values.
 
     Columns `texts`, and those that hold values of several kinds, become texts. Raises MissingExtraError without
     openpyxl.
@@ -165,7 +166,7 @@ def _xlsx(path: Path, texts: Collection[str]) -> Any:
         rows = [list(row) for row in book.worksheets[0].iter_rows(values_only=True)]
     finally:
         book.close()
-    while rows and not any(value is not None for value in rows[-1]):  # Excel keeps rows that once held something
+    while rows and not any(value is not None for value in rows[-1]):  # Excel keeps rows that were emptied
         rows.pop()
     named = [(place, str(name)) for place, name in enumerate(rows[0] if rows else []) if name is not None]
     if not named:
@@ -192,7 +193,7 @@ def _csv(path: Path, content: bytes, texts: Collection[str], classes: str | None
     )
     written = dict.fromkeys([*texts, *([classes] if classes is not None else [])], pa.string())
     convert = csv.ConvertOptions(column_types=written)
-    # A row must fit into one block, and the first block alone decides what a column holds.
+    # A row must fit into one block, and the first block alone decides the columns' types.
     read = csv.ReadOptions(block_size=min(len(content) + 1, 2**30))
     table = csv.read_csv(pa.BufferReader(content), read_options=read, parse_options=parse, convert_options=convert)
     if table.column_names.count(classes) == 1 and classes not in texts:
@@ -202,13 +203,13 @@ def _csv(path: Path, content: bytes, texts: Collection[str], classes: str | None
 
 
 def first_delimiter(line: str) -> str:
-    """What stands between the columns of a csv file: of the usual signs the most frequent in its first line."""
+    """The delimiter of a csv file: the most frequent of the usual ones in its first line."""
     line = re.sub(r'"[^"]*"', "", line)
     return max(",;\t|", key=line.count)
 
 
 def _numbers_if_all(column: Any, missing: Collection[str]) -> Any:
-    """A column of texts as numbers where all of it are, `missing` ones apart; else as it is."""
+    """A column of texts as numbers if all are numbers, except `missing` ones; else unchanged."""
     import pyarrow as pa
 
     values = column.to_pylist()
@@ -227,7 +228,7 @@ def _json(path: Path, content: bytes, nested: Collection[str]) -> Any:
         rows = json.loads(text)
     else:
         rows = []
-        # Not splitlines: JSON leaves signs unescaped inside a text that it takes for ends of lines (U+2028, U+0085).
+        # Not splitlines: JSON texts may contain unescaped characters at which it splits (U+2028, U+0085).
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 try:
@@ -239,7 +240,7 @@ def _json(path: Path, content: bytes, nested: Collection[str]) -> Any:
     bad = next((index for index, row in enumerate(rows) if not isinstance(row, dict)), None)
     if bad is not None:
         raise DataError(f"{path}: entry {bad} is a {type(rows[bad]).__name__}, each must be an object")
-    # pyarrow's from_pylist takes the first row's keys for those of all rows.
+    # pyarrow's from_pylist reads the first row's keys only.
     names = dict.fromkeys(name for row in rows for name in row)
     if len(names) > MOST_COLUMNS:
         raise DataError(f"{path}: its objects have {len(names):,} different keys; at most {MOST_COLUMNS:,} are read")

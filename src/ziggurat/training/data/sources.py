@@ -1,4 +1,4 @@
-"""Texts, and the texts that they become: what a model with an encoder and a decoder learns from."""
+"""Source and target texts, for models with an encoder and a decoder."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _text(cell: Any, name: str) -> str:
 def source_ids(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int | None = None
 ) -> list[list[int]]:
-    """Token ids of sources behind `data.prefix`, of at most `length` tokens."""
+    """Token ids of sources after `data.prefix`, of at most `length` tokens."""
     return _ids(tokenizer, length, text=[recipe.data.prefix + text for text in texts])
 
 
@@ -75,7 +75,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, length: int | None, **texts: list[s
     return tokenizer(**texts, verbose=False, **cut)["input_ids"]  # type: ignore[arg-type, return-value]
 
 
-#: Column of `to_sources` -> its ids, what the model calls them, and the key of their greatest length.
+#: Column of `to_sources` -> the function for its ids, the model's name for them, and the key of their maximum length.
 _ENCODED = {"source": (source_ids, "input_ids", "max_length"), "target": (target_ids, "labels", "max_target")}
 
 

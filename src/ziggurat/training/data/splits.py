@@ -1,4 +1,4 @@
-"""The validation rows that are drawn where no others are named, and the shares of several training files."""
+"""Drawing validation rows if the recipe names none, and weighting several training files."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ziggurat.recipe.schema import Recipe
 if TYPE_CHECKING:
     from datasets import Dataset
 
-#: Below so many validation rows the run says how coarse its scores are.
+#: Below so many validation rows the run notes that its scores are coarse.
 FEW = 50
-#: The column that says which file a row is of.
+#: The column with the number of a row's file.
 ORIGIN = "origin"
 
 
@@ -32,7 +32,7 @@ class Split:
 
 
 def draw_split(texts: Sequence[Hashable], strata: Sequence[Hashable] | None, count: int, seed: int) -> Split:
-    """Draw about `count` validation rows. Rows with equal `texts` stay on one side, where a class has two of them.
+    """Draw about `count` validation rows. Rows with equal `texts` stay on one side, if a class has two of them.
 
     With `strata` (the class of each row) every class gives validation rows by its share of all rows, and at least one
     of its texts stays in training. Where repeated texts don't add up to `count`, fewer rows are drawn (more, if all are
@@ -58,7 +58,7 @@ def draw_split(texts: Sequence[Hashable], strata: Sequence[Hashable] | None, cou
 
 
 def _drawn(groups: list[list[int]], kinds: list[Hashable], count: int, seed: int) -> set[int]:
-    """The rows of the groups that are drawn; none where every class has one group."""
+    """The rows of the drawn groups; none if every class has a single group."""
     random.Random(seed).shuffle(groups)  # noqa: S311
     spare = Counter(kinds[group[0]] for group in groups)  # groups that training still has
     drawn: set[int] = set()
@@ -88,7 +88,8 @@ def _quotas(sizes: Counter[Hashable], count: int) -> dict[Hashable, int]:
 
 
 def joined(tables: Sequence[Dataset], sources: Sequence[str]) -> Dataset:
-    """The rows of all tables; of several with the column `ORIGIN`. Raises DataError where their columns don't agree."""
+    """The rows of all tables, with the column `ORIGIN` if there are several. Raises DataError if their columns
+    differ."""
     if len(tables) == 1:
         return tables[0]
     from datasets import concatenate_datasets

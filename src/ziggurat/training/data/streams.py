@@ -1,4 +1,4 @@
-"""Instruction rows that are read while they are learned from, for data that don't fit into memory."""
+"""Instruction rows that are read during training, for data that don't fit into memory."""
 
 import csv
 import gzip
@@ -23,7 +23,7 @@ from .instruct import given_columns, read_row, shape_of, to_rows
 from .readers import as_text_if_nested, first_delimiter
 from .tables import draw, hub_parts, is_hub_name, load_hub
 
-#: Rows at the start of a source from which columns, form and length are seen; and rows to score where none are named.
+#: Rows at the start of a source that decide columns, form and length; and validation rows if none are named.
 SEEN, SCORED = 1000, 200
 
 Row = dict[str, Any]
@@ -31,11 +31,10 @@ Row = dict[str, Any]
 
 @dataclass
 class Stream:
-    """The rows of one or several sources, endlessly, in an order that the seed decides.
+    """The rows of one or several sources, endlessly, in an order given by the seed.
 
-    `shapes` and `given`: the shape of each source's rows, and which column stands for each key of `data.columns`;
-    `skipped`: rows at the start of the first one that are scored on. `lost` counts the rows left out since an
-    iteration began.
+    `shapes` and `given`: each source's shape, and its column for each key of `data.columns`; `skipped`: rows at the
+    start of the first source, used for validation. `lost` counts the rows left out since an iteration began.
     """
 
     recipe: Recipe
@@ -46,7 +45,7 @@ class Stream:
     lost: Counter[str] = field(default_factory=Counter)
 
     def __iter__(self) -> Iterator[Row]:
-        """The rows in the form of `instruct.to_rows`. Raises DataError that names a row which can't be learned from."""
+        """The rows in the form of `instruct.to_rows`. Raises DataError that names an unusable row."""
         self.lost.clear()
         draws, buffer = random.Random(self.recipe.seed), list[Row]()  # noqa: S311
         rows, size = self._mixed(), self.recipe.data.shuffle_buffer
@@ -89,7 +88,7 @@ class Stream:
 
 
 def load_stream(recipe: Recipe) -> Examples:
-    """The rows at the start of a recipe's data, to be seen, and the stream of all others.
+    """The rows at the start of a recipe's data, and the stream of all others.
 
     Raises DataError as `load_examples` does of these rows, for images, and for files that can't be read row by row.
     """
@@ -139,7 +138,7 @@ def load_stream(recipe: Recipe) -> Examples:
 
 
 def rows_of(recipe: Recipe, source: str) -> Iterator[Row]:
-    """The rows of a file or hub data set, one after the other. Raises DataError for one that can't be read so."""
+    """The rows of a file or hub data set, one after the other. Raises DataError if it can't be streamed."""
     from datasets.exceptions import DatasetsError
 
     path = Path(source).expanduser()
@@ -198,7 +197,7 @@ def _table(recipe: Recipe, path: Path, tabs: bool) -> Iterator[Row]:
     quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
     table = csv.DictReader(_lines(recipe, path, ""), delimiter=delimiter, quoting=quoting)
     for number, row in enumerate(table, start=1):
-        if None in row:  # where DictReader puts what has no column
+        if None in row:  # DictReader's key for cells without a column
             raise DataError(f"{path}, row {number}: more cells than the {len(table.fieldnames or ())} columns")
         yield row
 

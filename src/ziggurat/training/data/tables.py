@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether `source` can only be a hub name: no data file's suffix and nothing of that name on the disk."""
+    """Whether `source` can only be a hub name: it has no data file's suffix and isn't a local path."""
     return source != "demo" and not _looks_like_a_file(source) and not Path(source).expanduser().exists()
 
 
 def is_one_table(source: str) -> bool:
-    """Whether `source` is a table by itself, without splits and configurations: a file, a saved one, or the demo."""
+    """Whether `source` is a single table, without splits and configurations: a file, a saved data set, or the demo."""
     path = Path(source).expanduser()
     if path.is_dir():
         return (path / "state.json").is_file()
@@ -88,7 +88,7 @@ def require_column(table: Dataset, column: str, key: str, source: str) -> None:
 
 
 def texts_of(table: Dataset, column: str, source: str) -> list[str]:
-    """A column as texts. Raises DataError where a row has none, or something else: what stands for it is no text."""
+    """A column as texts. Raises DataError if a row has none, or another kind of value."""
     values = list(table[column])
     missing = [index for index, value in enumerate(values) if value is None]
     if missing:
@@ -128,9 +128,9 @@ def _from_arrow(table: Any, source: str) -> Dataset:
         where = ", ".join(maps)
         raise DataError(f"{source} holds maps in {where}, which are not read: take them out, or write them as objects")
     for place, field in enumerate(table.schema):
-        # Hive, Impala and older Spark write texts as bytes without a word that they are texts.
+        # Hive, Impala and older Spark write texts as bytes without marking them as texts.
         if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
-            with contextlib.suppress(pa.ArrowInvalid):  # pictures, say; where a text is needed they are refused
+            with contextlib.suppress(pa.ArrowInvalid):  # pictures, say; they are refused later if a text is needed
                 table = table.set_column(place, field.name, table[place].cast(pa.string()))
     return _not_empty(Dataset(table.replace_schema_metadata(None)), source)
 
@@ -149,14 +149,14 @@ def _not_empty(table: Dataset, source: str) -> Dataset:
 
 
 def hub_parts(source: str, subset: str | None, split: str) -> tuple[str, str | None, str]:
-    """Name, configuration and split of a hub data set that may say them itself, as in `owner/name:subset@split`."""
+    """Name, configuration and split of a hub data set, which may be written as `owner/name:subset@split`."""
     name, _, own_split = source.partition("@")
     name, _, own_subset = name.partition(":")
     return name, own_subset or subset, own_split or split
 
 
 def load_hub(source: str, subset: str | None, split: str, *, streaming: bool = False) -> Any:
-    """A hub data set, or a folder with the layout of one. Raises DataError that says what can't be read."""
+    """A hub data set, or a folder with the layout of one. Raises DataError with the reason if it can't be read."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -167,7 +167,7 @@ def load_hub(source: str, subset: str | None, split: str, *, streaming: bool = F
         where = str(folder.resolve()) if folder.is_dir() else name
         return datasets.load_dataset(where, subset, split=split, streaming=streaming)
     except ValueError as error:
-        # datasets names the splits or the configurations there are; its first line is what a user can act on.
+        # The first line of the error of `datasets` lists the splits or the configurations.
         raise DataError(f"{shown}, split '{split}': {first_line(error)}") from error
     except (OSError, RuntimeError, DatasetsError) as error:
         # A hub data set that cannot be reached is most often a mistyped file name or a machine without network.

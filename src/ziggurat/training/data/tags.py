@@ -1,4 +1,4 @@
-"""Words with BIO tags: read, checked, and put beside the tokens that a tokenizer makes of them."""
+"""Words with BIO tags: reading, checking, and alignment with a tokenizer's tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .tables import require_column
 if TYPE_CHECKING:
     from datasets import Dataset
 
-#: The tag of a word in no entity, and the label of tokens that don't count: special ones, a word's second and later.
+#: The tag of a word in no entity, and the label of ignored tokens: special tokens, and all but a word's first.
 OUTSIDE, UNLABELLED = "O", -100
 _BIO = re.compile(r"O|[BI]-.+")
 
@@ -30,7 +30,7 @@ def tag_columns(recipe: Recipe) -> tuple[str, str]:
 
 
 def words_in(cell: Any) -> Any:
-    """The words (or tags) of one row: a list as it is, a text parted at its blanks."""
+    """The words (or tags) of one row: a list unchanged, a text split at its blanks."""
     return cell.split() if isinstance(cell, str) else cell
 
 
@@ -39,7 +39,7 @@ def load_tagged(
 ) -> tuple[Dataset, Dataset | None, list[str]]:
     """Columns `tokens` and `label` (places among the tags) of both tables, and the tags' names.
 
-    These are `data.label_names`, those that a hub data set brings, or O and, of every kind of entity, B- and I-. Raises
+    The names are `data.label_names`, those of a hub data set, or O and, for every kind of entity, B- and I-. Raises
     DataError for rows that aren't in BIO (all at once), no entity at all, and tags that the training data lack.
     """
     sources = [recipe.data.train, *(recipe.data.more or [])]
@@ -128,7 +128,8 @@ def _assemble(rows: Sequence[Any], names: list[str], source: str) -> Dataset:
 def encode_words(
     rows: Sequence[list[str]], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[dict[str, list[Any]], list[list[int | None]], list[int]]:
-    """Token ids as columns; for each token the word that it is the first of, else None; tokens before rows were cut."""
+    """Token ids as columns; for each token its word if it is the word's first, else None; row lengths before the
+    cut."""
     rows, how = list(rows), {"is_split_into_words": True, "verbose": False}
     lengths = [len(ids) for ids in tokenizer(rows, truncation=False, **how)["input_ids"]]  # type: ignore[arg-type]
     encoded = tokenizer(rows, truncation=True, max_length=max_length, **how)  # type: ignore[arg-type]
@@ -142,7 +143,7 @@ def encode_words(
 def encode_tagged(
     table: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[dict[str, list[Any]], list[int]]:
-    """Token ids and labels as columns, and how many tokens each row had; of a word the first token is labelled."""
+    """Token ids and labels as columns, and how many tokens each row had; the first token of a word is labelled."""
     columns, firsts, lengths = encode_words(list(table["tokens"]), tokenizer, max_length)
     columns["labels"] = [
         [UNLABELLED if word is None else labels[word] for word in row]

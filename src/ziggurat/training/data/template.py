@@ -1,4 +1,4 @@
-"""Conversations through a chat template: their tokens, and which of these are answers."""
+"""Conversations through a chat template: their tokens, and the mask of the answers' tokens."""
 
 import json
 import re
@@ -12,9 +12,9 @@ from ziggurat.errors import DataError, first_line
 
 from .chat import Message
 
-#: By this mark a template itself says which text the assistant generates.
+#: A template's own mark of the text that the assistant generates.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-#: Stands for an answer to see where the template puts it: no template takes these signs away.
+#: A probe that marks an answer's place in the template's output: no template removes these characters.
 _PROBE = "\u2603\u2602"
 
 
@@ -28,8 +28,8 @@ def answer_tokens(
 ) -> tuple[str, list[int], list[int]]:
     """The text of a conversation, its token ids, and a mask that is 1 for the tokens of its answers.
 
-    With `last` of the last answer alone, else of those from message `since` on; by the template's own generation marks
-    where it has them, else by `answer_spans`.
+    With `last` for the last answer alone, else for those from message `since` on; by the template's own generation
+    marks if it has them, else by `answer_spans`.
     """
     template = tokenizer.get_chat_template(tools=tools or None)
     if _GENERATION.search(template) and tokenizer.is_fast and not last and not since:
@@ -48,13 +48,13 @@ def answer_spans(
     last: bool = False,
     since: int = 0,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and where in it each of its answers (or the last) starts and ends.
+    """The text of a conversation, and the start and end of each of its answers (or the last).
 
-    An answer starts where the conversation before it, opened for an answer, ends or parts from the whole, and ends
-    with the conversation up to it, by the special token that ends its turn. Templates that write a turn otherwise once
-    more follows (without its thoughts, say) are asked with a mark in the answer's content.
+    An answer starts where the preceding conversation, opened for an answer, ends or differs from the whole, and ends
+    with the conversation up to it, by the special token that ends its turn. For templates that write a turn differently
+    once more turns follow (without its thoughts, say), a probe in the answer's content finds it.
 
-    Raises DataError if the template refuses the conversation, leaves out an answer, or hides where one stands.
+    Raises DataError if the template refuses the conversation, leaves out an answer, or an answer can't be located.
     """
     whole = rendered(tokenizer, messages, tools)
     specials = sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
@@ -74,7 +74,7 @@ def answer_spans(
 def _start(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any, place: int, whole: str) -> int:
     if place:
         opened = rendered(tokenizer, messages[:place], tools, add_generation_prompt=True)
-        # Some templates end a text where no answer is asked for: both have in common what comes before the answer.
+        # Some templates end a text without generation prompt: both texts share the part before the answer.
         before = common_start(opened, rendered(tokenizer, messages[:place], tools))
         if (start := common_start(opened, whole)) >= before:
             return start
@@ -102,7 +102,7 @@ def _end(
 def _content_at(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any, place: int, whole: str, *, before: bool
 ) -> int:
-    """Where the content of a message starts (`before`) or ends in the whole, seen by a mark there."""
+    """The position where a message's content starts (`before`) or ends in the whole, found by a probe."""
     content = messages[place]["content"]
     probed = [*messages]
     probed[place] = {**messages[place], "content": _PROBE + content if before else content + _PROBE}
@@ -115,7 +115,7 @@ def _content_at(
 def _masked(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a text, and a mask of those that reach into a span."""
+    """Token ids of a text, and a mask of those that overlap a span."""
     if tokenizer.is_fast:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids: list[int] = encoded["input_ids"]  # type: ignore[assignment]
@@ -130,9 +130,9 @@ def _masked(
 
 
 def question_of(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[list[int], str, str] | None:
-    """Of a row of `instruct.to_rows`: token ids of the question, the question in words, and its (last) answer.
+    """Token ids of the question, the question in words, and its (last) answer, for a row of `instruct.to_rows`.
 
-    None for plain text, which asks nothing, and for answers that are nothing but calls of tools.
+    None for plain text, which has no question, and for answers that consist of tool calls only.
     """
     if "messages" in row:
         messages, tools = json.loads(row["messages"]), json.loads(row["tools"])
@@ -148,10 +148,10 @@ def question_of(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tupl
 
 
 def asked_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any = None) -> list[int]:
-    """Token ids of messages that an answer is to follow, as `answer_tokens` learned them.
+    """Token ids of messages to be answered, opened as `answer_tokens` learned them.
 
-    That is what the generation prompt has in common with a conversation that goes on: some templates open a thought in
-    the one that the other lacks.
+    That is the common start of the generation prompt and of an answered conversation: some templates open a thought in
+    the generation prompt only.
     """
     answered = chat_ids(tokenizer, [*messages, {"role": "assistant", "content": "Yes"}], tools)
     opened = chat_ids(tokenizer, messages, tools, add_generation_prompt=True)
@@ -159,7 +159,7 @@ def asked_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token by which the chat template ends an answer; None if it ends it by none of its own."""
+    """The token by which the chat template ends an answer; None if it uses no special token."""
     turns = [{"role": "user", "content": "Really?"}, {"role": "assistant", "content": "Yes"}]
     tail = rendered(tokenizer, turns).rpartition("Yes")[2]
     ids: Any = tokenizer(tail, add_special_tokens=False)["input_ids"]
@@ -167,7 +167,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def stop_at_turns(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let `model` stop where its chat template ends a turn, too: a base model may end texts by another token."""
+    """Make `model` stop at the end of a turn of its chat template, too: a base model may end texts by another token."""
     generation: Any = model.generation_config
     ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
     ends = [*ends, end_of_turn(tokenizer)]
@@ -175,12 +175,12 @@ def stop_at_turns(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any = None, **how: Any) -> list[int]:
-    """Token ids of messages joined by the tokenizer's chat template. Raises DataError if it refuses them."""
+    """Token ids of messages formatted by the tokenizer's chat template. Raises DataError if it refuses them."""
     return list(_apply(tokenizer, messages, tools, tokenize=True, return_dict=True, **how)["input_ids"])
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any = None, **how: Any) -> str:
-    """The text of messages joined by the tokenizer's chat template. Raises DataError if it refuses them."""
+    """The text of messages formatted by the tokenizer's chat template. Raises DataError if it refuses them."""
     return str(_apply(tokenizer, messages, tools, tokenize=False, **how))
 
 
@@ -196,5 +196,5 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: A
 
 
 def common_start(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How many ids, or signs, two sequences have in common before they part."""
+    """The length of the common start of two sequences of ids or characters."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

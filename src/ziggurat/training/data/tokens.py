@@ -1,4 +1,4 @@
-"""The token ids of instruction data, with what is learned of them, cut to one length, and all that is lost counted."""
+"""The token ids of instruction data with their loss mask, cut to one length; everything lost is counted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from .streams import Stream
 
-#: A length that is taken from the data is a multiple of this.
+#: A length derived from the data is a multiple of this.
 STEP = 64
 
 #: Token ids of a row, and a mask that is 1 for those of its answers.
@@ -92,7 +92,7 @@ def length_of(
     notes: list[str],
     key: str = "max_length",
 ) -> int:
-    """`data.max_length` (or `data.max_target`), or what most rows need; at most what the model takes."""
+    """`data.max_length` (or `data.max_target`), or the length of most rows; at most the model's positions."""
     wanted = getattr(recipe.data, key)
     length = longest(tokenizer, config, wanted or min(-(-needed // STEP) * STEP, MOST_LENGTH))
     if wanted is None:
@@ -108,7 +108,8 @@ def length_of(
 def tokens_of(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, table: Dataset, word: str, notes: list[str]
 ) -> list[Row]:
-    """The token ids and the answers' mask of every row; `notes` gets what the chat template leaves out."""
+    """The token ids and the answers' mask of every row; `notes` receives the parts that the chat template leaves
+    out."""
     lost: Counter[str] = Counter()
     faults = Faults(f"the {word} rows of {recipe.data.train}", len(table))
     rows = []
@@ -149,7 +150,7 @@ def _conversation(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], loss:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, end: bool = False) -> list[int]:
-    """Token ids of a text, behind which the end-of-text token stands once."""
+    """Token ids of a text, followed by one end-of-text token if `end`."""
     stop = str(tokenizer.eos_token) if end and not text.endswith(str(tokenizer.eos_token)) else ""
     return list(tokenizer(text + stop, verbose=False)["input_ids"])  # type: ignore[arg-type]
 
@@ -163,7 +164,7 @@ def _cut(recipe: Recipe, rows: Iterable[Row], length: int, word: str, notes: lis
     for ids, mask in rows:
         total, cut = total + 1, cut + (len(ids) > length)
         ids, mask = ids[:length], mask[:length]
-        # The first token is predicted from nothing, so nothing is learned from it.
+        # The first token has no context to be predicted from, so it isn't learned.
         unanswered += not any(mask[1:])
         learned = [1] * len(ids) if recipe.data.loss == "all" else mask
         if any(learned[1:]):
@@ -176,7 +177,7 @@ def _cut(recipe: Recipe, rows: Iterable[Row], length: int, word: str, notes: lis
 def tell_of_cuts(
     recipe: Recipe, length: int, word: str, total: int, cut: int, unanswered: int, gone: int, notes: list[str]
 ) -> None:
-    """How many of `total` rows are cut, have no answer left, and are left out for it. DataError if all are."""
+    """Note how many of `total` rows are cut, have no answer left, and are left out for it. DataError if all are."""
     if gone == total:
         do = "raise it" if recipe.data.max_length == length else f"{recipe.model} takes no more, so shorten the prompts"
         raise DataError(
@@ -191,7 +192,7 @@ def tell_of_cuts(
 
 
 def _packed(rows: Iterable[Row], length: int, word: str, notes: list[str]) -> Dataset:
-    """All rows one behind the other, in pieces of `length` tokens."""
+    """All rows joined and cut into pieces of `length` tokens."""
     from datasets import Dataset
     from trl import pack_dataset
 

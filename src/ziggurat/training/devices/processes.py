@@ -17,7 +17,7 @@ from ziggurat.errors import ProcessError
 
 T = TypeVar("T")
 
-#: The environment variable by which a launcher asks for a way of training -> its name; the first that is set counts.
+#: A launcher's environment variable -> the name of its way of training; the first one that is set counts.
 _ASKED = (("ACCELERATE_USE_DEEPSPEED", "deepspeed"), ("ACCELERATE_USE_FSDP", "fsdp"))
 
 
@@ -47,7 +47,7 @@ class Processes:
         return f"process {self.rank} of {self.size}"
 
     def first(self, work: Callable[[], T]) -> T:
-        """Let the main process do `work`; all get its result, or its error."""
+        """Run `work` in the main process; all get its result, or its error."""
         if self.size == 1:
             return work()
         outcome: list[Any] = [None, None]  # result, error
@@ -63,7 +63,7 @@ class Processes:
 
     @contextlib.contextmanager
     def first_on_each_machine(self) -> Iterator[None]:
-        """Each machine's first process goes through the block before its others, which find the caches it filled."""
+        """Each machine's first process runs the block before its others, which then use its caches."""
         if self.size > 1 and not self._first_here:
             self.wait()
         yield
@@ -89,7 +89,7 @@ class Processes:
 
     @contextlib.contextmanager
     def reporting_lost_ones(self) -> Iterator[None]:
-        """Raise ProcessError instead of what the libraries raise when another process has died."""
+        """Turn the libraries' errors after another process has died into ProcessError."""
         try:
             yield
         except RuntimeError as error:
@@ -136,9 +136,9 @@ def join() -> Processes:
 
 
 def is_first_to_report() -> bool:
-    """True in the first process that calls this, which prints why the run ends; also where the others can't be asked.
+    """True in the first process that calls this, which prints the reason of a run's end; True too if it can't ask.
 
-    Each process that fails, or is stopped, calls it before it ends. Those that fail as a consequence print nothing.
+    Each process that fails, or is stopped, calls it before it ends. Processes that fail as a consequence print nothing.
     """
     if launched_size() == 1:
         return True

@@ -18,7 +18,7 @@ from .processes import Processes
 def check(model: nn.Module, processes: Processes) -> None:
     """Refuse methods that DeepSpeed makes impossible.
 
-    It updates its own shards and frees the gradients in the same call. So no method can rank directions by gradients
+    DeepSpeed updates its shards and frees the gradients in the same call. So no method can rank directions by gradients
     after the step (LoRA², AdaLoRA), nor move weights from one path to another (LoR2C's events).
 
     Raises:
@@ -53,9 +53,9 @@ def prepare(trainer: Trainer, processes: Processes) -> None:
 
 
 class CheckWrapped(TrainerCallback):
-    """Stops a run whose processes would each train for themselves.
+    """Stops a run whose processes would train independently.
 
-    A library that takes a model for prepared doesn't average its gradients, and gives no sign of it.
+    A library that considers a model prepared doesn't average its gradients, and doesn't warn.
     """
 
     def __init__(self, trainer: Trainer, processes: Processes) -> None:
@@ -75,7 +75,7 @@ class CheckWrapped(TrainerCallback):
 def whole_state(trainer: Trainer, processes: Processes) -> dict[str, Any] | None:
     """Gather the trained parameters on all processes; of a wholly trained model return the state dict, on rank 0.
 
-    No forward may follow: the strategy's own records of the shards are out of date.
+    No forward may follow: the strategy's records of the shards are out of date.
     """
     if not processes.sharded:
         return None

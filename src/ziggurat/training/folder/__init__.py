@@ -1,1 +1,1 @@
-"""The folder of a run: checkpoints, working files, one result."""
+"""The folder of a run: checkpoints, working files, the result."""

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or don't count, whenever the program is ended while one is written."""
+"""Checkpoints that are complete or ignored, even if the program is killed while it writes one."""
 
 import json
 from collections.abc import Iterator
@@ -14,15 +14,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ziggurat.files.staging import sync_tree, write_whole
 
-#: Names the files of a checkpoint with their sizes. Written last, so a checkpoint without it isn't whole.
+#: Lists the files of a checkpoint with their sizes. Written last, so a checkpoint without it is incomplete.
 SEAL = "whole.json"
 
 
 class Resumable:
     """Mixed into a Trainer class: a resumed run learns from the same batches as the uninterrupted one.
 
-    Resumed from a checkpoint of its last step it takes no further step; transformers asks whether training is over only
-    after a step.
+    Resumed from a checkpoint of its last step it takes no further step; transformers checks for the end only after a
+    step.
     """
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -38,8 +38,8 @@ class Resumable:
 class OrderOfEpoch(Sampler[int]):
     """A sampler that draws the order of an epoch from the seed and the epoch's number.
 
-    Left to itself, `LengthGroupedSampler` draws from the global generator, which in the middle of an epoch, where a
-    resumed run begins, is no longer what it was at the epoch's start.
+    `LengthGroupedSampler` draws from the global generator by default, whose state in the middle of an epoch, where a
+    resumed run begins, differs from that at the epoch's start.
     """
 
     def __init__(self, sampler: LengthGroupedSampler, trainer: Any) -> None:
@@ -55,14 +55,14 @@ class OrderOfEpoch(Sampler[int]):
 
 
 class WholeCheckpoints(TrainerCallback):
-    """Seals each checkpoint once all of it is on the disk, and only then deletes older ones.
+    """Seals each checkpoint once it is synced to the disk, and only then deletes older ones.
 
-    The Trainer writes file after file into the checkpoint's folder, then callbacks add theirs, so this one comes last,
-    and the Trainer itself must delete nothing (`save_total_limit=None`).
+    The Trainer writes file after file into the checkpoint's folder, then callbacks add theirs, so this callback comes
+    last, and the Trainer must not delete checkpoints (`save_total_limit=None`).
 
     A checkpoint that is due at the last step of an epoch is written at the epoch's end, after the scoring there: that
-    draws random numbers, and a run resumed from a checkpoint before it would go on with others than the uninterrupted
-    one.
+    draws random numbers, and a run resumed from a checkpoint before it would continue with other ones than the
+    uninterrupted run.
     """
 
     def __init__(self, keep: int) -> None:
@@ -90,13 +90,13 @@ class WholeCheckpoints(TrainerCallback):
 
 
 def seal(checkpoint: Path) -> None:
-    """Mark the checkpoint as whole, once all of it is on the disk."""
+    """Mark the checkpoint as complete, once it is synced to the disk."""
     sync_tree(checkpoint)
     write_whole(checkpoint / SEAL, json.dumps(_sizes(checkpoint), indent=1))
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """True if all files that the seal names are there, with the sizes that it names."""
+    """True if all files of the seal exist with the right sizes."""
     try:
         sizes = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
         return isinstance(sizes, dict) and {name: (checkpoint / name).stat().st_size for name in sizes} == sizes

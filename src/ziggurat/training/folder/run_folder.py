@@ -1,4 +1,4 @@
-"""The folder of a run: never overwritten in silence, complete or not there at all."""
+"""The folder of a run: never overwritten silently, and complete when it appears."""
 
 import json
 import os
@@ -42,9 +42,9 @@ class RunFolder:
         self.lock = workplace.Lock(self.work)
 
     def check(self) -> None:
-        """Refuse, before anything is loaded, to lose an earlier run's work.
+        """Check, before anything is loaded, that no earlier run's work is lost.
 
-        A finished result that a killed run left beside its place is put there first.
+        A finished result that a killed run has not moved to its place is moved first.
 
         Raises:
             RecipeError: the place is taken, can't be written to, or another program is training into it.
@@ -175,7 +175,7 @@ class RunFolder:
         return launched(self.processes)
 
     def note(self, run: dict[str, Any], folder: Path | None = None) -> None:
-        """Write run.json whole or not at all, with how the run was launched and what its files held."""
+        """Write run.json atomically, with the way of launching and the digests of the run's files."""
         if not self.processes.main:
             return
         write_whole((folder or self.work) / RUN, self._as_json(run))
@@ -189,11 +189,11 @@ class RunFolder:
         return newest(self.checkpoints)
 
     def publish(self, ready: Path) -> None:
-        """Put the complete folder `ready`, made by `workplace.new_result`, in the place of `output`.
+        """Move the complete folder `ready`, made by `workplace.new_result`, to `output`.
 
         Raises:
-            RecipeError: something else has filled it meanwhile; the result waits beside it.
-            StorageError: the disk doesn't take it.
+            RecipeError: something else has filled it meanwhile; the result stays beside it.
+            StorageError: the disk is full, read-only or forbidden.
         """
         workplace.finish(self.work, ready)
         self.settle()
@@ -203,7 +203,7 @@ class RunFolder:
 
         Raises:
             RecipeError: something else has filled the place, or another program is at work there.
-            StorageError: the disk doesn't take it.
+            StorageError: the disk is full, read-only or forbidden.
         """
         if self.lock.is_taken():
             raise self._company()

@@ -1,7 +1,7 @@
-"""The working folder of a run, in which a program may be killed at any point.
+"""The working folder of a run, safe against kills at any point.
 
 `recipe.yaml` is written first and deleted first: a folder without it is garbage and may be removed. A result is
-finished when its folder is renamed to `done`; the next program that looks moves it to its place.
+finished when its folder is renamed to `done`; the next program moves it to its place.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from ziggurat.errors import RecipeError
 from ziggurat.files.staging import open_weights, storage_trouble, sync, sync_tree, told_of_storage
 
 RECIPE, RUN = "recipe.yaml", "run.json"
-#: The finished result on its way to its place, and what stood there before.
+#: The finished result before it is moved to its place, and the folder that it replaces.
 DONE, REPLACED = "done", "replaced"
 #: Exists if the run may replace the folder in the result's place, also when the run is resumed.
 MAY_REPLACE = "may-replace"
@@ -24,14 +24,14 @@ LOCK, ROOM = "lock", "room"
 READY, CHECKPOINTS = "ready", "checkpoints"
 #: For TensorBoard; copied into the result.
 LOGS = "logs"
-#: What was logged so far, one JSON object a line, for those who follow the run.
+#: The log, one JSON object a line, for programs that follow the run.
 PROGRESS = "progress.jsonl"
 
 
 class Lock:
-    """Keeps other processes out of a working folder; the system lets go when this process dies, however it dies.
+    """Keeps other processes out of a working folder; the system releases it when this process dies.
 
-    A lock of the process, not of the open file: children that prepare batches don't inherit it and outlive nothing.
+    A lock of the process, not of the open file: child processes that prepare batches don't inherit it.
     """
 
     def __init__(self, work: Path) -> None:
@@ -43,7 +43,7 @@ class Lock:
         return self._file is not None
 
     def take(self) -> bool:
-        """Returns False where another process holds it. A file system without locks lets everybody in."""
+        """Returns False if another process holds it. On a file system without locks it always succeeds."""
         if self.held:
             return True
         self._file = self.path.open("w")
@@ -73,7 +73,7 @@ class Lock:
 
 
 def make(work: Path, files: Mapping[str, str]) -> None:
-    """Make the working folder, at once with these texts in it. Raises StorageError."""
+    """Make the working folder atomically with these texts in it. Raises StorageError."""
     new = work.with_name(f".{work.name}.new")
     with told_of_storage(work):
         shutil.rmtree(new, ignore_errors=True)

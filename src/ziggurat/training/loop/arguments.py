@@ -1,4 +1,4 @@
-"""What a trainer is made from, and a recipe's settings as fields of transformers' TrainingArguments."""
+"""The inputs of a trainer, and a recipe's settings as fields of transformers' TrainingArguments."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from . import metrics
 
 @dataclass(frozen=True)
 class Setup:
-    """What a trainer is made from, whatever the task; `rewards` by name, of tasks that learn from them."""
+    """The inputs of a trainer of any task; `rewards` by name, for tasks that learn from them."""
 
     recipe: Recipe
     base: Base

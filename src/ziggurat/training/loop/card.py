@@ -1,4 +1,4 @@
-"""The model card of a run, filled from what the run knows; nothing in it waits to be filled in."""
+"""The complete model card of a run, from its results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .result import Result
 
 
-#: What transformers calls a task's models -> the hub's name of what they are for.
+#: transformers' name of a task's models -> the hub's name of the task.
 _PIPELINES = {
     "CausalLM": "text-generation",
     "ImageTextToText": "image-text-to-text",
@@ -31,11 +31,11 @@ _PIPELINES = {
 
 
 def write_run_card(folder: Path, recipe: Recipe, spec: HeadSpec, result: Result, versions: dict[str, str]) -> None:
-    """Write `folder`/README.md; the section on loading that an adapter of ours has stays at its end."""
+    """Write `folder`/README.md; the section on loading, of a ziggurat adapter, stays at its end."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     section = text[text.index(BEGIN) :] if BEGIN in text else _loading(recipe, spec)
-    # PEFT's config doesn't say how many classes there are.
+    # PEFT's config doesn't have the number of classes.
     guessed, known = ", num_labels=2)  # as many as it was trained with", f", num_labels={spec.num_labels})"
     section = section.replace(guessed, known)
     if spec.images:
@@ -106,7 +106,7 @@ def _head(parameters: int) -> str:
 
 
 def _base(model: str) -> tuple[str, bool]:
-    """The base's name, and whether it is a folder of this machine, whose path says nothing elsewhere."""
+    """The base's name, and whether it is a local folder, whose path means nothing elsewhere."""
     if model == EMBEDDED:
         return HUB_NAME, False
     local = Path(model).expanduser().exists()
@@ -114,7 +114,7 @@ def _base(model: str) -> tuple[str, bool]:
 
 
 def _loading(recipe: Recipe, spec: HeadSpec) -> str:
-    """How to load what stock PEFT or transformers load, and what only our own loader does."""
+    """The section on loading: by stock PEFT or transformers, or by our own loader."""
     if not recipe.writes and spec.pooling == "mean":
         return """## Loading
 

@@ -1,4 +1,4 @@
-"""What a classifier gets right and wrong, class by class, and its most confident mistakes."""
+"""A classifier's scores by class, its confusion matrix, and its most confident mistakes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ MISTAKES, SHOWN = 20, 300
 
 
 def weights_of(recipe: Recipe, labels: Sequence[int], names: Sequence[str]) -> torch.Tensor:
-    """What an example of each class counts in the loss, by `train.class_weights`; `labels`: places among the `names`.
+    """The weight of each class in the loss, by `train.class_weights`; `labels`: indices into `names`.
 
     balanced: w_c = N / (K n_c) for n_c of N examples in K classes, so that the mean over all examples is 1. Raises
-    DataError for names that are no classes.
+    DataError for unknown names.
     """
     wanted = recipe.train.class_weights
     if wanted == "balanced":
@@ -39,7 +39,7 @@ def by_class(
 ) -> dict[str, Any]:
     """Counts and scores of each class, the confusion matrix, and the most confident mistakes.
 
-    `probabilities`: (rows, classes); `labels`: places among the classes `names`. precision_c = hits_c / answered_c,
+    `probabilities`: (rows, classes); `labels`: indices into the classes `names`. precision_c = hits_c / answered_c,
     recall_c = hits_c / rows_c, F1 their harmonic mean, in per cent, 0 where nothing is to divide by. Row i, column j of
     `confusion` counts the rows of class i that were answered j.
     """

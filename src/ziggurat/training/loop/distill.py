@@ -1,4 +1,4 @@
-"""A student that learns from a teacher's probabilities of what the student itself writes."""
+"""On-policy distillation: a student learns a teacher's probabilities for its own completions."""
 
 from typing import Any
 

@@ -11,7 +11,7 @@ from ..data.tags import OUTSIDE, UNLABELLED
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     """Kind, first word and end (excluded) of each entity.
 
-    One begins at B-, and at an I- that goes on with no entity of its kind, which a model may well predict.
+    An entity begins at B-, and at an I- that doesn't continue an entity of its kind, which a model may predict.
     """
     spans, kind, start = set(), None, 0
     for place, tag in enumerate([*tags, OUTSIDE]):
@@ -25,13 +25,13 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 
 
 def entity_counts(truth: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]) -> np.ndarray:
-    """Of each row: entities found with kind and both ends right, entities predicted, entities there; (rows, 3)."""
+    """For each row: entities predicted with the right kind and ends, entities predicted, true entities; (rows, 3)."""
     spans = [(entities(right), entities(answer)) for right, answer in zip(truth, answers, strict=True)]
     return np.asarray([[len(right & answer), len(answer), len(right)] for right, answer in spans])
 
 
 def entity_f1(counts: np.ndarray) -> float:
-    """F1 = 2 hits / (predicted + there), summed over all rows and kinds, in per cent; 0 where there is nothing."""
+    """F1 = 2 hits / (predicted + true), summed over all rows and kinds, in per cent; 0 if there are none."""
     hits, predicted, there = counts.sum(0).tolist()
     return 200.0 * hits / (predicted + there) if predicted + there else 0.0
 

@@ -10,7 +10,7 @@ from transformers import Trainer
 from ..folder.checkpoints import Resumable
 from . import metrics
 
-#: Where a batch says how many of its rows count, those in front; the others are there again from the epoch's start.
+#: The key of a batch for the number of its rows that count, those in front; the others repeat the epoch's start.
 COUNTED = "counted_rows"
 
 
@@ -18,14 +18,14 @@ class ExactSteps(Resumable):
     """Mixed into a Trainer: its loss is the mean over a step's examples (or tokens), each counted once.
 
     Over the micro-batches of all processes L = sum_b (n_b / N) L_b: a batch of n_b examples with the mean loss L_b
-    counts by its share of the N of its step. At the end of an epoch accelerate fills the last batches up with rows from
-    its start, so that all processes have as many; these are left out.
+    counts by its share of the N of its step. At the end of an epoch accelerate fills the last batches with rows from
+    its start, so that all processes have equally many; these are left out.
     """
 
-    # Left to transformers, a model that takes any keyword is believed to divide by `num_items_in_batch` by itself.
-    # BERT doesn't: its loss would be added up over processes and micro-batches.
+    # transformers assumes that a model which takes any keyword divides by `num_items_in_batch` itself. BERT doesn't:
+    # its loss would be summed over processes and micro-batches.
     loss_is_scaled_for_ga = True
-    #: What an example of each class counts in the loss; None: all 1.
+    #: The weight of each class in the loss; None: all 1.
     class_weights: Tensor | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -39,7 +39,7 @@ class ExactSteps(Resumable):
         for batch in batches:
             batch[COUNTED] = labelled(batch["labels"])
         if batches and (counted := counted_rows(self, self.args.per_device_train_batch_size)) is not None:
-            # One row stays even where none counts: every process has to go through the model.
+            # One row stays even if none counts: every process has to run the model.
             last = {name: value[: max(counted, 1)] for name, value in batches[-1].items() if isinstance(value, Tensor)}
             batches[-1] = {**batches[-1], **last, COUNTED: labelled(batches[-1]["labels"][:counted])}
         number = torch.tensor([sum(batch[COUNTED] for batch in batches)], device=device)
@@ -59,7 +59,7 @@ class ExactSteps(Resumable):
             weights = self.class_weights.to(inputs["labels"].device)[inputs["labels"]]
             loss = (cross_entropy(outputs["logits"].float(), inputs["labels"], reduction="none") * weights).mean()
         if num_items_in_batch is not None:
-            # The processes' gradients are averaged: their number gives back the sum.
+            # The processes' gradients are averaged: multiplying by their number gives the sum.
             loss = loss * (counted * self.args.world_size / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
@@ -77,7 +77,7 @@ class ExactTrainer(ExactSteps, Trainer):
 
 
 def labelled(labels: Tensor) -> int:
-    """Over how much a batch's loss is the mean: its rows, or its tokens where these have the labels."""
+    """The number of items of a batch's mean loss: its rows, or its tokens if these have the labels."""
     of_tokens = labels.dim() == 2 and not labels.is_floating_point()
     return int(labels.ne(-100).sum()) if of_tokens else len(labels)
 
@@ -139,10 +139,10 @@ def exact_sft(base: type) -> type:
 
 
 def counted_rows(trainer: Trainer, size: int) -> int | None:
-    """How many rows of the data's last batch of `size` are there for the first time. None: all, or it isn't the last.
+    """How many rows of the data's last batch of `size` are new. None: all, or it isn't the last batch.
 
-    Of the last round of batches the processes have consecutive ones, and only the first N mod (processes x size) of its
-    rows are new. accelerate's own `remainder` forgets the processes where a resumed run skips batches.
+    The processes have consecutive batches of the last round, and only the first N mod (processes x size) of its rows
+    are new. accelerate's own `remainder` ignores the processes when a resumed run skips batches.
     """
     state, processes = trainer.accelerator.gradient_state, trainer.args.world_size
     rows: Any = getattr(state.active_dataloader, "dataset", None)

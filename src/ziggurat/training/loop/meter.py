@@ -45,7 +45,7 @@ def _now() -> float:
 
 
 def peak_memory() -> float | None:
-    """MiB at most in use: on the GPU since training began, else resident in this process. None if unknown."""
+    """Peak memory in MiB: of the GPU since training began, else of this process. None if unknown."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     try:
@@ -62,7 +62,7 @@ def stored_bytes(folder: Path) -> int:
 
 
 def expected_bytes(model: nn.Module, tokenizer: Any) -> int:
-    """Bytes that a run's folder will take at most: what trains (all, where the whole model is saved), the tokenizer,
+    """An upper bound of the bytes of a run's folder: trained weights (all, if the whole model is saved), the tokenizer,
     and a MiB for its texts."""
     whole = not hasattr(model, "peft_config")
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if whole or p.requires_grad)

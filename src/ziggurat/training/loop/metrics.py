@@ -13,7 +13,7 @@ from ziggurat.recipe.schema import Recipe
 def score(recipe: Recipe, predictions: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
     """Scores of the validation data, in per cent except the root mean squared error.
 
-    `classes`: how many the adapter knows, whether or not all of them occur here; of no meaning to regression.
+    `classes`: the number of the adapter's classes, even if some don't occur here; ignored for regression.
     classification: accuracy, f1 (of class 1 with two classes, else the mean over those that occur), matthews.
     multilabel: f1_micro (of all labels of all rows together), f1_macro (mean over the classes that occur) and
     subset_accuracy (rows whose labels are all right); a class is predicted where its score is above 0, p > 1/2.
@@ -43,7 +43,7 @@ def score(recipe: Recipe, predictions: np.ndarray, labels: np.ndarray, classes: 
 
 
 def _of_sets(answers: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Scores of sets of classes, (rows, classes). Intervals draw rows 1,000 times: too often for scikit-learn's checks.
+    """Scores of sets of classes, (rows, classes), faster than scikit-learn's: intervals draw rows 1,000 times.
 
     F1 = 2 hits / (predicted + there), of all classes together or of each one that is predicted or there.
     """
@@ -62,7 +62,7 @@ def outputs_of(predictions: Any) -> np.ndarray:
 
 
 def mean_loss(predictions: Any, labels: Any) -> float:
-    """The mean over all rows of the loss that training lowers: cross-entropy, or squared error of a single output.
+    """The mean over all rows of the training loss: cross-entropy, or squared error of a single output.
 
     L = mean_i (ln sum_c exp z_ic - z_iy), or mean_i (z_i - y_i)^2; of labels for each class, 0 or 1, binary
     cross-entropy mean_ic (ln(1 + exp z_ic) - y_ic z_ic).
@@ -82,7 +82,7 @@ def mean_loss(predictions: Any, labels: Any) -> float:
 def guessing(recipe: Recipe, train: Sequence[Any], validation: Sequence[Any], classes: int) -> dict[str, float]:
     """Scores of the majority-class baseline, or of the mean baseline (regression), from the labels of both parts.
 
-    None of tokens, most of which are in no entity: it would find nothing.
+    Empty for tokens, most of which are in no entity: the baseline would predict none.
     """
     if recipe.task == "tokens":
         return {}

@@ -1,4 +1,4 @@
-"""TRL's trainers of preferences, on rows that are tokenized and counted already."""
+"""TRL's preference trainers, on rows that are tokenized already."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .arguments import Setup
 if TYPE_CHECKING:
     from datasets import Dataset
 
-#: Stands for a trainer of TRL's, which importing this file must not load.
+#: A placeholder for TRL's trainers, which importing this file must not load.
 _TRL: Any = object
 #: Task -> the module of TRL, and the first part of the names of its trainer and config there.
 _TRAINERS = {
@@ -37,7 +37,7 @@ def preference_trainer(
     """The trainer of TRL. DPO (Rafailov et al. 2023) and KTO (Ethayarajh et al. 2024) learn a policy:
 
     L_DPO = -ln sigmoid(r(x, y_w) - r(x, y_l)) with the reward r(x, y) = beta ln p(y | x) / p_ref(y | x); p_ref is the
-    model before training. Its probabilities are computed once, beforehand: no second copy is held while training.
+    model before training. Its probabilities are computed once, beforehand: training needs no second copy of the model.
 
     ORPO (Hong et al. 2024) needs no reference: L_ORPO = L_NLL(y_w) - beta ln sigmoid(ln odds(y_w | x) / odds(y_l | x)).
     A reward model has the same loss as DPO with the score of its head as r(x, y) (Bradley & Terry 1952).
@@ -48,7 +48,7 @@ def preference_trainer(
     arguments = arguments | {"max_length": length, "beta": recipe.train.beta}
     if recipe.task in ("dpo", "kto"):
         arguments |= {"precompute_ref_log_probs": True}
-    else:  # nothing is compared with the model as it was, so the recipe's dropout counts
+    else:  # there is no reference model, so the recipe's dropout applies
         arguments |= {"disable_dropout": False}
     if recipe.task == "kto":
         if recipe.train.batch < 2 or recipe.train.eval_batch < 2:
@@ -67,7 +67,7 @@ def preference_trainer(
         processing_class=setup.base.tokenizer,
         callbacks=setup.callbacks,
     )
-    # TRL keeps a copy of the adapter to compute the reference by, which nothing asks for any more.
+    # TRL keeps a copy of the adapter to compute the reference, which isn't needed after that.
     if "ref" in getattr(trainer.model, "peft_config", {}):
         trainer.model.delete_adapter("ref")
     return trainer
@@ -77,7 +77,7 @@ def trl_classes(task: str, module: str, *names: str) -> list[Any]:
     """Classes of TRL. Raises RecipeError where its version has none of that name."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is experimental, the run has told
+            warnings.simplefilter("ignore")  # the run has a note about experimental trainers
             home = import_module(module)
             return [getattr(home, name) for name in names]
     except (ImportError, AttributeError) as error:
@@ -85,12 +85,12 @@ def trl_classes(task: str, module: str, *names: str) -> list[Any]:
 
 
 def _whole(row: dict[str, Any], length: int) -> dict[str, list[int]]:
-    """Both answers behind the prompt, of at most `length` tokens."""
+    """Both answers after the prompt, of at most `length` tokens."""
     return {f"{name}_ids": (row["prompt_ids"] + row[f"{name}_ids"])[:length] for name in _ANSWERS}
 
 
 class Tokenized(Resumable, _TRL):
-    """Mixed into a trainer of TRL: without its own tokenization, which drops rows unseen."""
+    """Mixed into a trainer of TRL: replaces its tokenization, which drops rows silently."""
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         if not getattr(self, "calculate_KL", False):

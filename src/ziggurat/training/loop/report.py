@@ -18,7 +18,7 @@ from ..callbacks.progress import rewards_of
 from .metrics import lower_is_better
 from .result import Result
 
-#: What TRL's scores of preferences and of rewards are measured in.
+#: The units of TRL's scores of preferences and rewards.
 _UNITS = {
     "rewards/accuracies": "share of pairs",
     "rewards/margins": "higher is better",
@@ -65,7 +65,7 @@ def report(recipe: Recipe, result: Result) -> Group:
     if result.peak_mb is not None:
         table.add_row("peak memory", f"{result.peak_mb:,.0f} MiB")
     table.add_row("adapter", _short(result.folder))
-    # Commands are pasted into a shell: a line of the terminal's width would break them.
+    # Commands are pasted into a shell: line breaks at the terminal's width would break them.
     commands = [Text(f"  {line}", no_wrap=True, overflow="ignore") for line in _next(recipe, result)]
     classes = [class_table(result.by_class)] if result.by_class else []
     return Group(table, *classes, *_answers(result), Text("Next:", style="bold"), *commands)
@@ -84,9 +84,9 @@ _CLASSES, _MISTAKES = 12, 3
 
 
 def class_table(found: dict[str, Any]) -> Group:
-    """Rows, precision, recall and F1 of each class with the confusion matrix beside, and the surest mistakes.
+    """Rows, precision, recall and F1 of each class with the confusion matrix, and the most confident mistakes.
 
-    `found` is that of `classes.by_class`. Of many classes the worst are shown.
+    `by_class` is the result of `classes.by_class`. If there are many classes, the worst are shown.
     """
     classes, confusion = found["classes"], found["confusion"]
     worst = sorted(range(len(classes)), key=lambda place: classes[place]["f1"])[:_CLASSES]
@@ -118,7 +118,7 @@ def one_line(text: str, most: int = 90) -> str:
 
 
 def _ranks(recipe: Recipe) -> tuple[int | None, int | None]:
-    """The rank that the recipe names, and what it comes to at the end where the method lowers it."""
+    """The recipe's rank, and the final rank if the method lowers it."""
     choice = recipe.method
     if BUDGET in choice or "init_r" not in method_fields(choice["name"]):
         return choice.get("r"), None

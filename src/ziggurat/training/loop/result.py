@@ -1,4 +1,4 @@
-"""The result of a run, and how it is written: the adapter's folder with the recipe and run.json."""
+"""The result of a run, and writing it: the adapter's folder with the recipe and run.json."""
 
 import platform
 from dataclasses import asdict, dataclass, field

@@ -1,4 +1,4 @@
-"""Reward functions: those that are built in, those of the user, and what both have to return."""
+"""Reward functions: built-in ones, the user's, and checks of their results."""
 
 import inspect
 import json
@@ -18,11 +18,11 @@ from ziggurat.recipe.tasks import REWARDED
 
 from ..devices.processes import launched_size
 
-#: A function as TRL takes it: of the keywords prompts, completions, completion_ids and the data's columns. It returns a
+#: TRL's form: a function of the keywords prompts, completions, completion_ids and the data's columns that returns a
 #: number, or None, for each completion.
 Reward = Callable[..., Any]
 
-#: The entry point group by which installed packages bring reward functions.
+#: The entry point group for reward functions of installed packages.
 GROUP = "ziggurat.rewards"
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
@@ -83,7 +83,7 @@ BUILT_IN: dict[str, Callable[[Recipe], Reward]] = {
 
 
 def said(completion: Any) -> str:
-    """The text of a completion, which is a list of messages where the prompt is one."""
+    """The text of a completion, which is a list of messages if the prompt is one."""
     return completion if isinstance(completion, str) else "".join(str(part.get("content") or "") for part in completion)
 
 
@@ -125,9 +125,9 @@ def from_words(words: Iterable[str]) -> list[Reward]:
 
 
 def settle_rewards(recipe: Recipe, given: Sequence[Reward]) -> tuple[Recipe, dict[str, Reward]]:
-    """The recipe with every reward that it is trained by, and these by name: those that it names, then the `given`.
+    """The recipe with all of its rewards, and the functions by name: those that it names, then the `given` ones.
 
-    Code comes from `given` and installed packages alone. Raises RecipeError that lists all that is wrong.
+    Code comes from `given` and installed packages alone. Raises RecipeError that lists all mistakes.
     """
     if recipe.task not in REWARDED:
         if given:
@@ -188,7 +188,7 @@ def _sampling_problems(recipe: Recipe) -> list[str]:
 
 
 def drawing_problems(recipe: Recipe, config: Any) -> list[str]:
-    """What of a recipe keeps a trainer of TRL with this class of config from drawing completions."""
+    """Settings of a recipe that don't work with drawn completions, or with this config class of TRL."""
     problems = [
         f"method.{key}: {value} would draw completions from another model than the one that learns; leave it out"
         for key, value in recipe.method.items()
@@ -207,7 +207,7 @@ def name_of(function: Reward) -> str:
 
 
 def _installed(name: str) -> Reward | None:
-    """The function that an installed package brings under this name. Raises RecipeError if it can't be imported."""
+    """The installed package's function of this name. Raises RecipeError if it can't be imported."""
     for entry in entry_points(group=GROUP, name=name):
         try:
             return entry.load()
@@ -219,7 +219,7 @@ def _installed(name: str) -> Reward | None:
 
 
 def _needs(recipe: Recipe, name: str) -> list[str]:
-    """What a built-in reward lacks."""
+    """Missing settings of a built-in reward."""
     if name == "length" and recipe.rewards.most is None:
         return ["rewards.most: missing: the characters that length allows"]
     if name == "regex":
@@ -233,7 +233,7 @@ def _needs(recipe: Recipe, name: str) -> list[str]:
 
 
 def checked(name: str, function: Reward) -> Reward:
-    """`function` for TRL: it gets those keywords that it names, and RewardError says what is wrong with its answer."""
+    """`function` for TRL: it gets the keywords that it names, and its result is checked (RewardError)."""
 
     def numbers(values: Any, given: Mapping[str, Any]) -> list[float | None]:
         return _numbers(name, values, given["completions"])
@@ -276,7 +276,7 @@ def _raised(name: str, function: Reward, error: Exception, given: Mapping[str, A
 
 
 def _numbers(name: str, values: Any, completions: Sequence[Any]) -> list[float | None]:
-    """What a reward function returned, as numbers. Raises RewardError."""
+    """The result of a reward function as numbers. Raises RewardError."""
     what = f"the reward '{name}' has to return a number, or None, for each of {len(completions)} completions"
     if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
         raise RewardError(f"{what}, and returned a {type(values).__name__}")

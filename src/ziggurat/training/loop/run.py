@@ -54,19 +54,19 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     rewards: Sequence[Callable[..., Any]] = (),
 ) -> Result:
-    """Train as the recipe says; the folder `recipe.folder` appears when all is done.
+    """Train by a recipe; the folder `recipe.folder` appears when the run is complete.
 
     `callbacks` are added to the Trainer's, `rewards` to those that a recipe of grpo or rloo names. `console` shows the
-    progress (none: silence). Started by `accelerate launch` or `torchrun`, each of their processes calls this; all get
-    the result, one prints and writes.
+    progress (default: no output). Under `accelerate launch` or `torchrun` each process calls this; all get the result,
+    one prints and writes.
 
     Raises:
         MissingExtraError: packages that the recipe needs aren't installed.
         RecipeError: the folder is taken, the model can't be loaded, or the method doesn't fit it.
-        DataError: the data aren't as the recipe says.
+        DataError: the data don't match the recipe.
         RewardError: a reward function ended in an error, or returned no number for each completion.
-        DivergedError: a loss or a weight became NaN or infinite; says at which step and which checkpoint is good.
-        Interrupted: Ctrl-C or SIGTERM; says which checkpoint there is.
+        DivergedError: a loss or a weight became NaN or infinite; names the step and the last good checkpoint.
+        Interrupted: Ctrl-C or SIGTERM; names the last checkpoint.
         ProcessError: another process of the run has gone.
     """
     from ziggurat.recipe.needs import check
@@ -168,7 +168,7 @@ def _train(
 def _seen(
     recipe: Recipe, task: Task, answers: Answers, examples: Examples, note: Callable[..., None]
 ) -> dict[str, Any]:
-    """What the scores consist of, after training, as fields of `Result`."""
+    """Details of the scores after training, as fields of `Result`."""
     from .samples import example_of
 
     answers.write("after")
@@ -187,14 +187,14 @@ def _note(console: Console, notes: list[str], *texts: str, kind: str = "note", s
     """Print notes, and keep them for run.json."""
     notes += texts
     for text in texts:
-        # Whoever reads it from a pipe or a log wants it in one line.
+        # In a pipe or a log a note is one line.
         console.print(f"{kind}: {text}", style=style, highlight=False, soft_wrap=not is_screen(console))
 
 
 def _watch(
     recipe: Recipe, base: Base, tell: Callable[[str], None], warn: Callable[[str], None]
 ) -> Iterator[TrainerCallback]:
-    """The callbacks that warn of a run which learns nothing, and end one that learns no more."""
+    """The callbacks that warn if a run learns nothing, and end one that no longer improves."""
     if recipe.train.patience is not None:
         from ..callbacks.patience import StopWhenFlat
         from .metrics import lower_is_better
@@ -210,7 +210,7 @@ def _watch(
 
 
 def _classes(recipe: Recipe, base: Base) -> int | None:
-    """Between how many classes or tokens the model chooses; None where its loss is of another kind."""
+    """The number of classes or tokens that the model chooses from; None for another kind of loss."""
     if recipe.kind.rows in ("answers", "sources"):
         return base.model.config.get_text_config().vocab_size
     if recipe.task in ("multilabel", "dpo", "kto", "reward"):  # yes or no, of each class; the better of two
@@ -230,7 +230,7 @@ def _status(console: Console, text: str) -> AbstractContextManager[Any]:
 
 
 def _interrupted(recipe: Recipe, folder: RunFolder, number: int, state: TrainerState | None = None) -> Interrupted:
-    """The exception of a run that the signal `number` has stopped; without `state` outside the training loop."""
+    """The exception of a run stopped by the signal `number`; without `state` outside the training loop."""
     checkpoint = folder.last_checkpoint()
     step = state.global_step if state is not None else step_of(checkpoint) if checkpoint is not None else 0
     total = state.max_steps if state is not None else 0
@@ -246,7 +246,7 @@ def _task(
     callbacks: list[TrainerCallback],
     rewards: Mapping[str, Callable[..., Any]] | None,
 ) -> Task:
-    """The Trainer with all its callbacks, in the order in which they have to be called."""
+    """The Trainer with all its callbacks, in the required order."""
     of_the_method = callbacks_for(getattr(model, "peft_config", {}).get("default"))
     callbacks = [*of_the_method, *callbacks, StopAtNaN(folder.last_checkpoint)]
     task = make_trainer(Setup(recipe, base, model, examples, folder.checkpoints, callbacks, rewards or {}))
@@ -300,16 +300,16 @@ def _costs(model: nn.Module, counts: Counts) -> Iterator[str]:
 def _score_before(
     recipe: Recipe, trainer: Trainer, folder: RunFolder, noted: dict[str, Any], console: Console
 ) -> dict[str, float] | None:
-    """The scores before training, noted in the run's folder; None where training itself takes them."""
+    """The scores before training, noted in the run's folder; None if training itself computes them."""
     if not recipe.train.evaluate_before or "before" in noted:
         return noted.get("before", {})
     if folder.processes.way != "one":
-        # A model is sharded over processes together with its optimiser, which only training makes; one that was
-        # scored before, accelerate takes for ready, and its gradients would stay where they are.
+        # A model is sharded together with its optimiser, which only training creates; after a scoring accelerate would
+        # consider it prepared, and its gradients would not be averaged.
         trainer.args.eval_on_start = not recipe.resume
         trainer.add_callback(NoteFirst(folder))
         return None
-    # The random numbers that scoring takes are given back, so that training is the same with and without it.
+    # The generators' state is restored after scoring, so that training is the same with and without it.
     with _status(console, "scoring before training"), torch.random.fork_rng(_devices()):
         before = _scores(trainer.evaluate())
     folder.note({"before": before})
@@ -324,7 +324,7 @@ def _answers(
 
     answers = Answers(recipe, trainer, base, examples.validation, alone=folder.processes.way == "one")
     if "answers" in noted:
-        # `train.answers` may be another in the resumed run; the questions come in the same order.
+        # `train.answers` may differ in the resumed run; the questions keep their order.
         for row, earlier in zip(answers.rows, noted["answers"], strict=False):
             row |= earlier
     elif recipe.train.evaluate_before and answers.rows:
@@ -334,12 +334,12 @@ def _answers(
 
 
 def _devices() -> list[int]:
-    """The GPU whose random numbers scoring may take."""
+    """The GPU whose generator scoring may use."""
     return [torch.cuda.current_device()] if torch.cuda.is_available() else []
 
 
 class NoteFirst(TrainerCallback):
-    """Notes the scores before training in the run's folder, where a resumed run finds them."""
+    """Writes the scores before training into the run's folder, for a resumed run."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
@@ -387,7 +387,7 @@ def _scores(logged: dict[str, float]) -> dict[str, float]:
 
 
 def _final_scores(task: Task, recipe: Recipe) -> dict[str, float]:
-    """The scores of the weights that are saved; the last evaluation of training stands if it scored just those."""
+    """The scores of the saved weights: of training's last evaluation if it scored these weights, else of a new one."""
     trainer = task.trainer
     last = trainer.state.log_history[-3:]
     for line in reversed(last):

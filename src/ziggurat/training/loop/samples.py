@@ -1,4 +1,4 @@
-"""A handful of validation questions and what the model answers them, before training and after."""
+"""Some validation questions with the model's answers before and after training."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ LONGEST = 120
 
 
 class Answers:
-    """The first `train.answers` questions of the validation rows, with greedy answers of the model.
+    """The first `train.answers` questions of the validation rows, with the model's greedy answers.
 
-    `rows` holds `question`, `expected`, and `before` and `after` where they were written; it is empty for data that ask
-    nothing, and for several processes, which share out the model.
+    `rows` holds `question`, `expected`, and `before` and `after` once they are written; it is empty for data without
+    questions, and for several processes, which may shard the model.
     """
 
     def __init__(self, recipe: Recipe, trainer: Trainer, base: Base, validation: Dataset, alone: bool) -> None:
@@ -79,7 +79,7 @@ def _question(recipe: Recipe, base: Base, row: dict[str, Any]) -> tuple[Any, str
 
 
 def example_of(examples: Examples, rated: bool = False) -> tuple[list[str], list[str]]:
-    """The texts of a short validation row, and the files of its images, as `ziggurat predict` takes them.
+    """The texts of a short validation row, and the files of its images, as arguments of `ziggurat predict`.
 
     `rated`: with the answer, which is to be rated.
     """

@@ -1,4 +1,4 @@
-"""TRL's trainers that learn from the rewards of what the model itself writes."""
+"""TRL's trainers that learn from rewards of the model's own completions."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _TRL: Any = object
 def rewarding(setup: Setup) -> tuple[Trainer, list[str]]:
     """GRPO (Shao et al. 2024) or RLOO (Ahmadian et al. 2024) by TRL, and notes. Raises DataError, RecipeError.
 
-    Each step draws a group of completions of each of its prompts, and raises the probability of those whose reward lies
-    above their group's. Dropout is off: completions are drawn from the model that learns from them.
+    Each step draws a group of completions for each of its prompts, and raises the probability of those with a reward
+    above their group's. Dropout is off: completions must come from the trained model itself.
     """
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
@@ -92,7 +92,7 @@ def sampling_arguments(recipe: Recipe) -> dict[str, Any]:
 
 
 def asking(table: Dataset, shape: str | None) -> Dataset:
-    """The rows with prompts as TRL takes them, made when they are read: a table would give all messages all keys."""
+    """The rows with prompts in TRL's form, made on reading: a table would give all messages all keys."""
 
     def prompts(rows: dict[str, Any]) -> dict[str, Any]:
         return {**rows, "prompt": [opened({"prompt": prompt}, shape) for prompt in rows["prompt"]]}
@@ -101,9 +101,9 @@ def asking(table: Dataset, shape: str | None) -> Dataset:
 
 
 def _check_start(recipe: Recipe, tokenizer: Any, model: Any) -> None:
-    """Without its fresh adapter the model is the reference that training is held near.
+    """Check that the model without its fresh adapter is the reference of the KL term.
 
-    Raises RecipeError for an adapter that starts elsewhere, as PiSSA's does, whose base weights aren't the model's.
+    Raises RecipeError for an adapter that starts elsewhere, as PiSSA's does, which changes the base weights.
     """
     inputs = tokenizer("Yes", return_tensors="pt").to(next(model.parameters()).device)
     with torch.no_grad():
@@ -123,7 +123,7 @@ def _check_start(recipe: Recipe, tokenizer: Any, model: Any) -> None:
 
 
 def _cut_back(samples: Path, step: int) -> None:
-    """Drop the completions that a run resumed at `step` draws again, and a line that a killed one left unfinished."""
+    """Drop the completions that a run resumed at `step` draws again, and an unfinished line of a killed run."""
     lines = [line for line in samples.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
     places = [(json.loads(line)["step"], json.loads(line)["part"]) for line in lines]
     made = [at < step or (at == step and part == "validation") for at, part in places]
@@ -131,7 +131,7 @@ def _cut_back(samples: Path, step: int) -> None:
 
 
 class Drawing(Resumable, _TRL):
-    """Mixed into a trainer of TRL that draws completions: in scoring it takes the likeliest one."""
+    """Mixed into a trainer of TRL that draws completions: scoring uses the likeliest one."""
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return OrderOfEpoch(super()._get_train_sampler(*args, **kwargs), self)

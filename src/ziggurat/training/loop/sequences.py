@@ -1,4 +1,4 @@
-"""Models with an encoder and a decoder: their Trainer, and the scores of what they write."""
+"""Models with an encoder and a decoder: their Trainer, and the scores of their texts."""
 
 import re
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from ..data.sources import encode_sources
 from .arguments import Setup, training_arguments
 from .exact import ExactSteps, TokenLoss
 
-#: Words of any script; of Chinese and Japanese, which part none, each sign.
+#: Words of any script; single characters of Chinese and Japanese, which don't separate words.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -28,8 +28,8 @@ class Words:
 def text_scores(written: Sequence[str], targets: Sequence[str]) -> dict[str, np.ndarray]:
     """Scores of each text against its target, in per cent.
 
-    F1 of ROUGE-1, ROUGE-2 and ROUGE-L [Lin 2004] on lower-case words without stemming, and whether both are the same
-    but for blanks around them.
+    F1 of ROUGE-1, ROUGE-2 and ROUGE-L [Lin 2004] on lower-case words without stemming, and equality except for
+    surrounding blanks.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -41,9 +41,9 @@ def text_scores(written: Sequence[str], targets: Sequence[str]) -> dict[str, np.
 
 
 class SequenceTrainer(TokenLoss, ExactSteps, Trainer):
-    """Scores the likeliest text of each validation source, as `ziggurat predict` writes it, and its target's loss."""
+    """Scores the likeliest text of each validation source, as in `ziggurat predict`, and its target's loss."""
 
-    #: The most tokens that are written.
+    #: The maximum number of generated tokens.
     most: int
 
     def prediction_step(
@@ -60,12 +60,12 @@ class SequenceTrainer(TokenLoss, ExactSteps, Trainer):
 
 
 def transforming(setup: Setup) -> tuple[Trainer, list[str]]:
-    """The Trainer of texts that become others, and notes. Raises DataError."""
+    """The Trainer of seq2seq, and notes. Raises DataError."""
     recipe, tokenizer = setup.recipe, setup.base.tokenizer
     train, validation, most, notes = encode_sources(recipe, tokenizer, setup.base.model.config, setup.examples)
 
     def compute(result: Any) -> dict[str, float]:
-        # Rows shorter than the longest one are filled up with -100, which is no token.
+        # Shorter rows are padded with -100, which isn't a token.
         filled: Any = (np.where(ids < 0, tokenizer.pad_token_id, ids) for ids in (result.predictions, result.label_ids))  # type: ignore[arg-type]
         texts = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in filled)
         return {name: float(scores.mean()) for name, scores in text_scores(*texts).items()}

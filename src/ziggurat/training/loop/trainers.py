@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class HeadLrTrainer(ExactTrainer):
-    """Trainer whose head may learn at its own rate."""
+    """Trainer with an optional separate learning rate of the head."""
 
     head: tuple[str, ...] = ()
     head_lr: float | None = None
@@ -41,7 +41,7 @@ class HeadLrTrainer(ExactTrainer):
         return optimizer
 
     def _split_head(self, optimizer: torch.optim.Optimizer) -> None:
-        # Only fresh groups are split, before the scheduler reads their rates: resuming loads state into the same order.
+        # New groups are split before the scheduler reads their rates; a resumed run loads its state in the same order.
         assert self.model is not None
         mine = {
             id(parameter)
@@ -60,7 +60,7 @@ class HeadLrTrainer(ExactTrainer):
 class Task:
     """A trainer ready to start, and the scores of the majority-class or mean baseline.
 
-    `by_class` gives `classes.by_class` of the validation rows, as they were scored last; of other tasks nothing.
+    `by_class` returns `classes.by_class` of the last scoring of the validation rows; empty for other tasks.
     """
 
     trainer: Trainer
@@ -69,7 +69,7 @@ class Task:
     by_class: Callable[[], dict[str, Any]] = dict
 
 
-#: Task -> the file beside this one, and its function, that makes its trainer; of tasks with labels or tags `_scored`.
+#: Task -> module of this package and its function that makes the trainer; tasks with labels or tags use `_scored`.
 _TRAINERS = {
     "instruct": ("writing", "instructed"),
     "dpo": ("writing", "preferring"),
@@ -86,7 +86,7 @@ _TRAINERS = {
 def make_trainer(setup: Setup) -> Task:
     """The HF Trainer (or one of TRL's) of a recipe's task.
 
-    Raises RecipeError for what this machine can't do, DataError for texts that don't fit the model's tokenizer.
+    Raises RecipeError for settings that this machine doesn't support, DataError for texts that don't fit the tokenizer.
     """
     with quiet():
         if setup.recipe.task not in _TRAINERS:
@@ -163,12 +163,12 @@ def _scored(setup: Setup) -> Task:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Switch off the libraries' progress bars and warnings; errors are still shown."""
+    """Hide the libraries' progress bars and warnings; errors are still shown."""
     import transformers
 
     from ziggurat.host.bars import without_bars
 
-    try:  # predicting, exporting and merging do without it
+    try:  # predicting, exporting and merging don't need it
         from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     except ImportError:
         bars = False

@@ -1,4 +1,4 @@
-"""The trainers of tasks whose model writes texts, by TRL."""
+"""TRL's trainers, for tasks whose model writes texts."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +25,7 @@ def instructed(setup: Setup) -> tuple[Trainer, list[str]]:
     recipe, base, examples = setup.recipe, setup.base, setup.examples
     check_tokenizer(recipe, base, examples)
     writer: Any = base.tokenizer
-    how: dict[str, Any] = {"completion_only_loss": True}  # the mask says what is learned, of whatever data
+    how: dict[str, Any] = {"completion_only_loss": True}  # the mask decides, for all kinds of data
     collator = None
     if base.processor is None:
         train, validation, how["max_length"], notes = encode_rows(recipe, writer, base.model.config, examples)

@@ -24,8 +24,8 @@ from .base import Base, freeze_all_but
 class Counts:
     """Trainable parameters, each counted once however many layers share it.
 
-    `adapter` are the method's own, `head` the fresh modules', `lora` what plain LoRA of the same rank on the same
-    linear layers has (None where the method has no rank).
+    `adapter` are the method's own, `head` those of fresh modules, `lora` those of plain LoRA of the same rank on the
+    same linear layers (None if the method has no rank).
     """
 
     adapter: int
@@ -35,9 +35,9 @@ class Counts:
 
 
 def adapt(recipe: Recipe, base: Base) -> nn.Module:
-    """The base model with the recipe's method in it: a PeftModel, or the model itself with only some weights on.
+    """The base model with the recipe's method in it: a PeftModel, or the model itself with some weights trainable.
 
-    Raises RecipeError with what the method says of this model (targets that match nothing, ranks too high, ...).
+    Raises RecipeError with the method's own error for this model (targets that match nothing, ranks too high, ...).
     """
     method = METHODS[recipe.method["name"]]
     if base.processor is None and recipe.tower != "language":
@@ -60,7 +60,7 @@ def adapt(recipe: Recipe, base: Base) -> nn.Module:
     if method.four_bits:
         prepare_model_for_kbit_training(base.model, use_gradient_checkpointing=recipe.train.gradient_checkpointing)
         for module in base.model.modules():
-            # On some processors the first scoring would repack the weights for a kernel that has no gradient.
+            # On some processors the first scoring would repack the weights for a kernel without gradient.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     config.base_model_name_or_path = model_path(recipe.model)
@@ -69,7 +69,7 @@ def adapt(recipe: Recipe, base: Base) -> nn.Module:
         return _trained_on(recipe, base, config, recipe.adapter)
     try:
         with warnings.catch_warnings():
-            # The other tower may have no layers of the targets' names, which PEFT warns of.
+            # PEFT warns if the other tower has no layers of the targets' names.
             warnings.filterwarnings("ignore", message=".*no modules were excluded")
             return get_peft_model(base.model, config)
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
@@ -77,8 +77,8 @@ def adapt(recipe: Recipe, base: Base) -> nn.Module:
 
 
 def _trained_on(recipe: Recipe, base: Base, config: Any, folder: str) -> nn.Module:
-    """The base model with the adapter in `folder`, whose parameters train on. Raises RecipeError if it isn't that of
-    the recipe's method, settings and classes."""
+    """The base model with the adapter in `folder`, trainable. Raises RecipeError if the adapter's method, settings or
+    classes differ from the recipe's."""
     from ziggurat.files.untrusted import MOST_RUN, read_json
     from ziggurat.host.saved.folder import adapter_config
 
@@ -113,10 +113,10 @@ def _trained_on(recipe: Recipe, base: Base, config: Any, folder: str) -> nn.Modu
 
 
 def other_towers(model: nn.Module, tower: str) -> list[str]:
-    """The modules of a vision-language model that `tower` leaves as they are.
+    """The modules of a vision-language model that `tower` excludes.
 
-    Beside the language model these are the vision tower and what joins the two; beside `vision` the language model
-    itself. Heads belong to neither. Raises RecipeError for a model whose language model can't be told.
+    For `language` these are the vision tower and the projector; for `vision` the language model itself. Heads belong to
+    neither. Raises RecipeError if the language model can't be identified.
     """
     if tower == "both":
         return []
@@ -131,7 +131,7 @@ def other_towers(model: nn.Module, tower: str) -> list[str]:
 
 
 def leave_out(config: Any, outside: list[str]) -> None:
-    """Let a PEFT config exclude modules, beside those that it excludes already."""
+    """Add modules to those that a PEFT config excludes."""
     if not outside:
         return
     if not hasattr(config, "exclude_modules"):
@@ -143,13 +143,13 @@ def leave_out(config: Any, outside: list[str]) -> None:
 
 
 def beside(recipe: Recipe, head: list[str], images: bool = False) -> dict[str, Any]:
-    """The fields of a method's config that the task gives, not the method: what else trains, and what PEFT calls it."""
+    """The fields of a method's config that depend on the task: modules_to_save and PEFT's task type."""
     saved = {"modules_to_save": sorted({*head, *(recipe.method.get("modules_to_save") or [])})} if head else {}
     return {"task_type": task_type(recipe, images), **saved}
 
 
 def check_targets(config: Any, model: nn.Module) -> None:
-    """PEFT passes over a target that matches nothing as long as another matches; in a recipe it is a slip."""
+    """Raise RecipeError for a target that matches nothing, which PEFT ignores if another one matches."""
     targets = getattr(config, "target_modules", None)
     if not isinstance(targets, (list, tuple, set)):
         return
@@ -197,7 +197,7 @@ def _lora_count(recipe: Recipe, model: nn.Module, base: Base) -> int | None:
             bare = type(base.model)(copy.deepcopy(base.model.config))
             adapted = get_peft_model(bare, lora)
     except (ValueError, TypeError, RuntimeError, NotImplementedError):
-        # A method may adapt what LoRA can't (whole layers); then there is nothing to put beside it.
+        # A method may adapt places that LoRA can't (whole layers); then there is no comparison.
         return None
     return sum(parameter.numel() for name, parameter in adapted.named_parameters() if "lora_" in name)
 
@@ -205,8 +205,8 @@ def _lora_count(recipe: Recipe, model: nn.Module, base: Base) -> int | None:
 def task_type(recipe: Recipe, images: bool = False) -> TaskType | None:
     """PEFT's task of a recipe."""
     if images:
-        return None  # PEFT has no task for models that see images, and stores the class of one without a task
-    # PEFT has no task for a head of ours: without one it stores the class, from which AutoPeftModel rebuilds it.
+        return None  # PEFT has no task for vision-language models, and stores the class of a model without a task
+    # PEFT has no task for our head: without a task it stores the class, from which AutoPeftModel rebuilds it.
     return _TASK_TYPES[recipe.kind.model] if recipe.writes or recipe.head.pooling == "model" else None
 
 

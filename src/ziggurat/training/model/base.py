@@ -29,7 +29,7 @@ from ..heads import MeanPooledClassifier
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """What the scores mean: how many, their names, one text or two; and whether the model sees images.
+    """The head: its labels' names, pooling and dropout, one text or two, and whether the model takes images.
 
     Stored beside the adapter, needed to reload it.
     """
@@ -47,15 +47,15 @@ class HeadSpec:
 
     @property
     def model(self) -> str:
-        """What transformers calls such models, behind AutoModelFor."""
+        """transformers' name of such models, after AutoModelFor."""
         return "ImageTextToText" if self.images else TASKS[self.task].model
 
 
 @dataclass(frozen=True)
 class Base:
-    """A model ready to be adapted, and the modules that were made afresh and so must train with any method.
+    """A model ready to be adapted, and its freshly initialised modules, which train with any method.
 
-    `processor`: of a model that sees images, what turns them and the texts into its inputs.
+    `processor`: of a vision-language model, for its inputs of images and texts.
     """
 
     model: PreTrainedModel
@@ -80,8 +80,8 @@ def load_base(
     `attention`: transformers' name of an implementation. `four_bits`: all linear layers but those of the head become
     NF4 with doubly quantised constants (QLoRA).
 
-    Raises RecipeError when the model can't be found or read, has no head for the task, or can't be quantised here;
-    MissingExtraError where packages that it needs aren't installed.
+    Raises RecipeError if the model can't be found or read, has no head for the task, or can't be quantised here;
+    MissingExtraError if packages that it needs aren't installed.
     """
     path = model_path(model)
     gguf_file = find_gguf(path, gguf_file)
@@ -118,9 +118,9 @@ def load_base(
 
 
 def _check_kind(model: str, task: str, config: Any) -> None:
-    """Raises RecipeError for an encoder-decoder where a decoder is needed, and the other way round.
+    """Raises RecipeError for an encoder-decoder if a decoder is needed, and the other way round.
 
-    transformers makes a decoder of a BART, and leaves its encoder out.
+    transformers would make a decoder of BART, without its encoder.
     """
     encodes, wanted = bool(getattr(config, "is_encoder_decoder", False)), TASKS[task].model == "Seq2SeqLM"
     if TASKS[task].writes and encodes != wanted:
@@ -144,14 +144,14 @@ def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tup
                 f"head.pooling: mean needs an encoder, this is a {config.model_type}; set head.pooling: model"
             )
         config.mean_pooled_pair, config.mean_pooled_dropout = spec.pair, spec.dropout
-        # A checkpoint saved with a head calls its encoder by the architecture's own name, not by this class's.
+        # A checkpoint saved with a head names its encoder by the architecture, not by this class.
         own = getattr(AutoModel._model_mapping[type(config)], "base_model_prefix", "")
         if own and own != MeanPooledClassifier.base_model_prefix:
             where = {**where, "key_mapping": {rf"^{own}\.": f"{MeanPooledClassifier.base_model_prefix}."}}
         kind = MeanPooledClassifier
     else:
         config.problem_type = _PROBLEMS.get(spec.task)
-    # A checkpoint's own head may be of another size: it belongs to another task, and is made afresh.
+    # A checkpoint's own head belongs to another task, may have another size, and is initialised afresh.
     model, info = kind.from_pretrained(
         path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **where
     )
@@ -165,7 +165,7 @@ def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tup
     return model, fresh
 
 
-#: Task -> what transformers calls it, and chooses the loss by.
+#: Task -> transformers' problem type, which selects the loss.
 _PROBLEMS = {
     "classification": "single_label_classification",
     "multilabel": "multi_label_classification",
@@ -180,7 +180,7 @@ def _nf4(dtype: str) -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
-        # Fresh modules train whole, which 4 bits can't.
+        # Fresh modules are trained, which isn't possible in 4 bits.
         llm_int8_skip_modules=list(_HEAD_NAMES),
     )
 
@@ -189,16 +189,16 @@ _HEAD_NAMES = ("classifier", "pre_classifier", "score", "pooler", "lm_head", "qa
 
 
 def is_quantised_linear(path: str) -> bool:
-    """Whether QLoRA's base keeps the linear at `path` in 4 bits; transformers leaves out names by start and end."""
+    """Whether QLoRA's base keeps the linear layer at `path` in 4 bits; transformers skips names by start and end."""
     return not (path.startswith(_HEAD_NAMES) or path.endswith(_HEAD_NAMES))
 
 
 def fresh_modules(model: PreTrainedModel, missing: set[str] | list[str]) -> list[str]:
-    """Names of the modules that must train whatever the method: the head, and what the checkpoint had no weights for.
+    """Names of the modules that train with every method: the head, and modules that the checkpoint has no weights for.
 
-    The head is every child of the model beside its encoder that has weights, as a whole even where the checkpoint had
-    them: its weights belong to another task. Inside the encoder it's the smallest module that was made afresh (BERT's
-    pooler, say). An embedding that is a buffer in disguise (position ids) has no weights and doesn't count.
+    The head is every child of the model with weights, except its encoder, even if the checkpoint has weights for it:
+    those belong to another task. Inside the encoder it's the smallest freshly initialised module (BERT's pooler, say).
+    Embeddings that are buffers (position ids) have no weights and don't count.
     """
     prefix = model.base_model_prefix
     head = [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
@@ -211,19 +211,19 @@ def fresh_modules(model: PreTrainedModel, missing: set[str] | list[str]) -> list
 
 
 def freeze_all_but(model: nn.Module, trains: Any, head: list[str]) -> None:
-    """For methods without factors: leave on the parameters that `trains` names, and the head."""
+    """For methods without factors: train the parameters that `trains` selects, and the head."""
     for name, parameter in model.named_parameters():
         in_head = any(name.startswith(f"{module}.") for module in head)
         parameter.requires_grad_(bool(trains(name)) or in_head)
 
 
 def sees_images(config: Any) -> bool:
-    """True for the config of a model that writes about images and is no plain language model."""
+    """True for the config of a vision-language model."""
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def load_processor(path: str, model: str, where: dict[str, Any]) -> ProcessorMixin:
-    """Raises RecipeError for a model that has none, MissingExtraError where packages that it needs are missing."""
+    """The processor of a model. Raises RecipeError if it has none, MissingExtraError for missing packages."""
     from transformers import AutoProcessor
 
     try:
@@ -241,7 +241,7 @@ def _tokenizer(path: str, where: dict[str, Any]) -> PreTrainedTokenizerBase:
 
 
 def find_gguf(path: str, gguf_file: str | None) -> str | None:
-    """The file of llama.cpp's format that is meant: the named one, or the only one in a folder without a config.
+    """The GGUF file of a model: the named one, or the only one in a folder without a config.
 
     Raises RecipeError if it isn't there, or several are.
     """
@@ -261,9 +261,9 @@ def find_gguf(path: str, gguf_file: str | None) -> str | None:
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:
-    """Let a model read from llama.cpp's format be what it now is, a plain one: its weights were unpacked to floats.
+    """Remove the mark of quantisation from a model read from llama.cpp's format: its weights were unpacked to floats.
 
-    transformers goes on calling it quantised, refuses to train it, and would save it with that mark.
+    With it, transformers would refuse to train the model, and save it as quantised.
     """
     for name in ("hf_quantizer", "quantization_method"):
         if hasattr(model, name):
@@ -274,7 +274,7 @@ def _forget_gguf(model: PreTrainedModel) -> None:
 
 
 def is_path(model: str) -> bool:
-    """Whether a model's name can only be a path, Windows' too: the hub's have at most one stroke."""
+    """Whether a model's name can only be a path, also of Windows: names on the hub have at most one slash."""
     return model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model or model[1:2] == ":"
 
 
@@ -292,6 +292,6 @@ def _reason(model: str, path: str, error: Exception) -> str:
 
 
 def device() -> torch.device:
-    """The accelerator where there is one, else the processor."""
+    """The accelerator if there is one, else the processor."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator if accelerator is not None else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Texts that a model writes behind prompts, several at a time."""
+"""Generating answers to prompts in batches."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. A temperature of 0 takes the likeliest token each time.
+    """The sampling of answers. A temperature of 0 takes the likeliest token each time.
 
-    `tokens`: the longest answer. `top_p`: of the likeliest tokens as many as have this probability together; `top_k`:
-    at most so many; 0 for all. `seed` makes the draw repeatable.
+    `tokens`: the longest answer. `top_p`: the smallest set of likeliest tokens with this total probability; `top_k`: at
+    most so many; 0 for all. `seed` makes the draw repeatable.
     """
 
     tokens: int = 256
@@ -53,10 +53,9 @@ def generate(
 ) -> Iterator[str]:
     """The answers to prompts of token ids, in their order, batch by batch.
 
-    Shorter prompts are padded on the left, those of an encoder, which nothing is written behind, on the right.
-
-    `streamer` gets the tokens of a single prompt as they come. Raises DataError for a prompt that fills all positions
-    of the model, which `name` names.
+    Shorter prompts are padded on the left, those of an encoder on the right. `streamer` receives the tokens of a single
+    prompt as they are generated. Raises DataError for a prompt that fills all positions of the model (`name` in the
+    error).
     """
     most = positions(model.config)
     for index, ids in enumerate(prompts):
@@ -84,7 +83,7 @@ def _answers(
     side = "right" if encodes(model) else "left"
     ids = pad_sequence([torch.tensor(row) for row in part], True, pad or 0, side).to(device)
     mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in part], True, 0, side).to(device)
-    read = 0 if encodes(model) else ids.shape[1]  # what stands before the answer, and takes positions from it
+    read = 0 if encodes(model) else ids.shape[1]  # the prompt's tokens, which use up positions
     output: Any = model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=mask,
@@ -97,5 +96,5 @@ def _answers(
 
 
 def encodes(model: Any) -> bool:
-    """Whether prompts go to an encoder of their own."""
+    """Whether the model has an encoder for prompts."""
     return bool(getattr(model.config, "is_encoder_decoder", False))

@@ -54,8 +54,8 @@ def bare_model(
 def bare_config(model: str | Path, *, revision: str | None = None, gguf_file: str | None = None) -> Any:
     """The config of `model`, of a folder without config.json from its one GGUF file.
 
-    Raises ConfigError where there is none, RecipeError where the GGUF file isn't there or one of several is meant,
-    MissingExtraError where the embedded model or `gguf` isn't installed.
+    Raises ConfigError if there is none, RecipeError if the GGUF file isn't there or there are several,
+    MissingExtraError if the embedded model or `gguf` isn't installed.
     """
     from transformers import AutoConfig
 

@@ -1,4 +1,4 @@
-"""The base of a recipe without weights: its head, its labels, what the checkpoint lacks, as a run would have them."""
+"""The base of a recipe without weights: its head, its labels, and its fresh modules, as in a run."""
 
 import json
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ from .meta import bare_config, bare_model
 
 @dataclass(frozen=True)
 class BareBase:
-    """A model on the meta device, the modules that train whole beside any adapter, and what had to be assumed."""
+    """A model on the meta device, the modules that train with any adapter, and notes about assumptions."""
 
     model: nn.Module
     head: list[str]
@@ -31,7 +31,7 @@ class BareBase:
 
 
 def bare_base(recipe: Recipe, model: str | Path | None = None) -> BareBase:
-    """What `load_base` would give for the recipe (with another `model`, if named), counted and never loaded.
+    """The result of `load_base` for the recipe (with another `model`, if named), without weights.
 
     Raises:
         ConfigError: there is no such model, or it can't have the recipe's head.
@@ -80,7 +80,7 @@ def _labels(recipe: Recipe, notes: list[str]) -> int:
 
 
 def _stored_names(path: str, revision: str | None) -> set[str] | None:
-    """The tensors of a checkpoint in a folder or in the cache, None where it isn't."""
+    """The tensors of a checkpoint in a folder or in the cache, None if it isn't there."""
     from huggingface_hub import try_to_load_from_cache
     from safetensors import safe_open
 
@@ -102,9 +102,9 @@ def _stored_names(path: str, revision: str | None) -> set[str] | None:
 
 
 def _lacking(model: PreTrainedModel, stored: Iterable[str]) -> list[str] | None:
-    """Parameters in children of the encoder (a pooler) of which the checkpoint has nothing; None if that is all.
+    """Parameters in children of the encoder (a pooler) that the checkpoint lacks completely; None if it lacks all.
 
-    Names are compared by their ends, for a checkpoint calls its encoder by another prefix or by none.
+    Names are compared by their ends, because a checkpoint may use another prefix of the encoder, or none.
     """
     ends: set[str] = set()
     for name in stored:

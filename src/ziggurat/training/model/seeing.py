@@ -1,4 +1,4 @@
-"""Models that see images: their conversations as token ids with what is learned, their batches, their answers."""
+"""Vision-language models: their conversations as token ids with loss masks, their batches, their answers."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _CONTEXT = 4
 
 
 class Writer:
-    """A processor as the tokenizer that `template` knows: its messages are texts with the sign `IMAGE`.
+    """A processor with the interface of a tokenizer for `template`: its messages are texts with the mark `IMAGE`.
 
-    Chat templates of such models take messages in parts; images become one token each, which the processor later writes
-    as many times as the model has places for the image.
+    Chat templates of such models take messages in parts; images become one token each, which the processor later
+    repeats once for each of the image's positions.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -50,7 +50,7 @@ class Writer:
         return self.tokenizer(*texts, **how)
 
     def get_chat_template(self, **how: Any) -> str:
-        """Nothing: answers are found by rendering, since the marks of a template count no places of images."""
+        """Empty: answers are located by rendering, since a template's marks don't count the images' positions."""
         return ""
 
     def apply_chat_template(
@@ -61,7 +61,7 @@ class Writer:
         return self.tokenizer(text, add_special_tokens=False, verbose=False) if tokenize else text
 
     def inputs(self, texts: Sequence[str], images: Sequence[Sequence[Source]], side: str = "right") -> dict[str, Any]:
-        """A padded batch of rendered texts and their images, as the model takes it."""
+        """A padded batch of rendered texts and their images, as model inputs."""
         opened = [[open_image(source) for source in row] for row in images]
         how: dict[str, Any] = {"padding": True, "padding_side": side, "add_special_tokens": False}
         return dict(
@@ -70,7 +70,7 @@ class Writer:
 
 
 def _parts(text: str) -> list[dict[str, str]]:
-    """A text with signs as the parts that chat templates take."""
+    """A text with image marks as the parts of a message."""
     parts: list[dict[str, str]] = []
     for place, piece in enumerate(text.split(IMAGE)):
         parts += [{"type": "image"}] * bool(place)
@@ -79,7 +79,7 @@ def _parts(text: str) -> list[dict[str, str]]:
 
 
 def _image_tokens(processor: Any) -> set[int]:
-    """The tokens of an image: the one of its places, and the one in a chat template where that is another (Gemma 3)."""
+    """The tokens of an image: that of its positions, and that of a chat template if it differs (Gemma 3)."""
     named = (getattr(processor, name, None) for name in ("image_token", "boi_token"))
     return {processor.tokenizer.convert_tokens_to_ids(token) for token in named if token is not None}
 
@@ -87,8 +87,8 @@ def _image_tokens(processor: Any) -> set[int]:
 def encode_images(recipe: Recipe, writer: Any, config: Any, examples: Examples) -> tuple[Any, Any, int, list[str]]:
     """Training and validation rows of conversations with images, their greatest length, and notes.
 
-    Columns: `input_ids` with all places of images, `labels`, and `text` and `images`, from which batches are made. Rows
-    that are cut within their images are left out.
+    Columns: `input_ids` with all positions of images, `labels`, and `text` and `images`, from which batches are made.
+    Rows that would be cut within their images are left out.
 
     Raises DataError that counts the rows which the chat template refuses, or if none of a part is left.
     """
@@ -100,7 +100,7 @@ def encode_images(recipe: Recipe, writer: Any, config: Any, examples: Examples) 
     lengths = [len(ids) for ids, _ in parts[0][2]]
     notes.append(f"{spread(lengths, 'training rows')}, images among them")
     wanted = recipe.data.max_length
-    # A row that is cut may lose an image, so without a length of the user's all fit, if the model takes them.
+    # A cut row may lose an image, so without a user's length all rows fit, up to the model's positions.
     length = longest(writer.tokenizer, config.get_text_config(), wanted or -(-max(lengths) // STEP) * STEP)
     if wanted is None or length < wanted:
         notes.append(f"data.max_length is {length} tokens: " + ("the longest row" if wanted is None else "the model's"))
@@ -109,7 +109,7 @@ def encode_images(recipe: Recipe, writer: Any, config: Any, examples: Examples) 
 
 
 def expanded(recipe: Recipe, writer: Any, table: Dataset, word: str, notes: list[str]) -> list[Row]:
-    """Token ids with all places of images, and a mask of what is learned, of every row. Raises DataError."""
+    """Token ids with all positions of images, and a loss mask, of every row. Raises DataError."""
     rows = []
     for row, (ids, mask) in zip(table, tokens_of(recipe, writer, table, word, notes), strict=True):
         assert isinstance(row, dict)
@@ -128,7 +128,7 @@ def text_of(writer: Any, row: dict[str, Any]) -> str:
 
 
 def along(ids: Sequence[int], mask: Sequence[int], full: Sequence[int], images: set[int]) -> list[int]:
-    """The mask of `ids`, in which each image is one of `images`, for the ids `full` with all places of the images.
+    """The mask of `ids`, in which each image is one of `images`, mapped to the ids `full` with all image positions.
 
     Each run of learned tokens is found again behind the one before it, by itself and the few tokens in front of it.
     """
@@ -202,14 +202,14 @@ class Asked:
 
 
 def asked(writer: Any, messages: list[Message], images: list[Source], tools: Any = None) -> Asked:
-    """Messages that an answer is to follow, opened as conversations were learned; see `template.asked_ids`."""
+    """Messages to be answered, opened as in training; see `template.asked_ids`."""
     answered = rendered(writer, [*messages, {"role": "assistant", "content": "Yes"}], tools)
     opened = rendered(writer, messages, tools, add_generation_prompt=True)
     return Asked(opened[: common_start(opened, answered)], images)
 
 
 def question_of(writer: Any, row: dict[str, Any]) -> tuple[Asked, str, str] | None:
-    """Of a row of `instruct.to_rows` what is asked, the question in words, and its (last) answer."""
+    """The question as `Asked` and in words, and its (last) answer, of a row of `instruct.to_rows`."""
     messages, tools = json.loads(row["messages"]), json.loads(row["tools"])
     place = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
     if not place or not messages[place]["content"].strip():

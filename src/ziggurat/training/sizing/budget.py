@@ -1,4 +1,4 @@
-"""The largest rank that a budget of parameters pays for: `method.budget` of a recipe, and `ziggurat plan --budget`."""
+"""The largest rank within a parameter budget: `method.budget` of a recipe, and `ziggurat plan --budget`."""
 
 import copy
 import logging
@@ -21,7 +21,7 @@ from ..model.base import find_gguf
 from ..model.meta import bare_model
 from .counts import count
 
-#: No adapter of this rank is worth training; where even this one is below the budget (VeRA), it is what is picked.
+#: The upper limit of the search; it is chosen if even this rank is within the budget (VeRA).
 HIGHEST = 4096
 
 _REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError)
@@ -36,7 +36,7 @@ class Fit:
 
 
 def settle_budget(recipe: Recipe) -> tuple[Recipe, Fit | None]:
-    """The recipe with the rank's fields in place of `method.budget`; itself where there is none.
+    """The recipe with the rank's fields in place of `method.budget`; unchanged if it has no budget.
 
     The model is built without weights; nothing but its config is read.
 
@@ -96,11 +96,11 @@ def rank_fields(choice: dict[str, Any], rank: int) -> dict[str, Any]:
 def fit_rank(model: nn.Module, choice: dict[str, Any], budget: int, *, build: bool = True) -> Fit:
     """The largest rank of the method `choice` (`method.*` of a recipe) on `model` with at most `budget` numbers.
 
-    The search counts by formula. With `build` what it finds is built and counted, too, and if the method refuses it or
-    the numbers differ, the search is done again by building.
+    The search counts by formula. With `build` the resulting adapter is built and counted, too, and if the method
+    refuses it or the numbers differ, the search is repeated by building.
 
     Raises:
-        ConfigError: even the smallest rank has more, with how many it has; or the method refuses every rank.
+        ConfigError: even the smallest rank has more (the error has the number); or the method refuses every rank.
     """
 
     def by_formula(rank: int) -> int | None:
@@ -131,8 +131,8 @@ def fit_rank(model: nn.Module, choice: dict[str, Any], budget: int, *, build: bo
 def largest_rank(count: Callable[[int], int | None], budget: int, most: int = HIGHEST) -> Fit | None:
     """The largest rank up to `most` with `count(rank)` at most `budget`; None if even the smallest has more.
 
-    `count` grows with the rank. It gives None for ranks that a method can't take: all above some rank, and fewer than
-    eight in a row below it (a pyramid's r / 4 must be whole).
+    `count` grows with the rank. It returns None for invalid ranks: all above some rank, and fewer than eight in a row
+    below it (a pyramid's r / 4 must be whole).
     """
 
     def nearest(rank: int) -> Fit | None:
@@ -155,7 +155,7 @@ def largest_rank(count: Callable[[int], int | None], budget: int, most: int = HI
 
 
 def count_of(model: nn.Module, choice: dict[str, Any], *, refuse: bool = False) -> int | None:
-    """Trainable parameters of the method's own part on `model`, built and each counted once; None where it refuses.
+    """Trainable parameters of the method's own part on `model`, built and counted once each; None if it refuses.
 
     With `refuse` its refusal is raised as ConfigError.
     """

@@ -1,7 +1,7 @@
-"""How many parameters a method trains, from shapes alone: no adapter is built.
+"""The number of parameters that a method trains, from shapes alone: no adapter is built.
 
-A registered method's follow from its `tensors`. PEFT's own have a formula each. Symbols: a linear layer maps d_in to
-d_out; r is the rank.
+A registered method's number follows from its `tensors`. PEFT's own methods have a formula each. Symbols: a linear layer
+maps d_in to d_out; r is the rank.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,7 +19,7 @@ from ziggurat.host.site import Site
 
 
 def lora(some: Iterable[Site], config: Any) -> int:
-    """sum r (d_in + d_out), r as the rank pattern says it; DoRA: and a magnitude for each output, d_out.
+    """sum r (d_in + d_out), r by the rank pattern; DoRA: plus a magnitude for each output, d_out.
 
     A parameter with all experts of a layer has a pair for each.
     """
@@ -33,7 +33,7 @@ def lora(some: Iterable[Site], config: Any) -> int:
 
 
 def adalora(some: Iterable[Site], config: Any) -> int:
-    """sum r (d_in + d_out) + r, r the rank that training begins with."""
+    """sum r (d_in + d_out) + r with the initial rank r."""
     return sum(config.init_r * (t.d_in + t.d_out + 1) for t in some)
 
 
