@@ -1,4 +1,4 @@
-"""Look inside an adapter: what its components are, how much of their rank they use, how alike its layers are.
+"""Analysis of an adapter: its components, their use of their rank, and the similarity of its layers.
 
 `collect` reads any adapter into plain values; `measures` turns them into rows, arrays and data frames; `figures` draws
 on matplotlib axes; `write` makes tables, files and figures of all of it. Nothing here loads matplotlib until it draws.

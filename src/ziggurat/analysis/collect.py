@@ -22,7 +22,7 @@ from ziggurat.host.tensors import whole
 from .components import UPDATE, Collected, Component, span_text
 from .readers import READERS, Places, components, place_by_name
 
-#: Starts of LoRA that take a part out of W and give it to the pair.
+#: Initialisations of LoRA that move a part of W into the pair.
 _FROM_WEIGHTS = ("pissa", "olora", "corda", "loftq")
 
 
@@ -45,7 +45,7 @@ def collect(source: nn.Module | str | Path, adapter: str = "default", *, compose
 
 
 def _sites(folder: Path, config: Any) -> Mapping[str, Site]:
-    """Where a registered method's adapter acts: as its config says, or, of older versions, as its base model has it."""
+    """The sites of a registered method's adapter: from its config, or for older versions from its base model."""
     method = method_of(config)
     if method is None:
         return {}

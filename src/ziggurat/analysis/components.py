@@ -1,4 +1,4 @@
-"""The parts of an adapter as plain values: a `Component` for each factor pair, `Collected` for all of an adapter."""
+"""The parts of an adapter as plain values: a `Component` for each factor pair, `Collected` for a whole adapter."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from torch import Tensor
 from ziggurat.lowrank.pair import FactorPair
 from ziggurat.lowrank.spectrum import factored_svd, numerical_rank, singular_values
 
-#: The part name of a linear layer's composed update, where a method makes it of several components.
+#: The part name of a linear layer's composed update, for methods with several components.
 UPDATE = "update"
 
 
@@ -18,12 +18,12 @@ UPDATE = "update"
 class Component:
     """One low-rank update B A, with its scale in B.
 
-    `part` says what it is in its method: a tier's name ("global", "mid", "layer"), a plane ("outer", "inner"), "path",
+    `part` is its name in the method: a tier's name ("global", "mid", "layer"), a plane ("outer", "inner"), "path",
     "injected", "lora", "adalora", "dylora" or "dora", or "update" for the composed update of one linear layer. `stack`,
-    `role` and `layers` say where it acts (role "": around the layer itself); `group` numbers the pairs of a shared
-    tier. A is (rank, d_in), B (d_out, rank), both on the CPU in float32 or float64. `stored`: whether the adapter's
-    file holds it; composed updates are made of others. `adds`: the update is the sum of such parts. `tensors`: what it
-    is made of, by name, with the number of entries; components that share a tensor name the same.
+    `role` and `layers` are its place (role "": around the layer itself); `group` numbers the pairs of a shared tier. A
+    is (rank, d_in), B (d_out, rank), both on the CPU in float32 or float64. `stored`: whether the adapter's file holds
+    it; composed updates are made of others. `adds`: the update is the sum of such parts. `tensors`: its tensors by
+    name, with the number of entries; components that share a tensor have the same name.
     """
 
     part: str
@@ -95,7 +95,7 @@ class Component:
 class Collected:
     """All components of one adapter. `source` names it, `method` is its PEFT type in lower case.
 
-    `notes` say what a reader should know: components of zeros or NaN, what was left out and why.
+    `notes` for the reader: components of zeros or NaN, omissions with their reasons.
     """
 
     source: str
@@ -132,7 +132,7 @@ class Collected:
 
     @property
     def layers(self) -> dict[str, int]:
-        """Stack -> how many layers it has, as far as the adapter reaches."""
+        """Stack -> the number of its layers that the adapter reaches."""
         depths: dict[str, int] = {}
         for component in self.components:
             last = component.layers[-1] + 1 if component.layers else 0

@@ -1,4 +1,4 @@
-"""The figures, each on matplotlib axes that come in (or are made) and go out."""
+"""The figures, each drawn on given or new matplotlib axes, which are returned."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def layer_map(
 ) -> Axes:
     """Heat map of a (N, N) matrix over pairs of layers: KL divergence, its difference, cosine, overlap.
 
-    `centred`: negative and positive in two hues. `diagonal` False: a layer beside itself is left grey, where its 1
-    would take up the whole scale. `least`: the colours reach at least that far, so that noise looks like noise.
+    `centred`: negative and positive in two hues. `diagonal` False: the diagonal is grey, because its 1 would take up
+    the whole scale. `least`: the smallest upper end of the scale, so that noise looks like noise.
     """
     grid = np.where(np.eye(len(grid), dtype=bool) & (not diagonal), np.nan, grid)
     side = 2.2 + 0.34 * max(5, min(len(grid), 24))
@@ -100,7 +100,7 @@ def energy_bars(collected: Collected, stack: str | None = None, ax: Axes | None 
 
 
 def pyramid(collected: Collected, stack: str | None = None, role: str | None = None, ax: Axes | None = None) -> Axes:
-    """The parts as rows of boxes over the layers they reach; colour and number: effective rank of the allocated rank.
+    """The parts as rows of boxes over their layers; colour and number: effective rank of the allocated rank.
 
     A box is averaged over the roles, or of `role` alone. Widest on top: for MSPLoRA that is the pyramid itself.
     """
@@ -209,7 +209,7 @@ def figure_3(
 
 
 def tier_map(collected: Collected, stack: str | None = None, side: str = "input", ax: Axes | None = None) -> Axes:
-    """Heat map of `measures.tier_overlap`; a part beside itself, which is 1, is left grey."""
+    """Heat map of `measures.tier_overlap`; the diagonal, which is 1, is grey."""
     grid, parts = measures.tier_overlap(collected, stack, side)
     np.fill_diagonal(grid, np.nan)
     ax = ax or new_axes(2.4 + 0.7 * len(parts), 1.6 + 0.6 * len(parts))

@@ -1,4 +1,4 @@
-"""A run while it trains: its curves from the file that it logs into."""
+"""The page of a running training: its curves from its log file."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ _UNFINISHED, _PROGRESS = ".unfinished", "progress.jsonl"
 
 
 def places_of(run: str | Path) -> tuple[Path, Path]:
-    """The folder that a run will have, and the one that it has while it trains; `run` may be either.
+    """The final folder of a run, and its working folder; `run` may be either.
 
     Raises ConfigError where neither exists.
     """
@@ -32,22 +32,22 @@ def places_of(run: str | Path) -> tuple[Path, Path]:
 
 
 def read_progress(work: Path) -> list[dict[str, Any]]:
-    """The lines that a run has logged so far; of those that a resumed run logged again, the later."""
+    """The logged lines of a run; of lines that a resumed run logged again, the later one."""
     file = work / _PROGRESS
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
     for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
             line = json.loads(text)
-        except ValueError:  # half a line, of a run that is writing it or was killed
+        except ValueError:  # an incomplete line, of a run that is writing it or was killed
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             key = line["step"], "loss" in line
-            lines[key] = lines.get(key, {}) | line  # scores, and what the end of training logs at the same step
+            lines[key] = lines.get(key, {}) | line  # scores and the end of training log at the same step
     return [lines[key] for key in sorted(lines)]
 
 
 def live_page(final: Path, lines: list[dict[str, Any]]) -> str:
-    """The page of a run that trains, which loads itself again every `REFRESH` seconds."""
+    """The page of a running training, which reloads itself every `REFRESH` seconds."""
     last = lines[-1] if lines else {}
     state = [[name, f"{last[name]:g}"] for name in ("step", "steps", "left") if isinstance(last.get(name), int | float)]
     newest: dict[str, Any] = {}

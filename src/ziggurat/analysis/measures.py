@@ -15,7 +15,7 @@ from ziggurat.lowrank.spectrum import effective_rank, spectrum_kl, stable_rank, 
 
 from .components import UPDATE, Collected, Component
 
-#: How many of the largest singular values M_eff-k counts where nothing else is said: half the rank of the component.
+#: The default k of M_eff-k: half the rank of the component.
 HALF = 0
 
 
@@ -63,7 +63,7 @@ def spectra(collected: Collected, part: str) -> np.ndarray:
 def mean_spectrum(collected: Collected, part: str, top: int = 8) -> np.ndarray:
     """The `top` largest singular values of a part, (top,), averaged over its components: a column of Fig. 3.
 
-    Components that aren't finite are left out; where there are fewer values than `top`, the rest is NaN.
+    Components that aren't finite are left out; if there are fewer values than `top`, the rest is NaN.
     """
     values = spectra(collected, part)
     values = values[np.isfinite(values).all(axis=1)]
@@ -98,8 +98,8 @@ def rank_use(
 def energy(collected: Collected, stack: str | None = None) -> dict[str, dict[str, float]]:
     """Part -> role -> mean over the layers of ||B A||_F^2, which each stored part adds to a linear layer of that role.
 
-    Parts aren't orthogonal, so these don't add up exactly to the update's own. A shared component counts in every
-    layer that it reaches. Planes that multiply instead of adding count as their update.
+    Parts aren't orthogonal, so these don't sum exactly to the update's energy. A shared component counts in every layer
+    that it reaches. For planes, which multiply, their update counts.
     """
     stack = stack_of(collected, stack)
     parts = collected.stored_parts if all(c.adds for c in collected.components) else [UPDATE]
@@ -210,7 +210,7 @@ def between_spaces(a: Component, b: Component, side: str) -> torch.Tensor:
 
 
 def stack_of(collected: Collected, stack: str | None) -> str:
-    """The stack meant: the one named, else the only one or the one with most components.
+    """The named stack, else the one with most components.
 
     Raises:
         ConfigError: the adapter doesn't reach a stack of that name.
@@ -251,6 +251,6 @@ def _some(collected: Collected, part: str) -> list[Component]:
 
 
 def mean(values: Iterable[float]) -> float:
-    """Mean of the finite ones; NaN if there are none."""
+    """Mean of the finite values; NaN if there are none."""
     finite = [value for value in values if np.isfinite(value)]
     return float(np.mean(finite)) if finite else float("nan")

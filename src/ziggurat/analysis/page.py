@@ -1,4 +1,4 @@
-"""`ziggurat report`: one HTML page of one run or several that needs nothing from the network."""
+"""`ziggurat report`: one HTML page about one or several runs that works offline."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -68,7 +68,7 @@ def template() -> Template:
 
 
 def names_of(folders: Sequence[str | Path]) -> list[str]:
-    """Each folder's own name, with as many of those above it as tell it from the others.
+    """Each folder's name, with as many parent folders as make it unique.
 
     Raises:
         ConfigError: a folder is named twice.
@@ -87,7 +87,7 @@ def names_of(folders: Sequence[str | Path]) -> list[str]:
 
 
 def _by_run(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """One row a run, its name first; up to three runs stand side by side instead, which fits on a phone."""
+    """One row per run, its name first; up to three runs are columns instead, which fits on a phone."""
     if len(rows) <= 3:
         head, *rows = zip(*[head, *rows], strict=True)
     return head, rows
@@ -124,7 +124,7 @@ def _cost(runs: Sequence[Run]) -> Table:
     return _by_run([*names, "seconds", "steps", "peak memory"], rows)
 
 
-#: What TRL logs of steps that draw completions.
+#: TRL's logged values of steps that draw completions -> titles.
 _OF_REWARDS = {
     "reward": "Reward",
     "reward_std": "Standard deviation of the reward",
@@ -145,7 +145,7 @@ def _curves(runs: Sequence[Run]) -> Iterator[str]:
             if points:
                 x, y = zip(*points, strict=True)
                 series[run.name] = (x, y)
-        # One point a run is no curve; the tables say it.
+        # One point per run isn't a curve; the tables have it.
         if any(len(x) > 1 for x, _ in series.values()):
             title = titles.get(name, f"Validation {name.removeprefix('eval_')}")
             yield svg.line_chart(title, series, "epoch")
@@ -197,7 +197,7 @@ def _adapter(collected: Collected) -> Iterator[str]:
             yield svg.heat_map("Overlap of the tiers' input subspaces", grid, parts, parts)
         layers = [str(n) for n in range(depth)]
         rows, most = [f"layer {n}" for n in layers], float(max(2, *(c.rank for c in collected.of(part))))
-        # An effective rank lies between 1 and the rank, so its colours mean the same in every run of that rank.
+        # An effective rank lies between 1 and the rank, so its colours are comparable between runs of that rank.
         for value, words, limits in (("effective_rank", "Effective rank", (1.0, most)), ("norm", "Norm", None)):
             grid, roles = measures.by_layer_and_role(collected, part, value, stack)
             names = [short[r] for r in roles]
@@ -263,7 +263,7 @@ def _left(run: Run, collected: Collected) -> Iterator[str]:
 
 
 def _section(title: str, charts: Iterable[str], texts: Sequence[str] = (), notes: Sequence[str] = ()) -> Section | None:
-    """A section of those charts that have something to show; None where there is nothing."""
+    """A section of the non-empty charts; None if there is no content."""
     drawn = [Markup(chart) for chart in charts if chart]  # noqa: S704  svg.py escapes every text in it
     return Section(title, drawn, texts, notes) if drawn or texts or notes else None
 

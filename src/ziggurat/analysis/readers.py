@@ -30,7 +30,7 @@ _NUMBERED = re.compile(r"^(.*?)\.(\d+)(?:\.(.*))?$")
 def place_by_name(path: str) -> Place:
     """The place of a module by its path alone: the first number is the layer's, the path in front of it is the stack's.
 
-    This is wrong where stages are numbered outside the layers (Swin), which only the model shows. `num_layers` is 0:
+    This is wrong for stages that are numbered outside the layers (Swin), which only the model tells. `num_layers` is 0:
     unknown.
     """
     match = _NUMBERED.match(path)
@@ -40,7 +40,7 @@ def place_by_name(path: str) -> Place:
 
 
 def components(method: Method, state: State, config: Any, sites: Mapping[str, Site]) -> Iterator[Component]:
-    """The parts of a registered method's adapter, each once, and where a site has several the update of them all."""
+    """The parts of a registered method's adapter, each once, and for sites with several parts the whole update."""
     state = {_bare(name): tensor for name, tensor in current_names(state, method).items()}
     if method.acting is not None:
         sites = method.acting(config, dict(sites))
@@ -87,7 +87,7 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
 
 
 def _shared_by(members: Mapping[str, range], keys: Sequence[str], num_experts: int | None) -> str:
-    """Which experts have these tensors in common, in brackets; nothing where all have, or where there are none."""
+    """The experts that share these tensors, in brackets; "" if all do, or if there are none."""
     if not members:
         return ""
     first, end = max(members[key].start for key in keys), min(members[key].stop for key in keys)
@@ -97,7 +97,7 @@ def _shared_by(members: Mapping[str, range], keys: Sequence[str], num_experts: i
 
 
 def _narrowed(pair: FactorPair, rank: int | None) -> FactorPair:
-    """The same update in `rank` directions, where the planes that it is a product of allow no more."""
+    """The same update in `rank` directions, if its planes limit the rank."""
     if rank is None or rank >= pair.A.shape[0] or pair.A.is_meta or not all(half.isfinite().all() for half in pair):
         return pair
     U, S, V = factored_svd(pair.A, pair.B)
@@ -143,7 +143,7 @@ READERS: dict[str, Callable[[State, Any, Places], Iterator[Component]]] = {
 
 
 def _grouped(state: State, pattern: str) -> dict[str, dict[str, Tensor]]:
-    """Path -> leaf -> tensor, for the names that match `pattern`, which says what is which."""
+    """Path -> leaf -> tensor, for the names that match `pattern` with these two groups."""
     groups: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         match = re.match(pattern, name)

@@ -1,4 +1,4 @@
-"""A finished run's folder, read for the report."""
+"""Reading a finished run's folder for the report."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,10 +17,11 @@ RUN, RECIPE = "run.json", "recipe.yaml"
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a finished run's folder says. `collected` is None where there is no adapter to read; `why` says so.
+    """The contents of a finished run's folder. `collected` is None if there is no readable adapter; `why` has the
+    reason.
 
     `events`: LoR2C's merges and injections. `left`: path -> directions left of a method that prunes (LoRA², AdaLoRA),
-    of `most` at the start; empty where nothing was pruned.
+    of `most` at the start; empty if nothing was pruned.
     """
 
     name: str
@@ -75,7 +76,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def _events(folder: Path) -> list[Any]:
-    """What changed the adapter's structure during training, where its method writes such a log."""
+    """The log of changes of the adapter's structure during training, if its method writes one."""
     for method in METHODS.values():
         if method.events_file and (folder / method.events_file).is_file():
             return read_json(folder, method.events_file, MOST_RUN)
@@ -90,7 +91,7 @@ def _pruned(folder: Path, collected: Collected | None) -> tuple[dict[str, int], 
     config: Any = adapter_config(folder)
     most = getattr(config, "init_r", None) or config.r
     pattern = getattr(config, "rank_pattern", None) or {}
-    # A method of ours writes how many are left, AdaLoRA which; ranks by role are a choice of the user's.
+    # Our methods write the number of remaining directions, AdaLoRA a mask; ranks by role are a user's choice.
     counted = all(isinstance(kept, int) or all(isinstance(k, bool) for k in kept) for kept in pattern.values())
     left = {path: kept if isinstance(kept, int) else sum(kept) for path, kept in pattern.items()} if counted else {}
     return (left, most) if sum(left.values()) < most * len(left) else ({}, most)

@@ -1,7 +1,7 @@
-"""How much several matrices have in common, which is what a shared tier can hold: of updates, and of gradients.
+"""The common part of several matrices, which a shared tier can hold: of updates, and of gradients.
 
-Of matrices D_1, ..., D_n of one shape, the mean M = sum_i D_i / n, put in the place of each, holds n ||M||_F^2 of all
-their energy sum_i ||D_i||_F^2. With the Gram matrix G_ij = <D_i, D_j>_F its share is
+The mean M = sum_i D_i / n of matrices D_1, ..., D_n of one shape, in the place of each, has n ||M||_F^2 of their energy
+sum_i ||D_i||_F^2. With the Gram matrix G_ij = <D_i, D_j>_F its share is
 
     shared = sum_ij G_ij / (n sum_i G_ii)
 
@@ -53,10 +53,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Shared:
-    """The share of energy that is common `over` depth, group, role or adapter, in the linear layers `where`.
+    """The common share of the energy `over` depth, group, role or adapter, in the linear layers `where`.
 
-    `number`: how many matrices are compared at once, at most. `independent`: what orthogonal matrices of these energies
-    would give.
+    `number`: the largest number of compared matrices. `independent`: the share for orthogonal matrices of these
+    energies.
     """
 
     over: str
@@ -117,7 +117,7 @@ def gradients(model: nn.Module, losses: Iterator[Tensor]) -> list[Item]:
 
 
 def shared(items: Sequence[Item]) -> list[Shared]:
-    """What is common over depth, over thirds of it, over roles of one shape, and over adapters."""
+    """The common share over depth, over thirds of it, over roles of one shape, and over adapters."""
     adapters = list(dict.fromkeys(item.adapter for item in items))
     lines: list[Shared] = []
     for role in dict.fromkeys(item.role for item in items):

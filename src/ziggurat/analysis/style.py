@@ -1,4 +1,4 @@
-"""The style of all figures: one palette, named layers and roles, values in cells where they fit."""
+"""The style of all figures: one palette, named layers and roles, values in cells if they fit."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def styled() -> Iterator[None]:
 
 
 def new_axes(width: float, height: float) -> Axes:
-    """Axes on a figure of their own, in inches; no window, no global state. Show or save `ax.figure`."""
+    """Axes on a new figure, in inches; no window, no global state. Show or save `ax.figure`."""
     return new_row(width, height, [1.0])[0]
 
 
@@ -72,7 +72,7 @@ def part_colour(part: str, parts: Sequence[str]) -> str:
 
 
 def text_colour(background: Sequence[float]) -> str:
-    """White or near black, whichever can be read on an RGB(A) colour."""
+    """White or near black, whichever is readable on an RGB(A) colour."""
     red, green, blue = background[:3]
     return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "#1d2733"
 
@@ -85,7 +85,7 @@ def scale() -> Any:
 
 
 def digits_for(values: np.ndarray) -> int:
-    """Decimals that tell such values apart in a small cell: none from 100 on, three below 0.1."""
+    """The number of decimals in a small cell: none from 100 on, three below 0.1."""
     known = np.abs(values[np.isfinite(values)])
     largest = float(known.max()) if known.size else 1.0
     return 0 if largest >= 100 else 1 if largest >= 10 else 2 if largest >= 0.1 else 3

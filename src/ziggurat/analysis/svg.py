@@ -1,4 +1,4 @@
-"""Charts as SVG text that takes its colours from the page around it, so that light and dark both fit."""
+"""Charts as SVG text with the colours of the surrounding page, light or dark."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -104,7 +104,7 @@ def heat_map(
     limits: tuple[float, float] | None = None,
     centred: bool = False,
 ) -> str:
-    """A matrix as cells, with its numbers where they fit; NaN has its own colour.
+    """A matrix as cells, with its numbers if they fit; NaN has its own colour.
 
     `limits`: the ends of the colours, where several maps share them. `centred`: two hues that meet at 0.
     """
@@ -147,7 +147,7 @@ def heat_map(
 
 
 def pyramid(collected: Collected, stack: str | None = None) -> str:
-    """The parts as rows of boxes over the layers they reach; number and shade: effective rank of the allocated rank."""
+    """The parts as rows of boxes over their layers; number and shade: effective rank of the allocated rank."""
     stack = measures.stack_of(collected, stack)
     depth, left, tall = collected.layers[stack], 66, 34
     side = (WIDTH - left - _RIGHT) / depth
@@ -176,7 +176,7 @@ def pyramid(collected: Collected, stack: str | None = None) -> str:
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers, 1, 2 or 5 times a power of ten apart, that reach over low to high; about `most` of them."""
+    """About `most` round numbers from low to high, with a step of 1, 2 or 5 times a power of ten."""
     if high <= low:
         return [low]
     rough = (high - low) / most
@@ -187,7 +187,8 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def _shade(value: float, low: float, high: float, centred: bool = False) -> tuple[str, float]:
-    """The class of a cell and how far its colour goes, 0 to 1: h up to the middle, i beyond, y below 0, x for NaN."""
+    """The class of a cell and the strength of its colour, 0 to 1: h up to the middle, i beyond, y below 0, x for
+    NaN."""
     if not np.isfinite(value):
         return "x", 0.0
     if centred and value < 0:

@@ -22,7 +22,7 @@ def smallest_angle(a: Component, b: Component, side: str = "input") -> float:
 
 
 def rows(collected: Collected) -> list[dict[str, Any]]:
-    """A line for each pair of tiers and each stack: means over the linear layers that both act on.
+    """A line for each pair of tiers and each stack: means over the linear layers of both.
 
     Empty for parts that multiply (planes).
     """

@@ -1,8 +1,8 @@
-"""Spectra while training: recorded by a callback, logged like any other value, read back as arrays.
+"""Spectra during training: recorded by a callback, logged like any other value, and read as arrays.
 
-The values go through the Trainer's own logging, so TensorBoard, W&B and trackio get them, checkpoints and run.json
-keep them, and a resumed run goes on where it was. Names: `spectra/<part>/s1` ... `s8`, the mean singular values from
-the largest (arXiv 2503.21838, Fig. 3), and `spectra/<part>/effective_rank`, `m_eff`, `norm`, means over components.
+The values go through the Trainer's logging, so TensorBoard, W&B and trackio get them, checkpoints and run.json keep
+them, and a resumed run continues them. Names: `spectra/<part>/s1` ... `s8`, the mean singular values from the largest
+(arXiv 2503.21838, Fig. 3), and `spectra/<part>/effective_rank`, `m_eff`, `norm`, means over components.
 """
 
 import math
@@ -45,7 +45,7 @@ class SpectraCallback(TrainerCallback):
 
 
 def record_spectra(trainer: Any, every: Literal["epoch"] | int = "epoch", adapter: str = "default") -> SpectraCallback:
-    """Let a transformers Trainer record the spectra of its model's adapter, after every epoch or every N steps.
+    """Make a transformers Trainer record the spectra of its model's adapter, after every epoch or every N steps.
 
     Raises:
         ConfigError: the model has no such adapter, or one that analysis can't read.

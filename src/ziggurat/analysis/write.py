@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Map:
-    """A matrix over pairs of layers and how it is drawn; the fields are those of `figures.layer_map`."""
+    """A matrix over pairs of layers and its style; the fields are those of `figures.layer_map`."""
 
     measure: Callable[..., np.ndarray]
     title: str
@@ -110,10 +110,9 @@ def write(
 ) -> list[Path]:
     """Write components.csv, analysis.json (all measures, spectra and matrices) and the figures to the folder `out`.
 
-    Methods with tiers get a tiers.csv, too: how alike each pair of tiers is.
+    Methods with tiers get a tiers.csv, too: the similarity of each pair of tiers.
 
-    `history`: the log of the run that made it; where it recorded spectra, they are drawn over the epochs. `beside`: as
-    in `as_json`.
+    `history`: the log of its run; recorded spectra are drawn over the epochs. `beside`: as in `as_json`.
 
     Raises:
         ConfigError: `out` is a file; `other` has another depth.
@@ -156,7 +155,7 @@ def as_json(
 ) -> dict[str, Any]:
     """Everything as plain values: components with spectra, matrices by stack, energies. NaN stays NaN.
 
-    `beside`: further adapters of the same base, for the energy that all have in common.
+    `beside`: further adapters of the same base, for their common energy.
     """
     lines = [
         {
@@ -197,7 +196,7 @@ def json_text(
 
 
 def against(first: Collected, second: Collected) -> str:
-    """A sentence that says which of two adapters has layers whose spectra differ more.
+    """A sentence about the adapter, of two, whose layers' spectra differ more.
 
     Raises:
         ConfigError: they have different depths.
@@ -264,7 +263,7 @@ def _number(value: float, digits: int) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """For JSON, which has no NaN: None instead."""
+    """`value` for JSON, with None in the place of NaN."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):

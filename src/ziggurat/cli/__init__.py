@@ -1,4 +1,4 @@
-"""The `ziggurat` command: its commands stand in the modules beside this one."""
+"""The `ziggurat` command; its subcommands are in the modules of this package."""
 
 import itertools
 import os
@@ -68,18 +68,18 @@ app.command()(init)
 app.command()(chat)
 app.command(name="launch-config")(launch_config)
 app.command(name="plugin-path")(plugin_path)
-# What comes after the program's name is its own, whatever it looks like.
+# Words after the program's name belong to the program.
 app.command(name="with", context_settings={"allow_interspersed_args": False})(with_method)
 
 
 def main() -> NoReturn:
-    """Entry point: mistakes of the user end in one clean line and exit code 2, faults of ours in exit code 1."""
+    """Entry point: the user's mistakes end in one clean line and exit code 2, other errors in exit code 1."""
     words = sys.argv[1:]
     debug = _DEBUG in itertools.takewhile(lambda word: word != "--", words)
     if not debug:
         import warnings
 
-        # What the libraries will change in later versions is no news to somebody who trains a model.
+        # The libraries' deprecations don't concern somebody who trains a model.
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
@@ -100,7 +100,7 @@ def main() -> NoReturn:
 def _options_first(words: Iterable[str]) -> list[str]:
     """`words` with each `--plugin FILE` before the command, wherever it stood, and without --debug.
 
-    After `--` nothing is touched: it belongs to another program, or is a text.
+    Words after `--` aren't touched: they belong to another program, or are a text.
     """
     first, rest, left = [], [], iter(words)
     for word in left:

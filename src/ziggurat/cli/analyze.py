@@ -1,4 +1,4 @@
-"""`ziggurat analyze` and `ziggurat report`: what the commands take and print."""
+"""The commands `ziggurat analyze` and `ziggurat report`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -87,7 +87,7 @@ def report(
 
 
 def _write(out: Path, text: str, tell: bool = True) -> None:
-    """Write a page, over an older page alone. Raises ExportError."""
+    """Write a page; only an older page is overwritten. Raises ExportError."""
     head = text.partition("<title>")[0]
     if out.exists() and not (out.is_file() and out.read_bytes().startswith(head.encode())):
         raise ExportError(f"'{out}' exists and is no report of this command; name another file by --out")
@@ -97,7 +97,7 @@ def _write(out: Path, text: str, tell: bool = True) -> None:
 
 
 def _follow(run: Path, out: Path) -> Path:
-    """Print what a run logs, and write its page anew, until it is finished; its folder. ConfigError if it goes away."""
+    """Print a run's log and update its page until it is finished; returns its folder. ConfigError if it vanishes."""
     import time
 
     from ziggurat.analysis.live import live_page, places_of, read_progress
@@ -119,7 +119,7 @@ def _follow(run: Path, out: Path) -> Path:
         time.sleep(_EVERY)
 
 
-#: Seconds between two looks at a run that is followed.
+#: The polling interval of a followed run, in seconds.
 _EVERY = 1.0
 
 

@@ -1,4 +1,4 @@
-"""`ziggurat chat`, and the options of all commands that let a model write."""
+"""`ziggurat chat`, and the common options of commands with generated text."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def chat(
 
 
 def _answer(loaded: Loaded, messages: list[dict[str, Any]], system: str | None, sampling: Sampling) -> str:
-    """The answer to the last message, printed as it comes. Raises DataError if the conversation is too long."""
+    """The answer to the last message, printed as it is generated. Raises DataError if the conversation is too long."""
     from transformers import TextStreamer
 
     from ziggurat.training.answers.predict import asked_of

@@ -1,4 +1,4 @@
-"""`ziggurat doctor`: what the command takes and prints."""
+"""The command `ziggurat doctor`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -32,7 +32,7 @@ def doctor(
     elif given and Path(given[0]).is_dir() and not (Path(given[0]) / "recipe.yaml").is_file():
         from ziggurat.host.saved.folder import adapter_config
 
-        adapter_config(given[0])  # raises, and says what the folder lacks
+        adapter_config(given[0])  # raises an error that names the missing file
     elif given:
         from ziggurat.recipe.recipe import load_recipe
 

@@ -85,7 +85,7 @@ def evaluate(
 def _ready(
     tasks: list[str], data: Path | None, limit: int | None, run_code: bool, keep: Path | None
 ) -> AbstractContextManager[list[Ready]]:
-    """The tasks of lm-eval; it is not imported where there are none."""
+    """The tasks of lm-eval; it is not imported if there are none."""
     if not tasks:
         return nullcontext([])
     from ziggurat.evaluation.ready import ready
@@ -102,14 +102,14 @@ def _lm_scores(model: Any, tokenizer: Any, ready: list[Ready], limit: int | None
 
 
 def _write(out: Path | None, values: dict[str, Any]) -> None:
-    """Write scores into a file, where one is named. Raises StorageError."""
+    """Write scores into a file, if one is named. Raises StorageError."""
     if out is not None:
         text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         write_whole(out, text, then="The scores stand above; nothing was changed there.")
 
 
 def score_file(adapter: str, file: Path | None, *, limit: int | None, batch: int, out: Path | None) -> None:
-    """`ziggurat eval ADAPTER --data FILE`. Raises RecipeError for what `ziggurat train` didn't write."""
+    """`ziggurat eval ADAPTER --data FILE`. Raises RecipeError for folders that `ziggurat train` didn't write."""
     from dataclasses import asdict
 
     from ziggurat.evaluation.own import read_file, score_rows
@@ -152,7 +152,7 @@ def _read_tasks(tasks: str) -> tuple[list[str], list[str]]:
 
 
 def _check_no_tasks(dtype: str, predictions: Path | None, keep_tasks: Path | None, *, run_code: bool) -> None:
-    """An option of tasks alone must not be dropped in silence."""
+    """Raise BadParameter for options that need --tasks, which must not be ignored silently."""
     given = {"--predictions": predictions, "--keep-tasks": keep_tasks, "--run-generated-code": run_code}
     named = [name for name, value in given.items() if value] + ["--dtype"] * (dtype != "auto")
     if named:
@@ -171,14 +171,14 @@ def _check_options(glue: list[str], dtype: str, limit: int | None, predictions: 
 
 
 def _check_places(*places: Path | None) -> None:
-    """Scoring takes hours; a place that takes no file is to be known before."""
+    """Check that files can be written there, before hours of scoring."""
     for place in places:
         if place is not None:
             check_writable(place)
 
 
 def _find(adapter: str, glue: list[str], rest: list[str], dtype: str, data: Path | None, *, server: bool) -> Subject:
-    """What is to be scored, seen to fit the tasks and their data before a model is loaded."""
+    """The subject to score, checked against the tasks and their data before a model is loaded."""
     from ziggurat.evaluation.ready import check_folder
     from ziggurat.evaluation.subject import check_tasks, find_subject
 
@@ -204,20 +204,20 @@ def _check_needs(glue: list[str], rest: list[str]) -> None:
     from ziggurat.extras import require
     from ziggurat.recipe.glue import GLUE
 
-    # Unknown names are reported where the names are read.
+    # Unknown names are reported when the names are read.
     known = [name for name in (task.removeprefix("glue/") for task in glue) if name in GLUE]
     packages = [package for name in known for package in needs(name)]
     require("ziggurat eval", *packages, *(["lm-eval"] if rest else []))
 
 
-#: Of GLUE's scores those that are no percentages.
+#: GLUE's scores that aren't percentages.
 _PLAIN = ("rows", "rmse")
 
 
 def _glue(
     loaded: Any, name: str, data: Path | None, limit: int | None, predictions: Path | None
 ) -> dict[str, dict[str, float]]:
-    """The scores of one task, which are printed; none where GLUE's server is to give them."""
+    """The scores of one task, which are printed; empty if GLUE's server computes them."""
     from ziggurat.evaluation.glue import glue_scores, task_of, write_server_files
 
     folder = str(data) if data is not None else loaded.recipe.data.folder
@@ -232,7 +232,7 @@ def _glue(
 
 
 def _scores(task: str, scores: dict[str, float], per_cent: list[str], errors: dict[str, float] | None = None) -> str:
-    """Percentages with two digits, other scores with the four that lm-eval's own table has; with standard errors."""
+    """Percentages with two digits, other scores with four, as in lm-eval's table; with standard errors."""
 
     def shown_of(name: str, value: float) -> str:
         digits = 2 if name in per_cent else 4

@@ -1,4 +1,4 @@
-"""Questions of several commands about an adapter's folder and the folder that they write."""
+"""Checks that several commands share, of an adapter's folder and of the folder that they write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def from_a_run(folder: Path) -> bool:
-    """True if the folder has a recipe by which its model can be built again, with its head and label names."""
+    """True if the folder has a recipe to rebuild its model, with its head and label names."""
     return (folder / "run.json").is_file() and (folder / "recipe.yaml").is_file()
 
 
@@ -34,13 +34,13 @@ def adapter_of_a_run(folder: Path, base: str | None) -> Loaded | None:
 
 
 def refuse_taken(out: Path) -> None:
-    """Raises ExportError when something stands at `out` already, an empty folder excepted."""
+    """Raises ExportError if `out` exists already and isn't an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"'{out}' exists already; name another folder")
 
 
 def check_hub(repo: str | None) -> None:
-    """Where `--push-to-hub` names a repository, see that the hub knows this user. Raises ExportError."""
+    """Check the login if `--push-to-hub` names a repository. Raises ExportError."""
     if repo is not None:
         from ziggurat.export.push import check
 
@@ -48,7 +48,7 @@ def check_hub(repo: str | None) -> None:
 
 
 def push(folder: Path, repo: str | None, private: bool) -> None:
-    """Upload a folder where `--push-to-hub` names a repository. Raises ExportError."""
+    """Upload a folder if `--push-to-hub` names a repository. Raises ExportError."""
     if repo is not None:
         from ziggurat.export.push import push as upload
 

@@ -1,4 +1,4 @@
-"""`ziggurat init`: what the command takes and prints."""
+"""The command `ziggurat init`."""
 
 import shlex
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`ziggurat launch-config`: the config files for `accelerate launch`, one a way to train on several devices."""
+"""`ziggurat launch-config`: config files for `accelerate launch`, one for each way to train on several devices."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +13,7 @@ NAMES = ("ddp", "fsdp2", "zero2", "zero3")
 
 
 def config_file(name: str) -> Path:
-    """The file of the way called `name`. Raises ConfigError for a name that isn't one of `NAMES`."""
+    """The config file called `name`. Raises ConfigError for a name that isn't one of `NAMES`."""
     if name not in NAMES:
         raise ConfigError(f"launch config {name!r} does not exist; there are {', '.join(NAMES)}")
     return Path(str(files("ziggurat") / "launch" / f"{name}.yaml"))

@@ -1,4 +1,4 @@
-"""`ziggurat plan` and `ziggurat suggest`: what the commands take and print."""
+"""The commands `ziggurat plan` and `ziggurat suggest`."""
 
 import shlex
 from pathlib import Path
@@ -59,7 +59,7 @@ def plan(
 
 
 def _choice(values: dict[str, object], problems: list[str]) -> dict[str, object]:
-    """`method.*` words without a recipe, checked as a recipe's are."""
+    """`method.*` words without a recipe, checked like those of a recipe."""
     from ziggurat.errors import RecipeError
     from ziggurat.recipe.methods import BUDGET, METHODS, method_problems
 

@@ -1,4 +1,4 @@
-"""`ziggurat tenants`: adapters that share tensors, as a set."""
+"""`ziggurat tenants`: saving adapters that share tensors as a set."""
 
 from pathlib import Path
 from typing import Annotated

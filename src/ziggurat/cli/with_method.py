@@ -1,4 +1,4 @@
-"""`ziggurat with` and `ziggurat plugin-path`: what the commands take."""
+"""The commands `ziggurat with` and `ziggurat plugin-path`."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Mistakes in a table's file, all of them at once, before recipes are made of it."""
+"""All mistakes in a table's file at once, before recipes are made of it."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -154,7 +154,7 @@ def _key_problems(where: str, keys: Any) -> Iterator[str]:
 
 
 def _label_problems(section: str, labels: Any) -> Iterator[str]:
-    """Labels that would break a row or share one: YAML takes 1 and '1' for two labels."""
+    """Labels with control characters, and duplicates: YAML takes 1 and '1' for two labels."""
     seen = [str(label) for label in labels]
     for label in seen:
         if "\n" in label or clean(label) != label:

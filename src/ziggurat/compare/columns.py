@@ -1,4 +1,4 @@
-"""The columns of a table: a trained task's score on its validation data, or its adapters' on a task of lm-eval."""
+"""The columns of a table: a task's score on its validation data, or its adapters' on a task of lm-eval."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AVERAGE = "average"
 
 @dataclass(frozen=True)
 class Column:
-    """One column. `second` is shown after a stroke; `evaluated` is lm-eval's task where it is one's."""
+    """One column. `second` is shown after a slash; `evaluated` is lm-eval's task of the column, if it is one."""
 
     name: str
     task: str
@@ -39,7 +39,7 @@ class Column:
         return float(line["score"])
 
     def in_per_cent(self, line: dict[str, Any]) -> bool:
-        """True if `score` is a percentage, or of a trained task; some metrics of lm-eval have a scale of their own."""
+        """True if `score` is a percentage, or of a trained task; some metrics of lm-eval have another scale."""
         return self.evaluated is None or self.metric in line["evaluated"][self.evaluated]["per_cent"]
 
     def second_score(self, line: dict[str, Any]) -> float | None:
@@ -50,7 +50,7 @@ class Column:
 
 
 def columns_of(runs: list[Run], tasks: list[str]) -> tuple[list[Column], list[str]]:
-    """The columns of a table's tasks, and where its methods don't agree on what a column shows."""
+    """The columns of a table's tasks, and conflicts between its methods' metrics."""
     columns: list[Column] = []
     problems = []
     for task in tasks:

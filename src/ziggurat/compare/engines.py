@@ -28,7 +28,7 @@ RETRIES = 3
 class Outcome:
     """How a run ended: `done` with its run.json, `failed` or `stopped` with the reason, and the path of its log.
 
-    `where`: the surroundings of the worker; of a worker that died, what this program knows of them.
+    `where`: the surroundings of the worker; for a worker that died, as far as this program knows them.
     """
 
     run: Run
@@ -40,7 +40,7 @@ class Outcome:
 
 
 class Engine(Protocol):
-    """Starts runs and gives their answers. A handle, whatever it is, stands for a started run."""
+    """Starts runs and returns their answers. A handle, of any type, identifies a started run."""
 
     @property
     def at_once(self) -> int | None:
@@ -130,7 +130,7 @@ class Local:
         return _Process(process, ours, slot)
 
     def ended(self, handles: list[_Process]) -> list[_Process]:
-        # A pipe can be read when an answer comes, which may be larger than it holds, and when its process has died.
+        # A pipe is readable when an answer arrives, even one larger than its buffer, and when its process has died.
         at = {handle.pipe: handle for handle in handles}
         return [at[pipe] for pipe in wait(list(at), timeout=1.0)]  # type: ignore[index]
 
@@ -218,6 +218,6 @@ def visible_gpus() -> list[str]:
 
 
 def _threads() -> int | None:
-    """OMP_NUM_THREADS, of which OpenMP allows one number for each level; whoever sets it knows who else is at work."""
+    """OMP_NUM_THREADS, which may have one number for each level; it is respected if it is set."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(first) or None if first.isdecimal() else None

@@ -1,4 +1,4 @@
-"""Scoring the adapters of an instruct task on lm-eval's tasks and on plain text, each of which is a column."""
+"""Scoring the adapters of an instruct task on lm-eval's tasks and on plain text, a column each."""
 
 import gc
 import json
@@ -18,9 +18,9 @@ from ziggurat.training.data.content import digest
 
 #: The method that trains nothing: the base model as it is, a row to compare with.
 NONE = "none"
-#: The keys of a recipe that matter to that row; the others, the seed too, don't change the model.
+#: The recipe's keys that matter for that row; the others, including the seed, don't change the model.
 _OF_THE_BASE = ("model", "gguf_file", "revision", "dtype")
-#: Where a run's folder keeps the scores of each task as soon as it has them.
+#: The file in a run's folder with the scores of each finished task.
 FILE = "evaluation.json"
 
 #: The column of the perplexity of plain text, with the adapter and without.
@@ -51,7 +51,7 @@ class Evaluation:
 
     @property
     def text_settings(self) -> dict[str, Any]:
-        """What changes the score of plain text: what the file holds."""
+        """The settings that change the score of plain text: the digest of the file."""
         there = self.retention is not None and Path(self.retention).exists()
         return {"text": digest(Path(self.retention)) if there else self.retention}  # type: ignore[arg-type]
 
@@ -117,7 +117,7 @@ def evaluation_problems(given: Any) -> Iterator[str]:
 
 
 def check_ready(evaluations: list[Evaluation]) -> None:
-    """See before hours of training that the scores can be taken.
+    """Check before hours of training that the scores can be computed.
 
     Raises MissingExtraError, RecipeError or DataError: lm-eval isn't installed, knows no such task, or the data can't
     be read.
@@ -147,13 +147,13 @@ def _check_metric(task: Ready, metric: str) -> None:
 
 
 def of_the_base(recipe: Recipe) -> dict[str, Any]:
-    """The part of a resolved recipe that the base model's own row depends on."""
+    """The part of a resolved recipe that decides the base model's row."""
     kept = {key: value for key, value in resolved(recipe).items() if key in _OF_THE_BASE}
     return {"method.name": NONE, **kept}
 
 
 def base_info() -> dict[str, Any]:
-    """The values in place of run.json where nothing was trained."""
+    """The values in the place of run.json if nothing was trained."""
     from ziggurat.training.loop.result import versions
 
     return {"metric": None, "after": {}, "parameters": {"adapter": 0}, "versions": versions()}
@@ -211,7 +211,7 @@ def _scored(model: Any, tokenizer: Any, task: str, evaluation: Evaluation) -> di
 def _load(recipe: Recipe) -> tuple[Any, Any]:
     import torch
 
-    # The trained model is still waiting for the garbage collector; two models may be more than a GPU holds.
+    # The trained model may not be collected yet; two models may not fit on a GPU.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -50,11 +50,11 @@ def fill(
 ) -> Filled:
     """Start the runs that the table lacks; then write table.md, table.csv and the plots into its folder.
 
-    `shard`: (k, n), take the k-th of n equal parts of the runs alone (k from 1), beside other programs that take the
-    others; the reports show what all of them have done so far.
+    `shard`: (k, n), run only the k-th of n equal parts of the runs (k from 1), beside other programs that run the
+    others; the reports include the results of all of them so far.
 
-    A run that has been done, by the key of its resolved recipe, is never done again; one that failed is tried again.
-    Ctrl-C stops the running ones with a checkpoint, and the same call goes on from there.
+    A finished run, by the key of its resolved recipe, is never repeated; a failed run is tried again. Ctrl-C stops the
+    running ones with a checkpoint, and the same call resumes them.
 
     Raises:
         MissingExtraError: packages that one of the runs, its evaluation or the engine needs aren't installed.
@@ -102,7 +102,7 @@ def _needs(todo: list[Run], engine: str) -> list[str]:
 
 
 def report(table: Table) -> Filled:
-    """Write the reports from the runs that are done; starts none. Raises MissingExtraError without scipy."""
+    """Write the reports from the finished runs; starts none. Raises MissingExtraError without scipy."""
     return _written(table, Results(table.folder), 0, False)
 
 
@@ -135,8 +135,8 @@ def _note(table: Table, results: Results, outcome: Outcome) -> None:
 def _alone(folder: Path, shard: str) -> Iterator[None]:
     """Hold the folder's lock: two programs at once would train the same runs into the same folders.
 
-    A shard holds a lock of its own, and the folder's only while it takes that; other shards wait for this moment. The
-    whole table takes the folder's and those of all shards.
+    A shard holds its own lock, and the folder's only while it acquires it; other shards wait for this moment. The whole
+    table takes the folder's lock and those of all shards.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,4 +1,4 @@
-"""Models, data and lm-eval's tasks of a table's runs, checked before the first run instead of in each of them."""
+"""Checks of models, data and lm-eval's tasks of a table's runs before the first run."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,7 +10,7 @@ from .table import Run, refused
 
 
 def check_inputs(name: str, runs: Sequence[Run]) -> None:
-    """Read what the runs of the table `name` will read: each model's config, each task's rows, lm-eval's tasks.
+    """Read the inputs of the runs of the table `name`: each model's config, each task's rows, lm-eval's tasks.
 
     Raises:
         RecipeError: models, files or columns that don't exist, all at once and each one once; or lm-eval knows no such

@@ -1,4 +1,4 @@
-"""The table while it fills."""
+"""The live display of a table that is being filled."""
 
 import statistics
 import time
@@ -43,7 +43,7 @@ class LiveTable:
             self.say(f"{self._place(run)}: started")
 
     def ended(self, outcome: Outcome) -> None:
-        """Note an ended run, and print the reason of a failed one at once, with the path of its log."""
+        """Record an ended run, and print the reason of a failure at once, with the path of its log."""
         begun = self.running.pop(outcome.run.key, time.monotonic())
         run, place = outcome.run, self._place(outcome.run)
         if outcome.status == "done":

@@ -37,7 +37,7 @@ def draw(summary: Summary, folder: Path) -> list[Path]:
                     capsize=3,
                     label=method,
                 )
-        # Training the head alone has no parameters of its own; a logarithm has no zero.
+        # Training the head alone has 0 adapter parameters, which a logarithmic axis can't show.
         axis.set_xscale("symlog", linthresh=100)
         axis.set_title(column)
         axis.set_xlabel("trainable parameters, without the head")

@@ -1,4 +1,4 @@
-"""Published figures, to be printed beside measured ones and marked as such."""
+"""Published figures, printed beside measured ones and marked as such."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +21,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Published:
-    """A published table: which paper, which model, and how its scores came about."""
+    """A published table: its paper, its model, and a note on its scores."""
 
     source: str
     model: str

@@ -19,7 +19,7 @@ COLUMNS += ("parameters", "stored_bytes", "peak_mb", "step_seconds", "second_met
 
 
 def markdown(summary: Summary, failed: Sequence[dict[str, Any]] = ()) -> str:
-    """Scores with published figures beside, differences to the baseline with intervals, cost, and what it ran on."""
+    """Scores with published figures beside, differences to the baseline with intervals, cost, and hardware."""
     table = summary.table
     parts = [f"# {table.name}", *([table.about] if table.about else []), _how(summary), _scores(summary)]
     parts += [
@@ -78,7 +78,7 @@ def _score(summary: Summary, method: str, column: str) -> str:
     cell = summary.cells.get((method, column))
     if cell is None:
         return "-"
-    # One model that nothing trained has one score, whatever the seeds; a spread of zero would say too much.
+    # An untrained model has one score for all seeds; a spread of zero would be misleading.
     text = _mean(cell) if summary.table.trains(method) else f"{cell.mean:.2f}"
     if summary.better(method, column):
         text = f"**{text}**"
@@ -100,7 +100,7 @@ def _published_rows(summary: Summary, method: str) -> list[list[str]]:
     name = next((run.recipe.method["name"] for run in table.runs if run.method == method), None)
     ahead = table.methods[: table.methods.index(method)]
     if name in {run.recipe.method["name"] for run in table.runs if run.method in ahead}:
-        return []  # beside the first row of a method is enough
+        return []  # shown beside the first row of a method only
     rows = []
     for figure in published(table.published).rows:
         if figure.method == name:

@@ -1,4 +1,4 @@
-"""Results as JSON lines: what each run gave, and on what."""
+"""Results as JSON lines: each run's scores and surroundings."""
 
 import json
 import os
@@ -16,20 +16,20 @@ FILE = "results.jsonl"
 class Results:
     """The lines of `results.jsonl`, the newest of each key. Only a finished run counts as done.
 
-    `shard`, as "2-of-8": lines are added to a file of that name's own, since programs on several machines can't append
-    to one file safely. All files are read.
+    `shard`, such as "2-of-8": lines are appended to a separate file, since programs on several machines can't append to
+    one file safely. All files are read.
     """
 
     def __init__(self, folder: Path, shard: str = "") -> None:
         self.path = folder / (f"results.{shard}.jsonl" if shard else FILE)
         self.lines: dict[str, dict[str, Any]] = {}
-        # A shard that failed on a run and the whole table that did it later, or the other way round: done counts.
+        # If a run failed in one file and finished in another, the finished line counts.
         for path in sorted({*folder.glob("results.*-of-*.jsonl"), folder / FILE}):
             for text in path.read_bytes().split(b"\n") if path.is_file() else ():
                 try:
                     line = json.loads(text)
                 except ValueError:
-                    continue  # what a program wrote that was killed at it, in the middle of a sign even
+                    continue  # an incomplete line of a killed program, possibly cut within a character
                 if not self.done(line["key"]) or line["status"] == "done":
                     self.lines[line["key"]] = line
 
@@ -37,7 +37,7 @@ class Results:
         return self.lines.get(key, {}).get("status") == "done"
 
     def add(self, line: dict[str, Any]) -> None:
-        """Append a line, whole and on the disk before this returns. Raises StorageError if the disk doesn't take it."""
+        """Append a line and sync it to the disk. Raises StorageError if it can't be written."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         torn = self.path.is_file() and self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n")
         left = "The finished run is in its folder; make room, and the same command notes it."
@@ -48,7 +48,7 @@ class Results:
         self.lines[line["key"]] = line
 
     def of(self, table: Table) -> list[dict[str, Any]]:
-        """The finished lines of a table's runs, under the labels that the table now gives them."""
+        """The finished lines of a table's runs, with the table's present labels."""
         lines = []
         for run in table.runs:
             if self.done(run.key):
@@ -56,7 +56,7 @@ class Results:
         return lines
 
     def failed(self, table: Table) -> list[dict[str, Any]]:
-        """The lines of a table's runs that failed, each run once, under the labels that the table now gives them."""
+        """The lines of a table's failed runs, each run once, with the table's present labels."""
         lines: dict[str, dict[str, Any]] = {}
         for run in table.runs:
             line = self.lines.get(run.key, {})
@@ -66,7 +66,7 @@ class Results:
 
 
 def line_of(run: Run, info: dict[str, Any], where: dict[str, Any]) -> dict[str, Any]:
-    """The line of a finished run from what its worker gave, and `where` that was.
+    """The line of a finished run from its worker's result, and its surroundings `where`.
 
     Scores are those of the weights that were saved; a base model that nothing trained has only `evaluated` ones.
     """
@@ -87,7 +87,7 @@ def line_of(run: Run, info: dict[str, Any], where: dict[str, Any]) -> dict[str, 
 
 
 def failed_line(run: Run, error: str, log: str | None, where: dict[str, Any]) -> dict[str, Any]:
-    """The line of a run that failed: why in one line, where its output lies, and `where` it ran as far as is known."""
+    """The line of a failed run: the reason in one line, the path of its log, and its surroundings as far as known."""
     return {
         **_place(run),
         "status": "failed",

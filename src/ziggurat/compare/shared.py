@@ -1,4 +1,4 @@
-"""Fields of a method that `set` or a task gives to all methods: each takes those that it has."""
+"""Method fields that `set` or a task gives to all methods: each method takes those that it has."""
 
 from collections.abc import Iterator
 
@@ -7,13 +7,13 @@ from ziggurat.recipe.methods import BUDGET, METHODS, SYNONYMS, method_fields
 
 from .evaluated import NONE
 
-#: Fields that mean something else in a method, or nothing: bottleneck adapters target the linear layers of the
-#: feed-forward part, and have no scale.
+#: Fields with another meaning in a method, or none: bottleneck adapters target the linear layers of the feed-forward
+#: part, and have no scale.
 _OTHER_MEANING = {"adapter": {"target_modules", "lora_alpha", "use_rslora"}}
 
 
 class Shared:
-    """Gives fields to the methods that have room for them, and knows who took which."""
+    """Gives fields to the methods that have them, and records which methods took which."""
 
     def __init__(self) -> None:
         self._takers: dict[str, list[str]] = {}
@@ -47,7 +47,7 @@ class Shared:
             return bool(ranks) and not any(f"method.{rank}" in method_keys for rank in ranks)
         if name in _OTHER_MEANING.get(str(method_keys["method.name"]), ()):
             return False
-        # A method that names a budget of its own has its rank from there.
+        # A method with its own budget gets its rank from it.
         return name in fields and not (name in ranks and f"method.{BUDGET}" in method_keys)
 
     def notes(self) -> Iterator[str]:
@@ -56,7 +56,7 @@ class Shared:
             yield f"{key}, given to all, is not for {', '.join(labels)}: {why}"
 
     def problems(self) -> Iterator[str]:
-        """Keys that nobody took: they are wrong, not merely of no use to some."""
+        """Keys that no method took, which are mistakes."""
         known = [f"method.{name}" for name in (*sorted(self._fields), BUDGET)]
         for key in self._others:
             if key not in self._takers:

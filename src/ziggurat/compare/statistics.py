@@ -44,15 +44,15 @@ class Difference:
         return math.inf if self.half is None else self.mean + self.half
 
     def excludes_zero(self) -> bool:
-        """Never where all pairs differ by the same: two seeds that agree by chance are no certainty."""
+        """Never if all pairs differ by the same: two seeds may agree by chance."""
         return self.half != 0 and (self.low > 0 or self.high < 0)
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float], confidence: float) -> Difference | None:
     r"""ours - theirs over the seeds that both have: mean d, and t_{n-1} s_d / sqrt(n) (Student).
 
-    The same seed means the same split, head and order of the data, so the seeds' common part drops out.
-    `confidence` in per cent. None where no seed is shared. Differences without any spread have an interval of no width.
+    The same seed means the same split, head and order of the data, so their common effect cancels. `confidence` in per
+    cent. None where no seed is shared. Differences without any spread have an interval of no width.
 
     Raises MissingExtraError without scipy.
     """
@@ -76,7 +76,7 @@ def _deviation(values: list[float]) -> float:
 
 
 def averages(cells: Sequence[Cell | None]) -> Cell | None:
-    """The mean over the tasks, by seed, of the seeds that every task has; None where there is no such seed."""
+    """The mean over the tasks, by seed, for the seeds that every task has; None if there is no such seed."""
     if not cells or any(cell is None for cell in cells):
         return None
     whole = [cell for cell in cells if cell is not None]

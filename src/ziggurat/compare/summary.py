@@ -26,7 +26,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Summary:
-    """The contents of a report. `columns` are the table's, and the average where the metrics may be averaged.
+    """The contents of a report. `columns` are the table's, and the average if the metrics can be averaged.
 
     `second` are the cells of the second metrics; differences and plots are of the first.
     """

@@ -1,4 +1,4 @@
-"""When, on what hardware and by which commit a run ran, asked where it runs."""
+"""The time, hardware and commit of a run, determined in its process."""
 
 import os
 import platform
@@ -10,13 +10,13 @@ from typing import Any
 
 
 def surroundings() -> dict[str, Any]:
-    """When, on what hardware, and by which commit of this package (where it is a git checkout)."""
+    """The time, the hardware, and the commit of this package (if it is a git checkout)."""
     return {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "hardware": hardware(), "commit": commit()}
 
 
 @cache
 def commit() -> str | None:
-    """The commit of the checkout this package runs from, with `+changes` where files differ; None if installed."""
+    """The commit of this package's checkout, with `+changes` if files differ; None if installed."""
     here = str(Path(__file__).parents[1])
 
     def git(*words: str) -> str:
@@ -30,7 +30,7 @@ def commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", __file__)  # fails where the package only lies in somebody's checkout
+        git("ls-files", "--error-unmatch", __file__)  # fails if another project's checkout contains the package
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,4 +1,4 @@
-"""The table to fill: methods, tasks and seeds from one YAML file, as recipes that are checked before anything runs."""
+"""The table: methods, tasks and seeds from one YAML file, as recipes that are checked before anything runs."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from .evaluated import NONE, Evaluation, of_the_base, read_evaluation
 from .published import published
 from .shared import Shared
 
-#: What describes the data of a recipe; a task that names its own data starts without the recipe's.
+#: Keys that describe a recipe's data; a task with its own data starts without the recipe's.
 _DATA_KEYS = ("task", "metric")
 _KEPT = ("data.folder", "data.max_length", "data.max_train", "data.max_validation", "data.validation_rows")
 #: Bytes of the label in a folder's name; file systems take 255 in all.
@@ -30,7 +30,7 @@ _MOST_LABEL = 120
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its place in the table, its recipe, what it is scored on, and the key that says whether it is done."""
+    """One run: its place in the table, its recipe, its evaluation, and the key by which its results are found."""
 
     method: str
     task: str
@@ -46,9 +46,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Table:
-    """A checked table; `runs` in the order they are taken: seed by seed, so that early rows are complete ones.
+    """A checked table; `runs` in their order: seed by seed, so that early rows are complete ones.
 
-    `notes` say what a user may not expect: keys of `set` that a method has no room for.
+    `notes` are about surprises: keys of `set` that a method doesn't have.
     """
 
     name: str
@@ -76,10 +76,10 @@ class Table:
 
 
 def run_key(recipe: Recipe, evaluation: Evaluation | None = None) -> str:
-    """16 hexadecimal digits of everything that changes what is computed.
+    """16 hexadecimal digits of everything that changes the results.
 
-    That is the resolved recipe with every field of the method, what the files that it names hold, the evaluation, and
-    the number of the computation.
+    That is the resolved recipe with every field of the method, the digests of its files, the evaluation, and
+    COMPUTATION.
     """
     values = effective(computed(recipe))
     values |= {key: content for key, content in contents(recipe).items() if key in values}
@@ -92,7 +92,7 @@ def run_key(recipe: Recipe, evaluation: Evaluation | None = None) -> str:
 
 
 def computed(recipe: Recipe) -> dict[str, Any]:
-    """The part of the resolved recipe that takes effect: of an untrained base model, only what says which it is."""
+    """The effective part of the resolved recipe: for an untrained base model, only the model's keys."""
     return of_the_base(recipe) if recipe.method["name"] == NONE else resolved(recipe)
 
 
@@ -158,7 +158,7 @@ def make_table(values: Any, name: str, output: str | Path | None = None) -> Tabl
 
 
 def _keys_on(task: str, of_method: dict[str, Any]) -> dict[str, Any] | None:
-    """A method's recipe keys on one task; None where the method is for other tasks only."""
+    """A method's recipe keys on one task; None if the method is for other tasks only."""
     keys = dict(of_method)
     single = keys.pop("tasks", None) or {}
     if isinstance(single, list):
@@ -182,7 +182,7 @@ def _run(
     evaluation = of_task.pop("evaluate", None)
     if "data.train" in of_task:
         foreign = [key for key in recipe_keys if key in _DATA_KEYS or key.startswith("data.")]
-        # What is learned of a text is no matter of where it comes from.
+        # `data.loss` doesn't depend on the source of the texts.
         texts = evaluation is not None or {**for_all, **of_task}.get("task") == "instruct"
         kept = (*_KEPT, "data.loss") if texts else _KEPT
         recipe_keys = {key: value for key, value in recipe_keys.items() if key not in foreign or key in kept}
@@ -192,7 +192,7 @@ def _run(
         given.setdefault("task", recipe_keys.get("task", "instruct"))
     elif not trains:
         raise RecipeError(f"method.name: {NONE} has no trained head to score; it is for tasks with evaluate")
-    # The base model's row is the same whatever the seed; it is scored once.
+    # The base model's row is the same for all seeds; it is scored once.
     where = {"seed": seed, "name": f"{method} {task} {seed}"}
     if not trains:
         method_keys, where = (
@@ -217,8 +217,8 @@ def _run(
 class Places:
     """Folders of runs: `label-` and eight digits of the training's key, under `root`.
 
-    A folder that is there is found by its digits, so that a new label, or another evaluation, trains nothing again.
-    Runs that differ in the evaluation alone each have their own: two processes can't fill one folder.
+    An existing folder is found by its digits, so that a new label, or another evaluation, doesn't repeat the training.
+    Runs that differ in the evaluation alone have a folder each: two processes can't fill one folder.
     """
 
     def __init__(self, root: Path) -> None:
@@ -241,7 +241,7 @@ class Places:
 
 
 def _base(values: dict[str, Any]) -> tuple[tuple[dict[str, Any], dict[str, Any]], list[str]]:
-    """Keys of the recipe to start from, without its method's, and those of `set`; and what is wrong with the recipe."""
+    """The keys of the base recipe, without its method's, and those of `set`; and mistakes in the recipe."""
     flat: dict[str, Any] = {}
     problems: list[str] = []
     if values.get("recipe") is not None:
@@ -256,7 +256,7 @@ def _base(values: dict[str, Any]) -> tuple[tuple[dict[str, Any], dict[str, Any]]
 
 
 def _tasks(given: Any) -> dict[str, dict[str, Any]]:
-    """Label -> recipe keys; `rte`, in a list or with keys of its own, stands for `data.train: glue/rte`."""
+    """Label -> recipe keys; `rte`, in a list or with keys, stands for `data.train: glue/rte`."""
     named = given if isinstance(given, dict) else dict.fromkeys(given)
     tasks: dict[str, dict[str, Any]] = {}
     for label, keys in named.items():
@@ -270,6 +270,6 @@ def _tasks(given: Any) -> dict[str, dict[str, Any]]:
 
 
 def refused(name: str, problems: list[str]) -> RecipeError:
-    """The error that lists what is wrong with a table."""
+    """The error that lists a table's mistakes."""
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
     return RecipeError(f"the table {name} has {count}:\n" + "\n".join(f"  {line}" for line in problems))

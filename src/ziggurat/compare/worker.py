@@ -1,4 +1,4 @@
-"""One run in a process of its own: it goes on where an earlier one was stopped, and writes its output into a log."""
+"""One run in a separate process: it resumes a stopped run, and writes its output into a log."""
 
 import json
 import os
@@ -28,10 +28,10 @@ Answer = tuple[str, Any, dict[str, Any]]
 
 
 def take(recipe: Recipe, evaluation: Evaluation | None = None) -> dict[str, Any]:
-    """Train as the recipe says and score what `evaluation` names, unless that has been done.
+    """Train by the recipe and compute the scores of `evaluation`, unless that has been done.
 
-    Returns run.json, with those scores as `evaluated`. An interrupted run goes on from its checkpoint, or starts afresh
-    where there is none.
+    Returns run.json, with those scores as `evaluated`. An interrupted run resumes from its checkpoint, or starts afresh
+    if there is none.
     """
     info = base_info() if recipe.method["name"] == NONE else _trained(recipe)
     if evaluation is not None:
@@ -51,11 +51,11 @@ def _trained(recipe: Recipe) -> dict[str, Any]:
 
 
 def attempt(recipe: Recipe, evaluation: Evaluation | None, plugins: Sequence[str], errors: TextIO) -> Answer:
-    """`take` as an answer: "done" with its result, or "stopped" or "failed" with the reason; and where it ran.
+    """`take` as an answer: "done" with its result, or "stopped" or "failed" with the reason; and its surroundings.
 
     `plugins` are loaded first.
     """
-    commit()  # it is kept: at the end of a long run the checkout may be another
+    commit()  # cached: at the end of a long run the checkout may have changed
     try:
         load(plugins)
         return "done", take(recipe, evaluation), surroundings()
@@ -75,7 +75,7 @@ def serve(
     threads: int,
     pipe: Connection,
 ) -> None:
-    """What a process of this machine does: send its answer. All that it prints goes to the log."""
+    """The main function of a local process: sends its answer. Its output goes to the log."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -92,7 +92,7 @@ def serve(
 
 
 def serve_ray(recipe: Recipe, evaluation: Evaluation | None, plugins: Sequence[str], log: str) -> Answer:
-    """What a Ray worker does: return its answer. Its own output is Ray's to keep; errors go to the log."""
+    """The main function of a Ray worker: returns its answer. Ray keeps its output; errors go to the log."""
     with open(log, "a", encoding="utf-8") as file:
         file.write(f"on worker {os.getpid()}\n")
         file.flush()
@@ -100,7 +100,7 @@ def serve_ray(recipe: Recipe, evaluation: Evaluation | None, plugins: Sequence[s
 
 
 def _stop_with_parent() -> None:
-    """Stop with a checkpoint when the program that asked for this run has ended: nobody would take the result."""
+    """Stop with a checkpoint when the parent program has ended, since nobody would read the result."""
     from multiprocessing import parent_process
 
     parent = parent_process()

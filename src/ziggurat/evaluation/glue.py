@@ -1,4 +1,4 @@
-"""A trained adapter on GLUE: scores on a labelled split, and the files that GLUE's server takes."""
+"""A trained adapter on GLUE: scores on a labelled split, and the files for GLUE's server."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def task_for(recipe: Recipe, head: HeadSpec, wanted: str | None = None) -> str:
 
 
 def class_order(recipe: Recipe, head: HeadSpec, name: str) -> list[int]:
-    """Of each class of the head, in order, its place among the classes of the GLUE task `name`.
+    """The index of each class of the head among the classes of the GLUE task `name`.
 
-    A head that was trained on the task itself has the task's own order of classes. For other data the labels' names say
-    which class is which, or the numbers in them (`1`, `LABEL_1`). Raises DataError where neither does.
+    A head that was trained on the task itself has the task's order of classes. For other data the labels' names
+    identify the classes, or the numbers in them (`1`, `LABEL_1`). Raises DataError if neither does.
     """
     classes, names = GLUE[name].classes, [str(label) for label in head.label_names]
     if glue_name(recipe.data.train, recipe.data.subset) == name:
@@ -77,7 +77,7 @@ def needs(name: str) -> tuple[str, ...]:
 
 
 def check_data(name: str, folder: str | None, *, server: bool) -> None:
-    """See that the splits to be answered, and their columns, are there: for the scores, or for GLUE's server.
+    """Check that the splits and their columns exist: for the scores, or for GLUE's server.
 
     Raises DataError.
     """
@@ -86,7 +86,7 @@ def check_data(name: str, folder: str | None, *, server: bool) -> None:
 
 
 def _scored_splits(name: str) -> dict[str, str]:
-    """What stands before the names of a split's scores -> the split."""
+    """Prefix of the names of a split's scores -> the split."""
     return {"": GLUE[name].validation} | ({"mismatched_": "validation_mismatched"} if name == "mnli" else {})
 
 
@@ -120,8 +120,8 @@ def glue_scores(loaded: Loaded, name: str, folder: str | None = None, limit: int
 def write_server_files(loaded: Loaded, name: str, out: Path, folder: str | None = None) -> list[Path]:
     """Predictions of the test splits in the form of GLUE's server, `index<tab>prediction`; the files' paths.
 
-    Classes are counted or named as the server wants them; STS-B's numbers are kept within 0 to 5.
-    Raises DataError if a test split isn't there; then nothing is written.
+    Classes are written as numbers or names, as the server expects; STS-B's numbers are clipped to 0 to 5. Raises
+    DataError if a test split isn't there; then nothing is written.
     """
     task, order = GLUE[name], _order(loaded, name)
     texts: dict[str, str] = {}
@@ -142,7 +142,7 @@ def _answers(loaded: Loaded, task: GlueTask, table: object) -> list[Prediction]:
 
 
 def labels_of(table: object, name: str, split: str) -> list[float]:
-    """Classes as their places, or numbers from 0 to 5. Raises DataError where there are none to score by."""
+    """Classes as indices, or numbers from 0 to 5. Raises DataError if the labels are hidden."""
     classes = GLUE[name].classes
     found: list[float] = []
     for row, label in enumerate(table["label"], start=1):  # type: ignore[index]
@@ -162,7 +162,7 @@ def _indices(table: object) -> list[int]:
 
 
 def _order(loaded: Loaded, name: str) -> dict[str, int]:
-    """The head's answers -> places among the task's classes."""
+    """The head's answers -> indices among the task's classes."""
     return dict(zip(loaded.head.label_names, class_order(loaded.recipe, loaded.head, name), strict=True))
 
 

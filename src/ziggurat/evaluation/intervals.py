@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-#: Of the intervals, in per cent; and how often rows are drawn again for those without a closed form.
+#: The confidence level in per cent, and the number of bootstrap samples for scores without a closed form.
 CONFIDENCE, RESAMPLES = 95, 1000
 
 
@@ -17,7 +17,7 @@ def share_interval(hits: int, rows: int) -> tuple[float, float]:
     return 100.0 * float(interval.low), 100.0 * float(interval.high)
 
 
-#: What the standard error of atanh(r), 1 / sqrt(n - 3), is multiplied by: Fisher 1921; Fieller et al. 1957.
+#: Factors of the standard error of atanh(r), 1 / sqrt(n - 3): Fisher 1921; Fieller et al. 1957.
 FACTORS = {"pearson": 1.0, "spearman": 1.03}
 
 

@@ -25,9 +25,9 @@ _RESAMPLES = 1000
 class TaskScore:
     """Scores of one task by metric, over `rows` questions.
 
-    Those in `per_cent` are; the others (perplexities, bits per byte, BLEU, ...) are as lm-eval gives them. A metric
-    behind several filters has one score for each, named as in lm-eval's results: `exact_match,strict-match`. `errors`
-    are lm-eval's standard errors of the scores that have one, in the same units.
+    Those in `per_cent` are percentages; the others (perplexities, bits per byte, BLEU, ...) are as in lm-eval. A metric
+    with several filters has one score for each, named as in lm-eval's results: `exact_match,strict-match`. `errors` are
+    lm-eval's standard errors, if it has them, in the same units.
     """
 
     task: str
@@ -52,15 +52,15 @@ def evaluate(
 ) -> list[TaskScore]:
     """Score `model` on tasks: mmlu, bbh, drop, humaneval, or any name lm-eval knows (tasks of text, groups, tags).
 
-    `data`: folder of local parquet (see `local_tasks`) for the four; else they come from the hub. `limit`: questions a
-    task (a subject of MMLU is a task). `keep`: where the task files of local data are left, for stock lm-eval; task
-    files of your own in there are found too. A tag, or a group without a score of its own, gives those of its tasks.
+    `data`: folder of local parquet (see `local_tasks`) for the four; else they come from the hub. `limit`: questions
+    per task (a subject of MMLU is a task). `keep`: a folder to keep the task files of local data in, for stock lm-eval;
+    your task files in it are found too. A tag, or a group without a score, gives the scores of its tasks.
 
     Raises:
         MissingExtraError: lm-eval isn't installed.
-        RecipeError: a name is unknown, the model doesn't write text, or a task runs code that
-            the model writes without `run_code`, which says that this is all right.
-        DataError: the local files aren't as they should be, or the hub's can't be had.
+        RecipeError: a name is unknown, the model doesn't write text, or a task runs code that the model writes and
+            `run_code`, which permits this, isn't set.
+        DataError: the local files are invalid, or those of the hub can't be loaded.
         StorageError: the disk doesn't take the task files.
     """
     check_writes_text(model)
@@ -71,10 +71,10 @@ def evaluate(
 def score(
     model: Any, tokenizer: Any, tasks: list[Ready], *, limit: int | None = None, batch: int = 8
 ) -> Iterator[TaskScore]:
-    """Score `model` on tasks that `ready` has seen to; each task's scores come when it is done.
+    """Score `model` on tasks prepared by `ready`; yields each task's scores when it is done.
 
     Raises:
-        RecipeError: the model doesn't write text, or has no room for as much as a task lets it write.
+        RecipeError: the model doesn't write text, or has fewer positions than a task's longest answer.
     """
     from lm_eval.models import huggingface
 
@@ -88,7 +88,7 @@ def score(
 
 
 def check_writes_text(model: Any) -> None:
-    """Raises RecipeError for classifiers and encoders: these tasks ask what a model would write."""
+    """Raises RecipeError for classifiers and encoders: these tasks need a model that writes text."""
     can = getattr(model, "can_generate", None)
     if can is None or not can():
         raise RecipeError(
@@ -97,7 +97,7 @@ def check_writes_text(model: Any) -> None:
 
 
 def _check_room(lm: Any, task: Ready) -> None:
-    """lm-eval sees this when it comes to the task, after those before it were scored, in a bare assertion."""
+    """Raises RecipeError before the scoring; lm-eval would raise a bare assertion when it reaches the task."""
     from lm_eval.models import utils
 
     read: Any = utils.normalize_gen_kwargs
@@ -132,9 +132,9 @@ def _scored(lm: Any, task: Ready, limit: int | None) -> list[TaskScore]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars and remarks of lm-eval; nor does it ask git and the system about this machine, which nobody reads.
+    """Hide lm-eval's bars and messages, and skip its unused queries of git and the system.
 
-    Its standard errors are computed in this process: it would fork one that holds the model for each processor.
+    Its standard errors are computed in this process: it would fork one with the model for each processor.
     """
     from lm_eval import evaluator
 
@@ -149,7 +149,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _with_scores(results: Any, name: str) -> list[str]:
-    """`name`, or of a group without scores of its own those in it that have some."""
+    """`name`, or for a group without scores its members with scores."""
     if any("," in key for key in _values(results, name)):
         return [name]
     return [part for child in results["group_subtasks"].get(name, []) for part in _with_scores(results, child)]

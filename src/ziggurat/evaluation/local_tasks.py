@@ -1,4 +1,4 @@
-"""MMLU, BBH, DROP and HumanEval from local parquet files, as task files that stock lm-eval reads too.
+"""MMLU, BBH, DROP and HumanEval from local parquet files, as task files for stock lm-eval too.
 
 The data lie in `<data>/<task>/`, in these columns:
 
@@ -7,10 +7,10 @@ The data lie in `<data>/<task>/`, in these columns:
     drop       validation        passage, question, answers
     humaneval  test              task_id, prompt, entry_point, test
 
-`write_tasks` writes YAML files (and splits MMLU and BBH into their parts), so that
-`lm_eval --include_path FOLDER --tasks ziggurat_mmlu` runs exactly what `ziggurat eval` runs. Prompts, ends and lengths
-of answers, and how answers are found, are those of lm-eval's own tasks of these names (BBH: `bbh_cot_fewshot`); where
-not, docs/evaluation.md says so.
+`write_tasks` writes YAML files (and splits MMLU and BBH into their parts), so that `lm_eval --include_path FOLDER
+--tasks ziggurat_mmlu` runs exactly what `ziggurat eval` runs. Prompts, ends and lengths of answers, and their
+extraction, are those of lm-eval's own tasks of these names (BBH: `bbh_cot_fewshot`); docs/evaluation.md lists the
+exceptions.
 """
 
 from collections import Counter
@@ -36,7 +36,7 @@ _DROP_HELPERS = "from lm_eval.tasks.drop.utils import process_results\n\n__all__
 def write_tasks(names: list[str], data: Path, folder: Path) -> dict[str, str]:
     """Write the task files of `names` into `folder`; name -> the name of its task or group for lm-eval.
 
-    Raises DataError for files or columns that aren't there, StorageError where the disk doesn't take the task files.
+    Raises DataError for missing files or columns, StorageError if the task files can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     makers = {"mmlu": _mmlu, "bbh": _bbh, "drop": _drop, "humaneval": _humaneval}
@@ -87,7 +87,7 @@ def _bbh(data: Path, folder: Path) -> None:
     if missing:
         raise DataError(f"{data / 'cot_prompts.parquet'} has no prompt of {', '.join(missing)}")
     for task in tasks:
-        # The published prompt holds its three worked examples, after a line that warns crawlers off.
+        # The published prompt has its three worked examples after a line that warns crawlers.
         prompt = str(by_task[task]).partition("-----\n")[2] or str(by_task[task])
         _write_part(
             folder,
@@ -128,19 +128,20 @@ def _drop(data: Path, folder: Path) -> None:
         "dataset_path": "parquet",
         "dataset_kwargs": {"data_files": {"validation": str(file)}},
         "validation_split": "validation",
-        # The shots come from the same split, never the question itself: the training split isn't among the files.
+        # The shots come from the same split, never the question itself: there is no file of the training split.
         "fewshot_split": "validation",
         "num_fewshot": SHOTS["drop"],
         "output_type": "generate_until",
         "doc_to_text": "{{passage}} {{question}}",
         "doc_to_target": "{{answers[0]}}",
         "target_delimiter": "",
-        # lm-eval's own stops at ".", in the middle of a number; every seventh question has no answer but with a point.
+        # lm-eval's own task stops at ".", in the middle of a number; every seventh question has only answers with a
+        # point.
         "generation_kwargs": {"until": ["\n"], "do_sample": False},
         "metric_list": [{"metric": one, "aggregation": "mean", "higher_is_better": True} for one in ("em", "f1")],
     }
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    # A tag of lm-eval's own, which no dumper writes.
+    # A tag of lm-eval, which YAML dumpers don't write.
     write_whole(folder / "drop.yaml", f"{text}process_results: !function drop_helpers.process_results\n")
 
 
@@ -151,7 +152,7 @@ def _humaneval(data: Path, folder: Path) -> None:
 
 
 def write_humaneval(folder: Path, where: dict[str, Any]) -> str:
-    """HumanEval as a task that only generates: what is written is judged by `sandbox`, not inside lm-eval."""
+    """HumanEval as a task that only generates: `sandbox` judges the programs, not lm-eval."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {
         "task": f"{PREFIX}humaneval",
@@ -182,7 +183,7 @@ def _read(file: Path, columns: tuple[str, ...]) -> Any:
 
 
 def _check_rows(file: Path, values: Any, column: str, wanted: str, right: Callable[[list[Any]], bool]) -> None:
-    """lm-eval takes a text for the list of its letters, and passes over a fifth choice."""
+    """Raises DataError for wrong cells: lm-eval would take a text for a list of letters, and ignore a fifth choice."""
     for row, value in enumerate(values, start=1):
         if not isinstance(value, list) or not right(value):
             raise DataError(f"--data: row {row} of {file} needs {wanted} in column '{column}', it has {value!r:.80}")

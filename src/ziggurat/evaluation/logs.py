@@ -1,4 +1,4 @@
-"""The log-probabilities that a trained adapter gives to answers."""
+"""The log-probabilities of answers under a trained adapter."""
 
 from __future__ import annotations
 

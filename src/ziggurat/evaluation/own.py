@@ -1,4 +1,4 @@
-"""A trained adapter on a labelled file of one's own: the scores of its run's task, with their intervals."""
+"""A trained adapter on a labelled file: the scores of its run's task, with their intervals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OwnScores:
-    """Scores of `rows` rows, and the 95% intervals of those that have one; both in per cent for those in `per_cent`.
+    """Scores of `rows` rows, and 95% intervals if they have one; both in per cent for those in `per_cent`.
 
     `by_class`: see `training.loop.classes.by_class`.
     """
@@ -46,7 +46,7 @@ def read_file(recipe: Recipe, head: HeadSpec, file: str | Path, limit: int | Non
     """The rows of `file` in the form of the run's own data, and notes; before a model is loaded.
 
     Raises:
-        DataError: no such file, or rows that can't be scored: all at once.
+        DataError: no such file, or rows that can't be scored, all listed at once.
         RecipeError: the run's task isn't scored on files.
         MissingExtraError: packages are missing.
     """
@@ -65,7 +65,7 @@ def read_file(recipe: Recipe, head: HeadSpec, file: str | Path, limit: int | Non
 
 def score_rows(loaded: Loaded, file: str | Path, table: Dataset, notes: Sequence[str], *, batch: int = 8) -> OwnScores:
     """The scores of rows that `read_file` has read, by the run's task. Raises DataError for rows that don't fit."""
-    data = loaded.recipe.data.model_copy(update={"train": str(file)})  # for errors, which name where a row stands
+    data = loaded.recipe.data.model_copy(update={"train": str(file)})  # errors name the file of a row
     loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"data": data}))
     found = _SCORERS[loaded.recipe.task](loaded, table, batch)
     return OwnScores(**{**found, "notes": [*notes, *found.get("notes", [])], "rows": len(table)})
@@ -103,7 +103,7 @@ def _labelled(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
 
 
 def _tagged(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
-    """Scores of entities; words behind the longest length count as words in none."""
+    """Scores of entities; words beyond the maximum length count as outside of entities."""
     from ziggurat.training.answers.entities import tags_of
     from ziggurat.training.loop.entities import entity_counts, entity_f1, entity_scores
 
@@ -185,7 +185,7 @@ def _sequences(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
     return {"scores": scores, "intervals": intervals, "per_cent": tuple(scores), "notes": notes}
 
 
-#: Task -> what scores its rows.
+#: Task -> the function that scores its rows.
 _SCORERS: dict[str, Callable[[Loaded, Dataset, int], dict[str, Any]]] = {
     "classification": _labelled,
     "multilabel": _labelled,

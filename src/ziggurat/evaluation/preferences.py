@@ -1,4 +1,4 @@
-"""Preferences of one's own: the rewards that a trained adapter gives, and what they say of pairs and verdicts."""
+"""A trained adapter's rewards on preference data: accuracies of pairs, margins of verdicts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def judged(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
 
 
 def _rewards(loaded: Loaded, table: Dataset, batch: int, notes: list[str]) -> np.ndarray:
-    """The reward of every row: a reward model's own, or beta (ln p(y | x) - ln p_ref(y | x)), as DPO and KTO have it.
+    """The reward of every row: that of a reward model, or beta (ln p(y | x) - ln p_ref(y | x)), as in DPO and KTO.
 
     The reference is the model without its adapter. ORPO has none: its reward is beta times the mean of ln p a token.
     """

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval made ready before a model is loaded: names, consent to run code, and data are seen to first."""
+"""Preparing tasks of lm-eval before a model is loaded: checks of names, consent to run code, and data."""
 
 import logging
 import os
@@ -16,17 +16,17 @@ from ziggurat.training.loop.trainers import quiet
 
 from .local_tasks import SHOTS, write_humaneval, write_tasks
 
-#: What the papers' tables report of each.
+#: Task -> the metric in the papers' tables.
 MAIN = {"mmlu": "acc", "bbh": "exact_match", "drop": "f1", "humaneval": "pass@1"}
-#: Our short names -> lm-eval's, from the hub. HumanEval is generated only and judged by `sandbox`.
+#: Our short names -> lm-eval's, from the hub. For HumanEval `sandbox` judges the generated programs.
 HUB_NAMES = {"mmlu": "mmlu", "bbh": "bbh_cot_fewshot", "drop": "drop"}
-#: Hugging Face's own consent for the metric that these tasks run code by.
+#: Hugging Face's variable for consent to the metric that runs code in these tasks.
 _CONSENT = "HF_ALLOW_CODE_EVAL"
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A task, group or tag: as it was asked for, its `name` for lm-eval, and what lm-eval made of it.
+    """A task, group or tag: the requested `task`, its `name` in lm-eval, and lm-eval's objects.
 
     `runs`: the task, the group, or the tasks under the tag; `roots`: their names. `parts`: name -> task, groups opened.
     """
@@ -40,9 +40,9 @@ class Ready:
     shots: int | None
 
     def score_names(self) -> list[str]:
-        """What its scores will be called: by the metric, or as `metric,filter` where several filters stand before it.
+        """The names of its scores: the metric, or `metric,filter` if the metric has several filters.
 
-        None of its own has a tag over several tasks, or a group that only gathers.
+        Empty for a tag over several tasks, or a group without scores.
         """
         if self.task == "humaneval":
             return [MAIN["humaneval"]]
@@ -68,9 +68,9 @@ def ready(
     run_code: bool = False,
     keep: Path | None = None,
 ) -> Iterator[list[Ready]]:
-    """The tasks with their data loaded; the arguments and what is raised are those of `lm.evaluate`.
+    """The tasks with their data loaded; arguments and errors as in `lm.evaluate`.
 
-    Local task files are there while the block lasts (in `keep`: afterwards too).
+    Local task files exist within the block (in `keep`: afterwards too).
     """
     if limit is not None and limit < 1:
         raise RecipeError(f"limit={limit}: at least 1 question a task")
@@ -101,13 +101,13 @@ def ready(
 
 
 def check_folder(data: Path | None) -> None:
-    """Raise DataError where --data names something that is no folder."""
+    """Raise DataError if --data isn't a folder."""
     if data is not None and not data.expanduser().is_dir():
         raise DataError(f"--data: {f'{data} is not a folder' if data.expanduser().exists() else missing_path(data)}")
 
 
 def _manager(names: list[str], folder: Path) -> Any:
-    """lm-eval's index of task files; its own thousands are only read if `folder` has not all that is wanted."""
+    """lm-eval's index of task files; its own thousands are only read if `folder` lacks one of `names`."""
     from lm_eval.tasks import TaskManager
 
     if folder.is_dir():
@@ -118,7 +118,7 @@ def _manager(names: list[str], folder: Path) -> Any:
 
 
 def _check_consent(manager: Any, task: str, name: str, run_code: bool) -> None:
-    """Such a task's own helpers may run code while it is loaded, so the file is asked before."""
+    """Check consent by the task's file, because its helpers may run code on loading."""
     if not runs_code(manager.task_index, name):
         return
     if not run_code:
@@ -144,7 +144,7 @@ def runs_code(index: Any, name: str) -> bool:
 
 
 def _children(entries: Any) -> list[str]:
-    """Names in a group's `task`: names, or mappings that change a task or are a group of their own."""
+    """The names in a group's `task`, a list of names and of mappings that modify a task or define a group."""
     names: list[str] = []
     for entry in entries if isinstance(entries, list) else [entries]:
         if isinstance(entry, str):

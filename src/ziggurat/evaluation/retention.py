@@ -1,4 +1,4 @@
-"""What a model keeps of what its base could do: the perplexity of plain text, with its adapter and without."""
+"""Retention of the base model's ability: the perplexity of plain text, with the adapter and without."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -25,10 +25,10 @@ def read_text(file: Path) -> str:
 
 
 def retention(model: Any, tokenizer: Any, text: str, batch: int = 8) -> tuple[dict[str, float], int]:
-    """Scores of `text` and the number of tokens that they are of.
+    """Scores of `text` and the number of scored tokens.
 
-    `perplexity` is exp of the mean loss a token, the text cut into blocks of at most `BLOCK`; `before` is the same with
-    the adapter switched off, where the model has one. Their quotient says what training has cost.
+    `perplexity` is exp of the mean loss per token, the text cut into blocks of at most `BLOCK`; `before` is the same
+    with the adapter switched off, if the model has one. Their quotient is the cost of training.
 
     Raises:
         DataError: the text has fewer than two tokens.

@@ -1,7 +1,7 @@
-"""Running code that a model wrote: in a process of its own, with limits on time, memory and files.
+"""Running code that a model wrote in a separate process, with limits on time, memory and files.
 
-This keeps mistakes in bounds, endless loops and memory eaten; it is no wall against code that means harm: the process
-runs as the same user and can read files and reach the network. Run models you don't trust in a container.
+This limits mistakes such as endless loops and memory use; it is no protection against malicious code: the process runs
+as the same user and can read files and reach the network. Run untrusted models in a container.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 SECONDS, MEBIBYTES = 10.0, 1024
 _PASSED = "@passed@"
 
-#: What the program writes to its output goes nowhere; the verdict takes a way of its own.
+#: The program's output is discarded; the verdict has a separate file descriptor.
 _LIMITS = """
 import os, resource, sys, traceback
 seconds, size, passed = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3].encode()
@@ -39,18 +39,18 @@ else:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a program ran to its end, and the last line it complained with if not."""
+    """Whether a program ran to its end, and the last line of its error if not."""
 
     passed: bool
     reason: str = ""
 
 
 def run_program(program: str, seconds: float = SECONDS, mebibytes: int = MEBIBYTES) -> Verdict:
-    """Run `program` and say whether it came to its end without an error.
+    """Run `program` and report whether it ended without an error.
 
     It runs in an empty folder that is removed afterwards, with an empty environment, Python's isolated mode, at most
     `seconds` of time (processor and clock), `mebibytes` of memory, files of 1 MiB, and its whole process group is
-    killed at the end. What it prints is thrown away.
+    killed at the end. Its output is discarded.
     """
     words = [sys.executable, "-I", "-S", "-c", _LIMITS, str(max(1, round(seconds))), str(mebibytes * 2**20), _PASSED]
     # Files instead of pipes: a child that has left the group would hold a pipe open beyond the time limit.

@@ -1,4 +1,4 @@
-"""What is evaluated: a folder of `ziggurat train`, an adapter saved by PEFT, or a model without adapter."""
+"""The subject of an evaluation: a folder of `ziggurat train`, an adapter saved by PEFT, or a model without adapter."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 #: A model's name on the hub.
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-#: How the classes of models that write text end, in a config's `architectures`.
+#: Endings of the class names of models that write text, in a config's `architectures`.
 _WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _TASKS_WITHOUT_TEXT = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What stands at a place, known without loading weights.
+    """The model or adapter at a path, identified without loading weights.
 
     `model`: folder or hub name. `recipe` and `head`: of a run. `gguf_file`: of a model in llama.cpp's format.
     """
@@ -36,10 +36,10 @@ class Subject:
 
 
 def find_subject(place: str | Path) -> Subject:
-    """What is at `place`: a folder, a `.gguf` file, or the hub's name of a model where no such folder is.
+    """The subject at `place`: a folder, a `.gguf` file, or the hub's name of a model if no such folder exists.
 
     Raises:
-        ConfigError: nothing is there, or an adapter whose files can't be (`host.folder.adapter_config` says which).
+        ConfigError: nothing is there, or an invalid adapter (see `host.saved.folder.adapter_config`).
         RecipeError: a run that isn't finished or was changed.
     """
     from ziggurat.host.saved.folder import adapter_config
@@ -66,7 +66,7 @@ def find_subject(place: str | Path) -> Subject:
 
 
 def check_tasks(subject: Subject, tasks: list[str]) -> None:
-    """See whether a subject can be scored on tasks: `glue/<task>` by a run's head, lm-eval's by a model that writes.
+    """Check that a subject can be scored on tasks: `glue/<task>` by a run's head, lm-eval's by a model that writes.
 
     Raises:
         RecipeError, DataError: it can't.
@@ -91,7 +91,7 @@ def check_tasks(subject: Subject, tasks: list[str]) -> None:
 
 
 def _without_text(subject: Subject) -> str | None:
-    """Why a subject writes no text; None if it does, or its files don't say."""
+    """The reason why a subject writes no text; None if it does, or if its files don't tell."""
     if subject.recipe is not None:
         task = subject.recipe.task
         return (
@@ -124,7 +124,7 @@ def _base_config(subject: Subject) -> Any:
 
 
 def load_subject(subject: Subject, dtype: str = "auto") -> tuple[Any, Any, Loaded | None]:
-    """Model in evaluation mode on the accelerator where there is one, its tokenizer, and of a run all that was left.
+    """A model in evaluation mode on the accelerator if there is one, its tokenizer, and for a run its `Loaded`.
 
     `dtype`: of the weights of a model without adapter; a run's recipe, or an adapter's base, names its own.
 

@@ -1,11 +1,11 @@
-"""Which of lm-eval's scores are fractions of 1, and so become percentages. Others stay as lm-eval gives them."""
+"""Decides which of lm-eval's scores are fractions of 1, which become percentages. Others are unchanged."""
 
 import re
 from typing import Any
 
 #: Fractions by their definition. The name alone isn't enough: SQuAD's `f1` goes from 0 to 100 already.
 SHARES = re.compile(r"acc(_norm|_bytes|_mutual_info|_all)?|accuracy|exact_match|em|f1|mcc|pass[@_](at_)?\d+")
-#: lm-eval's own aggregations that keep a fraction a fraction; a task's own function may do anything.
+#: lm-eval's aggregations of fractions that give a fraction; a task's own function may compute anything.
 KEEPING = ("mean", "nanmean", "f1", "matthews_corrcoef")
 
 

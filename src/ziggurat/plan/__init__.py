@@ -1,4 +1,4 @@
-"""Count before training: what a method adapts, shares, trains, stores and needs (`plan`), and ranks for a budget."""
+"""Counts before training: adapted modules, shared and trained parameters, bytes and memory; ranks for a budget."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ __all__ = ["Plan", "bare_model", "plan", "plan_recipe"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when first used: reading a model's word or a size needs no torch."""
+    """Import each name at its first use, so that light parts of the package don't load torch."""
     from importlib import import_module
 
     if name in __all__:

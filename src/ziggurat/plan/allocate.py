@@ -1,8 +1,8 @@
-"""How many ranks each tier deserves, and where the groups should end: pure functions of measurements.
+"""The allocation of ranks to tiers, and the boundaries of groups: pure functions of measurements.
 
 Symbols: tier t holds P_t pairs, so one rank of it costs c_t = sum over its pairs of (d_in + d_out); gain g_t[k] is the
-worth of its k-th direction, over all linear layers that it reaches. With `by_role` each role of a tier counts as a
-tier, under the key `<tier>:<role>`.
+gain of its k-th direction, over all linear layers that it reaches. With `by_role` each role of a tier counts as a tier,
+under the key `<tier>:<role>`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ def costs(collected: Collected, by_role: bool = False) -> dict[str, int]:
 
 
 def energies(collected: Collected, by_role: bool = False) -> dict[str, np.ndarray]:
-    """Tier -> (rank,) sum over the linear layers it reaches of s_k^2: the squared norm that its k-th directions add."""
+    """Tier -> (rank,) sum of s_k^2 over its linear layers: the squared norm of its k-th directions."""
     by_tier = {}
     for key, components in _shared_out(collected, by_role).items():
         gains = np.zeros(max(c.rank for c in components))
@@ -146,6 +146,6 @@ def layer_distance(collected: Collected) -> np.ndarray:
 
 
 def check_budget(least: int, budget: int) -> None:
-    """Raise ConfigError where a budget is below `least`, what one rank for each tier takes."""
+    """Raise ConfigError if a budget is below `least`, the cost of one rank for each tier."""
     if least > budget:
         raise ConfigError(f"a budget of {budget:,} parameters, but one rank for each tier takes {least:,}. Raise it.")

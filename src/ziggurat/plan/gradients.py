@@ -1,4 +1,4 @@
-"""The gradients of a recipe's data before training, and the pyramid that they ask for."""
+"""The gradients of a recipe's data before training, and a pyramid that fits them."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,16 +13,16 @@ from ziggurat.analysis.sharing import GROUPS, Item, gradients
 
 from .allocate import check_budget
 
-#: Batches that are looked at.
+#: The number of batches.
 BATCHES = 16
-#: No tier is given a higher rank.
+#: The highest rank of a tier.
 MOST_RANK = 256
 
 
 def gradients_of(source: str | Path, words: Sequence[str] = (), batches: int = BATCHES) -> list[Item]:
     """The gradients of a recipe's loss over its first `batches` training batches, by the weights that it adapts.
 
-    The classification head, if there is one, is as fresh as training would find it.
+    The classification head, if there is one, is freshly initialised, as at the start of training.
 
     Raises:
         RecipeError, DataError, MissingExtraError: as for `ziggurat train`.
@@ -53,11 +53,11 @@ def gradients_of(source: str | Path, words: Sequence[str] = (), batches: int = B
 def lay_out(
     items: Sequence[Item], budget: int, groups: int = GROUPS, by_role: bool = False
 ) -> tuple[dict[str, int], dict[str, list[float]], int]:
-    """Ranks by tier (`<tier>:<role>` with `by_role`) for a budget of parameters, the gains of each, and what they cost.
+    """Ranks by tier (`<tier>:<role>` with `by_role`) for a budget of parameters, the gains of each, and their cost.
 
-    By greed: with R_n the part of layer n's gradient that no chosen direction holds, the next rank of a tier takes from
-    the mean of R_n over the layers that share one of its pairs its largest singular value s_1, in each of its pairs.
-    That holds the energy m s_1^2 of m layers; the tier with most of it for its parameters gets the rank.
+    Greedy: R_n is the residual of layer n's gradient after all chosen directions. The next rank of a tier takes, in
+    each of its pairs, the largest singular value s_1 of the mean of R_n over the layers that share the pair, with the
+    energy m s_1^2 for m layers. The tier with the most energy per parameter gets the rank.
 
     Raises:
         ConfigError: one rank for each tier is above the budget.
@@ -99,7 +99,7 @@ def _families(items: Sequence[Item]) -> list[list[Item]]:
 
 
 class _Pyramid:
-    """The gradients of the linear layers of one role and shape, less the directions that tiers have taken."""
+    """The gradients of the linear layers of one role and shape, minus the directions taken by tiers."""
 
     TIERS = ("global", "mid", "layer")
 
@@ -120,7 +120,7 @@ class _Pyramid:
         return len(self.shared[tier]) * sum(self.left.shape[1:])
 
     def gain(self, tier: str) -> float:
-        """The energy that the next rank of a tier would hold."""
+        """The energy of a tier's next rank."""
         s = self._largest(tier)[1]
         return sum(len(layers) * float(value) ** 2 for layers, value in zip(self.shared[tier], s, strict=True))
 

@@ -1,13 +1,13 @@
 """The memory of a training step: weights, trained parameters with gradients and AdamW's moments, saved activations.
 
-Activations are counted, not guessed: one forward of the adapted model on the meta device, which computes nothing,
-with every tensor that autograd would keep for the backward. Attention that asks torch for a fused kernel is counted as
-one keeps it: inputs, output and one value per row, not the L x L weights. Per sample all grows as a L + c L^2 with the
-length L (c is not 0 where attention is written out, or has a mask); two lengths give a and c.
+Activations are counted, not guessed: one forward of the adapted model on the meta device, which computes nothing, with
+every tensor that autograd would keep for the backward. Attention through torch's fused kernels is counted as these keep
+it: inputs, output and one value per row, not the L x L weights. Per sample all grows as a L + c L^2 with the length L
+(c is not 0 where attention is written out, or has a mask); two lengths give a and c.
 
-With gradient checkpointing these stay: tensors outside the layers, every layer's input, and all of the largest layer,
-while it is computed again. NF4 weights (QLoRA) take 4 bits, a byte per block of 64 for its scale, and a float32 per 256
-blocks [Dettmers et al. 2023, double quantisation].
+Gradient checkpointing keeps tensors outside the layers, every layer's input, and all of the largest layer during its
+recomputation. NF4 weights (QLoRA) take 4 bits, a byte per block of 64 for its scale, and a float32 per 256 blocks
+[Dettmers et al. 2023, double quantisation].
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ from ziggurat.lowrank.remade import unchanged
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one training step. `activations` is None where the model can't be traced without weights.
+    """Bytes of one training step. `activations` is None if the model can't be traced without weights.
 
     weights + 2 x trained (values and gradients) + 8 per trainable parameter (AdamW's two moments in float32) +
-    activations, with activations = batch (a L + c L^2). Not in it: the device's context, kernels' workspaces,
+    activations, with activations = batch (a L + c L^2). Not included: the device's context, kernels' workspaces,
     fragmentation.
     """
 
@@ -75,7 +75,7 @@ def saved_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
 
 
 def checkpointed_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
-    """The most that is kept at once where each layer's activations are computed again when its turn comes.
+    """The largest number of bytes kept at once if each layer's activations are recomputed in the backward.
 
     The layers are those that transformers checkpoints. Raises ValueError if there are none.
     """
@@ -97,9 +97,9 @@ def checkpointed_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
 def _kept(
     model: nn.Module, inputs: dict[str, Tensor], layers: Sequence[nn.Module] = ()
 ) -> tuple[dict[int, Any], dict[int, int]]:
-    """The storages kept, by address, and in which of `layers` those are that go with the layer.
+    """The kept storages, by address, and the index into `layers` of those that are freed with a layer.
 
-    What enters a layer stays whatever becomes of the layer.
+    A layer's input stays.
     """
     parameters = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *inputs.values())}
     kept: dict[int, Any] = {}
@@ -142,7 +142,7 @@ def _kept(
 
 
 class _Fused(torch.autograd.Function):
-    """What a fused attention kernel keeps for its backward, without computing anything."""
+    """Keeps the tensors that a fused attention kernel keeps for its backward, without computing anything."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -153,7 +153,7 @@ class _Fused(torch.autograd.Function):
 
 
 class _FusedAttention(TorchFunctionMode):
-    """On the meta device torch writes its attention out; here it is counted as the kernel that a device would run."""
+    """On the meta device torch decomposes attention; this counts it as the fused kernel of a real device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

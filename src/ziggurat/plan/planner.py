@@ -1,4 +1,4 @@
-"""The plan of a method for a model, counted before there are any weights."""
+"""The plan of a method for a model, counted without weights."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -42,9 +42,9 @@ BESIDE: dict[str, dict[str, Any]] = {
     "vera": {"name": "vera"},
     "adapter": {"name": "adapter"},
 }
-#: They choose their own places: around layers, behind the feed-forward part.
+#: Methods with fixed places: around layers, after the feed-forward part.
 _OWN_PLACES = ("lor2c", "sharelor2c", "adapter")
-#: What a row of BESIDE is called where it isn't its method's name.
+#: Names of rows of BESIDE that differ from their method's name.
 _VARIANTS = {"sharelor2c": "ShareLoR2C"}
 LABELS = {
     **dict.fromkeys(WRITES, "tokens"),
@@ -56,7 +56,7 @@ LABELS = {
 
 
 def variant_name(row: str) -> str:
-    """What tables call a row of `BESIDE`."""
+    """The name of a row of `BESIDE` in tables."""
     from ziggurat.recipe.methods import shown
 
     return _VARIANTS.get(row) or shown(row)
@@ -87,10 +87,10 @@ class Beside:
 
 @dataclass(frozen=True)
 class Tenants:
-    """A set of `number` adapters that have the tensors of `tiers` in common, in parameters and bytes of weights files.
+    """A set of `number` adapters that share the tensors of `tiers`, in parameters and bytes of weights files.
 
-    `shared` and `bank` are there once, `private` and `each` for every adapter, heads too; `alone` is the file of one
-    that is saved whole.
+    `shared` and `bank` count once, `private` and `each` for every adapter, heads included; `alone` is the file of an
+    adapter saved outside a set.
     """
 
     number: int
@@ -104,7 +104,7 @@ class Tenants:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of it. Counts are exact; `memory` says itself what it leaves out.
+    """The complete plan. Counts are exact; see `Memory` for its omissions.
 
     `adapter` counts the method's own trainable parameters, `head` those of modules trained whole; `file` is the size of
     adapter_model.safetensors in bytes.
@@ -140,13 +140,13 @@ def plan(
     four_bits: bool = False,
     tenants: int | None = None,
 ) -> Plan:
-    """Count what `config` trains in `model`, which lies on the meta device and comes back as it was.
+    """Count the parameters of `config` in `model`, which is on the meta device and is restored afterwards.
 
-    For the memory: `pair`, two texts encoded apart; `checkpointing`, the layers' activations are computed again;
+    For the memory: `pair`, two texts encoded separately; `checkpointing`, the layers' activations are recomputed;
     `four_bits`, the base's linear layers are NF4 (QLoRA). `tenants`: also count a set of so many adapters.
 
     Raises:
-        ConfigError: the config doesn't fit the model, with what the method says of it.
+        ConfigError: the config doesn't fit the model, with the method's own error.
     """
     base = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     anatomy = Anatomy(model, getattr(config, "layers_pattern", None))
@@ -323,11 +323,11 @@ def plan_recipe(
 ) -> Plan:
     """The plan of a recipe's method, or of `choice` (method.* as in a recipe), for `model`, by its config.
 
-    With a recipe also by the names of its weights and the labels of the data, where they are here; `notes` says what is
-    assumed where they aren't.
+    With a recipe also by the names of its weights and the labels of the data, if they are local; otherwise `notes` has
+    the assumptions.
 
-    `budget` ("0.1%" of the model, "300k"): instead of the recipe's rank the largest that it pays for; a recipe's own
-    `method.budget` is met as `ziggurat train` meets it.
+    `budget` ("0.1%" of the model, "300k"): the largest rank within it, instead of the recipe's rank; a recipe's own
+    `method.budget` is met as in `ziggurat train`.
 
     Raises:
         ConfigError: no such model, a method without an adapter, or a budget below the smallest one.

@@ -39,7 +39,8 @@ _CHARACTERS, _STEP, _LONGEST = 4, 32, 512
 
 @dataclass
 class Start:
-    """What a file's columns and rows say: the task, each key with its value and reason; and if there are images."""
+    """The task inferred from a file's columns and rows, each key with its value and reason, and whether there are
+    images."""
 
     task: str
     why: str
@@ -48,7 +49,7 @@ class Start:
 
 
 def start(file: str, *, task: str | None = None, model: str | None = None) -> tuple[str, Start]:
-    """The text of a recipe for `file`, and what was seen in it. `task` and `model` decide instead of the file.
+    """The text of a recipe for `file`, and the inferred `Start`. `task` and `model` override the inference.
 
     Raises DataError for a file that can't be read, or whose columns fit no task.
     """
@@ -60,7 +61,7 @@ def start(file: str, *, task: str | None = None, model: str | None = None) -> tu
 
 
 def look(file: str, task: str | None = None) -> Start:
-    """What the columns and rows of `file` say. Raises DataError."""
+    """Infer the task from the columns and rows of `file`. Raises DataError."""
     from ziggurat.training.data.instruct import ALIASES
     from ziggurat.training.data.tables import read_table
 
@@ -94,7 +95,7 @@ def _encoding_of(file: str) -> str | None:
 
 
 def _forms(table: Dataset) -> Iterator[Start]:
-    """The tasks whose data are known by the names of their columns."""
+    """The tasks that the names of the columns determine."""
     from ziggurat.training.data.chat import has_images
     from ziggurat.training.data.instruct import ALIASES
 
@@ -244,7 +245,7 @@ def _first_here(proposals: Sequence[Proposal]) -> str:
 
 
 def _size(text: str, model: str, proposals: Sequence[Proposal]) -> str:
-    """The model's size and what of it trains, as `ziggurat plan` counts; or as listed, if its config isn't here."""
+    """The model's size and trainable parameters, by `ziggurat plan`; or as listed, if its config isn't local."""
     from .planner import plan_recipe
 
     try:
@@ -256,7 +257,7 @@ def _size(text: str, model: str, proposals: Sequence[Proposal]) -> str:
 
 
 def _text(file: str, seen: Start, model: str, proposals: Sequence[Proposal], size: str) -> str:
-    """The recipe, each line with its reason behind it."""
+    """The recipe, each line followed by its reason."""
     lines = [
         f"# Written by `ziggurat init {_one_line(Path(file).name)}`: {seen.why}. Change what you know better;",
         "# `ziggurat recipes --keys` says what every key means, `ziggurat plan MODEL RECIPE` what it costs.",

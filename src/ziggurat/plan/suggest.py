@@ -1,4 +1,4 @@
-"""Ranks and groups from evidence: a short run at one high rank for every tier, then a budget laid out by it."""
+"""Ranks and groups by measurement: a short probe run at one high rank for every tier, then an allocation."""
 
 import json
 import tempfile
@@ -17,9 +17,9 @@ from ziggurat.methods.msplora.config import MSPLoraConfig
 from . import allocate
 from .gradients import gradients_of, lay_out
 
-#: The criterion that needs no probe.
+#: The criterion without a probe run.
 GRADIENTS = "gradients"
-#: So much more than independent gradients is more than chance and a few outliers.
+#: This factor over independent gradients is more than chance and a few outliers.
 WORTH = 1.5
 
 
@@ -42,7 +42,7 @@ class SensitivityCallback(TrainerCallback):
 class Suggestion:
     """`ranks` by tier, coarse to fine, or by `<tier>:<role>`; `group_starts` of the mid tier, None if unknown.
 
-    `spent` of `budget` parameters; `gains` (or widths) by tier are what the choice rests on.
+    `spent` of `budget` parameters; the choice is based on `gains` (or widths) by tier.
     """
 
     ranks: dict[str, int]
@@ -73,7 +73,7 @@ def suggestion(
     sensitivity: dict[str, np.ndarray] | None = None,
     by_role: bool = False,
 ) -> Suggestion:
-    """What a probe of MSPLoRA, all tiers at one high rank, suggests for a budget of parameters.
+    """The suggestion of a probe of MSPLoRA, all tiers at one high rank, for a budget of parameters.
 
     `by_role`: each role has ranks of its own, and `sensitivity`, if given, was recorded so.
 
@@ -116,10 +116,10 @@ def suggestion(
 
 
 def by_gradients(items: Sequence[sharing.Item], budget: int, groups: int = 3, by_role: bool = False) -> Suggestion:
-    """What the gradients of a model's own data before training suggest for a budget of parameters, without a probe.
+    """The suggestion of the gradients of a model's data before training for a budget of parameters, without a probe.
 
-    Ranks go where they hold most of the gradients' energy for their parameters (`gradients.lay_out`). Notes say what is
-    common, beside what independent gradients give.
+    Ranks go to the tiers with the most of the gradients' energy per parameter (`gradients.lay_out`). Notes compare the
+    common part with that of independent gradients.
 
     Raises:
         ConfigError: the budget is too small.
@@ -162,7 +162,7 @@ def suggest(
     check_needs(recipe, "ziggurat suggest")
     if recipe.method["name"] != "msplora":
         raise ConfigError(f"suggest lays out a pyramid: method.name must be msplora, not {recipe.method['name']}.")
-    # What can be wrong is said before the probe costs its time.
+    # Mistakes are reported before the probe run.
     known = (*allocate.CRITERIA, GRADIENTS)
     if criterion not in known:
         raise ConfigError(f"criterion {criterion!r}: one of {', '.join(known)}.")
@@ -190,7 +190,7 @@ def suggest(
     return suggested, to_yaml(load_recipe(source, [*_without(words, [*_SHAPE, *map(_key, final)]), *final]))
 
 
-#: Makes the probe's run quick.
+#: Settings of a quick probe run.
 _QUICK = ("train.save=never", "train.evaluate=never", "train.evaluate_before=false", "train.best=false")
 _QUICK += ("train.report_to=",)
 _SUGGESTED = ("method.group_starts", "method.rank_pattern")
@@ -215,7 +215,7 @@ def _suggested(recipe: Any, suggested: Suggestion) -> Iterator[str]:
     if pattern is not None or "rank_pattern" in recipe.method:
         yield f"method.rank_pattern={json.dumps(pattern) if pattern else ''}"
     if recipe.method.get("even_scales"):
-        # The scale is lora_alpha over the first rank, which is another one now: the recipe's scale is kept.
+        # The scale is lora_alpha over the first rank, which changes: lora_alpha is adjusted to keep the recipe's scale.
         config = method_config(settle_budget(recipe)[0].method)
         assert isinstance(config, MSPLoraConfig)
         first = config.pyramid()[0]
@@ -225,12 +225,12 @@ def _suggested(recipe: Any, suggested: Suggestion) -> Iterator[str]:
         yield "method.num_groups="
 
 
-#: What the suggestion decides.
+#: The keys that the suggestion sets.
 _SHAPE = tuple(f"method.{name}" for name in ("ranks", "group_starts", "tiers", "rank_pattern", "budget"))
 
 
 def _budget(recipe: Any, budget: str | None) -> int:
-    """Raises ConfigError where it is no number, or pays for no rank in one of the tiers."""
+    """The budget as a number. Raises ConfigError if it isn't one, or is below one rank for each tier."""
     from ziggurat.recipe.methods import method_config
     from ziggurat.training.sizing.budget import read_budget, recipe_model
     from ziggurat.training.sizing.counts import count

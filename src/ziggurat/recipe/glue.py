@@ -16,8 +16,8 @@ PREFIX = "glue/"
 class GlueTask:
     """One task. `classes` are named as on the hub, in the order of the labels 0, 1, ...; none: a number from 0 to 5.
 
-    `server` maps a test split to the file that GLUE's server expects; `says_names`: the file names the
-    classes instead of counting them. `second` is the other metric of tasks that GLUE reports by two.
+    `server` maps a test split to the file that GLUE's server expects; `says_names`: the file has the classes' names
+    instead of their numbers. `second` is the second metric of tasks that GLUE reports by two.
     """
 
     columns: tuple[str, ...]
@@ -66,9 +66,9 @@ def glue_name(train: Any, subset: Any = None) -> str | None:
 
 
 def fill_in(flat: dict[str, Any]) -> list[str]:
-    """Add to a flat recipe what its GLUE task says (columns, classes, task, metric) where it says nothing itself.
+    """Complete a flat recipe by the values of its GLUE task (columns, classes, task, metric).
 
-    Returns what is wrong: a task that there isn't, a subset beside it, a folder for other data.
+    Returns mistakes: an unknown task, a subset beside it, a folder for other data.
     """
     train, subset = flat.get("data.train"), flat.get("data.subset")
     name = glue_name(train, subset)
@@ -93,5 +93,5 @@ def fill_in(flat: dict[str, Any]) -> list[str]:
 
 
 def brings_validation(train: Any, folder: Any) -> bool:
-    """Whether data that name no validation data have some nevertheless: GLUE's own."""
+    """Whether the data include validation data without naming them, as GLUE does."""
     return isinstance(train, str) and (train.startswith(PREFIX) or folder is not None)

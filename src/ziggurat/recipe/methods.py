@@ -1,6 +1,6 @@
 """The methods a recipe can name: all registered ones, PEFT's, and plain choices of weights.
 
-A registered method's row follows from its card; its fields are read off its PEFT config.
+A registered method's row follows from its card, its fields from its PEFT config.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ _NOT_IN_A_RECIPE = {
     "ziggurat_format",
 }
 
-#: The key that picks the rank instead of naming it; see `budget.py`.
+#: The key that determines the rank by a parameter budget; see `budget.py`.
 BUDGET = "budget"
 
 SYNONYMS = {
@@ -50,13 +50,12 @@ SYNONYMS = {
 class Method:
     """One row: either a PEFT config class, or a rule that says which of the model's own weights train.
 
-    `config` is the class, or "module:class", imported when first needed. `fixed` are fields that make the method what
-    it is (DoRA is LoRA with use_dora). `trains` gets a parameter's name and says whether it trains; the head always
-    does. `exports` and `merges`: whether `ziggurat export` and `ziggurat merge` work on its adapters. `ranks` gives
-    the fields that make an adapter of a rank, by which a parameter budget is met. `run` are fields of the config that
-    only the run knows, with what stands in until then. `unread` are fields that the config inherits and the method
-    never reads, with what to do instead. `four_bits`: the base weights are quantised. `shown`: its name in tables,
-    where it isn't the one in recipes.
+    `config` is the class, or "module:class", imported at the first use. `fixed` are fields that define the method (DoRA
+    is LoRA with use_dora). `trains` tells by a parameter's name whether it trains; the head always does. `exports` and
+    `merges`: whether `ziggurat export` and `ziggurat merge` work on its adapters. `ranks` returns the config's fields
+    for a rank, used to meet a parameter budget. `run` are fields of the config that only the run knows, with
+    placeholders. `unread` are inherited fields that the method ignores, with the alternative. `four_bits`: the base
+    weights are quantised. `shown`: its name in tables, if different from the name in recipes.
     """
 
     about: str
@@ -75,7 +74,7 @@ class Method:
         """The config's class; None for a method that trains the model's own weights.
 
         Raises:
-            RecipeError: the installed PEFT doesn't have this method yet.
+            RecipeError: the installed PEFT lacks this method.
         """
         if not isinstance(self.config, str):
             return self.config
@@ -93,7 +92,7 @@ def _rank(rank: int) -> dict[str, Any]:
 
 
 def _adalora_ranks(rank: int) -> dict[str, Any]:
-    # PEFT's own default is 12 directions of which 8 stay.
+    # PEFT's default: 12 directions at the start, 8 at the end.
     return {"init_r": rank, "target_r": rank * 2 // 3}
 
 
@@ -170,7 +169,7 @@ TABLE: dict[str, Method] = {
 
 
 class Methods(Mapping[str, Method]):
-    """The table's rows, and a row for every other registered method, whoever registered it and whenever."""
+    """The table's rows, and a row for every other registered method."""
 
     def __getitem__(self, name: str) -> Method:
         return self._rows()[name]
@@ -209,7 +208,7 @@ def shown(name: str) -> str:
 
 
 def method_fields(name: str) -> dict[str, Any]:
-    """Field name -> type hint of the method's config, without those the run sets itself or the method never reads."""
+    """Field name -> type hint of the method's config, without fields that the run sets or the method ignores."""
     method = METHODS[name]
     cls = method.config_class()
     if cls is None:
@@ -226,7 +225,7 @@ def method_fields(name: str) -> dict[str, Any]:
 
 
 def method_problems(choice: dict[str, Any]) -> list[str]:
-    """Everything wrong with `method.*`: the name, each field, and what the config itself refuses."""
+    """All mistakes in `method.*`: in the name, in each field, and the config's own errors."""
     from .names import answer
     from .values import explain
 
@@ -274,7 +273,7 @@ def method_config(choice: dict[str, Any], **run: Any) -> Any | None:
     """The PEFT config of a checked `method.*`; None for a method that trains the model's own weights.
 
     `run` are the fields that the run sets (task_type, modules_to_save). Lists given for enums, tuples and nested
-    dataclasses become what the config declares.
+    dataclasses are converted to the declared types.
     """
     method = METHODS[choice["name"]]
     cls = method.config_class()
@@ -288,7 +287,7 @@ def method_config(choice: dict[str, Any], **run: Any) -> Any | None:
 
 
 def budget_problems(name: str, choice: dict[str, Any]) -> list[str]:
-    """What is wrong with `method.budget`: the most trainable parameters that the method's own part may have."""
+    """Mistakes in `method.budget`, the maximum number of the method's own trainable parameters."""
     ranks, value = METHODS[name].ranks, choice[BUDGET]
     if ranks is None:
         return [f"method.budget: {name} has no rank to meet a budget with"]
@@ -298,7 +297,7 @@ def budget_problems(name: str, choice: dict[str, Any]) -> list[str]:
 
 
 def convert(hint: Any, value: Any) -> Any:
-    """`value` as the hint declares it, where pydantic knows the hint; else as it is."""
+    """`value` converted to the hint, if pydantic supports the hint; else unchanged."""
     try:
         return TypeAdapter(hint).validate_python(value)
     except (PydanticSchemaGenerationError, ValidationError, TypeError, NameError):

@@ -1,4 +1,4 @@
-"""What other programs call the keys of a recipe, from `names.yaml`, and the answer to one who writes their names."""
+"""Other programs' names of a recipe's keys, from `names.yaml`, and hints for recipes that use them."""
 
 from functools import cache
 from importlib.resources import files
@@ -6,19 +6,19 @@ from typing import Any
 
 import yaml
 
-#: The programs of `names.yaml`, as they are written.
+#: Program in `names.yaml` -> its name in texts.
 PROGRAMS = {"huggingface": "Hugging Face", "llama_factory": "LLaMA-Factory", "axolotl": "Axolotl"}
 
 
 @cache
 def tables() -> dict[str, dict[str, str]]:
-    """Program -> its names with what stands for them here: a key, a key with its value, or words; "" for nothing."""
+    """Program -> its names with their equivalents: a key, a key with its value, or words; "" for none."""
     read: Any = yaml.safe_load((files("ziggurat") / "recipe" / "names.yaml").read_text(encoding="utf-8"))
     return {program: read[program] | dict.fromkeys(read["none"][program], "") for program in PROGRAMS}
 
 
 def answer(key: str) -> str | None:
-    """The end of a sentence on a key that is unknown here and known elsewhere; None where it isn't."""
+    """A hint for an unknown key that another program has; None for other keys."""
     name = key.rpartition(".")[2].lower().replace("-", "_")
     found = next((program for program, names in tables().items() if name in names), None)
     if found is None:

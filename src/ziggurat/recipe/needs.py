@@ -6,7 +6,7 @@ from .embedded import EMBEDDED, PACKAGE
 from .methods import METHODS
 from .schema import Recipe
 
-#: Part of an optimiser's name -> the package that brings it, where that isn't torch or transformers; the first counts.
+#: Part of an optimiser's name -> its package, if not torch or transformers; the first match counts.
 _OF_OPTIMIZERS = {
     **dict.fromkeys(("torch_8bit", "torch_4bit"), "torchao"),
     **dict.fromkeys(("bnb", "8bit", "paged", "lion", "ademamix"), "bitsandbytes"),
@@ -19,7 +19,7 @@ _OF_OPTIMIZERS = {
 
 
 def needs(recipe: Recipe) -> dict[str, str]:
-    """Package -> what in the recipe asks for it."""
+    """Package -> the part of the recipe that needs it."""
     found = {"datasets": f"data.train: {recipe.data.train}", recipe.kind.package: f"task: {recipe.task}"}
     if recipe.model == EMBEDDED:
         found[PACKAGE] = f"model: {EMBEDDED}"
@@ -36,5 +36,5 @@ def needs(recipe: Recipe) -> dict[str, str]:
 
 
 def check(recipe: Recipe, what: str = "training") -> None:
-    """Raise MissingExtraError unless all that `recipe` needs is installed."""
+    """Raise MissingExtraError unless all packages that `recipe` needs are installed."""
     require(what, *needs(recipe))

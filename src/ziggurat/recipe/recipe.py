@@ -1,4 +1,4 @@
-"""Recipes: found, read, checked whole before anything is loaded, and written beside the adapter."""
+"""Recipes: finding, reading, complete checks before anything is loaded, and writing beside the adapter."""
 
 import shlex
 from collections.abc import Iterable, Mapping
@@ -19,21 +19,21 @@ from .tasks import task_called
 from .text import MOST_TEXT, SECTIONS, flatten, read_overrides, read_yaml
 from .values import explain
 
-#: Raised whenever the same recipe, on the same data, computes something else than before.
+#: Incremented whenever the same recipe, on the same data, gives other results than before.
 COMPUTATION = 2
-#: How files of data end, which are taken for recipes by mistake.
+#: Endings of data files, which may be given as a recipe by mistake.
 _DATA = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt", ".xlsx")
-#: What a run is called, where it lies, whom it tells and how it is fed: none of it changes what is computed.
+#: A run's names, folder, trackers and data loading, which don't change its results.
 _WITHOUT_EFFECT = (
     *("about", "name", "output", "train.answers"),
     *("train.eval_batch", "train.keep", "train.report_to", "train.workers"),
 )
-#: Values that mean another one, as other programs write it.
+#: Key -> other programs' spellings of its values.
 SPELLINGS = {
     "dtype": {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"},
     "train.precision": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},
 }
-#: What a key may have been meant by, beside the names that other programs have for it (`names.yaml`).
+#: Unknown key -> the key that it may stand for, besides other programs' names (`names.yaml`).
 _SYNONYMS = {
     **SYNONYMS,
     "accumulation": "train.accumulate",
@@ -70,9 +70,9 @@ def shipped() -> dict[str, str]:
 
 
 def find_recipe(source: str | Path) -> tuple[str, str]:
-    """The label and the text of a recipe: a file, or the name of a shipped one.
+    """The label and the text of a recipe, given as a file or by the name of a shipped one.
 
-    Raises RecipeError with the nearest names when there is neither.
+    Raises RecipeError with the nearest names if there is neither.
     """
     path = Path(source).expanduser()
     if path.name.lower().removesuffix(".gz").endswith(_DATA) or _is_list(path):
@@ -122,7 +122,7 @@ def load_recipe(source: str | Path = "default", overrides: Iterable[str] = ()) -
 
 
 def recipe_of(text: str, overrides: Iterable[str] = (), *, label: str, source: str | Path = "recipe") -> Recipe:
-    """Check the text of a recipe, with `key=value` words on top; `label` stands in errors, `source` is where it lies.
+    """Check the text of a recipe with `key=value` overrides; `label` names it in errors, `source` is its path.
 
     Raises RecipeError that lists every mistake of text and words at once.
     """
@@ -148,7 +148,7 @@ def _refused(label: str, problems: list[str]) -> RecipeError:
 
 
 def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: list[str]) -> Recipe:
-    # An override with no value takes the key out, back to its default: the only way to drop a method's field.
+    # An override without a value resets the key to its default: the only way to drop a method's field.
     flat = {key: value for key, value in {**flat, **extra}.items() if key not in extra or value is not None}
     several = flat.get("data.train")
     if isinstance(several, list) and several:
@@ -194,7 +194,7 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
 
 
 def _meant(key: str, known: list[str], choice: dict[str, Any], value: Any) -> str:
-    """What an unknown key may have meant: by our own synonyms, as other programs call it, or as it is spelt."""
+    """A hint for an unknown key: by our synonyms, by other programs' names, or by its spelling."""
     from .names import answer
 
     hint = answer(key) if key.rpartition(".")[2] not in _SYNONYMS else None
@@ -228,7 +228,7 @@ def _example(section: str) -> str:
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as one flat mapping, defaults too but for the method's; paths on this disk are made absolute."""
+    """The recipe as one flat mapping with defaults, except the method's; local paths are made absolute."""
     sections = ("rewards", "sampling", "teacher")
     elsewhere = {section for section in sections if recipe.task not in tasks_of(f"{section}.")}
     flat = flatten(recipe.model_dump(exclude={"resume", "overwrite", *elsewhere}))
@@ -247,9 +247,9 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
 
 def effective(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a resolved recipe changes what is computed, spelt one way: 0.0 is 0, and targets have no order.
+    """The part of a resolved recipe that decides the results, in one spelling: 0.0 is 0, and targets are sorted.
 
-    Every field of the method is there, with its default where the recipe says nothing.
+    Every field of the method is included, with its default if the recipe doesn't set it.
     """
     plain = {key: _one_spelling(value) for key, value in flat.items() if key not in _WITHOUT_EFFECT}
     choice = {key.removeprefix("method."): value for key, value in flat.items() if key.startswith("method.")}
@@ -272,6 +272,6 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Which keys two resolved recipes disagree on, `key: old -> new`."""
+    """The keys that differ between two resolved recipes, as `key: old -> new`."""
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed]

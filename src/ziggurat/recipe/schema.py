@@ -1,4 +1,4 @@
-"""What a recipe may say: every key, its type, its default and its meaning."""
+"""The schema of recipes: every key with its type, default and meaning."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ Rate = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Every = Literal["epoch", "never"] | Positive
 
-#: Tokens of a scored text, and the most of an instruction's row, where the recipe names no length.
+#: Default lengths in tokens: of a scored text, and the maximum of an instruction's row.
 SCORED_LENGTH, MOST_LENGTH = 256, 2048
 
 if TYPE_CHECKING:
     Metric = TaskName = str
-else:  # every one that a row of the table names
+else:  # all names in the table of tasks
     Metric = Literal[tuple(dict.fromkeys(metric for task in TASKS.values() for metric in task.metrics))]
     TaskName = Literal[tuple(TASKS)]
 
 
 class Part(BaseModel):
-    """One section of a recipe: unknown keys are refused, nothing is converted, nothing changes afterwards."""
+    """One section of a recipe: unknown keys are refused, values aren't converted, and the object is immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -35,7 +35,7 @@ def _named(what: str) -> Any:
 
 
 class ColumnsPart(Part):
-    """What the columns of instruction, preference and tagged data are called, where a file calls them otherwise."""
+    """Names of the columns of instruction, preference and tagged data, if they aren't the usual ones."""
 
     messages: str | None = _named("the conversation (else messages, conversations or conversation)")
     role: str | None = Field(default=None, description="key of a message with its role (else role or from)")
@@ -75,7 +75,7 @@ class RolesPart(Part):
 
 
 class DataPart(Part):
-    """Where the examples come from and which columns mean what."""
+    """The sources of the examples, and the meaning of their columns."""
 
     train: str = Field(
         description="csv, tsv, json, jsonl, txt (or .gz), parquet or xlsx file, hub data set, `glue/<task>`, or `demo`"
@@ -160,7 +160,7 @@ class DataPart(Part):
 
 
 class HeadPart(Part):
-    """What turns the encoder's states into a score (classification and regression)."""
+    """The classification or regression head."""
 
     pooling: Literal["model", "mean"] = Field(
         default="model", description="the model's own head, or a linear head on the mean of the last states"
@@ -172,7 +172,7 @@ class HeadPart(Part):
 
 
 class RewardsPart(Part):
-    """What grpo and rloo reward. A recipe names functions and never brings their code."""
+    """The rewards of grpo and rloo. A recipe names functions and never contains code."""
 
     functions: list[str] | None = Field(
         default=None,
@@ -189,7 +189,7 @@ class RewardsPart(Part):
 
 
 class SamplingPart(Part):
-    """How grpo, rloo and distill draw completions."""
+    """The sampling of completions in grpo, rloo and distill."""
 
     completions: Annotated[int, Field(ge=2)] = Field(default=8, description="completions of a prompt: its group")
     tokens: Positive = Field(default=256, description="the most tokens of a completion")
@@ -210,7 +210,7 @@ class SamplingPart(Part):
 
 
 class TeacherPart(Part):
-    """Whom distill learns from."""
+    """The teacher of distill."""
 
     model: str | None = Field(
         default=None,
@@ -228,7 +228,7 @@ class TeacherPart(Part):
 
 
 class TrainPart(Part):
-    """How it learns."""
+    """The training loop."""
 
     epochs: Annotated[float, Field(gt=0.0)] = Field(default=3.0, description="passes over the training data")
     max_steps: Positive | None = Field(
@@ -288,7 +288,7 @@ class TrainPart(Part):
 
 
 class Recipe(Part):
-    """One run, whole. `recipe.load_recipe` reads and checks it; build it in Python by `recipe.make_recipe`."""
+    """One complete run. `recipe.load_recipe` reads and checks it; build it in Python by `recipe.make_recipe`."""
 
     about: str = Field(default="", description="one line that says what this is")
     name: str = Field(default="run", description="names the output folder; without it the file's name")

@@ -1,4 +1,4 @@
-"""The tasks, a row each: what the rest of the package asks of them."""
+"""The table of tasks."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 class Task:
     """One task.
 
-    `model`: what transformers calls its models, behind AutoModelFor. `rows`: the form of its data. `metrics`: the
-    scores that a recipe may choose by, the usual one first. `package`: what trains or scores it, beside datasets.
-    `names`: what other tools call it. `experimental`: TRL promises nothing of its trainer.
+    `model`: transformers' name of its models, after AutoModelFor. `rows`: the form of its data. `metrics`: the scores
+    that a recipe may choose by, the default first. `package`: the package that trains or scores it, besides datasets.
+    `names`: its names in other tools. `experimental`: TRL's trainer is experimental.
     """
 
     model: str
@@ -25,7 +25,7 @@ class Task:
         return self.model in ("CausalLM", "Seq2SeqLM")
 
 
-#: As TRL calls them: the share of pairs whose better answer has the greater reward, and the rewards' distance.
+#: TRL's names: the share of pairs whose better answer has the greater reward, and the rewards' distance.
 _OF_PAIRS = ("rewards/accuracies", "rewards/margins")
 
 TASKS = {
@@ -71,11 +71,11 @@ TASKS = {
 NUMBERS = ("regression", "reward")
 #: Tasks whose model writes texts.
 WRITES = tuple(name for name, task in TASKS.items() if task.writes)
-#: Tasks whose model answers prompts while it learns, and learns from the rewards of its answers.
+#: Tasks whose model learns from rewards of its own answers to prompts.
 REWARDED = ("grpo", "rloo")
 
 
 def task_called(name: object) -> str | None:
-    """The task that is called so here, or by another tool."""
+    """The task of this name, or of this name in another tool."""
     plain = str(name).strip().lower().replace("-", "_")
     return next((task for task, row in TASKS.items() if plain in (task, *row.names)), None)

@@ -8,15 +8,15 @@ import yaml
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 SECTIONS = ("data", "data.columns", "data.roles", "head", "method", "rewards", "sampling", "teacher", "train")
-#: Bytes of a recipe; those that ship have at most a few thousand.
+#: The most bytes of a recipe; shipped ones have at most a few thousand.
 MOST_TEXT = 2**16
-#: Values in a recipe, and lists and mappings inside one another.
+#: The most values in a recipe, and the deepest nesting of lists and mappings.
 MOST_VALUES, MOST_LEVELS = 20_000, 32
 MOST_KEYS = 500
 
 
 def read_yaml(text: str, what: str = "recipe") -> tuple[dict[str, Any], list[str]]:
-    """The flat mapping of a recipe, or of another file of that form (`what`), and what is wrong with its form.
+    """The flat mapping of a recipe, or of another file of that form (`what`), and mistakes in its form.
 
     `train: {lr: 1.0e-3}` and `train.lr: 1.0e-3` are the same; a key given twice in either spelling is refused.
     Only plain YAML values are built (safe_load's rules); a value below the second level stays a value.
@@ -25,7 +25,7 @@ def read_yaml(text: str, what: str = "recipe") -> tuple[dict[str, Any], list[str
         return {}, [f"not readable as YAML: {len(text):,} characters, and a {what} has at most {MOST_TEXT:,}"]
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-        # What aliases repeat counts each time, so that a few lines can't stand for billions of values.
+        # Repetitions by aliases are counted, so that a few lines can't expand to billions of values.
         _check_size(root)
     except yaml.YAMLError as error:
         return {}, [f"not readable as YAML: {_where(error)}"]
@@ -40,7 +40,7 @@ def read_yaml(text: str, what: str = "recipe") -> tuple[dict[str, Any], list[str
     problems: list[str] = []
     lines: dict[str, int] = {}
     leaves = list(_leaves(root))
-    if len(leaves) > MOST_KEYS:  # looking for what each may have meant takes its time
+    if len(leaves) > MOST_KEYS:  # finding hints for unknown keys takes time
         return {}, [f"{len(leaves):,} keys, and a {what} has at most {MOST_KEYS}"]
     for prefix, key_node, value_node in leaves:
         if not isinstance(key_node, yaml.ScalarNode):
@@ -76,7 +76,7 @@ def read_overrides(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
             try:
                 flat[key] = _numbers(yaml.safe_load(text)) if text.strip() else None
             except (yaml.YAMLError, ValueError, RecursionError):
-                # Prose with a colon or a bracket is not YAML, but on a command line it is plainly a text.
+                # A text with a colon or a bracket may be invalid YAML, but on a command line it is a text.
                 flat[key] = text
     return flat, problems
 
@@ -101,7 +101,7 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _leaves(node: yaml.MappingNode, prefix: str = "") -> Iterable[tuple[str, yaml.Node, yaml.Node]]:
-    """Key and value of everything that is no section, with the dotted name of the section that it stands in."""
+    """Section prefix, key and value of every leaf, that is of everything except sections."""
     for key, value in node.value:
         if isinstance(value, yaml.MappingNode) and f"{prefix}{key.value}" in SECTIONS:
             yield from _leaves(value, f"{prefix}{key.value}.")

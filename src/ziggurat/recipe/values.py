@@ -1,4 +1,4 @@
-"""Whether one YAML value fits one type, and in plain words why not."""
+"""Checks whether a YAML value fits a type, with the reason in plain words if not."""
 
 import re
 from typing import Any
@@ -11,10 +11,11 @@ _EXPONENT = re.compile(r"([+-]?)(\d+)(\.\d*)?[eE]([+-]?\d+)")
 
 
 def explain(hint: Any, value: Any) -> str | None:
-    """None when `value` fits `hint` without any conversion that could hide a slip; else what is wrong and what to do.
+    """None if `value` fits `hint` without a conversion that could hide a mistake; else the mistake and a remedy.
 
-    YAML 1.1 reads `4e-4` and `1E5` as texts, so a text where a number belongs says how to write the number. Lists and
-    mappings are allowed to become tuples, sets, enums and dataclasses, since YAML has no other way to write those.
+    YAML 1.1 reads `4e-4` and `1E5` as texts, so the error for a text in place of a number tells how to write the
+    number. Lists and mappings are allowed to become tuples, sets, enums and dataclasses, since YAML has no other way to
+    write those.
     """
     try:
         adapter = TypeAdapter(hint)
@@ -51,7 +52,7 @@ def _words(error: ValidationError, value: Any) -> str:
             allowed, hint = _literal_list(literals[0]), _nearest_literal(literals[0], value)
             return f"'{value}' is neither {allowed} nor a number{hint}"
         return _text_for_number(value, whole=all(kind.startswith("int") for kind in numeric))
-    # In a union the branch that got furthest says most: a bound that was broken tells more than a type.
+    # In a union the most specific error is best: a violated bound tells more than a wrong type.
     ranked = sorted(errors, key=lambda item: item["type"].endswith("_type"))
     item = ranked[0]
     kind, context = item["type"], item.get("ctx", {})
