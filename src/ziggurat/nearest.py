@@ -41,8 +41,8 @@ def nearest(wrong: str, allowed: Iterable[str], synonyms: dict[str, str] | None 
 
 def did_you_mean(wrong: str, allowed: Iterable[str], synonyms: dict[str, str] | None = None) -> str:
     """`, did you mean X?` or an empty string."""
-    found = nearest(wrong, allowed, synonyms)
-    return f", did you mean {found}?" if found is not None else ""
+    name = nearest(wrong, allowed, synonyms)
+    return f", did you mean {name}?" if name is not None else ""
 
 
 def missing_path(path: str | Path) -> str:

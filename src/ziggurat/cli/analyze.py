@@ -103,19 +103,19 @@ def _follow(run: Path, out: Path) -> Path:
     from ziggurat.analysis.live import live_page, places_of, read_progress
     from ziggurat.training.callbacks.progress import line_of
 
-    told: list[str] = []
+    printed: list[str] = []
     written = False
     while True:
         final, work = places_of(run)
         if not work.is_dir():
             return final
         lines = read_progress(work)
-        new = [text for text in map(line_of, lines) if text not in told]
+        new = [text for text in map(line_of, lines) if text not in printed]
         for text in new:
             say(text)
         if new or not written:
             _write(out, live_page(final, lines), tell=not written)
-        told, written = told + new, True
+        printed, written = printed + new, True
         time.sleep(_EVERY)
 
 

@@ -49,17 +49,17 @@ def chat(
     messages: list[dict[str, Any]] = []
     while True:
         try:
-            said = input("> ").strip()
+            line = input("> ").strip()
         except EOFError:
             say("")
             return
-        if said == "/quit":
+        if line == "/quit":
             return
-        if said == "/new":
+        if line == "/new":
             messages = []
-        elif said:
+        elif line:
             messages = messages if remembers else []
-            messages.append({"role": "user", "content": said})
+            messages.append({"role": "user", "content": line})
             try:
                 answer = _answer(loaded, messages, system, Sampling(tokens, temperature, top_p, top_k, seed))
             except DataError as error:

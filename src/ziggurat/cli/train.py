@@ -125,14 +125,14 @@ def predict(
     elif text == "-":
         firsts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     sampling = Sampling(tokens, temperature, top_p, top_k, seed)
-    found = []
+    predictions = []
     for prediction in predict_each(loaded, firsts, seconds, batch=batch, sampling=sampling, system=system):
-        found.append(prediction)
+        predictions.append(prediction)
         if out is None:
             say(prediction.to_json() if json else prediction.to_line(alone=file is None and text != "-"))
     if out is not None:
-        write_answers(out, found, seconds)
-        say(f"{len(found):,} answers written to {out}")
+        write_answers(out, predictions, seconds)
+        say(f"{len(predictions):,} answers written to {out}")
 
 
 def recipes(

@@ -38,15 +38,15 @@ def task_for(recipe: Recipe, head: HeadSpec, wanted: str | None = None) -> str:
         raise DataError(f"'glue/{wanted}' is not one of glue/{', glue/'.join(GLUE)}")
     if name is None and wanted is None:
         raise DataError(f"this adapter was trained on '{data.train}', which is no task of GLUE: name one, as glue/rte")
-    found = wanted or str(name)
-    classes = GLUE[found].classes
-    if len(classes) != len(head.label_names) or (len(GLUE[found].columns) > 1) != head.pair:
+    task = wanted or str(name)
+    classes = GLUE[task].classes
+    if len(classes) != len(head.label_names) or (len(GLUE[task].columns) > 1) != head.pair:
         raise DataError(
-            f"glue/{found} has {len(classes) or 'no'} classes and {len(GLUE[found].columns)} texts a row; this adapter "
+            f"glue/{task} has {len(classes) or 'no'} classes and {len(GLUE[task].columns)} texts a row; this adapter "
             f"({data.train}) answers with {len(head.label_names) or 'no'} classes to {1 + head.pair}"
         )
-    class_order(recipe, head, found)
-    return found
+    class_order(recipe, head, task)
+    return task
 
 
 def class_order(recipe: Recipe, head: HeadSpec, name: str) -> list[int]:
@@ -144,7 +144,7 @@ def _answers(loaded: Loaded, task: GlueTask, table: object) -> list[Prediction]:
 def labels_of(table: object, name: str, split: str) -> list[float]:
     """Classes as indices, or numbers from 0 to 5. Raises DataError if the labels are hidden."""
     classes = GLUE[name].classes
-    found: list[float] = []
+    labels: list[float] = []
     for row, label in enumerate(table["label"], start=1):  # type: ignore[index]
         if isinstance(label, str) and label not in classes:
             raise DataError(
@@ -153,8 +153,8 @@ def labels_of(table: object, name: str, split: str) -> list[float]:
             )
         if label is None or (not isinstance(label, str) and label < 0):
             raise DataError(f"glue/{name}: the labels of split '{split}' are hidden, so there is nothing to score by")
-        found.append(classes.index(label) if isinstance(label, str) else label)
-    return found
+        labels.append(classes.index(label) if isinstance(label, str) else label)
+    return labels
 
 
 def _indices(table: object) -> list[int]:

@@ -54,7 +54,7 @@ def _mmlu(data: Path, folder: Path) -> None:
     if few:
         raise DataError(f"{data / 'dev.parquet'} has fewer than the {SHOTS['mmlu']} shots of {', '.join(few)}")
     for table, file in ((test, "test.parquet"), (dev, "dev.parquet")):
-        _check_rows(data / file, table["choices"], "choices", "four choices", lambda one: len(one) == 4)
+        _check_rows(data / file, table["choices"], "choices", "four choices", lambda choices: len(choices) == 4)
     for subject in subjects:
         about = subject.replace("_", " ")
         _write_part(
@@ -119,7 +119,7 @@ def _bbh(data: Path, folder: Path) -> None:
 def _drop(data: Path, folder: Path) -> None:
     file = data / "validation.parquet"
     table = _read(file, ("passage", "question", "answers"))
-    _check_rows(file, table["answers"], "answers", "a list of answers", lambda one: bool(one) and all(one))
+    _check_rows(file, table["answers"], "answers", "a list of answers", lambda answers: bool(answers) and all(answers))
     if len(table) <= SHOTS["drop"]:
         raise DataError(f"{file} has {len(table)} rows; a question needs {SHOTS['drop']} others as its shots")
     write_whole(folder / "drop_helpers.py", _DROP_HELPERS)
@@ -138,7 +138,7 @@ def _drop(data: Path, folder: Path) -> None:
         # lm-eval's own task stops at ".", in the middle of a number; every seventh question has only answers with a
         # point.
         "generation_kwargs": {"until": ["\n"], "do_sample": False},
-        "metric_list": [{"metric": one, "aggregation": "mean", "higher_is_better": True} for one in ("em", "f1")],
+        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("em", "f1")],
     }
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     # A tag of lm-eval, which YAML dumpers don't write.

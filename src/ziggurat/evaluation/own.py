@@ -67,8 +67,8 @@ def score_rows(loaded: Loaded, file: str | Path, table: Dataset, notes: Sequence
     """The scores of rows that `read_file` has read, by the run's task. Raises DataError for rows that don't fit."""
     data = loaded.recipe.data.model_copy(update={"train": str(file)})  # errors name the file of a row
     loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"data": data}))
-    found = _SCORERS[loaded.recipe.task](loaded, table, batch)
-    return OwnScores(**{**found, "notes": [*notes, *found.get("notes", [])], "rows": len(table)})
+    scores = _SCORERS[loaded.recipe.task](loaded, table, batch)
+    return OwnScores(**{**scores, "notes": [*notes, *scores.get("notes", [])], "rows": len(table)})
 
 
 def _labelled(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:

@@ -106,8 +106,8 @@ def _without_text(subject: Subject) -> str | None:
         name = str(getattr(task, "value", task))
         return f"is an adapter for {name}" if name in _TASKS_WITHOUT_TEXT else None
     config = _base_config(subject)
-    named = list(getattr(config, "architectures", None) or ())
-    return f"is a {named[0]}" if named and not any(one.endswith(_WRITERS) for one in named) else None
+    names = list(getattr(config, "architectures", None) or ())
+    return f"is a {names[0]}" if names and not any(name.endswith(_WRITERS) for name in names) else None
 
 
 def _base_config(subject: Subject) -> Any:

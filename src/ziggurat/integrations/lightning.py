@@ -75,13 +75,13 @@ def adapted(module: nn.Module) -> nn.Module:
     Raises:
         ConfigError: there is none, or there are several.
     """
-    found = [
+    models = [
         child
         for child in module.modules()
         if hasattr(child, "peft_config") and any(isinstance(inner, MethodLayer) for inner in child.modules())
     ]
-    inside = {id(inner) for outer in found for inner in outer.modules() if inner is not outer}
-    outermost = [model for model in found if id(model) not in inside]
+    inside = {id(inner) for outer in models for inner in outer.modules() if inner is not outer}
+    outermost = [model for model in models if id(model) not in inside]
     if len(outermost) != 1:
         raise ConfigError(
             f"{type(module).__name__} holds {len(outermost)} models with adapters of ziggurat, and ZigguratCallback "

@@ -163,7 +163,7 @@ def optimizer_problems(name: str | None) -> list[str]:
     from transformers.training_args import OptimizerNames
 
     # The others compress gradients of full weights, which an adapter doesn't have.
-    names = [one.value for one in OptimizerNames if not any(part in one.value for part in ("galore", "apollo", "lomo"))]
+    names = [opt.value for opt in OptimizerNames if not any(part in opt.value for part in ("galore", "apollo", "lomo"))]
     if name in names:
         return []
     return [

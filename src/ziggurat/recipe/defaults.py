@@ -37,11 +37,11 @@ def models_for(task: str, images: bool = False) -> list[Proposal]:
 def keys_for(task: str, images: bool = False) -> dict[str, tuple[Any, str]]:
     """Key -> value and reason, for a task."""
     row = TASKS[task]
-    found: dict[str, tuple[Any, str]] = {}
+    keys: dict[str, tuple[Any, str]] = {}
     parts = [_part(row), "preference" if row.rows in ("pairs", "judged") and row.writes else task]
     for part in [*parts, "seeing"] if images else parts:
-        found |= {key: (value, why) for key, (value, why) in _all().get(part, {}).get("keys", {}).items()}
-    return found
+        keys |= {key: (value, why) for key, (value, why) in _all().get(part, {}).get("keys", {}).items()}
+    return keys
 
 
 def _part(task: Task) -> str:

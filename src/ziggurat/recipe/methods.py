@@ -79,12 +79,12 @@ class Method:
         if not isinstance(self.config, str):
             return self.config
         module, _, name = self.config.partition(":")
-        found = getattr(importlib.import_module(module), name, None)
-        if found is None:
+        config = getattr(importlib.import_module(module), name, None)
+        if config is None:
             from peft import __version__ as version
 
             raise RecipeError(f"PEFT {version} has no {name}: install a newer peft, or take another method")
-        return found
+        return config
 
 
 def _rank(rank: int) -> dict[str, Any]:
@@ -254,9 +254,9 @@ def method_problems(choice: dict[str, Any]) -> list[str]:
             hint = hint or did_you_mean(f"method.{key}", [f"method.{other}" for other in fields], SYNONYMS)
             problems.append(f"method.{key}: unknown{hint or f', {name} has no such field'}")
         else:
-            said = explain(fields[key], value)
-            if said is not None:
-                problems.append(f"method.{key}: {said}")
+            fault = explain(fields[key], value)
+            if fault is not None:
+                problems.append(f"method.{key}: {fault}")
     if not problems:
         try:
             method_config(choice)

@@ -20,12 +20,12 @@ def tables() -> dict[str, dict[str, str]]:
 def answer(key: str) -> str | None:
     """A hint for an unknown key that another program has; None for other keys."""
     name = key.rpartition(".")[2].lower().replace("-", "_")
-    found = next((program for program, names in tables().items() if name in names), None)
-    if found is None:
+    program = next((program for program, names in tables().items() if name in names), None)
+    if program is None:
         return None
-    ours = tables()[found][name]
+    ours = tables()[program][name]
     if not ours:
-        return f"; {PROGRAMS[found]} has it, and no key stands for it here"
+        return f"; {PROGRAMS[program]} has it, and no key stands for it here"
     if ours.startswith("nothing"):
         return f"; {ours.replace('nothing', 'leave it out', 1)}"
     return f"; here it is {ours}" if " " in ours else f", did you mean {ours}?"

@@ -20,19 +20,19 @@ _OF_OPTIMIZERS = {
 
 def needs(recipe: Recipe) -> dict[str, str]:
     """Package -> the part of the recipe that needs it."""
-    found = {"datasets": f"data.train: {recipe.data.train}", recipe.kind.package: f"task: {recipe.task}"}
+    packages = {"datasets": f"data.train: {recipe.data.train}", recipe.kind.package: f"task: {recipe.task}"}
     if recipe.model == EMBEDDED:
-        found[PACKAGE] = f"model: {EMBEDDED}"
+        packages[PACKAGE] = f"model: {EMBEDDED}"
     if recipe.gguf_file is not None:
-        found["gguf"] = f"gguf_file: {recipe.gguf_file}"
+        packages["gguf"] = f"gguf_file: {recipe.gguf_file}"
     if recipe.sampling.vllm is not None:
-        found["vllm"] = f"sampling.vllm: {recipe.sampling.vllm}"
+        packages["vllm"] = f"sampling.vllm: {recipe.sampling.vllm}"
     optimizer = recipe.train.optimizer or ""
     if package := next((package for part, package in _OF_OPTIMIZERS.items() if part in optimizer), None):
-        found[package] = f"train.optimizer: {optimizer}"
+        packages[package] = f"train.optimizer: {optimizer}"
     if METHODS[recipe.method["name"]].four_bits:
-        found["bitsandbytes"] = f"method {recipe.method['name']}"
-    return found
+        packages["bitsandbytes"] = f"method {recipe.method['name']}"
+    return packages
 
 
 def check(recipe: Recipe, what: str = "training") -> None:

@@ -61,12 +61,12 @@ _SYNONYMS = {
 def shipped() -> dict[str, str]:
     """Name -> text of the recipes that come with the package, the default first."""
     folder = files("ziggurat") / "recipes"
-    found = {
+    recipes = {
         entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
         for entry in folder.iterdir()
         if entry.name.endswith(".yaml")
     }
-    return dict(sorted(found.items(), key=lambda item: (item[0] != "default", item[0])))
+    return dict(sorted(recipes.items(), key=lambda item: (item[0] != "default", item[0])))
 
 
 def find_recipe(source: str | Path) -> tuple[str, str]:
@@ -165,13 +165,13 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
         if key in known:
             value = SPELLINGS.get(key, {}).get(str(value), value)
             info = known[key]
-            said = explain(Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation, value)
-            if said is None:
+            fault = explain(Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation, value)
+            if fault is None:
                 good[key] = value
             elif key == "task" and task_called(value):
                 problems.append(f"task: {value} is called {task_called(value)} here")
             else:
-                problems.append(f"{key}: {said}")
+                problems.append(f"{key}: {fault}")
         elif key in SECTIONS:
             problems.append(f"{key}: needs its own keys, {_example(key)}")
         else:

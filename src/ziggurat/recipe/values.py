@@ -82,7 +82,7 @@ def _words(error: ValidationError, value: Any) -> str:
         "tuple_type": "a list",
         "dict_type": "a mapping",
     }
-    names = list(dict.fromkeys(wanted[one] for one in kinds if one in wanted))
+    names = list(dict.fromkeys(wanted[kind] for kind in kinds if kind in wanted))
     if names:
         quotes = "; put it in quotes" if names == ["a text"] and isinstance(value, (int, float)) else ""
         return f"needs {' or '.join(names)}, got {shown}{quotes}"

@@ -43,15 +43,15 @@ class Prediction:
 
     def to_line(self, alone: bool = True) -> str:
         """`positive  (positive 0.93, negative 0.07)`; unless `alone`, in one line followed by its text."""
-        said = f"{self.answer:.4f}" if isinstance(self.answer, float) else str(self.answer)
+        shown = f"{self.answer:.4f}" if isinstance(self.answer, float) else str(self.answer)
         if isinstance(self.answer, list):
             names = [part if isinstance(part, str) else f"{part['kind']}: {part['text']}" for part in self.answer]
-            said = ", ".join(names) or "none"
-        said, text = (part if alone else part.replace("\n", "\\n") for part in (said, self.text))
+            shown = ", ".join(names) or "none"
+        shown, text = (part if alone else part.replace("\n", "\\n") for part in (shown, self.text))
         if self.shares is not None:
             ranked = sorted(self.shares.items(), key=lambda item: -item[1])[:5]
-            said += "  (" + ", ".join(f"{name} {share:.3f}" for name, share in ranked) + ")"
-        return said if alone else f"{said}\t{text}"
+            shown += "  (" + ", ".join(f"{name} {share:.3f}" for name, share in ranked) + ")"
+        return shown if alone else f"{shown}\t{text}"
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def predict_each(
     if loaded.head.task == "tokens":
         from .entities import found_entities
 
-        return (Prediction(*found) for found in found_entities(loaded, texts, batch or 32))  # type: ignore[arg-type]
+        return (Prediction(*tags) for tags in found_entities(loaded, texts, batch or 32))  # type: ignore[arg-type]
     if loaded.head.task == "reward":
         from .rewards import answered, rewards_of
 
@@ -232,8 +232,8 @@ def _question_columns(loaded: Loaded, table: Any, source: str) -> tuple[str, str
     if loaded.run.get("shape") == "source":
         return column_of(loaded.recipe, "source", table, source) or "source", None
     names = ("instruction", "prompt") if loaded.run.get("shape") == "alpaca" else ("prompt", "instruction")
-    found = (column_of(loaded.recipe, name, table, source) for name in names)
-    first = next((column for column in found if column is not None), names[0])
+    columns = (column_of(loaded.recipe, name, table, source) for name in names)
+    first = next((column for column in columns if column is not None), names[0])
     context = column_of(loaded.recipe, "input", table, source)
     return first, context if loaded.run.get("shape") not in ("prompt", "text") else None
 
@@ -294,7 +294,7 @@ def _chats(loaded: Loaded, table: Any, source: str) -> str | None:
 
 def _conversations(loaded: Loaded, table: Any, column: str, source: str) -> list[Conversation]:
     tools, system, seen = (column_of(loaded.recipe, name, table, source) for name in ("tools", "system", "images"))
-    found, faults = [], Faults(source, len(table))
+    conversations, faults = [], Faults(source, len(table))
     folder = loaded.recipe.data.image_folder  # it may exist on another machine only
     folder = folder if folder is not None and Path(folder).is_dir() else None
     images = Images(source, folder) if loaded.processor is not None else None
@@ -312,8 +312,8 @@ def _conversations(loaded: Loaded, table: Any, column: str, source: str) -> list
                 messages, sources = images.placed(messages, named or [], row[seen] if seen is not None else None)
             given = (row[system] or None) if system is not None else None
             called = tools_of(row[tools]) if tools is not None else []
-            found.append(Conversation(with_system(messages, given), called, sources))
+            conversations.append(Conversation(with_system(messages, given), called, sources))
         except RowFault as fault:
             faults.add(index, str(fault))
     faults.settle(table, drop=False)
-    return found
+    return conversations

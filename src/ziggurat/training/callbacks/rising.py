@@ -36,7 +36,7 @@ class RisingLoss(TrainerCallback):
     def __init__(self, tell: Callable[[str], None], classes: int | None) -> None:
         self._tell, self._classes = tell, classes
         self._losses: list[float] = []
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -54,9 +54,9 @@ class RisingLoss(TrainerCallback):
             return
         start, now = self._losses[0], statistics.fmean(self._losses[-RECENT:])
         what = "guess" if guess and now > guess else "start"
-        if what in self._told:
+        if what in self._warned:
             return
-        self._told |= {what, "start"}
+        self._warned |= {what, "start"}
         than = f", and that of a uniform guess among {self._classes:,} is {guess:.3f}" if what == "guess" else ""
         self._tell(
             f"step {state.global_step} of {state.max_steps}: the training loss is {now:.3f}; at the start it was "

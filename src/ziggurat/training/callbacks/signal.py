@@ -25,17 +25,17 @@ class NoSignal(TrainerCallback):
     def __init__(self, tell: Callable[[str], None], temperature: float, tokens: int) -> None:
         self._tell, self._temperature, self._tokens = tell, temperature, tokens
         self._silent: list[dict[str, float]] = []
-        self._told = False
+        self._warned = False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs is None or "frac_reward_zero_std" not in logs or self._told:
+        if logs is None or "frac_reward_zero_std" not in logs or self._warned:
             return
         # RLOO includes the distance from the start in the rewards of a group, but not in those of a step.
         silent = logs["frac_reward_zero_std"] == 1 or logs.get("reward_std") == 0
         self._silent = [*self._silent, logs] if silent else []
         if len(self._silent) < MANY:
             return
-        self._told = True
+        self._warned = True
         self._tell(
             f"step {state.global_step} of {state.max_steps}: in each of the last {MANY} steps all completions of a "
             f"prompt had the same reward ({self._mean('reward'):.2f} on average), so nothing is learned. "

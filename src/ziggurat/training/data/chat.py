@@ -61,13 +61,13 @@ def _message(
     role_key, content_key = (
         chosen or next((key for key in _KEYS[name] if key in given), _KEYS[name][0]) for name, chosen in keys.items()
     )
-    said = given.get(role_key)
-    if said is None:
+    role_name = given.get(role_key)
+    if role_name is None:
         raise RowFault(f"each message needs role and content, got {given!r}")
-    role = names.get(str(said).strip()) or names.get(str(said).strip().lower())
+    role = names.get(str(role_name).strip()) or names.get(str(role_name).strip().lower())
     if role is None:
         raise RowFault(
-            f"a message has the role '{said}'; known are {', '.join(names)}: name it in data.roles.user, "
+            f"a message has the role '{role_name}'; known are {', '.join(names)}: name it in data.roles.user, "
             "data.roles.assistant, ..."
         )
     calls = _calls(given.get("tool_calls") or given.get("function_call"))
@@ -75,7 +75,7 @@ def _message(
     if role == "call":
         calls, content, role = _calls(content), "", "assistant"
         if not calls:
-            raise RowFault(f"a message with the role '{said}' holds no call: {given!r}")
+            raise RowFault(f"a message with the role '{role_name}' holds no call: {given!r}")
     if content is None and not calls:
         raise RowFault(f"each message needs role and content, got {given!r}")
     message: Message = {"role": role, "content": text_of(content, images)}
@@ -112,7 +112,7 @@ def has_images(value: Any) -> bool:
     """True for a conversation with a part that is an image."""
     value = parsed(value)
     messages = [message for message in value if isinstance(message, dict)] if isinstance(value, list) else []
-    parts = [part for message in messages for said in message.values() if isinstance(said, list) for part in said]
+    parts = [part for message in messages for cell in message.values() if isinstance(cell, list) for part in cell]
     return any(isinstance(part, dict) and part.get("type") in _IMAGES for part in parts)
 
 

@@ -20,23 +20,23 @@ def contents(recipe: Recipe) -> dict[str, str]:
     """Recipe key -> digest of the files that its value names, for keys that name local files."""
     data = recipe.data
     model, task = Path(recipe.model).expanduser(), glue_name(data.train, data.subset)
-    found = {}
+    digests = {}
     if recipe.adapter is not None and Path(recipe.adapter).expanduser().is_dir():
-        found["adapter"] = digest(Path(recipe.adapter).expanduser(), "*", _NOT_OF_A_MODEL)
+        digests["adapter"] = digest(Path(recipe.adapter).expanduser(), "*", _NOT_OF_A_MODEL)
     if recipe.model != EMBEDDED and model.is_dir():
-        found["model"] = digest(model, "*", _NOT_OF_A_MODEL)
+        digests["model"] = digest(model, "*", _NOT_OF_A_MODEL)
     teacher = Path(recipe.teacher.model or "").expanduser()
     if recipe.teacher.model is not None and teacher.is_dir():
-        found["teacher.model"] = digest(teacher, "*", _NOT_OF_A_MODEL)
+        digests["teacher.model"] = digest(teacher, "*", _NOT_OF_A_MODEL)
     if task is not None and data.folder is not None:
-        found["data.folder"] = digest(glue_home(task, data.folder))
+        digests["data.folder"] = digest(glue_home(task, data.folder))
     further = [(f"data.more, {source}", source) for source in data.more or []]
     for key, source in (("data.train", data.train), *further, ("data.validation", data.validation)):
         if data.streaming and source != data.validation:  # too much to be read once more
             continue
         if source is not None and source != "demo" and glue_name(source) is None and Path(source).expanduser().exists():
-            found[key] = digest(Path(source).expanduser())
-    return found
+            digests[key] = digest(Path(source).expanduser())
+    return digests
 
 
 def digest(place: Path, pattern: str = "**/*", without: tuple[str, ...] = ()) -> str:

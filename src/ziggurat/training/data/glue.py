@@ -48,13 +48,13 @@ def read_glue(name: str, split: str, folder: str | None = None) -> Dataset:
     if not root.is_dir():
         raise DataError(f"data.folder: {missing_path(root)}")
     home = glue_home(name, folder)
-    found = sorted([*home.glob(f"{split}.parquet"), *home.glob(f"{split}-*-of-*.parquet")])
-    if not found:
+    parts = sorted([*home.glob(f"{split}.parquet"), *home.glob(f"{split}-*-of-*.parquet")])
+    if not parts:
         there = sorted(file.name for file in home.glob("*.parquet")) if home.is_dir() else []
         held = f"it holds {', '.join(there)}" if there else "there is no parquet file"
         raise DataError(f"data.folder: '{home}' has no {split}.parquet (or {split}-00000-of-00001.parquet): {held}")
-    if len(found) == 1:
-        return read_table(str(found[0]))
+    if len(parts) == 1:
+        return read_table(str(parts[0]))
     import datasets
 
-    return datasets.concatenate_datasets([read_table(str(file)) for file in found])
+    return datasets.concatenate_datasets([read_table(str(file)) for file in parts])

@@ -52,7 +52,7 @@ class Images:
         if sum(message["content"].count(IMAGE) for message in messages) != len(named):
             raise RowFault(f"a text holds the sign {IMAGE!a}, which stands for images: take it out")
         rest = iter(given)
-        return messages, [self._source(next(rest) if one is None else one) for one in named]
+        return messages, [self._source(next(rest) if source is None else source) for source in named]
 
     def _source(self, value: Any) -> Source:
         """An image's source, checked to be readable."""

@@ -62,11 +62,11 @@ def column_of(recipe: Recipe, name: str, table: Dataset, source: str) -> str | N
 
 def columns_of(recipe: Recipe, names: Iterable[str]) -> list[str]:
     """Every column that may stand for one of `names`."""
-    found: dict[str, None] = {}
+    columns: dict[str, None] = {}
     for name in names:
         chosen = getattr(recipe.data.columns, name)
-        found |= dict.fromkeys([chosen] if chosen is not None else ALIASES[name])
-    return list(found)
+        columns |= dict.fromkeys([chosen] if chosen is not None else ALIASES[name])
+    return list(columns)
 
 
 def shape_of(recipe: Recipe, table: Dataset, source: str) -> str:
@@ -131,7 +131,7 @@ def to_rows(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, 
             "questions; train.group_by_length: true saves padding instead"
         )
     given = given_columns(recipe, shape, table, source)
-    faults, counts, found = Faults(source, len(table)), Counter[str](), []
+    faults, counts, made_rows = Faults(source, len(table)), Counter[str](), []
     images = _images_of(recipe, table, given, source)
     for index, row in enumerate(undecoded(table, given.get("images"))):
         assert isinstance(row, dict)
@@ -141,8 +141,8 @@ def to_rows(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, 
         except RowFault as fault:
             faults.add(index, str(fault), gap=fault.gap)
             made = None
-        found.append({**(made or {}), "row": index + 1})
-    kept = [made for made in found if len(made) > 1]
+        made_rows.append({**(made or {}), "row": index + 1})
+    kept = [made for made in made_rows if len(made) > 1]
     _, notes = faults.settle(table, recipe.data.drop_missing)
     rows = f"of {len(table)} rows of {source}"
     unread = [f"'{column}'" for column in table.column_names if column not in given.values()]
@@ -179,13 +179,13 @@ def read_row(
         if text is None or not text.strip():
             raise RowFault("no text", gap=True)
         return {"text": text}
-    asked, said = (cells[name] for name in _SHAPES[shape][0])
-    if asked and said and (as_messages(asked) is None) != (as_messages(said) is None):
+    asked, answered = (cells[name] for name in _SHAPES[shape][0])
+    if asked and answered and (as_messages(asked) is None) != (as_messages(answered) is None):
         raise RowFault("of prompt and answer one is a list of messages and one is a text; both have to be the same")
     if (before := as_messages(asked)) is not None:
-        messages, unread = conversation([*before, *(as_messages(said) or [])], recipe.data, named)
+        messages, unread = conversation([*before, *(as_messages(answered) or [])], recipe.data, named)
         return _chat(messages, len(before), cells, unread, counts, images, named)
-    prompt, answer, context = as_text(asked), as_text(said), as_text(cells.get("input"))
+    prompt, answer, context = as_text(asked), as_text(answered), as_text(cells.get("input"))
     if not (answer or "").strip():
         counts[""] += 1
         return None
@@ -252,7 +252,7 @@ def _history(value: Any) -> list[Message]:
     for pair in parsed(value) or []:
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowFault(f"history holds pairs of question and answer, got {str(pair)[:80]}")
-        turns += [{"role": role, "content": str(said)} for role, said in zip(("user", "assistant"), pair, strict=True)]
+        turns += [{"role": role, "content": str(text)} for role, text in zip(("user", "assistant"), pair, strict=True)]
     return turns
 
 

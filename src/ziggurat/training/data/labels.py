@@ -47,9 +47,9 @@ def check_class_values(values: Iterable[Any], column: str, faults: Faults) -> No
 
 def class_values(values: Iterable[Any]) -> list[Any]:
     """Checked labels of one kind: whole numbers, or texts if one is a text. Rows without a label are skipped."""
-    found = [int(value) if isinstance(value, float) else value for value in values if value not in (None, "")]
-    kinds = {isinstance(value, str) for value in found}
-    return [str(value) for value in found] if len(kinds) > 1 else found
+    present = [int(value) if isinstance(value, float) else value for value in values if value not in (None, "")]
+    kinds = {isinstance(value, str) for value in present}
+    return [str(value) for value in present] if len(kinds) > 1 else present
 
 
 def one_spelling(recipe: Recipe, parts: list[list[Any]]) -> None:
@@ -96,9 +96,9 @@ def classes_of(recipe: Recipe, tables: Sequence[Dataset], source: str) -> tuple[
     # By name too: one table may number the classes that the other names, or number them in another order.
     place = {name: index for index, name in enumerate(names)} | {value: index for index, value in enumerate(known)}
     for table, part in zip(tables[1:], values[1:], strict=True):
-        own = getattr(table.features[column], "names", None)
-        if own is not None and recipe.data.label_names is None:
-            part[:] = [own[value] if value in range(len(own)) else value for value in part]
+        class_names = getattr(table.features[column], "names", None)
+        if class_names is not None and recipe.data.label_names is None:
+            part[:] = [class_names[value] if value in range(len(class_names)) else value for value in part]
         # Numbers here may be texts there: a single label that isn't a number makes texts of all.
         part[:] = [value if value in place else str(value) for value in part]
         unseen = sorted({value for value in part if value not in place})

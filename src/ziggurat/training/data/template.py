@@ -64,8 +64,8 @@ def answer_spans(
     for place in places[-1:] if last else places:
         start = _start(tokenizer, messages, tools, place, whole)
         end = _end(tokenizer, messages, tools, place, whole, ends)
-        said = messages[place]["content"].strip()[-20:]
-        if start > end or said not in whole[start:end]:
+        ending = messages[place]["content"].strip()[-20:]
+        if start > end or ending not in whole[start:end]:
             raise DataError(f"the chat template leaves out what message {place + 1} says, or writes it otherwise")
         spans.append((start, end))
     return whole, spans

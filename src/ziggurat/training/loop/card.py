@@ -62,7 +62,7 @@ def run_card(recipe: Recipe, spec: HeadSpec, result: Result, versions: dict[str,
     fields = ", ".join(f"{key} {value}" for key, value in settings.items())
     data = recipe.data.train if not Path(recipe.data.train).expanduser().exists() else Path(recipe.data.train).name
     seen = f"{result.rows.get('train', 0):,} rows learned from, {result.rows.get('validation', 0):,} scored on"
-    told = ", ".join(f"{package} {version}" for package, version in versions.items() if package != "machine")
+    packages = ", ".join(f"{package} {version}" for package, version in versions.items() if package != "machine")
     front_text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     return f"""---
 {front_text}---
@@ -85,7 +85,7 @@ def run_card(recipe: Recipe, spec: HeadSpec, result: Result, versions: dict[str,
 {train.batch * train.accumulate} rows a device, {result.seconds:,.0f} seconds, seed {recipe.seed}; base weights in
 {recipe.dtype}.
 
-Ziggurat {VERSION}; {told}.
+Ziggurat {VERSION}; {packages}.
 """
 
 

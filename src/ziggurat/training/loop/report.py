@@ -83,12 +83,12 @@ def _answers(result: Result) -> Iterator[Text]:
 _CLASSES, _MISTAKES = 12, 3
 
 
-def class_table(found: dict[str, Any]) -> Group:
+def class_table(by_class: dict[str, Any]) -> Group:
     """Rows, precision, recall and F1 of each class with the confusion matrix, and the most confident mistakes.
 
     `by_class` is the result of `classes.by_class`. If there are many classes, the worst are shown.
     """
-    classes, confusion = found["classes"], found["confusion"]
+    classes, confusion = by_class["classes"], by_class["confusion"]
     worst = sorted(range(len(classes)), key=lambda place: classes[place]["f1"])[:_CLASSES]
     places = sorted(worst)
     shows_all = len(places) == len(classes)
@@ -106,7 +106,7 @@ def class_table(found: dict[str, Any]) -> Group:
         table.add_row(Text(row["name"]), f"{row['rows']:,}", *scores, *counts)
     mistakes = [
         Text(f"  {wrong['answer']} {wrong['probability']:.2f}, is {wrong['label']}: {one_line(wrong['text'])}")
-        for wrong in found["mistakes"][:_MISTAKES]
+        for wrong in by_class["mistakes"][:_MISTAKES]
     ]
     return Group(table, *([Text("most confident mistakes:"), *mistakes] if mistakes else []))
 

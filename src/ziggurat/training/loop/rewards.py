@@ -31,7 +31,7 @@ def _exact(recipe: Recipe) -> Reward:
     def exact(completions: Sequence[Any], **columns: Any) -> list[float]:
         """1 where the completion is the right answer, blanks around both apart."""
         right = columns[recipe.rewards.answer]
-        return [float(said(c).strip() == str(a).strip()) for c, a in zip(completions, right, strict=True)]
+        return [float(text_of(c).strip() == str(a).strip()) for c, a in zip(completions, right, strict=True)]
 
     return exact
 
@@ -40,7 +40,7 @@ def _last_number(recipe: Recipe) -> Reward:
     def last_number(completions: Sequence[Any], **columns: Any) -> list[float]:
         """1 where the last number of the completion is the last number of the right answer."""
         right = columns[recipe.rewards.answer]
-        return [float(_last(said(c)) == _last(str(a)) is not None) for c, a in zip(completions, right, strict=True)]
+        return [float(_last(text_of(c)) == _last(str(a)) is not None) for c, a in zip(completions, right, strict=True)]
 
     return last_number
 
@@ -50,7 +50,7 @@ def _regex(recipe: Recipe) -> Reward:
 
     def regex(completions: Sequence[Any]) -> list[float]:
         """1 where the pattern is found in the completion."""
-        return [float(pattern.search(said(completion)) is not None) for completion in completions]
+        return [float(pattern.search(text_of(completion)) is not None) for completion in completions]
 
     return regex
 
@@ -58,7 +58,7 @@ def _regex(recipe: Recipe) -> Reward:
 def _json(recipe: Recipe) -> Reward:
     def valid_json(completions: Sequence[Any]) -> list[float]:
         """1 where the completion is JSON and nothing else."""
-        return [float(_is_json(said(completion))) for completion in completions]
+        return [float(_is_json(text_of(completion))) for completion in completions]
 
     return valid_json
 
@@ -68,7 +68,7 @@ def _length(recipe: Recipe) -> Reward:
 
     def length(completions: Sequence[Any]) -> list[float]:
         """1 up to `rewards.most` characters, and most / n for n characters beyond."""
-        return [min(1.0, most / max(1, len(said(completion)))) for completion in completions]
+        return [min(1.0, most / max(1, len(text_of(completion)))) for completion in completions]
 
     return length
 
@@ -82,7 +82,7 @@ BUILT_IN: dict[str, Callable[[Recipe], Reward]] = {
 }
 
 
-def said(completion: Any) -> str:
+def text_of(completion: Any) -> str:
     """The text of a completion, which is a list of messages if the prompt is one."""
     return completion if isinstance(completion, str) else "".join(str(part.get("content") or "") for part in completion)
 
@@ -270,7 +270,7 @@ def _raised(name: str, function: Reward, error: Exception, given: Mapping[str, A
     where = f" in line {lines[-1]}" if lines else ""
     return RewardError(
         f"the reward '{name}' ended in {type(error).__name__}{where}: {first_line(error)}; it was asked about "
-        f"{len(given['completions'])} completions, the first is {said(given['completions'][0])[:80]!r}; it can get "
+        f"{len(given['completions'])} completions, the first is {text_of(given['completions'][0])[:80]!r}; it can get "
         f"{', '.join(given)}"
     )
 
@@ -290,6 +290,6 @@ def _numbers(name: str, values: Any, completions: Sequence[Any]) -> list[float |
         except (TypeError, ValueError):
             number = math.nan
         if number is not None and not math.isfinite(number):
-            raise RewardError(f"{what}, and returned {value!r} for {said(completion)[:80]!r}")
+            raise RewardError(f"{what}, and returned {value!r} for {text_of(completion)[:80]!r}")
         numbers.append(number)
     return numbers

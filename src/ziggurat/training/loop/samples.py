@@ -87,7 +87,7 @@ def example_of(examples: Examples, rated: bool = False) -> tuple[list[str], list
     rows = [dict(row) for row in table.select(range(min(50, len(table))))]
     asked = [(_texts(row, shape, rated), [image["path"] for image in row.get("images") or []]) for row in rows]
     usable = [(texts, paths) for texts, paths in asked if texts and all(text.strip() for text in texts) and all(paths)]
-    texts, paths = min(usable, key=lambda found: (not found[1], sum(map(len, found[0]))), default=(["..."], []))
+    texts, paths = min(usable, key=lambda pair: (not pair[1], sum(map(len, pair[0]))), default=(["..."], []))
     return [" ".join(text.split())[:LONGEST] for text in texts], paths
 
 

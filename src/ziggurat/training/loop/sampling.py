@@ -198,9 +198,9 @@ class Rewarded(Drawing):
         lengths = torch.cat([lengths for _, lengths in self._scored])[:rows].double()
         weighted = (scores * self.reward_weights.to(scores)).nansum(1)
         weighted[scores.isnan().all(1)] = torch.nan
-        found = {"reward": weighted.nanmean(), "tokens": lengths.mean()}
+        scores_by_name = {"reward": weighted.nanmean(), "tokens": lengths.mean()}
         if len(self.reward_func_names) > 1:
-            found |= dict(zip(self.reward_func_names, scores.nanmean(0), strict=True))
+            scores_by_name |= dict(zip(self.reward_func_names, scores.nanmean(0), strict=True))
         prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics.update({f"{prefix}_{name}": float(value) for name, value in found.items()})
+        output.metrics.update({f"{prefix}_{name}": float(value) for name, value in scores_by_name.items()})
         return output

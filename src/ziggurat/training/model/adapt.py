@@ -137,7 +137,7 @@ def leave_out(config: Any, outside: list[str]) -> None:
     if not hasattr(config, "exclude_modules"):
         raise RecipeError(f"tower: {type(config).__name__} leaves no module out; take tower: both, or another method")
     given = config.exclude_modules
-    named = [given] if isinstance(given, str) else [rf"(?:.*\.)?{re.escape(one)}" for one in given or ()]
+    named = [given] if isinstance(given, str) else [rf"(?:.*\.)?{re.escape(name)}" for name in given or ()]
     whole = "|".join(re.escape(path) for path in outside)
     config.exclude_modules = "|".join([*named, rf"(?:{whole})(?:\..*)?"])
 
@@ -154,12 +154,12 @@ def check_targets(config: Any, model: nn.Module) -> None:
     if not isinstance(targets, (list, tuple, set)):
         return
     paths = [path for path, _ in model.named_modules() if path]
-    lost = sorted(one for one in targets if not any(path == one or path.endswith(f".{one}") for path in paths))
-    if lost:
+    unmatched = sorted(name for name in targets if not any(path == name or path.endswith(f".{name}") for path in paths))
+    if unmatched:
         leaves = dict.fromkeys(path.rpartition(".")[2] for path, module in model.named_modules() if _has_weight(module))
-        said = "; ".join(f"'{one}' matches no module{did_you_mean(one, leaves)}" for one in lost)
+        faults = "; ".join(f"'{name}' matches no module{did_you_mean(name, leaves)}" for name in unmatched)
         names = ", ".join(leaf for leaf in leaves if not leaf.isdigit())
-        raise RecipeError(f"method.target_modules: {said}; modules with weights: {names}")
+        raise RecipeError(f"method.target_modules: {faults}; modules with weights: {names}")
 
 
 def _has_weight(module: nn.Module) -> bool:

@@ -145,9 +145,9 @@ def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tup
             )
         config.mean_pooled_pair, config.mean_pooled_dropout = spec.pair, spec.dropout
         # A checkpoint saved with a head names its encoder by the architecture, not by this class.
-        own = getattr(AutoModel._model_mapping[type(config)], "base_model_prefix", "")
-        if own and own != MeanPooledClassifier.base_model_prefix:
-            where = {**where, "key_mapping": {rf"^{own}\.": f"{MeanPooledClassifier.base_model_prefix}."}}
+        prefix = getattr(AutoModel._model_mapping[type(config)], "base_model_prefix", "")
+        if prefix and prefix != MeanPooledClassifier.base_model_prefix:
+            where = {**where, "key_mapping": {rf"^{prefix}\.": f"{MeanPooledClassifier.base_model_prefix}."}}
         kind = MeanPooledClassifier
     else:
         config.problem_type = _PROBLEMS.get(spec.task)
@@ -248,16 +248,16 @@ def find_gguf(path: str, gguf_file: str | None) -> str | None:
     folder = Path(path)
     if not folder.is_dir():
         return gguf_file
-    found = sorted(entry.name for entry in folder.glob("*.gguf"))
+    names = sorted(entry.name for entry in folder.glob("*.gguf"))
     if gguf_file is not None:
         if not (folder / gguf_file).is_file():
             raise RecipeError(f"gguf_file: {missing_path(folder / gguf_file)}")
         return gguf_file
-    if (folder / "config.json").is_file() or not found:
+    if (folder / "config.json").is_file() or not names:
         return None
-    if len(found) > 1:
-        raise RecipeError(f"gguf_file: '{path}' holds several, name one: {', '.join(found)}")
-    return found[0]
+    if len(names) > 1:
+        raise RecipeError(f"gguf_file: '{path}' holds several, name one: {', '.join(names)}")
+    return names[0]
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:

@@ -41,12 +41,12 @@ def bare_model(
     if task in TASKS:
         kind = "ImageTextToText" if TASKS[task].writes and sees_images(config) else TASKS[task].model
         auto = getattr(transformers, f"AutoModelFor{kind}")
-    own = getattr(transformers, next(iter(config.architectures or []), ""), None)
+    cls = getattr(transformers, next(iter(config.architectures or []), ""), None)
     try:
         with torch.device("meta"):
             if auto is not None:
                 return auto.from_config(config, dtype=numbers)
-            return own._from_config(config, dtype=numbers) if own else transformers.AutoModel.from_config(config)
+            return cls._from_config(config, dtype=numbers) if cls else transformers.AutoModel.from_config(config)
     except (ValueError, TypeError, AttributeError, ImportError) as error:
         raise ConfigError(f"{model} can't be built from its config: {error}") from error
 
@@ -64,10 +64,10 @@ def bare_config(model: str | Path, *, revision: str | None = None, gguf_file: st
     path = model_path(str(model))
     if is_path(str(model)) and not Path(path).expanduser().exists():
         raise ConfigError(missing_path(model))
-    found = find_gguf(path, gguf_file)
-    if found is not None:
-        require(f"reading {found}", "gguf")
-    where: dict[str, Any] = {"gguf_file": found} if found is not None else {}
+    gguf = find_gguf(path, gguf_file)
+    if gguf is not None:
+        require(f"reading {gguf}", "gguf")
+    where: dict[str, Any] = {"gguf_file": gguf} if gguf is not None else {}
     try:
         return AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False, **where)
     except (OSError, ValueError, KeyError, ImportError) as error:

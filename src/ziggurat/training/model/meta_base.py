@@ -39,8 +39,8 @@ def bare_base(recipe: Recipe, model: str | Path | None = None) -> BareBase:
     where = str(model if model is not None else recipe.model)
     gguf = find_gguf(model_path(where), recipe.gguf_file)
     if recipe.writes:
-        found = bare_model(where, recipe.task, recipe.dtype, revision=recipe.revision, gguf_file=gguf)
-        return BareBase(found, [], False, [])
+        built = bare_model(where, recipe.task, recipe.dtype, revision=recipe.revision, gguf_file=gguf)
+        return BareBase(built, [], False, [])
     notes: list[str] = []
     labels = {"num_labels": _labels(recipe, notes)}
     pair = recipe.head.pooling == "mean" and recipe.data.text_pair is not None

@@ -132,7 +132,7 @@ def along(ids: Sequence[int], mask: Sequence[int], full: Sequence[int], images: 
 
     Each run of learned tokens is found again behind the one before it, by itself and the few tokens in front of it.
     """
-    found, start, place = [0] * len(full), 0, 0
+    mapped, start, place = [0] * len(full), 0, 0
     while place < len(ids):
         if not mask[place]:
             place += 1
@@ -148,9 +148,9 @@ def along(ids: Sequence[int], mask: Sequence[int], full: Sequence[int], images: 
         if at is None:
             raise DataError("the processor writes an answer otherwise than the chat template")
         start = at + len(run)
-        found[start - (end - place) : start] = [1] * (end - place)
+        mapped[start - (end - place) : start] = [1] * (end - place)
         place = end
-    return found
+    return mapped
 
 
 def _cut(recipe: Recipe, writer: Any, table: Dataset, word: str, rows: list[Row], length: int, notes: list[str]) -> Any:
@@ -236,7 +236,7 @@ def answers(
     device = next(model.parameters()).device
     for start in range(0, len(questions), batch):
         part = questions[start : start + batch]
-        inputs = writer.inputs([one.text for one in part], [one.images for one in part], side="left")
+        inputs = writer.inputs([asked.text for asked in part], [asked.images for asked in part], side="left")
         output: Any = model.generate(  # type: ignore[operator]
             **{name: value.to(device) for name, value in inputs.items()},
             max_new_tokens=sampling.tokens,

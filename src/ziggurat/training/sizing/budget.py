@@ -69,11 +69,11 @@ def read_budget(text: str, base: int) -> int:
     Raises:
         ConfigError: it is none of these, or not above 0.
     """
-    found = re.fullmatch(r"\s*([\d_,]*\.?\d+)\s*(%|k|m|b)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*([\d_,]*\.?\d+)\s*(%|k|m|b)?\s*", text, re.IGNORECASE)
     size = 0
-    if found:
-        unit = {"%": base / 100, "k": 1e3, "m": 1e6, "b": 1e9}.get((found[2] or "").lower(), 1)
-        size = int(float(found[1].replace(",", "").replace("_", "")) * unit)
+    if match:
+        unit = {"%": base / 100, "k": 1e3, "m": 1e6, "b": 1e9}.get((match[2] or "").lower(), 1)
+        size = int(float(match[1].replace(",", "").replace("_", "")) * unit)
     if size < 1:
         raise ConfigError(
             f"budget {text!r}: a share of the model's {base:,} parameters such as 0.1%, or a number such as 300k."
@@ -112,11 +112,11 @@ def fit_rank(model: nn.Module, choice: dict[str, Any], budget: int, *, build: bo
     def by_building(rank: int) -> int | None:
         return count_of(model, {**choice, **rank_fields(choice, rank)})
 
-    found = largest_rank(by_formula, budget)
-    if build and (found is None or by_building(found.rank) != found.parameters):
-        found = largest_rank(by_building, budget)
-    if found is not None:
-        return found
+    fit = largest_rank(by_formula, budget)
+    if build and (fit is None or by_building(fit.rank) != fit.parameters):
+        fit = largest_rank(by_building, budget)
+    if fit is not None:
+        return fit
     counted = ((rank, by_building(rank) if build else by_formula(rank)) for rank in (1, 2, 3, 4))
     least = next(((rank, number) for rank, number in counted if number is not None), None)
     if least is None:
@@ -140,8 +140,8 @@ def largest_rank(count: Callable[[int], int | None], budget: int, most: int = HI
         return next((Fit(r, number) for r, number in counted if number is not None), None)
 
     def fits(rank: int) -> bool:
-        found = nearest(rank)
-        return found.parameters <= budget if found is not None else rank < 8
+        fit = nearest(rank)
+        return fit.parameters <= budget if fit is not None else rank < 8
 
     low, beyond = 0, 8
     while beyond <= most and fits(beyond):
@@ -150,8 +150,8 @@ def largest_rank(count: Callable[[int], int | None], budget: int, most: int = HI
     while beyond - low > 1:
         middle = (low + beyond) // 2
         low, beyond = (middle, beyond) if fits(middle) else (low, middle)
-    found = nearest(low)
-    return found if found is not None and found.parameters <= budget else None
+    fit = nearest(low)
+    return fit if fit is not None and fit.parameters <= budget else None
 
 
 def count_of(model: nn.Module, choice: dict[str, Any], *, refuse: bool = False) -> int | None:
