@@ -51,12 +51,12 @@ def probe(options: argparse.Namespace, task: str) -> dict[str, Any]:
     budget = sum(cost[tier] * max(options.r // 2**n, 1) for n, tier in enumerate(cost))
     line: dict[str, Any] = {"task": task, "budget": budget, "seconds": round(time.perf_counter() - begun, 1), "by": {}}
     for criterion in options.criteria:
-        one = suggestion(found, budget, criterion, sensitivity=gains)
+        suggested = suggestion(found, budget, criterion, sensitivity=gains)
         line["by"][criterion] = {
-            "ranks": list(one.ranks.values()),
-            "group_starts": one.group_starts,
-            "spent": one.spent,
-            "notes": one.notes,
+            "ranks": list(suggested.ranks.values()),
+            "group_starts": suggested.group_starts,
+            "spent": suggested.spent,
+            "notes": suggested.notes,
         }
     # One rank of LoRA on the same linears costs what one rank of the private tier does.
     line["lora"] = budget // cost["layer"]

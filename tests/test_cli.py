@@ -47,11 +47,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_train_ends_with_the_table(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("train", str(place / "tiny.yaml"), f"output={tmp_path / 'a'}", "train.max_steps=2") == 0
-    said = capsys.readouterr().out
-    assert "tiny: classification with msplora" in said
-    assert "note: no validation data named: 8 of 48 rows split off with seed 42" in said
+    printed = capsys.readouterr().out
+    assert "tiny: classification with msplora" in printed
+    assert "note: no validation data named: 8 of 48 rows split off with seed 42" in printed
     for part in ("accuracy before (%)", "trainable parameters, MSPLoRA r 4", "LoRA r 4, same layers", "Next:"):
-        assert part in said
+        assert part in printed
 
 
 @pytest.mark.parametrize(
@@ -69,12 +69,12 @@ def test_train_ends_with_the_table(place: Path, tmp_path: Path, capsys: pytest.C
     ],
 )
 def test_mistakes_end_in_clean_lines(
-    words: list[str], code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    words: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(*words) == code
     shown = capsys.readouterr()
-    assert said in shown.err and "Traceback" not in shown.err
+    assert message in shown.err and "Traceback" not in shown.err
 
 
 def test_debug_lets_the_error_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

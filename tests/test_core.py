@@ -136,9 +136,9 @@ def alone(place: Path) -> dict:
     script = Path(__file__).with_name("core_alone.py")
     done = subprocess.run([sys.executable, "-W", "ignore", str(script), str(job)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    said = json.loads(done.stdout.splitlines()[-1])
-    said["commands"] = {name: Ended(*ended) for name, ended in zip(commands, said["commands"], strict=True)}
-    return said
+    content = json.loads(done.stdout.splitlines()[-1])
+    content["commands"] = {name: Ended(*ended) for name, ended in zip(commands, content["commands"], strict=True)}
+    return content
 
 
 def test_what_the_extras_bring_is_hidden(alone: dict) -> None:

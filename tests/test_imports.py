@@ -217,9 +217,9 @@ def test_a_breach_is_seen(file: str, text: str, breach: str, tmp_path: Path) -> 
     root = house(tmp_path)
     assert breaches(root) == []
     (root / file).write_text(text)
-    found = breaches(root)
-    assert len(found) == 1
-    assert breach in found[0]
+    breached = breaches(root)
+    assert len(breached) == 1
+    assert breach in breached[0]
 
 
 def test_a_circle_on_one_floor_is_seen(tmp_path: Path) -> None:

@@ -119,6 +119,6 @@ def test_two_texts_and_a_number_and_what_fits_nothing(tmp_path: Path, capsys: py
 
 def test_every_key_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     assert main("recipes", "--keys") == 0
-    said = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert set(keys()) <= set(said)
-    assert all(info.description in said[key] for key, info in keys().items())
+    printed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert set(keys()) <= set(printed)
+    assert all(info.description in printed[key] for key, info in keys().items())

@@ -126,14 +126,14 @@ def test_a_plan_is_the_adapter_that_is_then_written(method: str, tmp_path: Path)
     with torch.device("meta"):
         bare = zoo.build()
     before = {name: p.requires_grad for name, p in bare.named_parameters()}
-    found = plan(bare, config, method=method, measure_memory=False)
+    planned = plan(bare, config, method=method, measure_memory=False)
     assert {name: p.requires_grad for name, p in bare.named_parameters()} == before
     model = get_peft_model(zoo.build(), METHODS[method].config(zoo, modules_to_save=["classifier"]))
     model.save_pretrained(str(tmp_path))
-    assert found.file == (tmp_path / "adapter_model.safetensors").stat().st_size
-    assert found.adapter == trained(model) == sum(part.parameters for part in found.parts)
-    assert found.head == 3 * 16 + 3
-    assert sorted(found.modules) == sorted(model.targeted_module_names)
+    assert planned.file == (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert planned.adapter == trained(model) == sum(part.parameters for part in planned.parts)
+    assert planned.head == 3 * 16 + 3
+    assert sorted(planned.modules) == sorted(model.targeted_module_names)
 
 
 @pytest.mark.parametrize("method", ["msplora", "tiedlora"])
@@ -142,15 +142,15 @@ def test_a_set_is_counted_as_it_is_written(method: str, tmp_path: Path) -> None:
     fields = {"modules_to_save": ["classifier"]}
     with torch.device("meta"):
         bare = zoo.build()
-    found = plan(bare, METHODS[method].config(zoo, **fields), method=method, measure_memory=False, tenants=3).tenants
-    assert found is not None
+    planned = plan(bare, METHODS[method].config(zoo, **fields), method=method, measure_memory=False, tenants=3).tenants
+    assert planned is not None
     get_peft_model(zoo.build(), METHODS[method].config(zoo, **fields)).save_pretrained(tmp_path / "one")
     sizes = add_tenants(tmp_path / "set", {"one": tmp_path / "one"})
-    assert (found.bank, found.each) == (sizes["bank.safetensors"], sizes["one"])
-    assert found.alone == (tmp_path / "one" / "adapter_model.safetensors").stat().st_size
+    assert (planned.bank, planned.each) == (sizes["bank.safetensors"], sizes["one"])
+    assert planned.alone == (tmp_path / "one" / "adapter_model.safetensors").stat().st_size
     config = METHODS[method].config(zoo, **fields, from_adapter=str(tmp_path / "one"))
     build_on = plan(bare, config, method=method, measure_memory=False)
-    assert build_on.adapter + build_on.head == found.private
+    assert build_on.adapter + build_on.head == planned.private
     assert build_on.adapter == sum(part.parameters for part in build_on.parts)
     with pytest.raises(ConfigError, match="linear layers share none"):
         plan(bare, METHODS["dylora"].config(zoo), method="dylora", measure_memory=False, tenants=3)
@@ -168,10 +168,10 @@ def test_parts_say_who_shares() -> None:
 
 
 def test_others_stand_beside_it_at_the_same_rank_and_budget(roberta: Path) -> None:
-    found = plan_recipe(roberta, choice={"name": "msplora", "r": 8}, measure_memory=False)
-    beside = {(b.method, b.kind): (b.r, b.parameters) for b in found.beside}
+    planned = plan_recipe(roberta, choice={"name": "msplora", "r": 8}, measure_memory=False)
+    beside = {(b.method, b.kind): (b.r, b.parameters) for b in planned.beside}
     assert {method for method, _ in beside} == set(BESIDE) - {"msplora"}
-    assert ["servers pad to 16" in note for note in found.notes] == [True]
+    assert ["servers pad to 16" in note for note in planned.notes] == [True]
     assert beside["lora", "r"] == (8, 294_912)
     # 36,864 numbers a rank: 3 ranks are 110,592, 4 would be above 135,168.
     assert beside["lora", "budget"] == (3, 110_592)
@@ -204,9 +204,9 @@ def test_what_stands_beside_it_is_what_would_be_built(method: str, small_plan: t
 
 
 def test_a_budget_finds_the_largest_rank(roberta: Path) -> None:
-    found = plan_recipe(roberta, choice={"name": "msplora", "r": 8}, budget="0.25%", measure_memory=False)
+    planned = plan_recipe(roberta, choice={"name": "msplora", "r": 8}, budget="0.25%", measure_memory=False)
     # 16,896 numbers a rank, ranks in steps of 4 (r/4 is whole): 16 fits into 0.25% of the model, 20 doesn't.
-    assert found.r == 16 and found.adapter == 270_336 <= 0.0025 * found.base < 20 * 16_896
+    assert planned.r == 16 and planned.adapter == 270_336 <= 0.0025 * planned.base < 20 * 16_896
     with pytest.raises(ConfigError, match="100 numbers are too few for msplora: rank 1 has 49,152 on this model"):
         plan_recipe(roberta, choice={"name": "msplora", "r": 8}, budget="100", measure_memory=False)
     # The ranks that a recipe names give way, whatever the method calls them.
@@ -216,8 +216,8 @@ def test_a_budget_finds_the_largest_rank(roberta: Path) -> None:
 
 
 def test_a_recipes_own_budget_is_met(roberta: Path) -> None:
-    found = plan_recipe(roberta, choice={"name": "lora", "budget": 300_000}, measure_memory=False)
-    assert (found.r, found.adapter) == (8, 294_912)
+    planned = plan_recipe(roberta, choice={"name": "lora", "budget": 300_000}, measure_memory=False)
+    assert (planned.r, planned.adapter) == (8, 294_912)
 
 
 @given(st.integers(0, 400), st.sampled_from([1, 2, 4]), st.integers(1, 9), st.integers(4, 60))
@@ -280,27 +280,27 @@ def test_activations_counted_without_weights_are_those_autograd_keeps(name: str,
         bare = zoo.build()
     task = "classification" if name == "bert" else "instruct"
     without_dropout(bare)  # with dropout, attention on a CPU isn't fused
-    found = plan(bare, config, task=task, batch=3, length=32).memory
-    assert found is not None and found.activations is not None
+    planned = plan(bare, config, task=task, batch=3, length=32).memory
+    assert planned is not None and planned.activations is not None
     model = get_peft_model(without_dropout(zoo.build()), METHODS[method].config(zoo)).train()
     ids = torch.full((3, 32), 7)
     labels = torch.tensor([0, 1, 2]) if name == "bert" else ids
     real = saved_bytes(model, {"input_ids": ids, "labels": labels})
-    assert found.activations == pytest.approx(real, rel=0.1)
-    assert found.a * 3 * 32 + found.c * 3 * 32**2 == pytest.approx(found.activations, rel=1e-6)
+    assert planned.activations == pytest.approx(real, rel=0.1)
+    assert planned.a * 3 * 32 + planned.c * 3 * 32**2 == pytest.approx(planned.activations, rel=1e-6)
     weights = sum(p.numel() * p.itemsize for p in model.parameters() if not p.requires_grad)
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert (found.weights, found.trained, found.optimizer) == (weights, 4 * numbers, 8 * numbers)
-    assert found.total == weights + 16 * numbers + found.activations
+    assert (planned.weights, planned.trained, planned.optimizer) == (weights, 4 * numbers, 8 * numbers)
+    assert planned.total == weights + 16 * numbers + planned.activations
 
 
 def test_llama_70b_is_planned_from_its_config(llama_70b: Path) -> None:
     choice = {"name": "msplora", "r": 64, "target_modules": ["q_proj", "v_proj"]}
-    found = plan_recipe(llama_70b, choice=choice, measure_memory=False)
-    assert found.base == 68_976_648_192
+    planned = plan_recipe(llama_70b, choice=choice, measure_memory=False)
+    assert planned.base == 68_976_648_192
     # (64 + 3 x 32 + 80 x 16) ranks of queries (8192 + 8192) and of values (8192 + 1024).
-    assert found.adapter == (64 + 3 * 32 + 80 * 16) * (2 * 8192 + 8192 + 1024) == 36_864_000
-    assert len(found.modules) == 160
+    assert planned.adapter == (64 + 3 * 32 + 80 * 16) * (2 * 8192 + 8192 + 1024) == 36_864_000
+    assert len(planned.modules) == 160
 
 
 def test_the_command_prints_and_speaks_json(roberta: Path) -> None:
@@ -315,9 +315,9 @@ def test_the_command_prints_and_speaks_json(roberta: Path) -> None:
     assert isinstance(none.exception, ConfigError) and "no adapter to plan" in str(none.exception)
     recipe = CliRunner().invoke(app, ["plan", str(roberta), "roberta-mrpc", "--json", "--batch", "2", "--length", "16"])
     assert recipe.exit_code == 0, recipe.output
-    found = json.loads(recipe.stdout)
-    assert found["adapter"] == 135_168 and found["head"] == 768 * 768 + 768 + 2 * 768 + 2
-    assert found["memory"]["batch"] == 2 and found["memory"]["total"] > 4 * found["base"]
+    content = json.loads(recipe.stdout)
+    assert content["adapter"] == 135_168 and content["head"] == 768 * 768 + 768 + 2 * 768 + 2
+    assert content["memory"]["batch"] == 2 and content["memory"]["total"] > 4 * content["base"]
 
 
 def test_bad_input_is_refused(tmp_path: Path, roberta: Path) -> None:
@@ -355,6 +355,6 @@ def test_a_recipe_chooses_head_batch_and_length(tmp_path: Path) -> None:
     )
     config = BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50)
     config.save_pretrained(str(tmp_path))
-    found = plan_recipe(tmp_path, recipe)
-    assert found.memory is not None and (found.memory.batch, found.memory.length) == (3, 12)
-    assert found.head == 2 * 16 + 2
+    planned = plan_recipe(tmp_path, recipe)
+    assert planned.memory is not None and (planned.memory.batch, planned.memory.length) == (3, 12)
+    assert planned.head == 2 * 16 + 2

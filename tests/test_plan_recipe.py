@@ -26,12 +26,12 @@ QUICK: dict[str, Any] = {"data__text": "a", "train__max_steps": 1, "train__evalu
 
 
 def check_against_the_run(recipe: Any) -> Any:
-    found = plan_recipe(recipe.model, recipe)
+    planned = plan_recipe(recipe.model, recipe)
     run = train(recipe)
-    assert (found.adapter, found.head) == (run.counts.adapter, run.counts.head)
-    assert found.file == (run.folder / "adapter_model.safetensors").stat().st_size
-    assert found.memory is not None and found.memory.activations is not None
-    return found
+    assert (planned.adapter, planned.head) == (run.counts.adapter, run.counts.head)
+    assert planned.file == (run.folder / "adapter_model.safetensors").stat().st_size
+    assert planned.memory is not None and planned.memory.activations is not None
+    return planned
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_what_is_not_here_is_assumed_and_said(tmp_path: Path) -> None:
     assert "2 classes are assumed: the data can't be read" in notes and "no safetensors weights here" in notes
     assert "train.precision bf16" in notes
     named = tiny_recipe(folder, tmp_path / "nowhere.csv", tmp_path / "out", data__label_names=["a", "b", "c"])
-    found = plan_recipe(folder, named, measure_memory=False)
-    assert found.head == 17 * 3 and "classes" not in " ".join(found.notes)
+    planned = plan_recipe(folder, named, measure_memory=False)
+    assert planned.head == 17 * 3 and "classes" not in " ".join(planned.notes)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -104,7 +104,7 @@ def test_a_base_in_four_bits_weighs_what_bitsandbytes_stores(tmp_path: Path) -> 
     save_tiny_bert(tmp_path / "bert")
     data = write_csv(tmp_path / "pairs.csv", PAIRS)
     more = {"method__name": "qlora", "method__target_modules": ["query", "value"], "data__label_names": list("dfnp")}
-    found = plan_recipe(tmp_path / "bert", tiny_recipe(tmp_path / "bert", data, tmp_path / "out", **QUICK, **more))
+    planned = plan_recipe(tmp_path / "bert", tiny_recipe(tmp_path / "bert", data, tmp_path / "out", **QUICK, **more))
     base = load_base(str(tmp_path / "bert"), HeadSpec("classification", list("dfnp")), four_bits=True).model
     stored = 0
     for parameter in base.parameters():
@@ -112,10 +112,10 @@ def test_a_base_in_four_bits_weighs_what_bitsandbytes_stores(tmp_path: Path) -> 
         state = getattr(parameter, "quant_state", None)
         if state is not None:
             stored += state.absmax.nbytes + state.state2.absmax.nbytes
-    assert found.memory is not None
-    assert found.memory.weights == pytest.approx(stored, rel=0.02)
+    assert planned.memory is not None
+    assert planned.memory.weights == pytest.approx(stored, rel=0.02)
     plain = plan_recipe(
         tmp_path / "bert",
         tiny_recipe(tmp_path / "bert", data, tmp_path / "out", **QUICK, **{**more, "method__name": "lora"}),
     )
-    assert plain.memory is not None and found.memory.weights < 0.5 * plain.memory.weights
+    assert plain.memory is not None and planned.memory.weights < 0.5 * plain.memory.weights

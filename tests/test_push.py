@@ -147,8 +147,8 @@ def test_paths_of_windows_are_paths_on_any_machine(run: Path, tmp_path: Path, hu
         (folder / name).write_text(json.dumps(values))
     assert push(folder, "me/mine").endswith("/me/mine")
     assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "roberta"
-    told = yaml.safe_load(hub.files["recipe.yaml"])
-    assert (told["model"], told["data.train"]) == ("roberta", "reviews.csv")
+    content = yaml.safe_load(hub.files["recipe.yaml"])
+    assert (content["model"], content["data.train"]) == ("roberta", "reviews.csv")
     assert b"Users" not in hub.files["adapter_config.json"] + hub.files["recipe.yaml"]
 
 

@@ -49,10 +49,10 @@ def test_a_rank_costs_what_the_adapter_grows_by() -> None:
 
 def test_energies_count_every_linear() -> None:
     collected = collect(probe())
-    found = energies(collected)
+    energy_by_part = energies(collected)
     for part in ("global", "mid", "layer"):
         expected = sum(len(c.layers) * c.singular_values**2 for c in collected.of(part))
-        np.testing.assert_allclose(found[part], expected)
+        np.testing.assert_allclose(energy_by_part[part], expected)
 
 
 @given(
@@ -121,15 +121,15 @@ def test_sensitivities_are_those_of_the_definition() -> None:
 
 @pytest.mark.parametrize("criterion", ["energy", "effective_rank", "stable_rank"])
 def test_a_suggestion_can_be_trained_and_has_the_size_it_says(criterion: str) -> None:
-    found = suggestion(collect(probe()), 2000, criterion, groups=2)
-    assert found.spent <= 2000
+    suggested = suggestion(collect(probe()), 2000, criterion, groups=2)
+    assert suggested.spent <= 2000
     config = MSPLoraConfig(
-        ranks=list(found.ranks.values()), group_starts=found.group_starts, target_modules=["query", "value"]
+        ranks=list(suggested.ranks.values()), group_starts=suggested.group_starts, target_modules=["query", "value"]
     )
     model = get_peft_model(ZOO["bert"].build(), config)
     built = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # The probe had three mid groups and the suggestion has two: one mid pair a role less.
-    assert built == found.spent - 2 * 32 * found.ranks["mid"]
+    assert built == suggested.spent - 2 * 32 * suggested.ranks["mid"]
 
 
 def test_bad_probes_are_refused() -> None:

@@ -62,15 +62,15 @@ def test_no_command_passes_on_what_a_file_says(run: Path, tmp_path: Path, capsys
         ("compare", str(table)),
     ):
         main(*words)
-        said = "".join(capsys.readouterr())
-        assert "\\u001b" in said, words
-        assert not any(bad in said for bad in ("\x1b", "\x07", "\x9b", "\r")), words
+        printed = "".join(capsys.readouterr())
+        assert "\\u001b" in printed, words
+        assert not any(bad in printed for bad in ("\x1b", "\x07", "\x9b", "\r")), words
     config.write_text(json.dumps({**json.loads(config.read_text()), "peft_type": CLEAR}))
     for command in ("analyze", "export", "merge"):
         out = () if command == "analyze" else (str(tmp_path / command),)
         main(command, str(tmp_path / "run"), *out)
-        said = "".join(capsys.readouterr())
-        assert not any(bad in said for bad in ("\x1b", "\x07", "\x9b", "\r")), command
+        printed = "".join(capsys.readouterr())
+        assert not any(bad in printed for bad in ("\x1b", "\x07", "\x9b", "\r")), command
 
 
 def test_a_report_replaces_only_a_report(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,8 +97,8 @@ def test_energy_counts_a_shared_pair_in_every_layer_it_reaches() -> None:
         for n, layers in enumerate([(0, 1, 2), (3,)])
     ]
     squares = [float(delta(c.pair).square().sum()) for c in mids]
-    found = measures.energy(collected(*mids))
-    assert found["mid"]["q"] == pytest.approx((3 * squares[0] + squares[1]) / 4, rel=1e-10)
+    energy_by_part = measures.energy(collected(*mids))
+    assert energy_by_part["mid"]["q"] == pytest.approx((3 * squares[0] + squares[1]) / 4, rel=1e-10)
 
 
 def test_grids_name_layers_and_roles() -> None:

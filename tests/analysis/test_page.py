@@ -85,11 +85,11 @@ def look(html: str, folder: Path, width: int, dark: bool = False) -> dict[str, A
     command += ["--virtual-time-budget=3000", "--window-size=1400,1000", "--dump-dom"]
     command += ["--blink-settings=preferredColorScheme=0"] if dark else []
     done = subprocess.run([*command, (folder / "look.html").as_uri()], capture_output=True, text=True, timeout=120)
-    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert not said, said
-    found = re.search(r"<pre id=\"found\">(.*?)</pre>", done.stdout, re.DOTALL)
-    assert found is not None and found[1], done.stderr[-2000:]
-    return json.loads(found[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+    output = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert not output, output
+    match = re.search(r"<pre id=\"found\">(.*?)</pre>", done.stdout, re.DOTALL)
+    assert match is not None and match[1], done.stderr[-2000:]
+    return json.loads(match[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
 
 
 @pytest.fixture
@@ -146,12 +146,12 @@ def test_one_point_is_no_curve(saved: Saved) -> None:
 @in_browser
 @pytest.mark.parametrize("width", [360, 1200])
 def test_nothing_overflows_on_a_phone_or_a_desk(width: int, runs: list[Path], tmp_path: Path) -> None:
-    found = look(report(runs), tmp_path, width)
-    assert found["width"] == width
-    assert (found["out"], found["wide"]) == ([], [])
-    assert found["scroll"] <= width
+    shown = look(report(runs), tmp_path, width)
+    assert shown["width"] == width
+    assert (shown["out"], shown["wide"]) == ([], [])
+    assert shown["scroll"] <= width
     # 4 curves; a pyramid, two role maps and a KL map a run; the first's tiers, energy, spectra and ranks; one compared.
-    assert found["charts"] == 4 + 2 * 4 + 4 + 1
+    assert shown["charts"] == 4 + 2 * 4 + 4 + 1
 
 
 @in_browser

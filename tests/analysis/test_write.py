@@ -45,8 +45,8 @@ def test_the_command_writes_tables_and_figures(saved: Saved, tmp_path: Path) -> 
     assert len(lines) == 2 * (1 + 3 + 4 + 4)
     rows = measures.rows(collect(one))
     assert [float(line["effective_rank"]) for line in lines] == [row["effective_rank"] for row in rows]
-    found = json.loads((tmp_path / "out" / "analysis.json").read_text())
-    difference = np.array(found["stacks"]["bert.encoder.layer"]["kl_difference"])
+    content = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    difference = np.array(content["stacks"]["bert.encoder.layer"]["kl_difference"])
     np.testing.assert_allclose(difference, measures.kl_difference(collect(one), collect(other)), atol=1e-12)
     drawn = {path.stem for path in (tmp_path / "out").glob("*.png")}
     assert drawn == {"pyramid", "energy", "effective_rank", "norm", "spectra", "tiers", "kl_difference", *MAPS}
@@ -107,8 +107,8 @@ def test_an_adapter_against_itself_says_neither(saved: Saved) -> None:
 
 def test_json_is_all_there_is_on_the_output(saved: Saved) -> None:
     done = CliRunner().invoke(app, ["analyze", str(saved(CONFIGS["lora2"]())), "--json", "-k", "2"])
-    found = json.loads(done.stdout)
-    assert found["method"] == "lora2" and {line["m_eff_k"] for line in found["components"]} == {2}
+    content = json.loads(done.stdout)
+    assert content["method"] == "lora2" and {line["m_eff_k"] for line in content["components"]} == {2}
 
 
 @pytest.mark.parametrize("method", CONFIGS)
@@ -164,8 +164,8 @@ def test_zeros_and_nan_pass_through_to_every_output(saved: Saved, adapted: Calla
 
 def test_zeros_are_null_in_the_file_where_they_have_no_number(saved: Saved, tmp_path: Path) -> None:
     write(collect(saved(LoraConfig(r=4, target_modules=["query"]))), tmp_path / "out", pictures=False)
-    found = json.loads((tmp_path / "out" / "analysis.json").read_text())
-    assert found["stacks"]["bert.encoder.layer"]["kl"] == [[None] * 4] * 4
+    content = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert content["stacks"]["bert.encoder.layer"]["kl"] == [[None] * 4] * 4
     assert not list((tmp_path / "out").glob("*.png"))
 
 

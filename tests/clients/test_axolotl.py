@@ -91,13 +91,13 @@ def test_axolotl_trains_and_merges_the_method(tmp_path: Path) -> None:
         ({"adapter": "lora"}, "name a method, one of"),
     ],
 )
-def test_what_would_go_on_without_the_adapter_is_refused(more: dict[str, object], said: str) -> None:
+def test_what_would_go_on_without_the_adapter_is_refused(more: dict[str, object], message: str) -> None:
     from axolotl.utils.dict import DictDefault  # pyright: ignore[reportMissingImports]
 
     from ziggurat.errors import ConfigError
     from ziggurat.integrations.axolotl import ZigguratPlugin
 
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         ZigguratPlugin().register(DictDefault({**CONFIG, **more}))
 
 

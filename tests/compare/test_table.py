@@ -148,14 +148,14 @@ def test_the_key_is_the_same_in_every_process(tmp_path: Path) -> None:
     words = "import sys; from ziggurat.compare.table import run_key; from ziggurat.recipe.schema import Recipe; "
     words += "print(run_key(Recipe.model_validate_json(sys.argv[1])))"
     other = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
-    told = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", words, recipe.model_dump_json()],
         env={**os.environ, "PYTHONHASHSEED": other},
         capture_output=True,
         text=True,
         check=True,
     ).stdout.strip()
-    assert told == run_key(recipe)
+    assert output == run_key(recipe)
 
 
 def test_labels_have_no_control_characters(tmp_path: Path) -> None:
@@ -214,12 +214,12 @@ def test_every_mistake_comes_at_once(tmp_path: Path) -> None:
     bad["tasks"]["mrcp"] = None
     with pytest.raises(RecipeError) as error:
         make_table(bad, "mine", tmp_path)
-    said = str(error.value)
+    message = str(error.value)
     parts = ["sedes: unknown, did you mean seeds?", "seeds: one is given twice", "'Lora' is no method of this table"]
     parts += ["published: 'glue' is not one of", "confidence: per cent", "nameless: names no method", "'mrcp' is not"]
     for part in parts:
-        assert part in said
-    assert f"has {len(parts)} problems" in said
+        assert part in message
+    assert f"has {len(parts)} problems" in message
 
 
 def test_mistakes_of_the_recipes_name_their_place(tmp_path: Path) -> None:
@@ -228,9 +228,9 @@ def test_mistakes_of_the_recipes_name_their_place(tmp_path: Path) -> None:
     bad["tasks"]["stsb"]["metric"] = "accuracy"
     with pytest.raises(RecipeError) as error:
         make_table(bad, "mine", tmp_path)
-    said = str(error.value)
-    assert "LoRA on rte: method.rank: unknown, did you mean method.r?" in said
-    assert "pyramid on stsb: metric: accuracy does not go with task: regression" in said
+    message = str(error.value)
+    assert "LoRA on rte: method.rank: unknown, did you mean method.r?" in message
+    assert "pyramid on stsb: metric: accuracy does not go with task: regression" in message
 
 
 def test_files_that_are_no_table(tmp_path: Path) -> None:
@@ -274,19 +274,19 @@ def test_wrong_kinds_of_values_come_at_once_too(tmp_path: Path) -> None:
     parts += ["\n  tasks: stsb: seed: is the table's"]
     with pytest.raises(RecipeError) as error:
         make_table(bad, "mine", tmp_path)
-    said = str(error.value)
+    message = str(error.value)
     for part in parts:
-        assert part in said
-    assert f"has {len(parts)} problems" in said
+        assert part in message
+    assert f"has {len(parts)} problems" in message
     for tasks in (3, "rte", [["rte"]], [{"rte": None}]):
         with pytest.raises(RecipeError, match=r"tasks: a list of GLUE's tasks, or a mapping label"):
             make_table(values(tasks=tasks), "mine", tmp_path)
-    for more, said in (
+    for more, message in (
         (("set", "x"), "set: recipe keys"),
         (("set", {"seed": 1}), "set: seed"),
         (("output", 3), "output"),
     ):
-        with pytest.raises(RecipeError, match=f"has 1 problem:\n  {said}"):
+        with pytest.raises(RecipeError, match=f"has 1 problem:\n  {message}"):
             make_table(values(**dict([more])), "mine", tmp_path)
     assert make_table(values(about=None, baseline=None), "mine", tmp_path).about == ""
 

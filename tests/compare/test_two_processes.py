@@ -30,9 +30,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, fresh: Fresh) -> Path:
 def test_two_processes_train_what_one_trains(method: str, strategy: str, trained: Path) -> None:
     alone = build(method)
     expected = steps(alone, slice(None))
-    found = json.loads((trained / "losses.json").read_text())[f"{method}-{strategy}"]
+    content = json.loads((trained / "losses.json").read_text())[f"{method}-{strategy}"]
     # Each of the three steps starts from what the one before it has rounded.
-    assert found == pytest.approx(expected, rel=model_rounding(3 * LAYERS)) and len(set(found)) == 3
+    assert content == pytest.approx(expected, rel=model_rounding(3 * LAYERS)) and len(set(content)) == 3
 
     folder = trained / f"{method}-{strategy}"
     held = load_file(folder / "adapter_model.safetensors")
@@ -55,8 +55,8 @@ def test_plain_lora_gathers_what_fsdp2_has_sharded(method: str, trained: Path) -
 
 def test_tensor_parallelism_is_refused_where_a_linear_layer_is_split(trained: Path) -> None:
     """Silently each process would train an adapter of its part, and one save it. Paths stand around whole layers."""
-    said = json.loads((trained / "tensor_parallel.json").read_text())
+    content = json.loads((trained / "tensor_parallel.json").read_text())
     for method in ("msplora", "lora2"):
-        assert "layers.0.self_attn.q_proj' is split over processes by tensor parallelism (tp_plan)" in said[method]
+        assert "layers.0.self_attn.q_proj' is split over processes by tensor parallelism (tp_plan)" in content[method]
     alone = first_logits(AutoModelForCausalLM.from_pretrained(trained / "llama"), METHODS["lor2c"]())
-    assert_models_agree(torch.tensor(said["lor2c"]), alone)
+    assert_models_agree(torch.tensor(content["lor2c"]), alone)

@@ -89,8 +89,8 @@ def test_what_writes_beside_leaves_no_half(
     code = main(*command)
     disk.empty()
     assert code == 2
-    said = capsys.readouterr().err
-    assert "error: " in said and f"{out}' could not be written" in said
+    printed = capsys.readouterr().err
+    assert "error: " in printed and f"{out}' could not be written" in printed
     assert not [path for path in disk.folder.iterdir() if path.name.startswith(".")]
     assert not out.exists()
     assert main(*command) == 0
@@ -107,9 +107,9 @@ def test_a_read_only_place_is_named(
     disk.make_read_only()
     code = main(words[0], str(finished), *words[1:], str(disk.folder / "out"))
     disk.make_writable()
-    said = capsys.readouterr().err
-    assert code == 2 and f"{disk.folder / 'out'}' could not be written" in said
-    assert "read-only" in said or "not allowed" in said
+    printed = capsys.readouterr().err
+    assert code == 2 and f"{disk.folder / 'out'}' could not be written" in printed
+    assert "read-only" in printed or "not allowed" in printed
     assert not list(disk.folder.iterdir())
 
 

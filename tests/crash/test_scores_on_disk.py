@@ -56,8 +56,8 @@ def test_a_full_disk_is_known_before_the_scoring(
     code = main(*command(finished, tables, "--out", str(out)))
     disk.empty()
     assert code == 2 and scoring.times == 0
-    said = capsys.readouterr().err
-    assert f"{out}' could not be written" in said and ("full" in said or "limit" in said)
+    printed = capsys.readouterr().err
+    assert f"{out}' could not be written" in printed and ("full" in printed or "limit" in printed)
     assert not list(disk.folder.iterdir())
 
 
@@ -70,9 +70,9 @@ def test_a_disk_that_fills_up_meanwhile_costs_no_scores(
     code = main(*command(finished, tables, "--out", str(out)))
     disk.empty()
     assert code == 2 and scoring.times == 1
-    said = capsys.readouterr()
-    assert "glue/sst2: accuracy " in said.out and "(6 rows)" in said.out
-    assert f"{out}' could not be written. The scores stand above" in said.err
+    printed = capsys.readouterr()
+    assert "glue/sst2: accuracy " in printed.out and "(6 rows)" in printed.out
+    assert f"{out}' could not be written. The scores stand above" in printed.err
     assert out.read_text() == "before" and [path.name for path in disk.folder.iterdir()] == ["scores.json"]
 
     scoring.then = lambda: None
@@ -91,14 +91,14 @@ def test_a_disk_that_fills_up_meanwhile_costs_no_scores(
     ],
 )
 def test_a_place_that_is_taken_is_known_before_anything_is_loaded(
-    option: str, place: str, said: str, tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    option: str, place: str, message: str, tables: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("mine")
     # An adapter that isn't there would be the next complaint.
     assert main(*command(tmp_path / "none", tables, option, str(tmp_path / place))) == 2
     shown = capsys.readouterr().err
-    assert said in shown and "none" not in shown
+    assert message in shown and "none" not in shown
     assert (tmp_path / "file").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 

@@ -97,8 +97,8 @@ def test_what_the_recipe_says_itself_stands(glue: Path) -> None:
         ({"data.train": "glue/stsb", "metric": "accuracy"}, "accuracy does not go with task: regression"),
     ],
 )
-def test_a_recipe_that_misnames_glue(values: dict[str, Any], said: str) -> None:
-    with pytest.raises(RecipeError, match=said):
+def test_a_recipe_that_misnames_glue(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
         make_recipe({"model": "embedded", "method.name": "lora", **values})
 
 

@@ -133,9 +133,9 @@ def test_humaneval_needs_the_flag_and_judges_what_was_written(llama: Path, data:
     # A model that ends its answer at once: the prompts' own bodies are judged, one wrong, one right.
     model.generation_config.eos_token_id = 3
     model.generation_config.suppress_tokens = [i for i in range(model.config.vocab_size) if i != 3]
-    found = evaluate(model, tokenizer, ["humaneval"], data=data, run_code=True)[0]
-    assert found.scores == {"pass@1": 50.0} and found.rows == 2
-    assert found.notes == ["HumanEval/0: AssertionError"]
+    scores = evaluate(model, tokenizer, ["humaneval"], data=data, run_code=True)[0]
+    assert scores.scores == {"pass@1": 50.0} and scores.rows == 2
+    assert scores.notes == ["HumanEval/0: AssertionError"]
 
 
 def test_files_that_are_missing_or_wrong(data: Path, tmp_path: Path) -> None:
@@ -166,12 +166,12 @@ def test_files_that_are_missing_or_wrong(data: Path, tmp_path: Path) -> None:
     ],
 )
 def test_rows_that_lm_eval_would_take_for_something_else(
-    file: str, change: Any, said: str, data: Path, tmp_path: Path
+    file: str, change: Any, message: str, data: Path, tmp_path: Path
 ) -> None:
     task = file.partition("/")[0]
     shutil.copytree(data / task, tmp_path / task)
     write(tmp_path / file, change(pq.read_table(data / file).to_pylist()))
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         write_tasks([task], tmp_path, tmp_path / "tasks")
 
 
@@ -187,9 +187,9 @@ def test_the_command(adapter: Path, data: Path, tmp_path: Path, monkeypatch: pyt
     assert not ended.value.code
     written = json.loads(out.read_text())["scores"]["mmlu"]
     error = json.loads(out.read_text())["standard_errors"]["mmlu"]["acc"]
-    said = capsys.readouterr()
-    assert written["rows"] == 4 and f"mmlu: acc {written['acc']:.2f} ± {error:.2f} (4 rows)" in said.out
-    assert said.err == ""  # neither bars nor what git says of this folder
+    printed = capsys.readouterr()
+    assert written["rows"] == 4 and f"mmlu: acc {written['acc']:.2f} ± {error:.2f} (4 rows)" in printed.out
+    assert printed.err == ""  # neither bars nor what git says of this folder
     monkeypatch.setattr("sys.argv", ["ziggurat", "eval", str(adapter), "--tasks", "humaneval"])
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -39,18 +39,18 @@ def test_classes_with_interval_matrix_and_mistakes(
     classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = reviews(20)
-    answers = [found.answer for found in predict(classifier, [row["text"] for row in rows])]
+    answers = [scores.answer for scores in predict(classifier, [row["text"] for row in rows])]
     other = {"pos": "neg", "neg": "pos"}
     # Three labels are turned round, so that at least one class has mistakes.
     for row, answer in zip(rows, answers, strict=True):
         row["label"] = str(answer)
     for row in rows[:3]:
         row["label"] = other[row["label"]]
-    found = scored(classifier, write_csv(tmp_path / "test.csv", rows))
-    assert found["rows"] == 20 and found["scores"]["accuracy"] == pytest.approx(85.0)
+    scores = scored(classifier, write_csv(tmp_path / "test.csv", rows))
+    assert scores["rows"] == 20 and scores["scores"]["accuracy"] == pytest.approx(85.0)
     wilson = binomtest(17, 20).proportion_ci(0.95, "wilson")
-    assert found["intervals"]["accuracy"] == pytest.approx([100 * wilson.low, 100 * wilson.high])
-    classes = found["by_class"]
+    assert scores["intervals"]["accuracy"] == pytest.approx([100 * wilson.low, 100 * wilson.high])
+    classes = scores["by_class"]
     assert sum(map(sum, classes["confusion"])) == 20 and len(classes["mistakes"]) == 3
     for place, row in enumerate(classes["classes"]):
         hits, counts = classes["confusion"][place][place], classes["confusion"][place]
@@ -61,8 +61,8 @@ def test_classes_with_interval_matrix_and_mistakes(
     assert sure == sorted(sure, reverse=True) and {w["text"] for w in classes["mistakes"]} == {
         row["text"] for row in rows[:3]
     }
-    said = capsys.readouterr().out
-    assert "accuracy 85.00%  (95% interval 63.96 to 94.76)" in said and "most confident mistakes:" in said
+    printed = capsys.readouterr().out
+    assert "accuracy 85.00%  (95% interval 63.96 to 94.76)" in printed and "most confident mistakes:" in printed
 
 
 def test_what_a_file_lacks_is_said_before_a_model_is_loaded(
@@ -92,12 +92,12 @@ def test_numbers(tiny_bert: Path, tmp_path: Path) -> None:
     rows = [{"text": row["text"], "label": float(index % 5)} for index, row in enumerate(reviews(24))]
     file = write_csv(tmp_path / "numbers.csv", rows)
     run = train(tiny_recipe(tiny_bert, file, tmp_path / "out", task="regression", train__max_steps=2))
-    found = scored(run.folder, file)
-    low, high = found["intervals"]["pearson"]
-    assert low <= found["scores"]["pearson"] <= high and found["by_class"] == {}
+    scores = scored(run.folder, file)
+    low, high = scores["intervals"]["pearson"]
+    assert low <= scores["scores"]["pearson"] <= high and scores["by_class"] == {}
     answers = [float(each.answer) for each in predict(run.folder, [row["text"] for row in rows])]
     gaps = [(a - row["label"]) ** 2 for a, row in zip(answers, rows, strict=True)]
-    assert found["scores"]["rmse"] == pytest.approx(math.sqrt(sum(gaps) / len(gaps)), rel=1e-5)
+    assert scores["scores"]["rmse"] == pytest.approx(math.sqrt(sum(gaps) / len(gaps)), rel=1e-5)
 
 
 def test_answers_by_loss_and_word_for_word(tiny_llama: Path, tmp_path: Path) -> None:
@@ -108,12 +108,12 @@ def test_answers_by_loss_and_word_for_word(tiny_llama: Path, tmp_path: Path) -> 
     file = write_jsonl(tmp_path / "questions.jsonl", rows * 12)
     options: dict[str, Any] = {"task": "instruct", "data__validation": str(file), "train__epochs": 8}
     run = train(tiny_recipe(tiny_llama, file, tmp_path / "out", data__validation_rows=None, **options))
-    found = scored(run.folder, file)
+    scores = scored(run.folder, file)
     # The run scored the very same rows, by TRL's loss.
-    assert found["scores"]["perplexity"] == pytest.approx(run.after["perplexity"], rel=1e-4)
+    assert scores["scores"]["perplexity"] == pytest.approx(run.after["perplexity"], rel=1e-4)
     asked = predict(run.folder, [row["prompt"] for row in rows])
     hits = sum(each.answer == row["completion"] for each, row in zip(asked, rows, strict=True))
-    assert found["scores"]["exact_match"] == 50.0 * hits
+    assert scores["scores"]["exact_match"] == 50.0 * hits
 
 
 def test_preferences_by_the_rewards_of_training(tiny_llama: Path, tmp_path: Path) -> None:
@@ -121,9 +121,9 @@ def test_preferences_by_the_rewards_of_training(tiny_llama: Path, tmp_path: Path
     file = write_jsonl(tmp_path / "pairs.jsonl", rows * 8)
     options: dict[str, Any] = {"task": "dpo", "data__validation": str(file), "train__max_steps": 6}
     run = train(tiny_recipe(tiny_llama, file, tmp_path / "out", data__validation_rows=None, **options))
-    found = scored(run.folder, file)
-    assert found["scores"]["accuracy"] == pytest.approx(100 * run.after["rewards/accuracies"])
-    assert found["scores"]["margin"] == pytest.approx(run.after["rewards/margins"], rel=1e-3, abs=1e-4)
+    scores = scored(run.folder, file)
+    assert scores["scores"]["accuracy"] == pytest.approx(100 * run.after["rewards/accuracies"])
+    assert scores["scores"]["margin"] == pytest.approx(run.after["rewards/margins"], rel=1e-3, abs=1e-4)
 
 
 def test_an_adapter_of_another_program_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,14 +19,14 @@ pytest.importorskip("lm_eval")
 def test_a_model_without_adapter(llama: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "scores.json"
     assert main("eval", str(llama), "--tasks", "mmlu,drop", "--data", str(data), "--out", str(out)) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     written = json.loads(out.read_text())
     tokenizer = AutoTokenizer.from_pretrained(str(llama))
     mmlu, drop = evaluate(AutoModelForCausalLM.from_pretrained(str(llama)), tokenizer, ["mmlu", "drop"], data=data)
     assert written["model"] == str(llama) and "adapter" not in written
     assert written["scores"] == {"mmlu": {**mmlu.scores, "rows": 16}, "drop": {**drop.scores, "rows": 6}}
     assert written["per_cent"] == {"mmlu": ["acc"], "drop": ["em", "f1"]}
-    assert f"{llama}: a model without adapter" in said and f"mmlu: acc {mmlu.scores['acc']:.2f} ± " in said
+    assert f"{llama}: a model without adapter" in printed and f"mmlu: acc {mmlu.scores['acc']:.2f} ± " in printed
 
 
 def test_what_stands_where(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

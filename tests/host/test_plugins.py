@@ -68,8 +68,8 @@ def test_every_command_takes_a_method_of_ones_own(
     assert "'onea' is not one of" in capsys.readouterr().err
 
     assert main("train", str(recipe), f"output={run}", *flag) == 0
-    said = capsys.readouterr().out
-    assert "trainable parameters, OneA r 4" in said
+    printed = capsys.readouterr().out
+    assert "trainable parameters, OneA r 4" in printed
     assert METHODS["ONEA"].card.shown == "OneA"
     # One A for each role, one B for each layer.
     info = json.loads((run / "run.json").read_text())
@@ -105,8 +105,8 @@ def test_compare_gives_it_to_its_workers(plugin: Path, tmp_path: Path, capsys: p
     table["methods"] = {"Mine": {"method.name": "onea", "method.target_modules": ["query"], "method.r": 2}}
     (tmp_path / "table.yaml").write_text(yaml.safe_dump(table))
     code = main("compare", str(tmp_path / "table.yaml"), "--out", str(tmp_path / "out"), "--plugin", str(plugin))
-    said = capsys.readouterr()
-    assert code == 0 and "1 of 1 runs are done" in said.out, said.out + said.err
+    printed = capsys.readouterr()
+    assert code == 0 and "1 of 1 runs are done" in printed.out, printed.out + printed.err
 
 
 def test_a_folder_whose_method_is_not_there_is_told_so(tmp_path: Path) -> None:
@@ -130,8 +130,8 @@ def test_a_plugin_that_fails(code: str | None, says: str, tmp_path: Path, capsys
     if code is not None:
         path.write_text(code)
     assert main("recipes", "--plugin", str(path)) == 2
-    said = capsys.readouterr().err
-    assert f"--plugin {path}: {says}" in said and "Traceback" not in said
+    printed = capsys.readouterr().err
+    assert f"--plugin {path}: {says}" in printed and "Traceback" not in printed
     assert "wrong" not in sys.modules and not plugins.loaded()
     assert main("recipes", "--plugin", "no.such.module") == 2
 

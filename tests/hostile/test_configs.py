@@ -70,18 +70,18 @@ def try_to_load(folder: Path) -> None:
 @settings(max_examples=40, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())
 def test_any_value_in_any_field(method: str, saved: dict[str, Path], data: st.DataObject) -> None:
-    said = json.loads((saved[method] / "adapter_config.json").read_text(encoding="utf-8"))
-    fields = sorted(set(said) - {"peft_type"})
+    content = json.loads((saved[method] / "adapter_config.json").read_text(encoding="utf-8"))
+    fields = sorted(set(content) - {"peft_type"})
     for field in data.draw(st.lists(st.sampled_from(fields), min_size=1, max_size=2, unique=True)):
-        said[field] = data.draw(values, label=field)
+        content[field] = data.draw(values, label=field)
     # As a file could say it: what JSON can't, a stranger can't either.
     try:
-        said = json.loads(json.dumps(said))
+        content = json.loads(json.dumps(content))
     except ValueError:
         return
-    said.pop("peft_type")
+    content.pop("peft_type")
     try:
-        config = CONFIGS[method](**said)
+        config = CONFIGS[method](**content)
         model = get_peft_model(ZOO[MODEL].build(), config).eval()
         logits(model, ZOO[MODEL].inputs())
     except Exception as error:
@@ -214,8 +214,8 @@ def test_unknown_fields_are_left_out_with_a_warning(saved: dict[str, Path], tmp_
     """PEFT's contract, by which adapters of a later version still load."""
     folder = tmp_path / "later"
     shutil.copytree(saved["msplora"], folder)
-    said = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**said, "of_the_future": [1], "__class__": "os.system"}))
+    content = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**content, "of_the_future": [1], "__class__": "os.system"}))
     with pytest.warns(UserWarning, match="Unexpected keyword arguments"):
         model = PeftModel.from_pretrained(ZOO[MODEL].build(), str(folder)).eval()
     expected = PeftModel.from_pretrained(ZOO[MODEL].build(), str(saved["msplora"])).eval()
@@ -266,9 +266,9 @@ def test_a_config_that_asks_for_more_than_its_file_holds(saved: dict[str, Path],
 
     folder = tmp_path / "huge"
     shutil.copytree(saved["msplora"], folder)
-    said = json.loads((folder / "adapter_config.json").read_text())
+    content = json.loads((folder / "adapter_config.json").read_text())
     tiers = [{"name": "t" + "x" * n, "groups": 1, "r": 1024} for n in range(64)]
-    (folder / "adapter_config.json").write_text(json.dumps({**said, "tiers": tiers}))
+    (folder / "adapter_config.json").write_text(json.dumps({**content, "tiers": tiers}))
     with torch.device("meta"):
         wide = PlainList([Block(1024) for _ in range(2)])
     with pytest.raises(ConfigError, match=r"asks for 268,435,456 parameters in this model, and its file holds [\d,]+"):
@@ -280,19 +280,19 @@ def test_a_config_that_asks_for_more_than_its_file_holds(saved: dict[str, Path],
 def test_any_bytes_in_the_structure_that_training_saved(saved: dict[str, Path], tmp_path: Path, data: Any) -> None:
     tensors = load_file(saved["lor2c"] / "adapter_model.safetensors")
     key = next(name for name in tensors if name.endswith("lor2c_structure"))
-    said = json.loads(bytes(tensors[key].tolist()))
+    content = json.loads(bytes(tensors[key].tolist()))
     place = data.draw(st.sampled_from(["structure", "log", "stacks", "blocks", "spans", "injected", "done"]))
     value = data.draw(values)
-    if place in said:
-        said[place] = value
-    elif place in said["structure"]:
-        said["structure"][place] = value
+    if place in content:
+        content[place] = value
+    elif place in content["structure"]:
+        content["structure"][place] = value
     elif place == "blocks":
-        said["structure"]["stacks"][place] = value
+        content["structure"]["stacks"][place] = value
     else:
-        said["structure"]["stacks"]["blocks"][place] = value
+        content["structure"]["stacks"]["blocks"][place] = value
     try:
-        text = json.dumps(said)[: data.draw(st.integers(1, 400) | st.just(10**9))].encode()
+        text = json.dumps(content)[: data.draw(st.integers(1, 400) | st.just(10**9))].encode()
     except ValueError:
         return
     folder = tmp_path / "adapter"

@@ -204,9 +204,9 @@ def write(name: str, case: Case) -> None:
     model.eval()
     model.save_pretrained(folder)
     config = folder / "adapter_config.json"
-    said = json.loads(config.read_text(encoding="utf-8"))
-    said["base_model_name_or_path"] = f"bases/{case.base}"
-    config.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    content = json.loads(config.read_text(encoding="utf-8"))
+    content["base_model_name_or_path"] = f"bases/{case.base}"
+    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for beside in ("README.md", "lor2c_events.svg"):
         (folder / beside).unlink(missing_ok=True)
     given = {f"input.{key}": value.contiguous() for key, value in inputs.items()}

@@ -72,8 +72,8 @@ def test_stock_lm_eval_gives_our_numbers(tmp_path: Path, monkeypatch: pytest.Mon
     alone = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=alone, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(next((tmp_path / "stock").rglob("results_*.json")).read_text())
-    assert "ziggurat" not in json.dumps(found["config"]["model_args"]).replace(str(tmp_path), "")
-    stock = {**found["results"], **found.get("groups", {})}[f"{PREFIX}mmlu"]
+    content = json.loads(next((tmp_path / "stock").rglob("results_*.json")).read_text())
+    assert "ziggurat" not in json.dumps(content["config"]["model_args"]).replace(str(tmp_path), "")
+    stock = {**content["results"], **content.get("groups", {})}[f"{PREFIX}mmlu"]
     assert ours["acc"] == pytest.approx(100 * stock["acc,none"])
-    assert ours["rows"] == sum(part["effective"] for part in found["n-samples"].values()) == 16
+    assert ours["rows"] == sum(part["effective"] for part in content["n-samples"].values()) == 16

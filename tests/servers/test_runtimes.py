@@ -109,12 +109,12 @@ def check_vllm(found: dict[str, Tensor], name: str, expected: list[Spoken]) -> N
 
 @VLLM
 def test_vllm_serves_all_exports_at_once(served: Served, tmp_path: Path) -> None:
-    found = ask_vllm(tmp_path, served.base, served.exports, max(served.ranks.values()))
+    replies = ask_vllm(tmp_path, served.base, served.exports, max(served.ranks.values()))
     assert set(served.exports) == set(ADAPTERS)
     for name in ADAPTERS:
         assert differs(served, name)
-        check_vllm(found, name, served.expected[name])
-        assert int(found[f"{name}/least"]) == served.ranks[name]
+        check_vllm(replies, name, served.expected[name])
+        assert int(replies[f"{name}/least"]) == served.ranks[name]
 
 
 @VLLM
@@ -123,19 +123,19 @@ def test_vllm_takes_folders_as_they_were_saved(served: Served, tmp_path: Path, m
     monkeypatch.setenv("ZIGGURAT_CACHE", str(tmp_path / "cache"))
     saved = {name: served.exports[name].with_name(name) for name in ("msplora", "lora2_everywhere")}
     high = {"high": served.exports["msplora_everywhere"].with_name("msplora_everywhere")}
-    found = ask_vllm(tmp_path, served.base, saved, max(served.ranks[name] for name in saved), high)
+    replies = ask_vllm(tmp_path, served.base, saved, max(served.ranks[name] for name in saved), high)
     for name in saved:
         assert differs(served, name)
-        check_vllm(found, name, served.expected[name])
-    said = bytes(found["high/refused"].tolist()).decode()
+        check_vllm(replies, name, served.expected[name])
+    said = bytes(replies["high/refused"].tolist()).decode()
     assert f"start it with --max-lora-rank {served.ranks['msplora_everywhere']}" in said
 
 
 @VLLM
 @pytest.mark.parametrize("name", ["base", "msplora_everywhere", "lora2_everywhere"])
 def test_vllm_runs_the_base_and_merged_models(name: str, served: Served, tmp_path: Path) -> None:
-    found = ask_vllm(tmp_path, served.merged.get(name, served.base), {})
-    check_vllm(found, "base", served.expected[name])
+    replies = ask_vllm(tmp_path, served.merged.get(name, served.base), {})
+    check_vllm(replies, "base", served.expected[name])
 
 
 @VLLM
@@ -151,9 +151,9 @@ def test_vllm_runs_paths_and_spans(served: Served, tmp_path: Path, monkeypatch: 
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["structure"]["stacks"]
     assert any(first < last for state in saved.values() for first, last in state["spans"])
     expected = spoken(model)
-    found = ask_vllm(tmp_path, merge(tmp_path / "adapter", tmp_path / "merged"), {}, own_code=True)
+    replies = ask_vllm(tmp_path, merge(tmp_path / "adapter", tmp_path / "merged"), {}, own_code=True)
     assert all(off(a.logits, b.logits) > 20 * HALF for a, b in zip(expected, served.expected["base"], strict=True))
-    check_vllm(found, "base", expected)
+    check_vllm(replies, "base", expected)
 
 
 # --- llama.cpp ------------------------------------------------------------------------------------
@@ -201,20 +201,20 @@ def test_export_writes_gguf_by_the_converter(served: Served, tmp_path: Path, mon
 
 @LLAMA_CPP
 def test_llama_cpp_serves_exports(served: Served, tmp_path: Path) -> None:
-    found = ask_llama_cpp(tmp_path, {name: as_gguf(served, name, tmp_path, "f32") for name in served.expected})
+    replies = ask_llama_cpp(tmp_path, {name: as_gguf(served, name, tmp_path, "f32") for name in served.expected})
     for name, expected in served.expected.items():
         assert name == "base" or differs(served, name)
         for number, text in enumerate(expected):
-            torch.testing.assert_close(found[f"{name}/{number}"], text.logits, **EXACT)
+            torch.testing.assert_close(replies[f"{name}/{number}"], text.logits, **EXACT)
 
 
 @LLAMA_CPP
 def test_llama_cpp_serves_exports_in_half_precision(served: Served, tmp_path: Path) -> None:
     names = ("msplora_everywhere", "lora2_everywhere")
-    found = ask_llama_cpp(tmp_path, {name: as_gguf(served, name, tmp_path, "f16") for name in names})
+    replies = ask_llama_cpp(tmp_path, {name: as_gguf(served, name, tmp_path, "f16") for name in names})
     for name in names:
         for number, text in enumerate(served.expected[name]):
-            assert off(found[f"{name}/{number}"], text.logits) < HALF
+            assert off(replies[f"{name}/{number}"], text.logits) < HALF
 
 
 @LLAMA_CPP
@@ -223,7 +223,7 @@ def test_llama_cpp_runs_merged_models(served: Served, tmp_path: Path) -> None:
     for name, folder in served.merged.items():
         merged = convert("convert_hf_to_gguf.py", folder, tmp_path / f"{name}.gguf", "f32")
         models[name] = {"model": str(merged), "adapter": None, "texts": texts(served.expected[name])}
-    found = ask_llama_cpp(tmp_path, models)
+    replies = ask_llama_cpp(tmp_path, models)
     for name in served.merged:
         for number, text in enumerate(served.expected[name]):
-            torch.testing.assert_close(found[f"{name}/{number}"], text.logits, **EXACT)
+            torch.testing.assert_close(replies[f"{name}/{number}"], text.logits, **EXACT)

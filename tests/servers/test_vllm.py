@@ -80,7 +80,7 @@ def test_every_rule_holds(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change,said",
+    "change,message",
     [
         ({"r": 0}, "rank"),
         ({"r": 9}, "rank"),
@@ -95,9 +95,9 @@ def test_every_rule_holds(method: str, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_every_rule_bites(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_every_rule_bites(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     config, tensors, _ = exported("msplora", tmp_path / "out")
-    assert said in refusals({**config, **change}, tensors, 8, {"q_proj", "v_proj", "down_proj"})
+    assert message in refusals({**config, **change}, tensors, 8, {"q_proj", "v_proj", "down_proj"})
 
 
 class Server:

@@ -62,10 +62,10 @@ def test_parts_of_text_are_read_as_the_text(tmp_path: Path) -> None:
         ({"prompt": [ASKED], "completion": [ASKED]}, "rows 1, 2: no message of the assistant"),
     ],
 )
-def test_what_would_be_lost_is_refused(row: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_what_would_be_lost_is_refused(row: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         examples(tmp_path, row, row)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_what_is_not_read_is_counted(tmp_path: Path) -> None:

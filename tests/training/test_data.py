@@ -145,10 +145,10 @@ def test_a_missing_column_lists_the_columns_and_the_nearest(reviews_csv: Path) -
         ("text,label\na,1.5\nb,2\nc,3\n", "set task: regression"),
     ],
 )
-def test_tables_that_cannot_teach(content: str, said: str, tmp_path: Path) -> None:
+def test_tables_that_cannot_teach(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text(content)
-    assert said in _said(recipe(path, data__validation=str(path)))
+    assert message in _said(recipe(path, data__validation=str(path)))
 
 
 def test_a_class_only_the_validation_data_have(tmp_path: Path) -> None:
@@ -335,9 +335,9 @@ def test_texts_that_parquet_holds_as_bytes(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": ' + b"[" * 3000 + b"]" * 3000 + b"}", "its lists and objects nest too deep"),
     ],
 )
-def test_files_that_cannot_be_read_say_why(name: str, content: bytes, said: str, tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_say_why(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    assert said in _said(recipe(tmp_path / name))
+    assert message in _said(recipe(tmp_path / name))
 
 
 def test_a_field_of_many_mebibytes_and_a_column_that_changes_its_kind_late(tmp_path: Path) -> None:
@@ -463,9 +463,9 @@ def test_the_alpaca_prompt_has_an_input_section_only_with_an_input() -> None:
         ({"instruction": None, "output": "b"}, "the prompt is empty"),
     ],
 )
-def test_instruction_data_that_do_not_fit(row: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_instruction_data_that_do_not_fit(row: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [row, row])
-    assert said in _said(recipe(path, task="instruct", data__validation=str(path)))
+    assert message in _said(recipe(path, task="instruct", data__validation=str(path)))
 
 
 def test_the_split_has_every_class_and_keeps_rare_ones_in_training(tmp_path: Path) -> None:

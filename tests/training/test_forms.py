@@ -32,20 +32,20 @@ def read(name: str, **more: Any) -> Examples:
     return load_examples(recipe(FORMS / name, **more))
 
 
-def conversations(found: Examples) -> list[list[dict[str, Any]]]:
-    return [json.loads(row) for row in found.train["messages"]]
+def conversations(examples: Examples) -> list[list[dict[str, Any]]]:
+    return [json.loads(row) for row in examples.train["messages"]]
 
 
 def test_messages_with_system_prompts_and_several_turns() -> None:
-    found = read("chat.jsonl")
-    assert found.shape == "messages" and found.notes == []
-    first = [message["role"] for message in conversations(found)[0]]
+    examples = read("chat.jsonl")
+    assert examples.shape == "messages" and examples.notes == []
+    first = [message["role"] for message in conversations(examples)[0]]
     assert first == ["system", "user", "assistant", "user", "assistant"]
 
 
 def test_sharegpt_with_a_system_column_calls_and_tools() -> None:
-    found = read("sharegpt.jsonl")
-    rows = conversations(found)
+    examples = read("sharegpt.jsonl")
+    rows = conversations(examples)
     assert rows[0] == [
         {"role": "user", "content": "what colour is the sky"},
         {"role": "assistant", "content": "green"},
@@ -58,9 +58,9 @@ def test_sharegpt_with_a_system_column_calls_and_tools() -> None:
     assert calls[0] == {"name": "colour", "arguments": {"film": "scene", "deep": {"one": [1, 2]}}}
     assert calls[1] == {"name": "colour", "arguments": {"name": "actor"}}
     assert [message["role"] for message in rows[6]] == ["user", "assistant", "tool", "assistant"]
-    tool = json.loads(found.train["tools"][6])[0]
+    tool = json.loads(examples.train["tools"][6])[0]
     assert tool["type"] == "function" and tool["function"]["name"] == "colour"
-    assert json.loads(found.train["tools"][0]) == []
+    assert json.loads(examples.train["tools"][0]) == []
 
 
 def test_calls_whose_arguments_are_json_texts() -> None:
@@ -112,9 +112,9 @@ def test_keys_of_columns_are_nested_or_dotted_and_checked(tmp_path: Path) -> Non
 
 def test_questions_and_answers_by_their_own_names() -> None:
     named = {"data__columns__prompt": "Frage", "data__columns__completion": "Antwort"}
-    found = read("questions.csv", **named)
-    assert found.train[0]["prompt"] == "what colour is the sky" and found.train[0]["completion"] == "green"
-    assert found.notes[:2] == [
+    examples = read("questions.csv", **named)
+    assert examples.train[0]["prompt"] == "what colour is the sky" and examples.train[0]["completion"] == "green"
+    assert examples.notes[:2] == [
         f"{FORMS / 'questions.csv'}: column not read: 'id'",
         "prompts and answers are joined with nothing in between; end prompts by a blank, or set data.as_chat: true",
     ]
@@ -128,8 +128,8 @@ def test_questions_and_answers_by_their_own_names() -> None:
 
 def test_usual_names_of_questions_and_answers(tmp_path: Path) -> None:
     for prompt, completion in (("question", "answer"), ("query", "response"), ("prompt", "response")):
-        found = load_examples(recipe(write_jsonl(tmp_path / "a.jsonl", [{prompt: "say one", completion: "one"}])))
-        assert (found.shape, found.train[0]["prompt"]) == ("prompt", "say one")
+        examples = load_examples(recipe(write_jsonl(tmp_path / "a.jsonl", [{prompt: "say one", completion: "one"}])))
+        assert (examples.shape, examples.train[0]["prompt"]) == ("prompt", "say one")
     dolly = write_jsonl(tmp_path / "b.jsonl", [{"instruction": "name", "context": "one", "response": "two"}])
     assert load_examples(recipe(dolly)).train[0]["prompt"] == alpaca_prompt("name", "one")
 
@@ -173,30 +173,30 @@ def test_all_bad_rows_come_at_once_or_are_left_out(tmp_path: Path) -> None:
     write_jsonl(path, [row for row in rows if row != rows[2]])
     with pytest.raises(DataError, match=r"2 of 4 rows cannot be used; .* or set data.drop_missing: true"):
         load_examples(recipe(path))
-    found = load_examples(recipe(path, data__drop_missing=True))
-    assert list(found.train["row"]) == [1, 3]
-    assert found.notes[0].endswith("no conversation (row 2); no message of the assistant (row 4)")
+    examples = load_examples(recipe(path, data__drop_missing=True))
+    assert list(examples.train["row"]) == [1, 3]
+    assert examples.notes[0].endswith("no conversation (row 2); no message of the assistant (row 4)")
 
 
-def tokens(found: Examples, made: Recipe, length: int = 64) -> tuple[list[list[int]], list[list[int]], list[str]]:
+def tokens(examples: Examples, made: Recipe, length: int = 64) -> tuple[list[list[int]], list[list[int]], list[str]]:
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "</s>"}
     tokenizer = word_tokenizer([*WORDS, "user", "assistant", "system", "tool"], **special)
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {{ eos_token }} {% endfor %}"
     config = AutoConfig.for_model("llama", max_position_embeddings=length)
-    rows, _, _, notes = encode_rows(made, tokenizer, config, found)
+    rows, _, _, notes = encode_rows(made, tokenizer, config, examples)
     return list(rows["input_ids"]), list(rows["completion_mask"]), notes
 
 
 def test_plain_text_by_document_and_packed() -> None:
     for name in ("texts.txt", "documents.jsonl"):
         made = recipe(FORMS / name, data__max_length=16)
-        found = load_examples(made)
-        assert found.shape == "text" and len(found.train) == 10
-        ids, mask, notes = tokens(found, made)
+        examples = load_examples(made)
+        assert examples.shape == "text" and len(examples.train) == 10
+        ids, mask, notes = tokens(examples, made)
         assert len(ids) == 10 and max(map(len, ids)) <= 16 and all(all(row) for row in mask)
         packed = recipe(FORMS / name, data__max_length=16, data__packing=True)
-        pieces, mask, more = tokens(found, packed)
-        whole, _, _ = tokens(found, recipe(FORMS / name, data__max_length=64 * 4), length=256)
+        pieces, mask, more = tokens(examples, packed)
+        whole, _, _ = tokens(examples, recipe(FORMS / name, data__max_length=64 * 4), length=256)
         assert [token for piece in pieces for token in piece] == [token for row in whole for token in row]
         assert {len(piece) for piece in pieces[:-1]} == {16} and [len(row) for row in mask] == list(map(len, pieces))
         assert f"10 training rows are packed into {len(pieces)} of 16 tokens" in more
@@ -238,7 +238,7 @@ def test_what_a_chat_template_leaves_out_is_counted_and_refusals_name_rows_of_th
     rows: list[dict[str, Any]] = [json.loads(line) for line in (FORMS / "chat.jsonl").read_text().splitlines()]
     rows.insert(0, {"messages": [*rows[0]["messages"][:2], {"role": "assistant", "content": ""}]})
     made = recipe(write_jsonl(tmp_path / "a.jsonl", rows))
-    found = load_examples(made)
+    examples = load_examples(made)
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "</s>"}
     tokenizer = word_tokenizer([*WORDS, "user", "assistant"], **special)
     tokenizer.chat_template = (
@@ -246,7 +246,7 @@ def test_what_a_chat_template_leaves_out_is_counted_and_refusals_name_rows_of_th
         "{{ m['role'] }} {{ m['content'] }} {% endfor %}"
     )
     with pytest.raises(DataError, match=r"training rows of .*: 4 of 10 rows cannot be used; .*\n  rows 2, 5, 8, 11"):
-        encode_rows(made, tokenizer, AutoConfig.for_model("llama"), found)
+        encode_rows(made, tokenizer, AutoConfig.for_model("llama"), examples)
 
 
 @pytest.mark.parametrize("name", ["sharegpt.jsonl", "texts.txt"])

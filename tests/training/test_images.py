@@ -40,12 +40,12 @@ def asked_about(*images: Any, text: Any = "what is it", **more: Any) -> dict[str
 
 
 def test_images_in_parts_by_marks_and_beside_the_messages() -> None:
-    found = read(FILE)
-    assert found.shape == "messages" and found.has_images and found.notes == []
-    texts = [[message["content"] for message in json.loads(row)] for row in found.train["messages"]]
+    examples = read(FILE)
+    assert examples.shape == "messages" and examples.has_images and examples.notes == []
+    texts = [[message["content"] for message in json.loads(row)] for row in examples.train["messages"]]
     assert texts[0] == texts[4] == [f"{IMAGE}what colour is the sky", "blue"] and IMAGE not in "".join(texts[9])
     assert [message.count(IMAGE) for message in texts[7]] == [1, 0, 1, 0]
-    names = [[Path(image["path"]).name for image in row] for row in found.train["images"]]
+    names = [[Path(image["path"]).name for image in row] for row in examples.train["images"]]
     assert names[7] == ["green-40x40.png", "blue-32x32.png"] and names[9] == []
 
 
@@ -62,12 +62,12 @@ def test_bytes_of_parquet_base64_and_a_folder_of_ones_own(tmp_path: Path) -> Non
     assert read(tmp_path / "a.parquet").train[0]["images"] == [{"bytes": content, "path": None}]
     text = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     parts = [{"type": "text", "text": "what"}, {"type": "image_url", "image_url": {"url": text}}]
-    found = read(write_jsonl(tmp_path / "a.jsonl", [asked_about(text=parts) | {"images": None}]))
-    assert found.train[0]["images"] == [{"bytes": content, "path": None}]
-    assert json.loads(found.train[0]["messages"])[0]["content"] == f"what{IMAGE}"
+    examples = read(write_jsonl(tmp_path / "a.jsonl", [asked_about(text=parts) | {"images": None}]))
+    assert examples.train[0]["images"] == [{"bytes": content, "path": None}]
+    assert json.loads(examples.train[0]["messages"])[0]["content"] == f"what{IMAGE}"
     pairs = write_jsonl(tmp_path / "b.jsonl", [{"question": "what", "answer": "blue", "image": BLUE.name}])
-    found = read(pairs, data__as_chat=True, data__image_folder=str(BLUE.parent))
-    assert found.train[0]["images"][0]["path"] == str(BLUE)
+    examples = read(pairs, data__as_chat=True, data__image_folder=str(BLUE.parent))
+    assert examples.train[0]["images"][0]["path"] == str(BLUE)
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,8 @@ def test_every_row_with_an_image_that_cannot_be_read_is_told(rows: list[Any], sa
 def test_rows_without_their_image_are_left_out_if_asked(tmp_path: Path) -> None:
     shutil.copyfile(BLUE, tmp_path / "good.png")
     data = write_jsonl(tmp_path / "a.jsonl", [asked_about("no.png"), asked_about("good.png")])
-    found = read(data, data__drop_missing=True)
-    assert len(found.train) == 1 and "leaves out 1 of 2 rows" in found.notes[0]
+    examples = read(data, data__drop_missing=True)
+    assert len(examples.train) == 1 and "leaves out 1 of 2 rows" in examples.notes[0]
 
 
 def test_what_is_learned_is_found_behind_the_places_of_images() -> None:

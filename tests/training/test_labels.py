@@ -60,9 +60,9 @@ def test_a_split_keeps_the_only_row_of_a_class(tmp_path: Path) -> None:
     rows[3]["label"] = ["a", "b", "rare"]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     for seed in range(8):
-        found = load_examples(recipe(path, data__validation_rows=9, seed=seed))
-        assert len(found.validation) == 9
-        assert sum(label[2] for label in found.train["label"]) == 1
+        examples = load_examples(recipe(path, data__validation_rows=9, seed=seed))
+        assert len(examples.validation) == 9
+        assert sum(label[2] for label in examples.train["label"]) == 1
 
 
 def test_scores_and_losses_by_definition() -> None:

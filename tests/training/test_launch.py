@@ -241,10 +241,10 @@ def test_accelerate_launches_the_command_with_a_shipped_config(
         (MSPLoraConfig(r=4, target_modules=["q_proj"]), None),
     ],
 )
-def test_deepspeed_is_refused_what_it_cannot_do(config: Any, said: str | None) -> None:
+def test_deepspeed_is_refused_what_it_cannot_do(config: Any, message: str | None) -> None:
     model = get_peft_model(ZOO["llama"].build(), config)  # type: ignore[arg-type]
     check(model, Processes(way="ddp", size=2))
-    refusal = pytest.raises(RecipeError, match=said) if said else nullcontext()
+    refusal = pytest.raises(RecipeError, match=message) if message else nullcontext()
     with refusal:
         check(model, Processes(way="deepspeed", size=2))
 

@@ -28,18 +28,18 @@ def two_files(tmp_path: Path) -> list[Path]:
 
 
 def test_weights_repeat_rows_and_draw_parts(two_files: list[Path]) -> None:
-    found = read(two_files, data__weights=[2.0, 0.25], data__validation_rows=12)
-    assert found.label_names == ["a", "b", "c"] and found.train.column_names == ["text", "label"]
-    scored = set(found.validation["text"])
-    assert len(scored) == 12 and not scored & set(found.train["text"])
-    counts = Counter(found.train["text"])
+    examples = read(two_files, data__weights=[2.0, 0.25], data__validation_rows=12)
+    assert examples.label_names == ["a", "b", "c"] and examples.train.column_names == ["text", "label"]
+    scored = set(examples.validation["text"])
+    assert len(scored) == 12 and not scored & set(examples.train["text"])
+    counts = Counter(examples.train["text"])
     first = {text: count for text, count in counts.items() if text.startswith("first")}
     second = {text: count for text, count in counts.items() if text.startswith("second")}
     left = [sum(not text.startswith(word) for text in scored) for word in ("second", "first")]
     assert set(first.values()) == {2} and len(first) == 20 - left[0]
     assert set(second.values()) == {1} and len(second) == round(0.25 * (40 - left[1]))
     assert any(
-        note.startswith(f"{two_files[1]}: {40 - left[1]} training rows, with weight 0.25") for note in found.notes
+        note.startswith(f"{two_files[1]}: {40 - left[1]} training rows, with weight 0.25") for note in examples.notes
     )
     assert len(read(two_files, data__validation_rows=12).train) == 48
 
@@ -53,11 +53,11 @@ def test_errors_name_the_row_of_its_own_file(two_files: list[Path], tmp_path: Pa
 
 
 def test_other_forms_are_mixed_too(tmp_path: Path) -> None:
-    found = read([FORMS / "tagged.jsonl"] * 2, task="tokens", data__weights=[1.0, 0.5], data__validation_rows=2)
-    assert found.train.column_names == ["tokens", "label"]
+    examples = read([FORMS / "tagged.jsonl"] * 2, task="tokens", data__weights=[1.0, 0.5], data__validation_rows=2)
+    assert examples.train.column_names == ["tokens", "label"]
     chats = [FORMS / "chat.jsonl", FORMS / "sharegpt.jsonl"]
-    found = read(chats, task="instruct", data__validation_rows=4)
-    assert found.shape == "messages" and len(found.train) == 16
+    examples = read(chats, task="instruct", data__validation_rows=4)
+    assert examples.shape == "messages" and len(examples.train) == 16
     with pytest.raises(DataError, match=r"the files have several forms: .*chat.jsonl \(messages\), .*alpaca.json"):
         read([chats[0], FORMS / "alpaca.json"], task="instruct")
 

@@ -57,8 +57,8 @@ def test_every_name_is_answered() -> None:
         ("pad_to_sequence_len", "pad_to_sequence_len: unknown; leave it out: batches are padded to their longest row"),
     ],
 )
-def test_names_with_a_section_too(key: str, said: str) -> None:
-    assert said in refusal(key, True)
+def test_names_with_a_section_too(key: str, message: str) -> None:
+    assert message in refusal(key, True)
 
 
 def test_an_adapter_named_by_its_method() -> None:

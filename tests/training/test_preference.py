@@ -57,8 +57,8 @@ def test_pairs_of_conversations(row: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_pairs_of_texts(tmp_path: Path) -> None:
-    found = load_examples(recipe(FORMS / "pairs.jsonl"))
-    row = {name: found.train[0][name] for name in ("prompt", "completion", "completion_rejected")}
+    examples = load_examples(recipe(FORMS / "pairs.jsonl"))
+    row = {name: examples.train[0][name] for name in ("prompt", "completion", "completion_rejected")}
     assert row == {"prompt": "what colour is the sky ", "completion": "green", "completion_rejected": "dull"}
     whole = {"chosen": "Human: what colour Assistant: blue green", "rejected": "Human: what colour Assistant: black"}
     made = pairs(tmp_path, whole).train[0]
@@ -82,8 +82,8 @@ def test_what_makes_no_pair(tmp_path: Path) -> None:
 
 
 def test_judged_answers(tmp_path: Path) -> None:
-    found = load_examples(recipe(FORMS / "kto.jsonl", task="kto"))
-    assert list(found.train["good"]) == [False, True] * 5 and found.train[0]["completion"] == "awful"
+    examples = load_examples(recipe(FORMS / "kto.jsonl", task="kto"))
+    assert list(examples.train["good"]) == [False, True] * 5 and examples.train[0]["completion"] == "awful"
     rows = [{"prompt": "say", "completion": "yes", "mark": mark} for mark in (1, 0, "perhaps")]
     with pytest.raises(DataError, match=r"row 3: no verdict in column 'mark': true or false is needed"):
         pairs(tmp_path, *[{**row, "mark": str(row["mark"])} for row in rows], task="kto", data__label="mark")

@@ -61,9 +61,9 @@ def test_the_message_of_the_design(tmp_path: Path) -> None:
     ("text", "written"), [("1E5", "1.0e+5"), ("-2e-3", "-2.0e-3"), ("'3.5'", "3.5 without quotes")]
 )
 def test_numbers_that_yaml_reads_as_texts(text: str, written: str, tmp_path: Path) -> None:
-    found = problems(f"{{model: m, data.train: a, method.name: lora, train.weight_decay: {text}}}", tmp_path)
+    problems_named = problems(f"{{model: m, data.train: a, method.name: lora, train.weight_decay: {text}}}", tmp_path)
     bare = text.strip("'")
-    assert found[1] == f"train.weight_decay: '{bare}' is text to YAML, write {written}"
+    assert problems_named[1] == f"train.weight_decay: '{bare}' is text to YAML, write {written}"
 
 
 def test_nested_and_dotted_are_the_same(tmp_path: Path) -> None:
@@ -79,8 +79,8 @@ def test_nested_and_dotted_are_the_same(tmp_path: Path) -> None:
     ["train.lr: 0.1\ntrain.lr: 0.2", "train.lr: 0.1\ntrain: {lr: 0.2}", "train: {lr: 0.1, lr: 0.2}"],
 )
 def test_a_key_given_twice_is_refused(text: str, tmp_path: Path) -> None:
-    found = problems(f"model: m\ndata.train: a\nmethod.name: lora\n{text}", tmp_path)
-    assert found[1].startswith("train.lr: given twice, in line ")
+    problems_named = problems(f"model: m\ndata.train: a\nmethod.name: lora\n{text}", tmp_path)
+    assert problems_named[1].startswith("train.lr: given twice, in line ")
 
 
 def test_a_key_twice_inside_a_value_is_refused(tmp_path: Path) -> None:
@@ -89,8 +89,8 @@ def test_a_key_twice_inside_a_value_is_refused(tmp_path: Path) -> None:
 
 
 def test_yaml_never_builds_objects(tmp_path: Path) -> None:
-    found = problems("model: !!python/object/apply:os.getcwd []\ndata.train: a\nmethod.name: lora", tmp_path)
-    assert found[1].startswith("model: ") and "constructor" in found[1]
+    problems_named = problems("model: !!python/object/apply:os.getcwd []\ndata.train: a\nmethod.name: lora", tmp_path)
+    assert problems_named[1].startswith("model: ") and "constructor" in problems_named[1]
 
 
 @pytest.mark.parametrize(
@@ -105,11 +105,11 @@ def test_yaml_never_builds_objects(tmp_path: Path) -> None:
         ("method.name: lorra", "'lorra' is not one of"),
     ],
 )
-def test_what_is_missing_or_unreadable(text: str, said: str, tmp_path: Path) -> None:
-    found = problems(text, tmp_path)
-    assert said in "\n".join(found)
+def test_what_is_missing_or_unreadable(text: str, message: str, tmp_path: Path) -> None:
+    problems_named = problems(text, tmp_path)
+    assert message in "\n".join(problems_named)
     # What can't be read lacks nothing in particular.
-    assert len(found) == 2 or text.startswith(("model: m", "method", "train"))
+    assert len(problems_named) == 2 or text.startswith(("model: m", "method", "train"))
 
 
 def test_a_misspelt_section_finds_its_own_key(tmp_path: Path) -> None:
@@ -143,18 +143,18 @@ def test_a_misspelt_section_finds_its_own_key(tmp_path: Path) -> None:
         ({"method.peft_type": "LORA"}, "method.peft_type: unknown"),
     ],
 )
-def test_mistakes_that_each_say_what_to_do(more: dict[str, object], said: str) -> None:
+def test_mistakes_that_each_say_what_to_do(more: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=r"the recipe has 1 problem:") as error:
         make_recipe({**GOOD, **more})
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_what_the_config_itself_refuses_is_told_with_the_rest() -> None:
     with pytest.raises(RecipeError) as error:
         make_recipe({**GOOD, "method.name": "msplora", "method.r": 6, "train.lr": "x"})
-    said = str(error.value)
-    assert "2 problems" in said and "train.lr: needs a number, got 'x'" in said
-    assert "method: msplora refuses this: " in said
+    message = str(error.value)
+    assert "2 problems" in message and "train.lr: needs a number, got 'x'" in message
+    assert "method: msplora refuses this: " in message
 
 
 @pytest.mark.parametrize(
@@ -166,13 +166,13 @@ def test_what_the_config_itself_refuses_is_told_with_the_rest() -> None:
         ("rank_pattern", {"query": 4}, "method.rank_pattern: adalora never reads it"),
     ],
 )
-def test_a_field_that_a_config_inherits_and_its_method_never_reads(field: str, value: object, said: str) -> None:
+def test_a_field_that_a_config_inherits_and_its_method_never_reads(field: str, value: object, message: str) -> None:
     choice = {**GOOD, "method.name": "adalora", f"method.{field}": value}
     if field != "r":
         del choice["method.r"]
     with pytest.raises(RecipeError, match="1 problem") as error:
         make_recipe(choice)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert field not in method_fields("adalora") and {"init_r", "target_r"} <= set(method_fields("adalora"))
 
 
@@ -187,15 +187,15 @@ def test_overrides_are_yaml_values_checked_alike(tmp_path: Path) -> None:
             "default",
             ["train.lr=fast", "oops", "method.rank=3", "method.name=lora", "train.batch=1", "train.batch=2"],
         )
-    said = str(error.value)
-    assert "4 problems" in said
+    message = str(error.value)
+    assert "4 problems" in message
     for part in (
         "needs a number, got 'fast'",
         "'oops' is not of the form key=value",
         "method.r?",
         "train.batch: given twice",
     ):
-        assert part in said
+        assert part in message
 
 
 def test_an_override_without_a_value_takes_the_key_out() -> None:

@@ -207,11 +207,11 @@ def test_prompts_that_cannot_be_asked(tmp_path: Path, tiny_llama: Path) -> None:
     with pytest.raises(DataError, match=r"rewards.answer: exact compares with column 'answer', .* has total, prompt"):
         read(tmp_path, {"prompt": "what", "total": 1}, rewards__functions=["exact"])
     tokenizer, config = AutoTokenizer.from_pretrained(str(tiny_llama)), AutoConfig.from_pretrained(str(tiny_llama))
-    found = read(tmp_path, {"prompt": "say"}, {"prompt": "say " * 61})
-    rows, _, notes = fitting_prompts(recipe(sampling__tokens=4), tokenizer, config, found)
+    examples = read(tmp_path, {"prompt": "say"}, {"prompt": "say " * 61})
+    rows, _, notes = fitting_prompts(recipe(sampling__tokens=4), tokenizer, config, examples)
     assert len(rows) == 1 and notes[1] == "1 of 2 training prompts have more than 60 tokens and are left out"
     with pytest.raises(DataError, match=r"sampling.tokens: 64, and m takes 64 with the prompt"):
-        fitting_prompts(recipe(sampling__tokens=64), tokenizer, config, found)
+        fitting_prompts(recipe(sampling__tokens=64), tokenizer, config, examples)
 
 
 class StopAt(TrainerCallback):
@@ -273,18 +273,18 @@ def test_rewards_that_are_all_the_same_are_told(tiny_llama: Path, tmp_path: Path
 
     made = run(tiny_llama, tmp_path, train__max_steps=10, sampling__temperature=0.3, train__evaluate_before=False)
     made = made.model_copy(update={"train": made.train.model_copy(update={"batch": 4})})
-    told = [note for note in train(made, rewards=[same]).notes if "nothing is learned" in note]
-    assert len(told) == 1 and told[0].startswith(
+    noted = [note for note in train(made, rewards=[same]).notes if "nothing is learned" in note]
+    assert len(noted) == 1 and noted[0].startswith(
         "step 10 of 10: in each of the last 10 steps all completions of a prompt had the same reward (0.50 on average)"
     )
-    assert "are cut at sampling.tokens 4: raise it; sampling.temperature 0.3 draws" in told[0]
+    assert "are cut at sampling.tokens 4: raise it; sampling.temperature 0.3 draws" in noted[0]
 
 
 def test_a_reward_that_fails_ends_the_run(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(_plain(run(tiny_llama, tmp_path, train__max_steps=2))))
     assert main("train", str(tmp_path / "mine.yaml"), "--reward", f"{own(tmp_path)}:broken") == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert "error: the reward 'broken' ended in KeyError in line 10: 'no such key'" in said
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "error: the reward 'broken' ended in KeyError in line 10: 'no such key'" in printed
     assert not (tmp_path / "out").exists()
 
 

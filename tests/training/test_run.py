@@ -95,11 +95,11 @@ def test_two_texts_and_regression(pooling: str, tiny_bert: Path, tmp_path: Path)
     )
     result = train(made)
     assert set(result.after) >= {"pearson", "spearman", "rmse"} and result.guess["pearson"] == 0.0
-    found = predict(result.folder, ["the film is good", "the film"], ["the film is bad", "story"])
-    assert all(isinstance(one.answer, float) for one in found)
+    predictions = predict(result.folder, ["the film is good", "the film"], ["the film is bad", "story"])
+    assert all(isinstance(one.answer, float) for one in predictions)
     # One pair alone gives the same number as among others: padding changes nothing.
     alone = predict(result.folder, ["the film"], ["story"])[0].answer
-    assert alone == pytest.approx(found[1].answer, abs=1e-5)
+    assert alone == pytest.approx(predictions[1].answer, abs=1e-5)
     with pytest.raises(DataError, match="compares two texts"):
         predict(result.folder, ["the film is good"])
 
@@ -166,8 +166,8 @@ def test_instruction_tuning_lowers_the_perplexity_and_answers(tiny_llama: Path, 
     )
     result = train(made)
     assert result.metric == "perplexity" and result.after["perplexity"] < 0.5 * result.before["perplexity"]
-    found = predict(result.folder, ["what colour sky "], max_new_tokens=2)[0]
-    assert isinstance(found.answer, str)
+    predictions = predict(result.folder, ["what colour sky "], max_new_tokens=2)[0]
+    assert isinstance(predictions.answer, str)
 
 
 def test_rows_that_lose_their_answer_are_counted_before_training(tiny_llama: Path, tmp_path: Path) -> None:
@@ -384,11 +384,11 @@ def test_overwrite_never_touches_a_folder_of_others(tiny_bert: Path, reviews_csv
     ],
 )
 def test_what_cannot_be_trained_leaves_nothing_behind(
-    more: dict[str, Any], said: str, tiny_bert: Path, reviews_csv: Path, tmp_path: Path
+    more: dict[str, Any], message: str, tiny_bert: Path, reviews_csv: Path, tmp_path: Path
 ) -> None:
-    if "fp16" in said and torch.accelerator.is_available():
+    if "fp16" in message and torch.accelerator.is_available():
         pytest.skip("this machine can")
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=message):
         train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", **more))
     assert not list(tmp_path.glob("out*"))
 

@@ -127,12 +127,12 @@ def test_conversations_are_asked_and_talked_to(
     out = train(tiny_recipe(tiny_llama, file, tmp_path / "out", task="instruct", train__max_steps=12)).folder
     capsys.readouterr()
     assert main("predict", str(out), "--file", str(file), "--json", "--tokens", "8") == 0
-    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["text"] for row in said[:2]] == ["and the grass", "what colour is the sky"]
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["text"] for row in printed[:2]] == ["and the grass", "what colour is the sky"]
     loaded = load_adapter_model(out)
     # Asked alone, and among others of another length, the answers are the same; the earlier turns are read.
     alone = [predict(loaded, [Conversation(talk[:end])], max_new_tokens=8)[0].answer for end in (4, 2)]
-    assert [row["answer"] for row in said[:2]] == alone
+    assert [row["answer"] for row in printed[:2]] == alone
     system = predict(loaded, ["what colour is the sky"], system="say the colour", max_new_tokens=8)[0]
     assert system.answer == alone[1]
     drawn = [

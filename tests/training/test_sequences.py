@@ -59,9 +59,9 @@ def run(tiny_t5: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 
 def test_columns_by_their_usual_names_and_by_ones_own(tmp_path: Path) -> None:
-    found = read(FORM, data__validation=str(FORM))
-    assert found.shape == "source" and not found.notes and len(found.train) == 10
-    assert found.train[1] == {"source": "the story was very bad", "target": "no", "row": 2}
+    examples = read(FORM, data__validation=str(FORM))
+    assert examples.shape == "source" and not examples.notes and len(examples.train) == 10
+    assert examples.train[1] == {"source": "the story was very bad", "target": "no", "row": 2}
     for names in (("document", "summary"), ("article", "highlights"), ("dialogue", "summary"), ("text", "summary")):
         rows = [dict(zip(names, (f"a film {n}", n), strict=True)) for n in range(4)]
         made = read(write_csv(tmp_path / "a.csv", rows), data__validation_rows=1)
@@ -108,9 +108,9 @@ def test_a_run_learns_and_its_folder_writes_what_was_scored(
     assert [row["after"] for row in run.answers] == written[:3]
     out = tmp_path / "scores.json"
     assert main("eval", str(run.folder), "--data", str(FORM), "--out", str(out)) == 0
-    found = json.loads(out.read_text())
-    assert found["scores"] == pytest.approx({name: run.after[name] for name in scores})
-    low, high = found["intervals"]["rougeL"]
+    content = json.loads(out.read_text())
+    assert content["scores"] == pytest.approx({name: run.after[name] for name in scores})
+    low, high = content["intervals"]["rougeL"]
     assert low <= run.after["rougeL"] <= high
     table = write_csv(tmp_path / "new.csv", [{"document": row["source"]} for row in rows[:2]])
     capsys.readouterr()

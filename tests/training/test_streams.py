@@ -31,9 +31,9 @@ def read(*sources: Any, **more: Any) -> Examples:
     return load_examples(make_recipe(values | {key.replace("__", "."): value for key, value in more.items()}))
 
 
-def first(found: Examples, count: int) -> list[str]:
-    assert found.stream is not None
-    return [row["prompt"].split()[1] for row in islice(found.stream, count)]
+def first(examples: Examples, count: int) -> list[str]:
+    assert examples.stream is not None
+    return [row["prompt"].split()[1] for row in islice(examples.stream, count)]
 
 
 def dataset_folder(folder: Path) -> Path:
@@ -66,10 +66,10 @@ def test_the_same_rows_from_every_form_of_file(tmp_path: Path) -> None:
 
 def test_several_sources_are_drawn_by_weight(tmp_path: Path) -> None:
     other = write_jsonl(tmp_path / "b.jsonl", [{"prompt": "ask me ", "completion": "no"}] * 3)  # type: ignore[arg-type]
-    found = read(write_jsonl(tmp_path / "a.jsonl", ROWS), other, data__weights=[3.0, 1.0])  # type: ignore[arg-type]
-    drawn = first(found, 400)
+    examples = read(write_jsonl(tmp_path / "a.jsonl", ROWS), other, data__weights=[3.0, 1.0])  # type: ignore[arg-type]
+    drawn = first(examples, 400)
     assert 60 < drawn.count("me") < 140
-    assert any(note.startswith("data.streaming: rows are read as they are learned from") for note in found.notes)
+    assert any(note.startswith("data.streaming: rows are read as they are learned from") for note in examples.notes)
 
 
 def test_bad_rows_are_told_when_they_are_reached(tmp_path: Path) -> None:
@@ -77,9 +77,9 @@ def test_bad_rows_are_told_when_they_are_reached(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError, match=r"a.jsonl, row 1041: the prompt is empty; take it out; or set data.drop_miss"):
         first(read(data), 2000)
-    found = read(data, data__drop_missing=True)
-    first(found, 2000)
-    assert found.stream is not None and found.stream.lost == {"lack a text or an answer": 1}
+    examples = read(data, data__drop_missing=True)
+    first(examples, 2000)
+    assert examples.stream is not None and examples.stream.lost == {"lack a text or an answer": 1}
     with pytest.raises(DataError, match=r"b.jsonl, line 3: Expecting value; expected one object a line"):
         read(_written(tmp_path / "b.jsonl", '{"prompt": "a", "completion": "b"}\n\nno\n'))
     with pytest.raises(DataError, match=r"c.csv, row 2: more cells than the 2 columns"):
@@ -147,12 +147,12 @@ def test_hub_data_sets_stand_among_files(tmp_path: Path) -> None:
         tmp_path / "c.csv", [{"text": f"c {place}", "label": ("bad", "good")[place % 2]} for place in range(20)]
     )
     values = {"model": "m", "method.name": "lora", "data.validation_rows": 10, "data.weights": [1.0, 2.0, 0.5]}
-    found = load_examples(make_recipe(values | {"data.train": [str(file), str(hub), f"{hub}@more"]}))
-    assert found.label_names == ["bad", "good"]
-    rows = [*zip(found.train["text"], found.train["label"], strict=True)]
+    examples = load_examples(make_recipe(values | {"data.train": [str(file), str(hub), f"{hub}@more"]}))
+    assert examples.label_names == ["bad", "good"]
+    rows = [*zip(examples.train["text"], examples.train["label"], strict=True)]
     assert all(label == int(text.split()[1]) % 2 for text, label in rows)
     counts = {name: sum(text.startswith(name) for text, _ in rows) for name in "abc"}
-    left = {name: 20 - sum(text.startswith(name) for text in found.validation["text"]) for name in "abc"}
+    left = {name: 20 - sum(text.startswith(name) for text in examples.validation["text"]) for name in "abc"}
     assert counts == {"c": left["c"], "a": 2 * left["a"], "b": round(left["b"] / 2)}
     with pytest.raises(DataError, match=r"split 'no': Unknown split"):
         load_examples(make_recipe(values | {"data.train": [str(file), str(hub), f"{hub}@no"]}))

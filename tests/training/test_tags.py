@@ -29,9 +29,9 @@ def recipe(data: Path, **more: Any):
 
 
 def test_lists_and_texts_with_blanks_are_the_same_words(tmp_path: Path) -> None:
-    found = load_examples(recipe(FORM, data__validation=str(FORM)))
-    assert found.label_names == ["O", "B-who", "I-who", "B-work", "I-work"]
-    assert found.train[0] == {
+    examples = load_examples(recipe(FORM, data__validation=str(FORM)))
+    assert examples.label_names == ["O", "B-who", "I-who", "B-work", "I-work"]
+    assert examples.train[0] == {
         "tokens": ["the", "actor", "one", "was", "good", "and", "film"],
         "label": [0, 1, 2, 0, 0, 0, 3],
     }
@@ -41,8 +41,8 @@ def test_lists_and_texts_with_blanks_are_the_same_words(tmp_path: Path) -> None:
     assert load_examples(recipe(path, **named)).train[0] == {"tokens": ["the", "actor", "one"], "label": [0, 1, 2]}
     numbered = write_jsonl(tmp_path / "b.jsonl", [{"tokens": ["a", "b"], "tags": [1, 2]}])
     names = ["O", "B-x", "I-x"]
-    found = load_examples(recipe(numbered, data__validation=str(numbered), data__label_names=names))
-    assert (found.label_names, found.train[0]["label"]) == (names, [1, 2])
+    examples = load_examples(recipe(numbered, data__validation=str(numbered), data__label_names=names))
+    assert (examples.label_names, examples.train[0]["label"]) == (names, [1, 2])
 
 
 def test_rows_that_are_not_in_bio_are_named_at_once(tmp_path: Path) -> None:
@@ -108,9 +108,9 @@ def test_scores_of_entities_by_hand() -> None:
     # seqeval's own example: one of two entities is found with both its ends.
     truth = [["O", "O", "O", "B-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
     answers = [["O", "O", "B-MISC", "I-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
-    found = entity_scores(truth, answers)
-    assert (found["entity_f1"], found["entity_precision"], found["entity_recall"]) == (50.0, 50.0, 50.0)
-    assert found["token_accuracy"] == pytest.approx(80.0)
+    scores = entity_scores(truth, answers)
+    assert (answered["entity_f1"], answered["entity_precision"], answered["entity_recall"]) == (50.0, 50.0, 50.0)
+    assert answered["token_accuracy"] == pytest.approx(80.0)
     nothing = entity_scores([["O"]], [["O"]])
     assert nothing["entity_f1"] == 0.0 and nothing["token_accuracy"] == 100.0
 
@@ -131,9 +131,9 @@ def test_trained_asked_and_scored(tiny_bert: Path, tmp_path: Path) -> None:
     assert result.example[0].split()[0] == "the"
 
     loaded = load_adapter_model(tmp_path / "run")
-    found = predict(loaded, ["the actor one was bad", ["the", "actor", "two", "was", "good"]])
-    assert found[0].answer == [{"kind": "who", "text": "actor one", "start": 4, "end": 13}]
-    assert found[1].text == "the actor two was good" and found[1].to_line() == "who: actor two"
+    predictions = predict(loaded, ["the actor one was bad", ["the", "actor", "two", "was", "good"]])
+    assert predictions[0].answer == [{"kind": "who", "text": "actor one", "start": 4, "end": 13}]
+    assert predictions[1].text == "the actor two was good" and predictions[1].to_line() == "who: actor two"
     words, _ = read_texts(FORM, loaded)
     assert words[1] == ["the", "actor", "two", "was", "bad"]
 

@@ -107,10 +107,10 @@ def test_ones_own_folder_is_respected(
         ("tensorboard", "train.report_to: needs a list, got 'tensorboard'"),
     ],
 )
-def test_names_that_are_none(names: Any, said: str, tmp_path: Path) -> None:
+def test_names_that_are_none(names: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
         tiny_recipe(tmp_path, tmp_path / "x.csv", tmp_path / "out", train__report_to=names)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_tracker_that_is_not_installed_ends_the_run_before_it_begins(

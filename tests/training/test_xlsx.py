@@ -21,10 +21,10 @@ def test_the_first_sheet_of_a_workbook(tmp_path: Path) -> None:
     book.save(path)
     table = read_table(str(path), texts=["text"])
     assert table.to_dict() == {"text": ["good", "7", "bad"], "label": [1, 0, 0], "mixed": ["1", "a", None]}
-    found = load_examples(
+    examples = load_examples(
         tiny_recipe(Path("m"), path, tmp_path, data__validation=str(path), data__validation_rows=None)
     )
-    assert found.label_names == ["0", "1"] and list(found.train["label"]) == [1, 0, 0]
+    assert examples.label_names == ["0", "1"] and list(examples.train["label"]) == [1, 0, 0]
     openpyxl.Workbook().save(path)
     with pytest.raises(DataError, match=r"a.xlsx: the first row of its first sheet must name the columns"):
         read_table(str(path))

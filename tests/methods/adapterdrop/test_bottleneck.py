@@ -106,6 +106,6 @@ def test_it_can_neither_be_merged_nor_exported(tmp_path: object) -> None:
         ({"lora_alpha": 8}, "have no meaning here"),
     ],
 )
-def test_configs_that_cannot_be(fields: dict[str, object], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_configs_that_cannot_be(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         adapted(**fields)

@@ -126,6 +126,6 @@ def test_checkpointing_runs_with_the_same_draw() -> None:
         ({"r": 400}, "r=400 is above the matrix"),
     ],
 )
-def test_ranks_that_cannot_be(fields: dict[str, int], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_ranks_that_cannot_be(fields: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         adapted(**fields)
