@@ -67,7 +67,7 @@ class Finder:
 
     def find_distributions(self, *context: Any) -> Iterator[importlib.metadata.Distribution]:
         found = importlib.metadata.MetadataPathFinder.find_distributions(*context)
-        return (one for one in found if canonicalize_name(str(one.metadata["Name"])) in self.core)
+        return (item for item in found if canonicalize_name(str(item.metadata["Name"])) in self.core)
 
     def invalidate_caches(self) -> None:
         PathFinder.invalidate_caches()
@@ -77,7 +77,7 @@ def hide() -> set[str]:
     """Hide everything but the core from this process; the modules that can't be found from now on."""
     core = core_distributions()
     hidden = modules_outside(core)
-    sys.meta_path = [Finder(hidden, core) if one is PathFinder else one for one in sys.meta_path]
+    sys.meta_path = [Finder(hidden, core) if item is PathFinder else item for item in sys.meta_path]
     return hidden
 
 

@@ -197,11 +197,11 @@ def test_answers_as_files_from_stdin_and_a_system_prompt_refused(
     monkeypatch.setattr("sys.stdin", io.StringIO("the film\n\nthe plot\n"))
     assert main("predict", str(place / "out"), "-", "--json") == 0
     assert [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()] == ["the film", "the plot"]
-    for more, said in (
+    for more, message in (
         (["a text", "--system", "Be brief."], "not trained on conversations"),
         (["a text", "--out", str(tmp_path / "a.xlsx")], ".csv, .json, .jsonl, .parquet are written"),
     ):
         assert main("predict", str(place / "out"), *more) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert main("chat", str(place / "out")) == 2
     assert "writes no texts: use `ziggurat predict`" in capsys.readouterr().err

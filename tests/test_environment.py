@@ -29,11 +29,11 @@ def tool(folder: Path, name: str, script: str) -> None:
 def environment(clone: Path, tools: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """The script with `tools` before the system's own, and without uv and any other python."""
     for name in ("bash", "dirname", "cat", "cksum", "tr", "head", "rm"):
-        found = shutil.which(name)
-        assert found is not None
+        actual = shutil.which(name)
+        assert actual is not None
         tools.mkdir(exist_ok=True)
         if not (tools / name).exists():
-            (tools / name).symlink_to(found)
+            (tools / name).symlink_to(actual)
     env = {"PATH": str(tools), "HOME": str(clone), **variables}
     command = [str(tools / "bash"), ".ci/environment", "dev"]
     return subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True, check=False)

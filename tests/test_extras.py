@@ -18,7 +18,7 @@ def brought_by(extra: str) -> set[str]:
     """The packages of an extra, with those of the extras that it names."""
     found: set[str] = set()
     for requirement in map(Requirement, LISTED[extra]):
-        inner = [brought_by(one) for one in requirement.extras] if requirement.name == DISTRIBUTION else []
+        inner = [brought_by(item) for item in requirement.extras] if requirement.name == DISTRIBUTION else []
         found |= set().union(*inner) if inner else {requirement.name}
     return found
 

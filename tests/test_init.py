@@ -104,9 +104,9 @@ def test_two_texts_and_a_number_and_what_fits_nothing(tmp_path: Path, capsys: py
     capsys.readouterr()
     # A task that the file is not fit for is refused, not replaced by another.
     texts = write(tmp_path / "texts.jsonl", [{"text": f"a text of {n}", "topic": "ab"[n % 2]} for n in range(9)])
-    for words, said in ((("regression",), "text, topic, which fit regression"), (("kto",), "which fit kto")):
+    for words, message in ((("regression",), "text, topic, which fit regression"), (("kto",), "which fit kto")):
         assert main("init", str(texts), "--out", str(tmp_path / "none.yaml"), "--task", *words) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     alone = write(tmp_path / "alone.jsonl", [{"text": f"a text of {n}"} for n in range(9)])
     assert main("init", str(alone), "--out", str(tmp_path / "none.yaml"), "--task", "classification") == 2
     capsys.readouterr()

@@ -130,7 +130,7 @@ def dependency_lines() -> list[str]:
 
 def test_every_dependency_is_bounded_from_below_alone() -> None:
     extras = PROJECT["optional-dependencies"]
-    for text in [*PROJECT["dependencies"], *(one for extra in extras.values() for one in extra)]:
+    for text in [*PROJECT["dependencies"], *(item for extra in extras.values() for item in extra)]:
         requirement = Requirement(text)
         if requirement.name != DISTRIBUTION:
             operators = {s.operator for s in requirement.specifier}
@@ -171,7 +171,7 @@ def test_the_citation_names_the_papers() -> None:
 def test_the_citation_and_the_model_cards_name_the_same_authors(method: str) -> None:
     bibtex = getattr(ziggurat, method)().citation
     (paper,) = [ref for ref in citation()["references"] if ref["url"].rpartition("/")[2] in bibtex]
-    authors = " and ".join(f"{one['family-names']}, {one['given-names']}" for one in paper["authors"])
+    authors = " and ".join(f"{item['family-names']}, {item['given-names']}" for item in paper["authors"])
     assert f"author  = {{{authors}}}" in bibtex
 
 

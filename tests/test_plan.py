@@ -194,13 +194,13 @@ def small_plan(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plan]:
 @pytest.mark.parametrize("method", BESIDE)
 def test_what_stands_beside_it_is_what_would_be_built(method: str, small_plan: tuple[Path, Plan]) -> None:
     """The other methods' numbers come from formulas; here each is built at both ranks."""
-    folder, found = small_plan
+    folder, actual = small_plan
     targets = {} if method in ("lor2c", "sharelor2c", "adapter") else {"target_modules": ["query", "value"]}
-    same, paid = (next(b for b in found.beside if (b.method, b.kind) == (method, kind)) for kind in ("r", "budget"))
+    same, paid = (next(b for b in actual.beside if (b.method, b.kind) == (method, kind)) for kind in ("r", "budget"))
     for one in (same, paid):
         choice = {**BESIDE[method], **targets}
         assert one.parameters == count_of(bare_model(folder), {**choice, **rank_fields(choice, one.r)})
-    assert paid.parameters <= found.adapter
+    assert paid.parameters <= actual.adapter
 
 
 def test_a_budget_finds_the_largest_rank(roberta: Path) -> None:
@@ -247,8 +247,8 @@ def test_a_rank_that_is_counted_but_not_taken_is_passed_over() -> None:
     """DyLoRA refuses ranks above its matrices, which no formula knows."""
     with torch.device("meta"):
         model = ZOO["bert"].build()
-    found = fit_rank(model, {"name": "dylora", "target_modules": ["query"]}, 10**6)
-    assert found == Fit(16, 16 * 32 * 4)
+    actual = fit_rank(model, {"name": "dylora", "target_modules": ["query"]}, 10**6)
+    assert actual == Fit(16, 16 * 32 * 4)
 
 
 def test_budgets_are_read() -> None:
@@ -339,14 +339,14 @@ def test_what_is_no_model_is_told_by_the_command_that_was_meant(tmp_path: Path) 
     (tmp_path / "run" / "recipe.yaml").write_text("model: some/base\ndata.train: demo\nmethod.name: lora\n")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    for word, said in (
+    for word, message in (
         ("default", "default is a recipe, .*: ziggurat plan embedded default"),
         (str(tmp_path / "run" / "recipe.yaml"), "is a recipe, .*: ziggurat plan some/base "),
         (str(tmp_path / "run"), "is the folder of a run, .*: ziggurat plan some/base "),
         (str(tmp_path / "adapter"), "ziggurat analyze "),
     ):
         done = CliRunner().invoke(app, ["plan", word])
-        assert isinstance(done.exception, ConfigError) and re.search(said, str(done.exception)), done.exception
+        assert isinstance(done.exception, ConfigError) and re.search(message, str(done.exception)), done.exception
 
 
 def test_a_recipe_chooses_head_batch_and_length(tmp_path: Path) -> None:

@@ -45,8 +45,8 @@ def check_against_the_run(recipe: Any) -> Any:
 def test_four_classes_one_text_or_two_either_pooling(more: dict[str, Any], head: int, tmp_path: Path) -> None:
     save_tiny_bert(tmp_path / "bert")
     data = write_csv(tmp_path / "pairs.csv", PAIRS)
-    found = check_against_the_run(tiny_recipe(tmp_path / "bert", data, tmp_path / "out", **QUICK, **more))
-    assert found.head == head and not found.notes
+    actual = check_against_the_run(tiny_recipe(tmp_path / "bert", data, tmp_path / "out", **QUICK, **more))
+    assert actual.head == head and not actual.notes
 
 
 def test_numbers_to_predict_and_a_pooler_that_the_checkpoint_lacks(tmp_path: Path) -> None:
@@ -58,8 +58,8 @@ def test_numbers_to_predict_and_a_pooler_that_the_checkpoint_lacks(tmp_path: Pat
     _save_tokenizer(tmp_path / "roberta", chat=False)
     data = write_csv(tmp_path / "scores.csv", [{**row, "label": len(row["a"])} for row in PAIRS])
     more = {"task": "regression", "head__pooling": "mean", "method__num_groups": 1}
-    found = check_against_the_run(tiny_recipe(tmp_path / "roberta", data, tmp_path / "out", **QUICK, **more))
-    assert found.head == 33 + 33 * 32
+    actual = check_against_the_run(tiny_recipe(tmp_path / "roberta", data, tmp_path / "out", **QUICK, **more))
+    assert actual.head == 33 + 33 * 32
 
 
 def test_what_is_not_here_is_assumed_and_said(tmp_path: Path) -> None:

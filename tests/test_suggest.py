@@ -41,8 +41,8 @@ def test_a_rank_costs_what_the_adapter_grows_by() -> None:
         model = get_peft_model(ZOO["bert"].build(), config)
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    found = costs(collect(probe()))
-    for tier, (name, cost) in enumerate(found.items()):
+    actual = costs(collect(probe()))
+    for tier, (name, cost) in enumerate(actual.items()):
         more = [4 + (n == tier) for n in range(3)]
         assert parameters(more) - parameters([4, 4, 4]) == cost, name
 
@@ -91,32 +91,32 @@ def test_boundaries_are_the_best_of_all(distance: list[float], groups: int, shor
         with pytest.raises(ConfigError, match="but there are"):
             boundaries(distance, groups, shortest)
         return
-    found = boundaries(distance, groups, shortest)
+    actual = boundaries(distance, groups, shortest)
     allowed = [
         [0, *cut]
         for cut in combinations(range(1, layers), groups - 1)
         if all(b - a >= shortest for a, b in zip([0, *cut], [*cut, layers], strict=True))
     ]
-    assert found in allowed
+    assert actual in allowed
 
     def worth(starts: list[int]) -> float:
         return sum(distance[s - 1] for s in starts[1:])
 
-    assert worth(found) == pytest.approx(max(map(worth, allowed)))
+    assert worth(actual) == pytest.approx(max(map(worth, allowed)))
 
 
 def test_sensitivities_are_those_of_the_definition() -> None:
     model = probe().train()
     inputs = ZOO["bert"].inputs()
     model(**inputs, labels=torch.tensor([0, 1])).loss.backward()
-    found = sensitivities(model)
+    actual = sensitivities(model)
     pairs = {n.rsplit(":", 1)[0]: p for n, p in model.named_parameters() if n.endswith(":A_global")}
     expected = np.zeros(4)
     for name, A in pairs.items():
         B = dict(model.named_parameters())[f"{name}:B_global"]
         score = (A * A.grad).abs().mean(1) + (B * B.grad).abs().mean(0)
         expected += np.sort(score.detach().numpy())[::-1]
-    np.testing.assert_allclose(found["global"], expected, rtol=1e-5)
+    np.testing.assert_allclose(actual["global"], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("criterion", ["energy", "effective_rank", "stable_rank"])
@@ -230,14 +230,14 @@ def test_what_is_wrong_is_said_before_the_probe(tiny: Path, tmp_path: Path) -> N
     """The data are gone: a probe would end otherwise."""
     recipe = written(tiny, tmp_path)
     (tmp_path / "data.csv").unlink()
-    for more, said in (
+    for more, message in (
         (["--criterion", "luck"], "criterion 'luck': one of energy"),
         (["--budget", "many"], "a share of the model's"),
         (["--budget", "500"], "500 parameters, but one rank for each tier takes 640"),
         (["method.r=", "method.budget=500"], "500 parameters, but one rank for each tier takes 640"),
     ):
         done = CliRunner().invoke(app, ["suggest", str(recipe), *more, "--out", str(tmp_path / "s.yaml")])
-        assert isinstance(done.exception, ConfigError) and said in str(done.exception), done.exception
+        assert isinstance(done.exception, ConfigError) and message in str(done.exception), done.exception
 
 
 def test_a_recipes_budget_is_the_budget_and_tiers_that_give_way_are_named(tiny: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def rounding(length: int, depth: int = 1, dtype: torch.dtype = torch.float32) ->
 
 
 def assert_sums_agree(
-    found: Tensor,
+    actual: Tensor,
     expected: Tensor,
     length: int,
     depth: int = 1,
@@ -48,7 +48,7 @@ def assert_sums_agree(
     `dtype`: the coarsest that either computation uses, if it isn't that of `expected`; `size`: the largest number that
     they add, if `expected` holds only their difference.
     """
-    _assert_close(found, expected, _size(expected, size) * rounding(length, depth, dtype or expected.dtype), name)
+    _assert_close(actual, expected, _size(expected, size) * rounding(length, depth, dtype or expected.dtype), name)
 
 
 def model_rounding(layers: int = LAYERS, dtype: torch.dtype = torch.float32) -> float:
@@ -60,7 +60,7 @@ def model_rounding(layers: int = LAYERS, dtype: torch.dtype = torch.float32) -> 
 
 
 def assert_models_agree(
-    found: Tensor,
+    actual: Tensor,
     expected: Tensor,
     layers: int = LAYERS,
     *,
@@ -75,7 +75,7 @@ def assert_models_agree(
     the output, and a small adapter that is left out would pass.
     """
     atol = _size(expected, size) * model_rounding(layers, dtype or expected.dtype)
-    _assert_close(found, expected, atol, name)
+    _assert_close(actual, expected, atol, name)
     if without is not None:
         assert float((without - expected.detach()).abs().max()) > FAR * atol, f"{name}: the adapter hardly shows"
 
@@ -84,5 +84,5 @@ def _size(expected: Tensor, size: float) -> float:
     return max(size, float(expected.detach().abs().max()) if expected.numel() else 0.0)
 
 
-def _assert_close(found: Tensor, expected: Tensor, atol: float, name: str) -> None:
-    torch.testing.assert_close(found, expected, rtol=0.0, atol=atol, msg=lambda text: f"{name}: {text}".lstrip(": "))
+def _assert_close(actual: Tensor, expected: Tensor, atol: float, name: str) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=atol, msg=lambda text: f"{name}: {text}".lstrip(": "))

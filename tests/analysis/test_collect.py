@@ -35,10 +35,10 @@ def composed(collected: Collected) -> dict[tuple[int, str], Tensor]:
 @pytest.mark.parametrize("method", ["msplora", "lora2", "dylora", "sharelora", "tiedlora", "loraxs", "aslora"])
 def test_the_update_of_a_linear_is_what_its_module_adds(method: str, adapted: Adapted) -> None:
     model = adapted(CONFIGS[method]())
-    found = composed(collect(model))
+    actual = composed(collect(model))
     pairs = lora_pairs(model)
-    assert len(found) == len(pairs) == 8
-    for (layer, role), update in found.items():
+    assert len(actual) == len(pairs) == 8
+    for (layer, role), update in actual.items():
         pair = pairs[f"bert.encoder.layer.{layer}.{role}"]
         assert_sums_agree(update, delta(pair), WIDTH)
 
@@ -46,9 +46,9 @@ def test_the_update_of_a_linear_is_what_its_module_adds(method: str, adapted: Ad
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa", "adalora"])
 def test_the_update_of_a_foreign_linear_is_its_delta(method: str, adapted: Adapted) -> None:
     model = adapted(CONFIGS[method]())
-    found = composed(collect(model))
-    assert len(found) == 8
-    for (layer, role), update in found.items():
+    actual = composed(collect(model))
+    assert len(actual) == 8
+    for (layer, role), update in actual.items():
         module = model.get_base_model().get_submodule(f"bert.encoder.layer.{layer}.{role}")
         assert_sums_agree(update, module.get_delta_weight("default").detach(), WIDTH)
 

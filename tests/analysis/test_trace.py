@@ -50,15 +50,15 @@ def test_every_epoch_is_recorded_and_the_last_is_the_adapter(method: str, tmp_pa
     trainer.add_callback(reporter)
     record_spectra(trainer)
     trainer.train()
-    found = top_values(trainer.state.log_history)
+    actual = top_values(trainer.state.log_history)
     collected = collect(model)
-    assert set(found) == set(collected.stored_parts)
-    for part, (epochs, values) in found.items():
+    assert set(actual) == set(collected.stored_parts)
+    for part, (epochs, values) in actual.items():
         assert list(epochs) == [1, 2]
         expected = measures.mean_spectrum(collected, part, top=len(values))
         np.testing.assert_allclose(values[:, -1], expected, rtol=1e-6)
-    assert {f"spectra/{part}/effective_rank" for part in found} <= reporter.names
-    assert set(series(trainer.state.log_history, "norm")) == set(found)
+    assert {f"spectra/{part}/effective_rank" for part in actual} <= reporter.names
+    assert set(series(trainer.state.log_history, "norm")) == set(actual)
 
 
 def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
@@ -126,8 +126,8 @@ def test_fig_3_of_a_run(tmp_path: Path) -> None:
     trainer = trainer_of(adapted("msplora"), tmp_path)
     record_spectra(trainer)
     trainer.train()
-    found = top_values(trainer.state.log_history)
-    limit = max(float(np.nanmax(values)) for _, values in found.values())
-    for part, (epochs, values) in found.items():
+    actual = top_values(trainer.state.log_history)
+    limit = max(float(np.nanmax(values)) for _, values in actual.values())
+    for part, (epochs, values) in actual.items():
         ax = figures.spectra_over_epochs(values, list(epochs), part, limit=limit)
         assert ax.images[0].get_array().shape == values.shape and ax.images[0].norm.vmax == limit

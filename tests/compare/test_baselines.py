@@ -94,11 +94,11 @@ def test_every_method_trains_and_reloads_exactly(name: str, wide_bert: Path, tmp
     loaded = load_adapter_model(result.folder)
     texts = loaded.tokenizer([row["text"] for row in reviews(8)], return_tensors="pt")
     with torch.no_grad():
-        expected, found = (model.eval()(**texts).logits for model in (seen.model, loaded.model))
+        expected, actual = (model.eval()(**texts).logits for model in (seen.model, loaded.model))
     # A singular value decomposition, a sum in other order, a processor's own four-bit kernel: the rest is exact.
     close = {"pissa": (1e-5, 1e-6), "adalora": (1e-5, 1e-6), "qlora": (2e-2, 2e-2)}
     tolerance = dict(zip(("rtol", "atol"), close.get(name, (0, 0)), strict=True))
-    torch.testing.assert_close(found, expected, **tolerance)
+    torch.testing.assert_close(actual, expected, **tolerance)
 
 
 def test_adaloras_allocation_is_called_and_reaches_its_target(wide_bert: Path, tmp_path: Path) -> None:
@@ -132,12 +132,12 @@ def test_adalora_goes_on_where_it_was_interrupted(wide_bert: Path, tmp_path: Pat
     with pytest.raises(Interrupted):
         train(recipe_for(wide_bert, data, tmp_path / "parts", "adalora", **fields), callbacks=[Stop()])
     parts = train(recipe_for(wide_bert, data, tmp_path / "parts", "adalora", **{**fields, "resume": True}))
-    expected, found = (load_adapter_model(result.folder).model.state_dict() for result in (whole, parts))
+    expected, actual = (load_adapter_model(result.folder).model.state_dict() for result in (whole, parts))
     learned = [key for key in expected if "lora_" in key or "modules_to_save" in key]
     assert len(learned) == 8 * 3 + 2
     for key in learned:
         value = expected[key]
-        torch.testing.assert_close(found[key], value, rtol=0, atol=0)
+        torch.testing.assert_close(actual[key], value, rtol=0, atol=0)
 
 
 def test_adalora_refuses_a_schedule_without_room(wide_bert: Path, tmp_path: Path) -> None:

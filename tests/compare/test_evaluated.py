@@ -135,7 +135,7 @@ def test_mistakes_of_an_evaluation_come_at_once(tmp_path: Path) -> None:
     methods = {**METHODS, "wrong": {"method.name": "none", "method.r": 3}}
     with pytest.raises(RecipeError) as error:
         make_table({"set": {"model": "x"}, "methods": methods, "tasks": tasks, "seeds": [1]}, "mine", tmp_path)
-    said = str(error.value)
+    raised = str(error.value)
     parts = [
         "alpaca: evaluate: shots: unknown",
         "run_generated_code: true",
@@ -149,16 +149,16 @@ def test_mistakes_of_an_evaluation_come_at_once(tmp_path: Path) -> None:
     ]
     parts += ["wrong: method.name: none is the base model as it is"]
     for part in parts:
-        assert part in said
-    assert f"has {len(parts)} problems" in said
+        assert part in raised
+    assert f"has {len(parts)} problems" in raised
 
 
 def test_only_language_models_are_scored_and_only_they_need_no_training(tmp_path: Path) -> None:
     tasks: dict[str, Any] = {"rte": {"evaluate": {"tasks": ["mmlu"]}, "data.train": "glue/rte"}, "cola": None}
     with pytest.raises(RecipeError) as error:
         make_table({"set": {"model": "x"}, "methods": METHODS, "tasks": tasks, "seeds": [1]}, "mine", tmp_path)
-    said = str(error.value)
-    assert "LoRA on rte: " in said and "as it is on cola: method.name: none has no trained head" in said
+    raised = str(error.value)
+    assert "LoRA on rte: " in raised and "as it is on cola: method.name: none has no trained head" in raised
     tasks["rte"]["task"] = "classification"
     with pytest.raises(RecipeError, match="evaluate: is for task: instruct"):
         make_table({"set": {"model": "x"}, "methods": METHODS, "tasks": tasks, "seeds": [1]}, "mine", tmp_path)

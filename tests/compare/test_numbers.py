@@ -90,7 +90,7 @@ def test_bold_only_where_the_interval_excludes_zero(table: Table) -> None:
         lines += [line(table, "pyramid", "rte", seed, 63 + 1.2 * wobble)]
         lines += [line(table, "pyramid", "cola", seed, 50 + {1: 9, 2: -4, 3: 2}[seed])]
     text = markdown(summarise(table, lines))
-    row = next(one for one in text.splitlines() if one.startswith("| pyramid | 1,007"))
+    row = next(item for item in text.splitlines() if item.startswith("| pyramid | 1,007"))
     assert row.startswith("| pyramid | 1,007 | **63.04 ± 0.30** | 52.33 ± 6.51 | 57.69")
     assert "**+3.01 [+2.88, +3.13]**" in text and "| +2.30 [-14.22, +18.82] |" in text
     assert text.count("**") == 4
@@ -189,7 +189,7 @@ def test_runs_that_failed_stand_under_the_labels_of_today(tmp_path: Path, table:
     results = Results(tmp_path / "out")
     old = {**line(table, "LoRA", "rte", 1, 0.0), "method": "old name", "status": "failed", "error": "no"}
     results.add(old)
-    assert [(one["method"], one["error"]) for one in results.failed(table)] == [("LoRA", "no")]
+    assert [(item["method"], item["error"]) for item in results.failed(table)] == [("LoRA", "no")]
 
 
 def test_per_cent_and_shares_have_no_average(tmp_path: Path) -> None:

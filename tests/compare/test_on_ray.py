@@ -60,7 +60,7 @@ def test_a_killed_workers_run_is_taken_up_again(
 
     killer = threading.Thread(target=kill_first_worker, daemon=True)
     killer.start()
-    outcomes = {one.run.method: one for one in run_all(table.runs, tmp_path / "out", "ray")}
+    outcomes = {item.run.method: item for item in run_all(table.runs, tmp_path / "out", "ray")}
     killer.join(10)
     assert len(killed) == 1
     assert outcomes["LoRA"].status == "done" and outcomes["LoRA"].info is not None

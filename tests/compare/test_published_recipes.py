@@ -60,8 +60,8 @@ def test_lor2c(task: str) -> None:
 def test_lora2(task: str) -> None:
     recipe = load_recipe(f"lora2-deberta-{task}")
     m, train = recipe.method, recipe.train
-    found = (m["r"], m["target_rank"], m["lora_alpha"], train.lr, train.epochs, recipe.data.max_length)
-    assert (*found, m["initial_warmup"], m["final_warmup"], m["mask_interval"]) == LORA2[task]
+    actual = (m["r"], m["target_rank"], m["lora_alpha"], train.lr, train.epochs, recipe.data.max_length)
+    assert (*actual, m["initial_warmup"], m["final_warmup"], m["mask_interval"]) == LORA2[task]
     assert m["outer_rank"] == 8
 
 

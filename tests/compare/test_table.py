@@ -236,12 +236,12 @@ def test_mistakes_of_the_recipes_name_their_place(tmp_path: Path) -> None:
 def test_files_that_are_no_table(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1")
     (tmp_path / "torn.yaml").write_text("a: [1")
-    for name, said in (
+    for name, message in (
         ("list", "a table is a mapping"),
         ("torn", "not readable as YAML"),
         ("nowhere", "does not exist"),
     ):
-        with pytest.raises(RecipeError, match=said):
+        with pytest.raises(RecipeError, match=message):
             load_table(tmp_path / f"{name}.yaml")
     (tmp_path / "good.yaml").write_text(yaml.safe_dump(values()))
     assert load_table(tmp_path / "good.yaml").folder == Path("ziggurat-tables/good")

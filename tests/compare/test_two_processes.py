@@ -48,9 +48,9 @@ def test_plain_lora_gathers_what_fsdp2_has_sharded(method: str, trained: Path) -
     """The tensors that go to a server are those of the adapter that was saved."""
     again = PeftModel.from_pretrained(ZOO["llama"].build(), str(trained / f"{method}-fsdp2"))
     expected = plain_lora(again, rank=PLAIN_RANK).tensors
-    found = load_file(trained / f"{method}-plain.safetensors")
-    assert found.keys() == expected.keys() and len(found) == 2 * 2 * LAYERS
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    actual = load_file(trained / f"{method}-plain.safetensors")
+    assert actual.keys() == expected.keys() and len(actual) == 2 * 2 * LAYERS
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
 def test_tensor_parallelism_is_refused_where_a_linear_layer_is_split(trained: Path) -> None:

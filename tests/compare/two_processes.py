@@ -67,14 +67,14 @@ def work(rank: int, out: str) -> None:
     torch.set_num_threads(1)
     # They meet in a file: a port that was free a moment ago may be another test's by now.
     dist.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=2)
-    found: dict[str, list[float]] = {}
+    measured: dict[str, list[float]] = {}
     for method in METHODS:
         for strategy in STRATEGIES:
             model = build(method)
             whole: Any = DistributedDataParallel(model) if strategy == "ddp" else sharded(model)
             losses = torch.tensor(steps(whole, slice(2 * rank, 2 * rank + 2)))
             dist.all_reduce(losses)
-            found[f"{method}-{strategy}"] = (losses / 2).tolist()
+            measured[f"{method}-{strategy}"] = (losses / 2).tolist()
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             state = get_model_state_dict(model, options=options) if strategy == "fsdp2" else model.state_dict()
             if strategy == "fsdp2" and method != "lor2c":
@@ -84,10 +84,10 @@ def work(rank: int, out: str) -> None:
             if rank == 0:
                 model.save_pretrained(str(Path(out) / f"{method}-{strategy}"), state_dict=state)
             dist.barrier()
-    said = tensor_parallel(rank, out)
+    logits = tensor_parallel(rank, out)
     if rank == 0:
-        (Path(out) / "losses.json").write_text(json.dumps(found))
-        (Path(out) / "tensor_parallel.json").write_text(json.dumps(said))
+        (Path(out) / "losses.json").write_text(json.dumps(measured))
+        (Path(out) / "tensor_parallel.json").write_text(json.dumps(logits))
     dist.destroy_process_group()
 
 
@@ -99,14 +99,14 @@ def tensor_parallel(rank: int, out: str) -> dict[str, Any]:
         config.num_key_value_heads = config.num_attention_heads  # heads are what is split
         AutoModelForCausalLM.from_config(config).save_pretrained(Path(out) / "llama")
     dist.barrier()
-    said: dict[str, Any] = {}
+    logits: dict[str, Any] = {}
     for method, config in METHODS.items():
         base = AutoModelForCausalLM.from_pretrained(Path(out) / "llama", tp_plan="auto")
         try:
-            said[method] = first_logits(base, config()).tolist()
+            logits[method] = first_logits(base, config()).tolist()
         except ConfigError as error:
-            said[method] = str(error)
-    return said
+            logits[method] = str(error)
+    return logits
 
 
 def first_logits(base: nn.Module, config: Any) -> Tensor:

@@ -183,9 +183,9 @@ def test_a_model_that_runs_one_layer_many_times(method: str, tmp_path: Path) -> 
     def total(shift: float) -> float:
         with torch.no_grad():
             parameter.view(-1)[place] += shift
-            found = float(exact(**inputs)[0].sum())
+            actual = float(exact(**inputs)[0].sum())
             parameter.view(-1)[place] -= shift
-        return found
+        return actual
 
     slope = (total(step) - total(-step)) / (2 * step)
     assert abs(slope - float(gradient[place])) <= 1e-4 * max(1.0, abs(slope))

@@ -63,11 +63,11 @@ def test_functional_gradients_are_those_of_a_backward(method: str) -> None:
     def loss(parameters: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(model, parameters, (), {"inputs_embeds": inputs})[0].square().mean()
 
-    found = torch.func.grad(loss)({name: p.detach() for name, p in learning.items()})
+    actual = torch.func.grad(loss)({name: p.detach() for name, p in learning.items()})
     answer(model, inputs).square().mean().backward()
     for name, parameter in learning.items():
         wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        torch.testing.assert_close(found[name], wanted, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(actual[name], wanted, rtol=1e-9, atol=1e-12)
 
 
 @every_method
@@ -112,8 +112,8 @@ def test_selective_checkpointing(method: str) -> None:
         return x.grad
 
     plain = partial(answer, model)
-    found = slope(lambda x: checkpoint(plain, x, use_reentrant=False, context_fn=contexts))
-    torch.testing.assert_close(found, slope(plain), rtol=1e-9, atol=1e-12)
+    actual = slope(lambda x: checkpoint(plain, x, use_reentrant=False, context_fn=contexts))
+    torch.testing.assert_close(actual, slope(plain), rtol=1e-9, atol=1e-12)
 
 
 @every_method
@@ -146,10 +146,10 @@ def test_compiled_training_is_training(method: str) -> None:
 
     wanted = slopes(model)
     torch._dynamo.reset()
-    found = slopes(torch.compile(model, fullgraph=True, backend="aot_eager"))
-    assert found.keys() == wanted.keys()
+    actual = slopes(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    assert actual.keys() == wanted.keys()
     for name, slope in wanted.items():
-        torch.testing.assert_close(found[name], slope, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(actual[name], slope, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("method", ["msplora", "lor2c"])

@@ -58,13 +58,13 @@ def test_autocast(method: str, dtype: torch.dtype) -> None:
     exact = adapted(**inputs, labels=inputs["input_ids"])
     torch.manual_seed(1)
     with torch.autocast("cpu", dtype=dtype):
-        found = adapted(**inputs, labels=inputs["input_ids"])
-    found.loss.backward()
+        actual = adapted(**inputs, labels=inputs["input_ids"])
+    actual.loss.backward()
     without = logits(ZOO["llama"].build(), inputs)
-    assert_models_agree(found.logits.float(), exact.logits, dtype=dtype, without=without)
+    assert_models_agree(actual.logits.float(), exact.logits, dtype=dtype, without=without)
     # A mean of log-probabilities is off by at most twice what the logits are.
     largest = 2 * float(exact.logits.detach().abs().max())
-    torch.testing.assert_close(found.loss.float(), exact.loss, rtol=0.0, atol=largest * model_rounding(dtype=dtype))
+    torch.testing.assert_close(actual.loss.float(), exact.loss, rtol=0.0, atol=largest * model_rounding(dtype=dtype))
     trained = [p for p in adapted.parameters() if p.requires_grad]
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in trained)
 

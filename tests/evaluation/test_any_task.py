@@ -79,7 +79,7 @@ def test_numbers_and_names_are_stock_lm_evals(tasks: Path, model: tuple[Any, Any
     assert sums.scores == {name: pytest.approx(100 * stock["sums"][name]) for name in both}
 
     for name in ("both", "letters"):
-        parts = {one.task: one for one in evaluate(*model, [name], keep=tasks)}
+        parts = {item.task: item for item in evaluate(*model, [name], keep=tasks)}
         assert parts == {"words": words, "sums": sums}
     assert evaluate(*model, ["sums"], keep=tasks, limit=2)[0].rows == 2
 
@@ -87,15 +87,15 @@ def test_numbers_and_names_are_stock_lm_evals(tasks: Path, model: tuple[Any, Any
 def test_the_names_of_the_scores_are_known_before(tasks: Path, data: Path, model: tuple[Any, Any]) -> None:
     for names, more in ((["words", "sums", "summed"], {"keep": tasks}), (["mmlu", "bbh", "drop"], {"data": data})):
         with ready(names, **more) as these:  # type: ignore[arg-type]
-            known = {one.task: set(one.score_names()) for one in these}
-        found = evaluate(*model, names, limit=1, **more)  # type: ignore[arg-type]
-        assert known == {one.task: set(one.scores) for one in found}
+            known = {item.task: set(item.score_names()) for item in these}
+        actual = evaluate(*model, names, limit=1, **more)  # type: ignore[arg-type]
+        assert known == {item.task: set(item.scores) for item in actual}
     with ready(["both", "letters"], keep=tasks) as these:
-        assert [one.score_names() for one in these] == [[], []]
+        assert [item.score_names() for item in these] == [[], []]
 
 
 def test_a_share_of_one_filter_keeps_its_plain_name(data: Path, model: tuple[Any, Any]) -> None:
-    found = {one.task: one for one in evaluate(*model, ["bbh", "drop"], data=data, limit=2)}
+    found = {item.task: item for item in evaluate(*model, ["bbh", "drop"], data=data, limit=2)}
     assert found["bbh"].per_cent == ("exact_match",) == tuple(found["bbh"].scores)
     assert found["drop"].per_cent == ("em", "f1") == tuple(found["drop"].scores)
 
@@ -110,7 +110,7 @@ def test_code_of_the_model_runs_with_both_consents_only(
     with pytest.raises(RecipeError, match=r"set HF_ALLOW_CODE_EVAL=1 too"):
         evaluate(*model, [name], keep=tasks, run_code=True)
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-    scores = {one.task: one.scores for one in evaluate(*model, [name], keep=tasks, run_code=True)}
+    scores = {item.task: item.scores for item in evaluate(*model, [name], keep=tasks, run_code=True)}
     assert "exact_match" in scores["code"]
 
 

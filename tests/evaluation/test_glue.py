@@ -152,10 +152,10 @@ def test_train_score_and_write_the_servers_files(name: str, glue: Path, tiny_ber
     if name == "mnli":
         assert scores["accuracy"] > 60 and set(said) <= set(GLUE["mnli"].classes)
         # The test rows are the validation rows: what the file says is what was scored.
-        right = sum(GLUE["mnli"].classes[index % 3] == one for index, one in enumerate(said))
+        right = sum(GLUE["mnli"].classes[index % 3] == item for index, item in enumerate(said))
         assert 100 * right / 6 == pytest.approx(scores["accuracy"])
     elif name == "stsb":
-        assert all(0 <= float(one) <= 5 and len(one.split(".")[1]) == 3 for one in said)
+        assert all(0 <= float(item) <= 5 and len(item.split(".")[1]) == 3 for item in said)
     else:
         assert set(said) <= {"0", "1"}
         assert json.loads((result.folder / "run.json").read_text())["head"]["label_names"] == list(GLUE["mrpc"].classes)
@@ -272,14 +272,14 @@ def test_an_adapter_of_other_data_is_refused(
     weights.rename(tmp_path / "away")
     assert main("eval", str(folder), "--tasks", "glue/cola", "--predictions", str(tmp_path / "server")) == 2
     assert "no test.parquet" in capsys.readouterr().err
-    for more, said in (
+    for more, message in (
         (("--predictions", "server", "--limit", "5"), "--limit leaves"),
         (("--dtype", "float16"), "--dtype is"),
         (("--dtype", "bf16"), "--dtype is"),
         (("--dtype", "int8"), "bfloat16 or float16"),
     ):
         assert main("eval", str(folder), "--tasks", "glue/cola", *more) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     (tmp_path / "away").rename(weights)
     assert not (tmp_path / "server").exists()
     with pytest.raises(DataError, match="labels of split"):

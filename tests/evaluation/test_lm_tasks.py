@@ -42,13 +42,13 @@ def test_stock_lm_eval_gives_the_same_numbers(adapter: Path, llama: Path, data: 
     model = load_adapter(adapter, load_base(adapter)).eval()
     tokenizer = AutoTokenizer.from_pretrained(str(adapter))
     tasks = tmp_path / "tasks"
-    ours = {one.task: one for one in evaluate(model, tokenizer, ["mmlu", "drop", "bbh"], data=data, keep=tasks)}
-    assert {name: one.rows for name, one in ours.items()} == {"mmlu": 16, "drop": 6, "bbh": 5}
-    assert {name: one.shots for name, one in ours.items()} == {"mmlu": 5, "drop": 3, "bbh": 3}
+    ours = {item.task: item for item in evaluate(model, tokenizer, ["mmlu", "drop", "bbh"], data=data, keep=tasks)}
+    assert {name: item.rows for name, item in ours.items()} == {"mmlu": 16, "drop": 6, "bbh": 5}
+    assert {name: item.shots for name, item in ours.items()} == {"mmlu": 5, "drop": 3, "bbh": 3}
 
     plain = export(adapter, tmp_path / "plain").folder
     stock: Any = lm_eval.simple_evaluate
-    found = stock(
+    actual = stock(
         model="hf",
         model_args={"pretrained": str(llama), "peft": str(plain), "dtype": "float32"},
         tasks=[PREFIX + name for name in ours],
@@ -56,7 +56,7 @@ def test_stock_lm_eval_gives_the_same_numbers(adapter: Path, llama: Path, data: 
         bootstrap_iters=0,
         device="cpu",
     )
-    groups = {**found["results"], **found["groups"]}
+    groups = {**actual["results"], **actual["groups"]}
     assert ours["mmlu"].scores["acc"] == pytest.approx(100 * groups[f"{PREFIX}mmlu"]["acc,none"])
     assert ours["drop"].scores["f1"] == pytest.approx(100 * groups[f"{PREFIX}drop"]["f1,none"])
     bbh = groups[f"{PREFIX}bbh"]["exact_match,get-answer"]

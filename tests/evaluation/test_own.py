@@ -74,7 +74,7 @@ def test_what_a_file_lacks_is_said_before_a_model_is_loaded(
     monkeypatch.setattr("ziggurat.training.answers.load.load_adapter_model", loads)
     unknown = write_csv(tmp_path / "unknown.csv", [{"text": "a film", "label": "fair"}])
     columns = write_csv(tmp_path / "columns.csv", [{"sentence": "a film", "label": "pos"}])
-    for words, said in (
+    for words, message in (
         (
             ["--data", str(unknown)],
             "has 'fair' in column 'label', which the model does not know",
@@ -85,7 +85,7 @@ def test_what_a_file_lacks_is_said_before_a_model_is_loaded(
         (["--data", str(unknown), "--keep-tasks", "x"], "--keep-tasks: for --tasks only"),
     ):
         assert main("eval", str(classifier), *words) == 2
-        assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+        assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 def test_numbers(tiny_bert: Path, tmp_path: Path) -> None:
@@ -102,8 +102,8 @@ def test_numbers(tiny_bert: Path, tmp_path: Path) -> None:
 
 def test_answers_by_loss_and_word_for_word(tiny_llama: Path, tmp_path: Path) -> None:
     rows = [
-        {"prompt": f"what colour is the {what} ", "completion": said}
-        for what, said in (("sky", "blue"), ("grass", "green"))
+        {"prompt": f"what colour is the {what} ", "completion": message}
+        for what, message in (("sky", "blue"), ("grass", "green"))
     ]
     file = write_jsonl(tmp_path / "questions.jsonl", rows * 12)
     options: dict[str, Any] = {"task": "instruct", "data__validation": str(file), "train__epochs": 8}

@@ -290,9 +290,9 @@ def test_factors_changed_in_between_are_seen(config: type) -> None:
             if parameter.requires_grad:
                 parameter.mul_(2)
     key = parts["k_proj"]
-    found = key(x)  # before effective_pair is asked for: DyLoRA cuts both alike
+    actual = key(x)  # before effective_pair is asked for: DyLoRA cuts both alike
     A, B = key.effective_pair("default")
-    torch.testing.assert_close(found, key.base_layer(x) + x @ A.T @ B.T, **DOUBLE)
+    torch.testing.assert_close(actual, key.base_layer(x) + x @ A.T @ B.T, **DOUBLE)
 
 
 @versions.shares

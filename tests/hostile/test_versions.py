@@ -38,8 +38,8 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Any:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             supported.check_versions()
-        assert all(issubclass(one.category, VersionWarning) for one in caught)
-        return [str(one.message) for one in caught]
+        assert all(issubclass(item.category, VersionWarning) for item in caught)
+        return [str(item.message) for item in caught]
 
     return run
 

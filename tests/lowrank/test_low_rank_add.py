@@ -152,11 +152,11 @@ def test_float16_runs() -> None:
     assert all(g.dtype == torch.float16 and g.isfinite().all() for g in gradients(out, inputs))
 
 
-def assert_rounded_once(found: Tensor, expected: Tensor) -> None:
+def assert_rounded_once(actual: Tensor, expected: Tensor) -> None:
     """Sums of float32 in other orders, each rounded to the dtype: at most one unit in the last place between them."""
     size = float(expected.detach().abs().max())
     one_unit = 0.0 if expected.dtype == torch.float32 else torch.finfo(expected.dtype).eps
-    torch.testing.assert_close(found, expected, rtol=one_unit, atol=size * rounding(32, 3))
+    torch.testing.assert_close(actual, expected, rtol=one_unit, atol=size * rounding(32, 3))
 
 
 @pytest.mark.parametrize("y_dtype", [torch.bfloat16, torch.float32])

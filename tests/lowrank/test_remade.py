@@ -52,9 +52,9 @@ MADE = [gated, normed, gemma_normed, gelu]
 def test_x_is_made_again_bit_for_bit(make, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = make(dtype)
-    found = remade.remade(x)
-    assert found is not None
-    again = found.make(found.operands)
+    actual = remade.remade(x)
+    assert actual is not None
+    again = actual.make(actual.operands)
     assert again.dtype == dtype and torch.equal(again.view_as(x), x)
 
 

@@ -58,7 +58,7 @@ def test_the_equation_before_and_after_merging() -> None:
             expected = layer.base_layer(x) + ALPHA / R * x @ t["A"].T @ t["B"].T
             torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
     A = [layer.stored("default")["A"] for layer in layers(model)]
-    assert all(one is A[0] for one in A)
+    assert all(item is A[0] for item in A)
     assert len(set(groups(model))) == len(set(groups(model, "value"))) == 2
 
 
@@ -94,7 +94,7 @@ def test_merged_layers_learn_as_one() -> None:
     assert len(gone) == 4 and not any(p in optimizer.state for p in gone)
     before = {id(p): p.detach().clone() for p in parameters}
     learn()
-    assert all(torch.equal(p, before[id(p)]) == any(p is one for one in gone) for p in parameters)
+    assert all(torch.equal(p, before[id(p)]) == any(p is item for item in gone) for p in parameters)
 
 
 def test_the_structure_goes_along(tmp_path: Path) -> None:

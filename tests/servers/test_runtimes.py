@@ -99,12 +99,12 @@ def ask_vllm(
     return {name: torch.tensor(array) for name, array in np.load(folder / "out.npz").items()}
 
 
-def check_vllm(found: dict[str, Tensor], name: str, expected: list[Spoken]) -> None:
+def check_vllm(actual: dict[str, Tensor], name: str, expected: list[Spoken]) -> None:
     """The tokens vLLM chose are ours, and so is every token's log-probability at every step."""
     for number, text in enumerate(expected):
-        assert found[f"{name}/{number}/tokens"].tolist() == text.ids[text.prompt :]
+        assert actual[f"{name}/{number}/tokens"].tolist() == text.ids[text.prompt :]
         ours = text.logits[text.prompt - 1 : -1].log_softmax(-1)
-        torch.testing.assert_close(found[f"{name}/{number}/logprobs"].float(), ours, **EXACT)
+        torch.testing.assert_close(actual[f"{name}/{number}/logprobs"].float(), ours, **EXACT)
 
 
 @VLLM

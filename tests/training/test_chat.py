@@ -42,8 +42,8 @@ def turns(*contents: Any, **more: Any) -> dict[str, Any]:
 
 def test_parts_of_text_are_read_as_the_text(tmp_path: Path) -> None:
     parts = [[{"type": "text", "text": "say "}, {"type": "text", "text": "yes"}], [{"type": "text", "text": "yes"}]]
-    found = examples(tmp_path, turns(*parts))
-    assert json.loads(found.train[0]["messages"]) == [ASKED, SAID] and not found.notes
+    actual = examples(tmp_path, turns(*parts))
+    assert json.loads(actual.train[0]["messages"]) == [ASKED, SAID] and not actual.notes
 
 
 @pytest.mark.parametrize(
@@ -75,15 +75,15 @@ def test_what_is_not_read_is_counted(tmp_path: Path) -> None:
         turns("say yes", ""),
         turns("say yes", "yes", "and"),
     ]
-    found, path = examples(tmp_path, *rows), tmp_path / "chat.jsonl"
-    assert len(found.train) == len(found.validation) == 3
+    actual, path = examples(tmp_path, *rows), tmp_path / "chat.jsonl"
+    assert len(actual.train) == len(actual.validation) == 3
     lost = [
         f"{path}: column not read: 'id'",
         f"1 of 4 rows of {path} go on behind the last answer; what follows it is left out",
         f"1 of 4 rows of {path} have weight in their messages, which is not read",
         f"left out 1 of 4 rows of {path}: their answer is empty",
     ]
-    assert found.notes == lost * 2
+    assert actual.notes == lost * 2
 
 
 @pytest.fixture(scope="module")

@@ -53,10 +53,10 @@ def _tables(folder: Path) -> dict[str, Path]:
 
 def test_every_format_gives_the_same_examples(tmp_path: Path) -> None:
     for kind, path in _tables(tmp_path).items():
-        found = load_examples(recipe(path, data__validation=str(path)))
-        assert found.label_names == ["neg", "pos"], kind
-        assert list(found.train["text"]) == [row["text"] for row in ROWS], kind
-        assert list(found.train["label"]) == [int(row["label"] == "pos") for row in ROWS], kind
+        loaded = load_examples(recipe(path, data__validation=str(path)))
+        assert loaded.label_names == ["neg", "pos"], kind
+        assert list(loaded.train["text"]) == [row["text"] for row in ROWS], kind
+        assert list(loaded.train["label"]) == [int(row["label"] == "pos") for row in ROWS], kind
 
 
 def test_quotes_in_tsv_are_signs_and_in_csv_quotes(tmp_path: Path) -> None:
@@ -85,54 +85,54 @@ def test_the_split_is_drawn_with_the_seed_and_said(reviews_csv: Path) -> None:
 
 
 def test_max_train_draws_and_says_so(reviews_csv: Path) -> None:
-    found = load_examples(recipe(reviews_csv, data__validation=str(reviews_csv), data__max_train=10))
-    assert len(found.train) == 10 and found.notes == ["learns from 10 of 48 rows, drawn with seed 42"]
+    loaded = load_examples(recipe(reviews_csv, data__validation=str(reviews_csv), data__max_train=10))
+    assert len(loaded.train) == 10 and loaded.notes == ["learns from 10 of 48 rows, drawn with seed 42"]
 
 
 def test_the_embedded_demo() -> None:
-    found = load_examples(
+    loaded = load_examples(
         recipe("demo", data__validation="demo", data__text="sentence", data__label_names=["negative", "positive"])
     )
-    assert (len(found.train), len(found.validation)) == (9066, 1500)
-    assert found.label_names == ["negative", "positive"]
+    assert (len(loaded.train), len(loaded.validation)) == (9066, 1500)
+    assert loaded.label_names == ["negative", "positive"]
 
 
 def test_numbered_classes_keep_their_values_as_names(tmp_path: Path) -> None:
     rows = [{"text": f"t{index}", "label": 1 + index % 5} for index in range(20)]
     path = write_csv(tmp_path / "stars.csv", rows)
-    found = load_examples(recipe(path, data__validation=str(path)))
-    assert found.label_names == ["1", "2", "3", "4", "5"]
-    assert list(found.train["label"])[:5] == [0, 1, 2, 3, 4]
+    loaded = load_examples(recipe(path, data__validation=str(path)))
+    assert loaded.label_names == ["1", "2", "3", "4", "5"]
+    assert list(loaded.train["label"])[:5] == [0, 1, 2, 3, 4]
 
 
 def test_regression_takes_numbers_and_numbers_in_texts(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "label": "1.5"}, {"text": "b", "label": "2"}])
-    found = load_examples(recipe(path, task="regression", data__validation=str(path)))
-    assert list(found.train["label"]) == [1.5, 2.0] and found.label_names == []
+    loaded = load_examples(recipe(path, task="regression", data__validation=str(path)))
+    assert list(loaded.train["label"]) == [1.5, 2.0] and loaded.label_names == []
 
 
-def _said(made: Recipe) -> str:
+def _message(made: Recipe) -> str:
     with pytest.raises(DataError) as error:
         load_examples(made)
     return str(error.value)
 
 
 def test_a_missing_file_names_its_neighbours(reviews_csv: Path) -> None:
-    said = _said(recipe(reviews_csv.with_name("review.csv")))
-    assert "review.csv' does not exist; nearest in" in said and said.endswith("reviews.csv")
-    assert "has no 'nowhere'" in _said(recipe(reviews_csv.parent / "nowhere" / "a.csv"))
+    message = _message(recipe(reviews_csv.with_name("review.csv")))
+    assert "review.csv' does not exist; nearest in" in message and message.endswith("reviews.csv")
+    assert "has no 'nowhere'" in _message(recipe(reviews_csv.parent / "nowhere" / "a.csv"))
 
 
 def test_a_hub_name_that_cannot_be_reached_offline() -> None:
-    said = _said(recipe("no-such-person/no-such-data"))
-    assert "Nor could the hub data set 'no-such-person/no-such-data' be read" in said
+    message = _message(recipe("no-such-person/no-such-data"))
+    assert "Nor could the hub data set 'no-such-person/no-such-data' be read" in message
 
 
 def test_a_missing_column_lists_the_columns_and_the_nearest(reviews_csv: Path) -> None:
-    said = _said(recipe(reviews_csv, data__text="texts"))
-    assert said.endswith("has no column 'texts', did you mean text?; its columns: text, label")
-    assert "data.label: " in _said(recipe(reviews_csv, data__label="stars"))
-    assert "data.text_pair: " in _said(recipe(reviews_csv, data__text_pair="text2"))
+    message = _message(recipe(reviews_csv, data__text="texts"))
+    assert message.endswith("has no column 'texts', did you mean text?; its columns: text, label")
+    assert "data.label: " in _message(recipe(reviews_csv, data__label="stars"))
+    assert "data.text_pair: " in _message(recipe(reviews_csv, data__text_pair="text2"))
 
 
 @pytest.mark.parametrize(
@@ -148,33 +148,33 @@ def test_a_missing_column_lists_the_columns_and_the_nearest(reviews_csv: Path) -
 def test_tables_that_cannot_teach(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text(content)
-    assert message in _said(recipe(path, data__validation=str(path)))
+    assert message in _message(recipe(path, data__validation=str(path)))
 
 
 def test_a_class_only_the_validation_data_have(tmp_path: Path) -> None:
     train = write_csv(tmp_path / "train.csv", ROWS)
     validation = write_csv(tmp_path / "val.csv", [*ROWS, {"text": "so so", "label": "neutral"}])
-    said = _said(recipe(train, data__validation=str(validation)))
-    assert "the validation data have 'neutral'" in said and "known: 'neg', 'pos'" in said
+    message = _message(recipe(train, data__validation=str(validation)))
+    assert "the validation data have 'neutral'" in message and "known: 'neg', 'pos'" in message
 
 
 def test_more_classes_than_names(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", [{"text": "a", "label": index % 3} for index in range(9)])
-    assert "names 2 classes: no, yes" in _said(
+    assert "names 2 classes: no, yes" in _message(
         recipe(path, data__validation=str(path), data__label_names=["no", "yes"])
     )
 
 
 def test_a_label_that_is_no_number(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", [{"text": "a", "label": "1.0"}, {"text": "b", "label": "high"}])
-    said = _said(recipe(path, task="regression", data__validation=str(path)))
-    assert "row 2: 'high' in column 'label' is no number" in said
+    message = _message(recipe(path, task="regression", data__validation=str(path)))
+    assert "row 2: 'high' in column 'label' is no number" in message
 
 
 def test_broken_json_says_the_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "label": 1}\n{"text": \n')
-    assert "a.jsonl, line 2: " in _said(recipe(path))
+    assert "a.jsonl, line 2: " in _message(recipe(path))
 
 
 def test_columns_that_the_first_row_of_json_lacks(tmp_path: Path) -> None:
@@ -185,8 +185,8 @@ def test_columns_that_the_first_row_of_json_lacks(tmp_path: Path) -> None:
     array = tmp_path / "a.json"
     array.write_text(json.dumps(rows))
     for path in (array, write_jsonl(tmp_path / "a.jsonl", rows)):
-        found = load_examples(recipe(path, task="instruct", data__validation=str(path)))
-        assert list(found.train["prompt"]) == [alpaca_prompt("say"), alpaca_prompt("name", "the sky")]
+        loaded = load_examples(recipe(path, task="instruct", data__validation=str(path)))
+        assert list(loaded.train["prompt"]) == [alpaca_prompt("say"), alpaca_prompt("name", "the sky")]
     reversed_rows = write_jsonl(tmp_path / "b.jsonl", rows[::-1])
     assert read_table(str(reversed_rows)).to_dict() == read_table(str(array)).select([1, 0]).to_dict()
 
@@ -228,32 +228,32 @@ def test_classes_that_two_tables_count_in_two_orders(tmp_path: Path) -> None:
     for name, order, labels in (("train", ["neg", "pos"], [1, 0, 1, 0]), ("val", ["pos", "neg"], [0, 1, 0, 1])):
         features = Features({"text": Value("string"), "label": ClassLabel(names=order)})
         Dataset.from_dict({"text": texts, "label": labels}, features=features).save_to_disk(tmp_path / name)
-    found = load_examples(recipe(tmp_path / "train", data__validation=str(tmp_path / "val")))
-    assert found.label_names == ["neg", "pos"]
-    assert list(found.train["label"]) == list(found.validation["label"]) == [1, 0, 1, 0]
+    loaded = load_examples(recipe(tmp_path / "train", data__validation=str(tmp_path / "val")))
+    assert loaded.label_names == ["neg", "pos"]
+    assert list(loaded.train["label"]) == list(loaded.validation["label"]) == [1, 0, 1, 0]
     words = write_csv(
         tmp_path / "a.csv", [{"text": text, "label": ("pos", "neg")[i % 2]} for i, text in enumerate(texts)]
     )
     for other in ({"train": words}, {"train": tmp_path / "train", "data__validation": str(words)}):
-        found = load_examples(recipe(**{"data__validation": str(tmp_path / "val"), **other}))
-        assert list(found.train["label"]) == list(found.validation["label"]) == [1, 0, 1, 0]
+        loaded = load_examples(recipe(**{"data__validation": str(tmp_path / "val"), **other}))
+        assert list(loaded.train["label"]) == list(loaded.validation["label"]) == [1, 0, 1, 0]
 
 
 def test_a_validation_split_of_a_file(reviews_csv: Path) -> None:
-    assert "is a file and has no splits; name a second" in _said(recipe(reviews_csv, data__validation_split="test"))
+    assert "is a file and has no splits; name a second" in _message(recipe(reviews_csv, data__validation_split="test"))
     both = {"data__validation": str(reviews_csv), "data__validation_split": "test"}
-    assert _said(recipe(reviews_csv, **both)).endswith("is a file and has no splits; drop the key")
+    assert _message(recipe(reviews_csv, **both)).endswith("is a file and has no splits; drop the key")
 
 
 def test_keys_of_data_sets_with_parts_are_refused_beside_files(reviews_csv: Path, tmp_path: Path) -> None:
-    assert "data.train_split: 'demo' is a file and has no splits" in _said(recipe("demo", data__train_split="test"))
-    assert "a file and has no configurations" in _said(recipe(reviews_csv, data__subset="mrpc"))
+    assert "data.train_split: 'demo' is a file and has no splits" in _message(recipe("demo", data__train_split="test"))
+    assert "a file and has no configurations" in _message(recipe(reviews_csv, data__subset="mrpc"))
     # A folder of files has the splits that `datasets` finds in it.
     (tmp_path / "folder").mkdir()
     for name in ("train", "test"):
         write_csv(tmp_path / "folder" / f"{name}.csv", ROWS[: 12 if name == "train" else 8])
-    found = load_examples(recipe(tmp_path / "folder", data__validation_split="test"))
-    assert (len(found.train), len(found.validation)) == (12, 8)
+    loaded = load_examples(recipe(tmp_path / "folder", data__validation_split="test"))
+    assert (len(loaded.train), len(loaded.validation)) == (12, 8)
 
 
 def test_a_folder_is_read_under_whatever_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,16 +265,16 @@ def test_a_folder_is_read_under_whatever_name(tmp_path: Path, monkeypatch: pytes
 
 def test_too_few_rows_to_split(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", ROWS[:2])
-    assert "leaves none to learn from" in _said(recipe(path, data__validation_rows=2))
+    assert "leaves none to learn from" in _message(recipe(path, data__validation_rows=2))
 
 
 def test_labels_of_text_files_stay_text(tmp_path: Path) -> None:
     def labels(*given: str, ending: str = "csv", **more: Any) -> tuple[list[str], list[str]]:
         path, sign = tmp_path / f"labels.{ending}", {"csv": ",", "tsv": "\t"}[ending]
         path.write_text("".join(f"{text}{sign}{label}\n" for text, label in [("text", "label"), *zip("abcd", given)]))
-        found = load_examples(recipe(path, data__validation=str(path), **more))
-        assert class_names(recipe(path, **more)) == found.label_names
-        return found.label_names, [found.label_names[place] for place in found.train["label"]]
+        loaded = load_examples(recipe(path, data__validation=str(path), **more))
+        assert class_names(recipe(path, **more)) == loaded.label_names
+        return loaded.label_names, [loaded.label_names[place] for place in loaded.train["label"]]
 
     for ending in ("csv", "tsv"):
         for given in (["007", "7", "007", "x"], ["01:30", "02:00"], ["true", "False"], ["2024-01-05", "b"]):
@@ -292,10 +292,10 @@ def test_labels_of_a_text_file_match_those_of_a_typed_one(tmp_path: Path) -> Non
     for labels, names in ((["1", "2"], ["1", "2"]), (["1", "2", "other"], ["1", "2", "other"])):
         rows = [{"text": "t", "label": label} for label in labels]
         train = write_csv(tmp_path / "train.csv", rows)
-        found = load_examples(recipe(train, data__validation=str(typed)))
-        assert found.label_names == names and list(found.validation["label"]) == [1, 0]
-        found = load_examples(recipe(typed, data__validation=str(write_csv(tmp_path / "other.csv", rows[:2]))))
-        assert list(found.validation["label"]) == [0, 1]
+        loaded = load_examples(recipe(train, data__validation=str(typed)))
+        assert loaded.label_names == names and list(loaded.validation["label"]) == [1, 0]
+        loaded = load_examples(recipe(typed, data__validation=str(write_csv(tmp_path / "other.csv", rows[:2]))))
+        assert list(loaded.validation["label"]) == [0, 1]
 
 
 def test_texts_that_parquet_holds_as_bytes(tmp_path: Path) -> None:
@@ -310,14 +310,14 @@ def test_texts_that_parquet_holds_as_bytes(tmp_path: Path) -> None:
     texts = ["a good film", "d\u00e9j\u00e0 vu"]
     for kind in (pa.binary(), pa.large_binary()):
         made = path([text.encode() for text in texts], [b"pos", b"neg"], kind)
-        found = load_examples(recipe(made, data__validation=made))
-        assert list(found.train["text"]) == texts and found.label_names == ["neg", "pos"]
+        loaded = load_examples(recipe(made, data__validation=made))
+        assert list(loaded.train["text"]) == texts and loaded.label_names == ["neg", "pos"]
     for made, needed in (([b"\xff"], [b"pos"]), "a text"), (([b"a"], [b"\xff"]), "one class"):
-        said = _said(recipe(path(*made, pa.binary())))
-        assert f": {needed} is needed, this is bytes that are not UTF-8 throughout" in said
+        message = _message(recipe(path(*made, pa.binary())))
+        assert f": {needed} is needed, this is bytes that are not UTF-8 throughout" in message
     pq.write_table(pa.table({"prompt": [b"\xff"] * 2, "completion": [b"b"] * 2}), tmp_path / "asked.parquet")
     asked = recipe(tmp_path / "asked.parquet", task="instruct", data__validation=str(tmp_path / "asked.parquet"))
-    assert "a text is needed, this is bytes that are not UTF-8 throughout" in _said(asked)
+    assert "a text is needed, this is bytes that are not UTF-8 throughout" in _message(asked)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_texts_that_parquet_holds_as_bytes(tmp_path: Path) -> None:
 )
 def test_files_that_cannot_be_read_say_why(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    assert message in _said(recipe(tmp_path / name))
+    assert message in _message(recipe(tmp_path / name))
 
 
 def test_a_field_of_many_mebibytes_and_a_column_that_changes_its_kind_late(tmp_path: Path) -> None:
@@ -353,8 +353,8 @@ def test_maps_are_refused_by_name(tmp_path: Path) -> None:
 
     kind = pa.map_(pa.string(), pa.string())
     pq.write_table(pa.table({"text": ["a"], "extra": pa.array([[("k", "v")]], kind)}), tmp_path / "a.parquet")
-    said = _said(recipe(tmp_path / "a.parquet"))
-    assert "holds maps in 'extra', which are not read: take them out" in said
+    message = _message(recipe(tmp_path / "a.parquet"))
+    assert "holds maps in 'extra', which are not read: take them out" in message
 
 
 def test_a_small_file_that_stands_for_very_much_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,15 +368,15 @@ def test_a_small_file_that_stands_for_very_much_is_not_read(tmp_path: Path, monk
         path = tmp_path / f"{name}.parquet"
         pq.write_table(pa.table({"text": column}), path, compression="zstd")
         assert path.stat().st_size < 10_000
-        said = _said(recipe(path))
-        assert f"bytes and stands for more than {2**20:,}; a file is read to 10 times its size, at least to" in said
+        message = _message(recipe(path))
+        assert f"bytes and stands for more than {2**20:,}; a file is read to 10 times its size, at least to" in message
     monkeypatch.setattr(readers, "LEAST_DECODED", 2**28)
     assert list(read_table(str(tmp_path / "category.parquet"))["text"]) == long.to_pylist()
 
 
 def test_objects_with_thousands_of_keys_are_no_table(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "keys.jsonl", [{f"k{index}": 1} for index in range(2000)])
-    assert "its objects have 2,000 different keys; at most 1,000 are read" in _said(recipe(path))
+    assert "its objects have 2,000 different keys; at most 1,000 are read" in _message(recipe(path))
 
 
 def test_errors_name_rows_of_the_file_whatever_the_split(tmp_path: Path) -> None:
@@ -384,12 +384,12 @@ def test_errors_name_rows_of_the_file_whatever_the_split(tmp_path: Path) -> None
     for seed in (7, 42):
         blank = [{**row, "text": "" if index == 8 else row["text"]} for index, row in enumerate(rows)]
         path = write_csv(tmp_path / "blank.csv", blank)
-        assert "blank.csv: 1 of 40 rows cannot be used; take them out of the file" in _said(recipe(path, seed=seed))
-        assert "\n  row 9: no text in column 'text' (data.text)" in _said(recipe(path, seed=seed))
+        assert "blank.csv: 1 of 40 rows cannot be used; take them out of the file" in _message(recipe(path, seed=seed))
+        assert "\n  row 9: no text in column 'text' (data.text)" in _message(recipe(path, seed=seed))
         asked: list[dict[str, object]] = [{"prompt": "a", "completion": "b"} for _ in range(40)]
         asked[8]["prompt"] = None
-        said = _said(recipe(write_jsonl(tmp_path / "asked.jsonl", asked), task="instruct", seed=seed))
-        assert said.endswith("row 9: the prompt is empty")
+        message = _message(recipe(write_jsonl(tmp_path / "asked.jsonl", asked), task="instruct", seed=seed))
+        assert message.endswith("row 9: the prompt is empty")
 
 
 INSTRUCT = {
@@ -408,9 +408,9 @@ def test_texts_stay_as_they_are_written(ending: str, tmp_path: Path) -> None:
     path, sign = tmp_path / f"sums.{ending}", {"csv": ",", "tsv": "\t"}[ending]
     rows = [["instruction", "input", "output"], ["add", "007", "1.50"], ["true", "2024-01-05", "8.00"]]
     path.write_text("".join(sign.join(row) + "\n" for row in rows))
-    found = load_examples(recipe(path, task="instruct", data__validation=str(path)))
-    assert list(found.train["prompt"]) == [alpaca_prompt("add", "007"), alpaca_prompt("true", "2024-01-05")]
-    assert list(found.train["completion"]) == ["1.50", "8.00"]
+    loaded = load_examples(recipe(path, task="instruct", data__validation=str(path)))
+    assert list(loaded.train["prompt"]) == [alpaca_prompt("add", "007"), alpaca_prompt("true", "2024-01-05")]
+    assert list(loaded.train["completion"]) == ["1.50", "8.00"]
     scored = recipe(path, data__validation=str(path), data__text="input", data__label="output", task="regression")
     examples = load_examples(scored)
     assert list(examples.train["text"]) == ["007", "2024-01-05"] and list(examples.train["label"]) == [1.5, 8.0]
@@ -418,17 +418,17 @@ def test_texts_stay_as_they_are_written(ending: str, tmp_path: Path) -> None:
 
 def test_columns_of_numbers_in_json_are_texts(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "sums.jsonl", [{"prompt": "1 + 2", "completion": 3}])
-    found = load_examples(recipe(path, task="instruct", data__validation=str(path)))
-    assert list(found.train["completion"]) == ["3"]
+    loaded = load_examples(recipe(path, task="instruct", data__validation=str(path)))
+    assert list(loaded.train["completion"]) == ["3"]
 
 
 @pytest.mark.parametrize("shape", INSTRUCT)
 def test_the_shapes_of_instruction_data(shape: str, tmp_path: Path) -> None:
     row, prompt, completion = INSTRUCT[shape]
     path = write_jsonl(tmp_path / "a.jsonl", [row, row])
-    found = load_examples(recipe(path, task="instruct", data__validation=str(path)))
-    assert found.shape == shape
-    made = {name: value for name, value in found.train[0].items() if name in ("prompt", "completion", "messages")}
+    loaded = load_examples(recipe(path, task="instruct", data__validation=str(path)))
+    assert loaded.shape == shape
+    made = {name: value for name, value in loaded.train[0].items() if name in ("prompt", "completion", "messages")}
     if shape == "messages":
         assert json.loads(made["messages"]) == [*prompt, *completion]
     else:
@@ -438,10 +438,10 @@ def test_the_shapes_of_instruction_data(shape: str, tmp_path: Path) -> None:
 def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path) -> None:
     rows = [{"instruction": "say", "input": "", "output": text} for text in ("one", "", "two", " ", None)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    found = load_examples(recipe(path, task="instruct", data__validation=str(path)))
-    assert list(found.train["completion"]) == list(found.validation["completion"]) == ["one", "two"]
-    assert list(found.train["row"]) == [1, 3]  # rows of the file
-    assert found.notes == [f"left out 3 of 5 rows of {path}: their answer is empty"] * 2
+    loaded = load_examples(recipe(path, task="instruct", data__validation=str(path)))
+    assert list(loaded.train["completion"]) == list(loaded.validation["completion"]) == ["one", "two"]
+    assert list(loaded.train["row"]) == [1, 3]  # rows of the file
+    assert loaded.notes == [f"left out 3 of 5 rows of {path}: their answer is empty"] * 2
 
 
 def test_the_alpaca_prompt_has_an_input_section_only_with_an_input() -> None:
@@ -465,30 +465,30 @@ def test_the_alpaca_prompt_has_an_input_section_only_with_an_input() -> None:
 )
 def test_instruction_data_that_do_not_fit(row: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [row, row])
-    assert message in _said(recipe(path, task="instruct", data__validation=str(path)))
+    assert message in _message(recipe(path, task="instruct", data__validation=str(path)))
 
 
 def test_the_split_has_every_class_and_keeps_rare_ones_in_training(tmp_path: Path) -> None:
     rows = [{"text": f"t{index}", "label": "abc"[index % 10 // 6 + index % 10 // 9]} for index in range(100)]
     path = write_csv(tmp_path / "a.csv", [*rows, {"text": "so so", "label": "rare"}])
     for seed in range(12):
-        found = load_examples(recipe(path, seed=seed))
-        counts = [list(found.validation["label"]).count(place) for place in range(4)]
-        assert counts == [6, 3, 1, 0] and 3 in found.train["label"]
-        assert found.label_names == ["a", "b", "c", "rare"] == class_names(recipe(path))
+        loaded = load_examples(recipe(path, seed=seed))
+        counts = [list(loaded.validation["label"]).count(place) for place in range(4)]
+        assert counts == [6, 3, 1, 0] and 3 in loaded.train["label"]
+        assert loaded.label_names == ["a", "b", "c", "rare"] == class_names(recipe(path))
 
 
 def test_equal_rows_stay_on_one_side_of_the_split(tmp_path: Path) -> None:
     rows = [{"text": f"t{index // 3}", "label": index // 3 % 2} for index in range(90)]
     for seed in range(6):
-        found = load_examples(recipe(write_csv(tmp_path / "a.csv", rows), seed=seed))
-        assert len(found.validation) == 6 + 3 * (len(found.validation) == 9)
-        assert not set(found.train["text"]) & set(found.validation["text"])
-        assert "60 of 90 rows repeat an earlier one; equal rows stay on one side of the split" in found.notes
+        loaded = load_examples(recipe(write_csv(tmp_path / "a.csv", rows), seed=seed))
+        assert len(loaded.validation) == 6 + 3 * (len(loaded.validation) == 9)
+        assert not set(loaded.train["text"]) & set(loaded.validation["text"])
+        assert "60 of 90 rows repeat an earlier one; equal rows stay on one side of the split" in loaded.notes
     same = write_csv(tmp_path / "b.csv", [{"text": "a", "label": index % 2} for index in range(10)])
     assert "9 of 10 rows repeat an earlier one, on both sides of the split" in load_examples(recipe(same)).notes
     lone = write_csv(tmp_path / "c.csv", [{"text": f"t{index}", "label": f"c{index}"} for index in range(9)])
-    assert "every class would lose its only row; name validation data" in _said(recipe(lone))
+    assert "every class would lose its only row; name validation data" in _message(recipe(lone))
 
 
 def test_few_scored_rows_are_told(tmp_path: Path) -> None:
@@ -504,34 +504,34 @@ def test_all_bad_rows_of_a_file_are_counted_at_once(tmp_path: Path) -> None:
         rows[index]["text"] = " "
     rows[5]["label"] = rows[20]["label"] = ""
     path = write_csv(tmp_path / "a.csv", rows)
-    assert _said(recipe(path)).splitlines() == [
+    assert _message(recipe(path)).splitlines() == [
         f"{path}: 10 of 40 rows cannot be used; take them out of the file, or set data.drop_missing: true",
         "  rows 4, 5, 6, 7, 8 and 4 more: no text in column 'text' (data.text)",
         "  rows 6, 21: no label in column 'label'",
     ]
-    found = load_examples(recipe(path, data__drop_missing=True, data__validation=str(path)))
-    assert len(found.train) == len(found.validation) == 30 and "" not in found.label_names
-    assert found.notes[0] == (
+    loaded = load_examples(recipe(path, data__drop_missing=True, data__validation=str(path)))
+    assert len(loaded.train) == len(loaded.validation) == 30 and "" not in loaded.label_names
+    assert loaded.notes[0] == (
         f"data.drop_missing leaves out 10 of 40 rows of {path}: no text in column 'text' (data.text) (rows 4, 5, 6, "
         "7, 8 and 4 more); no label in column 'label' (rows 6, 21)"
     )
     assert class_names(recipe(path, data__drop_missing=True)) == ["neg", "pos"]
     numbers = write_csv(tmp_path / "b.csv", [{"text": "a", "label": label} for label in ("1.5", "", "high", "2")])
     dropping = recipe(numbers, task="regression", data__drop_missing=True)
-    assert "1 of 4 rows cannot be used; mend them, or take them out\n  row 3: 'high'" in _said(dropping)
+    assert "1 of 4 rows cannot be used; mend them, or take them out\n  row 3: 'high'" in _message(dropping)
     empty = write_csv(tmp_path / "c.csv", [{"text": "", "label": 1}] * 2)
-    assert _said(recipe(empty, data__drop_missing=True)).endswith("none is left")
+    assert _message(recipe(empty, data__drop_missing=True)).endswith("none is left")
 
 
 def test_labels_that_differ_by_case_or_blanks_are_asked_about(tmp_path: Path) -> None:
     labels = ["account", "ACCOUNT ", "account", "billing", "Billing", "billing", "other"]
     path = write_csv(tmp_path / "a.csv", [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)])
-    said = _said(recipe(path, data__validation=str(path)))
-    assert "'account' (4 rows) and 'ACCOUNT ' (2 rows); 'billing' (4 rows) and 'Billing' (2 rows); set" in said
+    message = _message(recipe(path, data__validation=str(path)))
+    assert "'account' (4 rows) and 'ACCOUNT ' (2 rows); 'billing' (4 rows) and 'Billing' (2 rows); set" in message
     merged = recipe(path, data__validation=str(path), data__similar_labels="merge")
-    found = load_examples(merged)
-    assert found.label_names == ["account", "billing", "other"] == class_names(merged)
-    assert list(found.train["label"]) == [0, 0, 0, 1, 1, 1, 2]
+    loaded = load_examples(merged)
+    assert loaded.label_names == ["account", "billing", "other"] == class_names(merged)
+    assert list(loaded.train["label"]) == [0, 0, 0, 1, 1, 1, 2]
     kept = load_examples(recipe(path, data__validation=str(path), data__similar_labels="keep"))
     assert len(kept.label_names) == 5
     # The names of the recipe are spellings, too, and so are the validation data's.
@@ -539,7 +539,7 @@ def test_labels_that_differ_by_case_or_blanks_are_asked_about(tmp_path: Path) ->
     assert list(load_examples(recipe(path, data__validation=str(path), **named)).train["label"])[:4] == [1, 1, 1, 0]
     plain = write_csv(tmp_path / "b.csv", [{"text": "a", "label": label} for label in ("account", "billing")])
     other = write_csv(tmp_path / "c.csv", [{"text": "a", "label": "Account"}])
-    assert "'account' (1 row) and 'Account' (1 row)" in _said(recipe(plain, data__validation=str(other)))
+    assert "'account' (1 row) and 'Account' (1 row)" in _message(recipe(plain, data__validation=str(other)))
 
 
 @pytest.mark.parametrize(
@@ -561,11 +561,11 @@ def test_csv_of_any_delimiter_and_encoding(
     content = f"text{sign}label\n{texts[0]}{sign}ja\n{texts[1]}{sign}nein\n".encode(encoding)
     path = tmp_path / name
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    found = load_examples(recipe(path, data__validation=str(path), **keys))
-    assert list(found.train["text"]) == texts and found.label_names == ["ja", "nein"]
+    loaded = load_examples(recipe(path, data__validation=str(path), **keys))
+    assert list(loaded.train["text"]) == texts and loaded.label_names == ["ja", "nein"]
     if encoding == "cp1252":
-        assert "is not in UTF-8: byte 0xe9 in line 2; save it as UTF-8, or name what it is in" in _said(recipe(path))
-        assert "data.encoding: 'latin-x' is no encoding" in _said(recipe(path, data__encoding="latin-x"))
+        assert "is not in UTF-8: byte 0xe9 in line 2; save it as UTF-8, or name what it is in" in _message(recipe(path))
+        assert "data.encoding: 'latin-x' is no encoding" in _message(recipe(path, data__encoding="latin-x"))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
@@ -598,4 +598,4 @@ def test_packed_files_that_stand_for_very_much_and_packed_json(tmp_path: Path, m
     monkeypatch.setattr(readers, "LEAST_DECODED", 2**10)
     monkeypatch.setattr(readers, "MOST_GROWTH", 10)
     path.write_bytes(gzip.compress(b" " * 2**20))
-    assert "a.jsonl.gz has 1,0" in _said(recipe(path)) and "stands for more than" in _said(recipe(path))
+    assert "a.jsonl.gz has 1,0" in _message(recipe(path)) and "stands for more than" in _message(recipe(path))

@@ -114,7 +114,7 @@ def test_plans_and_the_doctor_read_its_config(tiny_llama: Path, tmp_path: Path) 
     values = {"model": str(tmp_path / "base"), "task": "instruct", "data": {"train": "demo"}}
     for more in ({}, {"gguf_file": "tiny.gguf"}):
         recipe = make_recipe({**values, **more, "method": method})
-        assert not [one for one in checks.recipe(recipe, {}) if one.level != "note"]
+        assert not [item for item in checks.recipe(recipe, {}) if item.level != "note"]
         # 32 inputs and outputs, three mid groups, four layers.
         assert plan_recipe(recipe.model, recipe, measure_memory=False).adapter == 64 * (4 + 3 * 2 + 4)
     assert bare_config(tmp_path / "base").hidden_size == 32

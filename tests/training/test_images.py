@@ -85,10 +85,10 @@ def test_bytes_of_parquet_base64_and_a_folder_of_ones_own(tmp_path: Path) -> Non
         ([asked_about(7)], "row 1: an image is the path of a file, or its bytes; this is a int"),
     ],
 )
-def test_every_row_with_an_image_that_cannot_be_read_is_told(rows: list[Any], said: str, tmp_path: Path) -> None:
+def test_every_row_with_an_image_that_cannot_be_read_is_told(rows: list[Any], message: str, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     shutil.copyfile(BLUE, tmp_path / "good.png")
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         read(write_jsonl(tmp_path / "a.jsonl", rows))
 
 
@@ -138,8 +138,8 @@ def test_a_model_that_sees_learns_answers_and_is_exported(save: Callable[[Path],
     assert length >= max(len(row["input_ids"]) for row in rows)
 
     files, _ = read_texts(FILE, loaded)
-    together = [str(one.answer) for one in predict(loaded, files[:3], max_new_tokens=6)]
-    assert together == [str(predict(loaded, [one], max_new_tokens=6)[0].answer) for one in files[:3]]
+    together = [str(item.answer) for item in predict(loaded, files[:3], max_new_tokens=6)]
+    assert together == [str(predict(loaded, [item], max_new_tokens=6)[0].answer) for item in files[:3]]
     with pytest.raises(DataError, match="--image: an image file is not there"):
         seen_with("what", ["no.png"])
     words = ["predict", str(result.folder), "what colour is the sky", "--image", str(BLUE), "--tokens", "6"]

@@ -68,11 +68,11 @@ def test_a_split_keeps_the_only_row_of_a_class(tmp_path: Path) -> None:
 def test_scores_and_losses_by_definition() -> None:
     truth = np.array([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     scores = np.array([[2.0, -1.0, -1.0], [1.0, -1.0, -2.0], [-1.0, -3.0, -1.0], [0.5, 1.0, -1.0]])
-    found = metrics.score(recipe(FORM), scores, truth, 3)
+    actual = metrics.score(recipe(FORM), scores, truth, 3)
     # Class 1: 2 hits, 1 wrong; class 2: 1 hit, 1 missed; class 3 never occurs.
-    assert found["f1_micro"] == pytest.approx(100 * 2 * 3 / (2 * 3 + 1 + 1))
-    assert found["f1_macro"] == pytest.approx(100 * (4 / 5 + 2 / 3) / 2)
-    assert found["subset_accuracy"] == 50.0
+    assert actual["f1_micro"] == pytest.approx(100 * 2 * 3 / (2 * 3 + 1 + 1))
+    assert actual["f1_macro"] == pytest.approx(100 * (4 / 5 + 2 / 3) / 2)
+    assert actual["subset_accuracy"] == 50.0
     loss = torch.nn.functional.binary_cross_entropy_with_logits(torch.tensor(scores), torch.tensor(truth))
     assert metrics.mean_loss(scores, truth) == pytest.approx(float(loss), rel=1e-10)
     assert metrics.guessing(recipe(FORM), truth[:2], truth, 3)["subset_accuracy"] == 25.0

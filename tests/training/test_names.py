@@ -28,7 +28,7 @@ def test_the_page_is_written_by_the_table() -> None:
 def test_every_answer_is_a_key(ours: str) -> None:
     key = ours.split()[0].rstrip(":,")
     fields = {f"method.{field}" for method in METHODS for field in method_fields(method)}
-    sections = {one.rpartition(".")[0] for one in keys()}
+    sections = {item.rpartition(".")[0] for item in keys()}
     assert key in {*keys(), *fields, *sections, "method.name"}
 
 

@@ -45,12 +45,12 @@ def test_what_contradicts_itself_is_refused() -> None:
     values = {"model": "m", "data.train": "a.csv", "method.name": "lora", "train.patience": 2, "task": "regression"}
     with pytest.raises(RecipeError) as error:
         make_recipe(values | {"train.optimizer": "adamw_8bits", "train.class_weights": "balanced"})
-    for said in (
+    for message in (
         "train.patience: needs train.best: true",
         "train.optimizer: 'adamw_8bits' is no optimiser for adapters, did you mean adamw_8bit?",
         "train.class_weights: has no meaning with task: regression",
     ):
-        assert said in str(error.value)
+        assert message in str(error.value)
 
 
 def test_optimiser_attention_and_class_weights_act(first: tuple[Path, Path, Result, Seen]) -> None:

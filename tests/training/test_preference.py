@@ -29,17 +29,17 @@ def pairs(path: Path, *rows: dict[str, Any], **more: Any) -> Examples:
     return load_examples(recipe(write_jsonl(path / "a.jsonl", list(rows)), **more))
 
 
-def said(text: str) -> dict[str, str]:
+def message(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        {"chosen": [ASKED, said("blue")], "rejected": [ASKED, said("awful")]},
-        {"prompt": [ASKED], "chosen": [said("blue")], "rejected": [said("awful")]},
-        {"prompt": ASKED["content"], "chosen": [ASKED, said("blue")], "rejected": [ASKED, said("awful")]},
-        {"prompt": ASKED["content"], "chosen": [said("blue")], "rejected": [said("awful")]},
+        {"chosen": [ASKED, message("blue")], "rejected": [ASKED, message("awful")]},
+        {"prompt": [ASKED], "chosen": [message("blue")], "rejected": [message("awful")]},
+        {"prompt": ASKED["content"], "chosen": [ASKED, message("blue")], "rejected": [ASKED, message("awful")]},
+        {"prompt": ASKED["content"], "chosen": [message("blue")], "rejected": [message("awful")]},
         {
             "conversations": [{"from": "human", "value": ASKED["content"]}],
             "chosen": {"from": "gpt", "value": "blue"},
@@ -48,11 +48,11 @@ def said(text: str) -> dict[str, str]:
     ],
 )
 def test_pairs_of_conversations(row: dict[str, Any], tmp_path: Path) -> None:
-    found = pairs(tmp_path, row)
-    made = found.train[0]
-    assert found.shape == "messages" and not found.notes
-    assert json.loads(made["messages"]) == [ASKED, said("blue")]
-    assert json.loads(made["messages_rejected"]) == [ASKED, said("awful")]
+    actual = pairs(tmp_path, row)
+    made = actual.train[0]
+    assert actual.shape == "messages" and not actual.notes
+    assert json.loads(made["messages"]) == [ASKED, message("blue")]
+    assert json.loads(made["messages_rejected"]) == [ASKED, message("awful")]
     assert made["learned"] == made["learned_rejected"] == 1
 
 
@@ -65,7 +65,7 @@ def test_pairs_of_texts(tmp_path: Path) -> None:
     assert made["prompt"] == "Human: what colour Assistant: "
     assert (made["completion"], made["completion_rejected"]) == ("blue green", "black")
     chat = load_examples(recipe(FORMS / "pairs.jsonl", data__as_chat=True)).train[0]
-    assert json.loads(chat["messages_rejected"])[1] == said("dull")
+    assert json.loads(chat["messages_rejected"])[1] == message("dull")
 
 
 def test_what_makes_no_pair(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_what_makes_no_pair(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data.columns.rejected: .* has no column 'rejected'"):
         pairs(tmp_path, {"prompt": "say", "chosen": "yes"})
     with pytest.raises(DataError, match="no beginning in common, and there is no prompt"):
-        pairs(tmp_path, {"chosen": [ASKED], "rejected": [said("yes")]})
+        pairs(tmp_path, {"chosen": [ASKED], "rejected": [message("yes")]})
 
 
 def test_judged_answers(tmp_path: Path) -> None:

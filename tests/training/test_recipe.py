@@ -226,8 +226,8 @@ def test_the_published_settings() -> None:
     }
     for task, (epochs, length, rate, metric) in expected.items():
         recipe = load_recipe(f"roberta-{task}")
-        found = (recipe.train.epochs, recipe.data.max_length, recipe.train.lr, recipe.metric)
-        assert found == (epochs, length, rate, metric)
+        actual = (recipe.train.epochs, recipe.data.max_length, recipe.train.lr, recipe.metric)
+        assert actual == (epochs, length, rate, metric)
         assert recipe.head.lr == pytest.approx(rate / 2)
         config = method_config(recipe.method)
         assert config is not None and [tier.r for tier in config.pyramid()] == [8, 4, 2]

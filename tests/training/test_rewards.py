@@ -105,7 +105,7 @@ def test_what_a_reward_function_returns_is_checked() -> None:
             says(returned)(**asked)
 
     def wrong(completions: list[str], mark: list[int]) -> list[float]:
-        return [len(said) / (place - 3) for said, place in zip(completions, mark, strict=True)]
+        return [len(completion) / (place - 3) for completion, place in zip(completions, mark, strict=True)]
 
     where = wrong.__code__.co_firstlineno + 1
     with pytest.raises(RewardError, match=rf"'wrong' ended in ZeroDivisionError in line {where}: .*the first is 'x'"):

@@ -96,7 +96,7 @@ def test_two_texts_and_regression(pooling: str, tiny_bert: Path, tmp_path: Path)
     result = train(made)
     assert set(result.after) >= {"pearson", "spearman", "rmse"} and result.guess["pearson"] == 0.0
     predictions = predict(result.folder, ["the film is good", "the film"], ["the film is bad", "story"])
-    assert all(isinstance(one.answer, float) for one in predictions)
+    assert all(isinstance(item.answer, float) for item in predictions)
     # One pair alone gives the same number as among others: padding changes nothing.
     alone = predict(result.folder, ["the film"], ["story"])[0].answer
     assert alone == pytest.approx(predictions[1].answer, abs=1e-5)

@@ -19,11 +19,11 @@ def _recipe(task: str):
 def test_classification_scores_by_definition() -> None:
     labels, classes = np.array([1, 1, 1, 0, 0, 0, 0, 0]), np.array([1, 1, 0, 1, 0, 0, 0, 0])
     tp, fp, fn, tn = 2, 1, 1, 4
-    found = metrics.score(_recipe("classification"), np.eye(2)[classes], labels, 2)
+    actual = metrics.score(_recipe("classification"), np.eye(2)[classes], labels, 2)
     matthews = (tp * tn - fp * fn) / ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
-    assert found["accuracy"] == pytest.approx(100 * 6 / 8)
-    assert found["f1"] == pytest.approx(100 * 2 * tp / (2 * tp + fp + fn))
-    assert found["matthews"] == pytest.approx(100 * matthews)
+    assert actual["accuracy"] == pytest.approx(100 * 6 / 8)
+    assert actual["f1"] == pytest.approx(100 * 2 * tp / (2 * tp + fp + fn))
+    assert actual["matthews"] == pytest.approx(100 * matthews)
 
 
 @pytest.mark.parametrize("as_scores", [True, False])
@@ -31,22 +31,22 @@ def test_f1_of_three_classes_is_a_mean_also_where_the_last_never_occurs(as_score
     labels, said = np.array([0, 0, 1, 1, 0]), np.array([0, 0, 0, 1, 0])
     of_each = (2 * 3 / (2 * 3 + 1), 2 * 1 / (2 * 1 + 1))  # 2 tp / (2 tp + fp + fn) of classes 0 and 1
     predictions = np.eye(3)[said] if as_scores else said
-    found = metrics.score(_recipe("classification"), predictions, labels, 3)
-    assert found["f1"] == pytest.approx(100 * sum(of_each) / 2)
+    actual = metrics.score(_recipe("classification"), predictions, labels, 3)
+    assert actual["f1"] == pytest.approx(100 * sum(of_each) / 2)
     assert metrics.score(_recipe("classification"), said, labels, 2)["f1"] == pytest.approx(100 * of_each[1])
 
 
 def test_regression_scores_by_definition() -> None:
     truth, guess = np.array([1.0, 2.0, 4.0, 3.0]), np.array([[1.0], [3.0], [5.0], [3.5]])
-    found = metrics.score(_recipe("regression"), guess, truth, 0)
-    assert found["pearson"] == pytest.approx(100 * np.corrcoef(guess[:, 0], truth)[0, 1])
-    assert found["spearman"] == pytest.approx(100.0)
-    assert found["rmse"] == pytest.approx(float(np.sqrt(np.mean((guess[:, 0] - truth) ** 2))))
+    actual = metrics.score(_recipe("regression"), guess, truth, 0)
+    assert actual["pearson"] == pytest.approx(100 * np.corrcoef(guess[:, 0], truth)[0, 1])
+    assert actual["spearman"] == pytest.approx(100.0)
+    assert actual["rmse"] == pytest.approx(float(np.sqrt(np.mean((guess[:, 0] - truth) ** 2))))
 
 
 def test_guessing_takes_the_class_of_the_training_data() -> None:
-    found = metrics.guessing(_recipe("classification"), np.array([0, 2, 2]), np.array([2, 0, 0, 0]), 3)
-    assert found["accuracy"] == 25.0 and found["matthews"] == 0.0
+    actual = metrics.guessing(_recipe("classification"), np.array([0, 2, 2]), np.array([2, 0, 0, 0]), 3)
+    assert actual["accuracy"] == 25.0 and actual["matthews"] == 0.0
     assert metrics.guessing(_recipe("regression"), np.array([1.0, 3.0]), np.array([1.0, 3.0]), 0)["pearson"] == 0.0
 
 
@@ -79,18 +79,18 @@ def test_the_pair_head_is_its_formula() -> None:
     u, v = encoded
     features = torch.cat([u, v, (u - v).abs(), u * v], dim=-1)
     expected = features @ model.classifier.weight.T + model.classifier.bias
-    found = model(input_ids=ids, attention_mask=mask, labels=torch.tensor([0, 2]))
-    torch.testing.assert_close(found.logits, expected, rtol=1e-10, atol=1e-10)
+    actual = model(input_ids=ids, attention_mask=mask, labels=torch.tensor([0, 2]))
+    torch.testing.assert_close(actual.logits, expected, rtol=1e-10, atol=1e-10)
     loss = torch.nn.functional.cross_entropy(expected.float(), torch.tensor([0, 2]))
-    torch.testing.assert_close(found.loss, loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual.loss, loss, rtol=1e-5, atol=1e-6)
 
 
 def test_one_label_is_regression_and_a_single_text_is_refused_by_a_pair_head() -> None:
     model = _head(1, pair=False)
     ids, truth = torch.tensor([[3, 4], [5, 6]]), torch.tensor([0.5, -1.0])
-    found = model(input_ids=ids, labels=truth)
-    expected = ((found.logits[:, 0].float() - truth) ** 2).mean()
-    torch.testing.assert_close(found.loss, expected, rtol=1e-5, atol=1e-6)
+    actual = model(input_ids=ids, labels=truth)
+    expected = ((actual.logits[:, 0].float() - truth) ** 2).mean()
+    torch.testing.assert_close(actual.loss, expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"takes two texts, input_ids of shape \(batch, 2, length\)"):
         _head(2, pair=True)(input_ids=ids)
 

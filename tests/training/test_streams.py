@@ -96,8 +96,12 @@ def _written(path: Path, text: str) -> Path:
 def test_what_a_stream_cannot_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
         read(tmp_path / "a.jsonl", train__max_steps=None, train__epochs=2.0, data__max_train=3)
-    for said in ("train.max_steps, for a stream has no end", "train.epochs: has no meaning", "data.max_train: has no"):
-        assert said in str(error.value)
+    for message in (
+        "train.max_steps, for a stream has no end",
+        "train.epochs: has no meaning",
+        "data.max_train: has no",
+    ):
+        assert message in str(error.value)
 
 
 class StopAt(TrainerCallback):

@@ -109,8 +109,8 @@ def test_scores_of_entities_by_hand() -> None:
     truth = [["O", "O", "O", "B-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
     answers = [["O", "O", "B-MISC", "I-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
     scores = entity_scores(truth, answers)
-    assert (answered["entity_f1"], answered["entity_precision"], answered["entity_recall"]) == (50.0, 50.0, 50.0)
-    assert answered["token_accuracy"] == pytest.approx(80.0)
+    assert (scores["entity_f1"], scores["entity_precision"], scores["entity_recall"]) == (50.0, 50.0, 50.0)
+    assert scores["token_accuracy"] == pytest.approx(80.0)
     nothing = entity_scores([["O"]], [["O"]])
     assert nothing["entity_f1"] == 0.0 and nothing["token_accuracy"] == 100.0
 

@@ -37,15 +37,15 @@ def test_the_equation(activation: str) -> None:
 
 @pytest.mark.parametrize("model", ["bert", "gpt2", "llama", "t5"])
 def test_the_default_place_is_the_end_of_each_feed_forward_part(model: str) -> None:
-    found = bottlenecks(adapted(model))
-    assert len(found) == sum(ZOO[model].stacks.values())
-    assert all("attention" not in path and "attn" not in path for path in found)
+    actual = bottlenecks(adapted(model))
+    assert len(actual) == sum(ZOO[model].stacks.values())
+    assert all("attention" not in path and "attn" not in path for path in actual)
 
 
 def test_specialised_dropping_leaves_the_lowest_layers_without_adapter() -> None:
     layers = sum(ZOO["bert"].stacks.values())
-    found = bottlenecks(adapted(drop_layers=2))
-    assert sorted(layer.sites["default"].layer for layer in found.values()) == list(range(2, layers))
+    actual = bottlenecks(adapted(drop_layers=2))
+    assert sorted(layer.sites["default"].layer for layer in actual.values()) == list(range(2, layers))
     with pytest.raises(ConfigError, match=f"drop_layers={layers} leaves none of the {layers} layers"):
         adapted(drop_layers=layers)
 

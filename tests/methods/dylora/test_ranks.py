@@ -25,9 +25,9 @@ def adapted(**fields: object) -> PeftModel:
 
 
 def draws(model: PeftModel) -> Draws:
-    found = Draws.on(model.get_base_model(), METHOD)
-    assert found is not None
-    return found
+    actual = Draws.on(model.get_base_model(), METHOD)
+    assert actual is not None
+    return actual
 
 
 def linears(model: torch.nn.Module) -> list[AdaptedLinear]:
@@ -50,7 +50,7 @@ def test_a_drawn_rank_uses_and_teaches_just_its_directions(rank: int, frozen: bo
     learns = [bool(A.grad[i].any()) and bool(B.grad[:, i].any()) for i in range(4)]
     still = [not A.grad[i].any() and not B.grad[:, i].any() for i in range(4)]
     expected = [i == rank - 1 if frozen else i < rank for i in range(4)]
-    assert learns == expected and still == [not one for one in expected]
+    assert learns == expected and still == [not item for item in expected]
 
 
 def test_every_forward_in_training_draws_one_rank_for_all_linears() -> None:

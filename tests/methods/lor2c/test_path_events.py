@@ -141,7 +141,7 @@ def test_a_merged_path_goes_on_with_the_kept_weights_and_moments(keep: str, shar
     sums = {n: torch.linalg.svdvals((b @ a).double()).sum() for n, (a, b) in pairs.items()}
     assert kept == (low if keep == "lower" or sums[low] >= sums[high] else high)
     after = raw_pair(members[high])
-    assert all(torch.equal(one, other) for one, other in zip(after, pairs[kept], strict=True))
+    assert all(torch.equal(item, other) for item, other in zip(after, pairs[kept], strict=True))
     assert torch.equal(optimizer.state[members[high].own_tensors("default")["B"]]["exp_avg"], moments[kept])
     assert members[low].own_tensors("default")["B"] not in optimizer.state
     assert Span(low, high) in state(model).spans

@@ -93,10 +93,10 @@ def gradients(model: PeftModel, *inputs: dict[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys() and any("lor2c" in name for name in found)
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys() and any("lor2c" in name for name in actual)
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def kinds(model: PeftModel, name: str) -> set[type[nn.Module]]:

@@ -83,13 +83,13 @@ def test_a_written_folder_gives_the_same_without_ziggurat(
     arguments = [kind, str(folder), str(tmp_path / "inputs.pt"), str(tmp_path / "out.pt")]
     done = fresh.run(LOAD, *arguments)
     assert done.returncode == 0, done.stderr
-    found = torch.load(tmp_path / "out.pt")
-    assert_models_agree(found["logits"], expected)
+    actual = torch.load(tmp_path / "out.pt")
+    assert_models_agree(actual["logits"], expected)
     body = peft.get_base_model().base_model
     for way in ("body", "forward"):
-        assert_models_agree(found[way], body(**inputs)[0])
-    if "tokens" in found:
-        assert torch.equal(found["tokens"], peft.generate(**inputs, max_new_tokens=8, min_new_tokens=8))
+        assert_models_agree(actual[way], body(**inputs)[0])
+    if "tokens" in actual:
+        assert torch.equal(actual["tokens"], peft.generate(**inputs, max_new_tokens=8, min_new_tokens=8))
 
 
 def test_without_trust_the_folder_is_refused(tmp_path: Path) -> None:
