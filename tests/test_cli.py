@@ -55,7 +55,7 @@ def test_train_ends_with_the_table(place: Path, tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "message"),
     [
         (["train", "roberta-mrcp"], 2, "did you mean roberta-mrpc?"),
         (["train", "default", "train.lr=fast", "method.rank=3"], 2, "default.yaml has 2 problems:"),

@@ -84,7 +84,7 @@ def test_axolotl_trains_and_merges_the_method(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         ({"merge_method": "memory_efficient"}, "would write the base without the adapter"),
         ({"trl": {"use_vllm": True}}, "Set trl.vllm_lora_sync: true"),

@@ -82,7 +82,7 @@ def test_a_disk_that_fills_up_meanwhile_costs_no_scores(
 
 
 @pytest.mark.parametrize(
-    ("option", "place", "said"),
+    ("option", "place", "message"),
     [
         ("--out", "folder", "is a folder: name a file in it"),
         ("--out", "file/scores.json", "A file stands where a folder should be"),

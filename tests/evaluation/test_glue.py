@@ -89,7 +89,7 @@ def test_what_the_recipe_says_itself_stands(glue: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"data.train": "glue/mrcp"}, r"'glue/mrcp' is not one of glue/cola, .*did you mean mrpc\?"),
         ({"data.train": "glue/rte", "data.subset": "rte"}, "data.subset: has no meaning"),

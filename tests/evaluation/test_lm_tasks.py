@@ -151,7 +151,7 @@ def test_files_that_are_missing_or_wrong(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "change", "said"),
+    ("file", "change", "message"),
     [
         ("mmlu/dev.parquet", lambda rows: rows[:7], r"fewer than the 5 shots of sums"),
         ("mmlu/test.parquet", lambda rows: [{**rows[0], "choices": list("abcde")}], "row 1 of .* needs four choices"),

@@ -47,7 +47,7 @@ def test_parts_of_text_are_read_as_the_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         (
             turns([{"type": "video", "url": "x"}], [{"type": "text", "text": "yes"}]),

@@ -136,7 +136,7 @@ def test_a_missing_column_lists_the_columns_and_the_nearest(reviews_csv: Path) -
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("", "is empty (0 bytes)"),
         ("text,label\n", "has no rows"),
@@ -321,7 +321,7 @@ def test_texts_that_parquet_holds_as_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.csv", b"text,label\nne,1\n\xe7a va,2\n", "is not in UTF-8: byte 0xe7 in line 3; save it as UTF-8"),
         ("a.jsonl", b'{"text": "\xe7a"}', "is not in UTF-8: byte 0xe7 in line 1"),
@@ -450,7 +450,7 @@ def test_the_alpaca_prompt_has_an_input_section_only_with_an_input() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ({"said": "a", "then": "b"}, "needs one of: prompt + completion; instruction + output; messages; text"),
         ({"prompt": "a", "completion": " "}, "the answer is empty in every row"),

@@ -71,7 +71,7 @@ def test_bytes_of_parquet_base64_and_a_folder_of_ones_own(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         (
             [asked_about("no.png"), asked_about("nor.png"), asked_about("broken.png"), asked_about("good.png")],

@@ -233,7 +233,7 @@ def test_accelerate_launches_the_command_with_a_shipped_config(
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         (LoRA2Config(r=4, target_rank=2), "LoRA2 ranks directions by their gradients"),
         (LoR2CConfig(r=4, merges=1), "LoR2C moves weights during training"),

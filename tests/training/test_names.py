@@ -48,7 +48,7 @@ def test_every_name_is_answered() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "said"),
+    ("key", "message"),
     [
         ("load_in_4bit", "load_in_4bit: unknown; here it is method.name: qlora"),
         ("method.lora_target", "method.lora_target: unknown, did you mean method.target_modules?"),

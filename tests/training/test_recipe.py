@@ -94,7 +94,7 @@ def test_yaml_never_builds_objects(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "the recipe is empty"),
         ("- a\n- b", "this is a list"),
@@ -117,7 +117,7 @@ def test_a_misspelt_section_finds_its_own_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         ({"task": "instruct", "data.label": "mood"}, "data.label: has no meaning with task: instruct"),
         ({"data.format": "alpaca"}, "data.format: has no meaning with task: classification"),
@@ -158,7 +158,7 @@ def test_what_the_config_itself_refuses_is_told_with_the_rest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value", "message"),
     [
         ("r", 4, "method.r: adalora never reads it; give init_r, the rank at the start, and target_r"),
         ("rank", 4, "method.rank: adalora never reads it; give init_r"),

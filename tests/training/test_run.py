@@ -375,7 +375,7 @@ def test_overwrite_never_touches_a_folder_of_others(tiny_bert: Path, reviews_csv
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         ({"method__target_modules": ["quary"]}, r"'quary' matches no module, did you mean query\?"),
         ({"method__num_groups": 9}, "layers"),

@@ -99,7 +99,7 @@ def test_ones_own_folder_is_respected(
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "message"),
     [
         (["tensorbord"], "'tensorbord' is no tracker of transformers, did you mean tensorboard?; one of azure_ml"),
         (["none"], "leave the key out to report nowhere"),

@@ -98,7 +98,7 @@ def test_it_can_neither_be_merged_nor_exported(tmp_path: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"drop_layers": 1, "robust_drop": 1}, "two variants"),
         ({"robust_drop": -1}, "robust_drop=-1"),

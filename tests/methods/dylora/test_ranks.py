@@ -118,7 +118,7 @@ def test_checkpointing_runs_with_the_same_draw() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"min_rank": 5}, "min_rank=5: a whole number from 1 to r=4"),
         ({"min_rank": 0}, "min_rank=0"),
