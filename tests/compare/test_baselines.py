@@ -170,7 +170,7 @@ def test_a_budget_that_cannot_be_met(wide_bert: Path, tmp_path: Path) -> None:
         settle_budget(made)
     with pytest.raises(RecipeError, match="bitfit has no rank"):
         recipe_for(wide_bert, tmp_path / "x.csv", tmp_path / "out", "bitfit", budget=100)
-    with pytest.raises(RecipeError, match=r"method\.r: is what method.budget picks"):
+    with pytest.raises(RecipeError, match=r"method\.r: is chosen by method.budget"):
         recipe_for(wide_bert, tmp_path / "x.csv", tmp_path / "out", "lora", budget=100, r=3)
     assert fit_rank(recipe_model(made), {"name": "lora", "target_modules": ["query"]}, 1024).rank == 2
 

@@ -228,7 +228,7 @@ def test_a_config_names_no_class_but_a_model(library: str, name: str, adapter: P
     said = json.loads((adapter / CONFIG).read_text())
     said |= {"task_type": None, "auto_mapping": {"parent_library": library, "base_model_class": name}}
     (adapter / CONFIG).write_text(json.dumps(said))
-    with pytest.raises(ConfigError, match="doesn't say what task its model is for"):
+    with pytest.raises(ConfigError, match="doesn't name the task of its model"):
         load_base(adapter)
 
 

@@ -79,7 +79,7 @@ def test_what_is_not_read_is_counted(tmp_path: Path) -> None:
     assert len(actual.train) == len(actual.validation) == 3
     lost = [
         f"{path}: column not read: 'id'",
-        f"1 of 4 rows of {path} go on behind the last answer; what follows it is left out",
+        f"1 of 4 rows of {path} go on after the last answer; the messages after it are left out",
         f"1 of 4 rows of {path} have weight in their messages, which is not read",
         f"left out 1 of 4 rows of {path}: their answer is empty",
     ]

@@ -330,7 +330,7 @@ def test_texts_that_parquet_holds_as_bytes(tmp_path: Path) -> None:
         ("a.xls", b"x", "'.xls' is not one of the formats read: .csv, .tsv"),
         ("a.csv.gz", b"text,label", "a.csv.gz cannot be read as csv: Not a gzipped file"),
         ("a.csv", b"text,label,text\na,1,b\n", "has more than one column called 'text'; rename or drop all but one"),
-        ("a.csv", b"text#label\na#1\n", "has no column 'text' (it has one column: data.delimiter says what stands"),
+        ("a.csv", b"text#label\na#1\n", "has no column 'text' (it has one column: set data.delimiter"),
         ("a.json", b"[" * 100_000, "its lists and objects nest too deep"),
         ("a.jsonl", b'{"text": ' + b"[" * 3000 + b"]" * 3000 + b"}", "its lists and objects nest too deep"),
     ],
@@ -564,7 +564,7 @@ def test_csv_of_any_delimiter_and_encoding(
     loaded = load_examples(recipe(path, data__validation=str(path), **keys))
     assert list(loaded.train["text"]) == texts and loaded.label_names == ["ja", "nein"]
     if encoding == "cp1252":
-        assert "is not in UTF-8: byte 0xe9 in line 2; save it as UTF-8, or name what it is in" in _message(recipe(path))
+        assert "is not in UTF-8: byte 0xe9 in line 2; save it as UTF-8, or name its encoding" in _message(recipe(path))
         assert "data.encoding: 'latin-x' is no encoding" in _message(recipe(path, data__encoding="latin-x"))
 
 

@@ -121,7 +121,7 @@ def test_a_model_that_sees_learns_answers_and_is_exported(save: Callable[[Path],
     )  # fmt: skip
     result = train(recipe)
     assert result.after["perplexity"] < result.before["perplexity"] / 4
-    assert any(note.startswith("the language model is adapted; what sees the images stays") for note in result.notes)
+    assert any(note.startswith("the language model is adapted; the image encoder stays") for note in result.notes)
     assert set(result.answers[0]) == {"question", "expected", "before", "after"}
     assert result.example_images and Path(result.example_images[0]).is_file()
     loaded = load_adapter_model(result.folder)

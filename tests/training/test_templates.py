@@ -140,7 +140,7 @@ def test_calls_of_tools_are_learned_and_what_tools_return_is_not(tokenizer: PreT
 
 def test_answers_that_a_template_leaves_out_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = template("smolvlm")  # takes parts of messages, no texts
-    with pytest.raises(DataError, match="the chat template leaves out what message 2 says"):
+    with pytest.raises(DataError, match="the chat template leaves out the content of message 2"):
         learned(tokenizer, TURNS)
     tokenizer.chat_template = template("gemma")
     with pytest.raises(DataError, match="System role not supported; put the system prompt into the user's first"):

@@ -24,7 +24,7 @@ def analyze(
     ] = None,
     beside: Annotated[
         list[Path] | None,
-        typer.Option(help="Further adapters of the same base: what all their updates have in common."),
+        typer.Option(help="Further adapters of the same base, to measure the part that all their updates share."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for tables (CSV, JSON) and figures.")] = None,
     k: Annotated[
@@ -73,7 +73,7 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("report.html"),
     follow: Annotated[
-        bool, typer.Option("--follow", help="A run that trains: print what it logs, and keep a page of its curves.")
+        bool, typer.Option("--follow", help="A run in training: print its log, and keep a page of its curves.")
     ] = False,
 ) -> None:
     """Write one HTML page, without network, about one run or several."""

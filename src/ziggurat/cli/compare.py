@@ -17,7 +17,7 @@ def compare(
         str | None, typer.Option(metavar="K/N", help="Take the K-th of N parts of the runs, beside other programs.")
     ] = None,
     only_report: Annotated[
-        bool, typer.Option("--only-report", help="Run nothing; write the tables and plots of what has been done.")
+        bool, typer.Option("--only-report", help="Run nothing; write the tables and plots of the finished runs.")
     ] = False,
 ) -> None:
     """Run methods by tasks by seeds, what is done never again, and write the table with differences and plots."""

@@ -15,7 +15,7 @@ def doctor(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a finding and line.")] = False,
 ) -> None:
-    """Say what will not work together and why, before it fails. Exit code 1 if something surely won't."""
+    """List combinations that will not work, and why, before they fail. Exit code 1 if one surely won't."""
     import json as text
     from dataclasses import asdict
 

@@ -118,7 +118,7 @@ def score_file(adapter: str, file: Path | None, *, limit: int | None, batch: int
     from ziggurat.training.loop.report import class_table
 
     if file is None:
-        raise typer.BadParameter("say what to score on: --data FILE, a labelled file of your own, or --tasks")
+        raise typer.BadParameter("nothing to score on: give --data FILE, a labelled file of your own, or --tasks")
     out = out and out.expanduser()
     _check_places(out)
     subject = find_subject(adapter)

@@ -17,7 +17,7 @@ def init(
     model: Annotated[str | None, typer.Option(help="Folder or hub name of the model to start from.")] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="The task, instead of what FILE says: classification, tokens, instruct, ..."),
+        typer.Option(help="The task, instead of the one that FILE suggests: classification, tokens, instruct, ..."),
     ] = None,
 ) -> None:
     """Look at a file's columns and rows, and write a commented recipe for it."""

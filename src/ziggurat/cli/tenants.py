@@ -15,7 +15,7 @@ def tenants(
     ],
     tiers: Annotated[
         list[str] | None,
-        typer.Option("--tier", help="What they share: a tier, or a tensor by its key. Default: what they froze."),
+        typer.Option("--tier", help="A shared tier, or a shared tensor by its key. Default: the frozen tiers."),
     ] = None,
 ) -> None:
     """Save adapters that build on the same tensors as a set: these once, and each one's own in a small folder."""

@@ -9,7 +9,7 @@ def with_method(
     method: Annotated[str, typer.Argument(help="A method's name, as in `ziggurat plan MODEL method.name=msplora`.")],
     words: Annotated[
         list[str],
-        typer.Argument(metavar="[FIELD=VALUE]... -- PROGRAM [WORD]...", help="Fields of its config; what to run."),
+        typer.Argument(metavar="[FIELD=VALUE]... -- PROGRAM [WORD]...", help="Fields of its config; the program."),
     ],
 ) -> None:
     """Run a program that trains LoRA by PEFT, with another method in LoRA's place.

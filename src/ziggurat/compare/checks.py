@@ -12,7 +12,7 @@ from .evaluated import MAIN, NONE, evaluation_problems
 from .published import PUBLISHED
 
 _KEYS = {
-    "about": "one line that says what the table is",
+    "about": "one line about the table",
     "recipe": "a recipe to start from: a file, or one that ships",
     "set": "recipe keys for all runs",
     "methods": "label -> recipe keys of a method; `tasks:` in it names its only tasks, or changes keys for single ones",
@@ -103,7 +103,7 @@ def _tasks_problems(tasks: Any, has_recipe: bool) -> Iterator[str]:
             problem = f"tasks: '{task}' is not one of GLUE's ({', '.join(GLUE)}) and names no data.train of its own"
             if task in MAIN:
                 problem += (
-                    f"; what is trained on a task with data.train is scored on {task} by evaluate: {{tasks: [{task}]}}"
+                    f"; a model trained on a task with data.train is scored on {task} by evaluate: {{tasks: [{task}]}}"
                 )
             yield problem
 

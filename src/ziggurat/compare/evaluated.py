@@ -102,7 +102,7 @@ def evaluation_problems(given: Any) -> Iterator[str]:
         if "humaneval" in tasks and given.get("run_generated_code") is not True:
             yield (
                 "tasks: humaneval runs code that the model writes; say run_generated_code: true if that is all right "
-                "on these machines (docs/evaluation.md says what the limits are)"
+                "on these machines (docs/evaluation.md describes the limits)"
             )
     for key in ("limit", "batch"):
         value = given.get(key, 1)

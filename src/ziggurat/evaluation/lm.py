@@ -91,9 +91,7 @@ def check_writes_text(model: Any) -> None:
     """Raises RecipeError for classifiers and encoders: these tasks need a model that writes text."""
     can = getattr(model, "can_generate", None)
     if can is None or not can():
-        raise RecipeError(
-            "tasks of lm-eval ask what a language model writes; this model gives no text, but classes or vectors"
-        )
+        raise RecipeError("tasks of lm-eval need a language model; this model gives no text, but classes or vectors")
 
 
 def _check_room(lm: Any, task: Ready) -> None:

@@ -77,7 +77,7 @@ def ready(
     if "humaneval" in tasks and not run_code:
         raise RecipeError(
             "humaneval runs code that the model writes; say --run-generated-code if that is all right on this machine "
-            "(docs/evaluation.md says what the limits are)"
+            "(docs/evaluation.md describes the limits)"
         )
     check_folder(data)
     require(f"scoring {', '.join(tasks)}", "lm-eval")

@@ -85,9 +85,7 @@ def check_tasks(subject: Subject, tasks: list[str]) -> None:
     rest = [name for name in tasks if name not in glue]
     kind = _without_text(subject) if rest else None
     if kind is not None:
-        raise RecipeError(
-            f"{', '.join(rest)}: tasks of lm-eval ask what a language model writes; '{subject.model}' {kind}"
-        )
+        raise RecipeError(f"{', '.join(rest)}: tasks of lm-eval need a language model; '{subject.model}' {kind}")
 
 
 def _without_text(subject: Subject) -> str | None:

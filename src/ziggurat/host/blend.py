@@ -37,7 +37,7 @@ def check_request(known: Mapping[str, Any], adapters: Sequence[str], weights: Se
         ]
         if lost:
             raise ValueError(
-                f"adapter {name!r} trains by {' and '.join(lost)} what no combination of updates holds. Merge the "
+                f"adapter {name!r} trains {' and '.join(lost)}, which a combination of updates can't hold. Merge the "
                 "adapters into copies of the model, and combine those."
             )
     if kind.removesuffix("_svd") not in (*SUMS, *SPARSE):

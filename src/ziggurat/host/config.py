@@ -113,9 +113,9 @@ class MethodConfig(PeftConfig):
         None, "Tiers, or single tensors by their keys, that don't train.", check_names
     )
     from_adapter: str | None = option(None, "Folder of an adapter whose shared tensors are taken over, frozen.")
-    bank: dict[str, Any] | None = option(None, "What the adapter of a set builds on; not for the user to set.")
+    bank: dict[str, Any] | None = option(None, "The shared tensors of a set; not for the user to set.")
     ziggurat_version: str | None = option(None, "The version that wrote this config.")
-    ziggurat_format: int = option(1, "The form of what was written; see host/saved/names.py.")
+    ziggurat_format: int = option(1, "The version of the saved form; see host/saved/names.py.")
 
     @property
     def citation(self) -> str:
@@ -199,8 +199,8 @@ class MethodConfig(PeftConfig):
                 refused.append(f"{item.name}={shown(value)}{f' ({why})' if why else ''}")
         if refused:
             raise ConfigError(
-                f"{cls.__name__} can't follow LoRA's {', '.join(refused)}: take these fields out, or give what is "
-                "meant as fields of this method."
+                f"{cls.__name__} can't follow LoRA's {', '.join(refused)}: take these fields out, or set the "
+                "fields of this method instead."
             )
         return cls(**{**taken, **more})
 

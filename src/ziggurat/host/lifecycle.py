@@ -90,7 +90,7 @@ def resume(
             method.resume(root, state[method.name])
         else:
             logger.warning(
-                "resuming at step %d of %d without what %s knew of the run besides its weights: it starts anew",
+                "resuming at step %d of %d without the training state of %s, which starts anew from its weights",
                 *(done, total, method.card.shown),
             )
 

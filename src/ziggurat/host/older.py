@@ -88,8 +88,8 @@ def check_saved_whole(config: Any) -> None:
         lost += asked or ["the sharing that training changes"]
     if lost:
         raise ConfigError(
-            f"{', '.join(lost)}: PEFT {peft.__version__} saves the factors of an adapter alone, so what this trains "
-            "would be lost. Install peft>=0.21, or take the field's default."
+            f"{', '.join(lost)}: PEFT {peft.__version__} saves an adapter's factors only, so the values that this "
+            "trains would be lost. Install peft>=0.21, or take the field's default."
         )
 
 

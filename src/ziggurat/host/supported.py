@@ -117,8 +117,8 @@ def check_versions() -> None:
                 f"pip install '{package}>={LOWEST[package]}'."
             )
     remarks = [
-        f"{package} {version} is newer than {newest(package)}, the newest version that ziggurat was tested with. What "
-        "does not work may fail far from its cause; `ziggurat doctor` shows the tested versions."
+        f"{package} {version} is newer than {newest(package)}, the newest version that ziggurat was tested with. A "
+        "fault may show far from its cause; `ziggurat doctor` shows the tested versions."
         for package, version in installed().items()
         if package != "torch" and untested(package, version)
     ]

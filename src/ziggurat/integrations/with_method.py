@@ -45,8 +45,8 @@ def run_with(method: str, fields: Mapping[str, Any], program: Sequence[str]) -> 
         if code == 0 and not mark.exists():
             raise ConfigError(
                 f"{program[0]} has ended, and made no LoraConfig: nothing in it was trained by {method}. Does it train "
-                "LoRA by PEFT (TRL: --use_peft), and is ziggurat installed where it runs? What only loads adapters "
-                "needs no `ziggurat with`."
+                "LoRA by PEFT (TRL: --use_peft), and is ziggurat installed where it runs? A program that only "
+                "loads adapters needs no `ziggurat with`."
             )
     return code
 

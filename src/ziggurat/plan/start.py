@@ -77,7 +77,7 @@ def look(file: str, task: str | None = None) -> Start:
             "and a label, a list of labels, or a number (classification, multilabel, regression); tokens and tags "
             "(tokens); messages, prompt and completion, instruction and output, or text alone (instruct); source and "
             "target (seq2seq); prompt, chosen and rejected (dpo); prompt, completion and a label true or false (kto). "
-            "Rename columns, or say by --task what is to be learned"
+            "Rename columns, or choose a task by --task"
         )
     if encoding is not None:
         cells = (str(value) for row in table.to_list() for value in row.values())
@@ -259,8 +259,8 @@ def _size(text: str, model: str, proposals: Sequence[Proposal]) -> str:
 def _text(file: str, seen: Start, model: str, proposals: Sequence[Proposal], size: str) -> str:
     """The recipe, each line followed by its reason."""
     lines = [
-        f"# Written by `ziggurat init {_one_line(Path(file).name)}`: {seen.why}. Change what you know better;",
-        "# `ziggurat recipes --keys` says what every key means, `ziggurat plan MODEL RECIPE` what it costs.",
+        f"# Written by `ziggurat init {_one_line(Path(file).name)}`: {seen.why}. Change any value;",
+        "# `ziggurat recipes --keys` explains every key, `ziggurat plan MODEL RECIPE` estimates the cost.",
         _line("task", seen.task, seen.why),
         _line("model", model, size),
         *(f"# model: {each.name}  # {each.millions:g}M; {each.about}" for each in proposals if each.name != model),

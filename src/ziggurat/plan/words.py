@@ -26,5 +26,5 @@ def check_model_word(model: str) -> None:
     if (path / "adapter_config.json").is_file():
         raise ConfigError(
             f"{model} is an adapter's folder, and plan counts before there is one: ziggurat plan MODEL method.r=...; "
-            f"what the adapter has: ziggurat analyze {quote(model)}"
+            f"to inspect the adapter: ziggurat analyze {quote(model)}"
         )

@@ -293,7 +293,7 @@ def budget_problems(name: str, choice: dict[str, Any]) -> list[str]:
         return [f"method.budget: {name} has no rank to meet a budget with"]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         return [f"method.budget: needs a whole number of parameters, at least 1, got {value!r}"]
-    return [f"method.{key}: is what method.budget picks; keep one of them" for key in ranks(8) if key in choice]
+    return [f"method.{key}: is chosen by method.budget; keep one of them" for key in ranks(8) if key in choice]
 
 
 def convert(hint: Any, value: Any) -> Any:

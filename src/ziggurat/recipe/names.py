@@ -36,7 +36,7 @@ def page() -> str:
     lines = [
         "# Names from elsewhere",
         "",
-        "What recipes of other programs say, and the key of a recipe here that says it. `ziggurat train` answers each",
+        "Keys of other programs' recipes, and the key with the same meaning here. `ziggurat train` answers each",
         "of these names so, and says of the other options of these programs that no key stands for them. Columns of",
         "data have a table of their own in [recipes.md](recipes.md#instructions-chats-and-plain-text).",
     ]

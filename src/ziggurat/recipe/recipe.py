@@ -77,8 +77,7 @@ def find_recipe(source: str | Path) -> tuple[str, str]:
     path = Path(source).expanduser()
     if path.name.lower().removesuffix(".gz").endswith(_DATA) or _is_list(path):
         raise RecipeError(
-            f"'{source}' holds data, and a recipe is needed, which says what to do with them: "
-            f"`ziggurat init {shlex.quote(str(source))}` writes one"
+            f"'{source}' holds data, and a recipe is needed: `ziggurat init {shlex.quote(str(source))}` writes one"
         )
     if path.is_file():
         try:

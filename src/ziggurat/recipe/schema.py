@@ -53,7 +53,7 @@ class ColumnsPart(Part):
     tags: str | None = _named("the BIO tags of these words (else tags)")
     images: str | None = _named("the images of a conversation (else images or image)")
     source: str | None = _named("the text to be rewritten (else source, document, article, dialogue, text or input)")
-    target: str | None = _named("what it becomes (else target, summary, highlights or output)")
+    target: str | None = _named("the output text (else target, summary, highlights or output)")
     chosen: str | None = _named("the better of two answers (else chosen)")
     rejected: str | None = _named("the worse of two answers (else rejected)")
 
@@ -67,7 +67,7 @@ class RolesPart(Part):
         default=None, description="of the assistant (beside assistant, gpt, model, bot, ...)"
     )
     tool: list[str] | None = Field(
-        default=None, description="of what a tool returns (beside tool, observation, function, ...)"
+        default=None, description="of a tool's results (beside tool, observation, function, ...)"
     )
     call: list[str] | None = Field(
         default=None, description="of a message that is a call of a tool in JSON (beside function_call, tool_call)"
@@ -107,7 +107,7 @@ class DataPart(Part):
     label: str = Field(default="label", description="column with the class or the number to predict")
     label_names: list[str] | None = Field(default=None, description="names of the classes 0, 1, ...")
     label_separator: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None, description="multilabel: what stands between the labels of a text, e.g. `;`; lists need none"
+        default=None, description="multilabel: the text between the labels of a row, e.g. `;`; lists need none"
     )
     format: Literal["auto", "prompt", "alpaca", "messages", "text"] = Field(
         default="auto",
@@ -147,7 +147,7 @@ class DataPart(Part):
         default=None, description="of text files, e.g. cp1252; without it UTF-8, or UTF-16 where a mark says so"
     )
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
-        default=None, description="what stands between the columns of a csv file; without it that of its first line"
+        default=None, description="character between the columns of a csv file; without it the one of its first line"
     )
     drop_missing: bool = Field(
         default=False, description="leave out rows that lack a text or a label, and count them, instead of an error"
@@ -179,7 +179,7 @@ class RewardsPart(Part):
         description="rewards that are added up: exact, last_number, regex, json, length, or names of functions of your "
         "own, which come by `--reward FILE:NAME` or an installed package's entry point",
     )
-    weights: list[float] | None = Field(default=None, description="what each counts in the sum; without it 1")
+    weights: list[float] | None = Field(default=None, description="each one's weight in the sum; without it 1")
     answer: str = Field(default="answer", description="exact and last_number: column with the right answer")
     pattern: str | None = Field(default=None, description="regex: the regular expression to be found in a completion")
     most: Positive | None = Field(default=None, description="length: the most characters of a completion")
@@ -250,7 +250,7 @@ class TrainPart(Part):
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(default=0.0, description="AdamW's decoupled weight decay")
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(ge=0.0)]] | None = Field(
         default=None,
-        description="classification: what an example of each class counts in the loss, else 1; balanced: all classes "
+        description="classification: weight of an example of each class in the loss, else 1; balanced: all classes "
         "alike in sum",
     )
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
@@ -290,9 +290,9 @@ class TrainPart(Part):
 class Recipe(Part):
     """One complete run. `recipe.load_recipe` reads and checks it; build it in Python by `recipe.make_recipe`."""
 
-    about: str = Field(default="", description="one line that says what this is")
+    about: str = Field(default="", description="one line about this recipe")
     name: str = Field(default="run", description="names the output folder; without it the file's name")
-    task: TaskName = Field(default="classification", description="what is learned")
+    task: TaskName = Field(default="classification", description="the task to learn")
     model: str = Field(description="folder or hub name, or `embedded` (all-MiniLM-L6-v2 from the installed package)")
     gguf_file: str | None = Field(
         default=None, description="file in `model` when the weights are in llama.cpp's format"
@@ -322,7 +322,7 @@ class Recipe(Part):
         default="never", description="record the adapter's singular values after each epoch, every N steps, or never"
     )
     resume: bool = Field(default=False, description="go on from the last checkpoint of an interrupted run")
-    overwrite: bool = Field(default=False, description="replace what an earlier run left in the output folder")
+    overwrite: bool = Field(default=False, description="replace the files of an earlier run in the output folder")
     data: DataPart
     head: HeadPart = HeadPart()
     rewards: RewardsPart = RewardsPart()

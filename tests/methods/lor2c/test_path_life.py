@@ -256,7 +256,9 @@ class Strange(nn.Module):
         return self.linear(x[:, ::2])
 
 
-@pytest.mark.parametrize(("what", "message"), [("output", "returns a ModelOutput"), ("shape", "keep the shape")])
+@pytest.mark.parametrize(
+    ("what", "message"), [("output", "returns a ModelOutput"), ("shape", "has the shape of their input")]
+)
 def test_layers_that_no_path_can_go_around(what: str, message: str) -> None:
     base = nn.Module()
     base.layers = nn.ModuleList(Strange(what) for _ in range(2))

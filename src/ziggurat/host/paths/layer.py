@@ -110,7 +110,7 @@ class PathLayer(WithoutBase, MethodLayer, nn.Module):
         if x.shape != y.shape:
             raise ConfigError(
                 f"layer {self.layer} returns {tuple(y.shape)}, but the span of adapter {adapter!r} reads "
-                f"{tuple(x.shape)}: a path needs layers that keep the shape of what passes through them. Leave this "
+                f"{tuple(x.shape)}: a path needs layers whose output has the shape of their input. Leave this "
                 "layer out by layers_to_transform, or end the span before it."
             )
         a, b = on_device(self.effective_pair(adapter, self.context(adapter)), y.device)
@@ -145,15 +145,15 @@ RUN_ALONE = (
     "around single layers (no spans, no merges)."
 )
 RECOMPUTED = (
-    "is recomputed in a backward, and what its checkpoint has kept of the forward doesn't lead back to it. Checkpoint "
-    "`layer.forward` as transformers does since 5.20, or call torch.utils.checkpoint with the layer and its hidden "
-    "states as an argument, or use paths around single layers (no spans, no merges)."
+    "is recomputed in a backward, and its checkpoint has kept nothing from the forward that leads back to it. "
+    "Checkpoint `layer.forward` as transformers does since 5.20, or call torch.utils.checkpoint with the layer and its "
+    "hidden states as an argument, or use paths around single layers (no spans, no merges)."
 )
 
 
 def _lacks(span: Span, layer: int, why: str) -> str:
     return (
-        f"the path over layers {span.first} to {span.last} needs what layer {span.first} read, but layer {layer} {why}"
+        f"the path over layers {span.first} to {span.last} needs the input of layer {span.first}: layer {layer} {why}"
     )
 
 
@@ -168,7 +168,7 @@ def check_room(layer: nn.Module, name: str) -> None:
     """Raise ConfigError if no path can be a child of `layer`, called `name` in its model. Changes nothing."""
     if isinstance(layer, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         raise ConfigError(
-            f"layer {name!r} is a {type(layer).__name__}, which runs whatever children it has, so no path can be put "
+            f"layer {name!r} is a {type(layer).__name__}, which runs all its children, so no path can be put "
             "beside them. Wrap it in a module of its own with a forward."
         )
     if hasattr(layer, CHILD) and path_of(layer) is None:

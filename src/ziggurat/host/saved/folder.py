@@ -151,7 +151,7 @@ def _auto_class(config: PeftConfig, folder: str | Path) -> Any:
         ):
             return model_class
     raise ConfigError(
-        f"{folder} doesn't say what task its model is for (task_type is empty and auto_mapping names "
+        f"{folder} doesn't name the task of its model (task_type is empty and auto_mapping names "
         f"{name or 'no class'!r}). Load the base model yourself and use ziggurat.export.export_model."
     )
 

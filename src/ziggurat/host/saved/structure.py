@@ -60,7 +60,7 @@ class MergingConfig(MethodConfig):
 
     no_factors = frozenset({STRUCTURE})
 
-    structure: dict[str, Any] | None = option(None, "Which layers share what; not for the user to set.")
+    structure: dict[str, Any] | None = option(None, "Which layers share which tensors; not for the user to set.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -75,7 +75,7 @@ def shared_tiers(method: Method, config: Any) -> list[str]:
     if not config.sites:
         raise ConfigError(
             "the adapter was saved by an older version, which didn't note where it acts: load it and save it again, or "
-            "name what is shared in freeze_tiers."
+            "name the shared tiers in freeze_tiers."
         )
     readers: dict[str, int] = defaultdict(int)
     tiers: dict[str, str] = {}
@@ -121,7 +121,7 @@ def check_frozen(method: Method, config: Any, sites: Mapping[str, Site], specs: 
                 there = f"has it as {held[name].shape}" if name in held else "has no such tensor"
                 raise ConfigError(
                     f"{path!r} needs {key} as {spec.shape} ({name}), and {config.from_adapter} {there}. Was it trained "
-                    "on another base model, or does freeze_tiers name what it hasn't?"
+                    "on another base model, or does freeze_tiers name a tensor that it doesn't have?"
                 )
 
 

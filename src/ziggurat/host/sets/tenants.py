@@ -148,7 +148,7 @@ def _split(folder: Path, tiers: Sequence[str] | None) -> _Parts:
     state = current_names(loaded_tensors(folder), method)
     if not names or not names <= state.keys():
         raise ConfigError(
-            f"{folder} has nothing to share by tiers={shown(chosen)}: name what its adapters have in common, tiers or "
+            f"{folder} has nothing to share by tiers={shown(chosen)}: name the tiers that its adapters share, or "
             "tensors by their keys. (An adapter of an older version: load it and save it again.)"
         )
     private = {name: tensor for name, tensor in state.items() if name not in names}

@@ -199,8 +199,8 @@ def _width(config: LoR2CConfig, model: nn.Module, layer: str) -> int:
             )
     if width is None:
         raise ConfigError(
-            f"the width of what passes layer {layer!r} can't be seen: no linear in it reads and none writes that size. "
-            "Set hidden_size."
+            f"the width of the hidden states at layer {layer!r} can't be seen: no linear layer in it reads or writes "
+            "that size. Set hidden_size."
         )
     return width
 

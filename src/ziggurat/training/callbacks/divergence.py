@@ -106,4 +106,4 @@ def _hint(args: TrainingArguments) -> str:
     if not args.max_grad_norm:
         parts.append("clip gradients by train.max_grad_norm=1.0")
     parts.append("or look for damaged weights in the base model and for NaN in the data")
-    return f"What helps: {', '.join(parts)}."
+    return f"Remedies: {', '.join(parts)}."

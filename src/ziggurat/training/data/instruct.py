@@ -80,7 +80,7 @@ def shape_of(recipe: Recipe, table: Dataset, source: str) -> str:
         if not fits(wanted):
             raise DataError(
                 f"data.format: {wanted} needs {_needed(wanted)}, {source} has {', '.join(names)}; "
-                "data.columns.* says what they are called"
+                "name its columns in data.columns.*"
             )
         return wanted
     # Columns that the recipe names take precedence over columns with a usual name.
@@ -96,8 +96,8 @@ def shape_of(recipe: Recipe, table: Dataset, source: str) -> str:
     if shape is None:
         shapes = "; ".join(map(_needed, _SHAPES))
         raise DataError(
-            f"{source} has the columns {', '.join(names)}; instruct needs one of: {shapes}; data.columns.* says what "
-            "they are called, for example data.columns.prompt"
+            f"{source} has the columns {', '.join(names)}; instruct needs one of: {shapes}; name its "
+            "columns in data.columns.*, for example data.columns.prompt"
         )
     return shape
 
@@ -225,7 +225,7 @@ def _chat(
     for key in unread:
         counts[f"have {key} in their messages, which is not read"] += 1
     if places[-1] + 1 < len(messages):
-        counts["go on behind the last answer; what follows it is left out"] += 1
+        counts["go on after the last answer; the messages after it are left out"] += 1
     messages, rest = messages[: places[-1] + 1], messages[places[-1] + 1 :]
     sources = sources[: len(sources) - sum(message["content"].count(IMAGE) for message in rest)]
     answers = [messages[place] for place in places if place >= learned]

@@ -32,8 +32,7 @@ def check_sets(recipe: Recipe, values: Iterable[Any], faults: Faults) -> None:
         elif isinstance(value, str) and separator is None:
             faults.add(
                 index,
-                f"a text in column '{column}': say in data.label_separator what stands between its labels, or write "
-                "lists",
+                f"a text in column '{column}': set data.label_separator to the text between its labels, or write lists",
             )
         elif isinstance(value, dict | bytes):
             faults.add(index, f"column '{column}': a list of classes is needed, this is {kind_of(value)}")
@@ -66,7 +65,7 @@ def sets_of(recipe: Recipe, tables: Sequence[Dataset], source: str) -> tuple[lis
     if len(names) < 2:
         raise DataError(
             f"data.label: column '{recipe.data.label}' of {source} has {len(names)} classes, and multilabel needs two "
-            "at least; data.label_separator says what stands between the labels of a text"
+            "at least; data.label_separator is the text between the labels of a row"
         )
     return names, [_hot(part, counts, len(names)) for part, (_, counts) in zip(places, parts, strict=True)]
 

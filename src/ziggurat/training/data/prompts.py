@@ -45,7 +45,7 @@ def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, st
     if not column:
         raise DataError(
             f"{source} has the columns {', '.join(table.column_names)}; {recipe.task} needs prompt, messages or "
-            "instruction; data.columns.* says what they are called, for example data.columns.prompt"
+            "instruction; name its columns in data.columns.*, for example data.columns.prompt"
         )
     besides = {name: column_of(recipe, name, table, source) for name in ("system", "input")}
     if shape != "instruction":
@@ -81,7 +81,7 @@ def _check_columns(recipe: Recipe, rows: Dataset, source: str) -> list[str]:
         raise DataError(
             f"rewards.answer: {', '.join(sorted(needed))} compares with column '{recipe.rewards.answer}', "
             f"{source} has {', '.join(rows.column_names)}"
-            + (f"; '{_OWN}' is what the model writes itself: rename the column" if _OWN in rows.column_names else "")
+            + (f"; '{_OWN}' is reserved for completions: rename the column" if _OWN in rows.column_names else "")
         )
     if _OWN in rows.column_names:
         return [f"{source}: column '{_OWN}' doesn't reach reward functions, which get the model's own; rename it"]

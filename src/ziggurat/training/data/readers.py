@@ -105,7 +105,7 @@ def read_bytes(path: Path, encoding: str | None = None) -> bytes:
         named = encoding or marked or "UTF-8"
         raise DataError(
             f"{path} is not in {named}: byte 0x{content[error.start]:02x} in line {line}; save it as UTF-8, or name "
-            "what it is in data.encoding, for example cp1252 or latin-1"
+            "its encoding in data.encoding, for example cp1252 or latin-1"
         ) from error
     return content if not marked and encoding is None else text.removeprefix("\ufeff").encode()
 

@@ -35,7 +35,7 @@ def to_sources(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, st
         usual = "; ".join(f"{name}: {' or '.join(ALIASES[name])}" for name in lacking)
         raise DataError(
             f"{source} has the columns {', '.join(table.column_names)}, and {recipe.task} needs a source and a target "
-            f"({usual}); data.columns.{lacking[0]} says what it is called"
+            f"({usual}); name the column in data.columns.{lacking[0]}"
         )
     faults, rows = Faults(source, len(table)), []
     for index, cells in enumerate(zip(*(table[str(column)] for column in given.values()), strict=True)):

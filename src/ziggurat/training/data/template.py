@@ -66,7 +66,7 @@ def answer_spans(
         end = _end(tokenizer, messages, tools, place, whole, ends)
         ending = messages[place]["content"].strip()[-20:]
         if start > end or ending not in whole[start:end]:
-            raise DataError(f"the chat template leaves out what message {place + 1} says, or writes it otherwise")
+            raise DataError(f"the chat template leaves out the content of message {place + 1}, or changes it")
         spans.append((start, end))
     return whole, spans
 
@@ -108,7 +108,7 @@ def _content_at(
     probed[place] = {**messages[place], "content": _PROBE + content if before else content + _PROBE}
     front, mark, behind = rendered(tokenizer, probed, tools).partition(_PROBE)
     if not mark or not content or front + behind != whole:
-        raise DataError(f"nothing tells where message {place + 1} stands in what the chat template writes")
+        raise DataError(f"message {place + 1} can't be located in the chat template's output")
     return len(front)
 
 

@@ -73,7 +73,7 @@ class RunFolder:
             )
         elif self.work.exists():
             step = self.last_checkpoint()
-            left = f"an interrupted run, last checkpoint {step.name}" if step else "what a run without checkpoint left"
+            left = f"an interrupted run, last checkpoint {step.name}" if step else "a run without checkpoint"
             go_on = "Go on with resume=true, s" if step else "S"
             raise RecipeError(
                 f"output: '{shown}.unfinished' holds {left}. {go_on}tart afresh with overwrite=true, "

@@ -270,9 +270,9 @@ def _notes(recipe: Recipe, processes: Processes, fit: Fit | None, spec: HeadSpec
         yield f"training goes on from the adapter in {recipe.adapter}"
     if spec.images:
         adapted = {
-            "language": "the language model is adapted; what sees the images stays as it is (tower: both has both)",
-            "vision": "what sees the images is adapted; the language model stays as it is (tower: both has both)",
-            "both": "the language model and what sees the images are adapted",
+            "language": "the language model is adapted; the image encoder stays frozen (tower: both adapts both)",
+            "vision": "the image encoder is adapted; the language model stays frozen (tower: both adapts both)",
+            "both": "the language model and the image encoder are adapted",
         }
         yield adapted[recipe.tower]
     if processes.way != "one":
