@@ -6,11 +6,14 @@ The metadata of what is installed is written from pyproject.toml, so that these 
 import importlib
 import importlib.util
 import json
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
@@ -207,3 +210,16 @@ def test_an_import_that_fails_is_told_with_its_reason(monkeypatch: pytest.Monkey
 def test_a_config_saved_here_names_who_wrote_it(place: Path) -> None:
     """What is there for somebody whose door is shut: PEFT's own error is a KeyError."""
     assert PeftConfig.from_json_file(str(place / "msplora" / "adapter_config.json"))["ziggurat_version"]
+
+
+@pytest.mark.skipif(peft.__version__ != "0.21.2" or shutil.which("git") is None, reason="the patch is for PEFT 0.21.2")
+def test_the_change_that_is_proposed_to_peft_applies(tmp_path: Path) -> None:
+    """docs/peft-entry-points.md. With it an adapter loaded without the door, by hand."""
+    page = (Path(__file__).parents[1] / "docs" / "peft-entry-points.md").read_text(encoding="utf-8")
+    (tmp_path / "change.diff").write_text(page.partition("```diff\n")[2].partition("```")[0])
+    for name in ("mapping.py", "utils/peft_types.py"):
+        (tmp_path / "src/peft" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(peft.__file__).parent / name, tmp_path / "src/peft" / name)
+    subprocess.run(["git", "apply", "--whitespace=nowarn", "change.diff"], cwd=tmp_path, check=True)
+    assert "_ConfigMapping()" in (tmp_path / "src/peft/mapping.py").read_text()
+    assert "_member_map_" in (tmp_path / "src/peft/utils/peft_types.py").read_text()

@@ -321,16 +321,24 @@ def test_the_script_answers_what_only_prints_without_torch(words: list[str]) -> 
     assert loaded & {"torch", "transformers", "peft", "numpy", *HEAVY} <= parser
 
 
-def test_a_shell_completes_without_torch() -> None:
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("ziggurat an", ["analyze"]),
+        ("ziggurat train train.ep", ["train.epochs=", "train.epochs=3.0"]),
+    ],
+)
+def test_a_shell_completes_without_torch(typed: str, offered: list[str]) -> None:
     call = (
         "import sys, json; sys.argv = ['ziggurat']\nfrom ziggurat_command import main\n"
         "try:\n    main()\nexcept SystemExit:\n    print(json.dumps(sorted(sys.modules)))"
     )
-    asks = {"_ZIGGURAT_COMPLETE": "complete_bash", "COMP_WORDS": "ziggurat an", "COMP_CWORD": "1"}
+    place = str(len(typed.split()) - 1)
+    asks = {"_ZIGGURAT_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": place}
     command = [sys.executable, "-W", "ignore", "-c", call]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | asks)
     *words, modules = done.stdout.splitlines()
-    assert words == ["analyze"] and not {"torch", "peft"} & set(json.loads(modules))
+    assert words == offered and not {"torch", "peft"} & set(json.loads(modules))
 
 
 @pytest.mark.parametrize(

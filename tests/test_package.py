@@ -193,3 +193,24 @@ def tracked_files() -> list[Path]:
         pytest.skip("not a git checkout")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return [path for name in listed.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_workflows_call_what_there_is() -> None:
+    """Targets of the Makefile, programs of `.ci/clients`, the Pythons that the package promises."""
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    clients = re.findall(r'^    "(\w+)": Client\(', (ROOT / ".ci/clients").read_text(encoding="utf-8"), re.MULTILINE)
+    files = (ROOT / ".github" / "workflows").glob("*.yml")
+    jobs = [job for file in files for job in yaml.safe_load(file.read_text(encoding="utf-8"))["jobs"].items()]
+    lines = [step["run"] for _, job in jobs for step in job["steps"] if "run" in step]
+    made = {line.split()[1] for line in lines if line.startswith("make ")}
+    assert {"check", "test", "site"} <= made <= set(targets)
+    assert {line.split()[0] for line in lines if "/" in line.split()[0]} == {".ci/clients"}
+    asked = dict(jobs)["clients"]["strategy"]["matrix"]["client"]
+    assert set(asked) <= set(clients) and {"trl", "lm_eval"} <= set(asked)
+    promised = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", line)]
+    assert dict(jobs)["tests"]["strategy"]["matrix"]["python"] == promised
+
+
+def test_the_site_has_every_page() -> None:
+    nav = re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2])
+    assert sorted(nav) == sorted(file.name for file in (ROOT / "docs").glob("*.md"))

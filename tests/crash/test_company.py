@@ -1,6 +1,5 @@
 """Two programs and one output; folders that a killed program has left on its way."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,26 +10,38 @@ from places import Place
 from ziggurat.errors import RecipeError
 from ziggurat.training.folder import workplace
 from ziggurat.training.folder.run_folder import RunFolder
+from ziggurat.training.loop.run import train
 
-HOLD = (
-    "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
-)
+#: What holds a folder: a program with the locks that the system has, or one on a system without `fcntl`, as Windows.
+HOLD = {
+    "fcntl": "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX)",
+    "filelock": "import filelock, sys; f = filelock.FileLock(sys.argv[1]); f.acquire()",
+}
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no such locks")
-def test_a_second_program_is_refused_while_the_first_lives(place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("locks", HOLD)
+def test_a_second_program_is_refused_while_the_first_lives(
+    locks: str, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if locks == "filelock":
+        monkeypatch.setitem(sys.modules, "fcntl", None)
     first = RunFolder(place.recipe(tmp_path / "out"))
     first.check()
     first.open()
     first.lock.release()
-    words = [sys.executable, "-c", HOLD, str(first.work / workplace.LOCK)]
+    program = f"{HOLD[locks]}; print('held', flush=True); input()"
+    words = [sys.executable, "-c", program, str(first.work / workplace.LOCK)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         for more in ({}, {"overwrite": True}, {"resume": True}):
             with pytest.raises(RecipeError, match=r"another program is training into .*out'"):
                 RunFolder(place.recipe(tmp_path / "out", **more)).check()
         other.kill()
-    RunFolder(place.recipe(tmp_path / "out", overwrite=True)).check()
+    if locks == "fcntl":
+        RunFolder(place.recipe(tmp_path / "out", overwrite=True)).check()
+    else:  # nothing else here knows of such a system: a whole run
+        assert train(place.recipe(tmp_path / "out", overwrite=True, train__max_steps=5)).folder.is_dir()
+    assert [file.name for file in tmp_path.iterdir()] == ["out" if locks == "filelock" else "out.unfinished"]
 
 
 def ready(place: Place, out: Path, **more: bool) -> RunFolder:

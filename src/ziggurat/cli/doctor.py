@@ -7,11 +7,17 @@ import typer
 
 from ziggurat.terminal import clean, say
 
+from .complete import recipe_words
+
 
 def doctor(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="RECIPE-OR-ADAPTER KEY=VALUE", help="Recipe, or adapter folder; nothing: this machine."),
+        typer.Argument(
+            metavar="RECIPE-OR-ADAPTER KEY=VALUE",
+            help="Recipe, or adapter folder; nothing: this machine.",
+            autocompletion=recipe_words,
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a finding and line.")] = False,
 ) -> None:

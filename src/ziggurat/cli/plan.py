@@ -9,12 +9,18 @@ import typer
 from ziggurat.files.staging import write_whole
 from ziggurat.terminal import Console, say
 
+from .complete import recipe_words
+
 
 def plan(
     model: Annotated[str, typer.Argument(help="Model folder, config.json, hub name in the cache, or embedded.")],
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="RECIPE KEY=VALUE", help="A recipe, and values that replace its own (method.r=16)."),
+        typer.Argument(
+            metavar="RECIPE KEY=VALUE",
+            help="A recipe, and values that replace its own (method.r=16).",
+            autocompletion=recipe_words,
+        ),
     ] = None,
     budget: Annotated[
         str | None, typer.Option(help="Find the largest rank for a share of the model (0.1%) or a number (300k).")
@@ -77,7 +83,10 @@ def _choice(values: dict[str, object], problems: list[str]) -> dict[str, object]
 
 
 def suggest(
-    words: Annotated[list[str], typer.Argument(metavar="RECIPE KEY=VALUE", help="A recipe with method msplora.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE KEY=VALUE", help="A recipe with method msplora.", autocompletion=recipe_words),
+    ],
     budget: Annotated[
         str | None, typer.Option(help="A share of the model (0.1%) or a number (300k); without it the recipe's own.")
     ] = None,

@@ -13,6 +13,7 @@ from ziggurat.files.staging import check_writable
 from ziggurat.terminal import Console, say
 
 from .chat import Adapter, Seed, System, Temperature, Tokens, TopK, TopP
+from .complete import recipe_words
 from .folder import check_hub, push
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def train(
         typer.Argument(
             metavar="RECIPE KEY=VALUE",
             help="A recipe file or the name of one that ships, and values that replace its own.",
+            autocompletion=recipe_words,
         ),
     ] = None,
     push_to_hub: Annotated[

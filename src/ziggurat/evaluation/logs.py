@@ -37,7 +37,7 @@ def answer_logs(loaded: Loaded, rows: Sequence[Any], batch: int, notes: list[str
         with torch.no_grad():
             outputs = loaded.model(input_ids=ids, attention_mask=there).logits[:, :-1].float()
         losses = cross_entropy(outputs.transpose(1, 2), ids[:, 1:], reduction="none") * learned
-        logs.append(-losses.sum(-1).double().cpu().numpy())
+        logs.append(-losses.sum(-1).cpu().double().numpy())
         counts.append(learned.sum(-1).cpu().numpy())
     total = np.concatenate(counts)
     if not total.any():
@@ -69,6 +69,6 @@ def seen_logs(loaded: Loaded, table: Dataset, batch: int, notes: list[str]) -> t
         with torch.no_grad():
             outputs = loaded.model(**inputs).logits[:, :-1].float()
         losses = cross_entropy(outputs.transpose(1, 2), labels, reduction="none", ignore_index=-100)
-        logs.append(-losses.sum(-1).double().cpu().numpy())
+        logs.append(-losses.sum(-1).cpu().double().numpy())
         counts.append(labels.ne(-100).sum(-1).cpu().numpy())
     return np.concatenate(logs), np.concatenate(counts)

@@ -39,14 +39,18 @@ def write_gguf(folder: Path, base_model: str) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
     if done.returncode != 0 or not (folder / ADAPTER).is_file():
         reason = next(filter(str.strip, reversed(done.stderr.splitlines())), "it says nothing of why")
-        raise ExportError(f"{CONVERTER} can't convert {folder}: {reason.strip()}")
+        raise ExportError(f"{CONVERTER} can't convert {folder}, which stays as --serving writes it: {reason.strip()}")
     return folder / ADAPTER
 
 
-def modelfile(base_model: str, adapter: str = ".") -> str:
-    """The Modelfile for `ollama create NAME -f Modelfile`. `adapter`: `.`, or the name of a GGUF file."""
+def modelfile(base_model: str | None, adapter: str = ".") -> str:
+    """The Modelfile for `ollama create NAME -f Modelfile`. `adapter`: `.`, or the name of a GGUF file.
+
+    A folder is named by its whole path, as Ollama looks beside the Modelfile. A line break would begin an instruction.
+    """
+    base = str(Path(base_model).resolve()) if base_model and Path(base_model).is_dir() else base_model
     return f"""# ollama create NAME -f Modelfile
 # FROM is the adapter's own base: a folder of safetensors, a GGUF file, or a model that Ollama has of it.
-FROM {base_model}
+FROM {base if base and base.isprintable() else "BASE"}
 ADAPTER {adapter if adapter == "." else f"./{adapter}"}
 """

@@ -63,8 +63,12 @@ def _export(
     serving: bool,
     add: Callable[[Path], Any],
     saved: Collection[str] | None = None,
+    base_model: str | None = None,
 ) -> Exported:
-    """`export_model`, with `add` to put files into the folder before it appears. `saved`: as in `as_plain`."""
+    """`export_model`, with `add` to put files into the folder before it appears. `saved`: as in `as_plain`.
+
+    `base_model`: where the adapter's own note of it is wrong.
+    """
     if serving and getattr(model.peft_config[adapter], "target_parameters", None):  # type: ignore[index]
         raise ExportError(
             f"adapter {adapter!r} adapts fused experts, which vLLM names one by one in most models and as PEFT does in "
@@ -83,7 +87,7 @@ def _export(
         )
         lora.save_pretrained(str(folder))
         if serving:
-            (folder / "Modelfile").write_text(modelfile(config.base_model_name_or_path or "BASE"), encoding="utf-8")
+            (folder / "Modelfile").write_text(modelfile(base_model or config.base_model_name_or_path), encoding="utf-8")
         (folder / "README.md").write_text(card(bare(model), config, lora.r, serving), encoding="utf-8")
         add(folder)
     pairs = sum(name.endswith(".lora_A.weight") for name in tensors)
@@ -111,4 +115,5 @@ def export(adapter: str | Path, out: str | Path, *, serving: bool = False, base_
     return _export(
         *(model, Path(out), "default", serving, lambda folder: copy_tokenizer(Path(adapter), folder)),
         saved=tensor_shapes(adapter),
+        base_model=base_model,
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path, PurePath, PureWindowsPath
@@ -76,10 +77,17 @@ def _contents(folder: Path) -> Iterator[tuple[str, Any]]:
         elif inside == "recipe.yaml":
             values = _renamed(yaml.safe_load(file.read_text(encoding="utf-8")), short)
             yield inside, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
-        elif inside in ("adapter_config.json", "config.json", "README.md", "Modelfile") and base:
+        elif inside in ("adapter_config.json", "config.json", "README.md") and base:
             yield inside, file.read_text(encoding="utf-8").replace(json.dumps(base)[1:-1], name).encode()
+        elif inside == "Modelfile":
+            yield inside, re.sub(r"(?<=^FROM ).+", _last_part, file.read_text(encoding="utf-8"), flags=re.M).encode()
         else:
             yield inside, str(file)
+
+
+def _last_part(path: re.Match[str]) -> str:
+    """The name of what a whole path names; a model's name as it is."""
+    return _pure(path[0]).name if _pure(path[0]).is_absolute() else path[0]
 
 
 def _base(folder: Path) -> tuple[str | None, str]:

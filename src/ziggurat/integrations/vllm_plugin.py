@@ -88,8 +88,8 @@ def _is_ours(kind: Any) -> bool:
 
 
 def _cache() -> Path:
-    if CACHE in os.environ:
-        return Path(os.environ[CACHE])
+    if named := os.environ.get(CACHE):
+        return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ziggurat" / "served"
 
 

@@ -37,7 +37,8 @@ def run_with(method: str, fields: Mapping[str, Any], program: Sequence[str]) -> 
     of_method(LoraConfig(), method, fields)  # raises before minutes have passed
     executable = shutil.which(program[0]) or shutil.which(program[0], path=str(Path(sys.executable).parent))
     if executable is None:
-        raise ConfigError(f"there is no program {program[0]!r}: neither on PATH nor beside {sys.executable}.")
+        a_file = " It is a file that can't be run by itself: `python FILE`?" if Path(program[0]).is_file() else ""
+        raise ConfigError(f"there is no program {program[0]!r}: neither on PATH nor beside {sys.executable}.{a_file}")
     with tempfile.TemporaryDirectory(prefix="ziggurat-with-") as folder:
         mark = Path(folder) / "made"
         request = {"method": method, "fields": dict(fields), "plugins": loaded(), "mark": str(mark)}

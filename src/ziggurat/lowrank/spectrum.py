@@ -1,7 +1,8 @@
 """Measures of an update's singular values, computed from its factors.
 
 The dense (d_out, d_in) update is never formed. Half-precision factors are computed in float32, float64
-stays float64. NaN: from factors it is an error, in a given spectrum it is passed on to the result.
+stays float64. NaN: from factors it is an error, in a given spectrum it is passed on to the result. Factors on Apple's
+GPU, for which torch has no QR decomposition, are decomposed on the processor.
 """
 
 import torch
@@ -100,6 +101,7 @@ def _factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
                 f"factor {name} {tuple(factor.shape)} has NaN or infinite entries, so it has no singular "
                 "values: the training diverged or the file is damaged. Lower the learning rate or reload."
             )
+    A, B = (factor.cpu() if factor.device.type == "mps" else factor for factor in (A, B))
     return _exact(A), _exact(B)
 
 

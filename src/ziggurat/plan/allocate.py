@@ -71,7 +71,7 @@ def sensitivities(model: nn.Module, adapter: str = "default", by_role: bool = Fa
             if A.grad is None or B.grad is None:
                 continue
             score = (A * A.grad).abs().mean(1) + (B * B.grad).abs().mean(0)
-            values = score.sort(descending=True).values.double().cpu().numpy()
+            values = score.sort(descending=True).values.cpu().double().numpy()
             key = f"{tier_of(name)}:{role_of(name)}" if by_role else tier_of(name)
             gains_by_tier[key] = gains_by_tier.get(key, np.zeros(len(values))) + values
     return gains_by_tier

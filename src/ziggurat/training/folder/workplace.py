@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from ziggurat.errors import RecipeError
 from ziggurat.files.staging import open_weights, storage_trouble, sync, sync_tree, told_of_storage
@@ -32,30 +32,45 @@ class Lock:
     """Keeps other processes out of a working folder; the system releases it when this process dies.
 
     A lock of the process, not of the open file: child processes that prepare batches don't inherit it.
+    Without `fcntl`, as on Windows, it is filelock's: child processes there don't inherit open files.
     """
 
     def __init__(self, work: Path) -> None:
         self.path = work / LOCK
-        self._file: IO[str] | None = None
+        self._let_go: Callable[[], Any] | None = None
 
     @property
     def held(self) -> bool:
-        return self._file is not None
+        return self._let_go is not None
 
     def take(self) -> bool:
         """Returns False if another process holds it. On a file system without locks it always succeeds."""
         if self.held:
             return True
-        self._file = self.path.open("w")
         try:
             import fcntl
-
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            return self._take_elsewhere()
+        file = self.path.open("w")
+        self._let_go = file.close
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             self.release()
             return False
-        except (ImportError, OSError):
+        except OSError:
             pass
+        return True
+
+    def _take_elsewhere(self) -> bool:
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.path, blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            return False
+        self._let_go = lock.release
         return True
 
     def is_taken(self) -> bool:
@@ -67,9 +82,11 @@ class Lock:
         return taken
 
     def release(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._let_go is not None:
+            self._let_go()
+            self._let_go = None
+            with contextlib.suppress(OSError):  # empty where a locked file couldn't be deleted with its folder
+                self.path.parent.rmdir()
 
 
 def make(work: Path, files: Mapping[str, str]) -> None:

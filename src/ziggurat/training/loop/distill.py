@@ -83,10 +83,10 @@ class Distilled(Drawing):
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs).double()
-        tokens = inputs["completion_mask"].sum().double()
+            loss = self.compute_loss(model, inputs).float()
+        tokens = inputs["completion_mask"].sum().to(loss)
         rows = torch.full_like(tokens, len(inputs["completion_mask"]))
-        self._sums += self.accelerator.gather(torch.stack([loss * tokens, tokens, rows])[None]).sum(0).cpu()
+        self._sums += self.accelerator.gather(torch.stack([loss * tokens, tokens, rows])[None]).sum(0).cpu().double()
         return loss, None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -194,8 +194,8 @@ class Rewarded(Drawing):
         output = super().evaluation_loop(*args, **kwargs)
         self._metrics["eval"].clear()  # means of batches, of which the last may be smaller
         rows = len(self.eval_dataset)
-        scores = torch.cat([rewards for rewards, _ in self._scored])[:rows].double()
-        lengths = torch.cat([lengths for _, lengths in self._scored])[:rows].double()
+        scores = torch.cat([rewards for rewards, _ in self._scored])[:rows].cpu().double()
+        lengths = torch.cat([lengths for _, lengths in self._scored])[:rows].cpu().double()
         weighted = (scores * self.reward_weights.to(scores)).nansum(1)
         weighted[scores.isnan().all(1)] = torch.nan
         scores_by_name = {"reward": weighted.nanmean(), "tokens": lengths.mean()}
