@@ -7,9 +7,12 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import versions
+import ziggurat
 from methods_table import METHODS, logits, zoo_config
 from tolerance import assert_models_agree
 from zoo import ZOO, shallow
@@ -197,3 +200,25 @@ def _to_meta(value: Any) -> Any:
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
+
+
+class AppleLike(TorchDispatchMode):
+    """Refuses what Apple's GPU refuses: tensors in float64, and, in many versions of torch, decompositions."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        assert not any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in tree_leaves(out)), func
+        assert not any(name in str(func) for name in ("linalg_qr", "linalg_svd", "linalg_eigh")), func
+        return out
+
+
+@every_method
+def test_a_training_step_asks_nothing_that_apples_gpu_lacks(method: str) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(ZOO["llama"].build(), zoo_config(method, "llama", init_weights=False, lora_dropout=0.1))
+    inputs, optimizer = ZOO["llama"].inputs(), torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with AppleLike():
+        for step in range(2):
+            ziggurat.step(model, step, 4, optimizer)
+            model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+            optimizer.step()
