@@ -145,7 +145,9 @@ def test_paths_of_windows_are_paths_on_any_machine(run: Path, tmp_path: Path, hu
         values = yaml.safe_load((folder / name).read_text())
         values |= {key: value} | ({"data.train": data} if name == "recipe.yaml" else {})
         (folder / name).write_text(json.dumps(values))
+    (folder / "Modelfile").write_text(f"FROM {base}\nADAPTER .\n")
     assert push(folder, "me/mine").endswith("/me/mine")
+    assert hub.files["Modelfile"] == b"FROM roberta\nADAPTER .\n"
     assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "roberta"
     content = yaml.safe_load(hub.files["recipe.yaml"])
     assert (content["model"], content["data.train"]) == ("roberta", "reviews.csv")

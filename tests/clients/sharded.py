@@ -11,6 +11,8 @@ import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -68,7 +70,8 @@ def zero(rank: int, folder: str) -> None:
     import deepspeed  # pyright: ignore[reportMissingImports]
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    deepspeed.init_distributed("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     for method in METHODS:
         for way, stage in ZERO.items():
             model = adapted(ZOO["llama"].build(), method)  # type: ignore[arg-type]
@@ -103,3 +106,18 @@ def write(rank: int, folder: str, name: str, losses: list[float], tensors: dict[
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, f"{folder}/{name}.safetensors")
         Path(f"{folder}/{name}.json").write_text(json.dumps((total / 2).tolist()))
     dist.barrier()
+
+
+def fsdp1(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for method in METHODS:
+        base = ZOO["llama"].build()
+        policy = ModuleWrapPolicy({type(base.model.layers[0])})  # type: ignore[union-attr, arg-type, index]
+        words: Any = {"use_orig_params": True, "device_id": torch.device("cpu")}
+        model = FullyShardedDataParallel(adapted(base, method), auto_wrap_policy=policy, **words)  # type: ignore[arg-type]
+        losses = steps(model, slice(2 * rank, 2 * rank + 2))
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            parts = ("_fsdp_wrapped_module.", "")
+            tensors = {n.replace(*parts): p.detach().clone() for n, p in trained_parameters(model).items()}
+        write(rank, folder, method, losses, tensors)
+    dist.destroy_process_group()
