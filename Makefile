@@ -7,6 +7,7 @@ QUICK := --ignore=tests/lowrank/test_triton_product.py tests/saved tests/lowrank
 	tests/methods/msplora/test_equations.py tests/methods/lora2/test_equations.py \
 	tests/methods/lor2c/test_path_equation.py tests/methods/dylora
 BIN := .venv/bin
+SITE := mkdocs-material "mkdocstrings[python]" nbconvert
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -52,7 +53,7 @@ peft-suite: setup ## PEFT's own tests on METHOD (default MSPLoraConfig), see doc
 	$(BIN)/python -m tests.peft_suite $(or $(METHOD),MSPLoraConfig) $(FILES)
 
 site: setup      ## the pages and the docstrings as a site, into site/
-	$(BIN)/python -m pip install --quiet mkdocs-material "mkdocstrings[python]" || uv pip install --quiet --python $(BIN)/python mkdocs-material "mkdocstrings[python]"
+	$(BIN)/python -m pip install --quiet $(SITE) || uv pip install --quiet --python $(BIN)/python $(SITE)
 	$(BIN)/python -m mkdocs build --strict
 
 clean:           ## what tests and builds leave behind

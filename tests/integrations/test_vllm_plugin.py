@@ -16,7 +16,8 @@ from zoo import ZOO
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("ZIGGURAT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ZIGGURAT_CACHE", "~/cache")
     return tmp_path / "cache"
 
 
@@ -29,7 +30,7 @@ def saved(folder: Path, config: object) -> PeftModel:
 
 
 def test_a_folder_is_exported_once_and_again_when_it_changes(cache: Path, tmp_path: Path) -> None:
-    folder, base = tmp_path / "adapter", str(tmp_path / "base")
+    folder, base = tmp_path / "my adapter's folder", str(tmp_path / "base")
     model = saved(folder, zoo_config("msplora", "llama", init_weights=False, task_type="CAUSAL_LM"))
     out = Path(served(str(folder), 8, base))
     assert out.parent == cache and json.loads((out / "adapter_config.json").read_text())["r"] == 8
