@@ -1,8 +1,8 @@
 """For mkdocs: what of the repository belongs to the site, though it lies outside of docs/.
 
-The notebooks of examples/ are pages, with their outputs, and pictures that a page shows come along. Other links that lead
-out of docs/ lead into the repository, where ZIGGURAT_REPOSITORY says its address. A fence has its language alone: its
-other words are for tests/test_docs.py.
+The notebooks of examples/ are pages, with their outputs, and pictures that a page shows come along. Other links out of
+docs/ lead into the repository, where ZIGGURAT_REPOSITORY says its address. A fence has its language alone: its other
+words are for tests/test_docs.py.
 """
 
 import os
