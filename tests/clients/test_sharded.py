@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO, and 4-bit weights under FSDP2, on two gloo processes: what one process learns. `.ci/clients`."""
+"""DeepSpeed's ZeRO, FSDP1, and 4-bit weights under FSDP2, on two gloo processes: what one learns. `.ci/clients`."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from sharded import METHODS, ZERO, adapted, in_four_bits, qlora, steps, trained_parameters, zero
+from sharded import METHODS, ZERO, adapted, fsdp1, in_four_bits, qlora, steps, trained_parameters, zero
 from torch.multiprocessing.spawn import spawn
 
 from tolerance import assert_models_agree, model_rounding
@@ -33,11 +33,23 @@ def partitioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def flattened(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fsdp1")
+    spawn(fsdp1, (str(folder),), nprocs=2)
+    return folder
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_four_bits_under_fsdp2_train_what_one_process_trains(method: str, four_bits: Path) -> None:
     alone = adapted(in_four_bits(str(four_bits)), method)
     assert any(type(module).__name__ == "Linear4bit" for module in alone.modules())
     check(alone, four_bits / method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fsdp1_trains_what_one_process_trains(method: str, flattened: Path) -> None:
+    check(adapted(ZOO["llama"].build(), method), flattened / method)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("way", ZERO)
