@@ -92,6 +92,8 @@ def test_the_exit_code_is_the_programs(ends: str, code: int) -> None:
         (["mspl0ra", "--", "true"], "there is no method 'mspl0ra', did you mean msplora?; there are "),
         (["msplora", "even_scale=true", "--", "true"], "no field 'even_scale', did you mean even_scales?"),
         (["msplora", "r=none", "--", "true"], "r='none'"),
+        (["msplora", "sites=3", "--", "true"], "has no field 'sites'"),
+        (["msplora", "task_type=CAUSAL", "--", "true"], "MSPLoraConfig: Invalid task type: 'CAUSAL'"),
         (["msplora", "--", "no-such-program"], "there is no program 'no-such-program'"),
         (["msplora", "--", __file__], "It is a file that can't be run by itself: `python FILE`?"),
         (["msplora", "r=4", "--"], "no program to run"),

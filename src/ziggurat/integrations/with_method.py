@@ -74,12 +74,19 @@ def of_method(lora: LoraConfig, method: str, fields: Mapping[str, Any]) -> Metho
     if method.upper() not in METHODS:
         names = [name.lower() for name in METHODS]
         raise ConfigError(f"there is no method {method!r}{did_you_mean(method, names)}; there are {', '.join(names)}.")
+    from ziggurat.recipe.methods import NOT_IN_A_RECIPE
+
     config = METHODS[method.upper()].config
-    allowed = set(config.__dataclass_fields__) - {"peft_type", "peft_version", "ziggurat_version", "ziggurat_format"}
+    allowed = set(config.__dataclass_fields__) - NOT_IN_A_RECIPE | {"task_type"}
     for name in fields:
         if name not in allowed:
             raise ConfigError(f"{config.__name__} has no field {name!r}{did_you_mean(name, sorted(allowed))}.")
-    return config.from_lora(lora, **fields)
+    try:
+        return config.from_lora(lora, **fields)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:  # PEFT's own checks
+        raise ConfigError(f"{config.__name__}: {error}") from error
 
 
 def _run(words: list[str], env: dict[str, str]) -> int:

@@ -17,8 +17,8 @@ from ziggurat.errors import RecipeError
 from ziggurat.host.method import METHODS as REGISTERED
 from ziggurat.nearest import did_you_mean
 
-# Set by the run itself, or of no use in a recipe.
-_NOT_IN_A_RECIPE = {
+#: Fields that the run sets itself, or that are of no use in a recipe.
+NOT_IN_A_RECIPE = {
     "peft_type",
     "task_type",
     "auto_mapping",
@@ -220,7 +220,7 @@ def method_fields(name: str) -> dict[str, Any]:
     return {
         item.name: hints.get(item.name, Any)
         for item in dataclasses.fields(cls)
-        if item.init and item.name not in {*_NOT_IN_A_RECIPE, *method.fixed, *method.run, *method.unread}
+        if item.init and item.name not in {*NOT_IN_A_RECIPE, *method.fixed, *method.run, *method.unread}
     }
 
 
