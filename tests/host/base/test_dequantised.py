@@ -53,7 +53,8 @@ def in_mxfp4(name: str, weight: Tensor) -> dict[str, Tensor]:
     if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
         return {name: weight}
     experts, columns, rows = weight.shape
-    numbers = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+    drawing = torch.Generator().manual_seed(0)
+    numbers = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8, generator=drawing)
     return {f"{name}_blocks": numbers, f"{name}_scales": torch.full(numbers.shape[:-1], 123, dtype=torch.uint8)}
 
 
@@ -67,6 +68,8 @@ def checkpoint(folder: Path, config: Any, form: Callable[[str, Tensor], dict[str
 
 
 def fp8(folder: Path) -> nn.Module:
+    # Older versions of transformers load no FP8 without Triton.
+    pytest.importorskip("transformers.integrations.finegrained_fp8", exc_type=ImportError)
     blocks = {"weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
     checkpoint(folder, Qwen2Config(**SIZES, pad_token_id=0), in_fp8, quant_method="fp8", **blocks)
     config = FineGrainedFP8Config(weight_block_size=(BLOCK, BLOCK), dequantize=True)
@@ -88,6 +91,7 @@ def test_a_dequantised_base_is_one_like_any_other(load: Callable[[Path], nn.Modu
     plain: Any = load(tmp_path / "base")
     assert type(plain.get_submodule("model.layers.0.self_attn.q_proj")) is nn.Linear
     before = logits(plain.eval(), inputs)
+    coarsest = min((p.dtype for p in plain.parameters()), key=lambda dtype: dtype.itemsize)  # bfloat16 in older versions
     for name, config in CONFIGS.items():
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")  # without a GPU it dequantises unasked
         same = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -102,4 +106,4 @@ def test_a_dequantised_base_is_one_like_any_other(load: Callable[[Path], nn.Modu
         again = PeftModel.from_pretrained(same, str(tmp_path / name)).eval()
         assert torch.equal(logits(again, inputs), expected), name
         if name != "lor2c":
-            assert_models_agree(logits(model.merge_and_unload(), inputs), expected)
+            assert_models_agree(logits(model.merge_and_unload(), inputs), expected, dtype=coarsest)
