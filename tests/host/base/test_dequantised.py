@@ -91,7 +91,7 @@ def test_a_dequantised_base_is_one_like_any_other(load: Callable[[Path], nn.Modu
     plain: Any = load(tmp_path / "base")
     assert type(plain.get_submodule("model.layers.0.self_attn.q_proj")) is nn.Linear
     before = logits(plain.eval(), inputs)
-    coarsest = min((p.dtype for p in plain.parameters()), key=lambda dtype: dtype.itemsize)  # bfloat16 in older versions
+    coarsest = min((p.dtype for p in plain.parameters()), key=lambda dtype: dtype.itemsize)  # bfloat16 in older ones
     for name, config in CONFIGS.items():
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")  # without a GPU it dequantises unasked
         same = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
