@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -68,8 +70,6 @@ def checkpoint(folder: Path, config: Any, form: Callable[[str, Tensor], dict[str
 
 
 def fp8(folder: Path) -> nn.Module:
-    # Older versions of transformers load no FP8 without Triton.
-    pytest.importorskip("transformers.integrations.finegrained_fp8", exc_type=ImportError)
     blocks = {"weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
     checkpoint(folder, Qwen2Config(**SIZES, pad_token_id=0), in_fp8, quant_method="fp8", **blocks)
     config = FineGrainedFP8Config(weight_block_size=(BLOCK, BLOCK), dequantize=True)
@@ -88,7 +88,12 @@ def mxfp4(folder: Path) -> nn.Module:
 def test_a_dequantised_base_is_one_like_any_other(load: Callable[[Path], nn.Module], tmp_path: Path) -> None:
     ids = torch.randint(3, WIDTH, (2, 8), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    plain: Any = load(tmp_path / "base")
+    try:
+        plain: Any = load(tmp_path / "base")
+    except (ImportError, AttributeError, RuntimeError) as error:
+        if Version(transformers.__version__) >= Version("5.20"):
+            raise
+        pytest.skip(f"transformers {transformers.__version__} loads no such checkpoint here: {error}")
     assert type(plain.get_submodule("model.layers.0.self_attn.q_proj")) is nn.Linear
     before = logits(plain.eval(), inputs)
     coarsest = min((p.dtype for p in plain.parameters()), key=lambda dtype: dtype.itemsize)  # bfloat16 in older ones
