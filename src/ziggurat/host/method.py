@@ -217,9 +217,10 @@ def pair_of(method: Method, config: Any, site: Site, stored: Stored, context: Co
     Where the site holds all experts of a layer, A (experts, rank, d_in) and B (experts, d_out, rank).
     """
     if site.fused:
-        from ziggurat.host.experts.terms import expert_terms, for_each_expert
+        from ziggurat.host.experts.terms import expert_terms, for_each_expert, starts_of
 
-        return for_each_expert(expert_terms(method, config, site, stored, context), site)
+        starts = starts_of(specs_of(method, config, site))
+        return for_each_expert(expert_terms(method, config, site, starts, stored, context), site)
     if config.blended is not None:
         return FactorPair(stored["A"], stored["B"])
     assert method.pair is not None

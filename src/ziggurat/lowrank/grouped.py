@@ -14,13 +14,18 @@ def grouped(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
     """y_s = x_s W_g(s): row s of x (rows, d_in) by the matrix in W (groups, d_in, d_out) of the group that it is in.
 
     `ends` (groups): the number of rows in each group and all before it; the last one is the number of rows. By torch's
-    grouped_mm where it knows the device and the dtype, and by one batched product of padded groups elsewhere.
+    grouped_mm where it knows the device and the dtype, and by one batched product of padded groups elsewhere. In
+    torch.compile, which knows that kernel for bfloat16 alone and no sizes that data decide, by transformers' operation.
     """
     if x.is_meta:
         return x @ W[0]  # the shapes and what autograd keeps are the same; how many rows a group has isn't known
+    compiled = torch.compiler.is_compiling()
     aligned = all(side * W.element_size() % _ALIGNED == 0 for side in W.shape[1:])
-    if aligned and _has_kernel(x.device.type, W.dtype) and x.dtype == W.dtype:
+    known = W.dtype == torch.bfloat16 or not compiled
+    if aligned and known and x.dtype == W.dtype and _has_kernel(x.device.type, W.dtype):
         return F.grouped_mm(x, W, offs=ends)
+    if compiled:
+        return torch.ops.transformers.grouped_mm_fallback(x.to(W.dtype), W, ends)
     return _padded(x, W, ends)
 
 
@@ -35,6 +40,7 @@ def _padded(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
 
 
 @cache
+@torch.compiler.assume_constant_result
 def _has_kernel(device: str, dtype: torch.dtype) -> bool:
     """Whether torch's grouped_mm works here, forward and backward: its support has changed often."""
     if not hasattr(F, "grouped_mm"):

@@ -1,5 +1,6 @@
 """Adapters of the parameters with all experts of a layer, and one forward for all experts."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch.nn import functional as F
 from ziggurat.errors import ConfigError
 from ziggurat.host.bank import WithoutBase
 from ziggurat.host.base.unwrap import look_through
-from ziggurat.host.experts.terms import ExpertTerm, expert_terms
+from ziggurat.host.experts.terms import ExpertTerm, Starts, expert_terms, starts_of
 from ziggurat.host.method import Method
 from ziggurat.host.method_layer import ExpertsLayer, MethodLayer, check_finite
-from ziggurat.host.tensors import Weight
+from ziggurat.host.site import Site
+from ziggurat.host.tensors import TensorSpec, Weight
 from ziggurat.lowrank.grouped import grouped
 from ziggurat.lowrank.pair import on_device, with_updates
 
@@ -29,6 +31,8 @@ class ParameterLayer(WithoutBase, MethodLayer, ExpertsLayer, nn.Module):
         self.method = method  # type: ignore[misc]
         self.adapter_layer_names = (method.store,)
         self._begin()
+        #: Adapter -> how its tensors divide the experts. Asked once: torch.compile can't follow a method's `tensors`.
+        self.starts: dict[str, Starts] = {}
         self.name = name
         # Past nn.Module.__setattr__: the experts are a module of the layer above.
         object.__setattr__(self, "_experts", experts)
@@ -50,6 +54,10 @@ class ParameterLayer(WithoutBase, MethodLayer, ExpertsLayer, nn.Module):
         transposed = self.__dict__["_experts"].is_transposed
         return Weight(path, lambda: self.parameter.mT if transposed else self.parameter)
 
+    def join(self, adapter: str, config: Any, site: Site, specs: Mapping[str, TensorSpec], **more: Any) -> None:
+        super().join(adapter, config, site, specs, **more)
+        self.starts[adapter] = starts_of(specs)
+
     def acting(self) -> list[str]:
         """The active adapters with an update of this parameter."""
         return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.stores]
@@ -57,7 +65,8 @@ class ParameterLayer(WithoutBase, MethodLayer, ExpertsLayer, nn.Module):
     def terms(self, adapter: str) -> list[ExpertTerm]:
         """The update of `adapter` in the forward pass that is being computed, as a sum."""
         context = self.context(adapter)
-        return expert_terms(self.method, self.configs[adapter], self.sites[adapter], self.stored(adapter), context)
+        config, site, starts = self.configs[adapter], self.sites[adapter], self.starts[adapter]
+        return expert_terms(self.method, config, site, starts, self.stored(adapter), context)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing: the layer above changes the parameter."""

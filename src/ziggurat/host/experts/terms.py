@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ziggurat.host.method import EVALUATION, Context, Method, Part, Stored, specs_of
+from ziggurat.host.method import EVALUATION, Context, Method, Part, Stored
 from ziggurat.host.site import Site
 from ziggurat.host.tensors import TensorSpec
 from ziggurat.lowrank.pair import FactorPair
@@ -28,21 +28,31 @@ class ExpertTerm(NamedTuple):
     pair: FactorPair
 
 
+#: Key -> the first expert of each group of experts that has one of this tensor.
+Starts = Mapping[str, tuple[int, ...]]
+
+
+def starts_of(specs: Mapping[str, TensorSpec]) -> Starts:
+    """The division of the experts by each tensor of a site of experts."""
+    return {key: spec.experts for key, spec in specs.items()}  # type: ignore[misc]
+
+
 def expert_terms(
-    method: Method, config: Any, site: Site, stored: Stored, context: Context = EVALUATION
+    method: Method, config: Any, site: Site, starts: Starts, stored: Stored, context: Context = EVALUATION
 ) -> list[ExpertTerm]:
     """The update of all experts of a layer: `pair` for each expert or group of experts at once, by torch.vmap.
 
     A method whose update is a sum over tensors has a term for each division of the experts; another has one term.
     """
     assert method.pair is not None and site.num_experts is not None
-    starts = {key: spec.experts for key, spec in specs_of(method, config, site).items()}
     divisions = dict.fromkeys(starts.values()) if method.sums else [None]
     terms: list[ExpertTerm] = []
     for division in divisions:
         keys = [key for key, groups in starts.items() if division is None or groups == division]
-        several = {groups for key in keys if len(groups := starts[key]) > 1}  # type: ignore[arg-type]
-        lead: Any = (0,) if not several else several.pop() if len(several) == 1 else tuple(range(site.num_experts))
+        several = [starts[key] for key in keys if len(starts[key]) > 1]
+        lead: Any = several[0] if several else (0,)
+        if any(groups != lead for groups in several):
+            lead = tuple(range(site.num_experts))
         t = {
             key: stored[key] if starts[key] in ((0,), lead) else stored[key][_group_of(lead, starts[key])]
             for key in keys
