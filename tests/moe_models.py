@@ -49,6 +49,8 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 MIXTURES = list(_CONFIGS)
 #: The parameters of all experts, as target_parameters names them.
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+#: The weight of the router, as target_parameters names it.
+ROUTERS = {name: "router.weight" if name in ("gpt_oss", "granitemoe") else "gate.weight" for name in _CONFIGS}
 
 
 def mixture(name: str, **fields: Any) -> nn.Module:

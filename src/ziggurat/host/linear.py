@@ -7,6 +7,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from ziggurat.errors import ConfigError
@@ -31,14 +32,22 @@ def is_adaptable(module: nn.Module) -> bool:
     return quantised or (hasattr(base, "in_features") and hasattr(base, "out_features") and hasattr(base, "weight"))
 
 
+def is_router(module: nn.Module) -> bool:
+    """Whether `module` is a router of transformers: it chooses experts by its product with `weight` (experts, d)."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    weight = base._parameters.get("weight")
+    is_one = type(base).__name__.lower().endswith("router") and not isinstance(base, nn.Linear)
+    return is_one and weight is not None and weight.dim() == 2 and len(weight) == getattr(base, "num_experts", None)
+
+
 def features(module: nn.Module) -> tuple[int, int]:
-    """(d_in, d_out) of a linear layer of any kind.
+    """(d_in, d_out) of a linear layer of any kind, or of a router.
 
     Raises:
         ConfigError: the layer doesn't tell its size.
     """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    d_in, d_out = _get_in_out_features(base)
+    d_out, d_in = base.weight.shape if is_router(base) else reversed(_get_in_out_features(base))  # type: ignore[union-attr]
     if d_in is None or d_out is None:
         raise ConfigError(f"{type(base).__name__} has no in_features and out_features; leave it out of target_modules.")
     return int(d_in), int(d_out)
@@ -47,7 +56,8 @@ def features(module: nn.Module) -> tuple[int, int]:
 class AdaptedLinear(MethodLayer, nn.Module):
     """A linear layer W with low-rank updates: y = W x + sum over active adapters of B (A dropout(x)).
 
-    (A, B) is the method's pair at this site. Merging, quantised bases and mixed batches follow from it.
+    (A, B) is the method's pair at this site. Merging, quantised bases and mixed batches follow from it. A router, which
+    goes on to choose experts by its product, computes with W + sum of B A in the place of W.
     """
 
     def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
@@ -56,6 +66,7 @@ class AdaptedLinear(MethodLayer, nn.Module):
         self._begin()
         base = self.get_base_layer()
         self.in_features, self.out_features = features(base)
+        self.routes = is_router(base)
         # Conv1D keeps its weight as (d_in, d_out).
         self.fan_in_fan_out = isinstance(base, Conv1D)
         self.quantization_backend = backend_of(base, **quantization_kwargs)
@@ -95,6 +106,8 @@ class AdaptedLinear(MethodLayer, nn.Module):
         adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if self.routes:
+            return self._chosen(x, adapter_names, *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return y
@@ -109,6 +122,21 @@ class AdaptedLinear(MethodLayer, nn.Module):
             if adapter in self.adapters:
                 y = self._add(y, x, adapter, reuse_y)
         return y
+
+    def _chosen(self, x: Tensor, adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Any:
+        """What a router makes of x with its own weight and the updates of the active adapters."""
+        if adapter_names is not None:
+            raise ValueError(
+                "adapter_names can't be used with an adapter of a router, which computes with one weight for all "
+                "samples. Run each adapter's samples in a batch of their own, after set_adapter(name)."
+            )
+        acting = [name for name in self.active_adapters if name in self.adapters]
+        if self.disable_adapters or self.merged or not acting:
+            return self.base_layer(x, *args, **kwargs)
+        W: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        for adapter in acting:
+            W = W + delta(on_device(self.pair_now(adapter), W.device)).to(W.dtype)
+        return functional_call(self.base_layer, {"weight": W}, (x, *args), kwargs)
 
     def _add(self, y: Tensor, x: Tensor, adapter: str, reuse_y: bool) -> Tensor:
         siblings = self.__dict__.get(SIBLINGS) if self.training and not transformed() else None

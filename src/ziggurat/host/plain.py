@@ -17,7 +17,7 @@ from ziggurat.errors import ExportError
 from ziggurat.host.bank import Bank
 from ziggurat.host.base.unwrap import PREFIX, without_wrappers
 from ziggurat.host.base.vocabulary import embedding_names, has_grown
-from ziggurat.host.linear import AdaptedLinear
+from ziggurat.host.linear import AdaptedLinear, is_router
 from ziggurat.host.method_layer import ExpertsLayer, MethodLayer
 from ziggurat.host.tensors import whole
 from ziggurat.lowrank.pair import FactorPair, pad
@@ -201,7 +201,7 @@ def _lora_config(base: nn.Module, config: Any, ranks: dict[str, int], experts: C
     bias: Any = getattr(config, "bias", "none")
     linear = [path for path in ranks if path not in experts]
     first = base.get_submodule(linear[0]) if linear else None
-    taken = [path for path in linear if taken_for_experts(base, path)]
+    taken = [path for path in linear if is_router(base.get_submodule(path)) or taken_for_experts(base, path)]
     rest = [path for path in linear if path not in taken]
     different = {path: r for path, r in ranks.items() if r != rank}
     return LoraConfig(

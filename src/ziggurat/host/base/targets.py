@@ -12,7 +12,7 @@ from torch import nn
 from ziggurat.errors import ConfigError
 from ziggurat.host.base.anatomy import Anatomy
 from ziggurat.host.base.unwrap import bare_tree, look_through, unwrap
-from ziggurat.host.linear import features, is_adaptable
+from ziggurat.host.linear import features, is_adaptable, is_router
 from ziggurat.host.method import Method, unique_specs
 from ziggurat.host.older import check_finds_parameters
 from ziggurat.host.site import Site, body_name, with_experts
@@ -145,14 +145,25 @@ def target_sites(config: Any, model: nn.Module) -> dict[str, Site]:
     for path, module in model.named_modules():
         if not path or path.startswith(inside) or not targets(config, path):
             continue
-        if not is_adaptable(module):
+        if is_router(module):
+            check_router(config, path)
+        elif not is_adaptable(module):
             raise ConfigError(
                 f"Target module {path!r} is a {type(module).__name__}, which is not supported: only linear layers "
-                "(torch.nn.Linear, Conv1D, quantised linear layers) are. Name linear layers in target_modules, or "
-                "leave this module out by exclude_modules."
+                "(torch.nn.Linear, Conv1D, quantised linear layers) and routers are. Name linear layers in "
+                "target_modules, or leave this module out by exclude_modules."
             )
         sites[path] = linear_site(model, anatomy, path, module)
     return with_experts(sites)
+
+
+def check_router(config: Any, path: str) -> None:
+    """Raise ConfigError if `config` asks for what no adapter of a router can do."""
+    if getattr(config, "lora_dropout", 0):
+        raise ConfigError(
+            f"lora_dropout={config.lora_dropout}, and {path!r} is a router: its update is added to its weight, so that "
+            "no input can be dropped. Leave the router out, or train without dropout."
+        )
 
 
 def linear_site(model: nn.Module, anatomy: Anatomy, path: str, module: nn.Module) -> Site:

@@ -13,8 +13,9 @@ from torch import nn
 from ziggurat.errors import ConfigError
 from ziggurat.host.base.anatomy import Anatomy
 from ziggurat.host.base.quantised import FLOATS
-from ziggurat.host.base.targets import site_at, targets
+from ziggurat.host.base.targets import check_router, linear_site, site_at, targets
 from ziggurat.host.base.unwrap import bare_tree, unwrap
+from ziggurat.host.linear import is_router
 from ziggurat.host.site import Site
 
 #: The parameters of experts, in the order in which they act.
@@ -30,7 +31,7 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def parameter_sites(config: Any, model: nn.Module) -> dict[str, Site]:
-    """Path -> site of the parameters that `config.target_parameters` names, by PEFT's rule.
+    """Path -> site of the parameters that `config.target_parameters` names, by PEFT's rule; of a router its module's.
 
     Raises:
         ConfigError: a name matches no parameter, or one that holds no experts.
@@ -40,17 +41,22 @@ def parameter_sites(config: Any, model: nn.Module) -> dict[str, Site]:
     root = unwrap(model)[0]
     anatomy = Anatomy(model, layers_pattern=config.layers_pattern)
     sites: dict[str, Site] = {}
+    named_paths: list[str] = []
     for node in bare_tree(root).walk():
         for name, parameter in node.module._parameters.items():
             path = f"{node.path}.{name}"
             if parameter is None or not targets(named, path):
                 continue
+            named_paths.append(path)
+            if is_router(node.module) and name == "weight":
+                check_router(config, node.path)
+                sites[node.path] = linear_site(root, anatomy, node.path, node.module)
+                continue
             if not is_fused(node.module) or name not in PARAMETERS:
                 raise ConfigError(
                     f"target_parameters names {path!r}, a parameter of a {type(node.module).__name__}, and only the "
-                    f"weights of fused experts can be adapted so: {_listed(root)}. Linear layers are named by "
-                    "target_modules; a router or another parameter is trained whole when modules_to_save names its "
-                    "module."
+                    f"weights of fused experts and routers can be adapted so: {_listed(root)}. Linear layers are named "
+                    "by target_modules; another parameter is trained whole when modules_to_save names its module."
                 )
             if parameter.dtype not in FLOATS:
                 raise ConfigError(
@@ -62,12 +68,14 @@ def parameter_sites(config: Any, model: nn.Module) -> dict[str, Site]:
                 d_in, d_out = d_out, d_in
             sites[path] = site_at(root, anatomy, path, d_in, d_out, experts)
     lost = [
-        name for name in sorted(config.target_parameters) if not any(f".{path}".endswith(f".{name}") for path in sites)
+        name
+        for name in sorted(config.target_parameters)
+        if not any(f".{path}".endswith(f".{name}") for path in named_paths)
     ]
     if lost:
         raise ConfigError(
-            f"target_parameters={lost} matches no parameter of {type(root).__name__}; its fused experts are "
-            f"{_listed(root)}."
+            f"target_parameters={lost} matches no parameter of {type(root).__name__}; its fused experts and routers "
+            f"are {_listed(root)}."
         )
     return sites
 
@@ -82,5 +90,7 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _listed(root: nn.Module) -> str:
-    ends = dict.fromkeys(".".join(path.split(".")[-2:]) for path, _ in expert_parameters(root))
+    routers = [f"{node.path}.weight" for node in bare_tree(root).walk() if is_router(node.module)]
+    paths = [*(path for path, _ in expert_parameters(root)), *routers]
+    ends = dict.fromkeys(".".join(path.split(".")[-2:]) for path in paths)
     return ", ".join(ends) or "none in this model"
