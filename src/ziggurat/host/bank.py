@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.method import Method
-from ziggurat.host.tensors import Factors
+from ziggurat.host.tensors import ByAdapter, Factors
 
 
 class Stores(BaseTunerLayer):
@@ -62,7 +62,7 @@ class Bank(nn.Module, WithoutBase, Stores):
         self._held: dict[str, frozenset[str]] = {}
         #: Adapter -> a config whose tensors lie here.
         self.configs: dict[str, Any] = {}
-        setattr(self, self.method.store, nn.ModuleDict())
+        setattr(self, self.method.store, ByAdapter())
 
     @classmethod
     def of(cls, root: nn.Module) -> Self | None:

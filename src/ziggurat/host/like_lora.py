@@ -1,6 +1,7 @@
 """Functions that PEFT offers for LoRA only, for every method: swapping an adapter in place, and LoRA+'s two rates."""
 
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "d
         here, there = (tuple(table[name].shape) if name in table else "nothing" for table in (held, state))
         if here != there:
             raise ConfigError(f"{folder} can't be swapped in: {name} has {there} there, and the model {here}.")
-    names = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
+    everything = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    names = Counter(tensor.data_ptr() for _, tensor in everything)
     common = [name for name in state if names[held[name].data_ptr()] > 1]
     if changed := [name for name in common if not torch.equal(state[name].to(held[name]), held[name])]:
         raise ConfigError(

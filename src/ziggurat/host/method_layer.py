@@ -10,7 +10,7 @@ from ziggurat.host.bank import Bank, Stores
 from ziggurat.host.draws import Draws
 from ziggurat.host.method import EVALUATION, Context, Method, pair_of, redirected
 from ziggurat.host.site import Site
-from ziggurat.host.tensors import Factors, TensorSpec, Weight, draw
+from ziggurat.host.tensors import ByAdapter, Factors, TensorSpec, Weight, draw
 from ziggurat.lowrank.pair import FactorPair
 
 BANK, DRAWS = "_bank", "_draws"
@@ -27,7 +27,7 @@ class MethodLayer(Stores):
 
     def _begin(self) -> None:
         super()._begin()
-        setattr(self, self.method.store, nn.ModuleDict())
+        setattr(self, self.method.store, ByAdapter())
         self.configs: dict[str, Any] = {}
         self.sites: dict[str, Site] = {}
         #: Adapter -> key -> (whether the tensor lies in the bank, its leaf name).

@@ -68,6 +68,13 @@ class MixedTuner(BaseTuner):
             )
         if asleep := sorted(names - set(self.active_adapters)):
             raise ValueError(f"{refused} and adapter {asleep[0]!r} isn't active: call ziggurat.share again.")
+        sharded = any(hasattr(parameter, "full_tensor") for parameter in self.model.parameters())
+        if sharded and (absent := sorted(self.together - names)):
+            raise ValueError(
+                f"{refused}: FSDP2 has sharded the model, and this process has no sample of {absent}. FSDP2 reduces "
+                "the same gradients in all processes, so give each a sample of every adapter in every batch, or use "
+                "DDP with find_unused_parameters=True."
+            )
         if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
             raise ValueError(
                 f"{refused} with gradient checkpointing, which computes layers again without them: switch it off."

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -252,6 +252,24 @@ class Factors(nn.Module):
         for leaf, buffer in self._buffers.items():
             if buffer is not None and buffer.device.type == "cpu":
                 self._buffers[leaf] = buffer.to(device)
+
+
+class ByAdapter(nn.ModuleDict):
+    """Adapter -> `Factors`, at one place. A frozen tensor that several have stays one when it moves or is cast."""
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        holders: dict[int, list[tuple[Factors, str]]] = {}
+        for factors in self.values():
+            for leaf, buffer in factors._buffers.items():
+                holders.setdefault(id(buffer), []).append((factors, leaf))  # type: ignore[arg-type]
+        for _, *others in holders.values():
+            for factors, leaf in others:
+                factors._buffers[leaf] = None
+        super()._apply(fn, recurse)
+        for (first, its), *others in holders.values():
+            for factors, leaf in others:
+                factors._buffers[leaf] = first._buffers[its]
+        return self
 
 
 def _moved(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
+from peft.utils import _get_submodules
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ from ziggurat.host.base.vocabulary import grown_beside_adapters
 from ziggurat.host.blend import add_blend, check_request
 from ziggurat.host.draws import Draws
 from ziggurat.host.lifecycle import Watch, step_in_trainers, watch_trainers
-from ziggurat.host.linear import AdaptedLinear
+from ziggurat.host.linear import AdaptedLinear, is_router
 from ziggurat.host.method import Method, needs_steps, pair_of, specs_of
 from ziggurat.host.mixed import MixedTuner
 from ziggurat.host.older import NoMatchingPeftModuleError, as_no_match, check_saved_whole
@@ -180,13 +181,14 @@ class MethodTuner(MixedTuner):
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        """Adapt the experts' parameters among the sites. PEFT calls it where the config has `target_parameters`."""
+        """Adapt the parameters among the sites. PEFT calls it where the config has `target_parameters`."""
         from accelerate import init_empty_weights
 
         from ziggurat.host.experts.layer import wrapped_experts
 
         assert self.sites is not None
         fused = {path: site for path, site in self.sites.items() if site.fused}
+        routers = [path for path in self.sites if path not in fused and is_router(model.get_submodule(path))]
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             for path, site in fused.items():
                 experts, _, name = path.rpartition(".")
@@ -195,7 +197,11 @@ class MethodTuner(MixedTuner):
                 layer.set_adapter(self.active_adapters)
                 if adapter_name not in self.active_adapters:
                     layer.requires_grad_(False)
-        return list(fused)
+            for path in routers:
+                parent, target, name = _get_submodules(model, path)
+                if adapter_name not in getattr(target, "adapters", ()):  # else target_modules names it, too
+                    self._create_and_replace(peft_config, adapter_name, target, name, parent, path)
+        return [*fused, *routers]
 
     def _join(self, layer: Any, adapter: str, config: Any, site: Site, weight: Weight) -> None:
         """Give `adapter` its tensors at `site`, in `layer` and in the bank."""
@@ -237,6 +243,8 @@ class MethodTuner(MixedTuner):
     ) -> dict[str, Tensor]:
         """As PEFT's, with the names of this version; an adapter with missing tensors is refused.
 
+        A frozen tensor that another adapter of the model has already isn't loaded again.
+
         Raises:
             ConfigError: `state_dict` lacks tensors of the adapter.
         """
@@ -246,7 +254,9 @@ class MethodTuner(MixedTuner):
         state_dict = current_names(state_dict, cls.method, model)
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_tensors(cls.method, model, adapter_name, renamed)
-        return renamed
+        from ziggurat.host.sets.memory import held_once
+
+        return held_once(cls.method, model, adapter_name, renamed)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         # The method's own refusal comes first: a quantised weight's refusal recommends merging elsewhere.

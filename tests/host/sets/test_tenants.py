@@ -1,10 +1,11 @@
 """Several adapters on common tensors: trained together, saved as a set, each loaded by itself."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 from torch.optim import AdamW
@@ -125,6 +126,45 @@ def test_a_set_holds_common_tensors_once_and_each_adapter_loads_by_itself(method
         model.set_adapter(other)
         assert torch.equal(logits(loaded, LLAMA.inputs()), logits(model, LLAMA.inputs()))
         assert_models_agree(logits(loaded.merge_and_unload(), LLAMA.inputs()), logits(model, LLAMA.inputs()))
+
+
+def held_bytes(model: PeftModel) -> int:
+    """Bytes of the storages in which the tensors of all adapters lie."""
+    tensors = [tensor for name, tensor in model.state_dict().items() if "_factors" in name]
+    return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def said(model: PeftModel, name: str) -> torch.Tensor:
+    model.set_adapter(name)
+    return logits(model.eval(), LLAMA.inputs())
+
+
+def test_what_a_set_has_in_common_lies_in_memory_once(tmp_path: Path) -> None:
+    tiers, folder = ["global", "mid", "A_layer"], tmp_path / "set"  # A_layer lies in its layer, the others in the bank
+    model = two()
+    share(model, ["films", "books"], tiers)
+    save_tenants(model, folder, tiers=tiers)
+    expected = {name: said(model, name) for name in ("films", "books")}
+    once = sum(t.numel() for file in folder.rglob("*.safetensors") for t in load_file(file).values())
+    for on_meta in (False, True):
+        loaded = PeftModel.from_pretrained(LLAMA.build(), folder / "films", "films")
+        loaded.load_adapter(folder / "books", "books", low_cpu_mem_usage=on_meta)
+        assert held_bytes(loaded) == 4 * once
+        assert all(torch.equal(said(loaded, name), logits) for name, logits in expected.items())
+    moved = copy.deepcopy(loaded).double()
+    assert held_bytes(moved) == 8 * once
+    moved.delete_adapter("films")
+    assert_models_agree(said(moved.float(), "books"), expected["books"])
+    torch.manual_seed(3)
+    other = get_peft_model(LLAMA.build(), zoo_config("msplora", "llama", init_weights=False))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"'films' shares \d+ tensors with others of this model"):
+        hotswap_adapter(loaded, tmp_path / "other", "films")
+    # Other values of one adapter reach no other.
+    state = {name: t + 1 for name, t in get_peft_model_state_dict(loaded, adapter_name="books").items()}
+    set_peft_model_state_dict(loaded, state, adapter_name="books")
+    assert torch.equal(said(loaded, "films"), expected["films"])
+    assert not torch.equal(said(loaded, "books"), expected["books"])
 
 
 def test_a_swap_that_would_change_the_other_adapters_is_refused(tmp_path: Path) -> None:

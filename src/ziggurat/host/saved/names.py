@@ -91,8 +91,8 @@ def _fitted(name: str, method: Method, prefix: str, paths: Collection[str]) -> s
 
 def check_tensors(method: Method, model: nn.Module, adapter: str, given: Mapping[str, Any]) -> None:
     """Raise ConfigError if `given` lacks tensors that `adapter` has in `model`: without them it is another adapter."""
-    names = {_bare_name(name) for name in given}
-    held = {_bare_name(name) for name in model.state_dict(keep_vars=True)}
+    names = {bare_name(name) for name in given}
+    held = {bare_name(name) for name in model.state_dict(keep_vars=True)}
     wanted = [name for name in held if f".{method.store}.{adapter}." in f".{name}"]
     lacking = sorted(name for name in wanted if name not in names)
     if lacking:
@@ -103,7 +103,7 @@ def check_tensors(method: Method, model: nn.Module, adapter: str, given: Mapping
         )
 
 
-def _bare_name(name: str) -> str:
+def bare_name(name: str) -> str:
     """A parameter's name without the parts that wrappers add."""
     for part in ("_fsdp_wrapped_module.", "_orig_mod."):
         name = name.replace(part, "")
