@@ -10,12 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from methods_table import zoo_config
-from ziggurat.export import SERVING_RANKS, export_model
+from methods_table import logits, zoo_config
+from moe_models import EXPERTS, MIXTURES, ROUTERS, mixture, tokens
+from tolerance import assert_models_agree
+from ziggurat import MSPLoraConfig
+from ziggurat.errors import ExportError
+from ziggurat.export import SERVING_RANKS, export_model, lora_pairs
+from ziggurat.lowrank.pair import FactorPair
 from zoo import ZOO
 
 #: What initialisations may be named in a config: those that leave the base's weights alone.
@@ -133,3 +138,91 @@ def test_vllm_takes_the_weights(method: str, tmp_path: Path) -> None:
             assert torch.equal(factor, tensors[f"base_model.model.{path}.lora_{side}.weight"])
         assert weights.scaling == 1.0 and weights.rank == rank
     assert len(loaded.loras) * 2 == len(tensors)
+
+
+# Fused experts
+
+
+#: vLLM's names of the gate, down and up projection of an expert.
+EACH = {name: ("w1", "w2", "w3") if name == "mixtral" else ("gate_proj", "down_proj", "up_proj") for name in MIXTURES}
+
+
+@pytest.fixture(params=MIXTURES)
+def experts(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Any, dict[str, FactorPair], Path, int]:
+    """The type of a mixture; its model with adapters of the gate and up projection of experts, and of the router, but
+    not of the down projection; the pairs of its experts, by what vLLM calls the experts; the serving export; its rank.
+    """
+    name: str = request.param
+    torch.manual_seed(0)
+    named = [EXPERTS[0], ROUTERS[name]]
+    config = MSPLoraConfig(r=4, target_modules=["o_proj"], target_parameters=named, init_weights=False)
+    model = get_peft_model(mixture(name), config).eval()
+    rank = export_model(model, tmp_path / "out", serving=True).rank
+    pairs = {
+        path.removesuffix(".gate_up_proj").replace("mlp", "block_sparse_moe" if name == "mixtral" else "mlp"): pair
+        for path, pair in lora_pairs(model).items()
+        if pair.A.dim() == 3
+    }
+    assert pairs
+    return name, model, pairs, tmp_path / "out", rank
+
+
+def test_experts_have_vllms_names(experts: Any) -> None:
+    name, model, pairs, folder, rank = experts
+    tensors = {n.removeprefix("base_model.model."): t for n, t in load_file(next(folder.glob("*.safetensors"))).items()}
+
+    def at(path: str) -> tuple[Tensor, Tensor]:
+        return tensors.pop(f"{path}.lora_A.weight"), tensors.pop(f"{path}.lora_B.weight")
+
+    for path, (A, B) in pairs.items():
+        at(path.replace("experts", "router" if name == "gpt_oss" else "gate"))
+        if name == "gpt_oss":  # A by expert and rank, B by rank and expert
+            (a, b), (_, down) = at(f"{path}.base_layer"), at(path)
+            a, b = a.view(len(A), rank, -1), b.view(-1, rank, len(A)).permute(2, 0, 1)
+            torch.testing.assert_close(b @ a, B @ A)
+            assert not down.any()
+            continue
+        for expert in range(len(A)):
+            gate, down, up = (at(f"{path}.{expert}.{leaf}") for leaf in EACH[name])
+            torch.testing.assert_close(torch.cat([gate[1] @ gate[0], up[1] @ up[0]]), B[expert] @ A[expert])
+            assert not down[1].any() and down[0].shape == (rank, B.shape[1] // 2)
+    assert all("o_proj" in other for other in tensors)
+    if name != "granitemoe":  # whose experts have one name each in checkpoints, too
+        again = PeftModel.from_pretrained(mixture(name), str(folder)).eval()
+        assert_models_agree(logits(again, tokens()), logits(model, tokens()))
+
+
+def test_vllm_packs_the_experts(experts: Any) -> None:
+    helpers = pytest.importorskip("vllm.lora.peft_helper", exc_type=ImportError)
+    models = pytest.importorskip("vllm.lora.lora_model", exc_type=ImportError)
+    weights = pytest.importorskip("vllm.lora.lora_weights", exc_type=ImportError)
+    routed = pytest.importorskip("vllm.model_executor.layers.fused_moe.routed_experts", exc_type=ImportError)
+    name, _, pairs, folder, rank = experts
+    helper = helpers.PEFTHelper.from_local_dir(str(folder), 512)
+    helper.validate_legal(Server(rank))
+    gate, down, up = EACH[name]
+    number = len(next(iter(pairs.values())).A)
+    mapping = routed.RoutedExperts.build_expert_params_mapping(gate, down, up, num_experts=number)
+    each = [weight.rstrip(".") for _, weight, _, _ in mapping]
+    expected = {"o_proj", "gate", "router", "experts", *(each if name != "gpt_oss" else ())}
+    loaded = models.LoRAModel.from_local_checkpoint(
+        str(folder), expected, helper, lora_model_id=1, device="cpu", dtype=torch.float32
+    )
+    for path, (A, B) in pairs.items():
+        if name == "gpt_oss":
+            assert {path, f"{path}.base_layer"} <= loaded.loras.keys()
+            continue
+        of_experts = [loaded.get_lora(path.replace("experts", leaf)) for leaf in each]
+        packed = weights.PackedLoRALayerWeights.pack_moe(of_experts, path)
+        (w1, w2, w3), (b1, b2, b3) = packed.lora_a, packed.lora_b
+        torch.testing.assert_close(torch.cat([b1 @ w1, b3 @ w3], dim=1), B @ A)
+        assert not (b2 @ w2).any()
+
+
+def test_experts_of_other_models_are_refused(tmp_path: Path) -> None:
+    config = MSPLoraConfig(r=4, target_parameters=EXPERTS, init_weights=False)
+    model = get_peft_model(mixture("olmoe"), config)
+    model.get_base_model().config.model_type = "unheard_of"
+    with pytest.raises(ExportError, match=r"experts of a unheard_of, and how vLLM names those is known here for deep"):
+        export_model(model, tmp_path / "out", serving=True)
+    assert not (tmp_path / "out").exists()

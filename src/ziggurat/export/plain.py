@@ -12,7 +12,7 @@ from torch import nn
 
 from ziggurat.errors import ExportError
 from ziggurat.files.staging import written_beside
-from ziggurat.host.plain import as_plain, bare
+from ziggurat.host.plain import PlainLora, as_plain, bare, lora_pairs
 from ziggurat.host.saved.folder import adapter_config, load_adapter, load_base, tensor_shapes
 
 from .beside import copy_tokenizer
@@ -69,15 +69,13 @@ def _export(
 
     `base_model`: where the adapter's own note of it is wrong.
     """
-    if serving and getattr(model.peft_config[adapter], "target_parameters", None):  # type: ignore[index]
-        raise ExportError(
-            f"adapter {adapter!r} adapts fused experts, which vLLM names one by one in most models and as PEFT does in "
-            "others (gpt-oss), and llama.cpp not at all: this export knows PEFT's names alone. Export without "
-            "--serving, or merge into the model."
-        )
     lora, tensors = as_plain(model, None, adapter, saved)
     if serving:
         lora, tensors = as_plain(model, serving_rank(lora.r, tensors), adapter, saved)
+        if lora.target_parameters:
+            from .vllm_experts import for_vllm
+
+            lora, tensors = for_vllm(bare(model), PlainLora(lora, tensors), lora_pairs(model, adapter))
     config: Any = model.peft_config[adapter]  # type: ignore[index]
     with written_beside(out) as folder:
         save_file(
