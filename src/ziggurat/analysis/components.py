@@ -1,5 +1,6 @@
 """The parts of an adapter as plain values: a `Component` for each factor pair, `Collected` for a whole adapter."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -7,11 +8,14 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
+from ziggurat.host.site import EXPERT
 from ziggurat.lowrank.pair import FactorPair
 from ziggurat.lowrank.spectrum import factored_svd, numerical_rank, singular_values
 
 #: The part name of a linear layer's composed update, for methods with several components.
 UPDATE = "update"
+#: Behind the role of a parameter with all experts of a layer: which of them a component belongs to.
+_OF_EXPERTS = re.compile(r"\[[\d-]+\]$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +27,8 @@ class Component:
     `role` and `layers` are its place (role "": around the layer itself); `group` numbers the pairs of a shared tier. A
     is (rank, d_in), B (d_out, rank), both on the CPU in float32 or float64. `stored`: whether the adapter's file holds
     it; composed updates are made of others. `adds`: the update is the sum of such parts. `tensors`: its tensors by
-    name, with the number of entries; components that share a tensor have the same name.
+    name, with the number of entries; components that share a tensor have the same name. `experts`: those of each layer
+    that have it; None where there are no experts.
     """
 
     part: str
@@ -36,6 +41,12 @@ class Component:
     stored: bool = True
     adds: bool = True
     tensors: Mapping[str, int] = field(default_factory=dict)
+    experts: range | None = None
+
+    @property
+    def family(self) -> str:
+        """The role without the number of an expert: what all experts of a layer have in common."""
+        return EXPERT.sub(r"\1", _OF_EXPERTS.sub("", self.role), count=1)
 
     @property
     def rank(self) -> int:
@@ -141,8 +152,8 @@ class Collected:
 
     @property
     def roles(self) -> list[str]:
-        """All roles, in the order of the model."""
-        return list(dict.fromkeys(component.role for component in self.components))
+        """All roles, in the order of the model; the experts of a layer are one."""
+        return list(dict.fromkeys(component.family for component in self.components))
 
 
 def span_text(layers: Iterable[int]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import measures
+from . import experts, measures
 from .components import Collected, short_roles
 from .style import colour_bar, heat_map, new_axes, new_row, part_colour, scale, text_colour
 
@@ -217,6 +217,29 @@ def tier_map(collected: Collected, stack: str | None = None, side: str = "input"
     heat_map(ax, grid, parts, parts, limits=(0.0, high), label=f"mean cos² of the angles, {side}s")
     ax.set_title("Overlap between parts")
     return ax
+
+
+def expert_maps(
+    collected: Collected, role: str, stack: str | None = None, axes: Sequence[Axes] | None = None
+) -> Sequence[Axes]:
+    """Heat maps, layers down and experts across, of `experts.maps` of one role: the updates' norm, and what is shared.
+
+    The second one is left out where no parts add up to the update.
+    """
+    by_value = experts.maps(collected, stack)[role]
+    drawn = [name for name, grid in by_value.items() if np.isfinite(grid).any()] or ["norm"]
+    layers, number = by_value["norm"].shape
+    if axes is None:
+        wide = min(max(3.2, 0.42 * number), 9.0)
+        axes = new_row(len(drawn) * (wide + 1.5), 1.4 + 0.27 * max(4, min(layers, 40)), [1.0] * len(drawn))
+    for ax, name in zip(axes, drawn, strict=True):
+        limits = (0.0, 1.0) if name == "shared" else (0.0, float(np.nanmax(by_value[name], initial=0.0)) or 1.0)
+        heat_map(ax, by_value[name], _numbers(layers), _numbers(number), limits=limits, label=experts.VALUES[name])
+        ax.set_xlabel("expert")
+        ax.set_ylabel("layer")
+        words = f"{experts.VALUES[name][0].upper()}{experts.VALUES[name][1:]}"
+        ax.set_title(words if ax is not axes[0] else f"{role.rpartition('.')[2]}: {experts.VALUES[name]}")
+    return axes
 
 
 def _part_words(part: str) -> str:

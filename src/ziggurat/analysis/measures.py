@@ -74,14 +74,21 @@ def mean_spectrum(collected: Collected, part: str, top: int = 8) -> np.ndarray:
 def by_layer_and_role(
     collected: Collected, part: str, value: str = "effective_rank", stack: str | None = None
 ) -> tuple[np.ndarray, list[str]]:
-    """(N, roles) of one measure of `row`, and the roles. A shared component stands in every layer that it reaches."""
+    """(N, roles) of one measure of `row`, and the roles. A shared component stands in every layer that it reaches.
+
+    The experts of a layer are one role, with their mean.
+    """
     stack = stack_of(collected, stack)
-    chosen = [c for c in _some(collected, part) if c.stack == stack]
-    roles = list(dict.fromkeys(c.role for c in chosen))
-    grid = np.full((collected.layers[stack], len(roles)), np.nan)
-    for component in chosen:
-        grid[list(component.layers), roles.index(component.role)] = row(component)[value]
-    return grid, roles
+    values: dict[str, dict[int, list[float]]] = {}
+    for component in (c for c in _some(collected, part) if c.stack == stack):
+        by_layer = values.setdefault(component.family, {})
+        for layer in component.layers:
+            by_layer.setdefault(layer, []).append(row(component)[value])
+    grid = np.full((collected.layers[stack], len(values)), np.nan)
+    for column, by_layer in enumerate(values.values()):
+        for layer, of_layer in by_layer.items():
+            grid[layer, column] = mean(of_layer)
+    return grid, list(values)
 
 
 def rank_use(
@@ -90,7 +97,7 @@ def rank_use(
     """Layers that a pair reaches -> (effective rank, rank), mean over the roles, or of `role` alone."""
     pairs: dict[tuple[int, ...], list[tuple[float, int]]] = {}
     for c in collected.of(part):
-        if c.stack == stack and c.layers and role in (None, c.role):
+        if c.stack == stack and c.layers and role in (None, c.family):
             pairs.setdefault(c.layers, []).append((row(c)["effective_rank"], c.rank))
     return {layers: tuple(float(mean) for mean in np.mean(values, axis=0)) for layers, values in pairs.items()}  # type: ignore[misc]
 
@@ -98,8 +105,9 @@ def rank_use(
 def energy(collected: Collected, stack: str | None = None) -> dict[str, dict[str, float]]:
     """Part -> role -> mean over the layers of ||B A||_F^2, which each stored part adds to a linear layer of that role.
 
-    Parts aren't orthogonal, so these don't sum exactly to the update's energy. A shared component counts in every layer
-    that it reaches. For planes, which multiply, their update counts.
+    The experts of a layer are one role, with their mean. Parts aren't orthogonal, so these don't sum exactly to the
+    update's energy. A shared component counts in every layer that it reaches. For planes, which multiply, their update
+    counts.
     """
     stack = stack_of(collected, stack)
     parts = collected.stored_parts if all(c.adds for c in collected.components) else [UPDATE]
@@ -108,7 +116,8 @@ def energy(collected: Collected, stack: str | None = None) -> dict[str, dict[str
         sums: dict[str, list[float]] = {}
         for c in collected.of(part):
             if c.stack == stack:
-                sums.setdefault(c.role, []).extend([float(np.square(c.singular_values).sum())] * max(1, len(c.layers)))
+                reached = max(1, len(c.layers)) * len(c.experts or (0,))
+                sums.setdefault(c.family, []).extend([float(np.square(c.singular_values).sum())] * reached)
         by_part[part] = {role: float(np.mean(values)) for role, values in sums.items()}
     return by_part
 
@@ -176,8 +185,9 @@ def on_one_linear(collected: Collected, first: str, second: str, stack: str) -> 
     """The components of two parts that act on the same linear layer; of one part each with itself."""
     for a in collected.of(first):
         for b in collected.of(second) if first != second else [a]:
-            same_place = a.stack == b.stack == stack and a.role == b.role and a.shape == b.shape
-            if same_place and set(a.layers) & set(b.layers):
+            same_role = a.stack == b.stack == stack and a.family == b.family and a.shape == b.shape
+            same_experts = a.experts == b.experts or bool({*(a.experts or ())} & {*(b.experts or ())})
+            if same_role and same_experts and set(a.layers) & set(b.layers):
                 yield a, b
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from ziggurat.errors import ConfigError
 
-from . import measures, svg, trace
+from . import experts, measures, svg, trace
 from .components import Collected, short_roles
 from .runs import Run, read_run
 
@@ -202,6 +202,12 @@ def _adapter(collected: Collected) -> Iterator[str]:
             grid, roles = measures.by_layer_and_role(collected, part, value, stack)
             names = [short[r] for r in roles]
             yield svg.heat_map(f"{words} of part {part}", grid, rows, names, limits=limits)
+        for role, by_value in experts.maps(collected, stack).items():
+            for value, grid in by_value.items():
+                if np.isfinite(grid).any():
+                    columns = [str(n) for n in range(grid.shape[1])]
+                    title = f"{role.rpartition('.')[2]}: {experts.VALUES[value]}"
+                    yield svg.heat_map(title, grid, rows, columns, "expert")
         if depth > 1:
             grid = measures.kl_matrix(collected, stack=stack)
             yield svg.heat_map("KL between layers' spectra", grid, layers, layers, ACROSS)

@@ -64,7 +64,8 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
             parts = parts_of(method, here, site, t) if expert is None else expert_parts(method, here, site, t)
             for part in parts:
                 together = all(specs[key].shared for key in part.keys)
-                share = _shared_by(members, part.keys, site.num_experts)
+                experts = _sharing(members, part.keys, site, expert)
+                share = _in_brackets(experts, site)
                 component = Component(
                     part.name,
                     site.stack_path,
@@ -74,26 +75,40 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
                     group=part.group,
                     adds=part.adds,
                     tensors={f"{names[key]}{share}": t[key].numel() for key in part.keys if specs[key].trains},
+                    experts=experts,
                 )
                 alike.setdefault((part.name, *component.tensors, "" if together else path), []).append(component)
             if len(parts) > 1:
                 rank = min(part.pair.A.shape[0] for part in parts if not part.adds) if not parts[0].adds else None
                 pair = pair_of(method, here, site, t) if expert is None else expert_pair(method, here, site, t)
                 role = site.role if expert is None else f"{site.role}[{expert}]"
-                updates.append(Component(UPDATE, site.stack_path, role, layers, *_narrowed(pair, rank), stored=False))
+                one = _sharing({}, (), site, expert)
+                updates.append(
+                    Component(UPDATE, site.stack_path, role, layers, *_narrowed(pair, rank), stored=False, experts=one)
+                )
     for same in alike.values():
-        yield replace(same[0], layers=tuple(sorted({n for component in same for n in component.layers})))
+        experts = {n for component in same for n in component.experts or ()}
+        yield replace(
+            same[0],
+            layers=tuple(sorted({n for component in same for n in component.layers})),
+            experts=range(min(experts), max(experts) + 1) if experts else None,
+        )
     yield from updates
 
 
-def _shared_by(members: Mapping[str, range], keys: Sequence[str], num_experts: int | None) -> str:
-    """The experts that share these tensors, in brackets; "" if all do, or if there are none."""
-    if not members:
+def _sharing(members: Mapping[str, range], keys: Sequence[str], site: Site, expert: int | None) -> range | None:
+    """Which experts have these tensors of a site in common; without tensors the one expert that is looked at."""
+    if members:
+        return range(max(members[key].start for key in keys), min(members[key].stop for key in keys))
+    number = site.expert if expert is None else expert
+    return None if number is None else range(number, number + 1)
+
+
+def _in_brackets(experts: range | None, site: Site) -> str:
+    """Behind the role of a parameter with all experts: those that share, where they aren't all."""
+    if experts is None or not site.fused or len(experts) == site.num_experts:
         return ""
-    first, end = max(members[key].start for key in keys), min(members[key].stop for key in keys)
-    if end - first == num_experts:
-        return ""
-    return f"[{first}]" if end - first == 1 else f"[{first}-{end - 1}]"
+    return f"[{experts.start}]" if len(experts) == 1 else f"[{experts.start}-{experts.stop - 1}]"
 
 
 def _narrowed(pair: FactorPair, rank: int | None) -> FactorPair:

@@ -6,11 +6,13 @@ sum_i ||D_i||_F^2. With the Gram matrix G_ij = <D_i, D_j>_F its share is
     shared = sum_ij G_ij / (n sum_i G_ii)
 
 1 where all are equal, and 1/n where they are orthogonal, as independent ones of many entries nearly are. Where matrices
-fall into several such families (the layers of each third, the adapters at each linear layer), energies are summed.
+fall into several such families (the layers of each third, the adapters at each linear layer), energies are summed. The
+experts of a layer are one role.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,10 @@ GROUPS = 3
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """A matrix of one linear layer of one adapter: an update as its pair, or a gradient (d_out, d_in)."""
+    """A matrix of one linear layer of one adapter: an update as its pair, or a gradient (d_out, d_in).
+
+    `expert`: the number of the expert that it is one of; None where there are none.
+    """
 
     adapter: str
     stack: str
@@ -39,6 +44,7 @@ class Item:
     layer: int
     num_layers: int
     matrix: FactorPair | Tensor
+    expert: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,7 +59,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Shared:
-    """The common share of the energy `over` depth, group, role or adapter, in the linear layers `where`.
+    """The common share of the energy `over` depth, group, expert, role or adapter, in the linear layers `where`.
 
     `number`: the largest number of compared matrices. `independent`: the share for orthogonal matrices of these
     energies.
@@ -74,7 +80,8 @@ def updates(adapters: Sequence[Collected]) -> list[Item]:
         parts = [UPDATE] if UPDATE in collected.parts else collected.stored_parts[:1]
         depths = collected.layers
         for c in (c for part in parts for c in collected.of(part) if c.role and c.finite):
-            items += [Item(name, c.stack, c.role, layer, depths[c.stack], c.pair) for layer in c.layers]
+            for layer, expert in product(c.layers, c.experts or (None,)):
+                items.append(Item(name, c.stack, c.family, layer, depths[c.stack], c.pair, expert))
     return items
 
 
@@ -117,18 +124,20 @@ def gradients(model: nn.Module, losses: Iterator[Tensor]) -> list[Item]:
 
 
 def shared(items: Sequence[Item]) -> list[Shared]:
-    """The common share over depth, over thirds of it, over roles of one shape, and over adapters."""
+    """The common share over depth, over thirds of it, over a layer's experts, roles of one shape, and adapters."""
     adapters = list(dict.fromkeys(item.adapter for item in items))
     lines: list[Shared] = []
     for role in dict.fromkeys(item.role for item in items):
         of_role = [item for item in items if item.role == role]
-        lines += _line("depth", role, of_role, lambda i: (i.adapter, i.stack, i.shape))
-        lines += _line("group", role, of_role, lambda i: (i.adapter, i.stack, i.shape, i.group()))
-    lines += _line("role", "", items, lambda i: (i.adapter, i.stack, i.layer, i.shape))
+        lines += _line("depth", role, of_role, lambda i: (i.adapter, i.stack, i.shape, i.expert))
+        lines += _line("group", role, of_role, lambda i: (i.adapter, i.stack, i.shape, i.expert, i.group()))
+        if any(item.expert is not None for item in of_role):
+            lines += _line("expert", role, of_role, lambda i: (i.adapter, i.stack, i.shape, i.layer))
+    lines += _line("role", "", items, lambda i: (i.adapter, i.stack, i.layer, i.shape, i.expert))
     if len(adapters) > 1:
         for role in dict.fromkeys(item.role for item in items):
             of_role = [item for item in items if item.role == role]
-            lines += _line("adapter", role, of_role, lambda i: (i.stack, i.layer, i.shape))
+            lines += _line("adapter", role, of_role, lambda i: (i.stack, i.layer, i.shape, i.expert))
     return lines
 
 
@@ -166,6 +175,7 @@ def sentence(line: Shared) -> str:
     compared = {
         "depth": f"{line.number} layers",
         "group": f"thirds of the depth, up to {line.number} layers",
+        "expert": f"{line.number} experts of each layer",
         "role": f"{line.number} roles of one shape in each layer",
         "adapter": f"{line.number} adapters at each linear layer",
     }[line.over]

@@ -17,7 +17,7 @@ from ziggurat.errors import ConfigError
 from ziggurat.extras import require
 from ziggurat.terminal import no_formula
 
-from . import figures, measures, sharing, tiers, trace
+from . import experts, figures, measures, sharing, tiers, trace
 from .components import Collected, short_roles
 
 if TYPE_CHECKING:
@@ -48,10 +48,13 @@ MAPS = {
 
 
 def summary(collected: Collected, k: int = measures.HALF) -> list[dict[str, Any]]:
-    """A line for each part, role and stack: the number of components and the means of their measures."""
+    """A line for each part, role and stack: the number of components and the means of their measures.
+
+    The experts of a layer are one role.
+    """
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for line in measures.rows(collected, k):
-        groups.setdefault((line["part"], line["stack"], line["role"]), []).append(line)
+    for component, line in zip(collected.components, measures.rows(collected, k), strict=True):
+        groups.setdefault((component.part, component.stack, component.family), []).append(line)
     lines = []
     for (part, stack, role), group in groups.items():
         means = {
@@ -93,9 +96,8 @@ def table(collected: Collected, k: int = measures.HALF) -> RenderableType:
         f"{_number(line['angle_input'], 0)}°, of the output subspaces {_number(line['angle_output'], 0)}°"
         for line in tiers.rows(collected)
     ]
-    return Group(
-        shown, *(Text(text) for text in between), *(Text(f"note: {note}", style="yellow") for note in collected.notes)
-    )
+    notes = [Text(f"note: {note}", style="yellow") for note in collected.notes]
+    return Group(shown, *(Text(text) for text in [*between, *experts.sentences(collected)]), *notes)
 
 
 def write(
@@ -110,7 +112,7 @@ def write(
 ) -> list[Path]:
     """Write components.csv, analysis.json (all measures, spectra and matrices) and the figures to the folder `out`.
 
-    Methods with tiers get a tiers.csv, too: the similarity of each pair of tiers.
+    Methods with tiers get a tiers.csv, too: the similarity of each pair of tiers; adapters of experts an experts.csv.
 
     `history`: the log of its run; recorded spectra are drawn over the epochs. `beside`: as in `as_json`.
 
@@ -133,6 +135,9 @@ def write(
     if between := tiers.rows(collected):
         paths.append(folder / "tiers.csv")
         _write_rows(paths[-1], between)
+    if of_experts := experts.rows(collected):
+        paths.append(folder / "experts.csv")
+        _write_rows(paths[-1], of_experts)
     from .style import styled
 
     for name, draw in drawn.items():
@@ -183,6 +188,7 @@ def as_json(
         "notes": list(collected.notes),
         "components": lines,
         "tiers": tiers.rows(collected),
+        "experts": experts.rows(collected),
         "sharing": [vars(line) for line in sharing.shared(sharing.updates([collected, *beside]))],
         "stacks": stacks,
     }
@@ -225,6 +231,9 @@ def pictures_of(collected: Collected, other: Collected | None = None) -> Iterato
         yield f"energy{tail}", lambda stack=stack: figures.energy_bars(collected, stack)
         for value in ("effective_rank", "norm"):
             yield f"{value}{tail}", lambda stack=stack, value=value: figures.role_map(collected, None, value, stack)
+        of_experts = list(experts.maps(collected, stack))
+        for role, short in short_roles(of_experts).items():
+            yield f"experts-{short}{tail}", partial(_expert_maps, collected, role, stack)
         if depth < 2:
             continue
         for name, map_ in MAPS.items():
@@ -250,6 +259,10 @@ def pictures_over_epochs(history: Sequence[Mapping[str, Any]]) -> Iterator[tuple
     spectra = trace.top_values(history)
     if spectra:
         yield "epochs", lambda: figures.figure_3(spectra)[0]
+
+
+def _expert_maps(collected: Collected, role: str, stack: str) -> Any:
+    return figures.expert_maps(collected, role, stack)[0]
 
 
 def _layer_map(map_: Map, collected: Collected, stack: str) -> Any:
