@@ -1,4 +1,4 @@
-"""What each of two gloo processes does in `test_two_processes`: train all methods under DDP and FSDP2, and save."""
+"""What each of two gloo processes does in `test_two_processes`: train all cases under DDP and FSDP2, and save."""
 
 import json
 import os
@@ -15,7 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
-from ziggurat import LoR2CConfig, LoRA2Config, MSPLoraConfig, plain_lora
+from moe_models import EXPERTS, mixture
+from ziggurat import LoR2CConfig, LoRA2Config, MSPLoraConfig, plain_lora, share
 from ziggurat.errors import ConfigError
 from zoo import ZOO
 
@@ -24,16 +25,31 @@ METHODS: dict[str, Any] = {
     "msplora": lambda: MSPLoraConfig(r=4, target_modules=TARGETS, init_weights=False),
     "lor2c": lambda: LoR2CConfig(r=4, init_weights=False),
     "lora2": lambda: LoRA2Config(r=4, target_rank=4, target_modules=TARGETS, init_weights=False),
+    "experts": lambda: MSPLoraConfig(
+        r=4, target_modules=TARGETS, target_parameters=[*EXPERTS, "gate.weight"], init_weights=False
+    ),
 }
+#: The adapters of a set, one for each text of a batch. Under DDP the second process has no text of the first adapter.
+NAMES = {"ddp": ["films", "books", "books", "books"], "fsdp2": ["films", "books", "films", "books"]}
+CASES = (*METHODS, "set")
 STRATEGIES = ("ddp", "fsdp2")
 STEPS = 3
 #: Of what goes to a server as plain LoRA.
 PLAIN_RANK = 16
 
 
-def build(method: str) -> PeftModel:
+def base(case: str) -> Any:
+    return mixture("qwen3_moe", vocab_size=100) if case == "experts" else ZOO["llama"].build()
+
+
+def build(case: str) -> PeftModel:
     torch.manual_seed(0)
-    return get_peft_model(ZOO["llama"].build(), METHODS[method]()).train()  # type: ignore[arg-type]
+    if case != "set":
+        return get_peft_model(base(case), METHODS[case]()).train()
+    model = get_peft_model(base(case), METHODS["msplora"](), "films")
+    model.add_adapter("books", METHODS["msplora"]())
+    share(model, ["films", "books"])
+    return model.train()
 
 
 def batch(step: int) -> Tensor:
@@ -41,13 +57,14 @@ def batch(step: int) -> Tensor:
     return torch.randint(5, 100, (4, 6), generator=torch.Generator().manual_seed(step))
 
 
-def steps(model: nn.Module, rows: slice) -> list[float]:
+def steps(model: nn.Module, rows: slice, case: str, strategy: str) -> list[float]:
+    names = {"adapter_names": NAMES[strategy][rows]} if case == "set" else {}
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1e-2)
     losses = []
     for step in range(STEPS):
         ids = batch(step)[rows]
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(input_ids=ids, labels=ids, **names).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -68,27 +85,40 @@ def work(rank: int, out: str) -> None:
     # They meet in a file: a port that was free a moment ago may be another test's by now.
     dist.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=2)
     measured: dict[str, list[float]] = {}
-    for method in METHODS:
+    for case in CASES:
         for strategy in STRATEGIES:
-            model = build(method)
-            whole: Any = DistributedDataParallel(model) if strategy == "ddp" else sharded(model)
-            losses = torch.tensor(steps(whole, slice(2 * rank, 2 * rank + 2)))
+            model = build(case)
+            whole: Any = (
+                sharded(model)
+                if strategy == "fsdp2"
+                else DistributedDataParallel(model, find_unused_parameters=case == "set")
+            )
+            losses = torch.tensor(steps(whole, slice(2 * rank, 2 * rank + 2), case, strategy))
             dist.all_reduce(losses)
-            measured[f"{method}-{strategy}"] = (losses / 2).tolist()
+            measured[f"{case}-{strategy}"] = (losses / 2).tolist()
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             state = get_model_state_dict(model, options=options) if strategy == "fsdp2" else model.state_dict()
-            if strategy == "fsdp2" and method != "lor2c":
+            if strategy == "fsdp2" and case not in ("lor2c", "set"):
                 plain = plain_lora(model, rank=PLAIN_RANK)
                 if rank == 0:
-                    save_file(plain.tensors, Path(out) / f"{method}-plain.safetensors")
+                    save_file(plain.tensors, Path(out) / f"{case}-plain.safetensors")
             if rank == 0:
-                model.save_pretrained(str(Path(out) / f"{method}-{strategy}"), state_dict=state)
+                model.save_pretrained(str(Path(out) / f"{case}-{strategy}"), state_dict=state)
             dist.barrier()
-    logits = tensor_parallel(rank, out)
+    answers = tensor_parallel(rank, out) | {"set": without_a_sample(model, batch(0)[:2])}
     if rank == 0:
         (Path(out) / "losses.json").write_text(json.dumps(measured))
-        (Path(out) / "tensor_parallel.json").write_text(json.dumps(logits))
+        (Path(out) / "answers.json").write_text(json.dumps(answers))
     dist.destroy_process_group()
+
+
+def without_a_sample(model: nn.Module, ids: Tensor) -> str:
+    """What a model that FSDP2 has sharded says to a batch without a sample of one adapter of its set."""
+    try:
+        model(input_ids=ids, adapter_names=["books", "books"])
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 def tensor_parallel(rank: int, out: str) -> dict[str, Any]:
@@ -99,17 +129,17 @@ def tensor_parallel(rank: int, out: str) -> dict[str, Any]:
         config.num_key_value_heads = config.num_attention_heads  # heads are what is split
         AutoModelForCausalLM.from_config(config).save_pretrained(Path(out) / "llama")
     dist.barrier()
-    logits: dict[str, Any] = {}
-    for method, config in METHODS.items():
-        base = AutoModelForCausalLM.from_pretrained(Path(out) / "llama", tp_plan="auto")
+    answers: dict[str, Any] = {}
+    for method in ("msplora", "lora2", "lor2c"):
+        split = AutoModelForCausalLM.from_pretrained(Path(out) / "llama", tp_plan="auto")
         try:
-            logits[method] = first_logits(base, config()).tolist()
+            answers[method] = first_logits(split, METHODS[method]()).tolist()
         except ConfigError as error:
-            logits[method] = str(error)
-    return logits
+            answers[method] = str(error)
+    return answers
 
 
-def first_logits(base: nn.Module, config: Any) -> Tensor:
+def first_logits(model: nn.Module, config: Any) -> Tensor:
     torch.manual_seed(0)
     with torch.no_grad():
-        return get_peft_model(base, config).eval()(input_ids=batch(0)).logits  # type: ignore[arg-type]
+        return get_peft_model(model, config).eval()(input_ids=batch(0)).logits  # type: ignore[arg-type]

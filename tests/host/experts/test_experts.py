@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 import versions
 from methods_table import logits
-from moe_models import EXPERTS, MIXTURES, mixture, tokens
+from moe_models import EXPERTS, MIXTURES, ROUTERS, mixture, tokens
 from tolerance import assert_models_agree
 from ziggurat import (
     AdapterDropConfig,
@@ -26,11 +26,13 @@ from ziggurat import (
     ShareLoRAConfig,
     TiedLoRAConfig,
 )
+from ziggurat.analysis import experts, figures, sharing, write
 from ziggurat.analysis.collect import collect
-from ziggurat.errors import ConfigError, ExportError
+from ziggurat.errors import ConfigError
 from ziggurat.export import export_model
 from ziggurat.host.count import count
 from ziggurat.host.experts.layer import ParameterLayer
+from ziggurat.host.linear import AdaptedLinear
 from ziggurat.lowrank.grouped import _has_kernel, _padded, grouped
 from ziggurat.plan.planner import plan
 
@@ -72,6 +74,10 @@ def parameter_layers(model: nn.Module) -> dict[str, ParameterLayer]:
     return {path: layer for path, layer in model.named_modules() if isinstance(layer, ParameterLayer)}
 
 
+def routers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, AdaptedLinear) and layer.routes}
+
+
 def factor_gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -98,7 +104,8 @@ def update_of_expert(layer: ParameterLayer, expert: int) -> Tensor:
 
 @every_mixture
 def test_the_equation_and_its_gradients_against_a_loop_over_experts(name: str) -> None:
-    config = MSPLoraConfig(tiers=TIERS, lora_alpha=3, target_parameters=EXPERTS, init_weights=False)
+    named = [*EXPERTS, ROUTERS[name]]
+    config = MSPLoraConfig(tiers=TIERS, lora_alpha=3, target_parameters=named, init_weights=False)
     model = adapted(name, config).double()
     labels = {"labels": tokens()["input_ids"]}
     out = model(**tokens(), **labels)
@@ -112,6 +119,10 @@ def test_the_equation_and_its_gradients_against_a_loop_over_experts(name: str) -
         updates = torch.stack([update_of_expert(layer, e) for e in range(layer.parameter.shape[0])])
         transposed = name == "gpt_oss"
         weights[path.removeprefix("base_model.model.")] = layer.parameter + (updates.mT if transposed else updates)
+    for path, layer in routers(model).items():
+        A, B = layer.effective_pair("default")
+        weights[f"{path.removeprefix('base_model.model.')}.weight"] = layer.get_base_layer().weight + B @ A
+    assert len(weights) == 6
     expected = functional_call(naive, weights, kwargs=tokens() | labels)
     torch.testing.assert_close(out.logits, expected.logits, rtol=1e-10, atol=1e-10)
     expected.loss.backward()
@@ -226,6 +237,23 @@ def test_analysis_sees_tiers_by_the_experts_that_share_them(tmp_path: Path) -> N
         layer = parameter_layers(model)["base_model.model.model.layers.1.mlp.experts.gate_up_proj"]
         pair = next(c for c in collected.of("update") if c.role.endswith("gate_up_proj[2]") and c.layers == (1,)).pair
         torch.testing.assert_close(pair.B @ pair.A, update_of_expert(layer, 2).float())
+        at = experts.maps(collected)["mlp.experts.gate_up_proj"]
+        assert at["norm"].shape == at["shared"].shape == (2, 4)
+        assert at["norm"][1, 2] == pytest.approx(float(update_of_expert(layer, 2).norm()), rel=1e-5)
+        t = layer.stored("default")
+        energies = {}
+        for tier in TIERS:
+            A, B = t[f"A_{tier['name']}"], t[f"B_{tier['name']}"]
+            group = {"third": 1, "half": 0, "expert": 2}.get(tier["name"], ...)
+            energies[tier["name"]] = float((B[group] @ A[group]).square().sum()) / tier["r"] ** 2
+        # Of the thirds, experts 0 and 1 have one; 2 and 3 have each its own.
+        own = energies["third"] + energies["expert"]
+        assert at["shared"][1, 2] == pytest.approx(1 - own / sum(energies.values()), rel=1e-5)
+        assert len(experts.rows(collected)) == 2 * 2 * 4
+        (norms, shares) = figures.expert_maps(collected, "mlp.experts.gate_up_proj")
+        assert norms.images[0].get_array().shape == shares.images[0].get_array().shape == (2, 4)
+    assert "experts-gate_up_proj" in dict(write.pictures_of(collected))
+    assert {line.over for line in sharing.shared(sharing.updates([collected]))} >= {"depth", "expert"}
 
 
 # What every adapter owes
@@ -236,7 +264,8 @@ def test_fresh_saved_merged_exported(name: str, tmp_path: Path) -> None:
     config = MSPLoraConfig(r=4, target_parameters=EXPERTS, target_modules=["o_proj"], task_type="CAUSAL_LM")
     before = logits(mixture(name), tokens())
     assert torch.equal(logits(adapted(name, config), tokens()), before)
-    config = MSPLoraConfig(r=4, target_parameters=EXPERTS, target_modules=["o_proj"], init_weights=False)
+    named = [*EXPERTS, ROUTERS[name]]
+    config = MSPLoraConfig(r=4, target_parameters=named, target_modules=["o_proj"], init_weights=False)
     model = adapted(name, config)
     expected = logits(model, tokens())
     assert not torch.allclose(expected, before, rtol=0.1, atol=0.1)
@@ -319,6 +348,48 @@ def test_experts_train_beside_a_frozen_router() -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_a_compiled_mixture_has_no_graph_breaks() -> None:
+    tiers = [*TIERS[:1], *TIERS[3:]]
+    model = adapted(
+        "qwen3_moe", MSPLoraConfig(tiers=tiers, target_parameters=[*EXPERTS, "gate.weight"], init_weights=False)
+    )
+    block = model.get_submodule("base_model.model.model.layers.0.mlp")
+    for dtype in (torch.float32, torch.bfloat16):  # torch's kernel can be compiled in the latter alone
+        model.to(dtype).zero_grad()
+        x = torch.randn(2, 9, 16, dtype=dtype)
+        outputs = [block(x), torch.compile(block, backend="aot_eager", fullgraph=True)(x)]
+        gradients = []
+        for y in outputs:
+            y.float().square().sum().backward()
+            gradients.append({name: g.clone() for name, g in factor_gradients(model).items()})
+            model.zero_grad()
+        assert_models_agree(*outputs)
+        assert gradients[0] and gradients[0].keys() == gradients[1].keys()
+        for name, gradient in gradients[0].items():
+            assert_models_agree(gradients[1][name], gradient)
+
+
+def test_checkpoints_and_bfloat16_give_the_gradients_of_a_plain_run() -> None:
+    config = MSPLoraConfig(tiers=TIERS, target_parameters=[*EXPERTS, "gate.weight"], init_weights=False)
+    model = adapted("qwen3_moe", config).train()
+
+    def gradients(autocast: bool = False) -> dict[str, Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(**tokens(), labels=tokens()["input_ids"]).loss
+        loss.backward()
+        return {name: g.clone() for name, g in factor_gradients(model).items()}
+
+    plain, rounded = gradients(), gradients(autocast=True)
+    model.gradient_checkpointing_enable()
+    checkpointed = gradients()
+    assert plain.keys() == checkpointed.keys() == rounded.keys()
+    for name, gradient in plain.items():
+        assert torch.equal(checkpointed[name], gradient)
+        # bfloat16 rounds by up to 2^-9, and may send tokens to other experts.
+        assert nn.functional.cosine_similarity(rounded[name].flatten(), gradient.flatten(), dim=0) > 0.9
+
+
 def test_plan_counts_experts_by_tier() -> None:
     config = MSPLoraConfig(r=4, target_parameters=EXPERTS)
     with torch.device("meta"):
@@ -334,6 +405,15 @@ def test_plan_counts_experts_by_tier() -> None:
     assert planned.memory is not None and planned.memory.activations
 
 
+def test_a_router_is_left_alone_unless_it_is_named() -> None:
+    assert not routers(adapted("olmoe", MSPLoraConfig(r=4, target_modules="all-linear", target_parameters=EXPERTS)))
+    for named in ({"target_modules": ["gate"]}, {"target_modules": ["gate"], "target_parameters": ["gate.weight"]}):
+        model = adapted("olmoe", MSPLoraConfig(r=4, **named))
+        assert len(routers(model)) == 2
+        model.add_adapter("second", MSPLoraConfig(r=2, target_parameters=["gate.weight"]))
+        assert [layer.adapters for layer in routers(model).values()] == 2 * [["default", "second"]]
+
+
 # What is refused
 
 
@@ -344,7 +424,11 @@ def test_plan_counts_experts_by_tier() -> None:
             MSPLoraConfig(r=4, target_parameters=["down_proj", "experts.gate"]),
             r"\['experts.gate'\] matches no parameter.*experts\.gate_up_proj, exp",
         ),
-        (MSPLoraConfig(r=4, target_parameters=["gate.weight"]), r"TopKRouter, and only.*trained whole when modules_to"),
+        (MSPLoraConfig(r=4, target_parameters=["norm.weight"]), r"RMSNorm, and only.*trained whole when modules_to"),
+        (
+            MSPLoraConfig(r=4, target_modules=["gate"], lora_dropout=0.1),
+            r"lora_dropout=0.1, and 'model.layers.0.mlp.gate' is a router.*no input can be dropped",
+        ),
         (
             MSPLoraConfig(tiers=[{"name": "e", "groups": 1, "expert_groups": 9, "r": 1}], target_parameters=EXPERTS),
             r"expert_groups=9 of tier 'e'.*has the experts 0 to 3. Give at most 4",
@@ -378,12 +462,13 @@ def test_groups_of_experts_that_cannot_be(groups: Any) -> None:
         MSPLoraConfig(tiers=[{"name": "e", "groups": 1, "expert_groups": groups}])
 
 
-def test_other_refusals(tmp_path: Path) -> None:
+def test_other_refusals() -> None:
     model = adapted("mixtral", MSPLoraConfig(r=4, target_parameters=EXPERTS))
-    with pytest.raises(ExportError, match=r"adapts fused experts, which vLLM names one by one"):
-        export_model(model, tmp_path / "served", serving=True)
     with pytest.raises(ValueError, match="come sorted by expert, not by sample"):
         model(**tokens(), adapter_names=["default", "default"])
+    routed = adapted("mixtral", MSPLoraConfig(r=4, target_modules=["gate"]))
+    with pytest.raises(ValueError, match="an adapter of a router, which computes with one weight for all samples"):
+        routed(**tokens(), adapter_names=["default", "default"])
     with pytest.raises(ValueError, match="can't be combined with weights"):
         model.add_weighted_adapter(["default"], [1.0], "sum")
     with pytest.raises(ConfigError, match=r"train_in_stages with target_parameters needs tiers"):
