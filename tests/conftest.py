@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -33,3 +34,21 @@ def pytest_sessionfinish() -> None:
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fresh]:
     with closing(Fresh(tmp_path_factory.mktemp("fresh"))) as programs:
         yield programs
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from training_tables import save_tiny_bert
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
+    save_tiny_bert(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from training_tables import save_tiny_llama
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    save_tiny_llama(folder)
+    return folder

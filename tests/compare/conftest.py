@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from letters import save_llama, write_tasks_data
-from training_tables import save_tiny_bert, save_tiny_llama
+from training_tables import save_tiny_bert
 
 
 @pytest.fixture(scope="session")
@@ -18,13 +18,6 @@ def wide_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = BertConfig.from_pretrained(str(folder), hidden_size=64, intermediate_size=64)
     BertModel(config).save_pretrained(str(folder))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    save_tiny_llama(folder)
     return folder
 
 

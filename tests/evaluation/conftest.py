@@ -1,17 +1,9 @@
-"""Tiny models and a folder of GLUE-like parquet files, in the hub's columns."""
+"""A tiny Llama, and files of four tasks that it can be scored on."""
 
 from pathlib import Path
 
 import pytest
 from letters import save_llama, write_tasks_data
-from training_tables import save_tiny_bert
-
-
-@pytest.fixture(scope="session")
-def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
-    save_tiny_bert(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

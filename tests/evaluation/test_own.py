@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import binomtest
-from training_tables import reviews, save_tiny_llama, tiny_recipe, write_csv, write_jsonl
+from training_tables import reviews, tiny_recipe, write_csv, write_jsonl
 
 from commands import main
 from ziggurat.training.answers.predict import predict
@@ -20,13 +20,6 @@ def classifier(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("own")
     data = write_csv(folder / "a.csv", reviews(48))
     return train(tiny_recipe(tiny_bert, data, folder / "out", train__epochs=10)).folder
-
-
-@pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    save_tiny_llama(folder)
-    return folder
 
 
 def scored(adapter: Path, file: Path, *words: str) -> dict[str, Any]:

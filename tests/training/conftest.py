@@ -1,23 +1,9 @@
-"""Tiny models, written once a session."""
+"""A table of reviews."""
 
 from pathlib import Path
 
 import pytest
-from training_tables import reviews, save_tiny_bert, save_tiny_llama, write_csv
-
-
-@pytest.fixture(scope="session")
-def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
-    save_tiny_bert(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    save_tiny_llama(folder)
-    return folder
+from training_tables import reviews, write_csv
 
 
 @pytest.fixture

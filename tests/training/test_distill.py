@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from stops import StopAt
 from training_tables import save_tiny_llama, tiny_recipe
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.recipe.recipe import make_recipe, resolved, to_yaml
@@ -59,17 +60,11 @@ def test_a_student_comes_nearer_to_its_teacher(run: Result, teacher: Path) -> No
     assert (run.folder / "recipe.yaml").read_text().count("teacher.") == 3
 
 
-class StopAt(TrainerCallback):
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-
 def test_a_resumed_student_ends_as_one_that_was_never_stopped(
     run: Result, tiny_llama: Path, teacher: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(Interrupted):
-        train(tiny_recipe(tiny_llama, PROMPTS, tmp_path / "out", **options(teacher)), callbacks=[StopAt()])
+        train(tiny_recipe(tiny_llama, PROMPTS, tmp_path / "out", **options(teacher)), callbacks=[StopAt(5, times=2)])
     again = train(tiny_recipe(tiny_llama, PROMPTS, tmp_path / "out", **options(teacher, resume=True)))
     ours, theirs = (load_file(each.folder / "adapter_model.safetensors") for each in (again, run))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and again.after == run.after

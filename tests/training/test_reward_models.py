@@ -9,8 +9,9 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
+from stops import StopAt
 from training_tables import tiny_recipe, write_jsonl
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands import main
 from ziggurat.errors import DataError, RecipeError
@@ -77,15 +78,9 @@ def test_a_reward_model_rates_the_better_answer_higher(
         predict(reward.folder, ["what colour is the sky"])
 
 
-class StopAt(TrainerCallback):
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-
 def test_a_resumed_reward_model_is_the_same(reward: Result, tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
-        train(tiny_recipe(tiny_llama, PAIRS, tmp_path / "out", **rating()), callbacks=[StopAt()])
+        train(tiny_recipe(tiny_llama, PAIRS, tmp_path / "out", **rating()), callbacks=[StopAt(5, times=2)])
     again = train(tiny_recipe(tiny_llama, PAIRS, tmp_path / "out", **rating(resume=True)))
     ours, theirs = (load_file(each.folder / "adapter_model.safetensors") for each in (again, reward))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
+from stops import StopAt
 from training_tables import tiny_recipe, write_jsonl
-from transformers import AutoConfig, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoTokenizer
 
 from commands import main
 from ziggurat.errors import ConfigError, DataError, RecipeError, RewardError
@@ -212,19 +213,6 @@ def test_prompts_that_cannot_be_asked(tmp_path: Path, tiny_llama: Path) -> None:
     assert len(rows) == 1 and notes[1] == "1 of 2 training prompts have more than 60 tokens and are left out"
     with pytest.raises(DataError, match=r"sampling.tokens: 64, and m takes 64 with the prompt"):
         fitting_prompts(recipe(sampling__tokens=64), tokenizer, config, examples)
-
-
-class StopAt(TrainerCallback):
-    """Ctrl-C at a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            import signal
-
-            signal.raise_signal(signal.SIGINT)
 
 
 def test_grpo_raises_the_reward_and_goes_on_bitwise(tiny_llama: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 import yaml
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from rich.console import Console
+from stops import StopAt
 from training_tables import reviews, save_tiny_llama, tiny_recipe, write_csv, write_jsonl
 from transformers import TrainerCallback
 
@@ -124,7 +125,6 @@ def test_baselines_run_and_reload(method: str, tiny_bert: Path, reviews_csv: Pat
 
 
 def test_the_head_learns_at_its_own_rate(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
-    from transformers import TrainerCallback
 
     seen: list[dict[float, int]] = []
 
@@ -328,7 +328,6 @@ def test_the_best_checkpoint_can_be_kept(tiny_bert: Path, reviews_csv: Path, tmp
 def test_sigterm_leaves_a_checkpoint_and_gives_the_signals_back(
     tiny_bert: Path, reviews_csv: Path, tmp_path: Path
 ) -> None:
-    from transformers import TrainerCallback
 
     class Terminate(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -416,17 +415,6 @@ def test_paths_are_counted_as_stored_and_active(tiny_bert: Path, reviews_csv: Pa
     result = train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=8, **fields))
     assert result.left == {"stored": 4 * 2 * 4 * 32, "active": 2 * 2 * 4 * 32, "trained": 2 * 2 * 4 * 32}
     assert run_info(result)["left"] == result.left
-
-
-class StopAt(TrainerCallback):
-    """Ctrl-C in the middle of the step after which it is asked for."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize(("stop", "evaluate"), [(3, 3), (4, 3), (4, "epoch")])

@@ -10,8 +10,9 @@ import pytest
 import torch
 from peft import AutoPeftModelForSeq2SeqLM
 from safetensors.torch import load_file
+from stops import StopAt
 from training_tables import WORDS, save_tiny_t5, tiny_recipe, write_csv, write_jsonl
-from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration, TrainerCallback
+from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 from commands import main
 from ziggurat.errors import DataError, RecipeError
@@ -129,15 +130,9 @@ def test_a_run_learns_and_its_folder_writes_what_was_scored(
     )
 
 
-class StopAt(TrainerCallback):
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 25:
-            raise KeyboardInterrupt
-
-
 def test_a_resumed_run_ends_as_one_that_was_never_stopped(run: Result, tiny_t5: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
-        train(tiny_recipe(tiny_t5, FORM, tmp_path / "out", **options()), callbacks=[StopAt()])
+        train(tiny_recipe(tiny_t5, FORM, tmp_path / "out", **options()), callbacks=[StopAt(25, times=2)])
     resumed = train(tiny_recipe(tiny_t5, FORM, tmp_path / "out", **options(resume=True)))
     ours, theirs = (load_file(each.folder / "adapter_model.safetensors") for each in (resumed, run))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and resumed.after == run.after

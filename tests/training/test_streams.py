@@ -2,14 +2,13 @@
 
 import gzip
 import json
-import signal
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stops import StopAt
 from training_tables import tiny_recipe, write_csv, write_jsonl
-from transformers import TrainerCallback
 
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.recipe.recipe import make_recipe
@@ -102,17 +101,6 @@ def test_what_a_stream_cannot_do_is_refused(tmp_path: Path) -> None:
         "data.max_train: has no",
     ):
         assert message in str(error.value)
-
-
-class StopAt(TrainerCallback):
-    """Ctrl-C in the middle of the step after which it is asked for."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_resumed_run_goes_on_at_its_row(tiny_llama: Path, tmp_path: Path) -> None:

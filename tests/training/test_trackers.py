@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stops import StopAt
 from training_tables import save_still_bert, tiny_recipe
-from transformers import TrainerCallback
 
 from ziggurat.analysis import collect
 from ziggurat.analysis.trace import scalars
@@ -60,15 +60,6 @@ def test_tensorboard_gets_the_losses_scores_and_spectra_of_a_run(
     assert silent.after == result.after  # who is told changes nothing
 
 
-class StopAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.usefixtures("no_own_folder")
 def test_the_logs_of_a_resumed_run_are_whole_and_the_tracker_may_change(
     still_bert: Path, reviews_csv: Path, tmp_path: Path
@@ -78,14 +69,14 @@ def test_the_logs_of_a_resumed_run_are_whole_and_the_tracker_may_change(
         return tiny_recipe(still_bert, reviews_csv, tmp_path / "out", **{**settings, **more})
 
     with pytest.raises(Interrupted):
-        train(recipe(), callbacks=[StopAt(5)])
+        train(recipe(), callbacks=[StopAt(5, times=2)])
     assert events(tmp_path / "out.unfinished" / "logs")
     result: Result = train(recipe(resume=True, train__report_to=["tensorboard"]))
     steps = {event.step for event in events(result.folder / "logs")["train/spectra/layer/s1"]}
     assert steps == {1, 2, 3, 4, 5, 6}
 
     with pytest.raises(Interrupted):
-        train(recipe(overwrite=True), callbacks=[StopAt(5)])
+        train(recipe(overwrite=True), callbacks=[StopAt(5, times=2)])
     train(recipe(resume=True, train__report_to=None))
 
 
