@@ -221,9 +221,8 @@ def _load(recipe: Recipe) -> tuple[Any, Any]:
         trained = load_adapter_model(recipe.folder)
         return trained.model, trained.tokenizer
     from ziggurat.training.loop.trainers import quiet
-    from ziggurat.training.model.base import HeadSpec, device, load_base
+    from ziggurat.training.model.base import HeadSpec, base_of, device
 
-    where: dict[str, Any] = {"gguf_file": recipe.gguf_file, "revision": recipe.revision, "dtype": recipe.dtype}
     with quiet():
-        base = load_base(recipe.model, HeadSpec("instruct", []), **where)
+        base = base_of(recipe, HeadSpec("instruct", []))
     return base.model.to(device()).eval(), base.tokenizer  # type: ignore[arg-type]

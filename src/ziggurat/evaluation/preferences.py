@@ -20,12 +20,10 @@ if TYPE_CHECKING:
 
 def preferences(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
     """Share of pairs whose better answer has the greater reward, and the rewards' mean distance."""
-    from ziggurat.training.data.prefer import WORSE
+    from ziggurat.training.data.prefer import worse_of
 
     notes: list[str] = []
-    worse = table.select_columns([name for name in table.column_names if name.endswith(WORSE) or name == "row"])
-    worse = worse.rename_columns({name: name.removesuffix(WORSE) for name in worse.column_names if name != "row"})
-    better, lesser = (_rewards(loaded, part, batch, notes) for part in (table, worse))
+    better, lesser = (_rewards(loaded, part, batch, notes) for part in (table, worse_of(table)))
     gaps = better - lesser
     hits = int((gaps > 0).sum())
     return {

@@ -5,7 +5,7 @@ gain of its k-th direction, over all linear layers that it reaches. With `by_rol
 under the key `<tier>:<role>`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -83,16 +83,8 @@ def by_gain(gains: Mapping[str, np.ndarray], cost: Mapping[str, int], budget: in
     Raises:
         ConfigError: one rank for each tier is above the budget.
     """
-    ranks = dict.fromkeys(gains, 1)
-    spent = sum(cost.values())
-    check_budget(spent, budget)
-    while True:
-        open_ = [t for t in ranks if ranks[t] < len(gains[t]) and spent + cost[t] <= budget]
-        if not open_:
-            return ranks
-        best = max(open_, key=lambda t: float(gains[t][ranks[t]]) / cost[t])
-        ranks[best] += 1
-        spent += cost[best]
+    most = {tier: len(values) for tier, values in gains.items()}
+    return _by_greed(most, cost, budget, lambda tier, rank: float(gains[tier][rank]) / cost[tier])
 
 
 def by_width(width: Mapping[str, float], cost: Mapping[str, int], budget: int, most: int) -> dict[str, int]:
@@ -101,16 +93,24 @@ def by_width(width: Mapping[str, float], cost: Mapping[str, int], budget: int, m
     Raises:
         ConfigError: one rank for each tier is above the budget.
     """
-    ranks = dict.fromkeys(width, 1)
-    spent = sum(cost.values())
+    highest = {tier: most if share > 0 else 1 for tier, share in width.items()}
+    return _by_greed(highest, cost, budget, lambda tier, rank: -rank / width[tier])
+
+
+def _by_greed(
+    most: Mapping[str, int], cost: Mapping[str, int], budget: int, value: Callable[[str, int], float]
+) -> dict[str, int]:
+    """One rank for each tier; then one more for the tier with the largest `value` at its rank, until none fits.
+
+    `most`: the largest rank of each tier.
+    """
+    ranks, spent = dict.fromkeys(most, 1), sum(cost.values())
     check_budget(spent, budget)
-    while True:
-        open_ = [t for t in ranks if ranks[t] < most and spent + cost[t] <= budget and width[t] > 0]
-        if not open_:
-            return ranks
-        poorest = min(open_, key=lambda t: ranks[t] / width[t])
-        ranks[poorest] += 1
-        spent += cost[poorest]
+    while open_ := [tier for tier in ranks if ranks[tier] < most[tier] and spent + cost[tier] <= budget]:
+        best = max(open_, key=lambda tier: value(tier, ranks[tier]))
+        ranks[best] += 1
+        spent += cost[best]
+    return ranks
 
 
 def boundaries(distance: Sequence[float] | np.ndarray, groups: int, shortest: int = 1) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 
 from ziggurat.recipe.schema import SCORED_LENGTH
 
-from ..data.encode import Collator, longest
+from ..data.encode import longest
 from ..data.tags import OUTSIDE, encode_words
 from ..loop.entities import entities
 from .load import Loaded
@@ -23,10 +23,7 @@ def tags_of(loaded: Loaded, rows: Sequence[list[str]], batch: int) -> Iterator[l
     config: Any = loaded.model.config
     length = longest(loaded.tokenizer, config, loaded.recipe.data.max_length or SCORED_LENGTH)
     columns, firsts, _ = encode_words(rows, loaded.tokenizer, length)
-    encoded = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    collate, device = Collator(loaded.tokenizer), next(loaded.model.parameters()).device
-    for start in range(0, len(rows), batch):
-        inputs = {name: value.to(device) for name, value in collate(encoded[start : start + batch]).items()}
+    for start, inputs in zip(range(0, len(rows), batch), loaded.batches(columns, batch), strict=True):
         with torch.no_grad():
             places = loaded.model(**inputs).logits.argmax(-1)
         for row, mask, index in zip(places, inputs["attention_mask"], range(start, len(rows)), strict=False):

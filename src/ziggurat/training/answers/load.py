@@ -1,12 +1,13 @@
 """Loading an adapter folder of `ziggurat train` as a model that answers."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from ziggurat.errors import ConfigError, RecipeError
@@ -16,11 +17,12 @@ from ziggurat.recipe.methods import METHODS
 from ziggurat.recipe.recipe import find_recipe, recipe_of
 from ziggurat.recipe.schema import Recipe
 
+from ..data.encode import Collator
 from ..data.template import stop_at_turns
 from ..folder.run_folder import RECIPE, RUN
 from ..heads import MeanPooledClassifier
 from ..loop.trainers import quiet
-from ..model.base import HeadSpec, device, load_base, load_processor
+from ..model.base import HeadSpec, base_of, device, load_processor
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,13 @@ class Loaded:
 
         return Writer(self.processor)
 
+    def batches(self, columns: Mapping[str, Sequence[Any]], size: int) -> Iterator[dict[str, Tensor]]:
+        """The rows of encoded texts in order, `size` at a time, padded and on the model's device."""
+        collate, device = Collator(self.tokenizer), next(self.model.parameters()).device
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        for start in range(0, len(rows), size):
+            yield {name: value.to(device) for name, value in collate(rows[start : start + size]).items()}
+
     @property
     def whole_tokenizer(self) -> Any:
         """The processor or tokenizer to save beside a model."""
@@ -63,15 +72,7 @@ def load_adapter_model(folder: str | Path) -> Loaded:
     spec = head_of(run, path)
     with quiet():
         if (path / "adapter_config.json").is_file():
-            base = load_base(
-                recipe.model,
-                spec,
-                gguf_file=recipe.gguf_file,
-                revision=recipe.revision,
-                dtype=recipe.dtype,
-                tokenizer_from=str(path),
-                four_bits=METHODS[recipe.method["name"]].four_bits,
-            )
+            base = base_of(recipe, spec, tokenizer_from=str(path))
             try:
                 model: nn.Module = PeftModel.from_pretrained(base.model, str(path))
             except (ValueError, KeyError, RuntimeError, OSError) as error:

@@ -15,7 +15,7 @@ from ziggurat.recipe.tasks import WRITES
 
 from ..data.alpaca import WITH_LINE_BREAK, alpaca_prompt
 from ..data.chat import IMAGE, conversation, tools_of
-from ..data.encode import Collator, encode_texts, longest
+from ..data.encode import encode_texts, longest
 from ..data.examples import text_columns
 from ..data.faults import Faults, RowFault
 from ..data.images import Images, undecoded
@@ -155,10 +155,7 @@ def _score(loaded: Loaded, texts: Sequence[str], second: Sequence[str] | None, b
     length = longest(loaded.tokenizer, config, loaded.recipe.data.max_length or SCORED_LENGTH)
     separate = loaded.head.pooling == "mean" and loaded.head.pair
     columns, _ = encode_texts(texts, second, loaded.tokenizer, length, separate=separate)
-    collate, device = Collator(loaded.tokenizer), next(loaded.model.parameters()).device
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    for start in range(0, len(rows), batch):
-        inputs = {name: value.to(device) for name, value in collate(rows[start : start + batch]).items()}
+    for start, inputs in zip(range(0, len(texts), batch), loaded.batches(columns, batch), strict=True):
         with torch.no_grad():
             scores = loaded.model(**inputs).logits.float().cpu()
         part = texts[start : start + batch]

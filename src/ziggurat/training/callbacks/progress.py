@@ -87,6 +87,13 @@ def in_words(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def scores_in(line: Mapping[str, Any]) -> dict[str, float]:
+    """The validation scores of a logged line, without Trainer's timing."""
+    timing = ("runtime", "per_second", "preparation_time", "num_tokens")
+    scores = {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
+    return {name: float(value) for name, value in scores.items() if not any(word in name for word in timing)}
+
+
 def line_of(line: dict[str, Any]) -> str:
     """A logged line in words: `step 10 of 188, loss 0.643, rate 9.5e-04, 45 s left`."""
     parts = [f"step {line['step']} of {line['steps']}" if line["steps"] else "before training"]
@@ -96,9 +103,7 @@ def line_of(line: dict[str, Any]) -> str:
         parts.append(f"loss {line['loss']:.4g}")
     if "learning_rate" in line:
         parts.append(f"rate {line['learning_rate']:.1e}")
-    timing = ("runtime", "per_second", "preparation_time", "num_tokens")
-    scores = {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
-    parts += [f"{n} {v:.4g}" for n, v in scores.items() if not any(word in n for word in timing)]
+    parts += [f"{name} {value:.4g}" for name, value in scores_in(line).items()]
     if line.get("left") and "loss" in line:
         parts.append(f"{in_words(line['left'])} left")
     return ", ".join(parts)

@@ -1,6 +1,7 @@
 """Conversations in any of the usual forms, converted to the messages of chat templates."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from ziggurat.recipe.schema import DataPart
@@ -118,12 +119,9 @@ def has_images(value: Any) -> bool:
 
 def _calls(value: Any) -> list[Message]:
     """Function calls in the form of chat templates: `arguments` is an object, even if it was JSON text."""
-    value = parsed(value)
     calls = []
-    for call in (value if isinstance(value, list) else [value]) if value else []:
-        call = without_gaps(call)
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    for call, function in _functions(value):
+        if function is None:
             raise RowFault(f"a call of a tool needs a function's name and arguments, got {call!r}")
         arguments = parsed(function.get("arguments", {}))
         kept = {"id": call["id"]} if "id" in call else {}
@@ -133,15 +131,22 @@ def _calls(value: Any) -> list[Message]:
 
 def tools_of(value: Any) -> list[Message]:
     """Descriptions of tools in the form of chat templates. Raises RowFault for other objects."""
-    value = parsed(value)
     tools = []
-    for tool in (value if isinstance(value, list) else [value]) if value else []:
-        tool = without_gaps(tool)
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    for tool, function in _functions(value):
+        if function is None:
             raise RowFault(f"a tool needs a name and its parameters, as a JSON schema; got {str(tool)[:80]}")
         tools.append({"type": "function", "function": function})
     return tools
+
+
+def _functions(value: Any) -> Iterator[tuple[Any, dict[str, Any] | None]]:
+    """Each call or tool of a list (or the only one), and its function; None if it has no named function."""
+    value = parsed(value)
+    for entry in (value if isinstance(value, list) else [value]) if value else []:
+        entry = without_gaps(entry)
+        function = entry.get("function", entry) if isinstance(entry, dict) else None
+        named = isinstance(function, dict) and isinstance(function.get("name"), str)
+        yield entry, function if named else None
 
 
 def parsed(value: Any) -> Any:

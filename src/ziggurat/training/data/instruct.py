@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -145,9 +145,7 @@ def to_rows(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, 
     kept = [made for made in made_rows if len(made) > 1]
     _, notes = faults.settle(table, recipe.data.drop_missing)
     rows = f"of {len(table)} rows of {source}"
-    unread = [f"'{column}'" for column in table.column_names if column not in given.values()]
-    if unread:
-        notes.append(f"{source}: column{'s' if len(unread) > 1 else ''} not read: {', '.join(unread)}")
+    notes += unread_note(table, given, source)
     empty = counts.pop("", 0)
     notes += [f"{count} {rows} {what}" for what, count in sorted(counts.items())]
     if not kept:
@@ -156,6 +154,12 @@ def to_rows(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, 
     if empty:
         notes.append(f"left out {empty} {rows}: their answer is empty")
     return Dataset.from_list(kept), "messages" if "messages" in kept[0] else shape, notes
+
+
+def unread_note(table: Dataset, given: Mapping[str, str | None], source: str) -> list[str]:
+    """A note on the columns that are not among those of `given`, if there are any."""
+    unread = [f"'{column}'" for column in table.column_names if column not in given.values()]
+    return [f"{source}: column{'s' if len(unread) > 1 else ''} not read: {', '.join(unread)}"] if unread else []
 
 
 def joined_bare(rows: list[dict[str, Any]]) -> list[str]:

@@ -10,7 +10,7 @@ from ziggurat.recipe.schema import Recipe
 
 from .encode import percentile, spread
 from .examples import Examples
-from .prefer import WORSE
+from .prefer import worse_of
 from .tokens import Row, length_of, tell_of_cuts, tokens_of
 
 if TYPE_CHECKING:
@@ -24,9 +24,7 @@ def encode_pairs(
     notes: list[str] = []
     parts = []
     for table, word in ((examples.train, "training"), (examples.validation, "validation")):
-        worse = table.select_columns([name for name in table.column_names if name.endswith(WORSE) or name == "row"])
-        worse = worse.rename_columns({name: name.removesuffix(WORSE) for name in worse.column_names if name != "row"})
-        pair = [tokens_of(recipe, tokenizer, part, word, notes) for part in (table, worse)]
+        pair = [tokens_of(recipe, tokenizer, part, word, notes) for part in (table, worse_of(table))]
         parts.append(([_split(*rows) for rows in zip(*pair, strict=True)], word))
     return _cut(recipe, tokenizer, config, parts, ("chosen_ids", "rejected_ids"), notes)
 

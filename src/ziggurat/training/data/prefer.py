@@ -10,7 +10,7 @@ from ziggurat.recipe.schema import Recipe
 
 from .chat import as_messages
 from .faults import Faults, RowFault
-from .instruct import column_of, joined_bare, read_row, to_rows
+from .instruct import column_of, joined_bare, read_row, to_rows, unread_note
 from .tables import require_column
 from .template import common_start
 
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 WORSE = "_rejected"
 #: The columns of a pair.
 _COLUMNS = ("prompt", "chosen", "rejected", "messages", "tools", "system")
+
+
+def worse_of(table: Dataset) -> Dataset:
+    """The worse answers of pairs, under the column names of the better ones."""
+    worse = table.select_columns([name for name in table.column_names if name.endswith(WORSE) or name == "row"])
+    return worse.rename_columns({name: name.removesuffix(WORSE) for name in worse.column_names if name != "row"})
 
 
 def to_pairs(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, list[str]]:
@@ -53,9 +59,7 @@ def to_pairs(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str,
             kept.append({**better, **{f"{name}{WORSE}": part for name, part in worse.items()}, "row": index + 1})
     _, notes = faults.settle(table, recipe.data.drop_missing)
     counts.pop("", None)
-    unread = [f"'{column}'" for column in table.column_names if column not in given.values()]
-    if unread:
-        notes.append(f"{source}: column{'s' if len(unread) > 1 else ''} not read: {', '.join(unread)}")
+    notes += unread_note(table, given, source)
     notes += joined_bare(kept)
     notes += [f"{count} of {len(table)} rows of {source} {what}" for what, count in sorted(counts.items())]
     return Dataset.from_list(kept), "messages" if "messages" in kept[0] else "prompt", notes

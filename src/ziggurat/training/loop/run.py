@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 
 from ziggurat.files.staging import told_of_storage
-from ziggurat.recipe.methods import BUDGET, METHODS
+from ziggurat.recipe.methods import BUDGET
 from ziggurat.recipe.schema import Recipe
 from ziggurat.recipe.tasks import REWARDED
 from ziggurat.terminal import is_screen
@@ -26,7 +26,7 @@ from ..callbacks import trackers
 from ..callbacks.allocation import callbacks_for
 from ..callbacks.divergence import StopAtNaN
 from ..callbacks.interrupt import Interrupted, StopSignals
-from ..callbacks.progress import LiveProgress, ProgressFile
+from ..callbacks.progress import LiveProgress, ProgressFile, scores_in
 from ..callbacks.rising import RisingLoss
 from ..data.examples import Examples, load_examples
 from ..devices import sharding
@@ -35,7 +35,7 @@ from ..folder import workplace
 from ..folder.checkpoints import WholeCheckpoints, step_of
 from ..folder.run_folder import RunFolder, launched
 from ..model.adapt import Counts, adapt, count
-from ..model.base import Base, HeadSpec, load_base
+from ..model.base import Base, HeadSpec, base_of
 from .arguments import Setup
 from .finish import settle
 from .meter import Meter, expected_bytes, peak_memory
@@ -134,7 +134,7 @@ def _train(
             task.trainer.train(resume_from_checkpoint=str(folder.last_checkpoint()) if recipe.resume else None)
     finally:
         progress.close()
-    before = before or _scores(next((line for line in task.trainer.state.log_history if _first_scores(line)), {}))
+    before = before or scores_in(next((line for line in task.trainer.state.log_history if _first_scores(line)), {}))
     if stop.agreed is not None:
         folder.note({"before": before, "seconds": time.monotonic() - begun, "answers": answers.rows})
         raise _interrupted(recipe, folder, stop.agreed, task.trainer.state)
@@ -311,7 +311,7 @@ def _score_before(
         return None
     # The generators' state is restored after scoring, so that training is the same with and without it.
     with _status(console, "scoring before training"), torch.random.fork_rng(_devices()):
-        before = _scores(trainer.evaluate())
+        before = scores_in(trainer.evaluate())
     folder.note({"before": before})
     return before
 
@@ -348,7 +348,7 @@ class NoteFirst(TrainerCallback):
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
         if state.global_step == 0:
-            self.folder.note({"before": _scores(metrics or {})})
+            self.folder.note({"before": scores_in(metrics or {})})
 
 
 def _first_scores(line: dict[str, Any]) -> bool:
@@ -367,23 +367,9 @@ def make_model(recipe: Recipe, examples: Examples) -> tuple[Base, nn.Module, Hea
     )
     # The head is seeded apart from the method, so that every method starts from the same head.
     set_seed(recipe.seed)
-    base = load_base(
-        recipe.model,
-        spec,
-        gguf_file=recipe.gguf_file,
-        revision=recipe.revision,
-        dtype=recipe.dtype,
-        four_bits=METHODS[recipe.method["name"]].four_bits,
-        attention=recipe.attn_implementation,
-    )
+    base = base_of(recipe, spec, attention=recipe.attn_implementation)
     set_seed(recipe.seed)
     return base, adapt(recipe, base), spec
-
-
-def _scores(logged: dict[str, float]) -> dict[str, float]:
-    timing = ("runtime", "per_second", "preparation_time", "num_tokens")
-    scores = {name.removeprefix("eval_"): value for name, value in logged.items() if name.startswith("eval_")}
-    return {name: float(value) for name, value in scores.items() if not any(word in name for word in timing)}
 
 
 def _final_scores(task: Task, recipe: Recipe) -> dict[str, float]:
@@ -393,8 +379,8 @@ def _final_scores(task: Task, recipe: Recipe) -> dict[str, float]:
     for line in reversed(last):
         current = line.get("step") == trainer.state.global_step
         if not recipe.train.best and current and f"eval_{recipe.main_metric}" in line and trainer.state.global_step:
-            return _scores(line)
-    return _scores(trainer.evaluate())
+            return scores_in(line)
+    return scores_in(trainer.evaluate())
 
 
 def resume_command(words: Sequence[str]) -> str:

@@ -22,6 +22,8 @@ from ziggurat.errors import RecipeError, first_line
 from ziggurat.extras import require
 from ziggurat.nearest import missing_path
 from ziggurat.recipe.embedded import model_path
+from ziggurat.recipe.methods import METHODS
+from ziggurat.recipe.schema import Recipe
 from ziggurat.recipe.tasks import NUMBERS, TASKS
 
 from ..heads import MeanPooledClassifier
@@ -62,6 +64,12 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     head: list[str]
     processor: ProcessorMixin | None = None
+
+
+def base_of(recipe: Recipe, spec: HeadSpec, **more: Any) -> Base:
+    """The base model of a recipe, by `load_base`; `more` are its further arguments."""
+    where: dict[str, Any] = {"gguf_file": recipe.gguf_file, "revision": recipe.revision, "dtype": recipe.dtype}
+    return load_base(recipe.model, spec, **where, four_bits=METHODS[recipe.method["name"]].four_bits, **more)
 
 
 def load_base(
