@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.utils.collect_env
+from training_tables import SIZES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from word_tokenizer import word_tokenizer
@@ -14,45 +15,16 @@ from word_tokenizer import word_tokenizer
 # lm-eval describes the machine beside each score, for two seconds, and nobody here reads it.
 torch.utils.collect_env.get_pretty_env_info = lambda: "left out"
 
-WORDS = [
-    "A",
-    "B",
-    "C",
-    "D",
-    "0",
-    "1",
-    "2",
-    "one",
-    "two",
-    "is",
-    "the",
-    "sum",
-    "what",
-    "answer",
-    "so",
-    "Q",
-    ":",
-    ".",
-    "?",
-]
+WORDS = [*"ABCD012", "one", "two", "is", "the", "sum", "what", "answer", "so", *"Q:.?"]
 
 
 def save_llama(folder: Path) -> Path:
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "<s>", "eos_token": "</s>"}
     word_tokenizer(WORDS, **special).save_pretrained(str(folder))
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS) + 4,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=2048,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-        initializer_range=0.5,
-    )
+    sizes = SIZES | {"vocab_size": len(WORDS) + 4, "num_hidden_layers": 2, "intermediate_size": 32}
+    sizes["max_position_embeddings"] = 2048
+    config = LlamaConfig(**sizes, pad_token_id=0, bos_token_id=2, eos_token_id=3, initializer_range=0.5)
     LlamaForCausalLM(config).save_pretrained(str(folder))
     return folder
 

@@ -19,6 +19,17 @@ WORDS = [
 ]
 
 
+#: Sizes of the tiny models.
+SIZES: dict[str, Any] = {
+    "vocab_size": len(WORDS) + 5,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+
+
 def _save_tokenizer(folder: Path, chat: bool) -> None:
     from tokenizers import processors
 
@@ -44,16 +55,7 @@ def save_tiny_bert(folder: Path, **config_fields: Any) -> None:
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS) + 5,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=64,
-        **config_fields,
-    )
-    BertModel(config).save_pretrained(str(folder))
+    BertModel(BertConfig(**SIZES, **config_fields)).save_pretrained(str(folder))
     _save_tokenizer(folder, chat=False)
 
 
@@ -63,13 +65,8 @@ def save_tiny_llama(folder: Path) -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(WORDS) + 5,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
+        **SIZES,
         num_key_value_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=64,
         pad_token_id=0,
         bos_token_id=2,
         eos_token_id=4,
