@@ -63,7 +63,7 @@ def markdown() -> str:
     lines = []
     for section, title in SECTIONS.items():
         names = " | ".join(METHODS.values())
-        lines += [f"| {title} | {names} | what to know |", "|---|" + "---|" * (len(METHODS) + 1)]
+        lines += [f"| {title} | {names} | notes |", "|---|" + "---|" * (len(METHODS) + 1)]
         for row in FACTS:
             if row.section == section:
                 cells = " | ".join(row.cells[method] for method in METHODS)
