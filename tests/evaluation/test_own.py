@@ -74,7 +74,7 @@ def test_what_a_file_lacks_is_said_before_a_model_is_loaded(
         ),
         (["--data", str(columns)], "has no column 'text'"),
         (["--data", str(tmp_path / "none.csv")], "none.csv' does not exist"),
-        ([], "say what to score on"),
+        ([], "nothing to score on"),
         (["--data", str(unknown), "--keep-tasks", "x"], "--keep-tasks: for --tasks only"),
     ):
         assert main("eval", str(classifier), *words) == 2

@@ -37,7 +37,7 @@ def test_lists_and_texts_with_a_separator_are_the_same_labels(tmp_path: Path) ->
     joined = write_csv(tmp_path / "a.csv", [row | {"label": " ; ".join(row["label"])} for row in rows])
     texts = load_examples(recipe(joined, data__validation=str(joined), data__label_separator=";"))
     assert list(texts.train["label"]) == list(lists.train["label"])
-    with pytest.raises(DataError, match=r"rows 1, 2, .*: a text in column 'label': say in data.label_separator"):
+    with pytest.raises(DataError, match=r"rows 1, 2, .*: a text in column 'label': set data.label_separator"):
         load_examples(recipe(joined, data__validation=str(joined)))
 
 
