@@ -417,26 +417,22 @@ def test_paths_are_counted_as_stored_and_active(tiny_bert: Path, reviews_csv: Pa
     assert run_info(result)["left"] == result.left
 
 
-@pytest.mark.parametrize(("stop", "evaluate"), [(3, 3), (4, 3), (4, "epoch")])
-def test_a_stop_at_a_scoring_step_changes_nothing(
-    stop: int, evaluate: Any, tiny_bert: Path, reviews_csv: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("stop", "steps", "more"),
+    [
+        (3, 8, {"train__evaluate": 3}),
+        (4, 8, {"train__evaluate": 3}),
+        (4, 8, {"train__evaluate": "epoch"}),
+        (2, 9, {"train__group_by_length": True}),
+        (7, 9, {"train__group_by_length": True}),
+    ],
+)
+def test_a_resumed_run_goes_on_bitwise(
+    stop: int, steps: int, more: dict[str, Any], tiny_bert: Path, reviews_csv: Path, tmp_path: Path
 ) -> None:
-    """Scoring draws random numbers; the resumed run has dropout, and must see the same ones."""
-    settings = {"train__max_steps": 8, "train__evaluate": evaluate, "method__lora_dropout": 0.3}
-    with pytest.raises(Interrupted, match=f"stopped at step {stop} of 8"):
-        train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", **settings), callbacks=[StopAt(stop)])
-    train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", **settings, resume=True))
-    train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "straight", **settings))
-    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "straight")]
-    assert files[0] == files[1]
-
-
-@pytest.mark.parametrize("stop", [2, 7])
-def test_batches_of_similar_length_are_resumed_in_any_epoch(
-    stop: int, tiny_bert: Path, reviews_csv: Path, tmp_path: Path
-) -> None:
-    settings = {"train__max_steps": 9, "train__group_by_length": True, "method__lora_dropout": 0.3}
-    with pytest.raises(Interrupted, match=f"stopped at step {stop} of 9"):
+    """Scoring draws random numbers; the resumed run has dropout, and must see the same ones, and the same batches."""
+    settings = {"train__max_steps": steps, "method__lora_dropout": 0.3, **more}
+    with pytest.raises(Interrupted, match=f"stopped at step {stop} of {steps}"):
         train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", **settings), callbacks=[StopAt(stop)])
     train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", **settings, resume=True))
     train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "straight", **settings))
