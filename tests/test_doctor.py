@@ -191,9 +191,9 @@ def test_a_path_of_this_machine_is_no_name_for_a_base(tmp_path: Path) -> None:
     model = get_peft_model(ZOO["bert"].build(), config)
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "gone")
     model.save_pretrained(str(tmp_path / "adapter"))
-    found = [item for item in checks.adapter(tmp_path / "adapter", {}) if item.what.startswith("base model")]
-    assert [item.level for item in found] == ["warning", "warning"]
-    assert "a path of one machine" in found[0].why and "config was not found" in found[1].why
+    findings = [item for item in checks.adapter(tmp_path / "adapter", {}) if item.what.startswith("base model")]
+    assert [item.level for item in findings] == ["warning", "warning"]
+    assert "a path of one machine" in findings[0].why and "config was not found" in findings[1].why
 
 
 def test_a_recipe_that_cannot_fit_its_model(tmp_path: Path) -> None:

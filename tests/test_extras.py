@@ -16,11 +16,11 @@ LISTED = PROJECT["optional-dependencies"]
 
 def brought_by(extra: str) -> set[str]:
     """The packages of an extra, with those of the extras that it names."""
-    found: set[str] = set()
+    names: set[str] = set()
     for requirement in map(Requirement, LISTED[extra]):
         inner = [brought_by(item) for item in requirement.extras] if requirement.name == DISTRIBUTION else []
-        found |= set().union(*inner) if inner else {requirement.name}
-    return found
+        names |= set().union(*inner) if inner else {requirement.name}
+    return names
 
 
 def test_the_table_is_that_of_the_project() -> None:

@@ -151,9 +151,9 @@ def test_a_process_that_a_case_ends_is_followed_by_another(tmp_path: Path, monke
     monkeypatch.setattr(kernels, "measured", measured)
     share = [kernels.Case(4, torch.float16, torch.float16, 0.0, tokens, 8, 8) for tokens in (1, 2, 3)]
     kernels.run([share], 1, math.inf, torch.device("cpu"), rows.Rows(tmp_path, "kernels"))
-    found = {row["tokens"]: row for row in rows_in(tmp_path)}
-    assert [found[tokens]["passed"] for tokens in (1, 2, 3)] == [True, False, True]
-    assert found[2]["error"] == "its process ended with exit code 9"
+    rows_by_tokens = {row["tokens"]: row for row in rows_in(tmp_path)}
+    assert [rows_by_tokens[tokens]["passed"] for tokens in (1, 2, 3)] == [True, False, True]
+    assert rows_by_tokens[2]["error"] == "its process ended with exit code 9"
 
 
 def test_wheels_of_missing_and_of_old_packages_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,27 +83,27 @@ def method_of(name: str) -> str:
 
 def breaches(root: Path) -> list[str]:
     """Every import in the package at `root` that goes up, round in a circle on one floor, or across methods."""
-    found = []
+    faults = []
     beside: dict[tuple[str, str], str] = {}
     for file in sorted(root.rglob("*.py")):
         name = module_name(file, root)
         unit = unit_of(name, root)
         if unit not in FLOOR:
-            found.append(f"{unit}: stands on no floor")
+            faults.append(f"{unit}: stands on no floor")
             continue
         for line, target in imported_names(file, root):
             other = unit_of(target, root)
             where = f"{file.relative_to(root).as_posix()}:{line}: {unit} imports {target}"
             if other not in FLOOR:
-                found.append(f"{where}, which stands on no floor")
+                faults.append(f"{where}, which stands on no floor")
             elif FLOOR[other] > FLOOR[unit]:
-                found.append(f"{where}, which stands above it")
+                faults.append(f"{where}, which stands above it")
             elif other != unit and FLOOR[other] == FLOOR[unit]:
                 beside[unit, other] = where
             elif unit == other == "methods" and method_of(name) != method_of(target):
-                found.append(f"{where}: a method never imports another")
-    found += [f"{where}, which imports it in turn" for (a, b), where in beside.items() if _reaches(b, a, set(beside))]
-    return sorted(set(found))
+                faults.append(f"{where}: a method never imports another")
+    faults += [f"{where}, which imports it in turn" for (a, b), where in beside.items() if _reaches(b, a, set(beside))]
+    return sorted(set(faults))
 
 
 def edges_between_files(root: Path) -> set[tuple[str, str]]:
@@ -313,8 +313,8 @@ def test_the_script_answers_what_only_prints_without_torch(words: list[str]) -> 
         "    print(json.dumps([m for m in sys.modules if '.' not in m]))"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", call], capture_output=True, text=True, check=True)
-    *said, last = done.stdout.splitlines()
-    assert words == ["--version"] or any("Usage: ziggurat" in line for line in said)
+    *lines, last = done.stdout.splitlines()
+    assert words == ["--version"] or any("Usage: ziggurat" in line for line in lines)
     loaded = set(json.loads(last))
     assert "ziggurat" in loaded
     parser = {"typer", "pydantic"}  # typer itself reads arguments with pydantic
@@ -350,11 +350,11 @@ def test_what_may_do_more_gets_the_whole_package(words: list[str], monkeypatch: 
     import ziggurat
     import ziggurat_command
 
-    found = []
+    names = []
     monkeypatch.setattr(sys, "argv", ["ziggurat", *words])
-    monkeypatch.setattr("ziggurat.cli.main", lambda: found.append(sys.modules["ziggurat"]))
+    monkeypatch.setattr("ziggurat.cli.main", lambda: modules.append(sys.modules["ziggurat"]))
     ziggurat_command.main()
-    assert found == [ziggurat]
+    assert modules == [ziggurat]
 
 
 def test_ctrl_c_while_torch_is_loaded_is_one_line(

@@ -14,9 +14,9 @@ PLACE = Path(__file__).parents[1] / "benchmarks" / "method_comparison"
 
 def test_the_experiments_train_what_the_readme_says() -> None:
     rows = re.findall(r"^\| (\S+/\S+) \| ([\d,]+) \|", (PLACE / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    said = {name: int(number.replace(",", "")) for name, number in rows}
+    parameters = {name: int(number.replace(",", "")) for name, number in rows}
     folders = {file.parent for file in PLACE.glob("experiments/*/*/adapter_config.json")}
-    assert said.keys() == {str(folder.relative_to(PLACE / "experiments")) for folder in folders}
+    assert parameters.keys() == {str(folder.relative_to(PLACE / "experiments")) for folder in folders}
     shapes = LlamaConfig(
         vocab_size=128256,
         hidden_size=3072,
@@ -29,5 +29,5 @@ def test_the_experiments_train_what_the_readme_says() -> None:
     )
     with torch.device("meta"):
         llama = LlamaForCausalLM(shapes)
-    for name, number in said.items():
+    for name, number in parameters.items():
         assert count(llama, PeftConfig.from_pretrained(str(PLACE / "experiments" / name))) == number, name

@@ -178,14 +178,14 @@ def test_the_citation_and_the_model_cards_name_the_same_authors(method: str) -> 
 def test_no_file_names_a_place_on_one_machine() -> None:
     """Absolute paths of a home, a temporary folder or a workplace mean nothing on another machine."""
     place = re.compile(r"(?<![\w./:~-])/(?:" + "home|root|Users|work|tmp|opt|mnt" + r")/[\w.]+")
-    found = []
+    places = []
     for path in tracked_files():
         if path.suffix in (".parquet", ".png", ".safetensors"):
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if place.search(line):
-                found.append(f"{path.relative_to(ROOT).as_posix()}:{number}: {line.strip()[:100]}")
-    assert found == []
+                places.append(f"{path.relative_to(ROOT).as_posix()}:{number}: {line.strip()[:100]}")
+    assert places == []
 
 
 def tracked_files() -> list[Path]:

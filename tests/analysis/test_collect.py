@@ -99,8 +99,8 @@ def test_a_folder_says_what_the_model_said(method: str, adapted: Adapted, tmp_pa
     assert stored.source == "saved"
     assert {c.name for c in stored.components} == {c.name for c in live.components}
     by_name = {c.name: c for c in stored.components}
-    for one in live.components:
-        np.testing.assert_array_equal(by_name[one.name].singular_values, one.singular_values)
+    for component in live.components:
+        np.testing.assert_array_equal(by_name[component.name].singular_values, component.singular_values)
 
 
 def test_half_precision_is_read(adapted: Adapted) -> None:
@@ -190,8 +190,8 @@ def test_a_pruned_adalora_is_read_with_the_ranks_that_are_left(adapted: Adapted,
     model.save_pretrained(str(tmp_path / "pruned"))
     stored = {c.name: c for c in collect(tmp_path / "pruned").components}
     assert {c.rank for c in stored.values()} > {1, 2}
-    for one in live.components:
-        assert_sums_agree(delta(stored[one.name].pair), delta(one.pair), WIDTH)
+    for component in live.components:
+        assert_sums_agree(delta(stored[component.name].pair), delta(component.pair), WIDTH)
 
 
 @pytest.mark.parametrize(

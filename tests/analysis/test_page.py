@@ -114,8 +114,8 @@ def test_what_was_pruned_is_told_and_drawn(saved: Saved) -> None:
     page = report([pruned_run(saved)])
     assert "17 of 32 directions are left, 15 were pruned." in page
     drawn = page[page.index("Directions left, of 4") :].split("</svg>")[0]
-    found = [int(word) for word in re.findall(r">(\d)</text>", drawn)]
-    assert found[-8:] == [4, 3, 2, 1, 0, 4, 1, 2]
+    numbers = [int(word) for word in re.findall(r">(\d)</text>", drawn)]
+    assert numbers[-8:] == [4, 3, 2, 1, 0, 4, 1, 2]
 
 
 def test_an_unpruned_run_says_nothing_of_pruning(saved: Saved) -> None:

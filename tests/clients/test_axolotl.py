@@ -164,15 +164,15 @@ def test_grpo_sends_the_adapter_alone_to_vllm(server: tuple[Path, str]) -> None:
         answer = requests.post(f"{url}/v1/completions", json=body, timeout=60).json()
         return sorted(answer["choices"][0]["logprobs"]["top_logprobs"][0].values(), reverse=True)[:5]
 
-    said = [asked(str(base))]
+    answers = [asked(str(base))]
     for _ in range(2):
         AsyncGRPOTrainer._sync_lora_adapter(trainer)
         with torch.no_grad():
             ours = model(input_ids=ids).logits[0, -1].log_softmax(-1).topk(5).values
-        said.append(asked(client.model))
-        assert said[-1] == pytest.approx(ours.tolist(), abs=2e-4)
+        answers.append(asked(client.model))
+        assert answers[-1] == pytest.approx(ours.tolist(), abs=2e-4)
         with torch.no_grad():  # a step of training
             for name, parameter in model.named_parameters():
                 if "B_layer" in name:
                     parameter.mul_(3)
-    assert min(abs(a[0] - b[0]) for a, b in itertools.combinations(said, 2)) > 1e-2
+    assert min(abs(a[0] - b[0]) for a, b in itertools.combinations(answers, 2)) > 1e-2

@@ -56,15 +56,16 @@ def test_lm_eval_scores_a_folder_as_its_export(place: Path) -> None:
     (place / "film.yaml").write_text(yaml.safe_dump(TASK))
     texts = ["the film is", "the story was not", "a dull plot is", "the music was very"] * 3
     (place / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    found = {}
+    scores = {}
     for name, peft in {"base": "", "adapter": ",peft=adapter", "plain": ",peft=plain"}.items():
         words = f"--model hf --model_args pretrained=llama,dtype=float32{peft} --tasks film --include_path ."
         words += f" --device cpu --log_samples --output_path {name}-out"
         run(place, "lm_eval", *words.split())
         lines = next((place / f"{name}-out").rglob("samples_*.jsonl")).read_text().splitlines()
-        found[name] = [float(answer[0][0]) for line in lines for answer in json.loads(line)["resps"]]
-    assert found["adapter"] == pytest.approx(found["plain"], abs=1e-4)
-    assert len(found["base"]) == 36 and max(abs(a - b) for a, b in zip(*map(found.get, ("base", "adapter")))) > 0.1  # type: ignore[arg-type]
+        scores[name] = [float(answer[0][0]) for line in lines for answer in json.loads(line)["resps"]]
+    assert scores["adapter"] == pytest.approx(scores["plain"], abs=1e-4)
+    assert len(scores["base"]) == 36
+    assert max(abs(a - b) for a, b in zip(scores["base"], scores["adapter"])) > 0.1
 
 
 @pytest.mark.skipif(CLIENT != "mergekit", reason="no mergekit of its own: .ci/clients")

@@ -16,7 +16,7 @@ from ziggurat.errors import RecipeError
 
 
 def values(**more: Any) -> dict[str, Any]:
-    found = {
+    choices = {
         "set": {"model": "embedded", "train.epochs": 2, "method.target_modules": ["query"]},
         "methods": {
             "LoRA": {"method.name": "lora", "method.r": 8},
@@ -25,7 +25,7 @@ def values(**more: Any) -> dict[str, Any]:
         "tasks": {"rte": None, "stsb": {"train.epochs": 5}, "own": {"data.train": "mine.csv", "data.label": "class"}},
         "seeds": [3, 4],
     }
-    return {**found, **more}
+    return {**choices, **more}
 
 
 def test_every_method_meets_every_task_with_every_seed(tmp_path: Path) -> None:
@@ -314,10 +314,10 @@ def test_fields_for_all_go_to_the_methods_that_have_them(tmp_path: Path) -> None
         "everything": {"method.name": "full"},
     }
     table = make_table(values(set=shared, methods=methods, tasks=["rte"]), "mine", tmp_path)
-    found = {run.method: run.recipe.method for run in table.runs}
-    assert found["LoRA"] == {"name": "lora", "target_modules": ["query"], "budget": 5000}
-    assert found["own rank"] == {"name": "lora", "target_modules": ["query"], "r": 4}
-    assert found["LoRA²"]["budget"] == 5000 and found["BitFit"] == {"name": "bitfit"}
+    choices = {run.method: run.recipe.method for run in table.runs}
+    assert choices["LoRA"] == {"name": "lora", "target_modules": ["query"], "budget": 5000}
+    assert choices["own rank"] == {"name": "lora", "target_modules": ["query"], "r": 4}
+    assert choices["LoRA²"]["budget"] == 5000 and choices["BitFit"] == {"name": "bitfit"}
     rest = "BitFit, head, everything: no such field there, or of another meaning, or it has its own rank"
     assert sorted(table.notes) == [
         f"method.budget, given to all, is not for own rank, {rest}",
@@ -334,8 +334,8 @@ def test_bottlenecks_keep_their_place(tmp_path: Path) -> None:
     shared = {"model": "embedded", "method": {"target_modules": ["query"], "lora_alpha": 8, "r": 4}}
     methods = {"LoRA": {"method.name": "lora"}, "bottlenecks": {"method.name": "adapter"}}
     table = make_table(values(set=shared, methods=methods, tasks=["rte"]), "mine", tmp_path)
-    found = {run.method: run.recipe.method for run in table.runs}
-    assert found["bottlenecks"] == {"name": "adapter", "r": 4} and found["LoRA"]["lora_alpha"] == 8
+    choices = {run.method: run.recipe.method for run in table.runs}
+    assert choices["bottlenecks"] == {"name": "adapter", "r": 4} and choices["LoRA"]["lora_alpha"] == 8
     assert len(table.notes) == 2 and all("is not for bottlenecks" in note for note in table.notes)
 
 

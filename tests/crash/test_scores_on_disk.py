@@ -31,10 +31,10 @@ class Scoring:
         self.then: Callable[[], None] = lambda: None
 
     def __call__(self, *given: Any) -> dict[str, float]:
-        found = self.real(*given)
+        result = self.real(*given)
         self.times += 1
         self.then()
-        return found
+        return result
 
 
 @pytest.fixture

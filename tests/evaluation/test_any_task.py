@@ -95,9 +95,9 @@ def test_the_names_of_the_scores_are_known_before(tasks: Path, data: Path, model
 
 
 def test_a_share_of_one_filter_keeps_its_plain_name(data: Path, model: tuple[Any, Any]) -> None:
-    found = {item.task: item for item in evaluate(*model, ["bbh", "drop"], data=data, limit=2)}
-    assert found["bbh"].per_cent == ("exact_match",) == tuple(found["bbh"].scores)
-    assert found["drop"].per_cent == ("em", "f1") == tuple(found["drop"].scores)
+    scores = {item.task: item for item in evaluate(*model, ["bbh", "drop"], data=data, limit=2)}
+    assert scores["bbh"].per_cent == ("exact_match",) == tuple(scores["bbh"].scores)
+    assert scores["drop"].per_cent == ("em", "f1") == tuple(scores["drop"].scores)
 
 
 @pytest.mark.parametrize("name", ["code", "with_code"])

@@ -148,16 +148,16 @@ def test_train_score_and_write_the_servers_files(name: str, glue: Path, tiny_ber
     assert lines[0] == "index\tprediction" and [line.split("\t")[0] for line in lines[1:]] == [
         str(100 + index) for index in range(6)
     ]
-    said = [line.split("\t")[1] for line in lines[1:]]
+    labels = [line.split("\t")[1] for line in lines[1:]]
     if name == "mnli":
-        assert scores["accuracy"] > 60 and set(said) <= set(GLUE["mnli"].classes)
+        assert scores["accuracy"] > 60 and set(labels) <= set(GLUE["mnli"].classes)
         # The test rows are the validation rows: what the file says is what was scored.
-        right = sum(GLUE["mnli"].classes[index % 3] == item for index, item in enumerate(said))
+        right = sum(GLUE["mnli"].classes[index % 3] == item for index, item in enumerate(labels))
         assert 100 * right / 6 == pytest.approx(scores["accuracy"])
     elif name == "stsb":
-        assert all(0 <= float(item) <= 5 and len(item.split(".")[1]) == 3 for item in said)
+        assert all(0 <= float(item) <= 5 and len(item.split(".")[1]) == 3 for item in labels)
     else:
-        assert set(said) <= {"0", "1"}
+        assert set(labels) <= {"0", "1"}
         assert json.loads((result.folder / "run.json").read_text())["head"]["label_names"] == list(GLUE["mrpc"].classes)
 
 
@@ -188,8 +188,8 @@ def test_classes_of_a_file_of_ones_own_are_known_by_their_names(glue: Path, tiny
     assert loaded.head.label_names == sorted(task.classes) != list(task.classes)
     scores = glue_scores(loaded, "mnli", str(glue))
     assert scores["accuracy"] == pytest.approx(result.after["accuracy"]) and scores["accuracy"] > 60
-    said = write_server_files(loaded, "mnli", tmp_path / "server", str(glue))[0].read_text().splitlines()[1:]
-    right = sum(task.classes[index % 3] == line.split("\t")[1] for index, line in enumerate(said))
+    labels = write_server_files(loaded, "mnli", tmp_path / "server", str(glue))[0].read_text().splitlines()[1:]
+    right = sum(task.classes[index % 3] == line.split("\t")[1] for index, line in enumerate(labels))
     assert 100 * right / 6 == pytest.approx(scores["accuracy"])
 
 

@@ -225,9 +225,9 @@ def test_code_beside_the_base_model_never_runs(reader: str, base: Path, adapter:
 @pytest.mark.parametrize("library", ["os", "subprocess", "ziggurat.cli", "transformers.utils", "transformers"])
 @pytest.mark.parametrize("name", ["system", "Popen", "main", "pipeline", "logging", "__dict__", "x" * 10**4])
 def test_a_config_names_no_class_but_a_model(library: str, name: str, adapter: Path) -> None:
-    said = json.loads((adapter / CONFIG).read_text())
-    said |= {"task_type": None, "auto_mapping": {"parent_library": library, "base_model_class": name}}
-    (adapter / CONFIG).write_text(json.dumps(said))
+    config = json.loads((adapter / CONFIG).read_text())
+    config |= {"task_type": None, "auto_mapping": {"parent_library": library, "base_model_class": name}}
+    (adapter / CONFIG).write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="doesn't name the task of its model"):
         load_base(adapter)
 

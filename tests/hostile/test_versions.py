@@ -30,11 +30,11 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(integration, "check_peft_version", integration.check_peft_version)  # put back afterwards
 
     def run(asked: str = "0.18.0", **versions: str) -> list[str]:
-        found = {name: supported.newest(name) for name in supported.LOWEST} | versions
-        monkeypatch.setattr(supported, "installed", lambda: found)
+        versions_here = {name: supported.newest(name) for name in supported.LOWEST} | versions
+        monkeypatch.setattr(supported, "installed", lambda: versions_here)
         monkeypatch.setattr(integration, "MIN_PEFT_VERSION", asked)
-        monkeypatch.setattr(peft, "__version__", found["peft"])
-        monkeypatch.setattr(transformers, "__version__", found["transformers"])
+        monkeypatch.setattr(peft, "__version__", versions_here["peft"])
+        monkeypatch.setattr(transformers, "__version__", versions_here["transformers"])
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             supported.check_versions()
@@ -46,8 +46,8 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("name", supported.LOWEST)
 def test_the_bounds_are_those_of_the_project_and_none_is_an_upper_one(name: str) -> None:
-    (found,) = [Requirement(text) for text in PROJECT["dependencies"] if Requirement(text).name == name]
-    assert {(s.operator, s.version) for s in found.specifier} == {(">=", supported.LOWEST[name])}
+    (requirement,) = [Requirement(text) for text in PROJECT["dependencies"] if Requirement(text).name == name]
+    assert {(s.operator, s.version) for s in requirement.specifier} == {(">=", supported.LOWEST[name])}
 
 
 def test_no_dependency_has_an_upper_bound() -> None:
@@ -86,13 +86,13 @@ def test_newer_versions_are_warned_of(check: Any, monkeypatch: pytest.MonkeyPatc
             check(**{name: f"{newest.major}.{newest.minor + 1}.0"})
         return
     for version in (f"{newest.major}.{newest.minor + 1}.0.dev0", f"{newest.major + 1}.0"):
-        (said,) = check(**{name: version})
-        assert said.startswith(f"{name} {version} is newer than {supported.newest(name)}, the newest version")
+        (warning,) = check(**{name: version})
+        assert warning.startswith(f"{name} {version} is newer than {supported.newest(name)}, the newest version")
 
 
 def test_a_limited_pair_names_the_calls_that_fail_and_they_end_in_that_sentence(check: Any) -> None:
-    (said,) = check(asked="99.0")
-    assert "asks for PEFT 99.0 or newer" in said and "get_peft_model and PeftModel.from_pretrained too" in said
+    (warning,) = check(asked="99.0")
+    assert "asks for PEFT 99.0 or newer" in warning and "get_peft_model and PeftModel.from_pretrained too" in warning
     model: Any = ZOO["llama"].build()
     calls = {
         "add_adapter": (ziggurat.MSPLoraConfig(target_modules=["q_proj"]),),
@@ -101,7 +101,7 @@ def test_a_limited_pair_names_the_calls_that_fail_and_they_end_in_that_sentence(
     }
     assert set(calls) < set(supported.ASKING)
     for name in supported.ASKING:
-        assert name in said
+        assert name in warning
         with pytest.raises(VersionError, match="asks for PEFT"):
             getattr(model, name)(*calls.get(name, ()))
 
@@ -150,9 +150,9 @@ def test_the_import_itself_checks(check: Any, monkeypatch: pytest.MonkeyPatch) -
 def test_the_doctor_says_what_the_import_warns_of(check: Any) -> None:
     newer = "99.0.0"
     check(asked="98.0", transformers=newer)
-    found = {finding.what: finding for finding in machine()}
-    assert found["a limited pair of versions"].level == "warning"
-    assert found[f"transformers {newer}"].level == "warning"
+    findings = {finding.what: finding for finding in machine()}
+    assert findings["a limited pair of versions"].level == "warning"
+    assert findings[f"transformers {newer}"].level == "warning"
 
 
 def test_the_doctor_looks_at_processor_accelerators_disk_and_extras(monkeypatch: pytest.MonkeyPatch) -> None:

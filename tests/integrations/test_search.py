@@ -33,8 +33,8 @@ def test_the_example_searches_rank_and_rate(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.skipif(os.environ.get("ZIGGURAT_CLIENT") != "search", reason="no Ray of its own: .ci/clients")
 def test_ray_takes_optunas_place(tmp_path: Path) -> None:
     first, second = blocks()
-    said = "import json; print(json.dumps([best.hyperparameters, best.objective]))"
-    program = first.partition("best = trainer")[0] + second + said
+    code = "import json; print(json.dumps([best.hyperparameters, best.objective]))"
+    program = first.partition("best = trainer")[0] + second + code
     (tmp_path / "program.py").write_text(program)
     env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
     done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, env=env, capture_output=True, text=True)

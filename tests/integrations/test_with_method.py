@@ -49,9 +49,9 @@ else:
 def turning(tmp_path: Path) -> Iterator[Fresh]:
     """Programs as `ziggurat with msplora even_scales=true` starts them."""
     install(tmp_path / "site", PROJECT["name"], PROJECT["entry-points"])
-    told = {"method": "msplora", "fields": {"even_scales": True}, "plugins": [], "mark": str(tmp_path / "mark")}
+    request = {"method": "msplora", "fields": {"even_scales": True}, "plugins": [], "mark": str(tmp_path / "mark")}
     path = [str(tmp_path / "site"), str(Path(ziggurat_door.__file__).parent)]
-    with closing(Fresh(tmp_path, "peft", PYTHONPATH=":".join(path), ZIGGURAT_WITH=json.dumps(told))) as fresh:
+    with closing(Fresh(tmp_path, "peft", PYTHONPATH=":".join(path), ZIGGURAT_WITH=json.dumps(request))) as fresh:
         yield fresh
 
 
@@ -71,8 +71,8 @@ def test_the_program_is_run_with_its_words(tmp_path: Path) -> None:
     words = ["--debug", "--plugin", "a.py", "--", "r=1", "--help"]
     given = ["with", "msplora", "even_scales=true", "num_groups=2", "--", sys.executable, "-c", program, *words]
     assert main(*given) == 0
-    told, argv = json.loads((tmp_path / "said").read_text())
-    assert (told["method"], told["fields"], told["plugins"]) == ("msplora", {"even_scales": True, "num_groups": 2}, [])
+    sent, argv = json.loads((tmp_path / "said").read_text())
+    assert (sent["method"], sent["fields"], sent["plugins"]) == ("msplora", {"even_scales": True, "num_groups": 2}, [])
     assert argv == words
 
 

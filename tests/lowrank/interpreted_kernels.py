@@ -101,9 +101,9 @@ def test_linear_layers_that_share_x(p: float, idle: int | None, monkeypatch: pyt
     gs = [torch.randn(t.shape) for t in got]
     asking = [x, *(t for i in used for t in (layers[i][0], *layers[i][2:]))]
     exact_asking = [exact_x, *(t for i in used for t in (exact[i][0], *exact[i][2:]))]
-    found = [*got, *torch.autograd.grad(got, asking, gs)]
+    outputs = [*got, *torch.autograd.grad(got, asking, gs)]
     reference = [*wanted, *torch.autograd.grad(wanted, exact_asking, [g.double() for g in gs])]
-    for a, b in zip(found, reference, strict=True):
+    for a, b in zip(outputs, reference, strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm() + 1e-12
     assert [launched.count(kernel) for kernel in ("down", "up", "outer")] == [1, 1, 1]
 

@@ -118,8 +118,8 @@ def test_the_structure_goes_along(tmp_path: Path) -> None:
     assert torch.equal(logits(plain, inputs), expected) and groups(plain) == shared
 
     # The folder alone says which B's act, and the export has them.
-    found = [c for c in collect(tmp_path / "adapter").components if c.role.endswith("query")]
-    assert sum(len(c.layers) for c in found) == LAYERS and len({id(c) for c in found}) <= LAYERS
+    components = [c for c in collect(tmp_path / "adapter").components if c.role.endswith("query")]
+    assert sum(len(c.layers) for c in components) == LAYERS and len({id(c) for c in components}) <= LAYERS
     export_model(model, tmp_path / "lora")
     lora = PeftModel.from_pretrained(ZOO["bert"].build(), str(tmp_path / "lora")).eval()
     torch.testing.assert_close(logits(lora, inputs), expected, rtol=1e-5, atol=1e-5)

@@ -81,13 +81,13 @@ class Rewriter:
         if mark.name != "parametrize":
             return mark
         ids = mark.kwargs.get("ids")
-        found = self.rows(list(mark.args[1]), None if callable(ids) or ids is None else list(ids))
-        if found is None:
+        rows = self.rows(list(mark.args[1]), None if callable(ids) or ids is None else list(ids))
+        if rows is None:
             return mark
         kwargs = {name: value for name, value in mark.kwargs.items() if name != "ids"}
-        if found[1] is not None or callable(ids):
-            kwargs["ids"] = ids if callable(ids) else found[1]
-        return pytest.mark.parametrize(mark.args[0], found[0], **kwargs).mark
+        if rows[1] is not None or callable(ids):
+            kwargs["ids"] = ids if callable(ids) else rows[1]
+        return pytest.mark.parametrize(mark.args[0], rows[0], **kwargs).mark
 
 
 def parts(value: Any) -> Iterator[Any]:

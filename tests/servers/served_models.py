@@ -101,13 +101,13 @@ class Spoken:
 @torch.no_grad()
 def spoken(model: Any) -> list[Spoken]:
     """Every prompt with the STEPS tokens that `model` likes best after it, and its float32 logits."""
-    found = []
+    answers = []
     for prompt in PROMPTS:
         ids = list(prompt)
         for _ in range(STEPS):
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        found.append(Spoken(len(prompt), ids, model(input_ids=torch.tensor([ids])).logits[0]))
-    return found
+        answers.append(Spoken(len(prompt), ids, model(input_ids=torch.tensor([ids])).logits[0]))
+    return answers
 
 
 @dataclass

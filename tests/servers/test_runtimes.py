@@ -62,9 +62,9 @@ def run(*command: str | Path) -> None:
     assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-4000:]}"
 
 
-def off(found: Tensor, expected: Tensor) -> float:
+def off(actual: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected||."""
-    return float((found - expected).norm() / expected.norm())
+    return float((actual - expected).norm() / expected.norm())
 
 
 def differs(served: Served, name: str) -> bool:
@@ -127,8 +127,8 @@ def test_vllm_takes_folders_as_they_were_saved(served: Served, tmp_path: Path, m
     for name in saved:
         assert differs(served, name)
         check_vllm(replies, name, served.expected[name])
-    said = bytes(replies["high/refused"].tolist()).decode()
-    assert f"start it with --max-lora-rank {served.ranks['msplora_everywhere']}" in said
+    refusal = bytes(replies["high/refused"].tolist()).decode()
+    assert f"start it with --max-lora-rank {served.ranks['msplora_everywhere']}" in refusal
 
 
 @VLLM

@@ -29,24 +29,24 @@ PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 def refusals(config: dict[str, Any], tensors: dict[str, Tensor], max_lora_rank: int, modules: set[str]) -> list[str]:
     """Why vLLM would not load an adapter, or not read it as PEFT does; `modules`: last names of the model's linears."""
-    found = [f"lacks {name}" for name in ("r", "lora_alpha", "target_modules") if name not in config]
-    found += [] if max_lora_rank in (1, 8, 16, 32, 64, 128, 256, 320, 512) else ["max_lora_rank"]
+    faults = [f"lacks {name}" for name in ("r", "lora_alpha", "target_modules") if name not in config]
+    faults += [] if max_lora_rank in (1, 8, 16, 32, 64, 128, 256, 320, 512) else ["max_lora_rank"]
     ranks = [config.get("r", 0), *(config.get("rank_pattern") or {}).values()]
-    found += [] if all(isinstance(rank, int) and 0 < rank <= max_lora_rank for rank in ranks) else ["rank"]
+    faults += [] if all(isinstance(rank, int) and 0 < rank <= max_lora_rank for rank in ranks) else ["rank"]
     refused = ("modules_to_save", "use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication")
     refused += ("use_bdlora", "use_qalora", "rank_pattern", "alpha_pattern")
-    found += [name for name in refused if config.get(name)]
-    found += [] if config.get("bias", "none") == "none" else ["bias"]
-    found += [] if config.get("init_lora_weights", True) in PLAIN_STARTS else ["init_lora_weights"]
+    faults += [name for name in refused if config.get(name)]
+    faults += [] if config.get("bias", "none") == "none" else ["bias"]
+    faults += [] if config.get("init_lora_weights", True) in PLAIN_STARTS else ["init_lora_weights"]
     for name, tensor in tensors.items():
         parts = name.split(".")
         if parts[:2] != ["base_model", "model"] or parts[-1] != "weight" or parts[-2] not in ("lora_A", "lora_B"):
-            found.append(f"the name {name}")
+            faults.append(f"the name {name}")
         elif parts[-3] not in modules:
-            found.append(f"the module {name}")
+            faults.append(f"the module {name}")
         elif tensor.shape[0 if parts[-2] == "lora_A" else 1] != config.get("r"):
-            found.append(f"the shape of {name}")
-    return found
+            faults.append(f"the shape of {name}")
+    return faults
 
 
 def scale(config: dict[str, Any]) -> float:

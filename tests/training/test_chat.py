@@ -35,9 +35,9 @@ def examples(path: Path, *rows: dict[str, Any]) -> Any:
 def turns(*contents: Any, **more: Any) -> dict[str, Any]:
     """A conversation of these contents; `more` are further keys of the last message."""
     roles = ["user", "assistant"] * len(contents)
-    found: list[dict[str, Any]] = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
-    found[-1] |= more
-    return {"messages": found}
+    messages: list[dict[str, Any]] = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+    messages[-1] |= more
+    return {"messages": messages}
 
 
 def test_parts_of_text_are_read_as_the_text(tmp_path: Path) -> None:

@@ -87,8 +87,8 @@ def test_names_of_columns_and_roles_of_ones_own(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [row])
     keys = {"data__columns__messages": "dialog", "data__columns__role": "who", "data__columns__content": "what"}
     roles = {"data__roles__user": ["Kunde"], "data__roles__assistant": ["Berater"]}
-    said = [{"role": "user", "content": "say yes"}, {"role": "assistant", "content": "yes"}]
-    assert conversations(load_examples(recipe(path, **keys, **roles))) == [said]
+    messages = [{"role": "user", "content": "say yes"}, {"role": "assistant", "content": "yes"}]
+    assert conversations(load_examples(recipe(path, **keys, **roles))) == [messages]
     with pytest.raises(DataError, match=r"a message has the role 'Kunde'; known are .*: name it in data.roles.user"):
         load_examples(recipe(path, **keys))
     with pytest.raises(DataError, match=r"data.columns.messages: .* has no column 'dialogs', did you mean dialog"):

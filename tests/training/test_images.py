@@ -35,8 +35,8 @@ def read(data: Path, **more: Any) -> Examples:
 
 
 def asked_about(*images: Any, text: Any = "what is it", **more: Any) -> dict[str, Any]:
-    said = [{"role": "user", "content": text}, {"role": "assistant", "content": "blue"}]
-    return {"messages": said, "images": list(images), **more}
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "blue"}]
+    return {"messages": messages, "images": list(images), **more}
 
 
 def test_images_in_parts_by_marks_and_beside_the_messages() -> None:
@@ -133,8 +133,8 @@ def test_a_model_that_sees_learns_answers_and_is_exported(save: Callable[[Path],
     rows, _, length, _ = encode_images(recipe, writer, loaded.model.config, load_examples(recipe))
     ends = ("<end_of_utterance>", "<|im_end|>", " ", "\n")
     learned = [loaded.tokenizer.decode([token for token in row["labels"] if token != -100]) for row in rows]
-    said = [re.sub("|".join(map(re.escape, ends)), "", text) for text in learned]
-    assert said == ["blue", "green"] * 3 + ["blue", "greenblue", "bluegreen", "yes"]
+    texts = [re.sub("|".join(map(re.escape, ends)), "", text) for text in learned]
+    assert texts == ["blue", "green"] * 3 + ["blue", "greenblue", "bluegreen", "yes"]
     assert length >= max(len(row["input_ids"]) for row in rows)
 
     files, _ = read_texts(FILE, loaded)

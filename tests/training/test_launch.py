@@ -157,8 +157,8 @@ def test_two_processes_learn_what_one_learns(method: str, launched: Place) -> No
         held = launched.weights(f"{way}-{method}")
         assert shapes(held) == shapes(mine)
         again = load_adapter_model(launched.folder / f"{way}-{method}")
-        for one, two in zip(expected, predict(again, inputs), strict=True):
-            assert two.shares == pytest.approx(one.shares, abs=1e-3)
+        for each, two in zip(expected, predict(again, inputs), strict=True):
+            assert two.shares == pytest.approx(each.shares, abs=1e-3)
 
 
 def test_accumulated_batches_are_one_batch(launched: Place) -> None:
@@ -196,8 +196,8 @@ def test_one_process_speaks_for_all(launched: Place) -> None:
 
 
 def test_a_failed_process_ends_the_job_and_spoils_nothing(launched: Place) -> None:
-    said = [line for line in (launched.folder / "log").read_text().splitlines() if line.startswith("error")]
-    assert said == [
+    errors = [line for line in (launched.folder / "log").read_text().splitlines() if line.startswith("error")]
+    assert errors == [
         "error in process 1 of 2: ValueError: a batch that only this process has seen (--debug shows where)"
     ]
     before, after = (
@@ -210,8 +210,8 @@ def test_a_failed_process_ends_the_job_and_spoils_nothing(launched: Place) -> No
 def test_a_killed_process_is_told_of(place: Place, fresh: Fresh) -> None:
     job = {"words": place.words("killed"), "trouble": ["SIGKILL", 1, 5]}
     code, output = launch_forks(fresh, *jobs(place, "killing", [job]))
-    said = [line for line in output.splitlines() if line.startswith("error")]
-    assert code != 0 and len(said) == 1 and said[0].startswith("error in process 0 of 2: process 0 of 2 has lost")
+    errors = [line for line in output.splitlines() if line.startswith("error")]
+    assert code != 0 and len(errors) == 1 and errors[0].startswith("error in process 0 of 2: process 0 of 2 has lost")
     assert not list(place.folder.glob("killed*"))
 
 
@@ -227,8 +227,8 @@ def test_accelerate_launches_the_command_with_a_shipped_config(
     taken = place.folder / "taken"
     (taken / "letter").mkdir(parents=True)
     code, output = launch([*launcher, "--num_processes", "2", "-m", "ziggurat"], "train", *place.words("taken"))
-    said = [line for line in output.splitlines() if line.startswith("error")]
-    assert code != 0 and len(said) == 1 and "holds something else already" in said[0]
+    errors = [line for line in output.splitlines() if line.startswith("error")]
+    assert code != 0 and len(errors) == 1 and "holds something else already" in errors[0]
     assert [path.name for path in taken.iterdir()] == ["letter"]
 
 

@@ -44,13 +44,13 @@ def test_a_run_is_seen_while_it_trains_and_afterwards(tiny_bert: Path, tmp_path:
         console = Console(file=file, width=80)
         result = train(made, console=console, callbacks=[follower])
         show(console, made, result)
-    said = log.read_text()
-    assert "step 20 of 25, loss " in said and ", rate " in said and " left\n" in said
+    shown = log.read_text()
+    assert "step 20 of 25, loss " in shown and ", rate " in shown and " left\n" in shown
     assert 'http-equiv="refresh"' in follower.pages[-1]
     assert "<svg" in follower.pages[-1] and "<svg" not in follower.pages[0]
     assert not out.with_name(out.name + ".unfinished").exists()
     # Commands are whole lines, with a text of the validation rows.
-    (predict,) = [line.strip() for line in said.splitlines() if line.strip().startswith("ziggurat predict")]
+    (predict,) = [line.strip() for line in shown.splitlines() if line.strip().startswith("ziggurat predict")]
     words = shlex.split(predict)
     assert words[:3] == ["ziggurat", "predict", str(out)] and words[3] in {" ".join(r["text"].split()) for r in rows}
 

@@ -71,8 +71,8 @@ def test_an_adapter_computes_and_learns_as_beside_a_whole_base(way: str, method:
     assert not any(parameter.is_meta for parameter in own.values())
     assert torch.equal(logits(model.eval(), inputs), logits(whole.eval(), inputs))
 
-    for one in (model, whole):
-        one.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    for each in (model, whole):
+        each.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
     wanted = dict(whole.named_parameters())
     for name, parameter in own.items():
         reference = wanted[name].grad

@@ -258,17 +258,17 @@ def test_gradients_are_those_of_the_dequantised_model(name: str, method: str, tm
             quantised = model.base_model.model.get_submodule(path)
             linear.weight.data = dequantised(getattr(quantised, "base_layer", quantised))
     plain = put_in(same, method, init_weights=False).train()
-    for one in (model, plain):
-        one(**inputs(), labels=inputs()["input_ids"]).loss.backward()
-    found = {n: p for n, p in model.named_parameters() if model.prefix in n}
+    for each in (model, plain):
+        each(**inputs(), labels=inputs()["input_ids"]).loss.backward()
+    parameters = {n: p for n, p in model.named_parameters() if model.prefix in n}
     wanted = dict(plain.named_parameters())
-    assert found
-    for path, parameter in found.items():
+    assert parameters
+    for path, parameter in parameters.items():
         assert parameter.dtype == torch.float32
         gradient, reference = parameter.grad, wanted[path].grad
         assert gradient is not None and reference is not None and reference.norm() > 0
         assert (gradient - reference).norm() < 2e-3 * reference.norm()
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(found)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(parameters)
 
 
 @pytest.mark.parametrize("method", CONFIGS)
@@ -305,10 +305,10 @@ def test_merging_reports_the_error_that_it_makes(
         ).norm()
         torch.testing.assert_close(torch.tensor(layer.requantisation_error), error.detach(), rtol=1e-2, atol=1e-5)
         errors.append(float(error.detach()))
-    said = [record.getMessage() for record in caplog.records if record.name.startswith("ziggurat")]
-    assert len(said) == 1, "one line for the whole model"
-    assert said[0].startswith(f"merged into {len(layers)} ")
-    figure = re.search(r"at most ([0-9.e+-]+)%", said[0])
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("ziggurat")]
+    assert len(messages) == 1, "one line for the whole model"
+    assert messages[0].startswith(f"merged into {len(layers)} ")
+    figure = re.search(r"at most ([0-9.e+-]+)%", messages[0])
     assert figure is not None
     assert float(figure[1]) == pytest.approx(100 * max(errors), rel=0.1)
 

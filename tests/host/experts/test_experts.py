@@ -396,9 +396,9 @@ def test_plan_counts_experts_by_tier() -> None:
         base = mixture("qwen3_moe")
     planned = plan(base, config, method="msplora", task="instruct", batch=2, length=9)
     assert planned.adapter == count(mixture("qwen3_moe"), config)
-    found = {(part.part, part.role.rpartition(".")[2]): (part.pairs, part.parameters) for part in planned.parts}
-    assert found["expert", "down_proj"] == (12, 2 * 6 * (8 + 16))
-    assert found["global", "gate_up_proj"] == (1, 4 * (16 + 16))
+    sizes = {(part.part, part.role.rpartition(".")[2]): (part.pairs, part.parameters) for part in planned.parts}
+    assert sizes["expert", "down_proj"] == (12, 2 * 6 * (8 + 16))
+    assert sizes["global", "gate_up_proj"] == (1, 4 * (16 + 16))
     lora = get_peft_model(mixture("qwen3_moe"), LoraConfig(r=4, target_parameters=EXPERTS, target_modules=[]))
     trained = sum(p.numel() for p in lora.parameters() if p.requires_grad)
     assert next(other.parameters for other in planned.beside if (other.method, other.kind) == ("lora", "r")) == trained

@@ -113,8 +113,8 @@ def test_checkpointing_runs_with_the_same_draw() -> None:
             torch.use_deterministic_algorithms(False)
         gradients.append([p.grad.clone() for n, p in model.named_parameters() if "dylora_" in n and p.grad is not None])
     size = max(float(gradient.abs().max()) for gradient in gradients[0])
-    for one, other in zip(*gradients, strict=True):
-        assert_models_agree(one, other, size=size)
+    for each, other in zip(*gradients, strict=True):
+        assert_models_agree(each, other, size=size)
 
 
 @pytest.mark.parametrize(

@@ -85,8 +85,8 @@ def test_what_a_model_cannot_have(model: str, fields: dict[str, Any], message: s
 def test_layers_are_chosen_as_in_peft() -> None:
     def around(model: str = "bert", **fields: Any) -> list[int]:
         adapted = get_peft_model(ZOO[model].build(), LoR2CConfig(r=4, **fields))
-        found = [path_of(m) for m in adapted.modules()]
-        return [path.layer for path in found if path is not None]
+        paths = [path_of(m) for m in adapted.modules()]
+        return [path.layer for path in paths if path is not None]
 
     assert around() == [0, 1, 2, 3]
     assert around(layers_to_transform=2) == [2]

@@ -86,15 +86,15 @@ def test_two_threads_on_one_model_never_mix() -> None:
             assert go_on.wait(30)
 
     hook = layers[1].register_forward_hook(wait)
-    found: list[Tensor] = []
-    slow = threading.Thread(target=lambda: found.append(logits(model, first)), name="slow")
+    inputs_seen: list[Tensor] = []
+    slow = threading.Thread(target=lambda: inputs_seen.append(logits(model, first)), name="slow")
     slow.start()
     assert inside.wait(30)
     fast = logits(model, second)
     go_on.set()
     slow.join(30)
     hook.remove()
-    assert torch.equal(found[0], expected[0])
+    assert torch.equal(inputs_seen[0], expected[0])
     assert torch.equal(fast, expected[1])
 
 

@@ -84,13 +84,13 @@ def loss_of(model: PeftModel, inputs: dict[str, Any], seed: int = 1) -> Tensor:
 
 
 def gradients(model: PeftModel, *inputs: dict[str, Any]) -> dict[str, Tensor]:
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    gradients_by_name = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     for number, given in enumerate(inputs):
         for name, x in given.items():
             if isinstance(x, Tensor) and x.grad is not None:
-                found[f"{name} {number}"], x.grad = x.grad, None
+                gradients_by_name[f"{name} {number}"], x.grad = x.grad, None
     model.zero_grad()
-    return found
+    return gradients_by_name
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -236,8 +236,10 @@ def test_torch_s_own_wrapper(kind: CheckpointImpl) -> None:
     wrap = partial(checkpoint_wrapper, checkpoint_impl=kind)
     apply_activation_checkpointing(tuned, checkpoint_wrapper_fn=wrap, check_fn=lambda module: isinstance(module, Block))
     loss_of(tuned, inputs).backward()
-    found = {name.replace("_checkpoint_wrapped_module.", ""): g for name, g in gradients(tuned, inputs).items()}
-    assert_same(found, expected)
+    gradients_by_name = {
+        name.replace("_checkpoint_wrapped_module.", ""): g for name, g in gradients(tuned, inputs).items()
+    }
+    assert_same(gradients_by_name, expected)
 
 
 class Offloaded(torch.autograd.Function):

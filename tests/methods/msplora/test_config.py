@@ -56,9 +56,9 @@ def test_ranks_by_role() -> None:
     pattern = {"query": [3, 2, 1], "self.value": [1, 1, 4]}
     config = MSPLoraConfig(r=8, lora_alpha=16, rank_pattern=pattern, target_modules=["query", "value", "key"])
     model = get_peft_model(ZOO["bert"].build(), config)
-    found = {n: m.effective_pair("default") for n, m in model.named_modules() if hasattr(m, "effective_pair")}
+    pairs = {n: m.effective_pair("default") for n, m in model.named_modules() if hasattr(m, "effective_pair")}
     wanted = {"query": 6, "value": 6, "key": 14}
-    assert found and all(pair.A.shape[0] == wanted[name.rpartition(".")[2]] for name, pair in found.items())
+    assert pairs and all(pair.A.shape[0] == wanted[name.rpartition(".")[2]] for name, pair in pairs.items())
     scales = {role: [tier.scale for tier in config.pyramid(f"attention.self.{role}")] for role in wanted}
     assert scales == {"query": [16 / 3, 8, 16], "value": [16, 16, 4], "key": [2, 4, 8]}
     assert adapter_numbers(ZOO["bert"].build(), config) == sum(
