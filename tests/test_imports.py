@@ -350,7 +350,7 @@ def test_what_may_do_more_gets_the_whole_package(words: list[str], monkeypatch: 
     import ziggurat
     import ziggurat_command
 
-    names = []
+    modules = []
     monkeypatch.setattr(sys, "argv", ["ziggurat", *words])
     monkeypatch.setattr("ziggurat.cli.main", lambda: modules.append(sys.modules["ziggurat"]))
     ziggurat_command.main()
