@@ -165,11 +165,11 @@ def _check_reload(case: _Case, folder: Path) -> None:
 def _check_merge(case: _Case) -> None:
     model = case.active().double()
     expected = case.outputs(model)
-    model.merge_adapter()  # type: ignore[operator]
+    model.merge_adapter()
     _agree(case.outputs(model), expected, 1e-8, "the outputs after merging and before")
-    model.unmerge_adapter()  # type: ignore[operator]
+    model.unmerge_adapter()
     assert torch.equal(case.outputs(model), expected), "unmerging doesn't give the outputs from before the merge back."
-    _agree(case.outputs(model.merge_and_unload()), expected, 1e-8, "the outputs of `merge_and_unload` and before")  # type: ignore[operator]
+    _agree(case.outputs(model.merge_and_unload()), expected, 1e-8, "the outputs of `merge_and_unload` and before")
 
 
 @torch.no_grad()

@@ -144,7 +144,7 @@ def colour_bar(image: Any, axes: Sequence[Axes], label: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     bar = axes[0].figure.colorbar(image, ax=list(axes), fraction=0.046, pad=0.03)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
     bar.locator = MaxNLocator(5)
     bar.update_ticks()

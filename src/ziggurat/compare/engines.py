@@ -132,7 +132,7 @@ class Local:
     def ended(self, handles: list[_Process]) -> list[_Process]:
         # A pipe is readable when an answer arrives, even one larger than its buffer, and when its process has died.
         at = {handle.pipe: handle for handle in handles}
-        return [at[pipe] for pipe in wait(list(at), timeout=1.0)]  # type: ignore[index]
+        return [at[pipe] for pipe in wait(list(at), timeout=1.0)]
 
     def answer(self, handle: _Process) -> Answer:
         self.free.append(handle.slot)

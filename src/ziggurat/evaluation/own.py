@@ -149,7 +149,7 @@ def _answers(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
         left_out = len(asked) - len(fitting)
         notes.append(f"{left_out} questions fill all {most} positions of the model: their answers count as wrong")
     prompts, answers = [ids for ids, _, _ in fitting], [answer.strip() for _, _, answer in fitting]
-    longest = max((len(loaded.tokenizer(answer)["input_ids"]) for answer in answers), default=0)  # type: ignore[arg-type]
+    longest = max((len(loaded.tokenizer(answer)["input_ids"]) for answer in answers), default=0)
     wanted = Sampling(tokens=min(longest + 8, 512))
     if loaded.processor is None:
         written = generate(loaded.model, loaded.tokenizer, prompts, wanted, batch=batch, name=loaded.recipe.model)

@@ -31,7 +31,7 @@ def merge(adapter: str | Path, out: str | Path, *, base_model: str | None = None
     with written_beside(Path(out)) as folder:
         model = load_adapter(source, load_base(source, base_model))
         check_complete(source, model)
-        name_labels(source, bare(model).config)  # type: ignore[arg-type]
+        name_labels(source, bare(model).config)
         _write_merged(model, folder)
         copy_tokenizer(source, folder)
         if not any(folder.glob("tokenizer*")):

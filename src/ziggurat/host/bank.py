@@ -94,7 +94,7 @@ class Bank(nn.Module, WithoutBase, Stores):
         return bank
 
     @property
-    def stores(self) -> nn.ModuleDict:  # type: ignore[override]
+    def stores(self) -> nn.ModuleDict:
         """Adapter -> `Factors`."""
         return self._modules[self.method.store]  # type: ignore[return-value]
 

@@ -96,4 +96,4 @@ def create_loraplus_optimizer(
         {"params": [p for p in trained if id(p) not in up], "lr": lr},
         {"params": [p for p in trained if id(p) in up], "lr": lr * loraplus_lr_ratio},
     ]
-    return optimizer_cls([group for group in groups if group["params"]], **kwargs)  # type: ignore[arg-type]
+    return optimizer_cls([group for group in groups if group["params"]], **kwargs)

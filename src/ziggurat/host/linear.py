@@ -256,4 +256,4 @@ def rows_merged(wrapper: TrainableTokensWrapper) -> nn.Module:
     layer = copy.copy(inner)
     layer._parameters = dict(inner._parameters)
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    return layer  # type: ignore[no-any-return]
+    return layer

@@ -36,7 +36,7 @@ class MethodLayer(Stores):
         self.asleep: dict[str, bool] = {}
 
     @property
-    def stores(self) -> nn.ModuleDict:  # type: ignore[override]
+    def stores(self) -> nn.ModuleDict:
         """Adapter -> `Factors`, the tensors of this layer alone."""
         return self._modules[self.method.store]  # type: ignore[return-value, attr-defined]
 

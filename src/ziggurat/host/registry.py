@@ -70,7 +70,7 @@ def unregister(name: str) -> None:
     """Take the method called `name` out of PEFT's tables and ours. Models that have its adapters stay as they are."""
     member = peft_type(name.upper())
     for table in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
-        table.pop(member, None)  # type: ignore[call-overload]
+        table.pop(member, None)
     METHODS.pop(name.upper(), None)
 
 

@@ -143,5 +143,5 @@ def _explain() -> None:
         except ValueError as error:
             raise VersionError(limits() or str(error)) from error
 
-    check_peft_version.explained = True  # type: ignore[attr-defined]
+    check_peft_version.explained = True
     integration.check_peft_version = check_peft_version

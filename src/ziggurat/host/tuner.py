@@ -68,7 +68,7 @@ class MethodTuner(MixedTuner):
         """The model's `generate`, with each layer's pair computed once a call."""
         from ziggurat.host.generation import keeping_pairs
 
-        return keeping_pairs(self.model, self.model.generate)  # type: ignore[arg-type]
+        return keeping_pairs(self.model, self.model.generate)
 
     def _sites(self, config: Any, model: nn.Module) -> Mapping[str, Site]:
         """Path -> site. Changes nothing."""
@@ -92,7 +92,7 @@ class MethodTuner(MixedTuner):
             peft_config.target_modules = set()  # as in PEFT's LoRA, parameters alone
         return super()._prepare_adapter_config(peft_config, model_config)
 
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
         return targets(peft_config, key)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:

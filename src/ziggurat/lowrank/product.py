@@ -124,15 +124,15 @@ def down_by(parts: Any, x: Tensor, As: Sequence[Tensor], dropout: float, dtype: 
     """`down` with the products in ``dtype`` and the functions of ``parts``: `plain_product` or `triton_product`."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *As)):
         again = remade(x) if any(A.requires_grad for A in As) else None
-        return _Down.apply(x, dropout, dtype, parts, again, *As)  # type: ignore[no-any-return]
+        return _Down.apply(x, dropout, dtype, parts, again, *As)
     mask = parts.draw(x, dropout) if dropout else None
-    return parts.down(x, mask, As, dropout, dtype).split([A.shape[0] for A in As], dim=1)  # type: ignore[no-any-return]
+    return parts.down(x, mask, As, dropout, dtype).split([A.shape[0] for A in As], dim=1)
 
 
 def up_add(y: Tensor, h: Tensor, B: Tensor, *, reuse_y: bool = False) -> Tensor:
     """``y + h B^T`` for h (tokens, rank) from `down`, in y's dtype and shape."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in (y, h, B)):
-        return _UpAdd.apply(y, h, B, reuse_y)  # type: ignore[no-any-return]
+        return _UpAdd.apply(y, h, B, reuse_y)
     return plain_product.up_add(y, h, B, reuse_y)
 
 
@@ -143,7 +143,7 @@ class _Down(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, dropout: float, dtype: torch.dtype, parts: Any, again: Remade | None, *As: Tensor
     ) -> tuple[Tensor, ...]:
         need_x, need_A = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:])
@@ -153,10 +153,10 @@ class _Down(torch.autograd.Function):
         mask = parts.draw(x, dropout) if dropout else None
         operands, ctx.make = ((x if need_A else None,), None) if again is None else again
         ctx.save_for_backward(mask, *(A if need_x else None for A in As), *operands)
-        return parts.down(x, mask, As, dropout, dtype).split(ctx.ranks, dim=1)  # type: ignore[no-any-return]
+        return parts.down(x, mask, As, dropout, dtype).split(ctx.ranks, dim=1)
 
     @staticmethod
-    def backward(ctx: Any, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:
         mask, *tensors = _saved(ctx, dhs)
         As, operands = tensors[: len(ctx.ranks)], tensors[len(ctx.ranks) :]
         need_x, need_A = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
@@ -209,14 +209,14 @@ class _UpAdd(torch.autograd.Function):
     """out = y + h B^T; with g = dL/dout, (tokens, d_out):  dL/dy = g;  dL/dh = g B;  dL/dB = (h^T g)^T."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, reuse_y: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, reuse_y: bool) -> Tensor:
         _, need_h, need_B, _ = ctx.needs_input_grad
         ctx.dtype, ctx.B_dtype = h.dtype, B.dtype
         ctx.save_for_backward(h if need_B else None, B if need_h else None)
         return plain_product.up_add(y, h, B, reuse_y)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         need_y, need_h, need_B, _ = ctx.needs_input_grad
         h, B = ctx.saved_tensors
         rows = plain_product.flat(g).to(ctx.dtype)

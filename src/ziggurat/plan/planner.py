@@ -215,7 +215,7 @@ def _adapted(model: nn.Module, config: Any, trouble: str) -> Iterator[Any]:
     trains = {id(p): p.requires_grad for p in model.parameters()}
     try:
         with torch.device("meta"):
-            adapted = get_peft_model(model, _without_values(config))  # type: ignore[arg-type]
+            adapted = get_peft_model(model, _without_values(config))
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         raise ConfigError(f"{trouble}: {error}") from error
     try:

@@ -78,7 +78,7 @@ class MeanPooledClassifier(PreTrainedModel):
                 loss = functional.mse_loss(logits.squeeze(-1).float(), labels.float())
             else:
                 loss = functional.cross_entropy(logits.float(), labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+        return SequenceClassifierOutput(loss=loss, logits=logits)
 
     @property
     def classifier_dtype(self) -> torch.dtype:

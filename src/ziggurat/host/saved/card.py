@@ -36,7 +36,7 @@ def keep_section() -> None:
         kinds.extend(kind.__subclasses__())
         writes = kind.__dict__.get("create_model_card")
         if writes is not None and not hasattr(writes, "ziggurat"):
-            kind.create_model_card = _with_section(writes)  # type: ignore[attr-defined]
+            kind.create_model_card = _with_section(writes)
 
 
 def _with_section(writes: Callable[..., Any]) -> Callable[..., Any]:

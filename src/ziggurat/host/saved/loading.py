@@ -63,4 +63,4 @@ def load_through_methods() -> None:
         return result
 
     load_adapter.ziggurat = True  # type: ignore[attr-defined]
-    PeftAdapterMixin.load_adapter = load_adapter  # type: ignore[method-assign]
+    PeftAdapterMixin.load_adapter = load_adapter

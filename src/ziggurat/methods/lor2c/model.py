@@ -73,7 +73,7 @@ class LoR2CModel(StructureTuner):
         self._layout = lay_out(config, model, anatomy, self.get_model_config(model).get("model_type"))
         return self._layout.sites(model, anatomy)
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
         assert isinstance(peft_config, LoR2CConfig)
         if means(peft_config.exclude_modules, key):
             return _ExcludedModule()

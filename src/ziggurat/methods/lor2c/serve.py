@@ -203,7 +203,7 @@ def _auto_classes(architecture: str) -> list[str]:
 
 def _body(kind: type[PreTrainedModel], config: type[Any]) -> type[PreTrainedModel]:
     """The class without a head that AutoModel gives for `config`; `kind` itself where there is none, or it is that."""
-    known: Any = transformers.AutoModel._model_mapping  # pyright: ignore[reportAttributeAccessIssue]
+    known: Any = transformers.AutoModel._model_mapping
     body = known.get(config, kind)
     return body if isinstance(body, type) else kind
 

@@ -200,7 +200,7 @@ def _asked(loaded: Loaded, text: str | list[str] | Conversation, context: str | 
         return source_ids(loaded.recipe, loaded.tokenizer, [text])[0]
     if shape == "alpaca":
         prompt = alpaca_prompt(text, context, form=loaded.run.get("prompt_form", WITH_LINE_BREAK))
-    return list(loaded.tokenizer(prompt)["input_ids"])  # type: ignore[arg-type]
+    return list(loaded.tokenizer(prompt)["input_ids"])
 
 
 def _talk(text: str | list[str] | Conversation, context: str | None, system: str | None) -> Conversation:

@@ -311,7 +311,7 @@ def _with_names(table: Dataset, column: str) -> Dataset:
     if names is None:
         return table
     values = [None if value is None else names[value] for value in table[column]]
-    return table.remove_columns(column).add_column(column, values)  # type: ignore[call-arg]
+    return table.remove_columns(column).add_column(column, values)
 
 
 def _checked(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, list[str]]:

@@ -102,7 +102,7 @@ def to_judged(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str
     good = [bool(verdicts[number - 1]) for number in rows["row"]]
     if len(set(good)) < 2:
         raise DataError(f"data.label: all answers of {source} are {'good' if good[0] else 'bad'}; kto needs both")
-    return rows.add_column("good", good), shape, notes  # type: ignore[call-arg]
+    return rows.add_column("good", good), shape, notes
 
 
 _VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}

@@ -63,7 +63,7 @@ def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, st
     if len(kinds) > 1:
         raise DataError(f"{source}: some prompts are lists of messages and some are texts; all have to be the same")
     texts = [prompt if prompt is None or isinstance(prompt, str) else dumps(prompt) for prompt in prompts]
-    rest = table.add_column(_MADE, texts)  # type: ignore[call-arg]
+    rest = table.add_column(_MADE, texts)
     rest = rest.remove_columns([name for name in table.column_names if name in {column, *besides.values(), "prompt"}])
     rest = rest.rename_column(_MADE, "prompt")
     rest, notes = faults.settle(rest, recipe.data.drop_missing)
@@ -146,5 +146,5 @@ def fitting_prompts(
 
 def _length(tokenizer: PreTrainedTokenizerBase, prompt: str | list[Message]) -> int:
     if isinstance(prompt, str):
-        return len(tokenizer(prompt, verbose=False)["input_ids"])  # type: ignore[arg-type]
+        return len(tokenizer(prompt, verbose=False)["input_ids"])
     return len(chat_ids(tokenizer, prompt, add_generation_prompt=True))

@@ -72,7 +72,7 @@ def target_ids(
 
 def _ids(tokenizer: PreTrainedTokenizerBase, length: int | None, **texts: list[str]) -> list[list[int]]:
     cut: dict[str, Any] = {} if length is None else {"truncation": True, "max_length": length}
-    return tokenizer(**texts, verbose=False, **cut)["input_ids"]  # type: ignore[arg-type, return-value]
+    return tokenizer(**texts, verbose=False, **cut)["input_ids"]
 
 
 #: Column of `to_sources` -> the function for its ids, the model's name for them, and the key of their maximum length.

@@ -99,7 +99,7 @@ def joined(tables: Sequence[Dataset], sources: Sequence[str]) -> Dataset:
     except (ValueError, TypeError) as error:
         what = f"the columns of {', '.join(sources)} hold values of several kinds"
         raise DataError(f"data.train: {what}: {first_line(error)}") from error
-    return whole.add_column(ORIGIN, [place for place, table in enumerate(tables) for _ in table])  # type: ignore[call-arg]
+    return whole.add_column(ORIGIN, [place for place, table in enumerate(tables) for _ in table])
 
 
 def mixed(recipe: Recipe, train: Dataset, notes: list[str]) -> Dataset:

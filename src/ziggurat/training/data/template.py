@@ -118,10 +118,10 @@ def _masked(
     """Token ids of a text, and a mask of those that overlap a span."""
     if tokenizer.is_fast:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids: list[int] = encoded["input_ids"]  # type: ignore[assignment]
+        ids: list[int] = encoded["input_ids"]
         places: Any = encoded["offset_mapping"]
         return ids, [int(any(start < b and end > a for a, b in spans)) for start, end in places]
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[assignment]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     mask = [0] * len(ids)
     for span in spans:
         a, b = (common_start(tokenizer(text[:at], add_special_tokens=False)["input_ids"], ids) for at in span)

@@ -152,7 +152,7 @@ def _conversation(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], loss:
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, end: bool = False) -> list[int]:
     """Token ids of a text, followed by one end-of-text token if `end`."""
     stop = str(tokenizer.eos_token) if end and not text.endswith(str(tokenizer.eos_token)) else ""
-    return list(tokenizer(text + stop, verbose=False)["input_ids"])  # type: ignore[arg-type]
+    return list(tokenizer(text + stop, verbose=False)["input_ids"])
 
 
 def _cut(recipe: Recipe, rows: Iterable[Row], length: int, word: str, notes: list[str]) -> Dataset:

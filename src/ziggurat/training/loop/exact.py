@@ -43,7 +43,7 @@ class ExactSteps(Resumable):
             last = {name: value[: max(counted, 1)] for name, value in batches[-1].items() if isinstance(value, Tensor)}
             batches[-1] = {**batches[-1], **last, COUNTED: labelled(batches[-1]["labels"][:counted])}
         number = torch.tensor([sum(batch[COUNTED] for batch in batches)], device=device)
-        return batches, self.accelerator.gather(number).sum()  # type: ignore[union-attr]
+        return batches, self.accelerator.gather(number).sum()
 
     def compute_loss(
         self: Any,

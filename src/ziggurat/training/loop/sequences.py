@@ -66,12 +66,12 @@ def transforming(setup: Setup) -> tuple[Trainer, list[str]]:
 
     def compute(result: Any) -> dict[str, float]:
         # Shorter rows are padded with -100, which isn't a token.
-        filled: Any = (np.where(ids < 0, tokenizer.pad_token_id, ids) for ids in (result.predictions, result.label_ids))  # type: ignore[arg-type]
+        filled: Any = (np.where(ids < 0, tokenizer.pad_token_id, ids) for ids in (result.predictions, result.label_ids))
         texts = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in filled)
         return {name: float(scores.mean()) for name, scores in text_scores(*texts).items()}
 
     trainer = SequenceTrainer(
-        model=setup.model,  # type: ignore[arg-type]
+        model=setup.model,
         args=TrainingArguments(
             **training_arguments(recipe, setup.checkpoints), label_names=["labels"], remove_unused_columns=False
         ),

@@ -145,7 +145,7 @@ def _scored(setup: Setup) -> Task:
         **training_arguments(recipe, setup.checkpoints), label_names=["labels"], remove_unused_columns=False
     )
     trainer = HeadLrTrainer(
-        model=setup.model,  # type: ignore[arg-type]
+        model=setup.model,
         args=arguments,
         train_dataset=parts[0],
         eval_dataset=parts[1],

@@ -165,7 +165,7 @@ def count_of(model: nn.Module, choice: dict[str, Any], *, refuse: bool = False) 
         if getattr(config, "init_lora_weights", None) == "pissa":
             config.init_lora_weights = True  # the same shapes without a singular value decomposition of nothing
         with torch.device("meta"), _quiet():
-            adapted = get_peft_model(copy.deepcopy(model), config)  # type: ignore[arg-type]
+            adapted = get_peft_model(copy.deepcopy(model), config)
     except _REFUSALS as error:
         if refuse:
             raise ConfigError(f"{choice['name']} cannot adapt this model: {error}") from error
