@@ -1,4 +1,4 @@
-"""What a shell is offered for the words of a command. No module with torch is imported: it would take seconds."""
+"""Completion of a command's words in a shell. It imports no module that loads torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import typer
 
 
 def recipe_words(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
-    """The next of the words `RECIPE KEY=VALUE`, with what it is: a recipe that ships or lies here, or a key.
+    """The words `RECIPE KEY=VALUE` that begin with `incomplete`, each with a description.
 
-    Where this offers nothing the shell offers files, as it shall behind `key=`, which bash takes for two words.
+    They are the recipes that ship, recipe files in this folder, and keys. For a value, which bash passes as a separate
+    word after `=`, the list is empty: the shell then completes file names.
     """
     if "=" in incomplete or (ctx.params.get("words") or ())[-1:] == ["="]:
         return []
@@ -27,6 +28,6 @@ def recipe_words(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
         if key.startswith(incomplete):
             default = "" if info.is_required() else info.default
             value = default if isinstance(default, str) else json.dumps(default, default=str)
-            # `key=` comes along, so that no shell ends the word by a space where one key alone fits.
-            offered += [(f"{key}=", info.description or ""), (f"{key}={value}", "as without it")]
+            # With two candidates for one key, a shell appends no space after `key=`.
+            offered += [(f"{key}=", info.description or ""), (f"{key}={value}", "the default")]
     return offered

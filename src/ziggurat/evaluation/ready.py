@@ -80,7 +80,7 @@ def ready(
             "(docs/evaluation.md describes the limits)"
         )
     if "humaneval" in tasks and not hasattr(os, "killpg"):
-        raise RecipeError("humaneval: this system has none of the limits under which generated code is run; use WSL 2")
+        raise RecipeError("humaneval: this system lacks the limits under which generated code is run; use WSL 2")
     check_folder(data)
     require(f"scoring {', '.join(tasks)}", "lm-eval")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

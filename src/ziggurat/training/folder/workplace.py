@@ -37,11 +37,11 @@ class Lock:
 
     def __init__(self, work: Path) -> None:
         self.path = work / LOCK
-        self._let_go: Callable[[], Any] | None = None
+        self._unlock: Callable[[], Any] | None = None
 
     @property
     def held(self) -> bool:
-        return self._let_go is not None
+        return self._unlock is not None
 
     def take(self) -> bool:
         """Returns False if another process holds it. On a file system without locks it always succeeds."""
@@ -50,9 +50,9 @@ class Lock:
         try:
             import fcntl
         except ImportError:
-            return self._take_elsewhere()
+            return self._take_without_fcntl()
         file = self.path.open("w")
-        self._let_go = file.close
+        self._unlock = file.close
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -62,7 +62,7 @@ class Lock:
             pass
         return True
 
-    def _take_elsewhere(self) -> bool:
+    def _take_without_fcntl(self) -> bool:
         from filelock import FileLock, Timeout
 
         lock = FileLock(self.path, blocking=False)
@@ -70,7 +70,7 @@ class Lock:
             lock.acquire()
         except Timeout:
             return False
-        self._let_go = lock.release
+        self._unlock = lock.release
         return True
 
     def is_taken(self) -> bool:
@@ -82,9 +82,9 @@ class Lock:
         return taken
 
     def release(self) -> None:
-        if self._let_go is not None:
-            self._let_go()
-            self._let_go = None
+        if self._unlock is not None:
+            self._unlock()
+            self._unlock = None
             with contextlib.suppress(OSError):  # empty where a locked file couldn't be deleted with its folder
                 self.path.parent.rmdir()
 
