@@ -1,4 +1,4 @@
-"""What a process sees as installed: metadata written for it, of this project from pyproject.toml as it is now."""
+"""The packages that a process sees as installed: metadata written for it, of this project from its pyproject.toml."""
 
 import tomllib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a shell completes: commands, recipes, keys and files, by bash itself in a terminal."""
+"""Completion in a shell: commands, recipes, keys and files, by bash itself in a terminal."""
 
 import os
 import select

@@ -1,4 +1,4 @@
-"""`.ci/environment`, which `make demo` and `make test` begin with: what it refuses, and when it has nothing to do."""
+"""`.ci/environment`, which `make demo` and `make test` begin with: its refusals, and calls that have nothing to do."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The notebooks of examples/ are whole, were executed, and name what exists. `.ci/gallery` executes them."""
+"""The notebooks of examples/ are whole, were executed, and name existing files. `.ci/gallery` executes them."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu/all.sh`, rehearsed on a CPU: what it writes, and that a failing part doesn't stop the others."""
+"""`benchmarks/gpu/all.sh`, rehearsed on a CPU: its output, and that a failing part doesn't stop the others."""
 
 import json
 import math

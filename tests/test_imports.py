@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source; and what importing the package loads."""
+"""The rules of imports, read from the source; and the modules that importing the package loads."""
 
 import ast
 import json

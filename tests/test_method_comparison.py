@@ -1,4 +1,4 @@
-"""The configs for PEFT's own benchmark load, and train what their README says."""
+"""The configs for PEFT's own benchmark load, and train as many parameters as their README says."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is known of a method stands in its folder: no other file names one, imports from one, or asks for its parts."""
+"""Knowledge of a method is in its folder: no other file names one, imports from one, or asks for its parts."""
 
 import ast
 from collections.abc import Iterator

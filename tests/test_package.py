@@ -1,4 +1,4 @@
-"""What is shipped: versions, metadata, and the contents of the wheel and of the source package."""
+"""The shipped files: versions, metadata, and the contents of the wheel and of the source package."""
 
 import os
 import re

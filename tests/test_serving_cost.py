@@ -1,4 +1,4 @@
-"""What a pyramid costs to serve, and where it is larger than LoRA, is said by plan, train and export."""
+"""plan, train and export report a pyramid's serving cost, and where it is larger than LoRA."""
 
 from pathlib import Path
 

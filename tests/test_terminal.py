@@ -1,4 +1,4 @@
-"""What comes from a file reaches the terminal as text and never as a command."""
+"""Texts from files reach the terminal as text and never as a command."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""`check_method` passes for every method that has a pair, and names what is broken in one that isn't right."""
+"""`check_method` passes for every method that has a pair, and names the fault of a broken one."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What older or limited versions of the host can't do, for the tests of it. docs/guarantees.md says the same."""
+"""Functions that older or limited versions of the host lack, for their tests. docs/guarantees.md says the same."""
 
 import peft
 import pytest

@@ -1,4 +1,4 @@
-"""Components against the modules that hold them: what PEFT's forward adds is what analysis reads."""
+"""Components against the modules that hold them: PEFT's forward adds the update that analysis reads."""
 
 from collections.abc import Callable
 from pathlib import Path

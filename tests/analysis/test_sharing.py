@@ -1,4 +1,4 @@
-"""Energy that matrices have in common: the definition on dense matrices, and what a suggestion makes of it."""
+"""Energy that matrices have in common: the definition on dense matrices, and the suggestion made from it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What each of two gloo processes does in `test_sharded`: DeepSpeed's ZeRO, FSDP1, 4-bit weights under FSDP2."""
+"""The program of each of two gloo processes in `test_sharded`: DeepSpeed's ZeRO, FSDP1, 4-bit weights under FSDP2."""
 
 import json
 import os

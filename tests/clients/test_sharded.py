@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO, FSDP1, and 4-bit weights under FSDP2, on two gloo processes: what one learns. `.ci/clients`."""
+"""DeepSpeed's ZeRO, FSDP1, and 4-bit weights under FSDP2: two gloo processes learn the same as one. `.ci/clients`."""
 
 import json
 import os

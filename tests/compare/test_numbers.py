@@ -1,4 +1,4 @@
-"""Paired differences against their definition, what is bold, and the tables that are written."""
+"""Paired differences against their definition, bold entries, and the written tables."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""The table's file: which recipes it makes, what it refuses, when two runs are the same."""
+"""The table's file: the recipes made from it, refusals, and equal runs."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What each of two gloo processes does in `test_two_processes`: train all cases under DDP and FSDP2, and save."""
+"""The program of each of two gloo processes in `test_two_processes`: train all cases under DDP and FSDP2, and save."""
 
 import json
 import os

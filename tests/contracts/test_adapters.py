@@ -1,4 +1,4 @@
-"""What every method owes a PEFT user, on an encoder, two decoders, a model of two stacks and a plain one."""
+"""The duties of every method to a PEFT user, on an encoder, two decoders, a model of two stacks and a plain one."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What people met in the field: other heads, a second adapter on one base, references for DPO, merges at every step."""
+"""Faults that users reported: other heads, a second adapter on one base, references for DPO, merges at every step."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""What LoRA has: the fields of its config, swapping in place, LoRA+; and the table of it in docs/combinations.md."""
+"""The functions of LoRA: its config fields, swapping in place, LoRA+; and their table in docs/combinations.md."""
 
 from pathlib import Path
 from typing import Any

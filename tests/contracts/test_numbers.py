@@ -1,4 +1,4 @@
-"""What a day's work brings: half precision, empty batches, one row, one token, tied embeddings, shared layers."""
+"""Cases of daily work: half precision, empty batches, one row, one token, tied embeddings, shared layers."""
 
 from pathlib import Path
 

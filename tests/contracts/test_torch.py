@@ -1,4 +1,4 @@
-"""What torch offers beside plain training, for every method: torch.func, tracing, hooks, selective checkpointing."""
+"""Further functions of torch, for every method: torch.func, tracing, hooks, selective checkpointing."""
 
 from functools import partial
 from typing import Any

@@ -1,4 +1,4 @@
-"""What every method owes a user who trains: checkpointing, autocast, compile, Trainer with resume, TRL."""
+"""The duties of every method to a user who trains: checkpointing, autocast, compile, Trainer with resume, TRL."""
 
 import os
 from pathlib import Path

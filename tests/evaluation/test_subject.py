@@ -1,4 +1,4 @@
-"""What `ziggurat eval` takes: adapters, and models without one; and what it sees before it loads any weights."""
+"""The arguments of `ziggurat eval`: adapters, and models without one; checks before any weights are loaded."""
 
 import json
 import shutil

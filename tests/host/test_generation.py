@@ -1,4 +1,4 @@
-"""While a model generates, each adapted layer computes its pair once; whatever changes between two calls is seen."""
+"""While a model generates, each adapted layer computes its pair once; a change between two calls is noticed."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a stranger may write where a config wants a value, and the errors that may come of it."""
+"""Values that a stranger may write into a config, and the errors that may follow."""
 
 from typing import Any
 

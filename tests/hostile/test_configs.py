@@ -1,4 +1,4 @@
-"""Any value in any field of a config: the adapter loads and works, or one clear error says what is wrong."""
+"""Any value in any field of a config: the adapter loads and works, or one clear error names the fault."""
 
 import json
 import shutil

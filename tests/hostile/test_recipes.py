@@ -1,4 +1,4 @@
-"""Recipes from anybody: whatever the text, a checked recipe or one list of what is wrong with it."""
+"""Recipes from anybody: any text gives a checked recipe or one list of its faults."""
 
 from pathlib import Path
 

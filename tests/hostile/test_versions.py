@@ -1,4 +1,4 @@
-"""Versions of PEFT, transformers and torch: too old is refused, newer is warned of, limited pairs say what fails."""
+"""Versions of PEFT, transformers and torch: too old is refused, newer is warned of, limited pairs are named."""
 
 import importlib
 import tomllib

@@ -1,4 +1,4 @@
-"""What vLLM reads for a folder: its serving export, made once. vLLM itself: tests/servers/test_runtimes.py."""
+"""vLLM reads a folder's serving export, made once. vLLM itself: tests/servers/test_runtimes.py."""
 
 import json
 from pathlib import Path

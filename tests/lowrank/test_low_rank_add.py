@@ -1,4 +1,4 @@
-"""The one operation against its formula: values, gradients, shapes, dtypes, what it keeps."""
+"""The one operation against its formula: values, gradients, shapes, dtypes, kept tensors."""
 
 import pytest
 import torch

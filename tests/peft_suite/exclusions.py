@@ -1,4 +1,4 @@
-"""`exclusions.toml`: tests that must fail, and why that is right; `methods.toml`: what a method needs to be tested."""
+"""`exclusions.toml`: tests that must fail, with reasons; `methods.toml`: a method's settings for the tests."""
 
 import tomllib
 from dataclasses import dataclass

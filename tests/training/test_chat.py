@@ -1,4 +1,4 @@
-"""Conversations: what is read of them, how an adapter is asked, where its answers end."""
+"""Conversations: how they are read, how an adapter is asked, where its answers end."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Examples from every kind of table, and what is said when they don't fit the recipe."""
+"""Examples from every kind of table, and the messages about tables that don't fit the recipe."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Distillation: a student that learns from a teacher's probabilities of what the student writes."""
+"""Distillation: a student learns a teacher's probabilities on the student's answers."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A loss or a weight that is no number stops a run, leaves what was good, and says what to do."""
+"""A loss or a weight that is NaN stops a run, keeps the last good state, and names remedies."""
 
 import json
 import shutil

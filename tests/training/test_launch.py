@@ -1,4 +1,4 @@
-"""`ziggurat train` on two gloo processes of a processor: the run of one process, by DDP and FSDP2, whatever happens."""
+"""`ziggurat train` on two gloo processes: the run of one process, by DDP and FSDP2, after failures too."""
 
 import json
 import os

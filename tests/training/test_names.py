@@ -1,4 +1,4 @@
-"""The names that other programs have for what a recipe says."""
+"""The names of recipe keys in other programs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a run shows: lines outside a terminal, the file that is followed, classes, answers, commands to paste."""
+"""The output of a run: lines outside a terminal, the followed file, classes, answers, commands to paste."""
 
 import json
 import os

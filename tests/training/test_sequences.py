@@ -1,4 +1,4 @@
-"""Texts that become others: their columns, a run of an encoder-decoder, what it writes, and how that is scored."""
+"""Text to text: columns, a run of an encoder-decoder, its output, and the scores."""
 
 import json
 from collections.abc import Iterator

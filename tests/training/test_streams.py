@@ -1,4 +1,4 @@
-"""Rows that are read as they are learned from: which, in what order, with what said; hub data sets beside files."""
+"""Rows that are read while they are learned from: their choice, order and messages; hub data sets beside files."""
 
 import gzip
 import json

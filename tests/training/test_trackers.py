@@ -1,4 +1,4 @@
-"""`train.report_to`: what a tracker gets of a real run, where it lies, and what is refused before the run begins."""
+"""`train.report_to`: a tracker's content after a real run, its place, and refusals before the run begins."""
 
 import json
 from pathlib import Path

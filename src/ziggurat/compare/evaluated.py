@@ -221,8 +221,9 @@ def _load(recipe: Recipe) -> tuple[Any, Any]:
         trained = load_adapter_model(recipe.folder)
         return trained.model, trained.tokenizer
     from ziggurat.training.loop.trainers import quiet
-    from ziggurat.training.model.base import HeadSpec, base_of, device
+    from ziggurat.training.model.base import HeadSpec, device, load_base
 
+    where: dict[str, Any] = {"gguf_file": recipe.gguf_file, "revision": recipe.revision, "dtype": recipe.dtype}
     with quiet():
-        base = base_of(recipe, HeadSpec("instruct", []))
+        base = load_base(recipe.model, HeadSpec("instruct", []), **where)
     return base.model.to(device()).eval(), base.tokenizer  # type: ignore[arg-type]

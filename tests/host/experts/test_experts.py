@@ -1,4 +1,4 @@
-"""Adapters of fused experts: the equation against a loop over experts, and what every method owes a PEFT user."""
+"""Adapters of fused experts: the equation against a loop over experts, and every method's duties to a PEFT user."""
 
 from itertools import pairwise
 from pathlib import Path

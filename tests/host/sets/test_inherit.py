@@ -1,4 +1,4 @@
-"""A new adapter on a trained one's shared tensors: what is taken over, what trains, what is refused."""
+"""A new adapter on a trained one's shared tensors: taken over, trained, and refused values."""
 
 import warnings
 from pathlib import Path

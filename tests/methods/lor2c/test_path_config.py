@@ -1,4 +1,4 @@
-"""What LoR2C refuses, before anything in the model is changed, and what each message says to do."""
+"""Refusals of LoR2C, before anything in the model is changed, and the remedy in each message."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Restructuring in training: who is in the optimiser, who changes, what is saved, and runs that stop and go on."""
+"""Restructuring in training: the optimiser's parameters, changes, saved state, and runs that stop and go on."""
 
 import json
 from pathlib import Path

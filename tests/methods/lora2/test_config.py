@@ -1,4 +1,4 @@
-"""What a LoRA² config refuses, and what it says."""
+"""Refusals of a LoRA² config, and their messages."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a user may say of a pyramid, what is refused, and that a refusal changes nothing."""
+"""The settings of a pyramid and its refusals, which change nothing."""
 
 import json
 from pathlib import Path
