@@ -6,6 +6,7 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers.generation import GenerationMixin
+from transformers.integrations import moe
 
 from ziggurat.host.older import SHARES
 from ziggurat.host.supported import asked_peft
@@ -23,6 +24,10 @@ compiles = pytest.mark.skipif(Version("2.7") > TORCH, reason="this torch doesn't
 saves_whole = pytest.mark.skipif(Version("0.21") > PEFT, reason="this PEFT saves the factors of an adapter alone")
 #: Linears that read one input; without, each of them goes down alone.
 shares = pytest.mark.skipif(not SHARES, reason="this torch doesn't tell one checkpoint from another")
+#: Its experts in a compiled graph: their backward loops over sizes that a compiler doesn't know.
+compiles_experts = pytest.mark.skipif(
+    not hasattr(moe, "_grouped_mm_fallback_backward_fake"), reason="its experts' backward can't be compiled"
+)
 #: PEFT's backends for quantised weights.
 quantised = pytest.mark.skipif(Version("0.20") > PEFT, reason="this PEFT neither reads nor writes quantised weights")
 

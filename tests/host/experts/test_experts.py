@@ -348,6 +348,7 @@ def test_experts_train_beside_a_frozen_router() -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
+@versions.compiles_experts
 def test_a_compiled_mixture_has_no_graph_breaks() -> None:
     tiers = [*TIERS[:1], *TIERS[3:]]
     model = adapted(
