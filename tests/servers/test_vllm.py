@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
+from commands import main
 from methods_table import logits, zoo_config
 from moe_models import EXPERTS, MIXTURES, ROUTERS, mixture, tokens
 from tolerance import assert_models_agree
@@ -225,4 +226,33 @@ def test_experts_of_other_models_are_refused(tmp_path: Path) -> None:
     model.get_base_model().config.model_type = "unheard_of"
     with pytest.raises(ExportError, match=r"experts of a unheard_of, and how vLLM names those is known here for deep"):
         export_model(model, tmp_path / "out", serving=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_router_alone_brings_no_experts(tmp_path: Path) -> None:
+    config = MSPLoraConfig(r=4, target_modules=["o_proj"], target_parameters=["gate.weight"], init_weights=False)
+    model = get_peft_model(mixture("olmoe"), config).eval()
+    export_model(model, tmp_path / "out", serving=True)
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert written["target_modules"] == ["o_proj"]
+    assert all(name.endswith("gate.weight") for name in written["target_parameters"])
+    again = PeftModel.from_pretrained(mixture("olmoe"), str(tmp_path / "out")).eval()
+    assert_models_agree(logits(again, tokens()), logits(model, tokens()))
+
+
+def test_nothing_of_llama_cpp_is_promised_for_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixture("olmoe").save_pretrained(tmp_path / "base")
+    base = type(mixture("olmoe")).from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, MSPLoraConfig(r=4, target_parameters=EXPERTS, init_weights=False))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    export_model(model, tmp_path / "serving", serving=True)
+    assert not (tmp_path / "serving" / "Modelfile").exists()
+    assert "llama.cpp" not in (tmp_path / "serving" / "README.md").read_text()
+    (tmp_path / "convert_lora_to_gguf.py").write_text("")
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    assert main("export", str(tmp_path / "adapter"), str(tmp_path / "out"), "--gguf") == 2
+    told = capsys.readouterr().err
+    assert "llama.cpp's converter knows the factor pairs of linear layers alone" in " ".join(told.split())
     assert not (tmp_path / "out").exists()

@@ -73,7 +73,7 @@ def test_columns_by_their_usual_names_and_by_ones_own(tmp_path: Path) -> None:
     table = write_jsonl(tmp_path / "b.jsonl", [{"de": german, "en": english} for german, english in words])
     made = read(table, **named, data__validation_rows=1)
     assert list(made.validation["source"]) == ["nein"]  # equal sources stay on one side
-    with pytest.raises(DataError, match=r"columns de, en, and seq2seq needs .*target: target or .*name the column in data.columns.target"):
+    with pytest.raises(DataError, match=r"columns de, en, and seq2seq needs .*; name the column in .*target"):
         read(table, data__columns__source="de")
     pairs = (("a", "b"), ("a", " "), (None, "b"))
     rows = [{"source": source, "target": target} for source, target in pairs * 2]

@@ -32,13 +32,15 @@ def export(
 ) -> None:
     """Write an adapter as plain LoRA, which stock PEFT loads."""
     from ziggurat import export as exporting
-    from ziggurat.export.gguf import ADAPTER, converter, modelfile, write_gguf
+    from ziggurat.export.gguf import ADAPTER, check_convertible, converter, modelfile, write_gguf
+    from ziggurat.host.saved.folder import adapter_config
 
     refuse_taken(out)
     check_hub(push_to_hub)
     serving = serving or gguf
-    if gguf:
-        converter()  # refuses before anything is written
+    if gguf:  # refuses before anything is written
+        converter()
+        check_convertible(adapter_config(adapter))
     loaded = adapter_of_a_run(adapter, base)
     if loaded is not None:
         written = exporting.export_model(loaded.model, out, serving=serving, tokenizer=loaded.whole_tokenizer)
@@ -50,9 +52,7 @@ def export(
     if serving:
         say(f"serve it with --max-lora-rank {written.rank}")
     if gguf:
-        from ziggurat.host.saved.folder import adapter_config
-
-        model = base or str(adapter_config(out).base_model_name_or_path)
+        model = base or adapter_config(out).base_model_name_or_path
         say(f"llama.cpp's form of it is {write_gguf(out, model)}")
         (out / "Modelfile").write_text(modelfile(model, ADAPTER), encoding="utf-8")
     push(out, push_to_hub, private)

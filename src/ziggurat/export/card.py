@@ -8,7 +8,8 @@ from torch import nn
 from ziggurat.host.method import kind_of
 
 
-def card(model: nn.Module, config: Any, rank: int, serving: bool) -> str:
+def card(model: nn.Module, config: Any, rank: int, serving: bool, of_experts: bool) -> str:
+    """`of_experts`: parameters with all experts of a layer are adapted, under names that llama.cpp doesn't know."""
     method = kind_of(config)
     base = config.base_model_name_or_path or "the base model"
     load = "`peft.PeftModel.from_pretrained`; no other package is needed."
@@ -18,7 +19,7 @@ def card(model: nn.Module, config: Any, rank: int, serving: bool) -> str:
     serve = (
         f"""
 All modules have rank {rank} and lora_alpha {rank}, so that every reader scales them alike. vLLM: `--enable-lora
---max-lora-rank {rank}`. llama.cpp: convert_lora_to_gguf.py.
+--max-lora-rank {rank}`.{"" if of_experts else " llama.cpp: convert_lora_to_gguf.py."}
 """
         if serving
         else ""

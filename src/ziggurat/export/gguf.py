@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from ziggurat.errors import ExportError
 
@@ -26,14 +27,25 @@ def converter() -> Path:
     return Path(path)
 
 
-def write_gguf(folder: Path, base_model: str) -> Path:
+def check_convertible(config: Any) -> None:
+    """Raise ExportError if the adapter of this config has what llama.cpp doesn't know."""
+    if named := getattr(config, "target_parameters", None):
+        raise ExportError(
+            f"the adapter adapts parameters ({', '.join(named)}), and llama.cpp's converter knows the factor pairs of "
+            "linear layers alone. Merge into the model (`ziggurat merge`) and convert that."
+        )
+
+
+def write_gguf(folder: Path, base_model: str | None) -> Path:
     """Convert the exported adapter in `folder` to `folder`/adapter.gguf, beside it.
 
-    `base_model`: a folder with the base model's config, or its name.
+    `base_model`: a folder with the base model's config, or its name; None where nothing names it.
 
     Raises:
         ExportError: the converter isn't there, or it fails, with the last line of its output.
     """
+    if base_model is None:
+        raise ExportError(f"{CONVERTER} needs the base model's config, and the adapter doesn't name it: give --base.")
     base = ["--base", base_model] if Path(base_model).is_dir() else ["--base-model-id", base_model]
     command = [sys.executable, str(converter()), str(folder), *base, "--outfile", str(folder / ADAPTER)]
     done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603

@@ -42,7 +42,8 @@ def export_model(
     """Write `adapter` of `model` to the folder `out` as plain PEFT LoRA with the same deltas; `tokenizer` goes along.
 
     `serving`: the one form that PEFT, vLLM and llama.cpp scale alike: the same rank for all
-    modules, one that vLLM allows (zeros fill it up), lora_alpha = r, nothing but factor pairs.
+    modules, one that vLLM allows (zeros fill it up), lora_alpha = r, nothing but factor pairs. Experts that are one
+    parameter are named as vLLM names them; llama.cpp doesn't know those names.
 
     Raises:
         ExportError: the method's update is none of linear layers; or, for serving, the rank is above 512 or
@@ -70,9 +71,10 @@ def _export(
     `base_model`: where the adapter's own note of it is wrong.
     """
     lora, tensors = as_plain(model, None, adapter, saved)
+    of_experts = bool(lora.target_parameters)
     if serving:
         lora, tensors = as_plain(model, serving_rank(lora.r, tensors), adapter, saved)
-        if lora.target_parameters:
+        if of_experts:
             from .vllm_experts import for_vllm
 
             lora, tensors = for_vllm(bare(model), PlainLora(lora, tensors), lora_pairs(model, adapter))
@@ -84,9 +86,9 @@ def _export(
             metadata={"format": "pt"},
         )
         lora.save_pretrained(str(folder))
-        if serving:
+        if serving and not of_experts:
             (folder / "Modelfile").write_text(modelfile(base_model or config.base_model_name_or_path), encoding="utf-8")
-        (folder / "README.md").write_text(card(bare(model), config, lora.r, serving), encoding="utf-8")
+        (folder / "README.md").write_text(card(bare(model), config, lora.r, serving, of_experts), encoding="utf-8")
         add(folder)
     pairs = sum(name.endswith(".lora_A.weight") for name in tensors)
     return Exported(out, lora.r, pairs, serving, cost_of_serving(model, adapter))

@@ -39,7 +39,7 @@ class Naming(NamedTuple):
         return path
 
 
-#: model_type -> vLLM's names, as far as its classes were asked (0.32).
+#: model_type -> vLLM's names, read in its model classes (0.32).
 NAMES = {
     "deepseek_v2": Naming(),
     "deepseek_v3": Naming(),
@@ -119,6 +119,8 @@ def _apart(both: Mapping[str, FactorPair], names: tuple[str, str, str]) -> dict[
 
 def _config(config: LoraConfig, naming: Naming, fused: Mapping[str, FactorPair]) -> LoraConfig:
     """The config that PEFT reads these names by, where it knows them."""
+    if not fused:
+        return config
     others = [name for name in config.target_parameters or () if name not in fused]
     if naming.each is None:
         experts = dict.fromkeys(f"{path.rpartition('.')[0]}.{name}" for path in fused for name in _BOTH)
