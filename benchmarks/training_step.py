@@ -38,6 +38,7 @@ SHAPES = {
     "llama-qv": Shape(f"{LLAMA}, q and v", llama, 8, LLAMA_QV, (4, 128), 0.05),
     "llama-all": Shape(f"{LLAMA}, all seven linears", llama, 8, ALL, (4, 128), 0.05),
     "llama-qv-0": Shape(f"{LLAMA}, q and v", llama, 8, LLAMA_QV, (4, 128), 0.0),
+    "llama-qv-few": Shape(f"{LLAMA}, q and v", llama, 8, LLAMA_QV, (4, 16), 0.0),
     "llama-all-0": Shape(f"{LLAMA}, all seven linears", llama, 8, ALL, (4, 128), 0.0),
 }
 

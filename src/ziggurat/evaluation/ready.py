@@ -11,8 +11,8 @@ from typing import Any
 
 from ziggurat.errors import DataError, RecipeError, first_line
 from ziggurat.extras import require
+from ziggurat.host.bars import quiet
 from ziggurat.nearest import missing_path
-from ziggurat.training.loop.trainers import quiet
 
 from .local_tasks import SHOTS, write_humaneval, write_tasks
 

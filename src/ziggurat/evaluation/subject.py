@@ -137,7 +137,7 @@ def load_subject(subject: Subject, dtype: str = "auto") -> tuple[Any, Any, Loade
         loaded = load_adapter_model(subject.model)
         return loaded.model, loaded.tokenizer, loaded
     if subject.kind == "base":
-        from ziggurat.training.loop.trainers import quiet
+        from ziggurat.host.bars import quiet
 
         with quiet():
             base = load_base(subject.model, HeadSpec("instruct", []), gguf_file=subject.gguf_file, dtype=dtype)

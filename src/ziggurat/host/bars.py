@@ -1,7 +1,10 @@
-"""Progress bars of transformers and the hub, which the commands don't show."""
+"""Progress bars and warnings of the libraries, which the commands don't show."""
 
+import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -22,3 +25,28 @@ def without_bars() -> Iterator[None]:
             hub.enable_progress_bars()
         elif shown:
             hub.disable_progress_bars()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hide the libraries' progress bars and warnings in the block; errors are still shown."""
+    import transformers
+
+    # Looked up, not imported, which takes a second: predicting, exporting and merging don't need it.
+    datasets: Any = sys.modules.get("datasets")
+    bars = datasets is not None and not datasets.are_progress_bars_disabled()
+    level = transformers.logging.get_verbosity()
+    trl = logging.getLogger("trl")
+    trl_level = trl.level
+    if bars:
+        datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    trl.setLevel(logging.ERROR)
+    try:
+        with without_bars():
+            yield
+    finally:
+        trl.setLevel(trl_level)
+        transformers.logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()

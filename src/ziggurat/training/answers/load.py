@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from ziggurat.errors import ConfigError, RecipeError
 from ziggurat.files.untrusted import MOST_RUN, own_file, read_json
+from ziggurat.host.bars import quiet
 from ziggurat.nearest import missing_path
 from ziggurat.recipe.methods import METHODS
 from ziggurat.recipe.recipe import find_recipe, recipe_of
@@ -21,7 +22,6 @@ from ..data.encode import Collator
 from ..data.template import stop_at_turns
 from ..folder.run_folder import RECIPE, RUN
 from ..heads import MeanPooledClassifier
-from ..loop.trainers import quiet
 from ..model.base import HeadSpec, base_of, device, load_processor
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ziggurat._distribution import VERSION
+from ziggurat.host.bars import quiet
 from ziggurat.recipe.recipe import to_yaml
 from ziggurat.recipe.schema import Recipe
 
@@ -18,7 +19,6 @@ from ..model.adapt import Counts
 from ..model.base import Base, HeadSpec
 from .finish import draw
 from .meter import stored_bytes
-from .trainers import quiet
 
 
 @dataclass(frozen=True)

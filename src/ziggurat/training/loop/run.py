@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 
 from ziggurat.files.staging import told_of_storage
+from ziggurat.host.bars import quiet
 from ziggurat.recipe.methods import BUDGET
 from ziggurat.recipe.schema import Recipe
 from ziggurat.recipe.tasks import REWARDED
@@ -40,7 +41,7 @@ from .arguments import Setup
 from .finish import settle
 from .meter import Meter, expected_bytes, peak_memory
 from .result import Result, save
-from .trainers import Task, make_trainer, quiet
+from .trainers import Task, make_trainer
 
 if TYPE_CHECKING:
     from ..sizing.budget import Fit

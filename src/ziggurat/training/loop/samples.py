@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 
+from ziggurat.host.bars import quiet
 from ziggurat.recipe.schema import Recipe
 
 from ..data.chat import IMAGE
@@ -16,7 +17,6 @@ from ..data.sources import source_ids
 from ..data.template import question_of
 from ..model.base import Base
 from ..model.generate import Sampling, generate
-from .trainers import quiet
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ziggurat.errors import RecipeError
+from ziggurat.host.bars import quiet
 from ziggurat.recipe.schema import SCORED_LENGTH
 
 from ..callbacks import trackers
@@ -159,33 +158,3 @@ def _scored(setup: Setup) -> Task:
         trainer.class_weights = weights_of(recipe, examples.train["label"], examples.label_names)
     trainer.head, trainer.head_lr = tuple(base.head), recipe.head.lr
     return Task(trainer, guess, notes, judged if recipe.task == "classification" else dict)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hide the libraries' progress bars and warnings; errors are still shown."""
-    import transformers
-
-    from ziggurat.host.bars import without_bars
-
-    try:  # predicting, exporting and merging don't need it
-        from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    except ImportError:
-        bars = False
-    else:
-        bars = not are_progress_bars_disabled()
-    level = transformers.logging.get_verbosity()
-    trl = logging.getLogger("trl")
-    trl_level = trl.level
-    if bars:
-        disable_progress_bars()
-    transformers.logging.set_verbosity_error()
-    trl.setLevel(logging.ERROR)
-    try:
-        with without_bars():
-            yield
-    finally:
-        trl.setLevel(trl_level)
-        transformers.logging.set_verbosity(level)
-        if bars:
-            enable_progress_bars()
