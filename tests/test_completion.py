@@ -8,9 +8,22 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
+
+from ziggurat.cli import app
+from ziggurat.cli.complete import recipe_words
 
 pty = pytest.importorskip("pty")  # Windows has none
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_value_is_completed_as_a_file_whatever_holds_the_words(kind: type) -> None:
+    ctx = typer.Context(typer.main.get_command(app))
+    ctx.params["words"] = kind(["roberta-mrpc", "data.train", "="])
+    assert recipe_words(ctx, "rob") == []
+    ctx.params["words"] = kind(["roberta-mrpc"])
+    assert recipe_words(ctx, "rob")
 
 
 def test_bash_completes_commands_recipes_keys_and_files(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_an_adapter_an_export_and_a_merged_model_are_uploaded(
 def test_paths_of_windows_are_paths_on_any_machine(run: Path, tmp_path: Path, hub: type[Hub]) -> None:
     """A folder that was trained there and is uploaded from here."""
     from ziggurat.export.push import push
-    from ziggurat.training.model.base import is_path
+    from ziggurat.nearest import is_path
 
     base, data = r"C:\Users\me\models\roberta", r"D:\data\reviews.csv"
     assert is_path(base) and is_path(r"models\roberta") and not is_path("me/roberta") and not is_path("roberta")
@@ -152,6 +152,27 @@ def test_paths_of_windows_are_paths_on_any_machine(run: Path, tmp_path: Path, hu
     content = yaml.safe_load(hub.files["recipe.yaml"])
     assert (content["model"], content["data.train"]) == ("roberta", "reviews.csv")
     assert b"Users" not in hub.files["adapter_config.json"] + hub.files["recipe.yaml"]
+
+
+def test_relative_paths_are_paths_and_names_of_models_are_not(tmp_path: Path, hub: type[Hub]) -> None:
+    """A base folder that was gone at the export leaves its path as the adapter's config has it."""
+    from ziggurat.export.gguf import modelfile
+    from ziggurat.export.push import push
+
+    for base, said in (
+        ("./private/x", "x"),
+        ("../x", "x"),
+        ("me/private/x", "x"),
+        (r"private\x", "x"),
+        ("org/x", "org/x"),
+        ("hf.co/org/x:Q4", "hf.co/org/x:Q4"),
+    ):
+        (tmp_path / "Modelfile").write_text(modelfile(base))
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+        push(tmp_path, "me/mine")
+        assert f"\nFROM {said}\n".encode() in hub.files["Modelfile"]
+        if said == "x":
+            assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "x"
 
 
 def test_who_is_not_logged_in_hears_it_before_any_work(

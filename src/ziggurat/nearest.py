@@ -78,3 +78,8 @@ def missing_path(path: str | Path) -> str:
 
 def _plain(name: str) -> str:
     return name.strip().lower().replace("-", "_").replace(" ", "_")
+
+
+def is_path(model: str) -> bool:
+    """Whether a model's name can only be a path, also of Windows: names on the hub have at most one slash."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model or model[1:2] == ":"

@@ -1,19 +1,25 @@
 """Energy that matrices have in common: the definition on dense matrices, and the suggestion made from it."""
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from peft import get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from methods_table import zoo_config
+from plain_models import LAYERS as LAYERS_OF_LISTS
+from plain_models import WIDTH as WIDTH_OF_LISTS
+from plain_models import PlainList, RoutedBlock
 from ziggurat import MSPLoraConfig
 from ziggurat.analysis import collect, sharing
 from ziggurat.cli import app
+from ziggurat.lowrank.pair import FactorPair
 from ziggurat.plan.suggest import by_gradients
 from zoo import ZOO
 
@@ -47,6 +53,45 @@ def test_shared_energy_is_that_of_the_definition(tmp_path: Path) -> None:
     line = lines["role", ""]
     assert line.number == 2
     assert line.share == pytest.approx(common([[dense[n, r, k] for r in roles] for n in (0, 1) for k in range(4)])[0])
+
+
+@pytest.mark.parametrize("kind", ["lora", "adalora"])
+def test_an_expert_of_pefts_lora_is_compared_over_depth_with_itself(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    fields: dict[str, Any] = {"r": 2} if kind == "lora" else {"init_r": 2, "target_r": 2, "total_step": 9}
+    config = (LoraConfig if kind == "lora" else AdaLoraConfig)(
+        target_modules=["query"], init_lora_weights=False, **fields
+    )
+    model = get_peft_model(PlainList([RoutedBlock() for _ in range(LAYERS_OF_LISTS)]), config)
+    model.save_pretrained(str(tmp_path))
+    items = sharing.updates([collect(tmp_path)])
+    lines = {(line.over, line.where): line for line in sharing.shared(items)}
+    assert {item.family for item in items} == {"query", "experts.query"}
+    assert lines["depth", "experts.query"].number == LAYERS_OF_LISTS
+    assert lines["expert", "experts.query"].number == 3
+    at = {(c.layers[0], e): (c.B @ c.A).double() for c in collect(tmp_path).components for e in c.experts or ()}
+    families = [torch.stack([at[layer, e] for layer in range(LAYERS_OF_LISTS)]) for e in range(3)]
+    share = sum(len(f) * float(f.mean(0).square().sum()) for f in families)
+    expected = share / sum(float(f.square().sum()) for f in families)
+    assert lines["depth", "experts.query"].share == pytest.approx(expected, rel=1e-5)
+    root = model.get_base_model()
+    x = torch.randn(2, WIDTH_OF_LISTS)
+    compared = sharing.gradients(root, (root(x).square().mean() for _ in range(1)))
+    assert {(i.role, i.family, i.layer, i.expert) for i in compared} == {
+        (i.role, i.family, i.layer, i.expert) for i in items
+    }
+
+
+def test_a_gram_matrix_of_hundreds_of_experts_takes_one_product_each() -> None:
+    torch.manual_seed(0)
+    pairs = [FactorPair(torch.randn(n % 3 + 1, 8), torch.randn(8, n % 3 + 1)) for n in range(512)]
+    dense = [sharing.Item("", "layers", "experts.q", 0, 1, B @ A, n) for n, (A, B) in enumerate(pairs)]
+    thin = [sharing.Item("", "layers", "experts.q", 0, 1, pair, n) for n, pair in enumerate(pairs)]
+    flat = torch.stack([item.matrix for item in dense]).double().flatten(1)  # type: ignore[arg-type]
+    begun = time.process_time()
+    for items in (dense, thin):
+        np.testing.assert_allclose(sharing.gram(items), flat @ flat.T, atol=1e-4)
+    assert time.process_time() - begun < 2  # pairs of experts, one by one, take several seconds
 
 
 def test_equal_updates_have_all_in_common_and_independent_ones_as_much_as_said() -> None:

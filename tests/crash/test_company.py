@@ -1,9 +1,11 @@
 """Two programs and one output; folders that a killed program has left on its way."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import pytest
 from places import Place
 
@@ -42,6 +44,23 @@ def test_a_second_program_is_refused_while_the_first_lives(
     else:  # nothing else here knows of such a system: a whole run
         assert train(place.recipe(tmp_path / "out", overwrite=True, train__max_steps=5)).folder.is_dir()
     assert [file.name for file in tmp_path.iterdir()] == ["out" if locks == "filelock" else "out.unfinished"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "no locks"), NotImplementedError("no locks")])
+def test_a_file_system_without_locks_refuses_nobody(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None is at hand here: filelock's attempt ends as it does there."""
+
+    def refuses(lock: filelock.FileLock) -> None:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setattr(filelock.FileLock, "_acquire", refuses)
+    lock = workplace.Lock(tmp_path)
+    assert lock.take() and lock.held
+    lock.release()
+    assert not lock.held
 
 
 def ready(place: Place, out: Path, **more: bool) -> RunFolder:

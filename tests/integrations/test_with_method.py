@@ -93,6 +93,7 @@ def test_the_exit_code_is_the_programs(ends: str, code: int) -> None:
         (["msplora", "even_scale=true", "--", "true"], "no field 'even_scale', did you mean even_scales?"),
         (["msplora", "r=none", "--", "true"], "r='none'"),
         (["msplora", "sites=3", "--", "true"], "has no field 'sites'"),
+        (["msplora", "revision=main", "--", "true"], "revision is set by the program itself"),
         (["msplora", "task_type=CAUSAL", "--", "true"], "MSPLoraConfig: Invalid task type: 'CAUSAL'"),
         (["msplora", "--", "no-such-program"], "there is no program 'no-such-program'"),
         (["msplora", "--", __file__], "It is a file that can't be run by itself: `python FILE`?"),

@@ -85,10 +85,11 @@ def collect_state(
     chosen = [c for c in parts if composed or c.stored]
     if not chosen:
         raise ConfigError(f"{source} holds no factor pair of {kind}: its {len(plain)} tensors have other names.")
-    names, stacks, roles = (list(dict.fromkeys(getattr(c, name) for c in chosen)) for name in ("part", "stack", "role"))
-    chosen.sort(
-        key=lambda c: (c.part == UPDATE, names.index(c.part), stacks.index(c.stack), roles.index(c.role), c.layers)
+    names, stacks, roles = (
+        {value: n for n, value in enumerate(dict.fromkeys(getattr(c, name) for c in chosen))}
+        for name in ("part", "stack", "role")
     )
+    chosen.sort(key=lambda c: (c.part == UPDATE, names[c.part], stacks[c.stack], roles[c.role], c.layers))
     return Collected(source, kind.lower(), tuple(chosen), tuple(_notes(chosen, config)))
 
 

@@ -45,8 +45,8 @@ class Component:
 
     @property
     def family(self) -> str:
-        """The role without the number of an expert: what all experts of a layer have in common."""
-        return EXPERT.sub(r"\1", _OF_EXPERTS.sub("", self.role), count=1)
+        """`family_of` its role."""
+        return family_of(self.role)
 
     @property
     def rank(self) -> int:
@@ -154,6 +154,11 @@ class Collected:
     def roles(self) -> list[str]:
         """All roles, in the order of the model; the experts of a layer are one."""
         return list(dict.fromkeys(component.family for component in self.components))
+
+
+def family_of(role: str) -> str:
+    """The role without the number of an expert: what all experts of a layer have in common."""
+    return EXPERT.sub(r"\1", _OF_EXPERTS.sub("", role), count=1)
 
 
 def span_text(layers: Iterable[int]) -> str:

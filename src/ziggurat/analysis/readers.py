@@ -14,7 +14,7 @@ from ziggurat.host.base.unwrap import PREFIX
 from ziggurat.host.experts.terms import expert_pair, expert_parts, of_expert
 from ziggurat.host.method import Method, pair_of, parts_of, redirected, specs_of
 from ziggurat.host.saved.names import current_names
-from ziggurat.host.site import CHILD, Site
+from ziggurat.host.site import CHILD, Site, expert_in
 from ziggurat.lowrank.pair import FactorPair, stack
 from ziggurat.lowrank.spectrum import factored_svd
 
@@ -100,8 +100,12 @@ def _sharing(members: Mapping[str, range], keys: Sequence[str], site: Site, expe
     """Which experts have these tensors of a site in common; without tensors the one expert that is looked at."""
     if members:
         return range(max(members[key].start for key in keys), min(members[key].stop for key in keys))
-    number = site.expert if expert is None else expert
-    return None if number is None else range(number, number + 1)
+    return _alone(site.expert if expert is None else expert)
+
+
+def _alone(expert: int | None) -> range | None:
+    """One expert as those that have a component; None where there are no experts."""
+    return None if expert is None else range(expert, expert + 1)
 
 
 def _in_brackets(experts: range | None, site: Site) -> str:
@@ -139,7 +143,8 @@ def lora(state: State, config: Any, places: Places) -> Iterator[Component]:
         alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), path), config.lora_alpha)
         scale = alpha / (sqrt(rank) if config.use_rslora else rank)
         place = places(path)
-        yield Component(part, place.stack, place.role, (place.layer,), *stack([FactorPair(A, B)], [scale]))
+        pair, experts = stack([FactorPair(A, B)], [scale]), _alone(expert_in(place.role))
+        yield Component(part, place.stack, place.role, (place.layer,), *pair, experts=experts)
 
 
 def adalora(state: State, config: Any, places: Places) -> Iterator[Component]:
@@ -147,7 +152,8 @@ def adalora(state: State, config: Any, places: Places) -> Iterator[Component]:
     for path, f in _grouped(state, r"(.*)\.lora_([ABE])(?:\.weight)?$").items():
         scale = (config.lora_alpha if config.lora_alpha > 0 else config.init_r) / (config.init_r + 1e-5)
         place = places(path)
-        yield Component("adalora", place.stack, place.role, (place.layer,), f["A"], f["B"] * (f["E"].flatten() * scale))
+        pair, experts = FactorPair(f["A"], f["B"] * (f["E"].flatten() * scale)), _alone(expert_in(place.role))
+        yield Component("adalora", place.stack, place.role, (place.layer,), *pair, experts=experts)
 
 
 #: PEFT type -> its reader.

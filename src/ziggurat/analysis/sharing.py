@@ -6,12 +6,13 @@ sum_i ||D_i||_F^2. With the Gram matrix G_ij = <D_i, D_j>_F its share is
     shared = sum_ij G_ij / (n sum_i G_ii)
 
 1 where all are equal, and 1/n where they are orthogonal, as independent ones of many entries nearly are. Where matrices
-fall into several such families (the layers of each third, the adapters at each linear layer), energies are summed. The
-experts of a layer are one role.
+fall into several such families (the layers of each third, the adapters at each linear layer), energies are summed. A
+line is for all experts of a layer, but an expert is compared over depth with the one of its number in other layers.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -23,19 +24,22 @@ from torch import Tensor, nn
 from ziggurat.errors import ConfigError
 from ziggurat.host.base.anatomy import Anatomy
 from ziggurat.host.linear import is_adaptable
-from ziggurat.lowrank.pair import FactorPair, inner
+from ziggurat.host.site import expert_in
+from ziggurat.lowrank.pair import FactorPair
 
-from .components import UPDATE, Collected
+from .components import UPDATE, Collected, family_of
 
 #: Sharing over groups is reported for so many contiguous parts of the depth, as MSPLoRA's mid tier has.
 GROUPS = 3
+#: At most so many entries of gradients are in float64 at a time.
+_ENTRIES = 2**24
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
     """A matrix of one linear layer of one adapter: an update as its pair, or a gradient (d_out, d_in).
 
-    `expert`: the number of the expert that it is one of; None where there are none.
+    `expert`: the number of the expert that it is part of; None where there are none.
     """
 
     adapter: str
@@ -51,6 +55,11 @@ class Item:
         if isinstance(self.matrix, FactorPair):
             return self.matrix.B.shape[0], self.matrix.A.shape[1]
         return self.matrix.shape[0], self.matrix.shape[1]
+
+    @cached_property
+    def family(self) -> str:
+        """The role that all experts of a layer have in common."""
+        return family_of(self.role)
 
     def group(self, groups: int = GROUPS) -> int:
         """The contiguous part of the depth that the layer lies in."""
@@ -81,7 +90,7 @@ def updates(adapters: Sequence[Collected]) -> list[Item]:
         depths = collected.layers
         for c in (c for part in parts for c in collected.of(part) if c.role and c.finite):
             for layer, expert in product(c.layers, c.experts or (None,)):
-                items.append(Item(name, c.stack, c.family, layer, depths[c.stack], c.pair, expert))
+                items.append(Item(name, c.stack, c.role, layer, depths[c.stack], c.pair, expert))
     return items
 
 
@@ -119,24 +128,26 @@ def gradients(model: nn.Module, losses: Iterator[Tensor]) -> list[Item]:
     for path, gradient in sums.items():
         place = anatomy.position(path)
         matrix = gradient.T if getattr(layers[path], "fan_in_fan_out", False) else gradient
-        items.append(Item("", place.stack, place.role, place.layer, place.num_layers, matrix))
+        expert = expert_in(place.role)
+        items.append(Item("", place.stack, place.role, place.layer, place.num_layers, matrix, expert))
     return items
 
 
 def shared(items: Sequence[Item]) -> list[Shared]:
     """The common share over depth, over thirds of it, over a layer's experts, roles of one shape, and adapters."""
-    adapters = list(dict.fromkeys(item.adapter for item in items))
+    adapters = {item.adapter for item in items}
+    families: dict[str, list[Item]] = {}
+    for item in items:
+        families.setdefault(item.family, []).append(item)
     lines: list[Shared] = []
-    for role in dict.fromkeys(item.role for item in items):
-        of_role = [item for item in items if item.role == role]
+    for role, of_role in families.items():
         lines += _line("depth", role, of_role, lambda i: (i.adapter, i.stack, i.shape, i.expert))
         lines += _line("group", role, of_role, lambda i: (i.adapter, i.stack, i.shape, i.expert, i.group()))
         if any(item.expert is not None for item in of_role):
             lines += _line("expert", role, of_role, lambda i: (i.adapter, i.stack, i.shape, i.layer))
     lines += _line("role", "", items, lambda i: (i.adapter, i.stack, i.layer, i.shape, i.expert))
     if len(adapters) > 1:
-        for role in dict.fromkeys(item.role for item in items):
-            of_role = [item for item in items if item.role == role]
+        for role, of_role in families.items():
             lines += _line("adapter", role, of_role, lambda i: (i.stack, i.layer, i.shape, i.expert))
     return lines
 
@@ -154,20 +165,27 @@ def _line(over: str, where: str, items: Sequence[Item], family: Callable[[Item],
 
 def gram(items: Sequence[Item]) -> np.ndarray:
     """(n, n): G_ij = <D_i, D_j>_F of matrices of one shape; of pairs tr(A_j A_i^T B_i^T B_j), with no dense one."""
-    matrix = np.zeros((len(items), len(items)))
-    for i, first in enumerate(items):
-        for j, second in enumerate(items[: i + 1]):
-            matrix[i, j] = matrix[j, i] = _inner(first.matrix, second.matrix)
-    return matrix
+    pairs = [item.matrix for item in items if isinstance(item.matrix, FactorPair)]
+    if pairs:
+        return _gram_of_pairs(pairs)
+    matrices = [item.matrix for item in items if isinstance(item.matrix, Tensor)]
+    products = torch.zeros(len(items), len(items), dtype=torch.float64)
+    d_out, d_in = items[0].shape
+    for rows in torch.arange(d_out).split(max(1, _ENTRIES // (len(items) * d_in))):
+        flat = torch.stack([matrix[rows] for matrix in matrices]).double().flatten(1)
+        products += flat @ flat.T
+    return products.numpy()
 
 
-def _inner(a: FactorPair | Tensor, b: FactorPair | Tensor) -> float:
-    """<a, b>_F of two pairs, or of two dense matrices."""
-    if isinstance(a, FactorPair):
-        assert isinstance(b, FactorPair)
-        return inner(a, b)
-    assert not isinstance(b, FactorPair)
-    return float((a.double() * b.double()).sum())
+def _gram_of_pairs(pairs: Sequence[FactorPair]) -> np.ndarray:
+    """Each pair with all others at once: layers have hundreds of experts."""
+    A, B = torch.cat([pair.A for pair in pairs]), torch.cat([pair.B for pair in pairs], dim=1)
+    ranks = torch.tensor([pair.A.shape[0] for pair in pairs])
+    number = torch.arange(len(pairs)).repeat_interleave(ranks)
+    products = torch.zeros(len(pairs), len(pairs), dtype=torch.float64)
+    for row, own in zip(products, torch.arange(len(number)).split(ranks.tolist()), strict=True):
+        row.index_add_(0, number, ((A[own] @ A.T).double() * (B[:, own].T @ B).double()).sum(0))
+    return products.numpy()
 
 
 def sentence(line: Shared) -> str:

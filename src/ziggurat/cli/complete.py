@@ -15,7 +15,7 @@ def recipe_words(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     They are the recipes that ship, recipe files in this folder, and keys. For a value, which bash passes as a separate
     word after `=`, the list is empty: the shell then completes file names.
     """
-    if "=" in incomplete or (ctx.params.get("words") or ())[-1:] == ["="]:
+    if "=" in incomplete or [*(ctx.params.get("words") or ())][-1:] == ["="]:
         return []
     shipped = (entry.name.removesuffix(".yaml") for entry in (files("ziggurat") / "recipes").iterdir())
     offered = [(name, "recipe") for name in sorted(shipped) if name.startswith(incomplete)]

@@ -11,12 +11,17 @@ from typing import Any
 import yaml
 
 from ziggurat.errors import ExportError, first_line
+from ziggurat.nearest import is_path
 from ziggurat.recipe.embedded import EMBEDDED, HUB_NAME
 
 #: Left on this machine: logs, and what a run's folder says of its validation rows.
 _LEFT, _OF_ROWS = ("logs", ".cache"), ("by_class", "answers", "content")
 #: Keys of a recipe that hold paths of this machine.
 _PATHS = ("model", "output", "data.train", "data.validation", "data.folder")
+
+
+#: Ollama's names of models may begin with a host: hf.co/OWNER/NAME.
+_REGISTRY = re.compile(r"[\w-]+(\.[\w-]+)+(:\d+)?/")
 
 
 def check(repo: str) -> None:
@@ -86,15 +91,17 @@ def _contents(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _last_part(path: re.Match[str]) -> str:
-    """The name of what a whole path names; a model's name as it is."""
-    return _pure(path[0]).name if _pure(path[0]).is_absolute() else path[0]
+    """The name of what a path names; a model's name as it is, also with a registry in front."""
+    if _REGISTRY.match(path[0]) or not is_path(path[0]):
+        return path[0]
+    return _pure(path[0]).name or path[0]
 
 
 def _base(folder: Path) -> tuple[str | None, str]:
     """The path of the base model that an adapter names, None if it is no path; and the name to say instead."""
     config, recipe = folder / "adapter_config.json", folder / "recipe.yaml"
     base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") if config.is_file() else None
-    if not isinstance(base, str) or not _pure(base).is_absolute():
+    if not isinstance(base, str) or not is_path(base) or not _pure(base).name:
         return None, ""
     values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
     return base, HUB_NAME if values.get("model") == EMBEDDED else _pure(base).name
@@ -113,7 +120,7 @@ def _short_names(folder: Path) -> dict[str, str]:
 def _pure(text: str) -> PurePath:
     """A path as the machine wrote it that the folder comes from, which may be another one."""
     windows = PureWindowsPath(text)
-    return windows if windows.drive else PurePath(text)
+    return windows if windows.drive or "\\" in text else PurePath(text)
 
 
 def _renamed(value: Any, short: dict[str, str]) -> Any:

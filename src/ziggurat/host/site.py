@@ -96,6 +96,12 @@ def leaf_name(path: str) -> str:
     return path.replace(".", "/")
 
 
+def expert_in(role: str) -> int | None:
+    """The number of the expert that a linear layer of this role is part of; None where its path names none."""
+    match = EXPERT.search(role)
+    return None if match is None else int(match[2])
+
+
 def with_experts(sites: Mapping[str, Site]) -> dict[str, Site]:
     """`sites` with the number of the expert, of those that are linear layers in a list of experts."""
     matches = {path: match for path, site in sites.items() if (match := EXPERT.search(site.role)) and not site.fused}

@@ -79,6 +79,8 @@ def of_method(lora: LoraConfig, method: str, fields: Mapping[str, Any]) -> Metho
     config = METHODS[method.upper()].config
     allowed = set(config.__dataclass_fields__) - NOT_IN_A_RECIPE | {"task_type"}
     for name in fields:
+        if name in NOT_IN_A_RECIPE & LoraConfig.__dataclass_fields__.keys() - allowed:
+            raise ConfigError(f"{name} is set by the program itself: leave it out of the words of `ziggurat with`.")
         if name not in allowed:
             raise ConfigError(f"{config.__name__} has no field {name!r}{did_you_mean(name, sorted(allowed))}.")
     try:

@@ -68,8 +68,10 @@ class Lock:
         lock = FileLock(self.path, blocking=False)
         try:
             lock.acquire()
-        except Timeout:
+        except Timeout:  # an OSError, too
             return False
+        except (OSError, NotImplementedError):
+            pass
         self._unlock = lock.release
         return True
 

@@ -7,13 +7,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer
 
 from ziggurat.errors import DataError, RecipeError, first_line
-from ziggurat.nearest import missing_path
+from ziggurat.nearest import is_path, missing_path
 from ziggurat.recipe.embedded import model_path
 from ziggurat.recipe.schema import Recipe
 
 from ..data.prompts import fitting_prompts
 from ..data.template import stop_at_turns
-from ..model.base import is_path
 from .arguments import Setup, training_arguments
 from .preference import trl_classes
 from .rewards import drawing_problems

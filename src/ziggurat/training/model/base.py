@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from ziggurat.errors import RecipeError, first_line
 from ziggurat.extras import require
-from ziggurat.nearest import missing_path
+from ziggurat.nearest import is_path, missing_path
 from ziggurat.recipe.embedded import model_path
 from ziggurat.recipe.methods import METHODS
 from ziggurat.recipe.schema import Recipe
@@ -279,11 +279,6 @@ def _forget_gguf(model: PreTrainedModel) -> None:
     model.is_quantized = False  # type: ignore[assignment]
     if hasattr(model.config, "quantization_config"):
         delattr(model.config, "quantization_config")
-
-
-def is_path(model: str) -> bool:
-    """Whether a model's name can only be a path, also of Windows: names on the hub have at most one slash."""
-    return model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model or model[1:2] == ":"
 
 
 def _reason(model: str, path: str, error: Exception) -> str:

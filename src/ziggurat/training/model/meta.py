@@ -8,10 +8,10 @@ from torch import nn
 
 from ziggurat.errors import ConfigError, first_line
 from ziggurat.extras import require
-from ziggurat.nearest import missing_path
+from ziggurat.nearest import is_path, missing_path
 from ziggurat.recipe.tasks import TASKS
 
-from .base import find_gguf, is_path, sees_images
+from .base import find_gguf, sees_images
 
 
 def bare_model(
