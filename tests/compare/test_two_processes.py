@@ -60,7 +60,7 @@ def test_plain_lora_gathers_what_fsdp2_has_sharded(method: str, trained: Path) -
 def test_fsdp2_refuses_a_batch_without_a_sample_of_each_adapter(trained: Path) -> None:
     """Processes that reduce other gradients than each other would crash, or wait for ever."""
     answers = json.loads((trained / "answers.json").read_text())
-    assert "FSDP2 has sharded the model, and this process has no sample of ['films']" in answers["set"]
+    assert "sharded (by FSDP2 or a tp_plan), and this process has no sample of ['films']" in answers["set"]
 
 
 def test_tensor_parallelism_is_refused_where_a_linear_layer_is_split(trained: Path) -> None:

@@ -11,9 +11,9 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.base.offload import runs_on
+from ziggurat.host.base.offload import check_in_place, runs_on
 from ziggurat.host.base.quantised import FLOATS, backend_of, base_weight, check_changeable, replace_weight
-from ziggurat.host.method_layer import BANK, MethodLayer, check_finite, rows_by_adapter
+from ziggurat.host.method_layer import BANK, MethodLayer, check_finite, check_unmerged, rows_by_adapter
 from ziggurat.host.siblings import SIBLINGS
 from ziggurat.host.tensors import Weight
 from ziggurat.lowrank.pair import FactorPair, delta, is_plain, on_device, transformed, with_updates
@@ -124,19 +124,23 @@ class AdaptedLinear(MethodLayer, nn.Module):
         return y
 
     def _chosen(self, x: Tensor, adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Any:
-        """What a router makes of x with its own weight and the updates of the active adapters."""
-        if adapter_names is not None:
-            raise ValueError(
-                "adapter_names can't be used with an adapter of a router, which computes with one weight for all "
-                "samples. Run each adapter's samples in a batch of their own, after set_adapter(name)."
-            )
+        """What a router makes of x with the weight that a merge of the active adapters would give it."""
         acting = [name for name in self.active_adapters if name in self.adapters]
+        if adapter_names is not None and not self.disable_adapters:
+            check_unmerged(self)
+            if not set(adapter_names).isdisjoint(self.adapters):
+                raise ValueError(
+                    "adapter_names can't be used with an adapter of a router, which computes with one weight for all "
+                    "samples. Run each adapter's samples in a batch of their own, after set_adapter(name)."
+                )
+            acting = []
         if self.disable_adapters or self.merged or not acting:
             return self.base_layer(x, *args, **kwargs)
         W: Tensor = self.base_layer.weight  # type: ignore[assignment]
-        for adapter in acting:
-            W = W + delta(on_device(self.pair_now(adapter), W.device)).to(W.dtype)
-        return functional_call(self.base_layer, {"weight": W}, (x, *args), kwargs)
+        if W.is_meta:
+            check_in_place(self.get_base_layer(), self.sites[acting[0]].path)
+        pairs = [on_device(self.pair_now(adapter), W.device) for adapter in acting]
+        return functional_call(self.base_layer, {"weight": with_updates(W, pairs, False)}, (x, *args), kwargs)
 
     def _add(self, y: Tensor, x: Tensor, adapter: str, reuse_y: bool) -> Tensor:
         siblings = self.__dict__.get(SIBLINGS) if self.training and not transformed() else None
@@ -165,8 +169,7 @@ class AdaptedLinear(MethodLayer, nn.Module):
 
     def _add_by_sample(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         """Each sample of the batch with the adapter named for it ("__base__": none)."""
-        if self.merged:
-            raise ValueError("adapter_names can't be used while adapters are merged: call unmerge_adapter() first.")
+        check_unmerged(self)
         y = y.clone()
         for adapter, rows in rows_by_adapter(adapter_names, len(x), self.adapters, y.device):
             a, b = on_device(self.pair_now(adapter), x.device)

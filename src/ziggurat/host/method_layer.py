@@ -184,6 +184,12 @@ def layers_of(model: nn.Module, adapter: str | None = None, method: Method | Non
             yield module
 
 
+def check_unmerged(layer: Stores) -> None:
+    """Raise ValueError if a batch that names adapters comes to a layer with merged ones."""
+    if layer.merged:
+        raise ValueError("adapter_names can't be used while adapters are merged: call unmerge_adapter() first.")
+
+
 def rows_by_adapter(
     adapter_names: Sequence[str], batch: int, adapters: Collection[str], device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:

@@ -71,9 +71,9 @@ class MixedTuner(BaseTuner):
         sharded = any(hasattr(parameter, "full_tensor") for parameter in self.model.parameters())
         if sharded and (absent := sorted(self.together - names)):
             raise ValueError(
-                f"{refused}: FSDP2 has sharded the model, and this process has no sample of {absent}. FSDP2 reduces "
-                "the same gradients in all processes, so give each a sample of every adapter in every batch, or use "
-                "DDP with find_unused_parameters=True."
+                f"{refused}: the model is sharded (by FSDP2 or a tp_plan), and this process has no sample of {absent}. "
+                "The processes of a sharded model reduce the same gradients, so give each a sample of every adapter "
+                "in every batch, or keep the model whole under DDP with find_unused_parameters=True."
             )
         if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
             raise ValueError(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -415,6 +416,22 @@ def test_a_router_is_left_alone_unless_it_is_named() -> None:
         assert [layer.adapters for layer in routers(model).values()] == 2 * [["default", "second"]]
 
 
+def test_an_adapted_bfloat16_router_is_the_merged_one_to_the_bit() -> None:
+    config = MSPLoraConfig(r=4, target_parameters=["gate.weight"], init_weights=False)
+    model = adapted("olmoe", config, mixture("olmoe").bfloat16())
+    model.add_adapter("second", config)
+    model.base_model.set_adapter(["default", "second"])
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(3)).bfloat16()
+    outputs = {path: layer(x) for path, layer in routers(model).items()}
+    sum(output[0].float().square().sum() for output in outputs.values()).backward()
+    own = [p for name, p in model.named_parameters() if "_factors" in name]
+    assert own and all(p.grad is not None and p.grad.abs().sum() > 0 for p in own)
+    model.merge_adapter()
+    for path, layer in routers(model).items():
+        assert layer.merged and layer.base_layer.weight.dtype == torch.bfloat16  # type: ignore[union-attr]
+        assert all(torch.equal(a, b) for a, b in zip(layer(x), outputs[path], strict=True))
+
+
 # What is refused
 
 
@@ -461,6 +478,28 @@ def test_what_cannot_work_is_refused_before_any_change(config: Any, says: str) -
 def test_groups_of_experts_that_cannot_be(groups: Any) -> None:
     with pytest.raises(ConfigError, match=r'expert_groups=.* of tier \'e\': a number.*or "experts" for one group'):
         MSPLoraConfig(tiers=[{"name": "e", "groups": 1, "expert_groups": groups}])
+
+
+@pytest.mark.parametrize(("named", "path"), [("gate.weight", r"mlp\.gate"), ("down_proj", r"mlp\.experts")])
+def test_offloaded_routers_and_experts_are_refused(named: str, path: str) -> None:
+    says = rf"'model\.layers\.0\.{path}' .*is offloaded by accelerate.*Load the model with a dev.*or leave it out"
+    config = MSPLoraConfig(r=4, target_parameters=[named])
+    with pytest.raises(ConfigError, match=says):
+        adapted("olmoe", config, cpu_offload(mixture("olmoe"), torch.device("cpu")))
+    later = cpu_offload(adapted("olmoe", config), torch.device("cpu"))
+    with pytest.raises(ConfigError, match=says):
+        later(**tokens())
+    with later.disable_adapter():
+        assert torch.equal(logits(later, tokens()), logits(mixture("olmoe"), tokens()))
+
+
+def test_adapters_that_leave_router_and_experts_alone_take_mixed_batches_beside_those_that_dont() -> None:
+    model = adapted("olmoe", MSPLoraConfig(r=4, target_parameters=[*EXPERTS, "gate.weight"], init_weights=False))
+    model.add_adapter("attention", MSPLoraConfig(r=4, target_modules=["q_proj"], init_weights=False))
+    mixed = logits(model, {**tokens(), "adapter_names": ["attention", "__base__"]})
+    model.set_adapter("attention")
+    assert_models_agree(mixed[0], logits(model, tokens())[0])
+    assert_models_agree(mixed[1], logits(mixture("olmoe"), tokens())[1])
 
 
 def test_other_refusals() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.base.anatomy import Anatomy
+from ziggurat.host.base.offload import check_in_place
 from ziggurat.host.base.unwrap import bare_tree, look_through, unwrap
 from ziggurat.host.linear import features, is_adaptable, is_router
 from ziggurat.host.method import Method, unique_specs
@@ -146,7 +147,7 @@ def target_sites(config: Any, model: nn.Module) -> dict[str, Site]:
         if not path or path.startswith(inside) or not targets(config, path):
             continue
         if is_router(module):
-            check_router(config, path)
+            check_router(config, path, module)
         elif not is_adaptable(module):
             raise ConfigError(
                 f"Target module {path!r} is a {type(module).__name__}, which is not supported: only linear layers "
@@ -157,13 +158,14 @@ def target_sites(config: Any, model: nn.Module) -> dict[str, Site]:
     return with_experts(sites)
 
 
-def check_router(config: Any, path: str) -> None:
+def check_router(config: Any, path: str, router: nn.Module) -> None:
     """Raise ConfigError if `config` asks for what no adapter of a router can do."""
     if getattr(config, "lora_dropout", 0):
         raise ConfigError(
             f"lora_dropout={config.lora_dropout}, and {path!r} is a router: its update is added to its weight, so that "
             "no input can be dropped. Leave the router out, or train without dropout."
         )
+    check_in_place(router, path)
 
 
 def linear_site(model: nn.Module, anatomy: Anatomy, path: str, module: nn.Module) -> Site:

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.bank import WithoutBase
+from ziggurat.host.base.offload import check_in_place
 from ziggurat.host.base.unwrap import look_through
 from ziggurat.host.experts.terms import ExpertTerm, Starts, expert_terms, starts_of
 from ziggurat.host.method import Method
-from ziggurat.host.method_layer import ExpertsLayer, MethodLayer, check_finite
+from ziggurat.host.method_layer import ExpertsLayer, MethodLayer, check_finite, check_unmerged
 from ziggurat.host.site import Site
 from ziggurat.host.tensors import TensorSpec, Weight
 from ziggurat.lowrank.grouped import grouped
@@ -100,14 +101,17 @@ class AdaptedExperts(WithoutBase, ExpertsLayer, nn.Module):
         return self._modules[name]  # type: ignore[return-value]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError(
-                "adapter_names can't be used with adapters of fused experts: their tokens come sorted by expert, not "
-                "by sample. Run each adapter's samples in a batch of their own, after set_adapter(name)."
-            )
+        names: list[str] | None = kwargs.pop("adapter_names", None)
+        if names is not None:
+            check_unmerged(self)
+            if any(not set(names).isdisjoint(layer.adapters) for layer in self.layers()):
+                raise ValueError(
+                    "adapter_names can't be used with adapters of fused experts: their tokens come sorted by expert, "
+                    "not by sample. Run each adapter's samples in a batch of their own, after set_adapter(name)."
+                )
         if self.merged and any(layer.disable_adapters for layer in self.layers()):
             self.unmerge()
-        if self.merged or not any(layer.acting() for layer in self.layers()):
+        if names is not None or self.merged or not any(layer.acting() for layer in self.layers()):
             return self.base_layer(hidden_states, *args, **kwargs)
         index, weights = (*args, *kwargs.values())
         return self._computed(hidden_states, index, weights)
@@ -120,6 +124,9 @@ class AdaptedExperts(WithoutBase, ExpertsLayer, nn.Module):
                 "adapters of fused experts don't work with expert parallelism, where each device has some of the "
                 "experts alone: load the model without it."
             )
+        if base.down_proj.is_meta:
+            layer = next(layer for layer in self.layers() if layer.acting())
+            check_in_place(base, layer.sites[layer.acting()[0]].path.rpartition(".")[0])
         tokens, per_token = index.shape
         experts, order = torch.sort(index.reshape(-1))
         ends = torch.searchsorted(experts, torch.arange(len(base.down_proj), device=x.device), right=True).int()

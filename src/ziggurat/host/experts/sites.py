@@ -12,6 +12,7 @@ from torch import nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.base.anatomy import Anatomy
+from ziggurat.host.base.offload import check_in_place
 from ziggurat.host.base.quantised import FLOATS
 from ziggurat.host.base.targets import check_router, linear_site, site_at, targets
 from ziggurat.host.base.unwrap import bare_tree, unwrap
@@ -49,7 +50,7 @@ def parameter_sites(config: Any, model: nn.Module) -> dict[str, Site]:
                 continue
             named_paths.append(path)
             if is_router(node.module) and name == "weight":
-                check_router(config, node.path)
+                check_router(config, node.path, node.module)
                 sites[node.path] = linear_site(root, anatomy, node.path, node.module)
                 continue
             if not is_fused(node.module) or name not in PARAMETERS:
@@ -63,6 +64,7 @@ def parameter_sites(config: Any, model: nn.Module) -> dict[str, Site]:
                     f"{path!r} is quantised ({parameter.dtype}), and adapters of fused experts need weights in "
                     "floating point: load the model without quantisation, or leave it out of target_parameters."
                 )
+            check_in_place(node.module, node.path)
             experts, d_out, d_in = parameter.shape
             if node.module.is_transposed:
                 d_in, d_out = d_out, d_in
