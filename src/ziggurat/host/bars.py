@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 
 @contextmanager
@@ -33,8 +33,8 @@ def quiet() -> Iterator[None]:
     import transformers
 
     # Looked up, not imported, which takes a second: predicting, exporting and merging don't need it.
-    datasets: Any = sys.modules.get("datasets")
-    bars = datasets is not None and not datasets.are_progress_bars_disabled()
+    datasets = cast(Any, sys.modules.get("datasets"))
+    bars = bool(datasets) and not datasets.are_progress_bars_disabled()
     level = transformers.logging.get_verbosity()
     trl = logging.getLogger("trl")
     trl_level = trl.level
