@@ -168,7 +168,7 @@ def test_train_imports_at_once_what_every_run_needs() -> None:
 
 
 def test_predict_imports_no_trainer_at_once() -> None:
-    """transformers' Trainer brings `datasets` and pandas: a second, a sixth of predicting one text."""
+    """transformers' Trainer brings `datasets` and pandas: up to a second, of some seven for predicting one text."""
     loaded = closure("ziggurat.training.answers.predict", edges_between_files(SOURCE))
     assert "ziggurat.training.answers.load" in loaded
     assert not [name for name in loaded if name.startswith("ziggurat.training.loop")]
