@@ -83,6 +83,7 @@ def test_stock_lora_computes_the_same(case: str, serving: bool, tmp_path: Path) 
         assert not list(tmp_path.iterdir())
         return
     written = export_model(made, tmp_path / "out", serving=serving)
+    assert (tmp_path / "out" / "Modelfile").is_file() == serving  # linear layers all, which llama.cpp knows
     loaded = PeftModel.from_pretrained(ZOO[model].build(), str(tmp_path / "out")).eval()
     assert_models_agree(logits(loaded, ZOO[model].inputs()), expected, sum(ZOO[model].stacks.values()))
     lora = [path for path, module in loaded.base_model.model.named_modules() if hasattr(module, "lora_A")]

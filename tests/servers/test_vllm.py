@@ -256,3 +256,10 @@ def test_nothing_of_llama_cpp_is_promised_for_experts(
     told = capsys.readouterr().err
     assert "llama.cpp's converter knows the factor pairs of linear layers alone" in " ".join(told.split())
     assert not (tmp_path / "out").exists()
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({**written, "target_parameters": None, "base_model_name_or_path": None})
+    )
+    assert main("export", str(tmp_path / "adapter"), str(tmp_path / "out"), "--gguf") == 2
+    assert "the adapter doesn't name it: give --base" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()

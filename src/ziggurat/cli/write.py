@@ -40,7 +40,7 @@ def export(
     serving = serving or gguf
     if gguf:  # refuses before anything is written
         converter()
-        check_convertible(adapter_config(adapter))
+        check_convertible(adapter_config(adapter), base)
     loaded = adapter_of_a_run(adapter, base)
     if loaded is not None:
         written = exporting.export_model(loaded.model, out, serving=serving, tokenizer=loaded.whole_tokenizer)
@@ -52,7 +52,7 @@ def export(
     if serving:
         say(f"serve it with --max-lora-rank {written.rank}")
     if gguf:
-        model = base or adapter_config(out).base_model_name_or_path
+        model = base or str(adapter_config(out).base_model_name_or_path)
         say(f"llama.cpp's form of it is {write_gguf(out, model)}")
         (out / "Modelfile").write_text(modelfile(model, ADAPTER), encoding="utf-8")
     push(out, push_to_hub, private)

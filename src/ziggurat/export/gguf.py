@@ -27,8 +27,13 @@ def converter() -> Path:
     return Path(path)
 
 
-def check_convertible(config: Any) -> None:
-    """Raise ExportError if the adapter of this config has what llama.cpp doesn't know."""
+def check_convertible(config: Any, base_model: str | None) -> None:
+    """Raise ExportError if the converter can't take the adapter of this config: before anything is written.
+
+    `base_model`: where the adapter's own note of it is wrong.
+    """
+    if not (base_model or config.base_model_name_or_path):
+        raise ExportError(f"{CONVERTER} needs the base model's config, and the adapter doesn't name it: give --base.")
     if named := getattr(config, "target_parameters", None):
         raise ExportError(
             f"the adapter adapts parameters ({', '.join(named)}), and llama.cpp's converter knows the factor pairs of "
@@ -36,16 +41,14 @@ def check_convertible(config: Any) -> None:
         )
 
 
-def write_gguf(folder: Path, base_model: str | None) -> Path:
+def write_gguf(folder: Path, base_model: str) -> Path:
     """Convert the exported adapter in `folder` to `folder`/adapter.gguf, beside it.
 
-    `base_model`: a folder with the base model's config, or its name; None where nothing names it.
+    `base_model`: a folder with the base model's config, or its name.
 
     Raises:
         ExportError: the converter isn't there, or it fails, with the last line of its output.
     """
-    if base_model is None:
-        raise ExportError(f"{CONVERTER} needs the base model's config, and the adapter doesn't name it: give --base.")
     base = ["--base", base_model] if Path(base_model).is_dir() else ["--base-model-id", base_model]
     command = [sys.executable, str(converter()), str(folder), *base, "--outfile", str(folder / ADAPTER)]
     done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603

@@ -71,14 +71,14 @@ def _export(
     `base_model`: where the adapter's own note of it is wrong.
     """
     lora, tensors = as_plain(model, None, adapter, saved)
-    of_experts = bool(lora.target_parameters)
+    config: Any = model.peft_config[adapter]  # type: ignore[index]
+    of_experts = bool(getattr(config, "target_parameters", None))
     if serving:
         lora, tensors = as_plain(model, serving_rank(lora.r, tensors), adapter, saved)
-        if of_experts:
+        if lora.target_parameters:  # dense layers, too, that PEFT would take for experts
             from .vllm_experts import for_vllm
 
             lora, tensors = for_vllm(bare(model), PlainLora(lora, tensors), lora_pairs(model, adapter))
-    config: Any = model.peft_config[adapter]  # type: ignore[index]
     with written_beside(out) as folder:
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
