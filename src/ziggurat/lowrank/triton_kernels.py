@@ -52,7 +52,7 @@ def _keep(seed, rows, first, groups, threshold, WIDTH: tl.constexpr):
     """Which entries of the tile (rows, first .. first + WIDTH) are kept; first is a multiple of 8."""
     group = first // 8 + tl.arange(0, WIDTH // 8)
     numbers = rows[:, None] * groups + group[None, :]
-    a, b, c, d = tl.randint4x(tl.load(seed), numbers, n_rounds=tl.constexpr(7))
+    a, b, c, d = tl.randint4x(tl.load(seed), numbers, n_rounds=tl.constexpr(7))  # pyright: ignore[reportGeneralTypeIssues]
     words = tl.interleave(tl.interleave(a, b), tl.interleave(c, d)).to(tl.uint32, bitcast=True)
     return tl.interleave(words & 0xFFFF, words >> 16).to(tl.int32) >= threshold
 
