@@ -1,4 +1,4 @@
-"""Small mixtures of experts of six architectures, as transformers lays them out."""
+"""Small mixtures of experts, as transformers lays them out."""
 
 from typing import Any
 
@@ -45,8 +45,35 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": 3,
         },
     ),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {
+            "moe_intermediate_size": 8,
+            "kv_lora_rank": 8,
+            "q_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+            "qk_nope_head_dim": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "num_hidden_layers": 3,
+        },
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 8,
+        },
+    ),
 }
-MIXTURES = list(_CONFIGS)
+ALL_MIXTURES = list(_CONFIGS)
+#: One of each layout.
+MIXTURES = ["mixtral", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "deepseek_v3"]
 #: The parameters of all experts, as target_parameters names them.
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 #: The weight of the router, as target_parameters names it.

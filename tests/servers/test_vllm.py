@@ -16,11 +16,11 @@ from torch import Tensor
 
 from commands import main
 from methods_table import logits, zoo_config
-from moe_models import EXPERTS, MIXTURES, ROUTERS, mixture, tokens
+from moe_models import ALL_MIXTURES, EXPERTS, ROUTERS, mixture, tokens
 from tolerance import assert_models_agree
 from ziggurat import MSPLoraConfig
 from ziggurat.errors import ExportError
-from ziggurat.export import SERVING_RANKS, export_model, lora_pairs
+from ziggurat.export import SERVING_RANKS, Exported, export_model, lora_pairs
 from ziggurat.lowrank.pair import FactorPair
 from zoo import ZOO
 
@@ -145,31 +145,34 @@ def test_vllm_takes_the_weights(method: str, tmp_path: Path) -> None:
 
 
 #: vLLM's names of the gate, down and up projection of an expert.
-EACH = {name: ("w1", "w2", "w3") if name == "mixtral" else ("gate_proj", "down_proj", "up_proj") for name in MIXTURES}
+EACH = {
+    name: ("w1", "w2", "w3") if name == "mixtral" else ("gate_proj", "down_proj", "up_proj") for name in ALL_MIXTURES
+}
 
 
-@pytest.fixture(params=MIXTURES)
-def experts(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Any, dict[str, FactorPair], Path, int]:
+@pytest.fixture(params=ALL_MIXTURES)
+def experts(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Any, dict[str, FactorPair], Exported]:
     """The type of a mixture; its model with adapters of the gate and up projection of experts, and of the router, but
-    not of the down projection; the pairs of its experts, by what vLLM calls the experts; the serving export; its rank.
+    not of the down projection; the pairs of its experts, by what vLLM calls the experts; the serving export.
     """
     name: str = request.param
     torch.manual_seed(0)
     named = [EXPERTS[0], ROUTERS[name]]
     config = MSPLoraConfig(r=4, target_modules=["o_proj"], target_parameters=named, init_weights=False)
     model = get_peft_model(mixture(name), config).eval()
-    rank = export_model(model, tmp_path / "out", serving=True).rank
+    exported = export_model(model, tmp_path / "out", serving=True)
     pairs = {
         path.removesuffix(".gate_up_proj").replace("mlp", "block_sparse_moe" if name == "mixtral" else "mlp"): pair
         for path, pair in lora_pairs(model).items()
         if pair.A.dim() == 3
     }
     assert pairs
-    return name, model, pairs, tmp_path / "out", rank
+    return name, model, pairs, exported
 
 
 def test_experts_have_vllms_names(experts: Any) -> None:
-    name, model, pairs, folder, rank = experts
+    name, model, pairs, exported = experts
+    folder, rank = exported.folder, exported.rank
     tensors = {n.removeprefix("base_model.model."): t for n, t in load_file(next(folder.glob("*.safetensors"))).items()}
 
     def at(path: str) -> tuple[Tensor, Tensor]:
@@ -188,8 +191,10 @@ def test_experts_have_vllms_names(experts: Any) -> None:
             torch.testing.assert_close(torch.cat([gate[1] @ gate[0], up[1] @ up[0]]), B[expert] @ A[expert])
             assert not down[1].any() and down[0].shape == (rank, B.shape[1] // 2)
     assert all("o_proj" in other for other in tensors)
-    if name != "granitemoe":  # whose experts have one name each in checkpoints, too
-        again = PeftModel.from_pretrained(mixture(name), str(folder)).eval()
+    again = PeftModel.from_pretrained(mixture(name), str(folder)).eval()
+    assert any("experts" in path for path, _ in again.named_parameters() if "lora" in path) != exported.only_for_vllm
+    assert ("for vLLM alone" in (folder / "README.md").read_text()) == exported.only_for_vllm
+    if not exported.only_for_vllm:
         assert_models_agree(logits(again, tokens()), logits(model, tokens()))
 
 
@@ -198,7 +203,8 @@ def test_vllm_packs_the_experts(experts: Any) -> None:
     models = pytest.importorskip("vllm.lora.lora_model", exc_type=ImportError)
     weights = pytest.importorskip("vllm.lora.lora_weights", exc_type=ImportError)
     routed = pytest.importorskip("vllm.model_executor.layers.fused_moe.routed_experts", exc_type=ImportError)
-    name, _, pairs, folder, rank = experts
+    name, _, pairs, exported = experts
+    folder, rank = exported.folder, exported.rank
     helper = helpers.PEFTHelper.from_local_dir(str(folder), 512)
     helper.validate_legal(Server(rank))
     gate, down, up = EACH[name]
@@ -243,13 +249,15 @@ def test_a_router_alone_brings_no_experts(tmp_path: Path) -> None:
 def test_nothing_of_llama_cpp_is_promised_for_experts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mixture("olmoe").save_pretrained(tmp_path / "base")
-    base = type(mixture("olmoe")).from_pretrained(tmp_path / "base")
+    mixture("qwen2_moe").save_pretrained(tmp_path / "base")
+    base = type(mixture("qwen2_moe")).from_pretrained(tmp_path / "base")
     model = get_peft_model(base, MSPLoraConfig(r=4, target_parameters=EXPERTS, init_weights=False))
     model.save_pretrained(str(tmp_path / "adapter"))
     export_model(model, tmp_path / "serving", serving=True)
     assert not (tmp_path / "serving" / "Modelfile").exists()
     assert "llama.cpp" not in (tmp_path / "serving" / "README.md").read_text()
+    assert main("export", str(tmp_path / "adapter"), str(tmp_path / "again"), "--serving") == 0
+    assert "for vLLM alone: PEFT would leave the experts out" in " ".join(capsys.readouterr().out.split())
     (tmp_path / "convert_lora_to_gguf.py").write_text("")
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
     assert main("export", str(tmp_path / "adapter"), str(tmp_path / "out"), "--gguf") == 2

@@ -49,6 +49,8 @@ def export(
     say(f"plain LoRA of rank {written.rank} on {written.modules} linear layers written to {out}")
     if written.cost is not None:
         say(f"note: {written.cost}")
+    if written.only_for_vllm:
+        say("note: for vLLM alone: PEFT would leave the experts out, since it doesn't look for them under vLLM's names")
     if serving:
         say(f"serve it with --max-lora-rank {written.rank}")
     if gguf:

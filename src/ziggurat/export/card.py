@@ -8,14 +8,17 @@ from torch import nn
 from ziggurat.host.method import kind_of
 
 
-def card(model: nn.Module, config: Any, rank: int, serving: bool, of_experts: bool) -> str:
-    """`of_experts`: parameters with all experts of a layer are adapted, under names that llama.cpp doesn't know."""
+def card(model: nn.Module, config: Any, rank: int, serving: bool, of_experts: bool, only_for_vllm: bool) -> str:
+    """`of_experts`: parameters with all experts of a layer are adapted, under names that llama.cpp doesn't know, and
+    with `only_for_vllm` PEFT neither."""
     method = kind_of(config)
     base = config.base_model_name_or_path or "the base model"
-    load = "`peft.PeftModel.from_pretrained`; no other package is needed."
+    load = "Load it with\n`peft.PeftModel.from_pretrained`; no other package is needed."
     owner, name = type(model).__module__, type(model).__qualname__
     if owner.partition(".")[0] == "ziggurat":
-        load = f"`peft.PeftModel.from_pretrained` on a `{owner}.{name}`, whose head no other package has."
+        load = f"Load it with\n`peft.PeftModel.from_pretrained` on a `{owner}.{name}`, whose head no other package has."
+    if only_for_vllm:
+        load = "It is\nfor vLLM alone: PEFT finds no experts under its names, and would leave them out."
     serve = (
         f"""
 All modules have rank {rank} and lora_alpha {rank}, so that every reader scales them alike. vLLM: `--enable-lora
@@ -30,6 +33,5 @@ base_model: {json.dumps(str(base))}
 tags: [lora]
 ---
 
-A plain LoRA adapter for {base}, exported exactly from an adapter of the method {method}. Load it with
-{load}
+A plain LoRA adapter for {base}, exported exactly from an adapter of the method {method}. {load}
 {serve}"""

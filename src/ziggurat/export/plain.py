@@ -26,7 +26,8 @@ from .serving import cost_of_serving, serving_rank
 class Exported:
     """A written export: the folder, the rank of its pairs (the largest if they differ), the number of modules.
 
-    `cost`: the cost in servers of a rank above the adapter's r, in words; None if it isn't above.
+    `cost`: the cost in servers of a rank above the adapter's r, in words; None if it isn't above. `only_for_vllm`: PEFT
+    doesn't look for the experts under vLLM's names, and would leave them out.
     """
 
     folder: Path
@@ -34,6 +35,7 @@ class Exported:
     modules: int
     serving: bool
     cost: str | None = None
+    only_for_vllm: bool = False
 
 
 def export_model(
@@ -43,7 +45,8 @@ def export_model(
 
     `serving`: the one form that PEFT, vLLM and llama.cpp scale alike: the same rank for all
     modules, one that vLLM allows (zeros fill it up), lora_alpha = r, nothing but factor pairs. Experts that are one
-    parameter are named as vLLM names them; llama.cpp doesn't know those names.
+    parameter are named as vLLM names them; llama.cpp doesn't know those names, and PEFT not of every type of model
+    (`Exported.only_for_vllm`).
 
     Raises:
         ExportError: the method's update is none of linear layers; or, for serving, the rank is above 512 or
@@ -73,12 +76,15 @@ def _export(
     lora, tensors = as_plain(model, None, adapter, saved)
     config: Any = model.peft_config[adapter]  # type: ignore[index]
     of_experts = bool(getattr(config, "target_parameters", None))
+    only_vllm = False
     if serving:
         lora, tensors = as_plain(model, serving_rank(lora.r, tensors), adapter, saved)
         if lora.target_parameters:  # dense layers, too, that PEFT would take for experts
-            from .vllm_experts import for_vllm
+            from .vllm_experts import for_vllm, only_for_vllm
 
-            lora, tensors = for_vllm(bare(model), PlainLora(lora, tensors), lora_pairs(model, adapter))
+            base, factors = bare(model), lora_pairs(model, adapter)
+            lora, tensors = for_vllm(base, PlainLora(lora, tensors), factors)
+            only_vllm = only_for_vllm(base, factors)
     with written_beside(out) as folder:
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
@@ -88,10 +94,12 @@ def _export(
         lora.save_pretrained(str(folder))
         if serving and not of_experts:
             (folder / "Modelfile").write_text(modelfile(base_model or config.base_model_name_or_path), encoding="utf-8")
-        (folder / "README.md").write_text(card(bare(model), config, lora.r, serving, of_experts), encoding="utf-8")
+        (folder / "README.md").write_text(
+            card(bare(model), config, lora.r, serving, of_experts, only_vllm), encoding="utf-8"
+        )
         add(folder)
     pairs = sum(name.endswith(".lora_A.weight") for name in tensors)
-    return Exported(out, lora.r, pairs, serving, cost_of_serving(model, adapter))
+    return Exported(out, lora.r, pairs, serving, cost_of_serving(model, adapter), only_vllm)
 
 
 def export(adapter: str | Path, out: str | Path, *, serving: bool = False, base_model: str | None = None) -> Exported:

@@ -50,6 +50,14 @@ NAMES = {
     "qwen2_moe": Naming(),
     "qwen3_moe": Naming(),
 }
+#: Those of them whose experts PEFT (0.21) doesn't look for under these names.
+NOT_IN_PEFT = ("granitemoe", "qwen2_moe")
+
+
+def only_for_vllm(base: nn.Module, pairs: Mapping[str, FactorPair]) -> bool:
+    """Whether PEFT would leave the experts of `pairs` out when it reads what `for_vllm` names."""
+    kind = getattr(getattr(base, "config", None), "model_type", None)
+    return kind in NOT_IN_PEFT and any(pair.A.dim() == 3 and pair.A.shape[-2] for pair in pairs.values())
 
 
 @torch.no_grad()
