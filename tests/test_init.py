@@ -1,5 +1,6 @@
 """`ziggurat init`: a recipe from a file's columns and rows; and `recipes --keys`."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -79,6 +80,17 @@ def test_a_table_of_another_encoding_and_chats_about_images(tmp_path: Path, caps
     assert "it is not UTF-8; look whether this is right: où est le colis 0" in capsys.readouterr().out
     seen = made(FORMS / "images.jsonl", tmp_path / "b.yaml")
     assert (seen.task, seen.tower, seen.model) == ("instruct", "language", "HuggingFaceTB/SmolVLM-256M-Instruct")
+
+
+def test_a_name_that_the_terminal_cannot_show_is_spelt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal, or a pipe on Windows, without Chinese signs."""
+    screen = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.chdir(tmp_path)
+    write(Path("\u6570.jsonl"), [{"text": f"row {n}", "label": "ab"[n % 2]} for n in range(20)])
+    assert main("init", "\u6570.jsonl") == 0 and Path("\u6570.yaml").is_file()
+    screen.flush()
+    assert rb"written: \u6570.yaml" in screen.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 def test_questions_and_answers(tmp_path: Path) -> None:

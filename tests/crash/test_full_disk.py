@@ -1,5 +1,6 @@
 """Disks that fill up, or take nothing: a clear error, nothing lost, no litter, and the same command works with room."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ziggurat.compare.fill import fill
 from ziggurat.compare.results import Results
 from ziggurat.compare.table import make_table
 from ziggurat.errors import RecipeError, StorageError
+from ziggurat.files.staging import write_whole
 from ziggurat.training.folder.checkpoints import newest
 from ziggurat.training.folder.workplace import ROOM
 from ziggurat.training.loop.run import train
@@ -145,3 +147,21 @@ def test_a_table_loses_no_line(place: Place, disk: Disk, capsys: pytest.CaptureF
     with pytest.raises(StorageError, match=r"table' could not be written\. Finished runs are in their folders"):
         fill(table)
     disk.make_writable()
+
+
+@pytest.mark.parametrize(("number", "reason"), [(32, "A program has the file open"), (112, "The disk is full")])
+def test_windows_says_why_by_numbers_of_its_own(
+    number: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table that is open in a spreadsheet: Windows lets nobody replace such a file."""
+    (tmp_path / "table.csv").write_text("old")
+
+    def replace(path: Path, target: Path) -> None:
+        error = PermissionError(errno.EACCES, "The process cannot access the file", str(path))
+        error.winerror = number  # type: ignore[attr-defined]
+        raise error
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(StorageError, match=rf"^{reason}: '.*table.csv' could not be written"):
+        write_whole(tmp_path / "table.csv", "new")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]

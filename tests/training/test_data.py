@@ -21,7 +21,7 @@ from ziggurat.training.data import readers
 from ziggurat.training.data.alpaca import alpaca_prompt
 from ziggurat.training.data.examples import class_names, load_examples, load_scored
 from ziggurat.training.data.readers import read_lines
-from ziggurat.training.data.tables import read_table, texts_of
+from ziggurat.training.data.tables import hub_parts, read_table, texts_of
 from ziggurat.training.model.base import HeadSpec
 
 ROWS = reviews(20)
@@ -126,6 +126,18 @@ def test_a_missing_file_names_its_neighbours(reviews_csv: Path) -> None:
 def test_a_hub_name_that_cannot_be_reached_offline() -> None:
     message = _message(recipe("no-such-person/no-such-data"))
     assert "Nor could the hub data set 'no-such-person/no-such-data' be read" in message
+
+
+def test_names_of_folders_and_drives_of_windows_are_no_subset(tmp_path: Path) -> None:
+    """`@` and `:` stand for a split and a subset behind the last part of a name alone."""
+    folder = tmp_path / "me@work:1" / "rows@2"
+    folder.mkdir(parents=True)
+    write_csv(folder / "train.csv", ROWS)
+    assert len(read_table(str(folder))) == len(ROWS) == len(read_table(f"{folder.parent}/../me@work:1/rows@2"))
+    for place in ("C:/data/reviews", r"C:\data\reviews"):
+        assert hub_parts(place, None, "train") == (place, None, "train")
+        assert hub_parts(f"{place}:en@test", None, "train") == (place, "en", "test")
+    assert hub_parts("owner/name:en@test", None, "train") == ("owner/name", "en", "test")
 
 
 def test_a_missing_column_lists_the_columns_and_the_nearest(reviews_csv: Path) -> None:

@@ -68,6 +68,10 @@ def test_bytes_of_parquet_base64_and_a_folder_of_ones_own(tmp_path: Path) -> Non
     pairs = write_jsonl(tmp_path / "b.jsonl", [{"question": "what", "answer": "blue", "image": BLUE.name}])
     examples = read(pairs, data__as_chat=True, data__image_folder=str(BLUE.parent))
     assert examples.train[0]["images"][0]["path"] == str(BLUE)
+    spaced = Path(shutil.copy(BLUE, tmp_path / "my blue.png"))
+    for address in (spaced.as_uri(), f"file://{spaced}"):
+        named = read(write_jsonl(tmp_path / "c.jsonl", [asked_about(address)]))
+        assert named.train[0]["images"][0]["path"] == str(spaced)
 
 
 @pytest.mark.parametrize(

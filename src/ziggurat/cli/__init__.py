@@ -1,5 +1,6 @@
 """The `ziggurat` command; its subcommands are in the modules of this package."""
 
+import io
 import itertools
 import os
 import sys
@@ -75,6 +76,10 @@ app.command(name="with", context_settings={"allow_interspersed_args": False})(wi
 def main() -> NoReturn:
     """Entry point: the user's mistakes end in one clean line and exit code 2, other errors in exit code 1."""
     words = sys.argv[1:]
+    for stream in (sys.stdout, sys.stderr):
+        # A label, or a file's name, can hold signs that the terminal's encoding lacks: they are spelt out.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     debug = _DEBUG in itertools.takewhile(lambda word: word != "--", words)
     if not debug:
         import warnings

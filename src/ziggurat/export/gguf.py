@@ -51,7 +51,7 @@ def write_gguf(folder: Path, base_model: str) -> Path:
     """
     base = ["--base", base_model] if Path(base_model).is_dir() else ["--base-model-id", base_model]
     command = [sys.executable, str(converter()), str(folder), *base, "--outfile", str(folder / ADAPTER)]
-    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")  # noqa: S603
     if done.returncode != 0 or not (folder / ADAPTER).is_file():
         reason = next(filter(str.strip, reversed(done.stderr.splitlines())), "it says nothing of why")
         raise ExportError(f"{CONVERTER} can't convert {folder}, which stays as --serving writes it: {reason.strip()}")

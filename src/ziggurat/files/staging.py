@@ -23,7 +23,14 @@ _TROUBLE = {
     errno.ENOTDIR: "a file stands where a folder should be",
     errno.EIO: "the disk reports an error",
 }
-#: The same error numbers in Rust's messages, which safetensors passes on.
+#: Windows' numbers of failed writes -> their meaning in words.
+_WINDOWS = {
+    5: "writing there is not allowed, or a program has a file there open",
+    19: "the disk is write-protected",
+    **dict.fromkeys((32, 33, 1224), "a program has the file open"),
+    **dict.fromkeys((39, 112), "the disk is full"),
+}
+#: The same error numbers, on Windows its own, in Rust's messages, which safetensors passes on.
 _RUST = re.compile(r"os error (\d+)|\bcode: (\d+)")
 #: Messages of torch's writer, which don't contain the number; "unexpected pos" comes from closing such a file.
 _TORCH = ("PytorchStreamWriter failed writing", "unexpected pos")
@@ -155,9 +162,9 @@ def storage_trouble(error: BaseException | None) -> str | None:
         return None
     trouble = None
     if isinstance(error, OSError) and error.errno is not None:
-        trouble = _TROUBLE.get(error.errno)
+        trouble = _WINDOWS.get(getattr(error, "winerror", None) or 0) or _TROUBLE.get(error.errno)
     elif numbers := _RUST.search(str(error)):
-        trouble = _TROUBLE.get(int(numbers[1] or numbers[2]))
+        trouble = (_WINDOWS if os.name == "nt" else _TROUBLE).get(int(numbers[1] or numbers[2]))
     elif any(sign in str(error) for sign in _TORCH):
         trouble = "the disk took only a part, as a full one does"
     return trouble or storage_trouble(error.__cause__ or error.__context__)

@@ -7,6 +7,7 @@ import binascii
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.request import url2pathname
 
 from ziggurat.extras import require
 
@@ -80,7 +81,10 @@ class Images:
                 return base64.b64decode(name.partition(",")[2], validate=True)
             except binascii.Error as error:
                 raise RowFault("an image in base64 cannot be decoded", gap=True) from error
-        return self.folder / Path(name.removeprefix("file://")).expanduser()
+        if name.startswith("file://"):
+            plain = name.removeprefix("file://")
+            name = plain if Path(plain).is_file() else url2pathname(plain)
+        return self.folder / Path(name).expanduser()
 
     def _fault(self, kind: str, value: bytes | Path) -> RowFault:
         named = "" if isinstance(value, bytes) else f", the first is {str(value)!r}"

@@ -150,9 +150,12 @@ def _not_empty(table: Dataset, source: str) -> Dataset:
 
 def hub_parts(source: str, subset: str | None, split: str) -> tuple[str, str | None, str]:
     """Name, configuration and split of a hub data set, which may be written as `owner/name:subset@split`."""
-    name, _, own_split = source.partition("@")
+    if Path(source).expanduser().is_dir():
+        return source, subset, split
+    last = max(source.rfind("/"), source.rfind("\\")) + 1  # folders, and drives of Windows, may have these signs
+    name, _, own_split = source[last:].partition("@")
     name, _, own_subset = name.partition(":")
-    return name, own_subset or subset, own_split or split
+    return source[:last] + name, own_subset or subset, own_split or split
 
 
 def load_hub(source: str, subset: str | None, split: str, *, streaming: bool = False) -> Any:
