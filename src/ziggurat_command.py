@@ -9,17 +9,20 @@ import sys
 from importlib.util import find_spec, module_from_spec
 from typing import NoReturn
 
+#: Commands that print the path of a file, for another command's line.
+_PATHS = ("launch-config", "plugin-path")
+
 
 def only_prints(words: list[str]) -> bool:
-    """Whether `ziggurat WORDS` surely ends in help, the version, or what a shell asks to complete a line.
+    """Whether `ziggurat WORDS` surely ends in help, the version, a path, or what a shell asks to complete a line.
 
     Further on, `--help` can be an option's value.
     """
     if "_ZIGGURAT_COMPLETE" in os.environ or words in ([], ["--version"], ["--show-completion"]):
         return True
-    return words in (["--help"], ["-h"]) or (
-        len(words) == 2 and words[1] in ("--help", "-h") and not words[0].startswith("-")
-    )
+    if len(words) != 2:
+        return words in (["--help"], ["-h"])
+    return not words[0].startswith("-") and (words[1] in ("--help", "-h") or words[0] in _PATHS)
 
 
 def main() -> NoReturn:
