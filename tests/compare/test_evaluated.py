@@ -140,10 +140,10 @@ def test_mistakes_of_an_evaluation_come_at_once(tmp_path: Path) -> None:
         "alpaca: evaluate: shots: unknown",
         "run_generated_code: true",
         "say which of its metrics",
-        "limit: a whole",
+        "limit: must be greater than 0",
     ]
     parts += [
-        "data: a folder of local parquet",
+        "data: needs a text",
         "plain: evaluate: a mapping with tasks",
         "by evaluate: {tasks: [mmlu]}",
     ]

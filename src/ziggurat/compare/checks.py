@@ -1,29 +1,40 @@
 """All mistakes in a table's file at once, before recipes are made of it."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from ziggurat.nearest import did_you_mean
 from ziggurat.recipe.glue import GLUE
+from ziggurat.recipe.schema import Count, Part, entry
 from ziggurat.recipe.text import flatten
+from ziggurat.recipe.values import key_problems
 from ziggurat.terminal import clean
 
 from .evaluated import MAIN, NONE, evaluation_problems
-from .published import PUBLISHED
+from .published import PublishedName
 
-_KEYS = {
-    "about": "one line about the table",
-    "recipe": "a recipe to start from: a file, or one that ships",
-    "set": "recipe keys for all runs",
-    "methods": "label -> recipe keys of a method; `tasks:` in it names its only tasks, or changes keys for single ones",
-    "tasks": "label -> recipe keys of a task; a GLUE task's name alone stands for its data",
-    "seeds": "the seeds, the same for every method and task",
-    "baseline": "the method that differences are taken to (default: the first)",
-    "confidence": "of the intervals, in per cent (default: 95)",
-    "published": "published figures to print beside: " + ", ".join(PUBLISHED),
-    "output": "folder of runs and results (default: ziggurat-tables/<file's name>)",
-    "keep_adapters": "whether the runs' folders stay (default: true)",
-}
+
+class TableKeys(Part):
+    """The keys of a table. Their contents are checked further on."""
+
+    about: str | None = entry(None, "one line about the table")
+    recipe: str | None = entry(None, "a recipe to start from: a file, or one that ships")
+    set: Any = entry(None, "recipe keys for all runs")
+    methods: dict[Any, Any] = Field(
+        description="label -> recipe keys of a method; `tasks:` in it names its only tasks, or changes keys for single "
+        "ones"
+    )
+    tasks: Any = Field(description="label -> recipe keys of a task; a GLUE task's name alone stands for its data")
+    seeds: list[Count] = Field(description="the seeds, the same for every method and task")
+    baseline: Any = entry(None, "the method that differences are taken to (default: the first)")
+    confidence: Annotated[float, Field(ge=50, lt=100)] = entry(95, "of the intervals, in per cent (default: 95)")
+    published: PublishedName | None = entry(None, "published figures to print beside")
+    output: str | None = entry(None, "folder of runs and results (default: ziggurat-tables/<file's name>)")
+    keep_adapters: bool = entry(True, "whether the runs' folders stay (default: true)")
+
+
 #: Recipe keys that the table sets itself.
 _OWNED = {
     "seed": "by seeds",
@@ -39,22 +50,11 @@ def table_problems(values: Any) -> Iterator[str]:
     if not isinstance(values, dict):
         yield "a table is a mapping with methods, tasks and seeds"
         return
-    for key in values:
-        if key not in _KEYS:
-            yield f"{key}: unknown{did_you_mean(str(key), _KEYS) or ', one of ' + ', '.join(_KEYS)}"
-    for key in ("methods", "tasks", "seeds"):
-        if not values.get(key):
-            yield f"{key}: missing: {_KEYS[key]}"
-    for key in ("about", "recipe", "output"):
-        if not isinstance(values.get(key, ""), str | None):
-            yield f"{key}: a text is needed, got {values[key]!r}"
+    yield from key_problems(TableKeys.model_fields, values)
     yield from _key_problems("set", values.get("set"))
     tasks = values.get("tasks") or {}
     yield from _tasks_problems(tasks, isinstance(values.get("recipe"), str))
-    methods = values.get("methods") or {}
-    if not isinstance(methods, dict):
-        yield "methods: a mapping is needed, label -> recipe keys"
-        methods = {}
+    methods = values["methods"] if isinstance(values.get("methods"), dict) else {}
     labels = [str(task) for task in tasks] if isinstance(tasks, dict | list) else []
     for label, keys in methods.items():
         yield from _method_problems(f"methods: {label}", keys, labels)
@@ -65,21 +65,11 @@ def table_problems(values: Any) -> Iterator[str]:
 
 def _run_problems(values: dict[str, Any], labels: list[str]) -> Iterator[str]:
     seeds = values.get("seeds")
-    if seeds and (not isinstance(seeds, list) or any(type(seed) is not int or seed < 0 for seed in seeds)):
-        yield f"seeds: a list of whole numbers is needed, got {seeds!r}"
-    elif seeds and len(set(seeds)) < len(seeds):
+    if isinstance(seeds, list) and len(set(map(str, seeds))) < len(seeds):
         yield "seeds: one is given twice; the same run twice is no second sample"
     baseline = values.get("baseline")
     if baseline is not None and labels and str(baseline) not in labels:
         yield f"baseline: '{baseline}' is no method of this table{did_you_mean(str(baseline), labels)}"
-    confidence = values.get("confidence", 95)
-    if type(confidence) not in (int, float) or not 50 <= confidence < 100:
-        yield f"confidence: per cent from 50 up to, not including, 100 are needed, got {confidence!r}"
-    published = values.get("published")
-    if published is not None and published not in PUBLISHED:
-        yield f"published: '{published}' is not one of {', '.join(PUBLISHED)}"
-    if type(values.get("keep_adapters", True)) is not bool:
-        yield "keep_adapters: true or false is needed"
 
 
 def _tasks_problems(tasks: Any, has_recipe: bool) -> Iterator[str]:

@@ -11,9 +11,9 @@ from ziggurat.errors import DataError
 from ziggurat.evaluation.ready import MAIN, Ready, ready
 from ziggurat.evaluation.retention import read_text, retention
 from ziggurat.files.staging import write_whole
-from ziggurat.nearest import did_you_mean
 from ziggurat.recipe.recipe import resolved
-from ziggurat.recipe.schema import Recipe
+from ziggurat.recipe.schema import Part, Positive, Recipe, entry
+from ziggurat.recipe.values import key_problems
 from ziggurat.training.data.content import digest
 
 #: The method that trains nothing: the base model as it is, a row to compare with.
@@ -26,7 +26,18 @@ FILE = "evaluation.json"
 #: The column of the perplexity of plain text, with the adapter and without.
 RETENTION = "retention"
 
-_KEYS = ("tasks", RETENTION, "limit", "data", "run_generated_code", "batch")
+
+class EvaluateKeys(Part):
+    """The keys of a task's `evaluate`."""
+
+    tasks: Any = entry(None, "tasks of lm-eval, or task -> metric")
+    retention: str | None = entry(None, "file of plain text")
+    limit: Positive | None = entry(None, "questions of each task or subject")
+    data: str | None = entry(None, "folder of local parquet")
+    run_generated_code: bool = entry(False, "whether code that the model writes may run")
+    batch: Positive = entry(8, "texts at a time")
+
+
 _FORM = "a mapping with tasks or retention, and limit, data, run_generated_code and batch where they are needed"
 
 
@@ -85,9 +96,7 @@ def evaluation_problems(given: Any) -> Iterator[str]:
     if not isinstance(given, dict):
         yield f"{_FORM}, is needed, got {given!r}"
         return
-    for key in given:
-        if key not in _KEYS:
-            yield f"{key}: unknown{did_you_mean(str(key), _KEYS) or ', one of ' + ', '.join(_KEYS)}"
+    yield from key_problems(EvaluateKeys.model_fields, given)
     tasks = given.get("tasks")
     if tasks is None and given.get(RETENTION) is not None:
         pass  # plain text alone
@@ -104,16 +113,6 @@ def evaluation_problems(given: Any) -> Iterator[str]:
                 "tasks: humaneval runs code that the model writes; say run_generated_code: true if that is all right "
                 "on these machines (docs/evaluation.md describes the limits)"
             )
-    for key in ("limit", "batch"):
-        value = given.get(key, 1)
-        if (value is not None or key == "batch") and (type(value) is not int or value < 1):
-            yield f"{key}: a whole number from 1 on is needed, got {value!r}"
-    if given.get("data") is not None and not isinstance(given["data"], str):
-        yield f"data: a folder of local parquet is needed, got {given['data']!r}"
-    if given.get(RETENTION) is not None and not isinstance(given[RETENTION], str):
-        yield f"{RETENTION}: a file of plain text is needed, got {given[RETENTION]!r}"
-    if type(given.get("run_generated_code", False)) is not bool:
-        yield f"run_generated_code: true or false is needed, got {given['run_generated_code']!r}"
 
 
 def check_ready(evaluations: list[Evaluation]) -> None:

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Literal
 
 import yaml
 
-PUBLISHED = ("roberta-glue", "llama2-alpaca")
+PublishedName = Literal["roberta-glue", "llama2-alpaca"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Published:
 
 @cache
 def published(name: str) -> Published:
-    """The published table called `name`, one of `PUBLISHED`."""
+    """The published table called `name`, a `PublishedName`."""
     text = (files("ziggurat") / "compare" / "published.yaml").read_text(encoding="utf-8")
     values = yaml.safe_load(text)[name]
     rows = [

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
 
@@ -17,7 +17,7 @@ from .methods import METHODS, SYNONYMS, method_config, method_fields, method_pro
 from .schema import Recipe, keys
 from .tasks import task_called
 from .text import MOST_TEXT, SECTIONS, flatten, read_overrides, read_yaml
-from .values import explain
+from .values import fault_of
 
 #: Incremented whenever the same recipe, on the same data, gives other results than before.
 COMPUTATION = 2
@@ -163,8 +163,7 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
             continue
         if key in known:
             value = SPELLINGS.get(key, {}).get(str(value), value)
-            info = known[key]
-            fault = explain(Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation, value)
+            fault = fault_of(known[key], value)
             if fault is None:
                 good[key] = value
             elif key == "task" and task_called(value):

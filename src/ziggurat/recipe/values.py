@@ -1,13 +1,31 @@
 """Checks whether a YAML value fits a type, with the reason in plain words if not."""
 
 import re
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from ziggurat.nearest import did_you_mean
 
 _EXPONENT = re.compile(r"([+-]?)(\d+)(\.\d*)?[eE]([+-]?\d+)")
+
+
+def key_problems(known: Mapping[str, Any], values: Mapping[Any, Any]) -> Iterator[str]:
+    """Mistakes in `values` by pydantic's descriptions of the known keys: unknown or missing keys, and wrong values."""
+    for key in values:
+        if key not in known:
+            yield f"{key}: unknown{did_you_mean(str(key), known) or ', one of ' + ', '.join(known)}"
+    for key, info in known.items():
+        if info.is_required() and not values.get(key):
+            yield f"{key}: missing: {info.description}"
+        elif key in values and (fault := fault_of(info, values[key])) is not None:
+            yield f"{key}: {fault}"
+
+
+def fault_of(info: Any, value: Any) -> str | None:
+    """`explain` for the value of a key, by pydantic's description of the key."""
+    return explain(Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation, value)
 
 
 def explain(hint: Any, value: Any) -> str | None:
