@@ -9,12 +9,14 @@ The data lie in `<data>/<task>/`, in these columns:
 
 `write_tasks` writes YAML files (and splits MMLU and BBH into their parts), so that `lm_eval --include_path FOLDER
 --tasks ziggurat_mmlu` runs exactly what `ziggurat eval` runs. Prompts, ends and lengths of answers, and their
-extraction, are those of lm-eval's own tasks of these names (BBH: `bbh_cot_fewshot`); docs/evaluation.md lists the
-exceptions.
+extraction, which are in local_tasks.yaml, are those of lm-eval's own tasks of these names (BBH: `bbh_cot_fewshot`);
+docs/evaluation.md lists the exceptions.
 """
 
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,10 @@ from ziggurat.training.data.tables import read_table, require_column
 PREFIX = "ziggurat_"
 #: Shots of the papers' table.
 SHOTS = {"mmlu": 5, "bbh": 3, "drop": 3, "humaneval": 0}
-_BYPASS = [{"metric": "bypass", "aggregation": "bypass", "higher_is_better": True}]
 #: DROP's own em and F1 are lm-eval's; the file gives stock lm-eval a way to them.
 _DROP_HELPERS = "from lm_eval.tasks.drop.utils import process_results\n\n__all__ = ['process_results']\n"
+#: A tag of lm-eval, which YAML dumpers don't write.
+_DROP_RESULTS = "process_results: !function drop_helpers.process_results\n"
 
 
 def write_tasks(names: list[str], data: Path, folder: Path) -> dict[str, str]:
@@ -38,7 +41,6 @@ def write_tasks(names: list[str], data: Path, folder: Path) -> dict[str, str]:
 
     Raises DataError for missing files or columns, StorageError if the task files can't be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     makers = {"mmlu": _mmlu, "bbh": _bbh, "drop": _drop, "humaneval": _humaneval}
     for name in names:
         makers[name](data.expanduser().resolve() / name, folder.resolve())
@@ -47,35 +49,20 @@ def write_tasks(names: list[str], data: Path, folder: Path) -> dict[str, str]:
 
 def _mmlu(data: Path, folder: Path) -> None:
     columns = ("subject", "question", "choices", "answer")
-    test, dev = _read(data / "test.parquet", columns), _read(data / "dev.parquet", columns)
-    subjects = sorted(set(test["subject"]))
-    shots = Counter(dev["subject"])
+    tables = {split: _read(data / f"{split}.parquet", columns) for split in ("test", "dev")}
+    subjects = sorted(set(tables["test"]["subject"]))
+    shots = Counter(tables["dev"]["subject"])
     few = [subject for subject in subjects if shots[subject] < SHOTS["mmlu"]]
     if few:
         raise DataError(f"{data / 'dev.parquet'} has fewer than the {SHOTS['mmlu']} shots of {', '.join(few)}")
-    for table, file in ((test, "test.parquet"), (dev, "dev.parquet")):
-        _check_rows(data / file, table["choices"], "choices", "four choices", lambda choices: len(choices) == 4)
+    for split, table in tables.items():
+        file = data / f"{split}.parquet"
+        _check_rows(file, table["choices"], "choices", "four choices", lambda choices: len(choices) == 4)
     for subject in subjects:
-        about = subject.replace("_", " ")
-        _write_part(
-            folder,
-            f"mmlu_{subject}",
-            {split: _where(table, "subject", subject) for split, table in (("test", test), ("dev", dev))},
-            {
-                "test_split": "test",
-                "fewshot_split": "dev",
-                "fewshot_config": {"sampler": "first_n"},
-                "num_fewshot": SHOTS["mmlu"],
-                "output_type": "multiple_choice",
-                "description": f"The following are multiple choice questions (with answers) about {about}.\n\n",
-                "doc_to_text": "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\n"
-                "D. {{choices[3]}}\nAnswer:",
-                "doc_to_choice": ["A", "B", "C", "D"],
-                "doc_to_target": "answer",
-                "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-            },
-        )
-    _write_group(folder, "mmlu", [f"mmlu_{subject}" for subject in subjects], "acc", None)
+        about = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
+        parts = {split: _where(table, "subject", subject) for split, table in tables.items()}
+        _write_part(folder, "mmlu", subject, parts, num_fewshot=SHOTS["mmlu"], description=about)
+    _write_group(folder, "mmlu", subjects, metric="acc")
 
 
 def _bbh(data: Path, folder: Path) -> None:
@@ -89,31 +76,9 @@ def _bbh(data: Path, folder: Path) -> None:
     for task in tasks:
         # The published prompt has its three worked examples after a line that warns crawlers.
         prompt = str(by_task[task]).partition("-----\n")[2] or str(by_task[task])
-        _write_part(
-            folder,
-            f"bbh_{task}",
-            {"test": _where(test, "task", task)},
-            {
-                "test_split": "test",
-                "num_fewshot": 0,
-                "output_type": "generate_until",
-                "description": "{% raw %}" + prompt.strip() + "{% endraw %}\n\n",
-                "doc_to_text": "Q: {{input}}\nA: Let's think step by step.\n",
-                "doc_to_target": "{{target}}",
-                "generation_kwargs": {"until": ["</s>", "Q", "\n\n"], "max_gen_toks": 1024, "do_sample": False},
-                "filter_list": [
-                    {
-                        "name": "get-answer",
-                        "filter": [
-                            {"function": "regex", "regex_pattern": "(?<=the answer is )(.*)(?=.)"},
-                            {"function": "take_first"},
-                        ],
-                    }
-                ],
-                "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-            },
-        )
-    _write_group(folder, "bbh", [f"bbh_{task}" for task in tasks], "exact_match", "get-answer")
+        description = "{% raw %}" + prompt.strip() + "{% endraw %}\n\n"
+        _write_part(folder, "bbh", task, {"test": _where(test, "task", task)}, description=description)
+    _write_group(folder, "bbh", tasks, metric="exact_match", filter_list=["get-answer"])
 
 
 def _drop(data: Path, folder: Path) -> None:
@@ -123,54 +88,29 @@ def _drop(data: Path, folder: Path) -> None:
     if len(table) <= SHOTS["drop"]:
         raise DataError(f"{file} has {len(table)} rows; a question needs {SHOTS['drop']} others as its shots")
     write_whole(folder / "drop_helpers.py", _DROP_HELPERS)
-    values = {
-        "task": f"{PREFIX}drop",
-        "dataset_path": "parquet",
-        "dataset_kwargs": {"data_files": {"validation": str(file)}},
-        "validation_split": "validation",
-        # The shots come from the same split, never the question itself: there is no file of the training split.
-        "fewshot_split": "validation",
-        "num_fewshot": SHOTS["drop"],
-        "output_type": "generate_until",
-        "doc_to_text": "{{passage}} {{question}}",
-        "doc_to_target": "{{answers[0]}}",
-        "target_delimiter": "",
-        # lm-eval's own task stops at ".", in the middle of a number; every seventh question has only answers with a
-        # point.
-        "generation_kwargs": {"until": ["\n"], "do_sample": False},
-        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("em", "f1")],
-    }
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    # A tag of lm-eval, which YAML dumpers don't write.
-    write_whole(folder / "drop.yaml", f"{text}process_results: !function drop_helpers.process_results\n")
+    values = {**_parquet({"validation": str(file)}), "num_fewshot": SHOTS["drop"], **_tasks()["drop"]}
+    _write(folder, "drop", {"task": f"{PREFIX}drop", **values}, _DROP_RESULTS)
 
 
 def _humaneval(data: Path, folder: Path) -> None:
     file = data / "test.parquet"
     _read(file, ("task_id", "prompt", "entry_point", "test"))
-    write_humaneval(folder, {"dataset_path": "parquet", "dataset_kwargs": {"data_files": {"test": str(file)}}})
+    write_humaneval(folder, _parquet({"test": str(file)}))
 
 
 def write_humaneval(folder: Path, where: dict[str, Any]) -> str:
     """HumanEval as a task that only generates: `sandbox` judges the programs, not lm-eval."""
-    folder.mkdir(parents=True, exist_ok=True)
-    values = {
-        "task": f"{PREFIX}humaneval",
-        **where,
-        "test_split": "test",
-        "num_fewshot": SHOTS["humaneval"],
-        "output_type": "generate_until",
-        "doc_to_text": "{{prompt}}",
-        "doc_to_target": "",
-        "generation_kwargs": {
-            "until": ["\nclass", "\ndef", "\n#", "\nif", "\nprint"],
-            "max_gen_toks": 1024,
-            "do_sample": False,
-        },
-        "metric_list": _BYPASS,
-    }
-    write_whole(folder / "humaneval.yaml", yaml.safe_dump(values, sort_keys=False))
-    return str(values["task"])
+    _write(folder, "humaneval", {"task": f"{PREFIX}humaneval", **where, **_tasks()["humaneval"]})
+    return f"{PREFIX}humaneval"
+
+
+@cache
+def _tasks() -> dict[str, dict[str, Any]]:
+    return yaml.safe_load((files("ziggurat") / "evaluation" / "local_tasks.yaml").read_text(encoding="utf-8"))
+
+
+def _parquet(places: dict[str, str]) -> dict[str, Any]:
+    return {"dataset_path": "parquet", "dataset_kwargs": {"data_files": places}}
 
 
 def _read(file: Path, columns: tuple[str, ...]) -> Any:
@@ -190,22 +130,25 @@ def _check_rows(file: Path, values: Any, column: str, wanted: str, right: Callab
 
 
 def _where(table: Any, column: str, value: str) -> Any:
-    return table.select([index for index, one in enumerate(table[column]) if one == value])
+    return table.select([index for index, cell in enumerate(table[column]) if cell == value])
 
 
-def _write_part(folder: Path, name: str, splits: dict[str, Any], values: dict[str, Any]) -> None:
-    files = {}
+def _write_part(folder: Path, task: str, part: str, splits: dict[str, Any], **more: Any) -> None:
+    """Write a part of a task, with `more` fields, and its rows."""
+    name = f"{task}_{part}"
+    places = {split: str(folder / f"{name}.{split}.parquet") for split in splits}
+    folder.mkdir(parents=True, exist_ok=True)
     for split, table in splits.items():
-        files[split] = str(folder / f"{name}.{split}.parquet")
-        with told_of_storage(files[split]):
-            table.to_parquet(files[split])
-    whole = {"task": PREFIX + name, "dataset_path": "parquet", "dataset_kwargs": {"data_files": files}, **values}
-    write_whole(folder / f"{name}.yaml", yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))
+        with told_of_storage(places[split]):
+            table.to_parquet(places[split])
+    _write(folder, name, {"task": PREFIX + name, **_parquet(places), **more, **_tasks()[task]})
 
 
-def _write_group(folder: Path, name: str, parts: list[str], metric: str, chosen: str | None) -> None:
-    aggregate: dict[str, Any] = {"metric": metric, "weight_by_size": True}
-    if chosen is not None:
-        aggregate["filter_list"] = [chosen]
-    whole = {"group": PREFIX + name, "task": [PREFIX + part for part in parts], "aggregate_metric_list": [aggregate]}
-    write_whole(folder / f"{name}.yaml", yaml.safe_dump(whole, sort_keys=False))
+def _write_group(folder: Path, task: str, parts: list[str], **aggregate: Any) -> None:
+    names = [f"{PREFIX}{task}_{part}" for part in parts]
+    aggregates = [{**aggregate, "weight_by_size": True}]
+    _write(folder, task, {"group": PREFIX + task, "task": names, "aggregate_metric_list": aggregates})
+
+
+def _write(folder: Path, name: str, values: dict[str, Any], tail: str = "") -> None:
+    write_whole(folder / f"{name}.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True) + tail)

@@ -118,21 +118,16 @@ def _tagged(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
 def _answers(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
     """Perplexity of the answers, and the share of rows whose answer is written word for word (greedily)."""
     from ziggurat.training.data.encode import positions
-    from ziggurat.training.data.template import question_of
     from ziggurat.training.data.tokens import tokens_of
     from ziggurat.training.model.generate import Sampling, generate
+    from ziggurat.training.model.seeing import question_of
 
     notes: list[str] = []
-    asked: list[Any]  # prompts of token ids, or of a processor's inputs, with question and answer
     if loaded.processor is None:
         rows = tokens_of(loaded.recipe, loaded.tokenizer, table, "scored", notes)
         logs, counts = answer_logs(loaded, rows, batch, notes)
-        asked = [question_of(loaded.tokenizer, row) for row in table]  # type: ignore[arg-type]
     else:
-        from ziggurat.training.model import seeing
-
         logs, counts = seen_logs(loaded, table, batch, notes)
-        asked = [seeing.question_of(loaded.writer, row) for row in table]  # type: ignore[arg-type]
     loss = -logs.sum() / counts.sum()
     scores = {"perplexity": perplexity(float(loss)), "loss": float(loss)}
 
@@ -140,7 +135,8 @@ def _answers(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
         return perplexity(float(-logs[drawn].sum() / counts[drawn].sum()))
 
     intervals = {"perplexity": drawn_interval(of_rows, len(logs))}
-    asked = [question for question in asked if question is not None]
+    writer = loaded.writer
+    asked = [question for row in table if (question := question_of(writer, row)) is not None]  # type: ignore[arg-type]
     if not asked:
         return {"scores": scores, "intervals": intervals, "per_cent": (), "notes": notes}
     most = positions(loaded.model.config) if loaded.processor is None else None
@@ -151,10 +147,7 @@ def _answers(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
     prompts, answers = [ids for ids, _, _ in fitting], [answer.strip() for _, _, answer in fitting]
     longest = max((len(loaded.tokenizer(answer)["input_ids"]) for answer in answers), default=0)
     wanted = Sampling(tokens=min(longest + 8, 512))
-    if loaded.processor is None:
-        written = generate(loaded.model, loaded.tokenizer, prompts, wanted, batch=batch, name=loaded.recipe.model)
-    else:
-        written = seeing.answers(loaded.model, loaded.processor, prompts, wanted, batch=batch)
+    written = generate(loaded.model, writer, prompts, wanted, batch=batch, name=loaded.recipe.model)
     hits = sum(text == answer for text, answer in zip(written, answers, strict=True))
     scores["exact_match"] = 100.0 * hits / len(asked)
     intervals["exact_match"] = share_interval(hits, len(asked))

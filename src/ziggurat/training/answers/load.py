@@ -42,11 +42,9 @@ class Loaded:
     @property
     def writer(self) -> Any:
         """The tokenizer, or the processor's `Writer`, which applies the chat template."""
-        if self.processor is None:
-            return self.tokenizer
-        from ..model.seeing import Writer
+        from ..model.seeing import writer_of
 
-        return Writer(self.processor)
+        return writer_of(self.tokenizer, self.processor)
 
     def batches(self, columns: Mapping[str, Sequence[Any]], size: int) -> Iterator[dict[str, Tensor]]:
         """The rows of encoded texts in order, `size` at a time, padded and on the model's device."""

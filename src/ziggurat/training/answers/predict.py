@@ -129,17 +129,9 @@ def predict_each(
     if not writes:
         return _score(loaded, [shown(text) for text in texts], second, batch or 32)
     contexts = second if second is not None else [None] * len(texts)
-    sampling, batch, each = sampling or Sampling(), batch or 8, zip(texts, contexts, strict=True)
-    if loaded.processor is not None:
-        from ..model import seeing
-
-        talks = [_talk(text, context, system) for text, context in each]
-        seen = [seeing.asked(loaded.writer, talk.messages, talk.images, talk.tools) for talk in talks]
-        answers = seeing.answers(loaded.model, loaded.processor, seen, sampling, batch=batch)
-    else:
-        asked = [_asked(loaded, text, context, system) for text, context in each]
-        name = loaded.recipe.model
-        answers = generate(loaded.model, loaded.tokenizer, asked, sampling, batch=batch, name=name)
+    asked = [_asked(loaded, text, context, system) for text, context in zip(texts, contexts, strict=True)]
+    how: dict[str, Any] = {"batch": batch or 8, "name": loaded.recipe.model}
+    answers = generate(loaded.model, loaded.writer, asked, sampling or Sampling(), **how)
     return (Prediction(shown(text), answer) for text, answer in zip(texts, answers, strict=True))
 
 
@@ -182,19 +174,16 @@ def seen_with(text: str, images: Sequence[str | Path]) -> Conversation:
     return Conversation(messages, images=sources)
 
 
-def _opened(loaded: Loaded, messages: list[Any], tools: Any = None) -> list[int]:
-    """Token ids of messages to be answered, opened as in training: for drawn completions or for learned answers."""
-    if loaded.recipe.kind.rows == "prompts":
-        return chat_ids(loaded.tokenizer, messages, tools, add_generation_prompt=True)
-    return asked_ids(loaded.writer, messages, tools)
-
-
-def _asked(loaded: Loaded, text: str | list[str] | Conversation, context: str | None, system: str | None) -> list[int]:
-    """Token ids of one question, in the form that the adapter was trained on."""
+def _asked(loaded: Loaded, text: str | list[str] | Conversation, context: str | None, system: str | None) -> Any:
+    """One question as a prompt of `generate`, in the form that the adapter was trained on."""
     shape = loaded.run.get("shape")
     if shape == "messages" or isinstance(text, Conversation):
         talk = _talk(text, context, system)
-        return _opened(loaded, talk.messages, talk.tools)
+        if loaded.processor is not None:
+            return loaded.writer.asked(talk.messages, talk.tools, talk.images)
+        if loaded.recipe.kind.rows == "prompts":  # opened for drawn completions, else for learned answers
+            return chat_ids(loaded.tokenizer, talk.messages, talk.tools, add_generation_prompt=True)
+        return asked_ids(loaded.tokenizer, talk.messages, talk.tools)
     prompt = text = shown(text)
     if shape == "source":
         return source_ids(loaded.recipe, loaded.tokenizer, [text])[0]
@@ -211,8 +200,8 @@ def _talk(text: str | list[str] | Conversation, context: str | None, system: str
     return Conversation(with_system([{"role": "user", "content": content}], system))
 
 
-def asked_of(loaded: Loaded, messages: list[dict[str, Any]], system: str | None = None) -> list[int]:
-    """Token ids of a conversation; of its last message alone if the adapter was not trained on conversations."""
+def asked_of(loaded: Loaded, messages: list[dict[str, Any]], system: str | None = None) -> Any:
+    """A conversation as a prompt of `generate`; for an adapter trained without any, its last message."""
     talk = Conversation(messages) if loaded.run.get("shape") == "messages" else messages[-1]["content"]
     return _asked(loaded, talk, None, system)
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -129,10 +129,13 @@ def _masked(
     return ids, mask
 
 
-def question_of(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[list[int], str, str] | None:
+def question_of(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], opened: Callable[[list[Message], Any], Any] | None = None
+) -> tuple[Any, str, str] | None:
     """Token ids of the question, the question in words, and its (last) answer, for a row of `instruct.to_rows`.
 
-    None for plain text, which has no question, and for answers that consist of tool calls only.
+    `opened`: makes another prompt of messages and tools. None for plain text, which has no question, and for answers
+    that consist of tool calls only.
     """
     if "messages" in row:
         messages, tools = json.loads(row["messages"]), json.loads(row["tools"])
@@ -140,7 +143,8 @@ def question_of(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tupl
         if not place or not messages[place]["content"].strip():
             return None
         before = messages[:place]
-        return asked_ids(tokenizer, before, tools), before[-1]["content"], messages[place]["content"]
+        prompt = asked_ids(tokenizer, before, tools) if opened is None else opened(before, tools)
+        return prompt, before[-1]["content"], messages[place]["content"]
     if "prompt" not in row:
         return None
     ids: Any = tokenizer(row["prompt"], verbose=False)["input_ids"]

@@ -14,9 +14,9 @@ from ..data.chat import IMAGE
 from ..data.encode import positions
 from ..data.examples import Examples
 from ..data.sources import source_ids
-from ..data.template import question_of
 from ..model.base import Base
 from ..model.generate import Sampling, generate
+from ..model.seeing import question_of, writer_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,7 +38,8 @@ class Answers:
         self.trainer, self.base, self.name = trainer, base, recipe.model
         count = recipe.train.answers if recipe.task in ("instruct", "seq2seq") and alone else 0
         rows = validation.select(range(min(count, len(validation))))
-        asked = [_question(recipe, base, dict(row)) for row in rows]
+        self._writer = writer_of(base.tokenizer, base.processor)
+        asked = [_question(recipe, self._writer, dict(row)) for row in rows]
         self._prompts = [question[0] for question in asked if question is not None]
         self.rows: list[dict[str, str]] = [
             {"question": question[1][:SHOWN], "expected": question[2][:SHOWN]}
@@ -57,25 +58,16 @@ class Answers:
         model.eval()
         with quiet():
             prompts = [self._prompts[place] for place in fits]
-            if self.base.processor is None:
-                written = list(generate(model, self.base.tokenizer, prompts, Sampling(TOKENS), name=self.name))
-            else:
-                from ..model.seeing import answers
-
-                written = list(answers(model, self.base.processor, prompts, Sampling(TOKENS)))
+            written = list(generate(model, self._writer, prompts, Sampling(TOKENS), name=self.name))
         model.train(training)
         for place, answer in zip(fits, written, strict=True):
             self.rows[place][when] = answer
 
 
-def _question(recipe: Recipe, base: Base, row: dict[str, Any]) -> tuple[Any, str, str] | None:
+def _question(recipe: Recipe, writer: Any, row: dict[str, Any]) -> tuple[Any, str, str] | None:
     if "source" in row:
-        return source_ids(recipe, base.tokenizer, [row["source"]])[0], row["source"], row["target"]
-    if base.processor is None:
-        return question_of(base.tokenizer, row)
-    from ..model import seeing
-
-    return seeing.question_of(seeing.Writer(base.processor), row)
+        return source_ids(recipe, writer, [row["source"]])[0], row["source"], row["target"]
+    return question_of(writer, row)
 
 
 def example_of(examples: Examples, rated: bool = False) -> tuple[list[str], list[str]]:

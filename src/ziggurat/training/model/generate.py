@@ -1,4 +1,4 @@
-"""Generating answers to prompts in batches."""
+"""Generating answers to prompts, of texts or of texts and images, in batches."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from ..data.encode import positions
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
+
+    from ..data.images import Source
 
 
 @dataclass(frozen=True)
@@ -41,25 +43,33 @@ class Sampling:
         return {"do_sample": True, **drawn}
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A rendered conversation with images, opened for an answer."""
+
+    text: str
+    images: list[Source]
+
+
 def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Any],
     sampling: Sampling = Sampling(),
     *,
     batch: int = 8,
     name: str = "the model",
     streamer: BaseStreamer | None = None,
 ) -> Iterator[str]:
-    """The answers to prompts of token ids, in their order, batch by batch.
+    """The answers to prompts, in their order, batch by batch.
 
-    Shorter prompts are padded on the left, those of an encoder on the right. `streamer` receives the tokens of a single
-    prompt as they are generated. Raises DataError for a prompt that fills all positions of the model (`name` in the
-    error).
+    Prompts are token ids, or `Asked` by a `seeing.Writer`, which is given as the tokenizer. Shorter prompts are padded
+    on the left, those of an encoder on the right. `streamer` receives the tokens of a single prompt as they are
+    generated. Raises DataError for a prompt that fills all positions of the model (`name` in the error).
     """
     most = positions(model.config)
     for index, ids in enumerate(prompts):
-        if most is not None and len(ids) > most - (not encodes(model)):
+        if not isinstance(ids, Asked) and most is not None and len(ids) > most - (not encodes(model)):
             raise DataError(
                 f"text {index + 1} of {len(prompts)} has {len(ids):,} tokens, and {name} takes {most:,}, "
                 "those of the answer too; shorten it"
@@ -72,21 +82,19 @@ def generate(
 
 @torch.no_grad()
 def _answers(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    part: Sequence[Sequence[int]],
-    sampling: Sampling,
-    streamer: BaseStreamer | None,
+    model: nn.Module, tokenizer: Any, part: Sequence[Any], sampling: Sampling, streamer: BaseStreamer | None
 ) -> list[str]:
-    pad: Any = tokenizer.pad_token_id
-    device, most = next(model.parameters()).device, positions(model.config)
-    side = "right" if encodes(model) else "left"
-    ids = pad_sequence([torch.tensor(row) for row in part], True, pad or 0, side).to(device)
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in part], True, 0, side).to(device)
-    read = 0 if encodes(model) else ids.shape[1]  # the prompt's tokens, which use up positions
+    pad, device, most = tokenizer.pad_token_id, next(model.parameters()).device, positions(model.config)
+    if isinstance(part[0], Asked):
+        most = None
+        inputs = tokenizer.inputs([asked.text for asked in part], [asked.images for asked in part], side="left")
+    else:
+        side, rows = "right" if encodes(model) else "left", [torch.tensor(ids) for ids in part]
+        inputs = {"input_ids": pad_sequence(rows, True, pad or 0, side)}
+        inputs["attention_mask"] = pad_sequence([torch.ones_like(row) for row in rows], True, 0, side)
+    read = 0 if encodes(model) else inputs["input_ids"].shape[1]  # the prompt's tokens, which use up positions
     output: Any = model.generate(  # type: ignore[operator]
-        input_ids=ids,
-        attention_mask=mask,
+        **{name: value.to(device) for name, value in inputs.items()},
         max_new_tokens=min(sampling.tokens, most - read) if most is not None else sampling.tokens,
         pad_token_id=pad,
         streamer=streamer,

@@ -1,30 +1,28 @@
-"""Vision-language models: their conversations as token ids with loss masks, their batches, their answers."""
+"""Vision-language models: their conversations as token ids with loss masks, and their batches."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase
 
 from ziggurat.errors import DataError
 from ziggurat.recipe.schema import Recipe
 
+from ..data import template
 from ..data.chat import IMAGE, Message
 from ..data.encode import longest, spread
 from ..data.examples import Examples
 from ..data.images import Source, open_image
 from ..data.template import common_start, rendered
 from ..data.tokens import STEP, Row, tell_of_cuts, tokens_of
-from .generate import Sampling
+from .generate import Asked
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers.generation.streamers import BaseStreamer
 
 #: Inputs that have a column for each token.
 _OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -59,6 +57,13 @@ class Writer:
         parts = [{**message, "content": _parts(message["content"])} for message in messages]
         text = self.processor.apply_chat_template(parts, tools=tools, tokenize=False, **how)
         return self.tokenizer(text, add_special_tokens=False, verbose=False) if tokenize else text
+
+    def asked(self, messages: list[Message], tools: Any, images: list[Source]) -> Asked:
+        """Messages to be answered, opened as in training; see `template.asked_ids`."""
+        writer = cast(Any, self)
+        answered = rendered(writer, [*messages, {"role": "assistant", "content": "Yes"}], tools)
+        opened = rendered(writer, messages, tools, add_generation_prompt=True)
+        return Asked(opened[: common_start(opened, answered)], images)
 
     def inputs(self, texts: Sequence[str], images: Sequence[Sequence[Source]], side: str = "right") -> dict[str, Any]:
         """A padded batch of rendered texts and their images, as model inputs."""
@@ -193,56 +198,15 @@ class ImageCollator:
         return {**batch, "labels": labels}
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A rendered conversation, opened for an answer, and its images."""
-
-    text: str
-    images: list[Source]
+def writer_of(tokenizer: Any, processor: Any) -> Any:
+    """The tokenizer, or the `Writer` of a processor: both apply a chat template to messages."""
+    return tokenizer if processor is None else Writer(processor)
 
 
-def asked(writer: Any, messages: list[Message], images: list[Source], tools: Any = None) -> Asked:
-    """Messages to be answered, opened as in training; see `template.asked_ids`."""
-    answered = rendered(writer, [*messages, {"role": "assistant", "content": "Yes"}], tools)
-    opened = rendered(writer, messages, tools, add_generation_prompt=True)
-    return Asked(opened[: common_start(opened, answered)], images)
-
-
-def question_of(writer: Any, row: dict[str, Any]) -> tuple[Asked, str, str] | None:
-    """The question as `Asked` and in words, and its (last) answer, of a row of `instruct.to_rows`."""
-    messages, tools = json.loads(row["messages"]), json.loads(row["tools"])
-    place = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
-    if not place or not messages[place]["content"].strip():
-        return None
-    before = messages[:place]
-    shown = before[-1]["content"].replace(IMAGE, "[image] ")
-    return asked(writer, before, row.get("images") or [], tools), shown, messages[place]["content"]
-
-
-@torch.no_grad()
-def answers(
-    model: nn.Module,
-    processor: ProcessorMixin,
-    questions: Sequence[Asked],
-    sampling: Sampling,
-    *,
-    batch: int = 8,
-    streamer: BaseStreamer | None = None,
-) -> Iterator[str]:
-    """The answers to conversations with images, in their order, batch by batch; as `generate.generate`."""
-    writer = Writer(processor)
-    if sampling.seed is not None:
-        torch.manual_seed(sampling.seed)
-    device = next(model.parameters()).device
-    for start in range(0, len(questions), batch):
-        part = questions[start : start + batch]
-        inputs = writer.inputs([asked.text for asked in part], [asked.images for asked in part], side="left")
-        output: Any = model.generate(  # type: ignore[operator]
-            **{name: value.to(device) for name, value in inputs.items()},
-            max_new_tokens=sampling.tokens,
-            pad_token_id=writer.tokenizer.pad_token_id,
-            streamer=streamer,
-            **sampling.arguments(),
-        )
-        written = output[:, inputs["input_ids"].shape[1] :]
-        yield from (str(text).strip() for text in writer.tokenizer.batch_decode(written, skip_special_tokens=True))
+def question_of(writer: Any, row: dict[str, Any]) -> tuple[Any, str, str] | None:
+    """`template.question_of` with the prompt of this tokenizer or `Writer`; an image is shown by its name."""
+    if isinstance(writer, PreTrainedTokenizerBase):
+        return template.question_of(writer, row)
+    images = row.get("images") or []
+    question = template.question_of(writer, row, lambda messages, tools: writer.asked(messages, tools, images))
+    return question and (question[0], question[1].replace(IMAGE, "[image] "), question[2])
