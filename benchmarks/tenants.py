@@ -8,9 +8,12 @@ bank; `msplora`, a fresh pyramid of the same ranks; `lora:N`, a fresh LoRA of as
 the pyramid, and of rank --r; `head`, no adapter. All have a fresh head, which no count holds. Scores are those after
 the last step, on the validation split; bytes are those of the weights that a new task adds; seconds the processor's.
 
-Each run adds a line to --out. All runs of the first seed come first, those with the fewest rows at the head, so that
-what is there when it is stopped can be compared. What --out holds already is not run again; --table prints it and runs
-nothing.
+With several --rates each arm has its best one: of the first seed and --tune-on rows, on validation rows apart from
+those that are reported (--eval-rows must leave some).
+
+Each run adds a line to --out. The runs that choose rates come first, then all of the first seed, those with the fewest
+rows at the head, so that what is there when it is stopped can be compared. What --out holds already is not run again;
+--table prints it and runs nothing.
 """
 
 import argparse
@@ -72,10 +75,12 @@ def loss_of(task: str, logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, labels)
 
 
-def fit(options: argparse.Namespace, model: Heads, splits: dict[str, glue.Split], steps: int, seed: int) -> None:
+def fit(
+    options: argparse.Namespace, model: Heads, splits: dict[str, glue.Split], steps: int, seed: int, rate: float
+) -> None:
     """Each step takes a batch of every task."""
     learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=options.lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(learning, lr=rate, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / max(0.06 * steps, 1), (steps - step) / (0.94 * steps))
     )
@@ -126,7 +131,7 @@ def bank(options: argparse.Namespace, seed: int) -> tuple[Path, float]:
         ziggurat.share(model.encoder, tasks)
         splits = {t: split(options, t, drawn(table_of(options, t, "train"), options.bank_rows, seed)) for t in tasks}
         begun = clock(options)
-        fit(options, model.to(options.device), splits, options.bank_steps, seed)
+        fit(options, model.to(options.device), splits, options.bank_steps, seed, options.lr)
         seconds = clock(options) - begun
         folder.parent.mkdir(parents=True, exist_ok=True)
         ziggurat.save_tenants(model.encoder, folder)
@@ -149,7 +154,7 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def run(options: argparse.Namespace, task: str, rows: int, arm: str, seed: int) -> dict[str, Any]:
+def run(options: argparse.Namespace, task: str, rows: int, arm: str, seed: int, rate: float) -> dict[str, Any]:
     on, bank_seconds = bank(options, seed) if arm == "private" else (None, 0.0)
     torch.manual_seed(seed)
     model = Heads(options, [task])
@@ -163,15 +168,19 @@ def run(options: argparse.Namespace, task: str, rows: int, arm: str, seed: int) 
     trained = count(model.encoder)
     train = split(options, task, drawn(table_of(options, task, "train"), rows, seed))
     begun = clock(options)
-    fit(options, model.to(options.device), {task: train}, options.steps, seed)
+    fit(options, model.to(options.device), {task: train}, options.steps, seed, rate)
     seconds = clock(options) - begun
-    validation = split(options, task, drawn(table_of(options, task, "validation"), options.eval_rows, 0))
+    table = table_of(options, task, "validation")
+    reported = drawn(table, options.eval_rows, 0)
+    others = table.drop(reported.index)
     return {
         "task": task,
         "rows": rows,
         "arm": arm,
         "seed": seed,
-        "score": score(options, model, task, validation),
+        "rate": rate,
+        "score": score(options, model, task, split(options, task, reported)),
+        "tuning": score(options, model, task, split(options, task, others)) if len(others) else None,
         "trained": trained,
         "bytes": stored(model.encoder, on),
         "seconds": round(seconds, 1),
@@ -215,8 +224,28 @@ def score(options: argparse.Namespace, model: Heads, task: str, part: glue.Split
     return glue.METRICS[glue.TASKS[task].metrics[0]](torch.cat(outputs).cpu().numpy(), part.labels.cpu().numpy())
 
 
-def page(lines: list[dict[str, Any]]) -> str:
+def rate_of(line: dict[str, Any]) -> float:
+    return line.get("rate", line["setting"]["lr"])
+
+
+def best_rates(lines: list[dict[str, Any]], rows: int) -> dict[str, tuple[float, int]]:
+    """Arm -> its best rate, and how many were tried, by the mean over the tasks of the first seed's `tuning`."""
+    best = {}
+    for arm in dict.fromkeys(line["arm"] for line in lines):
+        of_arm = [line for line in lines if line["arm"] == arm]
+        tuned: dict[float, list[float]] = {}
+        for line in of_arm:
+            if line["rows"] == rows and line["seed"] == lines[0]["seed"] and line.get("tuning") is not None:
+                tuned.setdefault(rate_of(line), []).append(line["tuning"])
+        rate = max(tuned, key=lambda rate: statistics.mean(tuned[rate]), default=rate_of(of_arm[0]))
+        best[arm] = (rate, max(1, len(tuned)))
+    return best
+
+
+def page(lines: list[dict[str, Any]], tuned_on: int) -> str:
     """The setting; scores, parameters, bytes and seconds of each arm; the private tiers' lead over the other arms."""
+    best = best_rates(lines, tuned_on)
+    lines = [line for line in lines if rate_of(line) == best[line["arm"]][0]]
     of_bank = [line["bank_seconds"] for line in lines if line["bank_seconds"]]
     places = list(dict.fromkeys((line["task"], line["rows"]) for line in lines))
     places.sort(key=lambda place: place[0])
@@ -226,7 +255,7 @@ def page(lines: list[dict[str, Any]]) -> str:
     head = " | ".join(f"{task} {rows}" for task, rows in places)
     text = [", ".join(f"{name} {value}" for name, value in lines[0]["setting"].items()), ""]
     text += [f"Seconds to train a bank: {statistics.mean(of_bank):.0f}.", ""] if of_bank else []
-    text += [f"| | parameters | bytes | seconds | {head} |", "|---|--:|--:|--:|" + "--:|" * len(places)]
+    text += [f"| | parameters | bytes | seconds | rate (of) | {head} |", "|---|--:|--:|--:|--:|" + "--:|" * len(places)]
     for arm in arms_run:
         of_arm = [line for line in lines if line["arm"] == arm]
         cells = []
@@ -235,7 +264,9 @@ def page(lines: list[dict[str, Any]]) -> str:
             spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
             cells.append(f"{statistics.mean(scores):.1f}{spread}" if scores else "")
         seconds = statistics.mean(line["seconds"] for line in of_arm)
-        numbers = f"{of_arm[0]['trained']:,} | {of_arm[0]['bytes']:,} | {seconds:.0f}"
+        numbers = (
+            f"{of_arm[0]['trained']:,} | {of_arm[0]['bytes']:,} | {seconds:.0f} | {best[arm][0]:g} ({best[arm][1]})"
+        )
         text.append(f"| {arm} | {numbers} | {' | '.join(cells)} |")
     text += ["", "Private minus the others, paired by seed: mean (lowest to highest).", ""]
     text += [f"| | {head} |", "|---|" + "--:|" * len(places)]
@@ -268,9 +299,27 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--bank-rows", type=int, help="rows of each of the bank's tasks (default: all)")
     parser.add_argument("--eval-rows", type=int, help="rows of the validation split (default: all)")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--arms", nargs="+", help="instead of all")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of the bank")
+    parser.add_argument("--rates", nargs="+", type=float, help="of the new tasks (default: --lr)")
+    parser.add_argument("--tune-on", type=int, default=256, help="rows with which an arm's best rate is chosen")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
+
+
+def run_once(
+    options: argparse.Namespace, task: str, rows: int, arm: str, seed: int, rate: float, *, tuning: bool = False
+) -> None:
+    """Add the line of a run to --out, if it isn't there; with `tuning`, if none with a score on the tuning rows is."""
+    key = (task, rows, arm, seed, rate)
+    for line in glue.held(options.out):
+        same = (line["task"], line["rows"], line["arm"], line["seed"], rate_of(line)) == key
+        if same and not (tuning and line.get("tuning") is None):
+            return
+    line = run(options, *key)
+    with options.out.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(*key, f"{line['score']:.4f}", line["seconds"], "s", flush=True)
 
 
 def main() -> None:
@@ -285,17 +334,17 @@ def main() -> None:
         lines = glue.held(options.out)
         if any(line["setting"] != setting(options) for line in lines):
             parser.error(f"{options.out} holds runs of other options ({lines[0]['setting']}): name another file")
-        done = {(x["task"], x["rows"], x["arm"], x["seed"]) for x in lines}
-        for key in product(options.seeds, options.rows, options.new, arms(options)):
-            seed, rows, task, arm = key
-            if (task, rows, arm, seed) not in done:
-                line = run(options, task, rows, arm, seed)
-                with options.out.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                print(*key, f"{line['score']:.4f}", line["seconds"], "s", flush=True)
+        todo = options.arms or arms(options)
+        rates = options.rates or [options.lr]
+        if len(rates) > 1:
+            for task, arm, rate in product(options.new, todo, rates):
+                run_once(options, task, options.tune_on, arm, options.seeds[0], rate, tuning=True)
+            best = best_rates(glue.held(options.out), options.tune_on)
+        for seed, rows, task, arm in product(options.seeds, options.rows, options.new, todo):
+            run_once(options, task, rows, arm, seed, best[arm][0] if len(rates) > 1 else rates[0])
     if not (lines := glue.held(options.out)):
         parser.error(f"{options.out} holds no runs")
-    print(page(lines))
+    print(page(lines, options.tune_on))
 
 
 if __name__ == "__main__":
