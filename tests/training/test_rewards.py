@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ def run(model: Path, folder: Path, name: str = "out", **more: Any) -> Recipe:
 def built_in(name: str, texts: Sequence[Any], **more: Any) -> list[float]:
     columns = {key: value for key, value in more.items() if not key.startswith("rewards__")}
     made = recipe(**{key: value for key, value in more.items() if key.startswith("rewards__")})
-    return checked(name, BUILT_IN[name](made))(completions=texts, prompts=["?"] * len(texts), **columns)
+    return checked(name, partial(BUILT_IN[name], made.rewards))(
+        completions=texts, prompts=["?"] * len(texts), **columns
+    )
 
 
 def test_built_in_rewards() -> None:

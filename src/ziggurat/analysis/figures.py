@@ -39,8 +39,7 @@ def role_map(
         most = max(c.rank for c in collected.of(part))
         limits, title = (1.0, float(max(most, 2))), f"{title}, of {most}"
     heat_map(ax, grid, _numbers(len(grid)), [short[r] for r in roles], label=words, limits=limits)
-    ax.set_ylabel("layer")
-    ax.set_title(title)
+    ax.set(ylabel="layer", title=title)
     return ax
 
 
@@ -65,10 +64,7 @@ def layer_map(
     most = max(least, float(np.nanmax(np.abs(grid), initial=0.0))) or 1.0
     limits = (-most if centred else 0.0, most)
     heat_map(ax, grid, *[_numbers(len(grid))] * 2, centred=centred, limits=limits, label=label)
-    ax.set_aspect("equal")
-    ax.set_xlabel("layer j")
-    ax.set_ylabel("layer i")
-    ax.set_title(title)
+    ax.set(aspect="equal", xlabel="layer j", ylabel="layer i", title=title)
     return ax
 
 
@@ -130,14 +126,12 @@ def pyramid(collected: Collected, stack: str | None = None, role: str | None = N
                 middle = (layers[0] + layers[-1]) / 2
                 ink = text_colour(fill)
                 ax.text(middle, level, words, ha="center", va="center", fontsize=9 if width > 1 else 8, color=ink)
-    ax.set_xlim(-0.6, depth - 0.4)
-    ax.set_ylim(len(parts) - 0.5, -0.5)
+    ax.set(xlim=(-0.6, depth - 0.4), ylim=(len(parts) - 0.5, -0.5), xlabel="layer")
     step = -(-depth // 32)
     ax.set_xticks(range(0, depth, step))
     ax.set_yticks(range(len(parts)), [_rank_words(collected, part) for part in parts])
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
-    ax.set_xlabel("layer")
     ax.set_title(f"Effective rank, {'mean over roles' if role is None else role}; darker: more of the rank is used")
     return ax
 
@@ -155,10 +149,8 @@ def spectrum_lines(collected: Collected, ax: Axes | None = None) -> Axes:
             colour = part_colour(part, collected.stored_parts)
             ax.plot(range(1, len(shares) + 1), shares, marker="o", markersize=3.5, color=colour, label=part)
     ax.set_ylim(bottom=0)
-    ax.set_xlabel("singular value, from the largest")
-    ax.set_ylabel("share of the sum")
+    ax.set(xlabel="singular value, from the largest", ylabel="share of the sum", title="Spectra")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_title("Spectra")
     if ax.lines:
         ax.legend(frameon=False)
     return ax
@@ -181,9 +173,8 @@ def spectra_over_epochs(
     high = limit if limit is not None else float(np.nanmax(top, initial=0.0))
     rows = [str(n + 1) for n in range(len(top))]
     heat_map(ax, top, rows, names, limits=(0.0, high or 1.0), label="singular value", bar=bar)
-    ax.set_xlabel("epoch")
-    ax.set_ylabel("singular value, from the largest")
-    ax.set_title(_part_words(part)[0].upper() + _part_words(part)[1:])
+    title = _part_words(part)[0].upper() + _part_words(part)[1:]
+    ax.set(xlabel="epoch", ylabel="singular value, from the largest", title=title)
     return ax
 
 
@@ -235,10 +226,9 @@ def expert_maps(
     for ax, name in zip(axes, drawn, strict=True):
         limits = (0.0, 1.0) if name == "shared" else (0.0, float(np.nanmax(by_value[name], initial=0.0)) or 1.0)
         heat_map(ax, by_value[name], _numbers(layers), _numbers(number), limits=limits, label=experts.VALUES[name])
-        ax.set_xlabel("expert")
-        ax.set_ylabel("layer")
         words = f"{experts.VALUES[name][0].upper()}{experts.VALUES[name][1:]}"
-        ax.set_title(words if ax is not axes[0] else f"{role.rpartition('.')[2]}: {experts.VALUES[name]}")
+        title = words if ax is not axes[0] else f"{role.rpartition('.')[2]}: {experts.VALUES[name]}"
+        ax.set(xlabel="expert", ylabel="layer", title=title)
     return axes
 
 

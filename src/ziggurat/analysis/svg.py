@@ -34,7 +34,7 @@ def line_chart(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[
         across = _LEFT + (x - x0) / (x1 - x0) * (WIDTH - _LEFT - _RIGHT)
         return across, height - _BOTTOM - (y - y0) / (y1 - y0) * (height - _TOP - _BOTTOM)
 
-    parts = [_text(12, 16, _cut(title, 44), "t")]
+    parts: list[str] = []
     for value in up_at:
         _, y = at(x0, value)
         parts.append(f'<line class="g" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -53,7 +53,7 @@ def line_chart(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[
             ]
         if legend:
             y = height + 12 + 16 * number
-            parts.append(f'<rect class="b c{number % 8}" x="{_LEFT}" y="{y - 9}" width="12" height="9"/>')
+            parts.append(_rect(f"b c{number % 8}", _LEFT, y - 9, 12, 9))
             parts.append(_text(_LEFT + 18, y, _cut(name, 44), "n"))
     return _svg(total, title, parts)
 
@@ -67,13 +67,13 @@ def bars(title: str, lengths: Mapping[str, Mapping[str, float]], x_name: str) ->
         return ""
     left = min(120, 18 + int(6.2 * max(len(_cut(row, 17)) for row in rows)))
     room = WIDTH - left - _RIGHT
-    parts = [_text(12, 16, _cut(title, 44), "t")]
+    parts: list[str] = []
     x, y = left, 26
     for number, part in enumerate(lengths):
         wide = 20 + 6.4 * len(_cut(part, 16))
         if x + wide > WIDTH - _RIGHT:
             x, y = left, y + 16
-        parts.append(f'<rect class="b c{number % 8}" x="{x:.1f}" y="{y}" width="10" height="9"/>')
+        parts.append(_rect(f"b c{number % 8}", x, y, 10, 9))
         parts.append(_text(x + 14, y + 9, _cut(part, 16), "n"))
         x += wide
     top = y + 18
@@ -82,10 +82,7 @@ def bars(title: str, lengths: Mapping[str, Mapping[str, float]], x_name: str) ->
         parts.append(_text(left - 6, y + 15, _cut(row, 17), "n e"))
         for number, by_row in enumerate(lengths.values()):
             wide = by_row.get(row, 0.0) / longest * room
-            parts.append(
-                f'<rect class="b c{number % 8}" x="{start:.1f}" y="{y}" width="{max(wide - 1, 0):.1f}" height="22" '
-                'rx="2"/>'
-            )
+            parts.append(_rect(f"b c{number % 8}", start, y, max(wide - 1, 0), 22, ' rx="2"'))
             if wide > 34:
                 parts.append(_text(start + wide / 2, y + 15, f"{by_row.get(row, 0.0) / totals[row]:.0%}", "n m w"))
             start += wide
@@ -120,12 +117,11 @@ def heat_map(
         high = max(abs(low), abs(high)) or 1.0
         low = -high
     top = 44
-    parts = [_text(12, 16, _cut(title, 44), "t"), *_legend(low, high, centred)]
+    parts = _legend(low, high, centred)
     for (i, j), value in np.ndenumerate(grid):
         x, y = left + j * side, top + i * tall
         kind, share = _shade(value, low, high, centred)
-        fill = f' style="--v:{100 * share:.0f}%"' if kind != "x" else ""
-        parts.append(f'<rect class="{kind}"{fill} x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{tall:.1f}"/>')
+        parts.append(_rect(kind, x, y, side, tall, f' style="--v:{100 * share:.0f}%"' if kind != "x" else ""))
         words = f"{value:.{digits}f}"
         words = words if float(words) else words.lstrip("-")
         if np.isfinite(value) and 5.6 * len(words) < side - 2:
@@ -151,7 +147,7 @@ def pyramid(collected: Collected, stack: str | None = None) -> str:
     stack = measures.stack_of(collected, stack)
     depth, left, tall = collected.layers[stack], 66, 34
     side = (WIDTH - left - _RIGHT) / depth
-    parts = [_text(12, 16, "Effective rank by part, mean over roles", "t")]
+    parts: list[str] = []
     for level, part in enumerate(collected.stored_parts):
         y = 30 + level * (tall + 6)
         ranks = sorted({c.rank for c in collected.of(part)})
@@ -161,10 +157,7 @@ def pyramid(collected: Collected, stack: str | None = None) -> str:
             share = erank / rank if np.isfinite(erank) and rank else 0.0
             x, wide = left + layers[0] * side, (layers[-1] - layers[0] + 1) * side - 1.5
             kind, depth_of = _shade(share, 0.0, 1.0)
-            parts.append(
-                f'<rect class="{kind}" style="--v:{100 * depth_of:.0f}%" rx="3" x="{x:.1f}" y="{y}" width="{wide:.1f}" '
-                f'height="{tall}"/>'
-            )
+            parts.append(_rect(kind, x, y, wide, tall, f' style="--v:{100 * depth_of:.0f}%" rx="3"'))
             if wide > 17.4:
                 shade = "n m w" if kind == "i" else "n m k"
                 parts.append(_text(x + wide / 2, y + tall / 2 + 4, f"{erank:.1f}", shade))
@@ -172,7 +165,7 @@ def pyramid(collected: Collected, stack: str | None = None) -> str:
     step = max(1, -(-22 // max(1, int(side))))
     parts += [_text(left + (n + 0.5) * side, bottom + 8, str(n), "n m") for n in range(0, depth, step)]
     parts.append(_text((left + WIDTH) / 2, bottom + 24, "layer", "n m"))
-    return _svg(bottom + 30, "effective ranks of all parts", parts)
+    return _svg(bottom + 30, "Effective rank by part, mean over roles", parts)
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
@@ -206,19 +199,17 @@ def _legend(low: float, high: float, centred: bool) -> list[str]:
     parts = [_text(start - 4, 33, _short(low), "n e"), _text(start + cells * wide + 4, 33, _short(high), "n")]
     for n in range(cells):
         kind, share = _shade(low + (high - low) * n / (cells - 1), low, high, centred)
-        parts.append(
-            f'<rect class="{kind} q" style="--v:{100 * share:.0f}%" x="{start + n * wide:.1f}" y="25" '
-            f'width="{wide + 0.5:.1f}" height="8"/>'
-        )
+        parts.append(_rect(f"{kind} q", start + n * wide, 25, wide + 0.5, 8, f' style="--v:{100 * share:.0f}%"'))
     return parts
 
 
-def _svg(height: float, label: str, parts: Sequence[str]) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label, quote=True)}">'
-        + "".join(parts)
-        + "</svg>"
-    )
+def _svg(height: float, title: str, parts: Sequence[str]) -> str:
+    head = f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title, quote=True)}">'
+    return "".join([head, _text(12, 16, _cut(title, 44), "t"), *parts, "</svg>"])
+
+
+def _rect(kind: str, x: float, y: float, width: float, height: float, more: str = "") -> str:
+    return f'<rect class="{kind}"{more} x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{round(height, 1):g}"/>'
 
 
 def _text(x: float, y: float, words: str, kind: str, more: str = "") -> str:

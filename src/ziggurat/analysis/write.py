@@ -6,7 +6,6 @@ import csv
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,25 +23,18 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-@dataclass(frozen=True)
-class Map:
-    """A matrix over pairs of layers and its style; the fields are those of `figures.layer_map`."""
-
-    measure: Callable[..., np.ndarray]
-    title: str
-    label: str
-    centred: bool = False
-    diagonal: bool = False
-    least: float = 0.0
-
-
-_OVERLAP = "mean cos² of the angles"
-MAPS = {
-    "kl": Map(measures.kl_matrix, "KL divergence between spectra", "KL(i || j)", diagonal=True),
-    "cosine": Map(measures.cosine_matrix, "Cosine of the updates", "cosine", centred=True, least=0.1),
-    "overlap_input": Map(measures.overlap_matrix, "Overlap of the input subspaces", _OVERLAP, least=0.1),
-    "overlap_output": Map(
-        partial(measures.overlap_matrix, side="output"), "Overlap of the output subspaces", _OVERLAP, least=0.1
+_OVERLAP = {"label": "mean cos² of the angles", "diagonal": False, "least": 0.1}
+#: Name -> a measure of pairs of layers, and its style for `figures.layer_map`.
+MAPS: dict[str, tuple[Callable[..., np.ndarray], dict[str, Any]]] = {
+    "kl": (measures.kl_matrix, {"title": "KL divergence between spectra", "label": "KL(i || j)"}),
+    "cosine": (
+        measures.cosine_matrix,
+        {"title": "Cosine of the updates", "label": "cosine", "centred": True, "diagonal": False, "least": 0.1},
+    ),
+    "overlap_input": (measures.overlap_matrix, {"title": "Overlap of the input subspaces", **_OVERLAP}),
+    "overlap_output": (
+        partial(measures.overlap_matrix, side="output"),
+        {"title": "Overlap of the output subspaces", **_OVERLAP},
     ),
 }
 
@@ -173,7 +165,7 @@ def as_json(
     ]
     stacks = {
         stack: {
-            **{name: map_.measure(collected, stack=stack).tolist() for name, map_ in MAPS.items()},
+            **{name: measure(collected, stack=stack).tolist() for name, (measure, _) in MAPS.items()},
             "energy": measures.energy(collected, stack),
             **({"kl_difference": measures.kl_difference(collected, other, stack).tolist()} if other else {}),
         }
@@ -233,11 +225,11 @@ def pictures_of(collected: Collected, other: Collected | None = None) -> Iterato
             yield f"{value}{tail}", lambda stack=stack, value=value: figures.role_map(collected, None, value, stack)
         of_experts = list(experts.maps(collected, stack))
         for role, short in short_roles(of_experts).items():
-            yield f"experts-{short}{tail}", partial(_expert_maps, collected, role, stack)
+            yield f"experts-{short}{tail}", lambda role=role, at=stack: figures.expert_maps(collected, role, at)[0]
         if depth < 2:
             continue
-        for name, map_ in MAPS.items():
-            yield f"{name}{tail}", partial(_layer_map, map_, collected, stack)
+        for name, (measure, style) in MAPS.items():
+            yield f"{name}{tail}", lambda m=measure, s=style, at=stack: figures.layer_map(m(collected, stack=at), **s)
         if other is not None:
             title = f"KL of {collected.source} minus {other.source}"
             yield (
@@ -259,16 +251,6 @@ def pictures_over_epochs(history: Sequence[Mapping[str, Any]]) -> Iterator[tuple
     spectra = trace.top_values(history)
     if spectra:
         yield "epochs", lambda: figures.figure_3(spectra)[0]
-
-
-def _expert_maps(collected: Collected, role: str, stack: str) -> Any:
-    return figures.expert_maps(collected, role, stack)[0]
-
-
-def _layer_map(map_: Map, collected: Collected, stack: str) -> Any:
-    grid = map_.measure(collected, stack=stack)
-    drawn = {"centred": map_.centred, "diagonal": map_.diagonal, "least": map_.least}
-    return figures.layer_map(grid, map_.title, map_.label, **drawn)
 
 
 def _number(value: float, digits: int) -> str:

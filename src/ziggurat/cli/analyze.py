@@ -9,6 +9,8 @@ from ziggurat.errors import ExportError
 from ziggurat.files.staging import told_of_storage, write_whole
 from ziggurat.terminal import Console, say
 
+from .options import Json
+
 
 def analyze(
     adapter: Annotated[
@@ -30,9 +32,7 @@ def analyze(
     k: Annotated[
         int, typer.Option("-k", min=0, help="Largest singular values that M_eff-k counts; 0: half of each rank.")
     ] = 0,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print everything as one JSON object instead of tables.")
-    ] = False,
+    json: Json = False,
 ) -> None:
     """Look inside an adapter: spectra, effective ranks, norms, how alike its layers are, what they have in common."""
     from json import loads as parse

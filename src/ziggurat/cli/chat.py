@@ -1,37 +1,28 @@
-"""`ziggurat chat`, and the common options of commands with generated text."""
+"""`ziggurat chat`."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.terminal import clean, say
+
+from . import options
 
 if TYPE_CHECKING:
     from ziggurat.training.answers.load import Loaded
     from ziggurat.training.model.generate import Sampling
 
-Adapter = Annotated[Path, typer.Argument(help="Folder that `ziggurat train` wrote.")]
-Tokens = Annotated[int, typer.Option(min=1, help="Longest answer of a model that writes.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0: the likeliest token each time; above: drawn.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this probability.")]
-TopK = Annotated[int, typer.Option(min=0, help="Draw from so many tokens at most; 0: all.")]
-Seed = Annotated[int | None, typer.Option(help="Makes the draw repeatable.")]
-System = Annotated[str | None, typer.Option(help="System prompt, for adapters trained on conversations.")]
-
 
 def chat(
-    adapter: Adapter,
-    system: System = None,
-    tokens: Tokens = 512,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Seed = None,
+    adapter: options.Adapter,
+    system: options.System = None,
+    tokens: options.Tokens = 512,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    seed: options.Seed = None,
 ) -> None:
     """Talk to a trained adapter in the terminal; its answers come word by word."""
     from ziggurat.training.answers.load import load_adapter_model

@@ -8,6 +8,7 @@ import typer
 from ziggurat.terminal import clean, say
 
 from .complete import recipe_words
+from .options import Json
 
 
 def doctor(
@@ -19,7 +20,7 @@ def doctor(
             autocompletion=recipe_words,
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object a finding and line.")] = False,
+    json: Json = False,
 ) -> None:
     """List combinations that will not work, and why, before they fail. Exit code 1 if one surely won't."""
     import json as text

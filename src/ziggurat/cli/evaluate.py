@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +14,6 @@ from ziggurat.files.staging import check_writable, write_whole
 from ziggurat.terminal import Console, say
 
 if TYPE_CHECKING:
-    from ziggurat.evaluation.lm import TaskScore
-    from ziggurat.evaluation.ready import Ready
     from ziggurat.evaluation.subject import Subject
 
 _HELP = "Adapter folder; or a model without adapter: its folder, .gguf file or name on the hub."
@@ -60,45 +57,28 @@ def evaluate(
     glue, rest = _read_tasks(tasks)
     _check_options(glue, dtype, limit, predictions)
     out, predictions, keep_tasks = (path and path.expanduser() for path in (out, predictions, keep_tasks))
-    _check_places(out, predictions and predictions / "x.tsv", keep_tasks and keep_tasks / "x.yaml")
+    for place in filter(None, (out, predictions and predictions / "x.tsv", keep_tasks and keep_tasks / "x.yaml")):
+        check_writable(place)
     _check_needs(glue, rest)
+    from ziggurat.evaluation.lm import score
+    from ziggurat.evaluation.ready import ready
     from ziggurat.evaluation.subject import load_subject
 
     subject = _find(adapter, glue, rest, dtype, data, server=predictions is not None)
-    scores: dict[str, dict[str, float]] = {}
-    per_cent: dict[str, list[str]] = {}
-    errors: dict[str, dict[str, float]] = {}
+    scores, errors, per_cent = dict[str, dict[str, float]](), dict[str, dict[str, float]](), dict[str, list[str]]()
     with ExitStack() as stack:
-        ready = stack.enter_context(_ready(rest, data, limit, run_generated_code, keep_tasks))
+        how = {"data": data, "limit": limit, "run_code": run_generated_code, "keep": keep_tasks}
+        prepared = stack.enter_context(ready(rest, **how)) if rest else []
         model, tokenizer, loaded = load_subject(subject, dtype)
         for name in glue:
             scores |= _glue(loaded, name, data, limit, predictions)
         per_cent |= {task: [name for name in values if not name.endswith(_PLAIN)] for task, values in scores.items()}
-        for score in _lm_scores(model, tokenizer, ready, limit, batch):
-            scores[score.task] = {**score.scores, "rows": float(score.rows)}
-            per_cent[score.task], errors[score.task] = list(score.per_cent), score.errors
-            say(_scores(score.task, scores[score.task], per_cent[score.task], score.errors))
+        for scored in score(model, tokenizer, prepared, limit=limit, batch=batch) if rest else ():
+            scores[scored.task] = {**scored.scores, "rows": float(scored.rows)}
+            per_cent[scored.task], errors[scored.task] = list(scored.per_cent), scored.errors
+            say(_scores(scored.task, scores[scored.task], per_cent[scored.task], scored.errors))
     key = "model" if subject.kind == "base" else "adapter"
     _write(out, {key: adapter, "scores": scores, "per_cent": per_cent, "standard_errors": errors})
-
-
-def _ready(
-    tasks: list[str], data: Path | None, limit: int | None, run_code: bool, keep: Path | None
-) -> AbstractContextManager[list[Ready]]:
-    """The tasks of lm-eval; it is not imported if there are none."""
-    if not tasks:
-        return nullcontext([])
-    from ziggurat.evaluation.ready import ready
-
-    return ready(tasks, data=data, limit=limit, run_code=run_code, keep=keep)
-
-
-def _lm_scores(model: Any, tokenizer: Any, ready: list[Ready], limit: int | None, batch: int) -> Iterable[TaskScore]:
-    if not ready:
-        return ()
-    from ziggurat.evaluation.lm import score
-
-    return score(model, tokenizer, ready, limit=limit, batch=batch)
 
 
 def _write(out: Path | None, values: dict[str, Any]) -> None:
@@ -120,7 +100,8 @@ def score_file(adapter: str, file: Path | None, *, limit: int | None, batch: int
     if file is None:
         raise typer.BadParameter("nothing to score on: give --data FILE, a labelled file of your own, or --tasks")
     out = out and out.expanduser()
-    _check_places(out)
+    if out is not None:
+        check_writable(out)
     subject = find_subject(adapter)
     if subject.recipe is None or subject.head is None:
         raise RecipeError(
@@ -168,13 +149,6 @@ def _check_options(glue: list[str], dtype: str, limit: int | None, predictions: 
         raise typer.BadParameter(
             "--limit leaves rows out, and GLUE's server wants them all; drop it with --predictions"
         )
-
-
-def _check_places(*places: Path | None) -> None:
-    """Check that files can be written there, before hours of scoring."""
-    for place in places:
-        if place is not None:
-            check_writable(place)
 
 
 def _find(adapter: str, glue: list[str], rest: list[str], dtype: str, data: Path | None, *, server: bool) -> Subject:
@@ -234,10 +208,9 @@ def _glue(
 def _scores(task: str, scores: dict[str, float], per_cent: list[str], errors: dict[str, float] | None = None) -> str:
     """Percentages with two digits, other scores with four, as in lm-eval's table; with standard errors."""
 
-    def shown_of(name: str, value: float) -> str:
+    shown = []
+    for name, value in scores.items():
         digits = 2 if name in per_cent else 4
         error = f" ± {errors[name]:.{digits}f}" if errors and name in errors else ""
-        return f"{name} {value:.{digits}f}{error}"
-
-    shown = ", ".join(shown_of(name, value) for name, value in scores.items() if not name.endswith("rows"))
-    return f"{task}: {shown} ({int(scores['rows']):,} rows)"
+        shown += [f"{name} {value:.{digits}f}{error}"] * (not name.endswith("rows"))
+    return f"{task}: {', '.join(shown)} ({int(scores['rows']):,} rows)"

@@ -10,18 +10,12 @@ from ziggurat.files.staging import write_whole
 from ziggurat.terminal import Console, say
 
 from .complete import recipe_words
+from .options import Json, Words, recipe_among
 
 
 def plan(
     model: Annotated[str, typer.Argument(help="Model folder, config.json, hub name in the cache, or embedded.")],
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="RECIPE KEY=VALUE",
-            help="A recipe, and values that replace its own (method.r=16).",
-            autocompletion=recipe_words,
-        ),
-    ] = None,
+    words: Words = None,
     budget: Annotated[
         str | None, typer.Option(help="Find the largest rank for a share of the model (0.1%) or a number (300k).")
     ] = None,
@@ -31,7 +25,7 @@ def plan(
     tenants: Annotated[
         int | None, typer.Option(min=1, help="Also count a set of so many adapters that share tensors.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    json: Json = False,
 ) -> None:
     """Count before training what a method adapts, shares, trains, stores and needs, from the model's config alone."""
     from ziggurat.plan.planner import plan_recipe
@@ -41,16 +35,12 @@ def plan(
     from ziggurat.recipe.text import read_overrides
 
     check_model_word(model)
-    given = list(words or [])
-    names = [word for word in given if "=" not in word or Path(word).is_file()]
-    if len(names) > 1:
-        raise typer.BadParameter(f"one recipe at a time, not {' and '.join(names)}")
-    rest = [word for word in given if word not in names]
-    recipe = load_recipe(names[0], rest) if names else None
+    name, values = recipe_among(list(words or []))
+    recipe = load_recipe(name, values) if name is not None else None
     planned = plan_recipe(
         model,
         recipe,
-        None if recipe is not None else _choice(*read_overrides(rest)),
+        None if recipe is not None else _choice(*read_overrides(values)),
         budget=budget,
         batch=batch,
         length=length,

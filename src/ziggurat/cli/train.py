@@ -12,8 +12,7 @@ from rich.markup import escape
 from ziggurat.files.staging import check_writable
 from ziggurat.terminal import Console, say
 
-from .chat import Adapter, Seed, System, Temperature, Tokens, TopK, TopP
-from .complete import recipe_words
+from . import options
 from .folder import check_hub, push
 
 if TYPE_CHECKING:
@@ -21,18 +20,9 @@ if TYPE_CHECKING:
 
 
 def train(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="RECIPE KEY=VALUE",
-            help="A recipe file or the name of one that ships, and values that replace its own.",
-            autocompletion=recipe_words,
-        ),
-    ] = None,
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Upload the finished adapter to this repository of the hub.")
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="A new repository is nobody else's to see.")] = False,
+    words: options.Words = None,
+    push_to_hub: options.Push = None,
+    private: options.Private = False,
     reward: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE:NAME", help="A reward function of your own, for grpo and rloo. Runs its code."),
@@ -43,10 +33,8 @@ def train(
     from ziggurat.recipe.recipe import load_recipe
 
     given = list(words or [])
-    names = [word for word in given if "=" not in word or Path(word).is_file()]
-    if len(names) > 1:
-        raise typer.BadParameter(f"one recipe at a time, not {' and '.join(names)}; values are written key=value")
-    recipe = load_recipe(names[0] if names else "default", [word for word in given if word not in names])
+    name, values = options.recipe_among(given)
+    recipe = load_recipe(name or "default", values)
     check_needs(recipe, "ziggurat train")
     check_hub(push_to_hub)
 
@@ -81,7 +69,7 @@ def train(
 
 
 def predict(
-    adapter: Adapter,
+    adapter: options.Adapter,
     text: Annotated[str | None, typer.Argument(help="The text (or instruction); -: a text a line from stdin.")] = None,
     second: Annotated[str | None, typer.Argument(help="The second text, for adapters that compare two.")] = None,
     file: Annotated[
@@ -92,14 +80,14 @@ def predict(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="csv, json, jsonl or parquet file to write, a row each.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    json: options.Json = False,
     batch: Annotated[int | None, typer.Option(min=1, help="Texts at a time (32 to score, 8 to write).")] = None,
-    tokens: Tokens = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Seed = None,
-    system: System = None,
+    tokens: options.Tokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    seed: options.Seed = None,
+    system: options.System = None,
     image: Annotated[
         list[Path] | None, typer.Option(help="An image that the text asks about; several in their order.")
     ] = None,

@@ -9,11 +9,10 @@ from ziggurat.host.bars import without_bars
 from ziggurat.terminal import say
 
 from .folder import adapter_of_a_run, check_hub, push, refuse_taken
+from .options import Private, Push
 
 Adapter = Annotated[Path, typer.Argument(help="Adapter folder.")]
 Out = Annotated[Path, typer.Argument(help="Folder to write.")]
-Push = Annotated[str | None, typer.Option(metavar="REPO", help="Upload the result to this repository of the hub.")]
-Private = Annotated[bool, typer.Option("--private", help="Where the repository is new, nobody else sees it.")]
 Base = Annotated[str | None, typer.Option(help="The base model, where the adapter's own note of it is wrong.")]
 
 

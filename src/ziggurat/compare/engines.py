@@ -1,4 +1,9 @@
-"""The runs of a table, several at a time: in processes of this machine, or as tasks of a Ray cluster."""
+"""The runs of a table, several at a time: in processes of this machine, or as tasks of a Ray cluster.
+
+An engine has `at_once`, how many runs go on at a time (None: as many as it takes). `start` returns a handle of a run,
+`ended` those of some handles that have ended (it waits a second at most), `answer` the answer of one. `stop` stops runs
+with a checkpoint, and returns when all have ended or PATIENCE is over.
+"""
 
 import multiprocessing
 import os
@@ -8,7 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ziggurat.errors import RecipeError, first_line
 from ziggurat.extras import require
@@ -39,27 +44,6 @@ class Outcome:
     where: dict[str, Any] = field(default_factory=dict)
 
 
-class Engine(Protocol):
-    """Starts runs and returns their answers. A handle, of any type, identifies a started run."""
-
-    @property
-    def at_once(self) -> int | None:
-        """How many runs go on at a time; None: as many as the engine takes."""
-        ...
-
-    def start(self, run: Run, log: Path) -> Any: ...
-
-    def ended(self, handles: list[Any]) -> list[Any]:
-        """Those of `handles` that have ended; waits a second at most."""
-        ...
-
-    def answer(self, handle: Any) -> Answer: ...
-
-    def stop(self, handles: list[Any]) -> None:
-        """Stop these runs with a checkpoint, and return when all have ended or PATIENCE is over."""
-        ...
-
-
 def run_all(
     runs: Sequence[Run],
     folder: Path,
@@ -78,7 +62,7 @@ def run_all(
         RecipeError: there is no such engine.
     """
     check_engine(engine)
-    backend = ENGINES[engine](workers)
+    backend: Any = ENGINES[engine](workers)
     waiting, active = deque(runs), {}
     try:
         while waiting or active:
@@ -197,7 +181,7 @@ class OnRay:
             self.ray.wait(handles, num_returns=len(handles), timeout=PATIENCE)
 
 
-ENGINES: dict[str, Callable[[int | None], Engine]] = {"local": Local, "ray": OnRay}
+ENGINES: dict[str, type[Local | OnRay]] = {"local": Local, "ray": OnRay}
 
 
 def check_engine(name: str) -> None:

@@ -39,9 +39,8 @@ def draw(summary: Summary, folder: Path) -> list[Path]:
                 )
         # Training the head alone has 0 adapter parameters, which a logarithmic axis can't show.
         axis.set_xscale("symlog", linthresh=100)
-        axis.set_title(column)
-        axis.set_xlabel("trainable parameters, without the head")
-        axis.set_ylabel(summary.table.metrics.get(column, "mean of the tasks"))
+        metric = summary.table.metrics.get(column, "mean of the tasks")
+        axis.set(title=column, xlabel="trainable parameters, without the head", ylabel=metric)
         axis.grid(alpha=0.3)
     for axis in axes[len(columns) :]:
         axis.set_axis_off()

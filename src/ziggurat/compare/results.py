@@ -49,20 +49,18 @@ class Results:
 
     def of(self, table: Table) -> list[dict[str, Any]]:
         """The finished lines of a table's runs, with the table's present labels."""
-        lines = []
-        for run in table.runs:
-            if self.done(run.key):
-                lines.append({**self.lines[run.key], "method": run.method, "task": run.task, "seed": run.seed})
-        return lines
+        return self._of(table, "done")
 
     def failed(self, table: Table) -> list[dict[str, Any]]:
         """The lines of a table's failed runs, each run once, with the table's present labels."""
-        lines: dict[str, dict[str, Any]] = {}
-        for run in table.runs:
-            line = self.lines.get(run.key, {})
-            if line.get("status") == "failed":
-                lines.setdefault(run.key, {**line, "method": run.method, "task": run.task, "seed": run.seed})
-        return list(lines.values())
+        return list({line["key"]: line for line in self._of(table, "failed")[::-1]}.values())[::-1]
+
+    def _of(self, table: Table, status: str) -> list[dict[str, Any]]:
+        return [
+            {**self.lines[run.key], "method": run.method, "task": run.task, "seed": run.seed}
+            for run in table.runs
+            if self.lines.get(run.key, {}).get("status") == status
+        ]
 
 
 def line_of(run: Run, info: dict[str, Any], where: dict[str, Any]) -> dict[str, Any]:
@@ -71,37 +69,24 @@ def line_of(run: Run, info: dict[str, Any], where: dict[str, Any]) -> dict[str, 
     Scores are those of the weights that were saved; a base model that nothing trained has only `evaluated` ones.
     """
     kept = ("before", "after", "guess", "parameters", "steps", "seconds", "step_seconds", "peak_mb", "stored_bytes")
-    return {
-        **_place(run),
-        "status": "done",
+    values = {
         "metric": info["metric"],
         "score": info["after"][info["metric"]] if run.trains else None,
         **{name: info.get(name) for name in kept},
         **({"evaluated": info["evaluated"]} if "evaluated" in info else {}),
         "notes": info.get("notes", []),
-        "recipe": computed(run.recipe),
-        **_evaluation(run),
         "versions": info["versions"],
-        **where,
     }
+    return _line(run, "done", values, where)
 
 
 def failed_line(run: Run, error: str, log: str | None, where: dict[str, Any]) -> dict[str, Any]:
     """The line of a failed run: the reason in one line, the path of its log, and its surroundings as far as known."""
-    return {
-        **_place(run),
-        "status": "failed",
-        "error": error,
-        "log": log,
-        "recipe": computed(run.recipe),
-        **_evaluation(run),
-        **where,
-    }
+    return _line(run, "failed", {"error": error, "log": log}, where)
 
 
-def _evaluation(run: Run) -> dict[str, Any]:
-    return {"evaluation": asdict(run.evaluation)} if run.evaluation is not None else {}
-
-
-def _place(run: Run) -> dict[str, Any]:
-    return {"key": run.key, "method": run.method, "task": run.task, "seed": run.seed}
+def _line(run: Run, status: str, values: dict[str, Any], where: dict[str, Any]) -> dict[str, Any]:
+    place = {"key": run.key, "method": run.method, "task": run.task, "seed": run.seed}
+    recipe = {"recipe": computed(run.recipe)}
+    evaluation = {"evaluation": asdict(run.evaluation)} if run.evaluation is not None else {}
+    return {**place, "status": status, **values, **recipe, **evaluation, **where}

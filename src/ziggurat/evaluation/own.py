@@ -180,14 +180,10 @@ def _sequences(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
 
 #: Task -> the function that scores its rows.
 _SCORERS: dict[str, Callable[[Loaded, Dataset, int], dict[str, Any]]] = {
-    "classification": _labelled,
-    "multilabel": _labelled,
+    **dict.fromkeys(("classification", "multilabel", "regression"), _labelled),
     "tokens": _tagged,
-    "regression": _labelled,
     "instruct": _answers,
     "seq2seq": _sequences,
-    "dpo": preferences,
+    **dict.fromkeys(("dpo", "orpo", "reward"), preferences),
     "kto": judged,
-    "orpo": preferences,
-    "reward": preferences,
 }

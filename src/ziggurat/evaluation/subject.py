@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ziggurat.errors import ConfigError, RecipeError
+from ziggurat.errors import ConfigError, RecipeError, ZigguratError
 
 if TYPE_CHECKING:
     from ziggurat.recipe.schema import Recipe
@@ -91,34 +91,23 @@ def check_tasks(subject: Subject, tasks: list[str]) -> None:
 def _without_text(subject: Subject) -> str | None:
     """The reason why a subject writes no text; None if it does, or if its files don't tell."""
     if subject.recipe is not None:
-        task = subject.recipe.task
-        return (
-            None
-            if subject.recipe.writes
-            else f"was trained for {task}: score it on glue/<task>, or use `ziggurat predict`"
-        )
+        trained = f"was trained for {subject.recipe.task}: score it on glue/<task>, or use `ziggurat predict`"
+        return None if subject.recipe.writes else trained
     if subject.kind == "adapter":
         from ziggurat.host.saved.folder import adapter_config
 
         task = adapter_config(subject.model).task_type
         name = str(getattr(task, "value", task))
         return f"is an adapter for {name}" if name in _TASKS_WITHOUT_TEXT else None
-    config = _base_config(subject)
-    names = list(getattr(config, "architectures", None) or ())
-    return f"is a {names[0]}" if names and not any(name.endswith(_WRITERS) for name in names) else None
-
-
-def _base_config(subject: Subject) -> Any:
-    from transformers import AutoConfig
-
-    from ziggurat.recipe.embedded import model_path
-
     if subject.gguf_file is not None or any(Path(subject.model).glob("*.gguf")):
         return None  # llama.cpp's format holds models that write
+    from ziggurat.training.model.meta import bare_config
+
     try:
-        return AutoConfig.from_pretrained(model_path(subject.model), trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
+        names = list(bare_config(subject.model).architectures or ())
+    except ZigguratError:
         return None  # loading raises an error that says more
+    return f"is a {names[0]}" if names and not any(name.endswith(_WRITERS) for name in names) else None
 
 
 def load_subject(subject: Subject, dtype: str = "auto") -> tuple[Any, Any, Loaded | None]:

@@ -171,21 +171,17 @@ def optimizer_problems(name: str | None) -> list[str]:
     ]
 
 
-def known_trackers() -> list[str]:
-    """The names that transformers' Trainer can report to."""
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    return list(INTEGRATION_TO_CALLBACK)
-
-
 def tracker_problems(names: Sequence[str]) -> list[str]:
     """Mistakes in a recipe's `train.report_to`, independent of installed packages."""
-    allowed = known_trackers() if names else []
+    if not names:
+        return []
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as ALLOWED
+
     unknown = [
-        f"train.report_to: '{name}' is no tracker of transformers{did_you_mean(name, allowed)}; "
-        f"one of {', '.join(allowed)}, or leave the key out to report nowhere"
+        f"train.report_to: '{name}' is no tracker of transformers{did_you_mean(name, ALLOWED)}; "
+        f"one of {', '.join(ALLOWED)}, or leave the key out to report nowhere"
         for name in names
-        if name not in allowed
+        if name not in ALLOWED
     ]
     twice = sorted({name for name in names if list(names).count(name) > 1})
     return unknown + [f"train.report_to: {name} is named twice" for name in twice]

@@ -29,16 +29,14 @@ class GlueTask:
     second: str | None = None
 
 
+_SENTENCES, _QUESTIONS = ("sentence1", "sentence2"), ("question1", "question2")
+_ENTAILED = ("entailment", "not_entailment")
 GLUE: dict[str, GlueTask] = {
     "cola": GlueTask(("sentence",), ("unacceptable", "acceptable"), "matthews", {"test": "CoLA.tsv"}),
     "sst2": GlueTask(("sentence",), ("negative", "positive"), "accuracy", {"test": "SST-2.tsv"}),
-    "mrpc": GlueTask(
-        ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), "accuracy", {"test": "MRPC.tsv"}, second="f1"
-    ),
-    "stsb": GlueTask(("sentence1", "sentence2"), (), "pearson", {"test": "STS-B.tsv"}, second="spearman"),
-    "qqp": GlueTask(
-        ("question1", "question2"), ("not_duplicate", "duplicate"), "accuracy", {"test": "QQP.tsv"}, second="f1"
-    ),
+    "mrpc": GlueTask(_SENTENCES, ("not_equivalent", "equivalent"), "accuracy", {"test": "MRPC.tsv"}, second="f1"),
+    "stsb": GlueTask(_SENTENCES, (), "pearson", {"test": "STS-B.tsv"}, second="spearman"),
+    "qqp": GlueTask(_QUESTIONS, ("not_duplicate", "duplicate"), "accuracy", {"test": "QQP.tsv"}, second="f1"),
     "mnli": GlueTask(
         ("premise", "hypothesis"),
         ("entailment", "neutral", "contradiction"),
@@ -47,12 +45,8 @@ GLUE: dict[str, GlueTask] = {
         says_names=True,
         validation="validation_matched",
     ),
-    "qnli": GlueTask(
-        ("question", "sentence"), ("entailment", "not_entailment"), "accuracy", {"test": "QNLI.tsv"}, says_names=True
-    ),
-    "rte": GlueTask(
-        ("sentence1", "sentence2"), ("entailment", "not_entailment"), "accuracy", {"test": "RTE.tsv"}, says_names=True
-    ),
+    "qnli": GlueTask(("question", "sentence"), _ENTAILED, "accuracy", {"test": "QNLI.tsv"}, says_names=True),
+    "rte": GlueTask(_SENTENCES, _ENTAILED, "accuracy", {"test": "RTE.tsv"}, says_names=True),
 }
 
 

@@ -80,7 +80,9 @@ def load_adapter_model(folder: str | Path) -> Loaded:
             # No pickle, and no code of the folder.
             safe = {"use_safetensors": True, "trust_remote_code": False}
             try:
-                model = _whole_class(spec).from_pretrained(str(path), dtype=recipe.dtype, **safe)
+                auto: Any = getattr(transformers, f"AutoModelFor{spec.model}")
+                kind = MeanPooledClassifier if spec.pooling == "mean" else auto
+                model = kind.from_pretrained(str(path), dtype=recipe.dtype, **safe)
                 processor = load_processor(str(path), str(path), {"trust_remote_code": False}) if spec.images else None
                 tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
             except (OSError, ValueError) as error:
@@ -124,7 +126,3 @@ def head_of(run: dict[str, Any], path: Path) -> HeadSpec:
         return HeadSpec(**head)
     except TypeError as error:
         raise RecipeError(f"'{path / RUN}' has been changed: {error}") from error
-
-
-def _whole_class(spec: HeadSpec) -> Any:
-    return MeanPooledClassifier if spec.pooling == "mean" else getattr(transformers, f"AutoModelFor{spec.model}")

@@ -14,7 +14,7 @@ from ziggurat.recipe.schema import SCORED_LENGTH
 from ziggurat.recipe.tasks import WRITES
 
 from ..data.alpaca import WITH_LINE_BREAK, alpaca_prompt
-from ..data.chat import IMAGE, conversation, tools_of
+from ..data.chat import IMAGE, conversation, tools_of, with_system
 from ..data.encode import encode_texts, longest
 from ..data.examples import text_columns
 from ..data.faults import Faults, RowFault
@@ -204,13 +204,6 @@ def asked_of(loaded: Loaded, messages: list[dict[str, Any]], system: str | None 
     """A conversation as a prompt of `generate`; for an adapter trained without any, its last message."""
     talk = Conversation(messages) if loaded.run.get("shape") == "messages" else messages[-1]["content"]
     return _asked(loaded, talk, None, system)
-
-
-def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
-    """Messages after a system prompt, unless they have one already."""
-    if system is None or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system}, *messages]
 
 
 def _question_columns(loaded: Loaded, table: Any, source: str) -> tuple[str, str | None]:

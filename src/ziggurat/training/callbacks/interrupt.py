@@ -16,13 +16,8 @@ class Interrupted(Exception):
     def __init__(self, folder: str, checkpoint: str | None, step: int, total: int, number: int) -> None:
         done = f"stopped at step {step} of {total}" if checkpoint else "stopped before the first step"
         super().__init__(done)
-        self.folder, self.checkpoint, self.step, self.total, self.signal = (
-            folder,
-            checkpoint,
-            step,
-            total,
-            number,
-        )
+        self.folder, self.checkpoint, self.signal = folder, checkpoint, number
+        self.step, self.total = step, total
 
 
 class StopSignals(TrainerCallback):

@@ -154,15 +154,8 @@ class LiveProgress(TrainerCallback):
                 line = line_of({**logs, "step": state.global_step, "steps": state.max_steps, "left": left})
                 self.console.print(line, highlight=False, soft_wrap=True)
 
-    def on_evaluate(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        metrics: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        value = (metrics or {}).get(f"eval_{self.metric}")
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        value = (kwargs.get("metrics") or {}).get(f"eval_{self.metric}")
         if value is None or state.global_step == 0:
             return
         self.score = float(value)

@@ -109,6 +109,13 @@ def _text_of_part(part: Any, content: Any, images: list[Any] | None) -> str:
     return str(text)
 
 
+def with_system(messages: list[Message], system: str | None) -> list[Message]:
+    """Messages after a system prompt, unless they have one already."""
+    if system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
 def has_images(value: Any) -> bool:
     """True for a conversation with a part that is an image."""
     value = parsed(value)

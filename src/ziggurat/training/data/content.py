@@ -18,16 +18,11 @@ _NOT_OF_A_MODEL = (".md", ".py", ".png", ".log")
 
 def contents(recipe: Recipe) -> dict[str, str]:
     """Recipe key -> digest of the files that its value names, for keys that name local files."""
-    data = recipe.data
-    model, task = Path(recipe.model).expanduser(), glue_name(data.train, data.subset)
-    digests = {}
-    if recipe.adapter is not None and Path(recipe.adapter).expanduser().is_dir():
-        digests["adapter"] = digest(Path(recipe.adapter).expanduser(), "*", _NOT_OF_A_MODEL)
-    if recipe.model != EMBEDDED and model.is_dir():
-        digests["model"] = digest(model, "*", _NOT_OF_A_MODEL)
-    teacher = Path(recipe.teacher.model or "").expanduser()
-    if recipe.teacher.model is not None and teacher.is_dir():
-        digests["teacher.model"] = digest(teacher, "*", _NOT_OF_A_MODEL)
+    data, digests = recipe.data, {}
+    task = glue_name(data.train, data.subset)
+    for key, name in (("adapter", recipe.adapter), ("model", recipe.model), ("teacher.model", recipe.teacher.model)):
+        if name not in (None, EMBEDDED) and (folder := Path(str(name)).expanduser()).is_dir():
+            digests[key] = digest(folder, "*", _NOT_OF_A_MODEL)
     if task is not None and data.folder is not None:
         digests["data.folder"] = digest(glue_home(task, data.folder))
     further = [(f"data.more, {source}", source) for source in data.more or []]

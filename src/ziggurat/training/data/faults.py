@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ziggurat.errors import DataError
@@ -36,6 +37,14 @@ class Faults:
         self._rows.setdefault(what, []).append(index)
         if gap:
             self._gaps.add(what)
+
+    @contextmanager
+    def of_row(self, index: int) -> Iterator[None]:
+        """Ends the block at a RowFault, and records it as one of row `index` (from 0)."""
+        try:
+            yield
+        except RowFault as fault:
+            self.add(index, str(fault), gap=fault.gap)
 
     def settle(self, table: Dataset, drop: bool) -> tuple[Dataset, list[str]]:
         """The rows without a gap, and a note about those that were left out.
@@ -79,7 +88,7 @@ def kind_of(value: Any) -> str:
 
 
 class RowFault(ValueError):
-    """The fault of one row, raised by its reader and collected in `Faults` by the loop over the rows."""
+    """The fault of one row, raised by its reader and collected by `Faults.of_row`."""
 
     def __init__(self, what: str, *, gap: bool = False) -> None:
         super().__init__(what)

@@ -107,6 +107,11 @@ def given_columns(recipe: Recipe, shape: str, table: Dataset, source: str) -> di
     return {name: column_of(recipe, name, table, source) for part in _SHAPES[shape] for name in part}
 
 
+def cells_of(row: Any, given: Mapping[str, str | None]) -> dict[str, Any]:
+    """Key of `data.columns` -> the row's cell in its column; None where there is no such column."""
+    return {name: row.get(column) for name, column in given.items()}
+
+
 def _needed(shape: str) -> str:
     return " + ".join(_SHAPES[shape][0])
 
@@ -131,18 +136,12 @@ def to_rows(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, 
             "questions; train.group_by_length: true saves padding instead"
         )
     given = given_columns(recipe, shape, table, source)
-    faults, counts, made_rows = Faults(source, len(table)), Counter[str](), []
+    faults, counts, kept = Faults(source, len(table)), Counter[str](), []
     images = _images_of(recipe, table, given, source)
     for index, row in enumerate(undecoded(table, given.get("images"))):
-        assert isinstance(row, dict)
-        cells = {name: row[column] if column is not None else None for name, column in given.items()}
-        try:
-            made = read_row(recipe, shape, cells, counts, images)
-        except RowFault as fault:
-            faults.add(index, str(fault), gap=fault.gap)
-            made = None
-        made_rows.append({**(made or {}), "row": index + 1})
-    kept = [made for made in made_rows if len(made) > 1]
+        with faults.of_row(index):
+            if (made := read_row(recipe, shape, cells_of(row, given), counts, images)) is not None:
+                kept.append({**made, "row": index + 1})
     _, notes = faults.settle(table, recipe.data.drop_missing)
     rows = f"of {len(table)} rows of {source}"
     notes += unread_note(table, given, source)

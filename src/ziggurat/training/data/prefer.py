@@ -10,7 +10,7 @@ from ziggurat.recipe.schema import Recipe
 
 from .chat import as_messages
 from .faults import Faults, RowFault
-from .instruct import column_of, joined_bare, read_row, to_rows, unread_note
+from .instruct import cells_of, column_of, joined_bare, read_row, to_rows, unread_note
 from .tables import require_column
 from .template import common_start
 
@@ -42,20 +42,15 @@ def to_pairs(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str,
         require_column(table, given[name] or name, f"data.columns.{name}", source)
     faults, counts, kept = Faults(source, len(table)), Counter[str](), []
     for index, row in enumerate(table):
-        assert isinstance(row, dict)
-        cells = {name: row[column] if column is not None else None for name, column in given.items()}
-        try:
+        cells = cells_of(row, given)
+        with faults.of_row(index):
             asked, good, bad = _pair(cells)
             better = read_row(recipe, "prompt", {**cells, "prompt": asked, "completion": good}, counts)
             worse = read_row(recipe, "prompt", {**cells, "prompt": asked, "completion": bad}, Counter())
-        except RowFault as fault:
-            faults.add(index, str(fault), gap=fault.gap)
-            continue
-        if better is None or worse is None:
-            faults.add(index, "an answer is empty", gap=True)
-        elif better == worse:
-            faults.add(index, "both answers are the same", gap=True)
-        else:
+            if better is None or worse is None:
+                raise RowFault("an answer is empty", gap=True)
+            if better == worse:
+                raise RowFault("both answers are the same", gap=True)
             kept.append({**better, **{f"{name}{WORSE}": part for name, part in worse.items()}, "row": index + 1})
     _, notes = faults.settle(table, recipe.data.drop_missing)
     counts.pop("", None)

@@ -11,11 +11,11 @@ from ziggurat.errors import DataError
 from ziggurat.recipe.schema import Recipe
 
 from .alpaca import alpaca_prompt
-from .chat import Message, as_messages, conversation
+from .chat import Message, as_messages, conversation, with_system
 from .encode import positions, spread
 from .examples import Examples
 from .faults import Faults, RowFault
-from .instruct import as_text, column_of, dumps
+from .instruct import as_text, cells_of, column_of, dumps
 from .template import chat_ids
 
 if TYPE_CHECKING:
@@ -50,15 +50,11 @@ def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, st
     besides = {name: column_of(recipe, name, table, source) for name in ("system", "input")}
     if shape != "instruction":
         besides["input"] = None
-    faults, prompts = Faults(source, len(table)), []
+    faults, prompts = Faults(source, len(table)), list[Any]()
     for index, row in enumerate(table):
-        assert isinstance(row, dict)
-        cells = {name: row[given] for name, given in besides.items() if given is not None}
-        try:
-            prompts.append(_prompt(recipe, shape, row[column], cells))
-        except RowFault as fault:
-            faults.add(index, str(fault), gap=fault.gap)
-            prompts.append(None)
+        prompts.append(None)
+        with faults.of_row(index):
+            prompts[-1] = _prompt(recipe, shape, row[column], cells_of(row, besides))  # type: ignore[call-overload]
     kinds = {isinstance(prompt, str) for prompt in prompts if prompt is not None}
     if len(kinds) > 1:
         raise DataError(f"{source}: some prompts are lists of messages and some are texts; all have to be the same")
@@ -104,9 +100,7 @@ def _prompt(recipe: Recipe, shape: str, value: Any, cells: dict[str, Any]) -> st
         if not recipe.data.as_chat:
             return alpaca_prompt(str(text), context) if shape == "instruction" else str(text)
         messages = [{"role": "user", "content": f"{text}\n\n{context}" if context and context.strip() else text}]
-    if system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    return messages
+    return with_system(messages, system or None)
 
 
 def opened(row: dict[str, Any], shape: str | None) -> str | list[Message]:

@@ -39,12 +39,9 @@ def to_sources(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, st
         )
     faults, rows = Faults(source, len(table)), []
     for index, cells in enumerate(zip(*(table[str(column)] for column in given.values()), strict=True)):
-        try:
+        with faults.of_row(index):
             texts = {name: _text(cell, name) for name, cell in zip(_COLUMNS, cells, strict=True)}
-        except RowFault as fault:
-            faults.add(index, str(fault), gap=fault.gap)
-            continue
-        rows.append({**texts, "row": index + 1})
+            rows.append({**texts, "row": index + 1})
     _, notes = faults.settle(table, recipe.data.drop_missing)
     return Dataset.from_list(rows), "source", notes
 

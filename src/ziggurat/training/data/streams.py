@@ -19,7 +19,7 @@ from ziggurat.recipe.schema import Recipe
 
 from .examples import Examples, load_scored
 from .faults import RowFault
-from .instruct import given_columns, read_row, shape_of, to_rows
+from .instruct import cells_of, given_columns, read_row, shape_of, to_rows
 from .readers import as_text_if_nested, first_delimiter
 from .tables import draw, hub_parts, is_hub_name, load_hub
 
@@ -70,9 +70,8 @@ class Stream:
             for number, row in enumerate(rows_of(self.recipe, source), start=1):
                 if place == 0 and number <= self.skipped:
                     continue
-                cells = {name: row.get(column) if column is not None else None for name, column in given.items()}
                 try:
-                    made = read_row(self.recipe, self.shapes[place], cells, Counter())
+                    made = read_row(self.recipe, self.shapes[place], cells_of(row, given), Counter())
                 except RowFault as fault:
                     if not (fault.gap and self.recipe.data.drop_missing):
                         do = "; or set data.drop_missing: true" if fault.gap else ""

@@ -86,10 +86,8 @@ def _read(recipe: Recipe, table: Dataset, source: str) -> tuple[list[tuple[list[
         require_column(table, column, f"data.columns.{key}", source)
     given, faults, rows = _given(recipe, table), Faults(source, len(table)), []
     for index, (words, tags) in enumerate(zip(*(table[column] for column in columns), strict=True)):
-        try:
+        with faults.of_row(index):
             rows.append(_row(words_in(words), words_in(tags), given))
-        except RowFault as fault:
-            faults.add(index, str(fault), gap=fault.gap)
     return rows, faults.settle(table, recipe.data.drop_missing)[1]
 
 

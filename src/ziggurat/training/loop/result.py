@@ -53,6 +53,10 @@ class Result:
     rows: dict[str, int] = field(default_factory=dict)
 
 
+#: Fields of a result that run.json takes as they are.
+_NOTED = ("shape", "metric", "before", "after", "guess", "rows", "left", "steps", "peak_mb", "step_seconds", "notes")
+
+
 def save(
     folder: RunFolder,
     recipe: Recipe,
@@ -78,24 +82,13 @@ def save(
         {
             "head": asdict(spec),
             "head_modules": base.head,
-            "shape": result.shape,
             **({"prompt_form": TO_THE_LETTER} if result.shape == "alpaca" else {}),
-            "metric": result.metric,
-            "before": result.before,
-            "after": result.after,
-            "guess": result.guess,
-            "rows": result.rows,
+            **{name: getattr(result, name) for name in _NOTED},
+            **{name: value for name in ("by_class", "answers") if (value := getattr(result, name))},
             "parameters": asdict(result.counts),
-            "left": result.left,
-            **({"by_class": result.by_class} if result.by_class else {}),
-            **({"answers": result.answers} if result.answers else {}),
-            "steps": result.steps,
             "seconds": round(result.seconds, 2),
-            "peak_mb": result.peak_mb,
-            "step_seconds": result.step_seconds,
             "stored_bytes": stored_bytes(ready),
             "seed": recipe.seed,
-            "notes": result.notes,
             "versions": versions(),
             "history": result.history,
         },

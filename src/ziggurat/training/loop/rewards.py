@@ -5,15 +5,17 @@ import json
 import math
 import re
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
 
 from ziggurat.errors import ConfigError, RecipeError, RewardError, first_line
 from ziggurat.nearest import did_you_mean
 from ziggurat.recipe.methods import METHODS
-from ziggurat.recipe.schema import Recipe
+from ziggurat.recipe.schema import Recipe, RewardsPart
 from ziggurat.recipe.tasks import REWARDED
 
 from ..devices.processes import launched_size
@@ -27,53 +29,37 @@ GROUP = "ziggurat.rewards"
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
-def _exact(recipe: Recipe) -> Reward:
-    def exact(completions: Sequence[Any], **columns: Any) -> list[float]:
-        """1 where the completion is the right answer, blanks around both apart."""
-        right = columns[recipe.rewards.answer]
-        return [float(text_of(c).strip() == str(a).strip()) for c, a in zip(completions, right, strict=True)]
-
-    return exact
+def _exact(settings: RewardsPart, completions: Sequence[Any], **columns: Any) -> list[float]:
+    """1 where the completion is the right answer, blanks around both apart."""
+    right = columns[settings.answer]
+    return [float(text_of(c).strip() == str(a).strip()) for c, a in zip(completions, right, strict=True)]
 
 
-def _last_number(recipe: Recipe) -> Reward:
-    def last_number(completions: Sequence[Any], **columns: Any) -> list[float]:
-        """1 where the last number of the completion is the last number of the right answer."""
-        right = columns[recipe.rewards.answer]
-        return [float(_last(text_of(c)) == _last(str(a)) is not None) for c, a in zip(completions, right, strict=True)]
-
-    return last_number
+def _last_number(settings: RewardsPart, completions: Sequence[Any], **columns: Any) -> list[float]:
+    """1 where the last number of the completion is the last number of the right answer."""
+    right = columns[settings.answer]
+    return [float(_last(text_of(c)) == _last(str(a)) is not None) for c, a in zip(completions, right, strict=True)]
 
 
-def _regex(recipe: Recipe) -> Reward:
-    pattern = re.compile(str(recipe.rewards.pattern))
-
-    def regex(completions: Sequence[Any]) -> list[float]:
-        """1 where the pattern is found in the completion."""
-        return [float(pattern.search(text_of(completion)) is not None) for completion in completions]
-
-    return regex
+def _regex(settings: RewardsPart, completions: Sequence[Any]) -> list[float]:
+    """1 where the pattern is found in the completion."""
+    pattern = re.compile(str(settings.pattern))
+    return [float(pattern.search(text_of(completion)) is not None) for completion in completions]
 
 
-def _json(recipe: Recipe) -> Reward:
-    def valid_json(completions: Sequence[Any]) -> list[float]:
-        """1 where the completion is JSON and nothing else."""
-        return [float(_is_json(text_of(completion))) for completion in completions]
-
-    return valid_json
+def _json(settings: RewardsPart, completions: Sequence[Any]) -> list[float]:
+    """1 where the completion is JSON and nothing else."""
+    return [float(_is_json(text_of(completion))) for completion in completions]
 
 
-def _length(recipe: Recipe) -> Reward:
-    most = recipe.rewards.most or 1
-
-    def length(completions: Sequence[Any]) -> list[float]:
-        """1 up to `rewards.most` characters, and most / n for n characters beyond."""
-        return [min(1.0, most / max(1, len(text_of(completion)))) for completion in completions]
-
-    return length
+def _length(settings: RewardsPart, completions: Sequence[Any]) -> list[float]:
+    """1 up to `rewards.most` characters, and most / n for n characters beyond."""
+    most = settings.most or 1
+    return [min(1.0, most / max(1, len(text_of(completion)))) for completion in completions]
 
 
-BUILT_IN: dict[str, Callable[[Recipe], Reward]] = {
+#: Built-in rewards; each one's first argument are the recipe's `rewards.*`.
+BUILT_IN: dict[str, Callable[..., list[float]]] = {
     "exact": _exact,
     "last_number": _last_number,
     "regex": _regex,
@@ -164,7 +150,7 @@ def settle_rewards(recipe: Recipe, given: Sequence[Reward]) -> tuple[Recipe, dic
     problems += _sampling_problems(recipe)
     if problems:
         raise RecipeError("\n".join(problems))
-    made = {name: BUILT_IN[name](recipe) if name in BUILT_IN else function for name, function in functions.items()}
+    made = {name: partial(BUILT_IN[name], recipe.rewards) if name in BUILT_IN else f for name, f in functions.items()}
     rewards = recipe.rewards.model_copy(update={"functions": names})
     return recipe.model_copy(update={"rewards": rewards}), {name: checked(name, f) for name, f in made.items()}
 
@@ -235,22 +221,15 @@ def _needs(recipe: Recipe, name: str) -> list[str]:
 def checked(name: str, function: Reward) -> Reward:
     """`function` for TRL: it gets the keywords that it names, and its result is checked (RewardError)."""
 
-    def numbers(values: Any, given: Mapping[str, Any]) -> list[float | None]:
+    async def awaited(**given: Any) -> list[float | None]:
+        with _told_of_errors(name, function, given):
+            values = await function(**_wanted(function, given))
         return _numbers(name, values, given["completions"])
 
-    async def awaited(**given: Any) -> list[float | None]:
-        try:
-            values = await function(**_wanted(function, given))
-        except Exception as error:
-            raise _raised(name, function, error, given) from error
-        return numbers(values, given)
-
     def called(**given: Any) -> list[float | None]:
-        try:
+        with _told_of_errors(name, function, given):
             values = function(**_wanted(function, given))
-        except Exception as error:
-            raise _raised(name, function, error, given) from error
-        return numbers(values, given)
+        return _numbers(name, values, given["completions"])
 
     reward = awaited if inspect.iscoroutinefunction(function) else called
     reward.__name__ = name
@@ -264,15 +243,20 @@ def _wanted(function: Reward, given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in parameters}
 
 
-def _raised(name: str, function: Reward, error: Exception, given: Mapping[str, Any]) -> RewardError:
-    file = getattr(getattr(function, "__code__", None), "co_filename", None)
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    where = f" in line {lines[-1]}" if lines else ""
-    return RewardError(
-        f"the reward '{name}' ended in {type(error).__name__}{where}: {first_line(error)}; it was asked about "
-        f"{len(given['completions'])} completions, the first is {text_of(given['completions'][0])[:80]!r}; it can get "
-        f"{', '.join(given)}"
-    )
+@contextmanager
+def _told_of_errors(name: str, function: Reward, given: Mapping[str, Any]) -> Iterator[None]:
+    """Turn an error of a reward function in the block into RewardError."""
+    try:
+        yield
+    except Exception as error:
+        file = getattr(getattr(function, "__code__", None), "co_filename", None)
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        where = f" in line {lines[-1]}" if lines else ""
+        raise RewardError(
+            f"the reward '{name}' ended in {type(error).__name__}{where}: {first_line(error)}; it was asked about "
+            f"{len(given['completions'])} completions, the first is {text_of(given['completions'][0])[:80]!r}; it can "
+            f"get {', '.join(given)}"
+        ) from error
 
 
 def _numbers(name: str, values: Any, completions: Sequence[Any]) -> list[float | None]:

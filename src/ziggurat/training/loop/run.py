@@ -345,11 +345,9 @@ class NoteFirst(TrainerCallback):
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
-            self.folder.note({"before": scores_in(metrics or {})})
+            self.folder.note({"before": scores_in(kwargs.get("metrics") or {})})
 
 
 def _first_scores(line: dict[str, Any]) -> bool:

@@ -15,10 +15,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from ziggurat.errors import RecipeError
 from ziggurat.host.bars import quiet
 from ziggurat.recipe.schema import SCORED_LENGTH
+from ziggurat.recipe.tasks import REWARDED
 
 from ..callbacks import trackers
 from ..data.encode import Collator, encode, longest, spread
 from ..folder.workplace import LOGS
+from ..model.base import is_in
 from . import metrics
 from .arguments import Setup, training_arguments
 from .exact import ExactTrainer
@@ -42,11 +44,7 @@ class HeadLrTrainer(ExactTrainer):
     def _split_head(self, optimizer: torch.optim.Optimizer) -> None:
         # New groups are split before the scheduler reads their rates; a resumed run loads its state in the same order.
         assert self.model is not None
-        mine = {
-            id(parameter)
-            for name, parameter in self.model.named_parameters()
-            if any(name.removeprefix("base_model.model.").startswith(f"{module}.") for module in self.head)
-        }
+        mine = {id(parameter) for name, parameter in self.model.named_parameters() if is_in(name, self.head)}
         for group in list(optimizer.param_groups):
             moved = [parameter for parameter in group["params"] if id(parameter) in mine]
             if moved:
@@ -71,12 +69,8 @@ class Task:
 #: Task -> module of this package and its function that makes the trainer; tasks with labels or tags use `_scored`.
 _TRAINERS = {
     "instruct": ("writing", "instructed"),
-    "dpo": ("writing", "preferring"),
-    "kto": ("writing", "preferring"),
-    "orpo": ("writing", "preferring"),
-    "reward": ("writing", "preferring"),
-    "grpo": ("writing", "rewarded"),
-    "rloo": ("writing", "rewarded"),
+    **dict.fromkeys(("dpo", "kto", "orpo", "reward"), ("writing", "preferring")),
+    **dict.fromkeys(REWARDED, ("writing", "rewarded")),
     "distill": ("distill", "distilling"),
     "seq2seq": ("sequences", "transforming"),
 }

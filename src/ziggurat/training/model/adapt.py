@@ -17,7 +17,7 @@ from ziggurat.recipe.embedded import model_path
 from ziggurat.recipe.methods import METHODS, method_config
 from ziggurat.recipe.schema import Recipe
 
-from .base import Base, freeze_all_but
+from .base import Base, is_in
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,10 @@ def adapt(recipe: Recipe, base: Base) -> nn.Module:
             raise RecipeError(f"adapter: method.name {recipe.method['name']} trains no adapter to go on with")
         trains = method.trains
         assert trains is not None
-        freeze_all_but(base.model, lambda name: trains(name) and not _in_head(name, outside), base.head)
+        for name, parameter in base.model.named_parameters():
+            parameter.requires_grad_(is_in(name, base.head) or (trains(name) and not is_in(name, outside)))
         names = [name for name, parameter in base.model.named_parameters() if parameter.requires_grad]
-        if not names or (recipe.method["name"] != "head" and all(_in_head(name, base.head) for name in names)):
+        if not names or (recipe.method["name"] != "head" and all(is_in(name, base.head) for name in names)):
             raise RecipeError(f"method.name: {recipe.method['name']} finds nothing to train in {recipe.model}")
         return base.model
     config = method_config(recipe.method, **beside(recipe, base.head, base.processor is not None))
@@ -172,13 +173,8 @@ def count(recipe: Recipe, model: nn.Module, base: Base) -> Counts:
     unique = {id(parameter): (name, parameter.numel()) for name, parameter in model.named_parameters()}
     on = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     total = sum(size for key, (_, size) in unique.items() if key in on)
-    head = sum(size for key, (name, size) in unique.items() if key in on and _in_head(name, base.head))
+    head = sum(size for key, (name, size) in unique.items() if key in on and is_in(name, base.head))
     return Counts(adapter=total - head, head=head, lora=_lora_count(recipe, model, base), total=total)
-
-
-def _in_head(name: str, head: list[str]) -> bool:
-    plain = name.removeprefix("base_model.model.")
-    return any(plain.startswith(f"{module}.") for module in head)
 
 
 def _lora_count(recipe: Recipe, model: nn.Module, base: Base) -> int | None:

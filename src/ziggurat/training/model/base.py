@@ -1,12 +1,12 @@
 """Base model, head and tokenizer of a recipe."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from ziggurat.errors import RecipeError, first_line
+from ziggurat.errors import ConfigError, RecipeError, first_line
 from ziggurat.extras import require
 from ziggurat.nearest import is_path, missing_path
 from ziggurat.recipe.embedded import model_path
@@ -104,8 +104,9 @@ def load_base(
         reading = {"trust_remote_code": False} if tokenizer_from else dict(where)
         if spec.task == "tokens":
             reading["add_prefix_space"] = True  # else byte-level tokenizers join each word to the one before
-        processor = load_processor(tokenizer_from or path, model, reading) if spec.images else None
-        tokenizer = _tokenizer(tokenizer_from or path, reading) if processor is None else processor.tokenizer
+        source = tokenizer_from or path
+        processor = load_processor(source, model, reading) if spec.images else None
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, **reading) if processor is None else processor.tokenizer
         config = AutoConfig.from_pretrained(path, **where)
         _check_kind(model, spec.task, config)
         how = {**where, "dtype": dtype} | ({"attn_implementation": attention} if attention is not None else {})
@@ -147,11 +148,7 @@ def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tup
         config.id2label = dict(enumerate(spec.label_names))
         config.label2id = {name: index for index, name in enumerate(spec.label_names)}
     if spec.pooling == "mean":
-        if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "hidden_size"):
-            raise ValueError(
-                f"head.pooling: mean needs an encoder, this is a {config.model_type}; set head.pooling: model"
-            )
-        config.mean_pooled_pair, config.mean_pooled_dropout = spec.pair, spec.dropout
+        pool_mean(config, spec.pair, spec.dropout)
         # A checkpoint saved with a head names its encoder by the architecture, not by this class.
         prefix = getattr(AutoModel._model_mapping[type(config)], "base_model_prefix", "")
         if prefix and prefix != MeanPooledClassifier.base_model_prefix:
@@ -168,7 +165,7 @@ def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tup
         raise ValueError(f"none of the checkpoint's weights fit this {config.model_type}")
     fresh = fresh_modules(model, info["missing_keys"])
     for name, there, wanted in sorted(info["mismatched_keys"]):
-        if not name.startswith(tuple(f"{module}." for module in fresh)):
+        if not is_in(name, fresh):
             raise ValueError(f"the checkpoint's {name} is of shape {tuple(there)}, its config says {tuple(wanted)}")
     return model, fresh
 
@@ -179,6 +176,15 @@ _PROBLEMS = {
     "multilabel": "multi_label_classification",
     "regression": "regression",
 }
+
+
+def pool_mean(config: Any, pair: bool, dropout: float) -> None:
+    """Make a model's config one of `MeanPooledClassifier`. Raises ConfigError for a model that is no encoder."""
+    if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "hidden_size"):
+        raise ConfigError(
+            f"head.pooling: mean needs an encoder, this is a {config.model_type}; set head.pooling: model"
+        )
+    config.mean_pooled_pair, config.mean_pooled_dropout = pair, dropout
 
 
 def _nf4(dtype: str) -> BitsAndBytesConfig:
@@ -218,11 +224,9 @@ def fresh_modules(model: PreTrainedModel, missing: set[str] | list[str]) -> list
     return head
 
 
-def freeze_all_but(model: nn.Module, trains: Any, head: list[str]) -> None:
-    """For methods without factors: train the parameters that `trains` selects, and the head."""
-    for name, parameter in model.named_parameters():
-        in_head = any(name.startswith(f"{module}.") for module in head)
-        parameter.requires_grad_(bool(trains(name)) or in_head)
+def is_in(name: str, modules: Iterable[str]) -> bool:
+    """True for the name of a parameter in one of the base model's `modules`, also of an adapted model."""
+    return name.removeprefix("base_model.model.").startswith(tuple(f"{module}." for module in modules))
 
 
 def sees_images(config: Any) -> bool:
@@ -242,10 +246,6 @@ def load_processor(path: str, model: str, where: dict[str, Any]) -> ProcessorMix
     if not hasattr(processor, "image_processor"):
         raise RecipeError(f"model: '{model}' sees no images, and the data have some; take a vision-language model")
     return processor
-
-
-def _tokenizer(path: str, where: dict[str, Any]) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(path, **where)
 
 
 def find_gguf(path: str, gguf_file: str | None) -> str | None:

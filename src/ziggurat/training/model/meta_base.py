@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ziggurat.errors import ConfigError, DataError, MissingExtraError
+from ziggurat.errors import DataError, MissingExtraError
 from ziggurat.recipe.embedded import model_path
 from ziggurat.recipe.schema import Recipe
 from ziggurat.recipe.tasks import NUMBERS
 
 from ..data.examples import class_names
 from ..heads import MeanPooledClassifier
-from .base import find_gguf, fresh_modules
+from .base import find_gguf, fresh_modules, pool_mean
 from .meta import bare_config, bare_model
 
 
@@ -46,12 +46,8 @@ def bare_base(recipe: Recipe, model: str | Path | None = None) -> BareBase:
     pair = recipe.head.pooling == "mean" and recipe.data.text_pair is not None
     if recipe.head.pooling == "mean":
         config = bare_config(where, revision=recipe.revision, gguf_file=gguf)
-        if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "hidden_size"):
-            raise ConfigError(
-                f"head.pooling: mean needs an encoder, this is a {config.model_type}; set head.pooling: model"
-            )
-        for name, value in {**labels, "mean_pooled_pair": pair}.items():
-            setattr(config, name, value)
+        pool_mean(config, pair, recipe.head.dropout)
+        config.num_labels = labels["num_labels"]
         dtype = getattr(config, "dtype", None) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
         with torch.device("meta"):
             built: nn.Module = MeanPooledClassifier._from_config(config, dtype=dtype)
