@@ -207,8 +207,8 @@ def test_a_recipe_that_cannot_fit_its_model(tmp_path: Path) -> None:
     assert actual.level == "error" and "'nothing' matches no module" in actual.why
     for method, message in (
         ({"name": "lora", "target_modules": ["nope"]}, "'nope' matches no module"),
-        ({"name": "msplora", "budget": 10}, "10 numbers are too few"),
-        ({"name": "lora", "target_modules": ["query"], "budget": 10}, "10 numbers are too few"),
+        ({"name": "msplora", "budget": 10}, "10 parameters are too few"),
+        ({"name": "lora", "target_modules": ["query"], "budget": 10}, "10 parameters are too few"),
     ):
         (actual,) = checks.recipe(make_recipe({**values, "method": method}), {})
         assert actual.level == "error" and message in actual.why, actual

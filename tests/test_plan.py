@@ -207,7 +207,7 @@ def test_a_budget_finds_the_largest_rank(roberta: Path) -> None:
     planned = plan_recipe(roberta, choice={"name": "msplora", "r": 8}, budget="0.25%", measure_memory=False)
     # 16,896 numbers a rank, ranks in steps of 4 (r/4 is whole): 16 fits into 0.25% of the model, 20 doesn't.
     assert planned.r == 16 and planned.adapter == 270_336 <= 0.0025 * planned.base < 20 * 16_896
-    with pytest.raises(ConfigError, match="100 numbers are too few for msplora: rank 1 has 49,152 on this model"):
+    with pytest.raises(ConfigError, match="100 parameters are too few for msplora: rank 1 has 49,152 on this model"):
         plan_recipe(roberta, choice={"name": "msplora", "r": 8}, budget="100", measure_memory=False)
     # The ranks that a recipe names give way, whatever the method calls them.
     lora2 = {"name": "lora2", "r": 8, "outer_rank": 2, "target_modules": ["query"]}

@@ -19,7 +19,7 @@ from ziggurat import LoR2CConfig
 from ziggurat.analysis import svg
 from ziggurat.analysis.page import names_of, read_run, report
 from ziggurat.cli import app
-from ziggurat.errors import ConfigError
+from ziggurat.errors import ConfigError, RecipeError
 
 Saved = Callable[..., Path]
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -180,19 +180,19 @@ def test_a_run_without_a_readable_adapter_says_why(tmp_path: Path) -> None:
 
 
 def test_bad_folders_are_refused(tmp_path: Path, saved: Saved) -> None:
-    with pytest.raises(ConfigError, match="there is no folder"):
+    with pytest.raises(RecipeError, match="does not exist"):
         read_run(tmp_path / "nowhere")
     adapter = saved(CONFIGS["lora"](), "plain")
-    with pytest.raises(ConfigError, match=r"holds no run of `ziggurat train`: it has no run\.json"):
+    with pytest.raises(RecipeError, match=r"was not written by `ziggurat train` .it has no run\.json"):
         read_run(adapter)
     run_folder(adapter, "plain")
-    with pytest.raises(ConfigError, match=r"Runs are in .*plain"):
+    with pytest.raises(RecipeError, match=r"its folders that are: plain"):
         read_run(tmp_path)
     (adapter / "run.json").write_text("{")
-    with pytest.raises(ConfigError, match="is no JSON"):
+    with pytest.raises(RecipeError, match="is no JSON"):
         read_run(adapter)
     (adapter / "run.json").write_text('{"before": {}}')
-    with pytest.raises(ConfigError, match="unfinished run"):
+    with pytest.raises(RecipeError, match="unfinished run"):
         read_run(adapter)
 
 

@@ -166,7 +166,7 @@ def test_a_budget_picks_the_largest_rank_below_it(name: str, wide_bert: Path, tm
 
 def test_a_budget_that_cannot_be_met(wide_bert: Path, tmp_path: Path) -> None:
     made = recipe_for(wide_bert, tmp_path / "x.csv", tmp_path / "out", "lora", budget=100)
-    with pytest.raises(RecipeError, match="100 numbers are too few for lora: rank 1 has 1,024"):
+    with pytest.raises(RecipeError, match="100 parameters are too few for lora: rank 1 has 1,024"):
         settle_budget(made)
     with pytest.raises(RecipeError, match="bitfit has no rank"):
         recipe_for(wide_bert, tmp_path / "x.csv", tmp_path / "out", "bitfit", budget=100)

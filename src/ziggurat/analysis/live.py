@@ -8,14 +8,13 @@ from typing import Any
 from markupsafe import Markup
 
 from ziggurat.errors import ConfigError
+from ziggurat.recipe.run_files import PROGRESS, RUN, UNFINISHED
 
 from . import svg
 from .page import Section, template
-from .runs import RUN
 
 #: Seconds after which a browser loads the page again.
 REFRESH = 5
-_UNFINISHED, _PROGRESS = ".unfinished", "progress.jsonl"
 
 
 def places_of(run: str | Path) -> tuple[Path, Path]:
@@ -24,8 +23,8 @@ def places_of(run: str | Path) -> tuple[Path, Path]:
     Raises ConfigError where neither exists.
     """
     path = Path(run).expanduser()
-    final = path.with_name(path.name.removesuffix(_UNFINISHED))
-    work = final.with_name(final.name + _UNFINISHED)
+    final = path.with_name(path.name.removesuffix(UNFINISHED))
+    work = final.with_name(final.name + UNFINISHED)
     if not work.is_dir() and not (final / RUN).is_file():
         raise ConfigError(f"there is no run in {final}: neither {work}, where it would train, nor {final / RUN}.")
     return final, work
@@ -33,7 +32,7 @@ def places_of(run: str | Path) -> tuple[Path, Path]:
 
 def read_progress(work: Path) -> list[dict[str, Any]]:
     """The logged lines of a run; of lines that a resumed run logged again, the later one."""
-    file = work / _PROGRESS
+    file = work / PROGRESS
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
     for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:

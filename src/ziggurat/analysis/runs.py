@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ziggurat.errors import ConfigError
-from ziggurat.files.untrusted import MOST_RUN, own_file, read_json
+from ziggurat.files.untrusted import MOST_RUN, read_json
 from ziggurat.host.method import METHODS
+from ziggurat.recipe.run_files import RECIPE, read_files
 
 from .collect import collect
 from .components import Collected
-
-RUN, RECIPE = "run.json", "recipe.yaml"
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,25 +52,15 @@ def read_run(folder: str | Path) -> Run:
     """The run in `folder`.
 
     Raises:
-        ConfigError: there is no finished run of `ziggurat train` in it.
+        RecipeError: there is no finished run of `ziggurat train` in it.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ConfigError(f"there is no folder {folder}.")
-    for name in (RUN, RECIPE):
-        if not (folder / name).is_file():
-            inside = sorted(str(path.parent) for path in folder.glob(f"*/{RUN}"))
-            hint = f" Runs are in {', '.join(inside)}." if inside else ""
-            raise ConfigError(f"{folder} holds no run of `ziggurat train`: it has no {name}.{hint}")
-    values = read_json(folder, RUN, MOST_RUN)
-    if not isinstance(values, dict) or "after" not in values:
-        raise ConfigError(f"{folder} is an unfinished run: go on with resume=true first.")
+    values, recipe = read_files(folder)
     try:
         collected, why = collect(folder), ""
     except ConfigError as error:
         collected, why = None, str(error)
     events = _events(folder)
-    recipe = own_file(folder, RECIPE).read_text(encoding="utf-8")
     return Run(folder.resolve().name, values, recipe, collected, why, events, *_pruned(folder, collected))
 
 

@@ -12,18 +12,15 @@ if TYPE_CHECKING:
     from ziggurat.training.answers.load import Loaded
 
 
-def from_a_run(folder: Path) -> bool:
-    """True if the folder has a recipe to rebuild its model, with its head and label names."""
-    return (folder / "run.json").is_file() and (folder / "recipe.yaml").is_file()
-
-
 def adapter_of_a_run(folder: Path, base: str | None) -> Loaded | None:
     """The model and tokenizer of a run of `ziggurat train`; None if another program wrote `folder`, or `base` is given.
 
     Raises:
         ExportError: the run trained the whole model: there is no adapter.
     """
-    if base is not None or not from_a_run(folder):
+    from ziggurat.recipe.run_files import is_run
+
+    if base is not None or not is_run(folder):
         return None
     from ziggurat.training.answers.load import load_adapter_model
 

@@ -1,9 +1,9 @@
 """Checks of models, data and lm-eval's tasks of a table's runs before the first run."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from ziggurat.errors import ConfigError, DataError, RecipeError
-from ziggurat.recipe.schema import Recipe
 
 from .evaluated import check_ready
 from .table import Run, refused
@@ -19,31 +19,28 @@ def check_inputs(name: str, runs: Sequence[Run]) -> None:
     """
     from ziggurat.training.data.examples import load_examples
     from ziggurat.training.loop.trainers import quiet
+    from ziggurat.training.model.meta import bare_config
 
     problems: list[str] = []
     checked = set()
 
-    def check(key: object, where: str, read: Callable[[Recipe], object], recipe: Recipe) -> None:
+    def check(key: object, where: str, read: Callable[[], object]) -> None:
         if key in checked:
             return
         checked.add(key)
         try:
-            read(recipe)
+            read()
         except (ConfigError, DataError, RecipeError) as error:
             problems.append(f"{where}{error}")
 
     with quiet():
         for run in runs:
             recipe = run.recipe
-            check((recipe.model, recipe.revision, recipe.gguf_file), "model: ", _read_config, recipe)
+            where = {"revision": recipe.revision, "gguf_file": recipe.gguf_file}
+            check((recipe.model, *where.values()), "model: ", partial(bare_config, recipe.model, **where))
             if run.trains:
-                check((run.task, recipe.task, recipe.data.model_dump_json()), f"{run.task}: ", load_examples, recipe)
+                key = run.task, recipe.task, recipe.data.model_dump_json()
+                check(key, f"{run.task}: ", partial(load_examples, recipe))
     if problems:
         raise refused(name, list(dict.fromkeys(problems)))
     check_ready([run.evaluation for run in runs if run.evaluation is not None])
-
-
-def _read_config(recipe: Recipe) -> None:
-    from ziggurat.training.model.meta import bare_config
-
-    bare_config(recipe.model, revision=recipe.revision, gguf_file=recipe.gguf_file)

@@ -23,8 +23,11 @@ class Cell:
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation over the seeds (n - 1); None with one seed."""
-        return _deviation(list(self.scores.values())) if len(self.scores) > 1 else None
+        """Standard deviation over the seeds (n - 1); None with one seed, NaN where one of them is infinite or NaN."""
+        values = list(self.scores.values())
+        if len(values) < 2:
+            return None
+        return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,6 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float], confidence: f
         warnings.simplefilter("ignore", RuntimeWarning)  # differences without any spread, or infinite ones
         low, high = ttest_1samp(gaps, 0.0).confidence_interval(confidence / 100)
     return Difference(len(gaps), statistics.fmean(gaps), float(high - low) / 2)
-
-
-def _deviation(values: list[float]) -> float:
-    """Standard deviation (n - 1); not a number where one of them is infinite or none."""
-    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def averages(cells: Sequence[Cell | None]) -> Cell | None:

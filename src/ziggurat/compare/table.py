@@ -10,10 +10,10 @@ from ziggurat.errors import RecipeError
 from ziggurat.nearest import missing_path
 from ziggurat.recipe.glue import GLUE, PREFIX
 from ziggurat.recipe.recipe import COMPUTATION, effective, find_recipe, make_recipe, resolved
+from ziggurat.recipe.run_files import UNFINISHED
 from ziggurat.recipe.schema import Recipe
 from ziggurat.recipe.text import flatten, read_yaml
 from ziggurat.training.data.content import contents
-from ziggurat.training.folder.run_folder import UNFINISHED
 
 from .checks import table_problems
 from .columns import Column, columns_of

@@ -15,9 +15,10 @@ from typing import Any, TextIO
 
 from ziggurat.errors import first_line
 from ziggurat.host.plugins import load
+from ziggurat.recipe.run_files import RUN
 from ziggurat.recipe.schema import Recipe
 from ziggurat.training.callbacks.interrupt import Interrupted
-from ziggurat.training.folder.run_folder import RUN, RunFolder
+from ziggurat.training.folder.run_folder import RunFolder
 from ziggurat.training.loop.run import train
 
 from .evaluated import NONE, Evaluation, base_info, evaluate_run

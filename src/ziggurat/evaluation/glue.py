@@ -128,8 +128,8 @@ def write_server_files(loaded: Loaded, name: str, out: Path, folder: str | None 
     for split, file in task.server.items():
         table = _read(name, split, folder, "idx")
         lines = ["index\tprediction"]
-        for index, answer in zip(_indices(table), _answers(loaded, task, table), strict=True):
-            lines.append(f"{index}\t{_as_server(answer, order, task)}")
+        for index, answer in zip(table["idx"], _answers(loaded, task, table), strict=True):
+            lines.append(f"{int(index)}\t{_as_server(answer, order, task)}")
         texts[file] = "\n".join(lines) + "\n"
     for file, text in texts.items():
         write_whole(out / file, text)
@@ -155,10 +155,6 @@ def labels_of(table: object, name: str, split: str) -> list[float]:
             raise DataError(f"glue/{name}: the labels of split '{split}' are hidden, so there is nothing to score by")
         labels.append(classes.index(label) if isinstance(label, str) else label)
     return labels
-
-
-def _indices(table: object) -> list[int]:
-    return [int(index) for index in table["idx"]]  # type: ignore[index]
 
 
 def _order(loaded: Loaded, name: str) -> dict[str, int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ziggurat.errors import ConfigError, RecipeError, ZigguratError
+from ziggurat.recipe.run_files import is_run
 
 if TYPE_CHECKING:
     from ziggurat.recipe.schema import Recipe
@@ -45,7 +46,7 @@ def find_subject(place: str | Path) -> Subject:
     from ziggurat.host.saved.folder import adapter_config
 
     path = Path(place).expanduser()
-    if (path / "run.json").is_file() and (path / "recipe.yaml").is_file():
+    if is_run(path):
         from ziggurat.training.answers.load import head_of, read_run
 
         recipe, run = read_run(path)

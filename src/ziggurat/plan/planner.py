@@ -27,32 +27,16 @@ from .memory import Memory, Step, memory
 
 #: Shown name -> the method's fields beside its rank. PiSSA, QLoRA and DyLoRA train as many parameters as LoRA.
 BESIDE: dict[str, dict[str, Any]] = {
-    "msplora": {"name": "msplora"},
-    "lora": {"name": "lora"},
-    "dora": {"name": "dora"},
-    "adalora": {"name": "adalora"},
-    "lora2": {"name": "lora2"},
-    "lor2c": {"name": "lor2c"},
+    **{name: {"name": name} for name in ("msplora", "lora", "dora", "adalora", "lora2", "lor2c")},
     "sharelor2c": {"name": "lor2c", "share": True},
-    "sharelora": {"name": "sharelora"},
-    "tiedlora": {"name": "tiedlora"},
-    "loraxs": {"name": "loraxs"},
-    "aslora": {"name": "aslora"},
-    "lily": {"name": "lily"},
-    "vera": {"name": "vera"},
-    "adapter": {"name": "adapter"},
+    **{name: {"name": name} for name in ("sharelora", "tiedlora", "loraxs", "aslora", "lily", "vera", "adapter")},
 }
 #: Methods with fixed places: around layers, after the feed-forward part.
 _OWN_PLACES = ("lor2c", "sharelor2c", "adapter")
 #: Names of rows of BESIDE that differ from their method's name.
 _VARIANTS = {"sharelor2c": "ShareLoR2C"}
-LABELS = {
-    **dict.fromkeys(WRITES, "tokens"),
-    "classification": "classes",
-    "multilabel": "classes",
-    "tokens": "tags",
-    "regression": "values",
-}
+LABELS = dict.fromkeys(WRITES, "tokens") | {"classification": "classes", "multilabel": "classes"}
+LABELS |= {"tokens": "tags", "regression": "values"}
 
 
 def variant_name(row: str) -> str:

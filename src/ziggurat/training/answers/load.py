@@ -10,17 +10,15 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
-from ziggurat.errors import ConfigError, RecipeError
-from ziggurat.files.untrusted import MOST_RUN, own_file, read_json
+from ziggurat.errors import RecipeError
 from ziggurat.host.bars import quiet
-from ziggurat.nearest import missing_path
 from ziggurat.recipe.methods import METHODS
-from ziggurat.recipe.recipe import find_recipe, recipe_of
+from ziggurat.recipe.recipe import recipe_of
+from ziggurat.recipe.run_files import RECIPE, RUN, read_files
 from ziggurat.recipe.schema import Recipe
 
 from ..data.encode import Collator
 from ..data.template import stop_at_turns
-from ..folder.run_folder import RECIPE, RUN
 from ..heads import MeanPooledClassifier
 from ..model.base import HeadSpec, base_of, device, load_processor
 
@@ -97,23 +95,8 @@ def load_adapter_model(folder: str | Path) -> Loaded:
 
 def read_run(path: Path) -> tuple[Recipe, dict[str, Any]]:
     """Recipe and run.json of an adapter folder. Raises RecipeError that names missing files."""
-    if not path.is_dir():
-        raise RecipeError(f"adapter folder {missing_path(path)}" if not path.exists() else f"'{path}' is not a folder")
-    for name in (RUN, RECIPE):
-        if not (path / name).is_file():
-            if path.name.endswith(".unfinished"):
-                raise RecipeError(f"'{path}' is an unfinished run; go on with resume=true first")
-            inner = sorted(entry.parent.name for entry in path.glob(f"*/{RUN}"))
-            hint = f"; its folders that are: {', '.join(inner)}" if inner else ""
-            raise RecipeError(f"'{path}' was not written by `ziggurat train` (it has no {name}){hint}")
-    try:
-        run = read_json(path, RUN, MOST_RUN)
-        label, text = find_recipe(own_file(path, RECIPE))
-    except ConfigError as error:
-        raise RecipeError(f"'{path}' cannot be read: {error}") from error
-    if not isinstance(run, dict) or "head" not in run:
-        raise RecipeError(f"'{path}' is an unfinished run; go on with resume=true first")
-    return recipe_of(text, label=str(path / label)), run
+    run, text = read_files(path)
+    return recipe_of(text, label=str(path / RECIPE)), run
 
 
 def head_of(run: dict[str, Any], path: Path) -> HeadSpec:

@@ -84,17 +84,11 @@ def load_examples(recipe: Recipe) -> Examples:
         train, validation = _split_off(recipe, train, notes)
         if ORIGIN in validation.column_names:
             validation = validation.remove_columns(ORIGIN)
-    train = mixed(recipe, train, notes)
-    for part, limit, word in (
-        (train, data.max_train, "learns from"),
-        (validation, data.max_validation, "scores on"),
-    ):
+    train, limits = mixed(recipe, train, notes), (data.max_train, data.max_validation)
+    for part, limit, word in zip((train, validation), limits, ("learns from", "scores on"), strict=True):
         if limit is not None and limit < len(part):
             notes.append(f"{word} {limit} of {len(part)} rows, drawn with seed {recipe.seed}")
-    train, validation = (
-        draw(train, data.max_train, recipe.seed),
-        draw(validation, data.max_validation, recipe.seed),
-    )
+    train, validation = (draw(*part, recipe.seed) for part in zip((train, validation), limits, strict=True))
     if recipe.task in ("classification", "multilabel") and len(set(map(str, train["label"]))) < 2:
         raise DataError(f"data.label: all {len(train)} training rows have the same label, nothing to learn")
     return Examples(train, validation, names, notes, shape)

@@ -13,18 +13,17 @@ import yaml
 from ziggurat.errors import RecipeError
 from ziggurat.files.staging import told_of_storage, write_whole
 from ziggurat.recipe.recipe import COMPUTATION, differences, effective, resolved, to_yaml
+from ziggurat.recipe.run_files import RECIPE, RUN, UNFINISHED, is_run
 from ziggurat.recipe.schema import Recipe
 
 from ..data.content import contents
 from ..devices.processes import Processes
 from . import workplace
 from .checkpoints import is_whole, newest
-from .workplace import MAY_REPLACE, RECIPE, RUN
+from .workplace import MAY_REPLACE
 
 #: How a run without a launcher was launched.
 ONE = "1 process"
-#: Suffix of a run's folder until the run is complete.
-UNFINISHED = ".unfinished"
 
 
 class RunFolder:
@@ -58,7 +57,7 @@ class RunFolder:
         self.settle()
         if self.recipe.overwrite:
             for folder in (self.final, self.work):
-                if folder.exists() and not _ours(folder):
+                if folder.exists() and not is_run(folder):
                     raise RecipeError(
                         f"output: '{folder}' was not written by a run (it has no {RUN}), "
                         "so overwrite=true doesn't touch it; choose another output=..."
@@ -66,10 +65,10 @@ class RunFolder:
         elif self.recipe.resume:
             self._check_resume(shown)
         elif workplace.filled(self.final):
-            finished = " a finished run" if _ours(self.final) else " something else"
+            finished = " a finished run" if is_run(self.final) else " something else"
             raise RecipeError(
                 f"output: '{shown}' holds{finished} already. Choose another output=..."
-                + (", or replace it with overwrite=true" if _ours(self.final) else "")
+                + (", or replace it with overwrite=true" if is_run(self.final) else "")
             )
         elif self.work.exists():
             step = self.last_checkpoint()
@@ -94,7 +93,7 @@ class RunFolder:
 
     def _check_resume(self, shown: str) -> None:
         if self.last_checkpoint() is None:
-            if _ours(self.final):
+            if is_run(self.final):
                 raise RecipeError(
                     f"resume: the run in '{shown}' is finished. To train again use overwrite=true or another output=..."
                 )
@@ -105,7 +104,7 @@ class RunFolder:
             )
         changed = differences(effective(self._stored_recipe()), effective(resolved(self.recipe)))
         noted = self.noted()
-        changed += differences({"launched": noted.get("launched", ONE)}, {"launched": self._launched()})
+        changed += differences({"launched": noted.get("launched", ONE)}, {"launched": launched(self.processes)})
         if noted.get("computation") != COMPUTATION:
             changed.append("it was begun by a version that computes otherwise")
         content = noted.get("content", {})
@@ -171,9 +170,6 @@ class RunFolder:
         except (OSError, ValueError):
             return {}
 
-    def _launched(self) -> str:
-        return launched(self.processes)
-
     def note(self, run: dict[str, Any], folder: Path | None = None) -> None:
         """Write run.json atomically, with the way of launching and the digests of the run's files."""
         if not self.processes.main:
@@ -181,7 +177,7 @@ class RunFolder:
         write_whole((folder or self.work) / RUN, self._as_json(run))
 
     def _as_json(self, run: dict[str, Any]) -> str:
-        made = {"launched": self._launched(), "computation": COMPUTATION, "content": self._content}
+        made = {"launched": launched(self.processes), "computation": COMPUTATION, "content": self._content}
         return json.dumps({**run, **made}, indent=2, ensure_ascii=False) + "\n"
 
     def last_checkpoint(self) -> Path | None:
@@ -210,7 +206,7 @@ class RunFolder:
         workplace.settle(self.work, self.final, self._may_replace)
 
     def _may_replace(self, place: Path) -> bool:
-        return _ours(place) and (self.recipe.overwrite or (self.work / MAY_REPLACE).exists())
+        return is_run(place) and (self.recipe.overwrite or (self.work / MAY_REPLACE).exists())
 
     def abandon(self) -> None:
         """After an error: delete the working folder, unless it holds a checkpoint or a finished result."""
@@ -226,7 +222,3 @@ class RunFolder:
 def launched(processes: Processes) -> str:
     """How many processes, trained in which way: a checkpoint fits only the same."""
     return ONE if processes.way == "one" else f"{processes.size} processes, {processes.way}"
-
-
-def _ours(folder: Path) -> bool:
-    return (folder / RUN).is_file() and (folder / RECIPE).is_file()

@@ -13,8 +13,8 @@ from typing import Any
 
 from ziggurat.errors import RecipeError
 from ziggurat.files.staging import open_weights, storage_trouble, sync, sync_tree, told_of_storage
+from ziggurat.recipe.run_files import PROGRESS, RECIPE, RUN
 
-RECIPE, RUN = "recipe.yaml", "run.json"
 #: The finished result before it is moved to its place, and the folder that it replaces.
 DONE, REPLACED = "done", "replaced"
 #: Exists if the run may replace the folder in the result's place, also when the run is resumed.
@@ -24,8 +24,6 @@ LOCK, ROOM = "lock", "room"
 READY, CHECKPOINTS = "ready", "checkpoints"
 #: For TensorBoard; copied into the result.
 LOGS = "logs"
-#: The log, one JSON object a line, for programs that follow the run.
-PROGRESS = "progress.jsonl"
 
 
 class Lock:

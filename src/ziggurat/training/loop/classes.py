@@ -74,9 +74,3 @@ def shown_texts(table: Dataset) -> list[str]:
     if "text_pair" not in table.column_names:
         return list(table["text"])
     return [f"{first} | {second}" for first, second in zip(table["text"], table["text_pair"], strict=True)]
-
-
-def softmax(scores: np.ndarray) -> np.ndarray:
-    """p_ic = exp(z_ic) / sum_k exp(z_ik), for scores (rows, classes)."""
-    powers = np.exp(scores.astype(np.float64) - scores.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from ziggurat.recipe.schema import Recipe
 
@@ -67,16 +69,12 @@ def mean_loss(predictions: Any, labels: Any) -> float:
     L = mean_i (ln sum_c exp z_ic - z_iy), or mean_i (z_i - y_i)^2; of labels for each class, 0 or 1, binary
     cross-entropy mean_ic (ln(1 + exp z_ic) - y_ic z_ic).
     """
-    scores, truth = outputs_of(predictions).astype(np.float64), np.asarray(labels)
-    if scores.ndim == 3:  # of tokens, of which some have no label
-        scores, truth = scores[truth != -100], truth[truth != -100]
-    if truth.ndim == 2:
-        return float(np.mean(np.logaddexp(0.0, scores) - truth * scores))
+    scores, truth = torch.from_numpy(outputs_of(predictions)).double(), torch.from_numpy(np.asarray(labels))
+    if scores.ndim == truth.ndim == 2:
+        return float(binary_cross_entropy_with_logits(scores, truth.double()))
     if scores.ndim == 1 or scores.shape[-1] == 1:
-        return float(np.mean((scores.reshape(-1) - truth) ** 2))
-    top = scores.max(-1, keepdims=True)
-    logs = np.log(np.exp(scores - top).sum(-1)) + top[:, 0]
-    return float(np.mean(logs - scores[np.arange(len(truth)), truth.astype(np.int64)]))
+        return float(mse_loss(scores.flatten(), truth.double()))
+    return float(cross_entropy(scores.flatten(0, -2), truth.long().flatten()))  # of tokens some have no label: -100
 
 
 def guessing(recipe: Recipe, train: Sequence[Any], validation: Sequence[Any], classes: int) -> dict[str, float]:

@@ -9,15 +9,16 @@ from torch import nn
 
 from ziggurat._distribution import VERSION
 from ziggurat.host.bars import quiet
+from ziggurat.host.method import Method, method_of
 from ziggurat.recipe.recipe import to_yaml
+from ziggurat.recipe.run_files import RECIPE
 from ziggurat.recipe.schema import Recipe
 
 from ..data.alpaca import TO_THE_LETTER
 from ..folder import workplace
-from ..folder.run_folder import RECIPE, RunFolder
+from ..folder.run_folder import RunFolder
 from ..model.adapt import Counts
 from ..model.base import Base, HeadSpec
-from .finish import draw
 from .meter import stored_bytes
 
 
@@ -108,3 +109,24 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return installed
+
+
+def settle(model: Any) -> dict[str, int]:
+    """Let the adapter's method drop parts that have no effect after training. Returns counts of parameters by name.
+
+    Outputs don't change. Empty for methods whose structure training doesn't change.
+    """
+    method = _method(model)
+    return method.finish(model) if method is not None and method.finish is not None else {}
+
+
+def draw(model: Any, folder: Path) -> None:
+    """Let the method draw its training history into `folder`, if matplotlib is installed."""
+    method = _method(model)
+    if method is not None and method.picture is not None:
+        method.picture(model, folder)
+
+
+def _method(model: Any) -> Method | None:
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    return method_of(next(iter(configs.values()), None))

@@ -38,9 +38,8 @@ from ..folder.run_folder import RunFolder, launched
 from ..model.adapt import Counts, adapt, count
 from ..model.base import Base, HeadSpec, base_of
 from .arguments import Setup
-from .finish import settle
 from .meter import Meter, expected_bytes, peak_memory
-from .result import Result, save
+from .result import Result, save, settle
 from .trainers import Task, make_trainer
 
 if TYPE_CHECKING:

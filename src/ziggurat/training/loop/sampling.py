@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -140,20 +141,13 @@ class Drawing(Resumable, _TRL):
         if self.model.training:
             return super()._generate_single_turn(*args, **kwargs)
         if self.use_vllm:
-            held = self.vllm_generation.temperature
-            self.vllm_generation.temperature = 0.0
-            try:
+            with mock.patch.object(self.vllm_generation, "temperature", 0.0):
                 return super()._generate_single_turn(*args, **kwargs)
-            finally:
-                self.vllm_generation.temperature = held
-        held = self.generation_kwargs, self.generation_config
         drawn = ("do_sample", "temperature", "top_p", "top_k", "min_p")
-        self.generation_kwargs = {k: v for k, v in held[0].items() if k not in drawn} | {"do_sample": False}
-        self.generation_config = GenerationConfig(**self.generation_kwargs, disable_compile=True)
-        try:
+        greedy = {k: v for k, v in self.generation_kwargs.items() if k not in drawn} | {"do_sample": False}
+        config = GenerationConfig(**greedy, disable_compile=True)
+        with mock.patch.multiple(self, generation_kwargs=greedy, generation_config=config):
             return super()._generate_single_turn(*args, **kwargs)
-        finally:
-            self.generation_kwargs, self.generation_config = held
 
 
 class Rewarded(Drawing):

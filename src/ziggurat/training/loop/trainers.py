@@ -123,16 +123,17 @@ def _scored(setup: Setup) -> Task:
         return metrics.score(recipe, last["outputs"], last["labels"], classes)
 
     def judged() -> dict[str, Any]:
-        from .classes import by_class, shown_texts, softmax
+        from scipy.special import softmax
+
+        from .classes import by_class, shown_texts
 
         if not last:  # a resumed run whose last scores are in its checkpoint
             trainer.evaluate()
         # Rows of similar length may have been scored together.
         sampler: Any = trainer._get_eval_sampler(parts[1])  # type: ignore[arg-type]
         order = list(sampler) if sampler is not None else range(len(parts[1]))
-        texts = shown_texts(examples.validation)
-        shown = [texts[row] for row in order]
-        return by_class(softmax(last["outputs"]), last["labels"], examples.label_names, shown)
+        texts, shares = shown_texts(examples.validation), softmax(last["outputs"].astype(np.float64), axis=-1)
+        return by_class(shares, last["labels"], examples.label_names, [texts[row] for row in order])
 
     arguments = TrainingArguments(
         **training_arguments(recipe, setup.checkpoints), label_names=["labels"], remove_unused_columns=False

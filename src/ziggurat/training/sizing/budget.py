@@ -2,7 +2,9 @@
 
 import copy
 import logging
+import math
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,8 +125,8 @@ def fit_rank(model: nn.Module, choice: dict[str, Any], budget: int, *, build: bo
         count_of(model, {**choice, **rank_fields(choice, 4)}, refuse=True)
         raise ConfigError(f"{choice['name']} refuses every rank up to 4 on this model")
     raise ConfigError(
-        f"{budget:,} numbers are too few for {choice['name']}: rank {least[0]} has {least[1]:,} on this model; raise "
-        "the budget or adapt fewer modules"
+        f"{budget:,} parameters are too few for {choice['name']}: rank {least[0]} has {least[1]:,} on this model; "
+        "raise the budget or adapt fewer modules"
     )
 
 
@@ -139,18 +141,15 @@ def largest_rank(count: Callable[[int], int | None], budget: int, most: int = HI
         counted = ((r, count(r)) for r in range(rank, max(0, rank - 8), -1))
         return next((Fit(r, number) for r, number in counted if number is not None), None)
 
-    def fits(rank: int) -> bool:
+    def size(rank: int) -> float:
         fit = nearest(rank)
-        return fit.parameters <= budget if fit is not None else rank < 8
+        return fit.parameters if fit is not None else 0 if rank < 8 else math.inf
 
-    low, beyond = 0, 8
-    while beyond <= most and fits(beyond):
-        low, beyond = beyond, 2 * beyond
+    beyond = 8
+    while beyond <= most and size(beyond) <= budget:
+        beyond *= 2
     beyond = min(beyond, most + 1)
-    while beyond - low > 1:
-        middle = (low + beyond) // 2
-        low, beyond = (middle, beyond) if fits(middle) else (low, middle)
-    fit = nearest(low)
+    fit = nearest(bisect_right(range(beyond), budget, key=size) - 1)
     return fit if fit is not None and fit.parameters <= budget else None
 
 
