@@ -1,14 +1,13 @@
 """What LoRA's config and model can do, and which methods can: the second table of docs/combinations.md.
 
 A cell comes from the test behind its row: "yes" where the test runs with that method, "no" where `REFUSED`, which the
-test reads too, has it. `PYTHONPATH=tests python -m contracts.like_lora docs/combinations.md` writes the table anew.
+test reads too, has it. `pages.py` writes the table anew.
 """
 
 import importlib
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
+import pages
 from methods_table import METHODS
 from ziggurat.host.method import METHODS as REGISTERED
 
@@ -63,10 +62,4 @@ def _rows() -> Iterator[str]:
 
 def written_into(page: str) -> str:
     """The page with the table between its marks."""
-    head, _, rest = page.partition(BEGIN)
-    return f"{head}{BEGIN}{table()}{END}{rest.partition(END)[2]}"
-
-
-if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    path.write_text(written_into(path.read_text(encoding="utf-8")), encoding="utf-8")
+    return pages.written_into(page, BEGIN, table(), END)

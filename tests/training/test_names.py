@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from pages import names
 from ziggurat.errors import RecipeError
 from ziggurat.recipe.methods import METHODS, method_fields
-from ziggurat.recipe.names import page, tables
+from ziggurat.recipe.names import tables
 from ziggurat.recipe.recipe import make_recipe
 from ziggurat.recipe.schema import keys
 
@@ -21,7 +22,7 @@ def refusal(key: str, value: object) -> str:
 
 
 def test_the_page_is_written_by_the_table() -> None:
-    assert (Path(__file__).parents[2] / "docs" / "names.md").read_text(encoding="utf-8") == page()
+    assert (Path(__file__).parents[2] / "docs" / "names.md").read_text(encoding="utf-8") == names()
 
 
 @pytest.mark.parametrize("ours", [ours for ours in OURS if "." in ours.split()[0] or " " not in ours])

@@ -157,10 +157,7 @@ def adalora(state: State, config: Any, places: Places) -> Iterator[Component]:
 
 
 #: PEFT type -> its reader.
-READERS: dict[str, Callable[[State, Any, Places], Iterator[Component]]] = {
-    "LORA": lora,
-    "ADALORA": adalora,
-}
+READERS: dict[str, Callable[[State, Any, Places], Iterator[Component]]] = {"LORA": lora, "ADALORA": adalora}
 
 
 def _grouped(state: State, pattern: str) -> dict[str, dict[str, Tensor]]:

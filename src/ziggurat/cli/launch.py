@@ -19,9 +19,7 @@ def config_file(name: str) -> Path:
     return Path(str(files("ziggurat") / "launch" / f"{name}.yaml"))
 
 
-def launch_config(
-    name: Annotated[str | None, typer.Argument(help="Print the path of this one.")] = None,
-) -> None:
+def launch_config(name: Annotated[str | None, typer.Argument(help="Print the path of this one.")] = None) -> None:
     """List the configs for `accelerate launch` that ship, or print the path of one."""
     if name is not None:
         say(str(config_file(name)))

@@ -6,14 +6,6 @@ from importlib.resources import files
 import yaml
 
 METHODS = {"msplora": "MSPLoRA", "lora2": "LoRA²", "lor2c": "LoR2C"}
-STATUS = ("yes", "limited", "no", "untested")
-SECTIONS = {
-    "base": "Base weights",
-    "train": "Training",
-    "distributed": "Several processes",
-    "machine": "Where it runs",
-    "use": "Using and serving",
-}
 
 
 @dataclass(frozen=True)
@@ -56,38 +48,3 @@ FACTS = _read()
 def fact(key: str) -> Fact:
     """The row called `key`."""
     return next(row for row in FACTS if row.key == key)
-
-
-def markdown() -> str:
-    """The table of docs/combinations.md."""
-    lines = []
-    for section, title in SECTIONS.items():
-        names = " | ".join(METHODS.values())
-        lines += [f"| {title} | {names} | notes |", "|---|" + "---|" * (len(METHODS) + 1)]
-        for row in FACTS:
-            if row.section == section:
-                cells = " | ".join(row.cells[method] for method in METHODS)
-                reasons = {
-                    "": (row.why, row.instead),
-                    **{f"{METHODS[name]}: ": text for name, text in row.apart.items()},
-                }
-                about = ". ".join(
-                    whose + "; otherwise: ".join(part for part in parts if part) for whose, parts in reasons.items()
-                )
-                lines.append(f"| {row.what} | {cells} | {about} |")
-        lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def written_into(page: str) -> str:
-    """The page with the table between its marks `<!-- table -->` and `<!-- end -->`."""
-    head, _, rest = page.partition("<!-- table -->\n")
-    return f"{head}<!-- table -->\n{markdown()}<!-- end -->{rest.partition('<!-- end -->')[2]}"
-
-
-if __name__ == "__main__":
-    import sys
-    from pathlib import Path
-
-    path = Path(sys.argv[1])
-    path.write_text(written_into(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -29,22 +29,3 @@ def answer(key: str) -> str | None:
     if ours.startswith("nothing"):
         return f"; {ours.replace('nothing', 'leave it out', 1)}"
     return f"; here it is {ours}" if " " in ours else f", did you mean {ours}?"
-
-
-def page() -> str:
-    """docs/names.md."""
-    lines = [
-        "# Names from elsewhere",
-        "",
-        "Keys of other programs' recipes, and the key with the same meaning here. `ziggurat train` answers each",
-        "of these names so, and says of the other options of these programs that no key stands for them. Columns of",
-        "data have a table of their own in [recipes.md](recipes.md#instructions-chats-and-plain-text).",
-    ]
-    for program, title in PROGRAMS.items():
-        lines += ["", f"## {title}", "", "| there | here |", "|---|---|"]
-        lines += [f"| `{name}` | {_shown(ours)} |" for name, ours in tables()[program].items() if ours]
-    return "\n".join(lines) + "\n"
-
-
-def _shown(ours: str) -> str:
-    return f"`{ours}`" if " " not in ours or (": " in ours and ours.count(" ") == 1) else ours

@@ -39,6 +39,6 @@ def read_files(folder: Path) -> tuple[dict[str, Any], str]:
         _, text = find_recipe(own_file(folder, RECIPE))
     except ConfigError as error:
         raise RecipeError(f"'{folder}' cannot be read: {error}") from error
-    if not isinstance(values, dict) or "head" not in values:
+    if not isinstance(values, dict) or "after" not in values:
         raise RecipeError(f"'{folder}' is an unfinished run; go on with resume=true first")
     return values, text

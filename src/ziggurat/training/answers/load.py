@@ -101,7 +101,7 @@ def read_run(path: Path) -> tuple[Recipe, dict[str, Any]]:
 
 def head_of(run: dict[str, Any], path: Path) -> HeadSpec:
     """The head's specification in run.json. Raises RecipeError if it is invalid."""
-    head = run["head"]
+    head = run.get("head")
     names = head.get("label_names") if isinstance(head, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str | int | float) for name in names):
         raise RecipeError(f"'{path / RUN}' has been changed: its head names no labels")
