@@ -64,13 +64,14 @@ def load_examples(recipe: Recipe) -> Examples:
     shape = None
     # All rows are checked before a part is split off, so that errors name rows of the file.
     if (read := _reader(recipe)) is not None:
-        parts = [read(recipe, table, source) for table, source in zip(trains, sources, strict=True)]
-        shape = parts[0][1]
-        if any(part[1] != shape for part in parts):
-            forms = ", ".join(f"{source} ({part[1]})" for source, part in zip(sources, parts, strict=True))
+        parts = (read(recipe, table, source) for table, source in zip(trains, sources, strict=True))
+        tables, shapes, remarks = zip(*parts, strict=True)
+        shape = shapes[0]
+        if len(set(shapes)) > 1:
+            forms = ", ".join(f"{source} ({form})" for source, form in zip(sources, shapes, strict=True))
             raise DataError(f"data.train: the files have several forms: {forms}; data.as_chat makes chats of pairs")
-        notes += [note for part in parts for note in part[2]]
-        train = joined([part[0] for part in parts], sources)
+        notes += [note for of_file in remarks for note in of_file]
+        train = joined(tables, sources)
         if validation is not None:
             validation, _, remarks = read(recipe, validation, data.validation or data.train)
             notes += remarks
@@ -103,12 +104,12 @@ def load_scored(recipe: Recipe, source: str, names: list[str]) -> tuple[Dataset,
     table = _read(recipe.model_copy(update={"data": data}), source, "train")
     if (read := _reader(recipe)) is not None:
         return read(recipe, table, source)
+    notes: list[str] = []
     if recipe.task == "tokens":
         from .tags import tagged_among
 
-        notes: list[str] = []
         return tagged_among(recipe, table, names, source, notes), None, notes
-    table, notes = _checked(recipe, table, source)
+    table = _checked(recipe, table, source, notes)
     values = list(table[recipe.data.label])
     if recipe.task == "regression":
         labels: list[Any] = [number_of(value) for value in values]
@@ -273,19 +274,15 @@ def _labelled(
     """Checked columns `text`, `text_pair` and `label` of both tables, and the names of the classes."""
     data = recipe.data
     files = [data.train, *(data.more or [])]
-    sources = list(zip(trains, files, strict=True))
-    if validation is not None:
-        sources.append((validation, data.validation or data.train))
-    tables = []
-    for table, source in sources:
-        table, left_out = _checked(recipe, table, source)
-        tables.append(table)
-        notes += left_out
+    parts = [_checked(recipe, table, source, notes) for table, source in zip(trains, files, strict=True)]
     if len(files) > 1:
         used = [column for column in (data.text, data.text_pair, data.label) if column is not None]
-        if len({str(table.features[data.label]) for table in tables[: len(files)]}) > 1:
-            tables[: len(files)] = [_with_names(table, data.label) for table in tables[: len(files)]]
-        tables[: len(files)] = [joined([table.select_columns(used) for table in tables[: len(files)]], files)]
+        if len({str(table.features[data.label]) for table in parts}) > 1:
+            parts = [_with_names(table, data.label) for table in parts]
+        parts = [table.select_columns(used) for table in parts]
+    tables = [joined(parts, files)]
+    if validation is not None:
+        tables.append(_checked(recipe, validation, data.validation or data.train, notes))
     if recipe.task == "regression":
         labels: list[list[Any]] = [[number_of(value) for value in table[data.label]] for table in tables]
         names: list[str] = []
@@ -308,8 +305,8 @@ def _with_names(table: Dataset, column: str) -> Dataset:
     return table.remove_columns(column).add_column(column, values)
 
 
-def _checked(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, list[str]]:
-    """The usable rows of a table, and a note about those left out. Raises DataError that counts all others."""
+def _checked(recipe: Recipe, table: Dataset, source: str, notes: list[str]) -> Dataset:
+    """The usable rows of a table; `notes` gets how many are left out. Raises DataError that counts all others."""
     data = recipe.data
     texts = [("data.text", data.text)]
     if data.text_pair is not None:
@@ -325,7 +322,9 @@ def _checked(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, list
             elif isinstance(text, list | dict | bytes):
                 faults.add(index, f"column '{column}' ({key}): a text is needed, this is {kind_of(text)}")
     _check_labels(recipe, list(table[data.label]), faults)
-    return faults.settle(table, data.drop_missing)
+    table, left_out = faults.settle(table, data.drop_missing)
+    notes += left_out
+    return table
 
 
 def _check_labels(recipe: Recipe, values: list[Any], faults: Faults) -> None:
