@@ -152,7 +152,7 @@ class Watcher:
         self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in self.EVENTS or not any(self.near in str(one) for one in arguments[:2]):
+        if event not in self.EVENTS or not any(self.near in str(argument) for argument in arguments[:2]):
             return
         self.number += 1
         self.late += bool(self.late) or (event == "os.mkdir" and str(arguments[0]).endswith("ready"))
@@ -187,10 +187,10 @@ def count_turns(method: str, log: Path, aim: Aim | None) -> None:
         hit = aim is not None and aim.kind == "method" and aim.at == number
         if hit and aim is not None and aim.later == 0.0:
             die()
-        found = real(*args, **kwargs)
+        result = real(*args, **kwargs)
         if hit and aim is not None:
             die(aim.later if aim.later > 0 else 0.0)
-        return found
+        return result
 
     setattr(place, name, turn)
 
@@ -263,8 +263,8 @@ def reference(run: Run, logs: Path) -> None:
 def digest(folder: Path) -> dict[str, str]:
     """SHA-256 of the adapter's files, and its scores: what a resumed run must give again."""
     files = [*folder.glob("*.safetensors"), *folder.glob("adapter_config.json"), *folder.glob("events.json")]
-    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
-    return found | {"after": json.dumps(json.loads((folder / "run.json").read_text())["after"], sort_keys=True)}
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+    return digests | {"after": json.dumps(json.loads((folder / "run.json").read_text())["after"], sort_keys=True)}
 
 
 def draw(run: Run, chance: random.Random, kind: str) -> Aim:
@@ -283,12 +283,12 @@ def whole_result(run: Run, old: dict[str, str]) -> str:
     if not run.output.exists():
         return ""
     try:
-        found = digest(run.output)
+        written = digest(run.output)
     except (OSError, ValueError, KeyError) as error:
         return f"the output is no whole result: {error}"
-    if found == run.digest or (old and found == old):
+    if written == run.digest or (old and written == old):
         return ""
-    return f"the output's adapter is not the reference's: {found} != {run.digest}"
+    return f"the output's adapter is not the reference's: {written} != {run.digest}"
 
 
 def whole_checkpoint(run: Run) -> str:
@@ -355,10 +355,10 @@ def one_life(
     while True:
         aim = draw(run, chance, KINDS[tally.killed % len(KINDS)]) if kills else None
         status, _ = start(run, words, logs, aim)
-        said = (logs / "output").read_text(errors="replace")
+        output = (logs / "output").read_text(errors="replace")
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
             if aim is None:
-                tally.faults.append(f"{run.method}: the run took more than {PATIENCE} s: {said.strip()[-600:]}")
+                tally.faults.append(f"{run.method}: the run took more than {PATIENCE} s: {output.strip()[-600:]}")
                 return
             kills -= 1
             tally.kills[run.method, aim.kind] += 1
@@ -375,10 +375,10 @@ def one_life(
             first = False
             continue
         code = os.waitstatus_to_exitcode(status)
-        if code == 2 and not first and ("is finished" in said or "a finished run already" in said):
+        if code == 2 and not first and ("is finished" in output or "a finished run already" in output):
             tally.in_place += 1  # killed with the result ready: the next command has put it in its place
         elif code != 0:
-            tally.faults.append(f"{run.method}: `{' '.join(words)}` ended with {code}: {said.strip()[-600:]}")
+            tally.faults.append(f"{run.method}: `{' '.join(words)}` ended with {code}: {output.strip()[-600:]}")
             shutil.rmtree(run.work, ignore_errors=True)
             shutil.rmtree(run.output, ignore_errors=True)
             return

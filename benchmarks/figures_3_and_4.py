@@ -64,9 +64,9 @@ def save(ax: Any, out: Path) -> None:
 def fig_3(folder: Path, out: Path) -> dict[str, Any]:
     """Draw it; returns how the largest singular value and the effective rank of each tier went."""
     history = json.loads((folder / "run.json").read_text())["history"]
-    found = trace.top_values(history)
+    spectra = trace.top_values(history)
     with styled():
-        save(figures.figure_3(found)[0], out)
+        save(figures.figure_3(spectra)[0], out)
     ranks = trace.series(history, "effective_rank")
     return {
         part: {
@@ -74,14 +74,14 @@ def fig_3(folder: Path, out: Path) -> dict[str, Any]:
             "s8 / s1, last epoch": round(float(values[-1, -1] / values[0, -1]), 3),
             "effective rank, first and last epoch": [round(float(ranks[part][1][n]), 2) for n in (0, -1)],
         }
-        for part, (_, values) in found.items()
+        for part, (_, values) in spectra.items()
     }
 
 
-def fig_4(one: Collected, other: Collected, out: Path) -> dict[str, Any]:
+def fig_4(first: Collected, other: Collected, out: Path) -> dict[str, Any]:
     """Draw both KL maps on one scale, and the difference; returns the means off the diagonal."""
-    grids = [measures.kl_matrix(one), measures.kl_matrix(other)]
-    difference = measures.kl_difference(one, other)
+    grids = [measures.kl_matrix(first), measures.kl_matrix(other)]
+    difference = measures.kl_difference(first, other)
     high = max(float(np.nanmax(grid)) for grid in grids)
     side = 1.2 + 0.36 * max(6, len(difference))
     with styled():
@@ -121,9 +121,9 @@ def main() -> None:
             parser.error("--model, --train and --validation are needed")
         for method in RUNS:
             run(options, method)
-    one, other = (collect(options.out / method) for method in RUNS)
-    said = {name: fig_3(options.out / name, options.out / f"figure_3_{name}.png") for name in RUNS}
-    print(json.dumps({**said, "figure 4": fig_4(one, other, options.out / "figure_4.png")}, indent=1))
+    first, other = (collect(options.out / method) for method in RUNS)
+    spectra = {name: fig_3(options.out / name, options.out / f"figure_3_{name}.png") for name in RUNS}
+    print(json.dumps({**spectra, "figure 4": fig_4(first, other, options.out / "figure_4.png")}, indent=1))
 
 
 if __name__ == "__main__":

@@ -93,9 +93,9 @@ def table(grown: str, rows: list[dict[str, object]]) -> None:
     )
     print("|---|" + "--:|" * (2 * len(values)))
     for way in ways:
-        found = [cell[way, v] for v in values]
-        extra = " | ".join(f"{row['extra_ms']:.1f}" for row in found)
-        print(f"| {way} | {extra} | " + " | ".join(f"{row[memory] / 1024:.0f}" for row in found) + " |", flush=True)  # type: ignore[operator]
+        points = [cell[way, v] for v in values]
+        extra = " | ".join(f"{row['extra_ms']:.1f}" for row in points)
+        print(f"| {way} | {extra} | " + " | ".join(f"{row[memory] / 1024:.0f}" for row in points) + " |", flush=True)  # type: ignore[operator]
 
 
 def plot(rows: list[dict[str, object]], path: Path) -> None:
@@ -109,10 +109,10 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
         mine = [row for row in rows if row["grown"] == grown]
         memory = "factor_bytes" if grown == "held" else "saved_bytes"
         for way in dict.fromkeys(row["way"] for row in mine):
-            own = {row["value"]: row for row in mine if row["way"] == way}
+            of_way = {row["value"]: row for row in mine if row["way"] == way}
             style = "-" if not str(way).startswith("PEFT") else "--"
-            axes[0][column].plot(values, [own[v]["extra_ms"] for v in values], style, marker="o", ms=3, label=way)
-            axes[1][column].plot(values, [own[v][memory] / 2**20 for v in values], style, marker="o", ms=3)  # type: ignore[operator]
+            axes[0][column].plot(values, [of_way[v]["extra_ms"] for v in values], style, marker="o", ms=3, label=way)
+            axes[1][column].plot(values, [of_way[v][memory] / 2**20 for v in values], style, marker="o", ms=3)  # type: ignore[operator]
         for row, what in zip(
             (0, 1), ("extra ms a step", "factors held, MiB" if grown == "held" else "saved, MiB"), strict=True
         ):
@@ -135,8 +135,8 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for grown, values in GROWING.items():
         for value in values:
-            found = point(args.width, {**STILL, grown: value}, args.seconds, args.rounds)
-            rows += [{"grown": grown, "value": value, **row} for row in found]
+            points = point(args.width, {**STILL, grown: value}, args.seconds, args.rounds)
+            rows += [{"grown": grown, "value": value, **row} for row in points]
         table(grown, [row for row in rows if row["grown"] == grown])
     if args.csv:
         with args.csv.open("w", newline="", encoding="utf-8") as file:

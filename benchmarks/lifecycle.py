@@ -48,9 +48,9 @@ def inference(seconds: float) -> None:
                 ways[name] = forward(adapt(sharing(base)).eval(), inputs)
                 if "LoR2C" not in name:
                     # Merging writes into the weights, which `sharing` shares: a model of its own.
-                    own = adapt(type(base)(base.config))
-                    own.load_state_dict(base.state_dict(), strict=False)
-                    merged = own.merge_and_unload().eval()
+                    adapted = adapt(type(base)(base.config))
+                    adapted.load_state_dict(base.state_dict(), strict=False)
+                    merged = adapted.merge_and_unload().eval()
                     kinds = [type(m) for m in merged.modules()]
                     same = kinds == [type(m) for m in base.modules()]
                     ways[f"{name}, merged" + ("" if same else " (OTHER MODULES)")] = forward(merged, inputs)

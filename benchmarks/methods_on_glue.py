@@ -56,11 +56,11 @@ TASKS = {
     "qnli": Task(("question", "sentence"), 2, ("accuracy",), 3, 256),
 }
 METRICS: dict[str, Callable[[Any, Any], float]] = {
-    "accuracy": lambda said, right: float((said == right).mean()),
-    "f1": lambda said, right: float(f1_score(right, said)),
-    "matthews": lambda said, right: float(matthews_corrcoef(right, said)),
-    "pearson": lambda said, right: float(pearsonr(right, said).statistic),
-    "spearman": lambda said, right: float(spearmanr(right, said).statistic),
+    "accuracy": lambda answers, right: float((answers == right).mean()),
+    "f1": lambda answers, right: float(f1_score(right, answers)),
+    "matthews": lambda answers, right: float(matthews_corrcoef(right, answers)),
+    "pearson": lambda answers, right: float(pearsonr(right, answers).statistic),
+    "spearman": lambda answers, right: float(spearmanr(right, answers).statistic),
 }
 
 
@@ -270,13 +270,13 @@ def run(options: argparse.Namespace, spec: str, task_name: str, seed: int) -> di
 def score(model: Any, split: Split, task: Task, options: argparse.Namespace) -> dict[str, float]:
     model.eval()
     order = sum(split.lengths).argsort(descending=True)  # type: ignore[union-attr]
-    said = []
+    answers = []
     for batch, _ in split.batches(order, 4 * options.batch):
         with torch.autocast(options.device.split(":")[0], torch.bfloat16, enabled=options.bf16):
             logits = model(batch=batch).logits
-        said.append(logits.squeeze(-1) if task.labels == 1 else logits.argmax(-1))
+        answers.append(logits.squeeze(-1) if task.labels == 1 else logits.argmax(-1))
     right = split.labels[order.to(split.labels.device)].cpu().numpy()
-    return {name: METRICS[name](torch.cat(said).cpu().numpy(), right) for name in task.metrics}
+    return {name: METRICS[name](torch.cat(answers).cpu().numpy(), right) for name in task.metrics}
 
 
 def final_parameters(model: Any, trainable: int) -> int:
@@ -303,8 +303,8 @@ def table(lines: list[dict[str, Any]]) -> str:
     head = " | ".join(f"{task} ({main[task]})" for task in tasks)
     rows = [f"| method | trained / final parameters | {head} | mean |", "|---|--:|" + "--:|" * (len(tasks) + 1)]
     for method in methods:
-        own = [x for x in lines if x["method"] == method]
-        trained, final = max(x["trainable"] for x in own), round(statistics.mean(x["final"] for x in own))
+        of_method = [x for x in lines if x["method"] == method]
+        trained, final = max(x["trainable"] for x in of_method), round(statistics.mean(x["final"] for x in of_method))
         cells = [[at[method, task, seed] for seed in seeds if (method, task, seed) in at] for task in tasks]
         texts = [
             f"{statistics.mean(c):.1f} ± {statistics.stdev(c) if len(c) > 1 else 0:.1f}" if c else "" for c in cells
@@ -357,9 +357,9 @@ def main() -> None:
         if not (options.model and options.data):
             parser.error("--model and --data are needed")
         if options.workers > 1:
-            own = [sys.executable, *sys.argv]
+            command = [sys.executable, *sys.argv]
             shares = [f"{i}/{options.workers}" for i in range(options.workers)]
-            children = [subprocess.Popen([*own, "--workers", "1", "--share", share]) for share in shares]
+            children = [subprocess.Popen([*command, "--workers", "1", "--share", share]) for share in shares]
             if sum(child.wait() != 0 for child in children):
                 raise SystemExit("a worker failed; what is done is in the file, call again for the rest")
         else:

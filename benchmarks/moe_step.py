@@ -73,7 +73,7 @@ def main() -> None:
     print(f"{options.experts} experts, {options.batch} x {options.length} tokens, {options.rounds} rounds\n")
     print("| adapter | step | saved, MiB | trainable parameters | file, MiB |\n|---|--:|--:|--:|--:|")
     for name, model in models.items():
-        ratio = median(one / base for one, base in zip(seconds[name], frozen, strict=True))
+        ratio = median(second / base for second, base in zip(seconds[name], frozen, strict=True))
         saved = saved_bytes(model, inputs) / 2**20
         count = sum(p.numel() for path, p in model.named_parameters() if "lora_" in path)
         print(f"| {name} | {ratio:.2f} | {saved:.0f} | {count:,} | {4 * count / 2**20:.1f} |")

@@ -143,7 +143,7 @@ class Step:
 
     def saved(self) -> int:
         """Bytes autograd keeps for a backward, each storage once; parameters and buffers don't count."""
-        own = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
+        fixed = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
         kept: dict[int, int] = {}
 
         def pack(t: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class Step:
         with torch.autograd.graph.saved_tensors_hooks(pack, unchanged):
             alive = self.loss()
         del alive
-        return sum(size for at, size in kept.items() if at not in own)
+        return sum(size for at, size in kept.items() if at not in fixed)
 
 
 def batch(sequences: int, tokens: int) -> dict[str, Tensor]:

@@ -87,25 +87,25 @@ def saved_bytes(way: Way, x: Tensor) -> int:
 
 def measure(tokens: tuple[int, ...], d: int, rank: int, dropout: float, limit_s: float) -> None:
     torch.manual_seed(1)
-    found = ways(d, rank, dropout)
+    built = ways(d, rank, dropout)
     x = torch.randn(*tokens, d).requires_grad_()
     g = torch.randn(*tokens, d)
-    frozen_kept = saved_bytes(found["frozen"], x)
-    kept = {name: saved_bytes(way, x) - frozen_kept for name, way in found.items()}
-    times: dict[str, list[float]] = {name: [] for name in found}
-    order = list(found)
+    frozen_kept = saved_bytes(built["frozen"], x)
+    kept = {name: saved_bytes(way, x) - frozen_kept for name, way in built.items()}
+    times: dict[str, list[float]] = {name: [] for name in built}
+    order = list(built)
     end = time.perf_counter() + limit_s
     while time.perf_counter() < end or len(times["frozen"]) < 10:
         random.shuffle(order)
         for name in order:
             x.grad = None
-            times[name].append(seconds(found[name], x, g))
+            times[name].append(seconds(built[name], x, g))
     times = {name: took[1:] for name, took in times.items()}  # the first round warms up
     base, lora = times["frozen"], times["PEFT LoRA r 8"]
     of_lora = statistics.median(t - b for t, b in zip(lora, base, strict=True))
     print(f"\ntokens {'x'.join(map(str, tokens))}, d {d}, dropout {dropout}: {len(base)} rounds\n")
     print("| | step / frozen | extra, ms | extra / LoRA r 8's | saved, MiB |\n|---|--:|--:|--:|--:|")
-    for name in found:
+    for name in built:
         ratio = statistics.median(t / b for t, b in zip(times[name], base, strict=True))
         extra = statistics.median(t - b for t, b in zip(times[name], base, strict=True))
         print(

@@ -97,13 +97,13 @@ def _right(completion: Any, answer: Any) -> float:
 def tuning(completions: Sequence[Any], answer: Sequence[int], part: Sequence[str]) -> list[float | None]:
     """The reward in training and on the tuning prompts."""
     rows = zip(completions, answer, part, strict=True)
-    return [None if where == "reported" else _right(said, right) for said, right, where in rows]
+    return [None if where == "reported" else _right(completion, right) for completion, right, where in rows]
 
 
 def reported(completions: Sequence[Any], answer: Sequence[int], part: Sequence[str]) -> list[float | None]:
     """The same reward on the prompts that are reported."""
     rows = zip(completions, answer, part, strict=True)
-    return [_right(said, right) if where == "reported" else None for said, right, where in rows]
+    return [_right(completion, right) if where == "reported" else None for completion, right, where in rows]
 
 
 def measured(run: Run, model: Path, plan: dict[str, Any]) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def microseconds(way: str | None, layer: Layer, card: Card, graph: bool) -> floa
     return 1e6 * (on_card if graph else max(on_card, sum(kernel.to_launch() for kernel in kernels)))
 
 
-def rows_of(layers: Iterable[Layer], told: Callable[[Layer], str]) -> str:
+def rows_of(layers: Iterable[Layer], name_of: Callable[[Layer], str]) -> str:
     """A row for each layer: on each card, the frozen time and each way's ratio to it, launched and as a graph."""
     lines = ["| " + " | ".join(["", *(f"{c.name}: frozen, µs | {' | '.join(WAYS)}" for c in CARDS)]) + " |"]
     lines.append("|---|" + "--:|" * (len(CARDS) * (1 + len(WAYS))))
@@ -193,7 +193,7 @@ def rows_of(layers: Iterable[Layer], told: Callable[[Layer], str]) -> str:
             for way in WAYS:
                 both = [microseconds(way, layer, card, graph) / base[graph] for graph in (False, True)]
                 cells.append(f"{both[0]:.2f} ({both[1]:.2f})")
-        lines.append(f"| {told(layer)} | {' | '.join(cells)} |")
+        lines.append(f"| {name_of(layer)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -231,8 +231,8 @@ def crossings() -> str:
             for dropout in (True, False):
                 cells = []
                 for card in CARDS:
-                    found = [least_tokens(d, rank, dropout, card, graph) for graph in (False, True)]
-                    cells.append(", ".join("never" if tokens is None else f"{tokens:,}" for tokens in found))
+                    thresholds = [least_tokens(d, rank, dropout, card, graph) for graph in (False, True)]
+                    cells.append(", ".join("never" if tokens is None else f"{tokens:,}" for tokens in thresholds))
                 lines.append(f"| {d} | {rank} | {'0.05' if dropout else 'none'} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -39,12 +39,12 @@ ADAPTERS: dict[str, Callable[[], Any]] = {
 
 def seconds(work: Callable[[], object], times: int) -> float:
     """Median processor time of one call, the first not counted."""
-    found = []
+    seconds = []
     for _ in range(times + 1):
         begun = time.process_time()
         work()
-        found.append(time.process_time() - begun)
-    return statistics.median(found[1:])
+        seconds.append(time.process_time() - begun)
+    return statistics.median(seconds[1:])
 
 
 def main() -> None:

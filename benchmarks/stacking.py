@@ -105,9 +105,10 @@ def main() -> None:
         took = times({name: step(*way, d) for name, way in ways.items()}, args.seconds, least=20)
         print(f"\n### d {d}: {len(took['in each call'])} rounds\n")
         print("| | ms a step | / in each call (quartiles) |\n|---|--:|--:|")
-        for name, found in took.items():
+        for name, seconds in took.items():
             print(
-                f"| {name} | {1e3 * statistics.median(found):.2f} | {ratio(found, took['in each call'])} |", flush=True
+                f"| {name} | {1e3 * statistics.median(seconds):.2f} | {ratio(seconds, took['in each call'])} |",
+                flush=True,
             )
 
 

@@ -47,11 +47,11 @@ def probe(options: argparse.Namespace, task: str) -> dict[str, Any]:
     quick.epochs = options.probe_epochs
     begun = time.perf_counter()
     glue.run(quick, "probe", task, PROBE_SEED)
-    found, cost = kept["probe"], costs(kept["probe"])
+    probe, cost = kept["probe"], costs(kept["probe"])
     budget = sum(cost[tier] * max(options.r // 2**n, 1) for n, tier in enumerate(cost))
     line: dict[str, Any] = {"task": task, "budget": budget, "seconds": round(time.perf_counter() - begun, 1), "by": {}}
     for criterion in options.criteria:
-        suggested = suggestion(found, budget, criterion, sensitivity=gains)
+        suggested = suggestion(probe, budget, criterion, sensitivity=gains)
         line["by"][criterion] = {
             "ranks": list(suggested.ranks.values()),
             "group_starts": suggested.group_starts,
@@ -73,10 +73,10 @@ def prepare(options: argparse.Namespace, task: str) -> None:
     said = probes[task]
     print(task, json.dumps(said), flush=True)
     ways: dict[str, dict[str, Any]] = {"halved": {"ranks": [max(options.r // 2**n, 1) for n in range(3)]}}
-    for criterion, one in said["by"].items():
-        ways[criterion] = {"ranks": one["ranks"], "group_starts": one["group_starts"]}
+    for criterion, choice in said["by"].items():
+        ways[criterion] = {"ranks": choice["ranks"], "group_starts": choice["group_starts"]}
         if options.ablate:
-            ways[f"{criterion}_ranks"] = {"ranks": one["ranks"]}
+            ways[f"{criterion}_ranks"] = {"ranks": choice["ranks"]}
     names = []
     for name, fields in ways.items():
         if options.even_scales:

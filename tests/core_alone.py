@@ -107,13 +107,13 @@ def import_all() -> list[str]:
     import ziggurat
 
     failed = []
-    for one in pkgutil.walk_packages(ziggurat.__path__, "ziggurat."):
-        if one.name.endswith("__main__") or one.name in TRITON | CLIENTS:
+    for module in pkgutil.walk_packages(ziggurat.__path__, "ziggurat."):
+        if module.name.endswith("__main__") or module.name in TRITON | CLIENTS:
             continue
         try:
-            importlib.import_module(one.name)
+            importlib.import_module(module.name)
         except ImportError as error:
-            failed.append(f"{one.name}: {error}")
+            failed.append(f"{module.name}: {error}")
     return failed
 
 

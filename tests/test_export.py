@@ -135,8 +135,8 @@ def test_ranks_that_differ_are_patterns_or_zeros(tmp_path: Path) -> None:
     expected = logits(made, ZOO["llama"].inputs())
     for serving, ranks in ((False, {7, 11}), (True, {16})):
         folder = export_model(made, tmp_path / str(serving), serving=serving).folder
-        found = {tensor.shape[0] for name, tensor in read(folder)[1].items() if "lora_A" in name}
-        assert found == ranks
+        written = {tensor.shape[0] for name, tensor in read(folder)[1].items() if "lora_A" in name}
+        assert written == ranks
         loaded = PeftModel.from_pretrained(ZOO["llama"].build(), str(folder)).eval()
         assert_models_agree(logits(loaded, ZOO["llama"].inputs()), expected)
 
@@ -586,8 +586,8 @@ def test_an_export_for_llama_cpp_runs_its_converter(
     (tmp_path / "llama.cpp").mkdir()
     (tmp_path / "llama.cpp" / "convert_lora_to_gguf.py").write_text(FAKE_CONVERTER)
     assert main(*words, str(tmp_path / "out"), "--gguf") == 0
-    said = (tmp_path / "out" / "adapter.gguf").read_text().splitlines()
-    assert said[:3] == [str(tmp_path / "out"), "--base", "the base"]
+    arguments = (tmp_path / "out" / "adapter.gguf").read_text().splitlines()
+    assert arguments[:3] == [str(tmp_path / "out"), "--base", "the base"]
     lines = (tmp_path / "out" / "Modelfile").read_text().splitlines()
     assert lines[-2:] == [f"FROM {tmp_path / 'the base'}", "ADAPTER ./adapter.gguf"]
     assert main(*words, str(tmp_path / "broken"), "--gguf") == 2

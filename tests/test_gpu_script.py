@@ -73,9 +73,9 @@ def test_every_part_ends_well_and_measures(rehearsal: Path) -> None:
 
 def test_every_number_is_finite_and_ratios_are_to_the_first_way(rehearsal: Path) -> None:
     rows = rows_in(rehearsal)
-    numbers = [value for row in rows for value in row.values() if isinstance(value, float)]
-    assert len(numbers) > 100
-    assert all(math.isfinite(value) and value >= 0 for value in numbers)
+    measured = [value for row in rows for value in row.values() if isinstance(value, float)]
+    assert len(measured) > 100
+    assert all(math.isfinite(value) and value >= 0 for value in measured)
     assert {row["ratio"] for row in rows if row.get("way") in ("frozen", "base") and "ratio" in row} == {1.0}
     assert all(row["low"] <= row["ratio"] <= row["high"] for row in rows if "ratio" in row)
 

@@ -122,8 +122,8 @@ def test_two_texts_and_a_number_and_what_fits_nothing(tmp_path: Path, capsys: py
     alone = write(tmp_path / "alone.jsonl", [{"text": f"a text of {n}"} for n in range(9)])
     assert main("init", str(alone), "--out", str(tmp_path / "none.yaml"), "--task", "classification") == 2
     capsys.readouterr()
-    numbers = write(tmp_path / "numbers.jsonl", [{"a": n, "b": n} for n in range(9)])
-    assert main("init", str(numbers), "--out", str(tmp_path / "none.yaml")) == 2
+    table = write(tmp_path / "numbers.jsonl", [{"a": n, "b": n} for n in range(9)])
+    assert main("init", str(table), "--out", str(tmp_path / "none.yaml")) == 2
     assert (
         "has the columns a, b, which fit no task" in capsys.readouterr().err and not (tmp_path / "none.yaml").exists()
     )

@@ -58,11 +58,13 @@ def test_no_other_file_imports_from_a_method() -> None:
 def test_no_other_file_asks_for_what_only_a_method_has() -> None:
     """By `hasattr` or `getattr`: attributes of one method's config, tuner, layer or bank that the shared ones lack."""
     shared = {name for kind in (MethodTuner, AdaptedLinear, Bank) for name in dir(kind)}
-    own: set[str] = set()
+    private: set[str] = set()
     for method in METHODS.values():
-        own |= set(dir(method.config)) - set(dir(method.config.__mro__[1])) - {"hidden_size"}  # the base has one too
+        private |= (
+            set(dir(method.config)) - set(dir(method.config.__mro__[1])) - {"hidden_size"}
+        )  # the base has one too
         tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(method.peft_type)]
-        own |= {name for kind in (tuner, tuner.layer_cls, tuner.bank_cls) for name in vars(kind)} - shared
+        private |= {name for kind in (tuner, tuner.layer_cls, tuner.bank_cls) for name in vars(kind)} - shared
     asked = [
         f"{file}:{node.lineno} {node.args[1].value}"
         for file, tree in others()
@@ -71,7 +73,7 @@ def test_no_other_file_asks_for_what_only_a_method_has() -> None:
         and isinstance(node.func, ast.Name)
         and node.func.id in ("hasattr", "getattr")
         and isinstance(node.args[1], ast.Constant)
-        and node.args[1].value in own
+        and node.args[1].value in private
     ]
     assert asked == []
 

@@ -197,9 +197,9 @@ def test_what_stands_beside_it_is_what_would_be_built(method: str, small_plan: t
     folder, actual = small_plan
     targets = {} if method in ("lor2c", "sharelor2c", "adapter") else {"target_modules": ["query", "value"]}
     same, paid = (next(b for b in actual.beside if (b.method, b.kind) == (method, kind)) for kind in ("r", "budget"))
-    for one in (same, paid):
+    for beside in (same, paid):
         choice = {**BESIDE[method], **targets}
-        assert one.parameters == count_of(bare_model(folder), {**choice, **rank_fields(choice, one.r)})
+        assert beside.parameters == count_of(bare_model(folder), {**choice, **rank_fields(choice, beside.r)})
     assert paid.parameters <= actual.adapter
 
 
@@ -289,9 +289,9 @@ def test_activations_counted_without_weights_are_those_autograd_keeps(name: str,
     assert planned.activations == pytest.approx(real, rel=0.1)
     assert planned.a * 3 * 32 + planned.c * 3 * 32**2 == pytest.approx(planned.activations, rel=1e-6)
     weights = sum(p.numel() * p.itemsize for p in model.parameters() if not p.requires_grad)
-    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert (planned.weights, planned.trained, planned.optimizer) == (weights, 4 * numbers, 8 * numbers)
-    assert planned.total == weights + 16 * numbers + planned.activations
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (planned.weights, planned.trained, planned.optimizer) == (weights, 4 * trained, 8 * trained)
+    assert planned.total == weights + 16 * trained + planned.activations
 
 
 def test_llama_70b_is_planned_from_its_config(llama_70b: Path) -> None:

@@ -159,7 +159,7 @@ def test_relative_paths_are_paths_and_names_of_models_are_not(tmp_path: Path, hu
     from ziggurat.export.gguf import modelfile
     from ziggurat.export.push import push
 
-    for base, said in (
+    for base, named in (
         ("./private/x", "x"),
         ("../x", "x"),
         ("me/private/x", "x"),
@@ -170,8 +170,8 @@ def test_relative_paths_are_paths_and_names_of_models_are_not(tmp_path: Path, hu
         (tmp_path / "Modelfile").write_text(modelfile(base))
         (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
         push(tmp_path, "me/mine")
-        assert f"\nFROM {said}\n".encode() in hub.files["Modelfile"]
-        if said == "x":
+        assert f"\nFROM {named}\n".encode() in hub.files["Modelfile"]
+        if named == "x":
             assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "x"
 
 

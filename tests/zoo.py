@@ -304,7 +304,7 @@ def shallow(name: str) -> nn.Module:
     """`ZOO[name]` with the first two layers of each stack alone, for compiling, which takes its time by the layer."""
     model = ZOO[name].build()
     for stack in ZOO[name].stacks:
-        parent, _, own = stack.rpartition(".")
-        setattr(model.get_submodule(parent), own, model.get_submodule(stack)[:2])
+        parent, _, leaf = stack.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, model.get_submodule(stack)[:2])
     model.config.num_hidden_layers = 2
     return model

@@ -65,7 +65,7 @@ def shares(rehearse: bool) -> list[list[Case]]:
     shapes, dropouts = (SMALL_SHAPES, DROPOUTS[:2]) if rehearse else (SHAPES, DROPOUTS)
     kinds = [(rank, *rest) for rank, *rest in itertools.product((14,) if rehearse else RANKS, dtypes, (False, True))]
     turns = itertools.cycle(shapes)
-    found = [
+    cases = [
         [Case(rank, dtype, dtype if same else torch.float32, p, *next(turns)) for p in dropouts]
         for rank, dtype, same in kinds
     ]
@@ -75,16 +75,16 @@ def shares(rehearse: bool) -> list[list[Case]]:
         for p in dropouts
     ]
     mask = [Case(0, dtypes[0], torch.float32, p, 64 if rehearse else 4096, 0, 0) for p in DROPOUTS[1:]]
-    return [mask, together, *found]
+    return [mask, together, *cases]
 
 
 def measured(case: Case, device: torch.device) -> dict[str, Any]:
     """The row of a case: errors by name and whether all are allowed, or the exception."""
     try:
-        found, allowed = dropped(case, device) if not case.d_in else (errors(case, device), ALLOWED[case.dtype])
+        errors_found, allowed = dropped(case, device) if not case.d_in else (errors(case, device), ALLOWED[case.dtype])
     except Exception as error:
         return {"passed": False, "error": f"{type(error).__name__}: {error}"[:400]}
-    return {**found, "allowed": allowed, "passed": all(value <= allowed for value in found.values())}
+    return {**errors_found, "allowed": allowed, "passed": all(value <= allowed for value in errors_found.values())}
 
 
 def errors(case: Case, device: torch.device) -> dict[str, float]:
@@ -113,17 +113,17 @@ def errors(case: Case, device: torch.device) -> dict[str, float]:
     got = [*out, *torch.autograd.grad(out, inputs, gs)]
     want = [*wanted, *torch.autograd.grad(wanted, exact, [g.double() for g in gs])]
     names = [*layers * ["out"], "dx", *(name for name in ("dy", "dA", "dB") for _ in range(layers))]
-    found: dict[str, float] = {}
+    largest: dict[str, float] = {}
     for name, a, b in zip(names, got, want, strict=True):
-        found[name] = max(found.get(name, 0.0), ((a - b).norm() / b.norm()).item())
-    return found
+        largest[name] = max(largest.get(name, 0.0), ((a - b).norm() / b.norm()).item())
+    return largest
 
 
 def dropped(case: Case, device: torch.device) -> tuple[dict[str, float], float]:
     """How far the frequency of dropped entries lies from the probability; five standard deviations are allowed."""
     p, x = case.dropout, torch.empty(case.tokens, case.tokens, device=device)
-    found = 1 - triton_product.kept(torch.tensor([7], device=device), x.shape, p).float().mean().item()
-    return {"frequency": abs(found - p)}, 5 * (p * (1 - p) / x.numel()) ** 0.5 + 1e-5
+    dropped_share = 1 - triton_product.kept(torch.tensor([7], device=device), x.shape, p).float().mean().item()
+    return {"frequency": abs(dropped_share - p)}, 5 * (p * (1 - p) / x.numel()) ** 0.5 + 1e-5
 
 
 def work(share: list[Case], begun: Any, until: float, device: torch.device, rows: Rows) -> None:

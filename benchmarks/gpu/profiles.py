@@ -17,13 +17,13 @@ def profile(rows: Rows, run: Callable[[], object], device: torch.device, table: 
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     try:
-        with torch_profile(activities=activities) as found:
+        with torch_profile(activities=activities) as profile:
             for _ in range(REPEATS):
                 run()
             if on_gpu:
                 torch.cuda.synchronize()
         kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
-        kernels = [event for event in found.key_averages() if event.device_type == kind]
+        kernels = [event for event in profile.key_averages() if event.device_type == kind]
         times = {e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / REPEATS for e in kernels}
         counts = {e.key: e.count / REPEATS for e in kernels}
     except Exception as error:

@@ -41,13 +41,13 @@ class Rows:
 
 def read(out: Path) -> list[dict[str, Any]]:
     """All rows in the folder. A line that a killed process left unfinished is dropped."""
-    found = []
+    rows = []
     for line in (out / FILE).read_text(encoding="utf-8").splitlines():
         try:
-            found.append(json.loads(line))
+            rows.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    return rows
 
 
 def machine() -> dict[str, str]:

@@ -68,7 +68,7 @@ class Way:
         """What one step trains, keeps and needs; run after a first step, which makes the optimiser's state."""
         self._switch()
         device = self.step.batch["input_ids"].device
-        found: dict[str, object] = {
+        row: dict[str, object] = {
             "trainable parameters": self.step.parameters,
             "kernels": kernels_in(self.step.loss()),
             "saved MiB": self.step.saved() / MIB,
@@ -79,8 +79,8 @@ class Way:
             torch.cuda.reset_peak_memory_stats()
             self()
             torch.cuda.synchronize()
-            found["peak MiB"] = (torch.cuda.max_memory_allocated() - before) / MIB
-        return found
+            row["peak MiB"] = (torch.cuda.max_memory_allocated() - before) / MIB
+        return row
 
     def _switch(self) -> None:
         os.environ["ZIGGURAT_TRITON"] = str(int(self.triton))
@@ -89,15 +89,15 @@ class Way:
 
 def kernels_in(loss: torch.Tensor) -> int:
     """How often the loss's graph goes down by the Triton kernels."""
-    seen, waiting, found = set(), [loss.grad_fn], 0
+    seen, waiting, count = set(), [loss.grad_fn], 0
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        found += getattr(node, "parts", None) is triton_product
+        count += getattr(node, "parts", None) is triton_product
         waiting += [following for following, _ in node.next_functions]
-    return found
+    return count
 
 
 class Part:
@@ -149,8 +149,8 @@ def eager(part: Part, shape: Shape, profiled: bool) -> None:
     base = shape.make(shape.layers, part.rehearse, part.device)
     ways = {}
     for name in adapters(shape):
-        if found := part.ready(partial(part.way, base, shape, name), table, name):
-            ways[name] = found
+        if way := part.ready(partial(part.way, base, shape, name), table, name):
+            ways[name] = way
     if "frozen" not in ways:
         return
     slowness = part.timed(table, ways)
@@ -173,8 +173,8 @@ def compiled(part: Part, shape: Shape) -> None:
     for name in names[:1] if part.rehearse else names:
         if part.left() < COMPILING:
             part.rows.failed("left out: no time", table=table, way=f"{name}, compiled")
-        elif found := part.ready(partial(part.way, base, shape, name, True), table, f"{name}, compiled"):
-            part.timed(table, {"frozen": frozen, f"{name}, compiled": found})
+        elif way := part.ready(partial(part.way, base, shape, name, True), table, f"{name}, compiled"):
+            part.timed(table, {"frozen": frozen, f"{name}, compiled": way})
 
 
 def main() -> int:

@@ -20,19 +20,19 @@ def markdown(rows: list[Row]) -> str:
     """Title, machine, parts, kernels, then one table for each `table` that rows name."""
     machines = [row for row in rows if row.get("what") == "machine"]
     card = next((row["card"] for row in machines), "no part began")
-    told = sorted({", ".join(f"{k} {v}" for k, v in row.items() if k not in ("part", "what")) for row in machines})
-    sections = [f"# {'rehearsal on a CPU' if card == 'none' else card}", *told, parts(rows), kernels(rows)]
+    machine = sorted({", ".join(f"{k} {v}" for k, v in row.items() if k not in ("part", "what")) for row in machines})
+    sections = [f"# {'rehearsal on a CPU' if card == 'none' else card}", *machine, parts(rows), kernels(rows)]
     tables: dict[str, list[Row]] = {}
     for row in rows:
         if "table" in row:
             tables.setdefault(row["table"], []).append({k: v for k, v in row.items() if k not in ("part", "table")})
-    sections += [f"## {title}\n\n{table(found)}" for title, found in tables.items()]
+    sections += [f"## {title}\n\n{table(lines)}" for title, lines in tables.items()]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def parts(rows: list[Row]) -> str:
     ends = [row for row in rows if row.get("what") == "end"]
-    told = [
+    cells = [
         {
             "part": row["part"],
             "ended": CUT.get(row["exit"], "well" if row["exit"] == 0 else f"with exit code {row['exit']}"),
@@ -41,7 +41,7 @@ def parts(rows: list[Row]) -> str:
         }
         for row in ends
     ]
-    return f"## Parts\n\n{table(told)}" if told else ""
+    return f"## Parts\n\n{table(cells)}" if cells else ""
 
 
 def kernels(rows: list[Row]) -> str:
@@ -49,15 +49,15 @@ def kernels(rows: list[Row]) -> str:
     cases = [row for row in rows if row["part"] == "kernels" and "passed" in row]
     if not cases:
         return ""
-    told = []
+    cells = []
     for dtype, factors in sorted({(row["dtype"], row["factors"]) for row in cases}):
         those = [row for row in cases if (row["dtype"], row["factors"]) == (dtype, factors)]
         row: Row = {"dtype": dtype, "factors": factors, "cases": len(those), "passed": sum(r["passed"] for r in those)}
         for name in ("out", "dy", "dx", "dA", "dB"):
             row[f"largest {name}"] = max((r[name] for r in those if isinstance(r.get(name), float)), default="")
-        told.append(row)
+        cells.append(row)
     failed = [{k: v for k, v in row.items() if k not in ("part", "passed")} for row in cases if not row["passed"]]
-    text = f"## Kernels against float64\n\n{table(told)}"
+    text = f"## Kernels against float64\n\n{table(cells)}"
     return f"{text}\n\n### Failed\n\n{table(failed[:40])}" if failed else text
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def needed(folder: Path) -> list[Path]:
     lowest = bounds()
-    found = []
+    wheels = []
     for wheel in sorted(folder.glob("*.whl")):
         name = wheel.name.split("-")[0].replace("_", "-").lower()
         try:
@@ -22,8 +22,8 @@ def needed(folder: Path) -> list[Path]:
         except metadata.PackageNotFoundError:
             enough = False
         if not enough:
-            found.append(wheel)
-    return found
+            wheels.append(wheel)
+    return wheels
 
 
 def bounds() -> dict[str, tuple[int, ...]]:

@@ -23,8 +23,8 @@ ADAPTER = collected(*(component(10 * n + (role == "v"), n, role=role) for n in r
 
 
 def test_a_row_is_what_its_names_say() -> None:
-    one = component(1, 0)
-    dense = delta(one.pair).numpy()
+    single = component(1, 0)
+    dense = delta(single.pair).numpy()
     s = np.linalg.svd(dense, compute_uv=False)[:3]
     p = s / s.sum()
     expected = {
@@ -35,11 +35,11 @@ def test_a_row_is_what_its_names_say() -> None:
         "effective_rank": np.exp(-(p * np.log(p)).sum()),
         "stable_rank": (s**2).sum() / s[0] ** 2,
     }
-    row = measures.row(one)
+    row = measures.row(single)
     assert row["m_eff_k"] == 1 and row["rank"] == 3 and row["parameters"] == 33
     for name, value in expected.items():
         assert row[name] == pytest.approx(value, rel=1e-10), name
-    assert measures.row(one, k=2)["m_eff"] == pytest.approx(s[:2].sum() / s.sum(), rel=1e-10)
+    assert measures.row(single, k=2)["m_eff"] == pytest.approx(s[:2].sum() / s.sum(), rel=1e-10)
 
 
 def test_kl_is_the_papers_averaged_over_roles() -> None:
@@ -83,11 +83,11 @@ def test_overlap_sees_one_side_only() -> None:
 
 
 def test_tiers_are_compared_where_they_meet() -> None:
-    own = [component(n, n) for n in range(2)]
-    twice = Component("mid", "layers", "q", (0, 1), own[0].A, own[0].B)
-    grid, parts = measures.tier_overlap(collected(twice, *own))
+    private = [component(n, n) for n in range(2)]
+    twice = Component("mid", "layers", "q", (0, 1), private[0].A, private[0].B)
+    grid, parts = measures.tier_overlap(collected(twice, *private))
     assert parts == ["mid", "layer"]
-    expected = (1 + measures.overlap(own[0], own[1])) / 2
+    expected = (1 + measures.overlap(private[0], private[1])) / 2
     np.testing.assert_allclose(grid, [[1, expected], [expected, 1]], rtol=1e-10)
 
 

@@ -114,8 +114,8 @@ def test_what_was_pruned_is_told_and_drawn(saved: Saved) -> None:
     page = report([pruned_run(saved)])
     assert "17 of 32 directions are left, 15 were pruned." in page
     drawn = page[page.index("Directions left, of 4") :].split("</svg>")[0]
-    numbers = [int(word) for word in re.findall(r">(\d)</text>", drawn)]
-    assert numbers[-8:] == [4, 3, 2, 1, 0, 4, 1, 2]
+    shown = [int(word) for word in re.findall(r">(\d)</text>", drawn)]
+    assert shown[-8:] == [4, 3, 2, 1, 0, 4, 1, 2]
 
 
 def test_an_unpruned_run_says_nothing_of_pruning(saved: Saved) -> None:
@@ -123,9 +123,9 @@ def test_an_unpruned_run_says_nothing_of_pruning(saved: Saved) -> None:
 
 
 def test_two_runs_of_one_depth_are_compared(saved: Saved) -> None:
-    one, other = (run_folder(saved(CONFIGS[name](), name), name) for name in ("msplora", "lora"))
-    page = report([one, other])
-    assert "minus that of lora" in page and "minus that of" not in report([one])
+    first, other = (run_folder(saved(CONFIGS[name](), name), name) for name in ("msplora", "lora"))
+    page = report([first, other])
+    assert "minus that of lora" in page and "minus that of" not in report([first])
 
 
 def test_runs_stand_side_by_side_until_they_are_many(runs: list[Path], tmp_path: Path) -> None:
@@ -229,8 +229,8 @@ def test_two_hues_meet_at_zero() -> None:
 
 
 def test_a_deep_narrow_map_has_names_that_do_not_collide() -> None:
-    numbers = [str(n) for n in range(80)]
-    drawn = svg.heat_map("KL", np.random.default_rng(0).random((80, 80)), numbers, numbers, "layer")
+    layers = [str(n) for n in range(80)]
+    drawn = svg.heat_map("KL", np.random.default_rng(0).random((80, 80)), layers, layers, "layer")
     across = [float(x) for x in re.findall(r'<text class="n m" x="([\d.]+)" y="[\d.]+">\d+</text>', drawn)]
     assert all(b - a > 14 for a, b in pairwise(across))
 

@@ -96,8 +96,8 @@ def test_a_gram_matrix_of_hundreds_of_experts_takes_one_product_each() -> None:
 
 def test_equal_updates_have_all_in_common_and_independent_ones_as_much_as_said() -> None:
     generator = torch.Generator().manual_seed(0)
-    one = torch.randn(64, 64, generator=generator)
-    same = [sharing.Item("", "layers", "q", n, 8, one) for n in range(8)]
+    matrix = torch.randn(64, 64, generator=generator)
+    same = [sharing.Item("", "layers", "q", n, 8, matrix) for n in range(8)]
     other = [sharing.Item("", "layers", "q", n, 8, torch.randn(64, 64, generator=generator)) for n in range(8)]
     depth = {name: sharing.shared(items)[0] for name, items in (("same", same), ("other", other))}
     assert depth["same"].share == pytest.approx(1.0)
@@ -165,11 +165,11 @@ def test_what_the_gradients_suggest_learns_more_than_what_they_advise_against() 
 
 
 def test_analyze_says_what_updates_and_gradients_have_in_common(tmp_path: Path) -> None:
-    one, two = lora(tmp_path / "one", 0), lora(tmp_path / "two", 1)
-    done = CliRunner().invoke(app, ["analyze", str(one), "--beside", str(two)])
+    first, two = lora(tmp_path / "one", 0), lora(tmp_path / "two", 1)
+    done = CliRunner().invoke(app, ["analyze", str(first), "--beside", str(two)])
     assert done.exit_code == 0, done.output
     assert "2 adapters at each linear layer of" in " ".join(done.output.split())
-    done = CliRunner().invoke(app, ["analyze", str(one), "--beside", str(two), "--json"])
+    done = CliRunner().invoke(app, ["analyze", str(first), "--beside", str(two), "--json"])
     lines = json.loads(done.output)["sharing"]
     assert {line["over"] for line in lines} == {"depth", "group", "role", "adapter"}
     assert all(np.isfinite(line["share"]) and 0 < line["independent"] < 1 for line in lines)

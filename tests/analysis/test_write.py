@@ -35,19 +35,19 @@ def text_of(shown: Any) -> str:
 
 
 def test_the_command_writes_tables_and_figures(saved: Saved, tmp_path: Path) -> None:
-    one, other = saved(CONFIGS["msplora"](), "mine"), saved(CONFIGS["lora"](), "theirs")
-    done = CliRunner().invoke(app, ["analyze", str(one), "--against", str(other), "--out", str(tmp_path / "out")])
+    first, other = saved(CONFIGS["msplora"](), "mine"), saved(CONFIGS["lora"](), "theirs")
+    done = CliRunner().invoke(app, ["analyze", str(first), "--against", str(other), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert "mine (msplora)" in done.output and "theirs (lora)" in done.output
     assert "KL between layers, mine minus theirs" in done.output
     with (tmp_path / "out" / "components.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 2 * (1 + 3 + 4 + 4)
-    rows = measures.rows(collect(one))
+    rows = measures.rows(collect(first))
     assert [float(line["effective_rank"]) for line in lines] == [row["effective_rank"] for row in rows]
     content = json.loads((tmp_path / "out" / "analysis.json").read_text())
     difference = np.array(content["stacks"]["bert.encoder.layer"]["kl_difference"])
-    np.testing.assert_allclose(difference, measures.kl_difference(collect(one), collect(other)), atol=1e-12)
+    np.testing.assert_allclose(difference, measures.kl_difference(collect(first), collect(other)), atol=1e-12)
     drawn = {path.stem for path in (tmp_path / "out").glob("*.png")}
     assert drawn == {"pyramid", "energy", "effective_rank", "norm", "spectra", "tiers", "kl_difference", *MAPS}
 

@@ -59,9 +59,9 @@ def test_zero_trains_what_one_process_trains(method: str, way: str, partitioned:
 
 
 def check(alone: Any, written: Path) -> None:
-    expected, found = steps(alone, slice(None)), json.loads(written.with_suffix(".json").read_text())
-    assert found == pytest.approx(expected, rel=model_rounding(3 * 4)) and len(set(found)) == 3
-    tensors, own = load_file(written.with_suffix(".safetensors")), trained_parameters(alone)
-    assert tensors.keys() == own.keys()
+    expected, losses = steps(alone, slice(None)), json.loads(written.with_suffix(".json").read_text())
+    assert losses == pytest.approx(expected, rel=model_rounding(3 * 4)) and len(set(losses)) == 3
+    tensors, parameters = load_file(written.with_suffix(".safetensors")), trained_parameters(alone)
+    assert tensors.keys() == parameters.keys()
     for name, tensor in tensors.items():
-        assert_models_agree(tensor, own[name].detach(), name=name)
+        assert_models_agree(tensor, parameters[name].detach(), name=name)

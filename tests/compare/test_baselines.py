@@ -67,8 +67,8 @@ def recipe_for(model: Path, data: Path, output: Path, name: str, **fields: Any) 
         **targets,
     }
     whole = {key: value for key, value in fields.items() if "." in key or key == "resume"}
-    own = {f"method.{key}": value for key, value in fields.items() if key not in whole}
-    return make_recipe(values | whole | own)
+    of_method = {f"method.{key}": value for key, value in fields.items() if key not in whole}
+    return make_recipe(values | whole | of_method)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -44,8 +44,8 @@ def test_the_interval_is_that_of_the_paired_t_test(pairs: list[tuple[float, floa
 def test_only_seeds_that_both_have_are_paired() -> None:
     gap = paired({1: 10.0, 2: 20.0, 3: 99.0}, {2: 18.0, 1: 9.0, 4: 0.0}, 95)
     assert gap is not None and gap.pairs == 2 and gap.mean == 1.5
-    one = paired({1: 10.0}, {1: 9.0}, 95)
-    assert one is not None and one.half is None and not one.excludes_zero()
+    single_pair = paired({1: 10.0}, {1: 9.0}, 95)
+    assert single_pair is not None and single_pair.half is None and not single_pair.excludes_zero()
     assert paired({1: 10.0}, {2: 9.0}, 95) is None
 
 
@@ -140,9 +140,9 @@ def test_tasks_of_two_metrics_show_both(tmp_path: Path) -> None:
     for method, gain in (("LoRA", 0.0), ("pyramid", 2.0)):
         for seed in (1, 2):
             for task in table.tasks:
-                one = line(table, method, task, seed, 80 + seed + gain + (0.008 if gain and seed == 2 else 0.0))
+                result = line(table, method, task, seed, 80 + seed + gain + (0.008 if gain and seed == 2 else 0.0))
                 lines.append(
-                    {**one, "after": {one["metric"]: one["score"], "f1": 90.0 + seed, "spearman": 85.0 - seed}}
+                    {**result, "after": {result["metric"]: result["score"], "f1": 90.0 + seed, "spearman": 85.0 - seed}}
                 )
     summary = summarise(table, lines)
     text = markdown(summary)
@@ -156,7 +156,7 @@ def test_tasks_of_two_metrics_show_both(tmp_path: Path) -> None:
     assert (rows["LoRA", "mrpc"]["second_metric"], rows["LoRA", "mrpc"]["second_mean"]) == ("f1", "91.5")
     assert rows["pyramid", "stsb"]["second_metric"] == "spearman" and rows["LoRA", "rte"]["second_mean"] == ""
     # What an older version left without the other scores is shown as it is.
-    assert "| 81.50 ± 0.71 |" in markdown(summarise(table, [{**one, "after": {}} for one in lines]))
+    assert "| 81.50 ± 0.71 |" in markdown(summarise(table, [{**result, "after": {}} for result in lines]))
 
 
 def test_pairs_that_differ_by_the_same_are_not_bold(table: Table) -> None:
@@ -196,12 +196,12 @@ def test_per_cent_and_shares_have_no_average(tmp_path: Path) -> None:
     tasks = {"alpaca": {"evaluate": {"tasks": {"mmlu": "acc", "truthfulqa_gen": "bleu_acc"}}}}
     methods = {"LoRA": {"method.name": "lora"}}
     table = make_table({"recipe": "llama2-alpaca", "methods": methods, "tasks": tasks, "seeds": [1]}, "mine", tmp_path)
-    own = line(table, "LoRA", "alpaca", 1, 4.0)
+    result = line(table, "LoRA", "alpaca", 1, 4.0)
     parts = {"mmlu": {"scores": {"acc": 46.0}, "per_cent": ["acc"]}}
     parts["truthfulqa_gen"] = {"scores": {"bleu_acc": 0.34}, "per_cent": []}
-    assert "average" not in summarise(table, [{**own, "evaluated": parts}]).columns
+    assert "average" not in summarise(table, [{**result, "evaluated": parts}]).columns
     parts["truthfulqa_gen"] = {"scores": {"bleu_acc": 34.0}, "per_cent": ["bleu_acc"]}
-    assert summarise(table, [{**own, "evaluated": parts}]).cells["LoRA", "average"].scores == {1: 40.0}
+    assert summarise(table, [{**result, "evaluated": parts}]).cells["LoRA", "average"].scores == {1: 40.0}
 
 
 def test_sizes_follow_the_task_and_every_method_is_named(tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ def test_two_processes_train_what_one_trains(case: str, strategy: str, trained: 
         folder = trained / f"{case}-{strategy}" / ("" if name == "default" else name)
         alone.set_adapter(name)
         held = load_file(folder / "adapter_model.safetensors")
-        own = sum(parameter.numel() for parameter in alone.parameters() if parameter.requires_grad)
-        assert sum(tensor.numel() for tensor in held.values()) == own
+        parameters_alone = sum(parameter.numel() for parameter in alone.parameters() if parameter.requires_grad)
+        assert sum(tensor.numel() for tensor in held.values()) == parameters_alone
         again = PeftModel.from_pretrained(base(case), str(folder)).eval()
         assert_models_agree(logits(again, inputs), logits(alone, inputs))
 

@@ -115,8 +115,8 @@ def test_one_mask_for_all_three() -> None:
         return parts[name].base_layer(of) + (of * kept) @ A.T @ B.T
 
     inner = full("q_proj", x, kept).tanh() * full("k_proj", x, kept) + full("v_proj", x, kept)
-    own = masks.apply(ones, masks.draw(x, p)) * masks.keep_scale(p)
-    torch.testing.assert_close(out, full("o_proj", inner, own).detach(), **DOUBLE)
+    kept_there = masks.apply(ones, masks.draw(x, p)) * masks.keep_scale(p)
+    torch.testing.assert_close(out, full("o_proj", inner, kept_there).detach(), **DOUBLE)
 
 
 @versions.shares
@@ -211,9 +211,9 @@ def test_copies_and_pickles_share_among_themselves(monkeypatch: pytest.MonkeyPat
     linears(model)["q_proj"](x * 1.0)  # its siblings' products are in flight
     seen = calls(monkeypatch)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        own = linears(other)
-        group: Siblings = own["q_proj"].__dict__[SIBLINGS]
-        assert all(any(member is mine for mine in own.values()) for member in group.members)
+        layers = linears(other)
+        group: Siblings = layers["q_proj"].__dict__[SIBLINGS]
+        assert all(any(member is mine for mine in layers.values()) for member in group.members)
         seen.clear()
         assert_equal(step(other, x), step(alone(model), x))
         assert seen == [3]

@@ -91,8 +91,8 @@ def test_processes_that_are_seeded_alike_drop_other_entries(tmp_path: Path) -> N
     way = "fork" if FORKS else "spawn"  # a spawned process loads the libraries anew
     torch.multiprocessing.start_processes(_draw_in_a_group, (str(tmp_path),), nprocs=2, start_method=way)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for own in (first, second):
-        assert torch.equal(own[0], own[1])
+    for masks_of_call in (first, second):
+        assert torch.equal(masks_of_call[0], masks_of_call[1])
     assert not torch.equal(first[0], second[0])
     torch.manual_seed(0)
     assert torch.equal(masks.draw(torch.empty(64, 16), 0.5), first[0])

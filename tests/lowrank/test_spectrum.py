@@ -81,14 +81,14 @@ def test_batches_of_pairs() -> None:
 
 def test_closed_forms() -> None:
     flat = torch.full((8,), 3.0, dtype=torch.float64)
-    one = torch.tensor([5.0, 0, 0, 0], dtype=torch.float64)
+    single = torch.tensor([5.0, 0, 0, 0], dtype=torch.float64)
     falling = torch.tensor([1.0, 4.0, 3.0], dtype=torch.float64)
     assert effective_rank(flat).item() == pytest.approx(8, abs=1e-12)
-    assert effective_rank(one) == 1
+    assert effective_rank(single) == 1
     shares = (0.5, 0.375, 0.125)
     assert effective_rank(falling).item() == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)), abs=1e-12)
     assert stable_rank(flat) == 8
-    assert stable_rank(one) == 1
+    assert stable_rank(single) == 1
     assert stable_rank(falling).item() == pytest.approx(26 / 16)
     assert [top_k_share(falling, k).item() for k in (1, 2, 3, 9)] == [0.5, 0.875, 1.0, 1.0]
 

@@ -50,5 +50,5 @@ class Needs:
 def read_needs(config: str) -> Needs:
     """What the method whose config class is called `config` needs."""
     sections = tomllib.loads(FILE.with_name("methods.toml").read_text(encoding="utf-8"))
-    said = sections[EVERY_METHOD] | sections.get(config, {})
-    return Needs(**{name: tuple(value) if isinstance(value, list) else value for name, value in said.items()})
+    listed = sections[EVERY_METHOD] | sections.get(config, {})
+    return Needs(**{name: tuple(value) if isinstance(value, list) else value for name, value in listed.items()})

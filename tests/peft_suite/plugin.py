@@ -123,9 +123,9 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
         return (yield)
 
 
-def agree(length: int, depth: int, one: torch.Tensor, two: torch.Tensor, **_: float) -> bool:
+def agree(length: int, depth: int, first: torch.Tensor, two: torch.Tensor, **_: float) -> bool:
     """In the place of torch.allclose, with a tolerance from the sums."""
-    return bool((one - two).abs().max() <= two.abs().max() * rounding(length, depth, two.dtype))
+    return bool((first - two).abs().max() <= two.abs().max() * rounding(length, depth, two.dtype))
 
 
 def faster(kind: type[torch.optim.Optimizer], factor: float, parameters: Any, *, lr: float, **rest: Any) -> Any:

@@ -40,11 +40,11 @@ class Case:
 
 def fill(model: nn.Module, seed: int) -> None:
     """Move every trainable parameter away from its initial values, where an adapter changes nothing."""
-    numbers = np.random.RandomState(seed)
+    random = np.random.RandomState(seed)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
             if parameter.requires_grad:
-                parameter.add_(torch.tensor(numbers.standard_normal(parameter.shape) * 0.15, dtype=parameter.dtype))
+                parameter.add_(torch.tensor(random.standard_normal(parameter.shape) * 0.15, dtype=parameter.dtype))
 
 
 def _learn(model: nn.Module, inputs: dict[str, Tensor], step: Callable[[Any, int], object]) -> None:

@@ -15,7 +15,7 @@ import llama_cpp
 import numpy as np
 
 job = json.loads(Path(sys.argv[1]).read_text())
-found = {}
+answers = {}
 for name, asked in job["models"].items():
     # Keys and values are kept in float16 unless told otherwise, which would be the larger error.
     llama = llama_cpp.Llama(
@@ -34,6 +34,6 @@ for name, asked in job["models"].items():
         llama.eval(text["ids"][: text["prompt"]])
         for token in text["ids"][text["prompt"] :]:
             llama.eval([token])
-        found[f"{name}/{number}"] = np.array(llama.scores[: len(text["ids"])])
+        answers[f"{name}/{number}"] = np.array(llama.scores[: len(text["ids"])])
     llama.close()
-np.savez(sys.argv[2], **found)
+np.savez(sys.argv[2], **answers)

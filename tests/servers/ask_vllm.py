@@ -42,7 +42,7 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     adapters = job["adapters"]
     plain = {name: folder for name, folder in adapters.items() if "export" in Path(folder).name}
-    found = {f"{name}/least": np.array(least_rank(folder)) for name, folder in plain.items()}
+    answers = {f"{name}/least": np.array(least_rank(folder)) for name, folder in plain.items()}
     lora = {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": job["max_lora_rank"]} if adapters else {}
     llm = LLM(
         model=job["model"],
@@ -64,7 +64,7 @@ def main() -> None:
         try:
             llm.generate({"prompt_token_ids": job["prompts"][0]}, lora_request=LoRARequest(name, number, folder))
         except ValueError as error:
-            found[f"{name}/refused"] = np.array(list(str(error).encode()))
+            answers[f"{name}/refused"] = np.array(list(str(error).encode()))
     outputs = llm.generate(
         [prompt for _, prompt, _ in asked],
         SamplingParams(max_tokens=job["steps"], temperature=0.0, ignore_eos=True, logprobs=job["vocabulary"]),
@@ -72,12 +72,12 @@ def main() -> None:
         use_tqdm=False,
     )
     for (key, _, _), output in zip(asked, outputs, strict=True):
-        said = output.outputs[0]
-        found[f"{key}/tokens"] = np.array(said.token_ids)
-        found[f"{key}/logprobs"] = np.array(
-            [[row[token].logprob for token in range(job["vocabulary"])] for row in said.logprobs]
+        completion = output.outputs[0]
+        answers[f"{key}/tokens"] = np.array(completion.token_ids)
+        answers[f"{key}/logprobs"] = np.array(
+            [[row[token].logprob for token in range(job["vocabulary"])] for row in completion.logprobs]
         )
-    np.savez(sys.argv[2], **found)
+    np.savez(sys.argv[2], **answers)
 
 
 if __name__ == "__main__":

@@ -261,8 +261,8 @@ def test_nothing_of_llama_cpp_is_promised_for_experts(
     (tmp_path / "convert_lora_to_gguf.py").write_text("")
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
     assert main("export", str(tmp_path / "adapter"), str(tmp_path / "out"), "--gguf") == 2
-    told = capsys.readouterr().err
-    assert "llama.cpp's converter knows the factor pairs of linear layers alone" in " ".join(told.split())
+    printed = capsys.readouterr().err
+    assert "llama.cpp's converter knows the factor pairs of linear layers alone" in " ".join(printed.split())
     assert not (tmp_path / "out").exists()
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "adapter" / "adapter_config.json").write_text(

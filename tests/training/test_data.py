@@ -528,8 +528,8 @@ def test_all_bad_rows_of_a_file_are_counted_at_once(tmp_path: Path) -> None:
         "7, 8 and 4 more); no label in column 'label' (rows 6, 21)"
     )
     assert class_names(recipe(path, data__drop_missing=True)) == ["neg", "pos"]
-    numbers = write_csv(tmp_path / "b.csv", [{"text": "a", "label": label} for label in ("1.5", "", "high", "2")])
-    dropping = recipe(numbers, task="regression", data__drop_missing=True)
+    table = write_csv(tmp_path / "b.csv", [{"text": "a", "label": label} for label in ("1.5", "", "high", "2")])
+    dropping = recipe(table, task="regression", data__drop_missing=True)
     assert "1 of 4 rows cannot be used; mend them, or take them out\n  row 3: 'high'" in _message(dropping)
     empty = write_csv(tmp_path / "c.csv", [{"text": "", "label": 1}] * 2)
     assert _message(recipe(empty, data__drop_missing=True)).endswith("none is left")

@@ -53,9 +53,9 @@ def test_the_encoder_has_the_checkpoints_weights(
     torch.manual_seed(0)
     model = architecture(config(**SIZES))
     base = load_base(str(saved(tmp_path, model)), PAIRS)
-    own: nn.Module = getattr(model, encoder) if encoder else model
+    inner: nn.Module = getattr(model, encoder) if encoder else model
     loaded = base.model.encoder.state_dict()  # type: ignore[operator]
-    for name, tensor in own.state_dict().items():
+    for name, tensor in inner.state_dict().items():
         torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=0)
     assert base.head == fresh
 
@@ -76,10 +76,10 @@ def test_a_head_of_another_size_is_made_afresh(kind: str, pooling: str, tmp_path
     spec = HeadSpec("classification", ["a", "b", "c"], pooling=pooling)
     base = load_base(str(saved(tmp_path, model)), spec)
     assert base.model.config.num_labels == 3 and any("classifier" in module for module in base.head)
-    own = dict(model.base_model.named_parameters())
+    parameters = dict(model.base_model.named_parameters())
     loaded = dict(base.model.base_model.named_parameters())
-    same = [name for name in own if name in loaded and torch.equal(own[name], loaded[name])]
-    assert set(own) <= {*same, *(name for name in own if "pooler" in name)}
+    same = [name for name in parameters if name in loaded and torch.equal(parameters[name], loaded[name])]
+    assert set(parameters) <= {*same, *(name for name in parameters if "pooler" in name)}
 
 
 def test_an_encoder_of_another_size_is_refused(tmp_path: Path) -> None:

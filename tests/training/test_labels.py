@@ -50,9 +50,9 @@ def test_faults_and_classes_that_the_training_rows_lack(tmp_path: Path) -> None:
     new = write_jsonl(tmp_path / "b.jsonl", [{"text": "a", "label": ["praise", "blame"]}])
     with pytest.raises(DataError, match="validation data have 'blame' in column 'label', which the training data lack"):
         load_examples(recipe(FORM, data__validation=str(new)))
-    one = write_jsonl(tmp_path / "c.jsonl", [{"text": "a", "label": ["x"]}, {"text": "b", "label": []}])
+    table = write_jsonl(tmp_path / "c.jsonl", [{"text": "a", "label": ["x"]}, {"text": "b", "label": []}])
     with pytest.raises(DataError, match="has 1 classes, and multilabel needs two"):
-        load_examples(recipe(one))
+        load_examples(recipe(table))
 
 
 def test_a_split_keeps_the_only_row_of_a_class(tmp_path: Path) -> None:

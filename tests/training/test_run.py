@@ -49,7 +49,7 @@ def test_classification_learns_and_reloads_exactly(
     loaded = load_adapter_model(result.folder)
     texts = [row["text"] for row in reviews(8)]
     answers = predict(loaded, texts)
-    assert [found.answer for found in answers] == [row["label"] for row in reviews(8)]
+    assert [prediction.answer for prediction in answers] == [row["label"] for row in reviews(8)]
     for found in answers:
         assert found.shares is not None and sum(found.shares.values()) == pytest.approx(1.0, abs=1e-5)
     assert predict(result.folder, texts[:1]) == predict(loaded, texts[:1])
@@ -211,10 +211,10 @@ def test_the_tokens_of_answers_are_those_that_trl_makes(chat: bool, tiny_llama: 
     from ziggurat.training.data.examples import load_examples
     from ziggurat.training.data.tokens import encode_rows
 
-    asked, said = ("what colour sky is", "the sky is blue")
-    row: dict[str, Any] = {"prompt": asked, "completion": said}
+    asked, answer = ("what colour sky is", "the sky is blue")
+    row: dict[str, Any] = {"prompt": asked, "completion": answer}
     if chat:
-        row = {"prompt": [{"role": "user", "content": asked}], "completion": [{"role": "assistant", "content": said}]}
+        row = {"prompt": [{"role": "user", "content": asked}], "completion": [{"role": "assistant", "content": answer}]}
     data = write_jsonl(tmp_path / "a.jsonl", [row] * 2)
     table, tokenizer = Dataset.from_list([row] * 2), AutoTokenizer.from_pretrained(str(tiny_llama))
     model = AutoModelForCausalLM.from_pretrained(str(tiny_llama))
@@ -306,7 +306,7 @@ def test_scoring_first_changes_nothing_and_can_be_left_out(tiny_bert: Path, revi
     assert weights[0] == weights[1]
     console = Console(record=True, width=100)
     console.print(report(load_recipe(without.folder / "recipe.yaml"), without))
-    assert "after" in (said := console.export_text()) and "before" not in said
+    assert "after" in (printed := console.export_text()) and "before" not in printed
 
 
 def test_the_best_checkpoint_can_be_kept(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:

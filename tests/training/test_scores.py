@@ -28,12 +28,12 @@ def test_classification_scores_by_definition() -> None:
 
 @pytest.mark.parametrize("as_scores", [True, False])
 def test_f1_of_three_classes_is_a_mean_also_where_the_last_never_occurs(as_scores: bool) -> None:
-    labels, said = np.array([0, 0, 1, 1, 0]), np.array([0, 0, 0, 1, 0])
+    labels, answers = np.array([0, 0, 1, 1, 0]), np.array([0, 0, 0, 1, 0])
     of_each = (2 * 3 / (2 * 3 + 1), 2 * 1 / (2 * 1 + 1))  # 2 tp / (2 tp + fp + fn) of classes 0 and 1
-    predictions = np.eye(3)[said] if as_scores else said
+    predictions = np.eye(3)[answers] if as_scores else answers
     actual = metrics.score(_recipe("classification"), predictions, labels, 3)
     assert actual["f1"] == pytest.approx(100 * sum(of_each) / 2)
-    assert metrics.score(_recipe("classification"), said, labels, 2)["f1"] == pytest.approx(100 * of_each[1])
+    assert metrics.score(_recipe("classification"), answers, labels, 2)["f1"] == pytest.approx(100 * of_each[1])
 
 
 def test_regression_scores_by_definition() -> None:

@@ -54,12 +54,12 @@ def test_the_same_rows_from_every_form_of_file(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     write_csv(tmp_path / "a.csv", ROWS)  # type: ignore[arg-type]
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
-    found = [first(read(tmp_path / name), 64) for name in ("a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet")]
-    found.append(first(read(f"{dataset_folder(tmp_path / 'set')}:small@good"), 64))
-    assert all(rows == found[0] for rows in found)
+    drawn = [first(read(tmp_path / name), 64) for name in ("a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet")]
+    drawn.append(first(read(f"{dataset_folder(tmp_path / 'set')}:small@good"), 64))
+    assert all(rows == drawn[0] for rows in drawn)
     # The first eight are scored on; the others come shuffled, nearly all before the first comes again.
-    assert set(found[0]) == {str(place) for place in range(8, 40)} and found[0][:32] != sorted(found[0][:32], key=int)
-    assert len(set(found[0][:32])) >= 28
+    assert set(drawn[0]) == {str(place) for place in range(8, 40)} and drawn[0][:32] != sorted(drawn[0][:32], key=int)
+    assert len(set(drawn[0][:32])) >= 28
     assert [row.split()[1] for row in read(tmp_path / "a.csv").validation["prompt"]] == [str(n) for n in range(8)]
 
 

@@ -23,7 +23,7 @@ def maps(collected: Collected, stack: str | None = None) -> dict[str, dict[str, 
     stack = measures.stack_of(collected, stack)
     here = [c for c in collected.components if c.stack == stack and c.experts is not None]
     roles = list(dict.fromkeys(c.family for c in here))
-    found: dict[str, dict[str, np.ndarray]] = {}
+    by_role: dict[str, dict[str, np.ndarray]] = {}
     for role in roles:
         of_role = [c for c in here if c.family == role]
         shape = (collected.layers[stack], max(c.experts.stop for c in of_role))  # type: ignore[union-attr]
@@ -39,8 +39,8 @@ def maps(collected: Collected, stack: str | None = None) -> dict[str, dict[str, 
                 common[at] = np.nan_to_num(common[at]) + (squared if len(c.experts or ()) > 1 else 0.0)
         adds = all(c.adds for c in of_role)
         shared = np.divide(common, energy, out=np.full(shape, np.nan), where=(energy > 0) & adds)
-        found[role] = {"norm": norm, "shared": shared}
-    return found
+        by_role[role] = {"norm": norm, "shared": shared}
+    return by_role
 
 
 def rows(collected: Collected) -> list[dict[str, Any]]:

@@ -82,9 +82,11 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
                 rank = min(part.pair.A.shape[0] for part in parts if not part.adds) if not parts[0].adds else None
                 pair = pair_of(method, here, site, t) if expert is None else expert_pair(method, here, site, t)
                 role = site.role if expert is None else f"{site.role}[{expert}]"
-                one = _sharing({}, (), site, expert)
+                reached = _sharing({}, (), site, expert)
                 updates.append(
-                    Component(UPDATE, site.stack_path, role, layers, *_narrowed(pair, rank), stored=False, experts=one)
+                    Component(
+                        UPDATE, site.stack_path, role, layers, *_narrowed(pair, rank), stored=False, experts=reached
+                    )
                 )
     for same in alike.values():
         experts = {n for component in same for n in component.experts or ()}

@@ -183,8 +183,8 @@ def _gram_of_pairs(pairs: Sequence[FactorPair]) -> np.ndarray:
     ranks = torch.tensor([pair.A.shape[0] for pair in pairs])
     number = torch.arange(len(pairs)).repeat_interleave(ranks)
     products = torch.zeros(len(pairs), len(pairs), dtype=torch.float64)
-    for row, own in zip(products, torch.arange(len(number)).split(ranks.tolist()), strict=True):
-        row.index_add_(0, number, ((A[own] @ A.T).double() * (B[:, own].T @ B).double()).sum(0))
+    for row, ranks_of_pair in zip(products, torch.arange(len(number)).split(ranks.tolist()), strict=True):
+        row.index_add_(0, number, ((A[ranks_of_pair] @ A.T).double() * (B[:, ranks_of_pair].T @ B).double()).sum(0))
     return products.numpy()
 
 

@@ -46,8 +46,8 @@ def in_fp8(name: str, weight: Tensor) -> dict[str, Tensor]:
     rows, columns = weight.shape
     blocks = weight.view(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
     scales = blocks.abs().amax((1, 3)) / 448
-    numbers = (blocks / scales[:, None, :, None]).view(rows, columns)
-    return {name: numbers.to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
+    values = (blocks / scales[:, None, :, None]).view(rows, columns)
+    return {name: values.to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
 
 
 def in_mxfp4(name: str, weight: Tensor) -> dict[str, Tensor]:
@@ -56,8 +56,8 @@ def in_mxfp4(name: str, weight: Tensor) -> dict[str, Tensor]:
         return {name: weight}
     experts, columns, rows = weight.shape
     drawing = torch.Generator().manual_seed(0)
-    numbers = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8, generator=drawing)
-    return {f"{name}_blocks": numbers, f"{name}_scales": torch.full(numbers.shape[:-1], 123, dtype=torch.uint8)}
+    blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8, generator=drawing)
+    return {f"{name}_blocks": blocks, f"{name}_scales": torch.full(blocks.shape[:-1], 123, dtype=torch.uint8)}
 
 
 def checkpoint(folder: Path, config: Any, form: Callable[[str, Tensor], dict[str, Tensor]], **quantised: Any) -> None:

@@ -66,15 +66,15 @@ def test_an_adapter_computes_and_learns_as_beside_a_whole_base(way: str, method:
     base = WAYS[way](LLAMA.build(), tmp_path / "weights")
     assert any(parameter.is_meta for parameter in base.parameters())
     model = adapted(base, method)
-    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert own
-    assert not any(parameter.is_meta for parameter in own.values())
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert not any(parameter.is_meta for parameter in trained.values())
     assert torch.equal(logits(model.eval(), inputs), logits(whole.eval(), inputs))
 
     for each in (model, whole):
         each.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
     wanted = dict(whole.named_parameters())
-    for name, parameter in own.items():
+    for name, parameter in trained.items():
         reference = wanted[name].grad
         if reference is None:  # a linear that waits for its layer's path to be given up
             assert parameter.grad is None

@@ -151,14 +151,14 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         scales = linear.weight.abs().amax(1, keepdim=True) / 7
-        numbers = (linear.weight / scales).round().to(torch.int16) + 8
-        self.register_buffer("qweight", (numbers[:, ::2] * 16 + numbers[:, 1::2]).to(torch.uint8))
+        digits = (linear.weight / scales).round().to(torch.int16) + 8
+        self.register_buffer("qweight", (digits[:, ::2] * 16 + digits[:, 1::2]).to(torch.uint8))
         self.register_buffer("scales", scales.detach())
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        numbers = torch.stack([self.qweight // 16, self.qweight % 16], dim=-1).flatten(1).to(x.dtype) - 8
-        return functional.linear(x, numbers * self.scales, self.bias)
+        digits = torch.stack([self.qweight // 16, self.qweight % 16], dim=-1).flatten(1).to(x.dtype) - 8
+        return functional.linear(x, digits * self.scales, self.bias)
 
 
 class Float8Linear(nn.Linear):

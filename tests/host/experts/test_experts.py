@@ -248,8 +248,8 @@ def test_analysis_sees_tiers_by_the_experts_that_share_them(tmp_path: Path) -> N
             group = {"third": 1, "half": 0, "expert": 2}.get(tier["name"], ...)
             energies[tier["name"]] = float((B[group] @ A[group]).square().sum()) / tier["r"] ** 2
         # Of the thirds, experts 0 and 1 have one; 2 and 3 have each its own.
-        own = energies["third"] + energies["expert"]
-        assert at["shared"][1, 2] == pytest.approx(1 - own / sum(energies.values()), rel=1e-5)
+        private = energies["third"] + energies["expert"]
+        assert at["shared"][1, 2] == pytest.approx(1 - private / sum(energies.values()), rel=1e-5)
         assert len(experts.rows(collected)) == 2 * 2 * 4
         (norms, shares) = figures.expert_maps(collected, "mlp.experts.gate_up_proj")
         assert norms.images[0].get_array().shape == shares.images[0].get_array().shape == (2, 4)
@@ -424,8 +424,8 @@ def test_an_adapted_bfloat16_router_is_the_merged_one_to_the_bit() -> None:
     x = torch.randn(64, 16, generator=torch.Generator().manual_seed(3)).bfloat16()
     outputs = {path: layer(x) for path, layer in routers(model).items()}
     sum(output[0].float().square().sum() for output in outputs.values()).backward()
-    own = [p for name, p in model.named_parameters() if "_factors" in name]
-    assert own and all(p.grad is not None and p.grad.abs().sum() > 0 for p in own)
+    factors = [p for name, p in model.named_parameters() if "_factors" in name]
+    assert factors and all(p.grad is not None and p.grad.abs().sum() > 0 for p in factors)
     model.merge_adapter()
     for path, layer in routers(model).items():
         assert layer.merged and layer.base_layer.weight.dtype == torch.bfloat16  # type: ignore[union-attr]

@@ -72,10 +72,10 @@ def test_two_stacks_have_their_own_paths(model: str) -> None:
     adapted = get_peft_model(ZOO[model].build(), LoR2CConfig(r=4, lora_alpha=6, init_weights=False, spans=spans))
     adapted.double().eval()
     reference = ZOO[model].build().double()
-    for stack, own in spans.items():
+    for stack, spans_of_stack in spans.items():
         layers = adapted.get_base_model().get_submodule(stack)
-        pairs = [raw_pair(path_of(layers[last])) for _, last in own]
-        dense = [(f, last, 1.5 * (b @ a).detach()) for (f, last), (a, b) in zip(own, pairs, strict=True)]
+        pairs = [raw_pair(path_of(layers[last])) for _, last in spans_of_stack]
+        dense = [(f, last, 1.5 * (b @ a).detach()) for (f, last), (a, b) in zip(spans_of_stack, pairs, strict=True)]
         add_paths(reference.get_submodule(stack), dense)
     inputs = double_inputs(model)
     torch.testing.assert_close(logits(adapted, inputs), logits(reference, inputs), **EXACT)

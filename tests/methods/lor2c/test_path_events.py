@@ -271,9 +271,9 @@ def test_a_restructured_adapter_reloads_everywhere(share: bool, tmp_path: Path) 
     fresh.load_adapter(str(tmp_path), "default")
     assert torch.equal(logits(fresh.eval(), inputs), expected)
     loaded.save_pretrained(str(tmp_path / "again"))
-    one, other = (load_file(p / "adapter_model.safetensors") for p in (tmp_path, tmp_path / "again"))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    first, other = (load_file(p / "adapter_model.safetensors") for p in (tmp_path, tmp_path / "again"))
+    assert first.keys() == other.keys()
+    assert all(torch.equal(first[name], other[name]) for name in first)
 
 
 def test_damaged_or_foreign_structures_are_refused(tmp_path: Path) -> None:

@@ -239,8 +239,8 @@ def test_paths_around_single_layers_bear_any_checkpointing(use_reentrant: bool) 
     base.forward = checkpointed
     again = gradients()
     assert len(again) == len(plain) == 8
-    for one, other in zip(again, plain, strict=True):
-        assert_models_agree(one, other)
+    for tensor, other in zip(again, plain, strict=True):
+        assert_models_agree(tensor, other)
 
 
 class Strange(nn.Module):

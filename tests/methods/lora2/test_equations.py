@@ -108,8 +108,8 @@ def test_gradients_of_the_update_reach_every_factor() -> None:
     cU, cV, cE, cv, cu = copies
     weight = layer.base_layer.weight + 16 / 3 * (cu @ cv) @ torch.diag(cE) @ (cV @ cU)
     (x @ weight.T + layer.base_layer.bias).square().sum().backward()
-    for own, naive in zip((U, V, E, v, u), copies, strict=True):
-        torch.testing.assert_close(own.grad, naive.grad, **EXACT)
+    for fast, naive in zip((U, V, E, v, u), copies, strict=True):
+        torch.testing.assert_close(fast.grad, naive.grad, **EXACT)
 
 
 def naive_deviation(linears: list[Planes]) -> torch.Tensor:
@@ -127,9 +127,9 @@ def test_the_regulariser_and_its_gradient_for_every_factor(k: int, r: int) -> No
     value = orthogonality(linears)
     torch.testing.assert_close(value, naive_deviation(linears), **EXACT)
     factors = [factor for planes in linears for factor in planes]
-    own = torch.autograd.grad(value, factors)
+    gradients = torch.autograd.grad(value, factors)
     naive = torch.autograd.grad(naive_deviation(linears), factors)
-    for a, b in zip(own, naive, strict=True):
+    for a, b in zip(gradients, naive, strict=True):
         assert a.abs().sum() > 0
         torch.testing.assert_close(a, b, **EXACT)
 

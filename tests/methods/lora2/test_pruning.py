@@ -109,9 +109,9 @@ def test_the_mask_goes_with_its_run() -> None:
     other = torch.nn.Linear(2, 2)
     step = torch.optim.SGD(other.parameters(), lr=0.1)
     model.load_state_dict(fresh)
-    for one in (step, optimizer):
+    for stepping in (step, optimizer):
         optimizer.zero_grad()
-        one.step()
+        stepping.step()
     assert sum(model.ranks().values()) == 32
     loop(model, range(1, 3), 20)
     assert sum(model.ranks().values()) == 32
@@ -190,8 +190,8 @@ def test_nothing_to_prune_is_no_error() -> None:
     model = model_with(target_rank=4)
     assert loop(model, range(1, 21), 20) == [32] * 20
     assert set(model.ranks().values()) == {4}
-    ones = model_with(r=1, outer_rank=1, target_rank=None)
-    assert loop(ones, range(1, 11), 10) == [8] * 10
+    rank_one = model_with(r=1, outer_rank=1, target_rank=None)
+    assert loop(rank_one, range(1, 11), 10) == [8] * 10
 
 
 def test_a_mask_can_be_final_without_any_pruning_before() -> None:
