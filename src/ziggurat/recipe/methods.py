@@ -46,6 +46,10 @@ SYNONYMS = {
 }
 
 
+def _rank(rank: int) -> dict[str, Any]:
+    return {"r": rank}
+
+
 @dataclass(frozen=True)
 class Method:
     """One row: either a PEFT config class, or a rule that says which of the model's own weights train.
@@ -64,7 +68,7 @@ class Method:
     trains: Callable[[str], bool] | None = None
     exports: bool = False
     merges: bool = True
-    ranks: Callable[[int], dict[str, Any]] | None = None
+    ranks: Callable[[int], dict[str, Any]] | None = _rank
     run: dict[str, Any] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     four_bits: bool = False
@@ -87,35 +91,19 @@ class Method:
         return config
 
 
-def _rank(rank: int) -> dict[str, Any]:
-    return {"r": rank}
-
-
-def _adalora_ranks(rank: int) -> dict[str, Any]:
-    # PEFT's default: 12 directions at the start, 8 at the end.
-    return {"init_r": rank, "target_r": rank * 2 // 3}
-
-
-def _lora2_ranks(rank: int) -> dict[str, Any]:
-    # The paper's sizes: k = r = 8 in full, k = r = 1 as the smallest.
-    return {"r": rank, "outer_rank": rank}
-
-
 TABLE: dict[str, Method] = {
     "lora2": Method(
         "two nested planes, pruned by importance (arXiv 2408.06854)",
         LoRA2Config,
         exports=True,
-        ranks=_lora2_ranks,
+        ranks=lambda rank: {"r": rank, "outer_rank": rank},  # the paper's: k = r = 8 in full, k = r = 1 as the smallest
         shown="LoRA²",
     ),
-    "lora": Method(
-        "low-rank updates, one pair a linear (arXiv 2106.09685)", "peft:LoraConfig", ranks=_rank, shown="LoRA"
-    ),
+    "lora": Method("low-rank updates, one pair a linear (arXiv 2106.09685)", "peft:LoraConfig", shown="LoRA"),
     "adalora": Method(
         "LoRA as singular values, pruned by importance (arXiv 2303.10512)",
         "peft:AdaLoraConfig",
-        ranks=_adalora_ranks,
+        ranks=lambda rank: {"init_r": rank, "target_r": rank * 2 // 3},  # PEFT's default: 12 at first, 8 at the end
         # The number of steps is known when the Trainer is; `AdaLoRAAllocation` puts it in.
         run={"total_step": 2**62},
         unread={
@@ -129,42 +117,34 @@ TABLE: dict[str, Method] = {
         "LoRA started at the largest singular vectors (arXiv 2404.02948)",
         "peft:LoraConfig",
         {"init_lora_weights": "pissa"},
-        ranks=_rank,
         shown="PiSSA",
     ),
     "qlora": Method(
         "LoRA on a base in 4 bits, NF4 (arXiv 2305.14314)",
         "peft:LoraConfig",
         merges=False,
-        ranks=_rank,
         four_bits=True,
         shown="QLoRA",
     ),
     "dora": Method(
-        "LoRA with a trained magnitude (arXiv 2402.09353)",
-        "peft:LoraConfig",
-        {"use_dora": True},
-        ranks=_rank,
-        shown="DoRA",
+        "LoRA with a trained magnitude (arXiv 2402.09353)", "peft:LoraConfig", {"use_dora": True}, shown="DoRA"
     ),
-    "vera": Method(
-        "shared random factors, trained vectors (arXiv 2310.11454)", "peft:VeraConfig", ranks=_rank, shown="VeRA"
-    ),
-    "lily": Method(
-        "low-rank updates with shared experts (arXiv 2407.09946)", "peft:LilyConfig", ranks=_rank, shown="Lily"
-    ),
+    "vera": Method("shared random factors, trained vectors (arXiv 2310.11454)", "peft:VeraConfig", shown="VeRA"),
+    "lily": Method("low-rank updates with shared experts (arXiv 2407.09946)", "peft:LilyConfig", shown="Lily"),
     "adapter": Method(
         "bottlenecks after the layers' feed-forward part, with AdapterDrop by its fields (arXiv 2010.11918)",
         AdapterDropConfig,
         merges=False,
-        ranks=_rank,
         shown="bottlenecks",
     ),
     "bitfit": Method(
-        "the biases of the model (arXiv 2106.10199)", trains=lambda name: name.endswith("bias"), merges=False
+        "the biases of the model (arXiv 2106.10199)",
+        trains=lambda name: name.endswith("bias"),
+        merges=False,
+        ranks=None,
     ),
-    "head": Method("the head alone; the model stays as it is", trains=lambda name: False, merges=False),
-    "full": Method("every weight of the model", trains=lambda name: True, merges=False),
+    "head": Method("the head alone; the model stays as it is", trains=lambda name: False, merges=False, ranks=None),
+    "full": Method("every weight of the model", trains=lambda name: True, merges=False, ranks=None),
 }
 
 
@@ -189,7 +169,6 @@ class Methods(Mapping[str, Method]):
                 method.config,
                 exports=method.card.merges,
                 merges=method.card.merges,
-                ranks=_rank,
                 shown=method.card.shown,
             )
             for method in REGISTERED.values()
