@@ -67,7 +67,7 @@ def evaluate(
     subject = _find(adapter, glue, rest, dtype, data, server=predictions is not None)
     scores, errors, per_cent = dict[str, dict[str, float]](), dict[str, dict[str, float]](), dict[str, list[str]]()
     with ExitStack() as stack:
-        how = {"data": data, "limit": limit, "run_code": run_generated_code, "keep": keep_tasks}
+        how: dict[str, Any] = {"data": data, "limit": limit, "run_code": run_generated_code, "keep": keep_tasks}
         prepared = stack.enter_context(ready(rest, **how)) if rest else []
         model, tokenizer, loaded = load_subject(subject, dtype)
         for name in glue:

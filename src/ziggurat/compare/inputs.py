@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from ziggurat.errors import ConfigError, DataError, RecipeError
 
@@ -36,7 +37,7 @@ def check_inputs(name: str, runs: Sequence[Run]) -> None:
     with quiet():
         for run in runs:
             recipe = run.recipe
-            where = {"revision": recipe.revision, "gguf_file": recipe.gguf_file}
+            where: dict[str, Any] = {"revision": recipe.revision, "gguf_file": recipe.gguf_file}
             check((recipe.model, *where.values()), "model: ", partial(bare_config, recipe.model, **where))
             if run.trains:
                 key = run.task, recipe.task, recipe.data.model_dump_json()
