@@ -79,7 +79,7 @@ def load_adapter_model(folder: str | Path) -> Loaded:
             safe = {"use_safetensors": True, "trust_remote_code": False}
             try:
                 auto: Any = getattr(transformers, f"AutoModelFor{spec.model}")
-                kind = MeanPooledClassifier if spec.pooling == "mean" else auto
+                kind: Any = MeanPooledClassifier if spec.pooling == "mean" else auto
                 model = kind.from_pretrained(str(path), dtype=recipe.dtype, **safe)
                 processor = load_processor(str(path), str(path), {"trust_remote_code": False}) if spec.images else None
                 tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
@@ -101,7 +101,7 @@ def read_run(path: Path) -> tuple[Recipe, dict[str, Any]]:
 
 def head_of(run: dict[str, Any], path: Path) -> HeadSpec:
     """The head's specification in run.json. Raises RecipeError if it is invalid."""
-    head = run.get("head")
+    head: Any = run.get("head")
     names = head.get("label_names") if isinstance(head, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str | int | float) for name in names):
         raise RecipeError(f"'{path / RUN}' has been changed: its head names no labels")
