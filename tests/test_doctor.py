@@ -181,7 +181,7 @@ def test_an_adapter_on_the_embedded_model_travels(tmp_path: Path) -> None:
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "of-another-machine")
     model.save_pretrained(str(tmp_path / "run"))
     (tmp_path / "run" / "recipe.yaml").write_text("model: embedded\ndata.train: demo\nmethod.name: msplora\n")
-    (tmp_path / "run" / "run.json").write_text('{"head": {}, "after": {}}')
+    (tmp_path / "run" / "run.json").write_text('{"head": {}}')
     assert not any(what.startswith("base model") for what in whats(checks.adapter(tmp_path / "run", {})))
 
 

@@ -55,7 +55,7 @@ def read_run(folder: str | Path) -> Run:
         RecipeError: there is no finished run of `ziggurat train` in it.
     """
     folder = Path(folder)
-    values, recipe = read_files(folder)
+    values, recipe = read_files(folder, "after")
     try:
         collected, why = collect(folder), ""
     except ConfigError as error:

@@ -20,8 +20,11 @@ def is_run(folder: Path) -> bool:
     return (folder / RUN).is_file() and (folder / RECIPE).is_file()
 
 
-def read_files(folder: Path) -> tuple[dict[str, Any], str]:
-    """run.json and the recipe's text of a finished run. Raises RecipeError that names missing files."""
+def read_files(folder: Path, needed: str) -> tuple[dict[str, Any], str]:
+    """run.json and the recipe's text of a finished run. Raises RecipeError that names missing files.
+
+    `needed`: a key of run.json, which an unfinished run lacks.
+    """
     from ziggurat.files.untrusted import MOST_RUN, own_file, read_json
 
     if not folder.is_dir():
@@ -39,6 +42,6 @@ def read_files(folder: Path) -> tuple[dict[str, Any], str]:
         _, text = find_recipe(own_file(folder, RECIPE))
     except ConfigError as error:
         raise RecipeError(f"'{folder}' cannot be read: {error}") from error
-    if not isinstance(values, dict) or "after" not in values:
+    if not isinstance(values, dict) or needed not in values:
         raise RecipeError(f"'{folder}' is an unfinished run; go on with resume=true first")
     return values, text

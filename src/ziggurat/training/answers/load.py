@@ -95,13 +95,13 @@ def load_adapter_model(folder: str | Path) -> Loaded:
 
 def read_run(path: Path) -> tuple[Recipe, dict[str, Any]]:
     """Recipe and run.json of an adapter folder. Raises RecipeError that names missing files."""
-    run, text = read_files(path)
+    run, text = read_files(path, "head")
     return recipe_of(text, label=str(path / RECIPE)), run
 
 
 def head_of(run: dict[str, Any], path: Path) -> HeadSpec:
     """The head's specification in run.json. Raises RecipeError if it is invalid."""
-    head: Any = run.get("head")
+    head = run["head"]
     names = head.get("label_names") if isinstance(head, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str | int | float) for name in names):
         raise RecipeError(f"'{path / RUN}' has been changed: its head names no labels")
