@@ -67,9 +67,9 @@ def qlora(rank: int, folder: str) -> None:
 
 
 def zero(rank: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
     import deepspeed  # pyright: ignore[reportMissingImports]
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     for method in METHODS:
