@@ -100,7 +100,7 @@ def test_an_extra_of_another_version_is_told_by_the_extra(monkeypatch: pytest.Mo
             "MSPLoRA with DeepSpeed ZeRO: works with limits",
             "note",
         ),
-        ({"ACCELERATE_USE_FSDP": "true"}, "MSPLoRA with FSDP1: untested", "warning"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "MSPLoRA with FSDP1: works with limits", "note"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "MSPLoRA with FSDP2: works with limits", "note"),
         ({"WORLD_SIZE": "2"}, "MSPLoRA with DDP: works with limits", "note"),
     ],

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
@@ -17,10 +18,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "compare"))
-from two_processes import METHODS, STEPS, batch, sharded
+import two_processes
+from two_processes import STEPS, batch, sharded
 
+from ziggurat.errors import ConfigError
 from zoo import ZOO
 
+METHODS = {name: two_processes.METHODS[name] for name in ("msplora", "lor2c", "lora2")}
+#: LoRA²'s regulariser reads the factors outside of the layers that FSDP1 gathers.
+FSDP1 = ("msplora", "lor2c")
 ZERO = {"zero2": 2, "zero3": 3}
 
 
@@ -108,16 +114,22 @@ def write(rank: int, folder: str, name: str, losses: list[float], tensors: dict[
     dist.barrier()
 
 
+def flattened(method: str) -> FullyShardedDataParallel:
+    base: Any = ZOO["llama"].build()
+    words: Any = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    policy = ModuleWrapPolicy({type(base.model.layers[0])})
+    return FullyShardedDataParallel(adapted(base, method), auto_wrap_policy=policy, **words)
+
+
 def fsdp1(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    for method in METHODS:
-        base = ZOO["llama"].build()
-        policy = ModuleWrapPolicy({type(base.model.layers[0])})  # type: ignore[union-attr, arg-type, index]
-        words: Any = {"use_orig_params": True, "device_id": torch.device("cpu")}
-        model = FullyShardedDataParallel(adapted(base, method), auto_wrap_policy=policy, **words)  # type: ignore[arg-type]
+    for method in FSDP1:
+        model = flattened(method)
         losses = steps(model, slice(2 * rank, 2 * rank + 2))
         with FullyShardedDataParallel.summon_full_params(model, writeback=False):
             parts = ("_fsdp_wrapped_module.", "")
             tensors = {n.replace(*parts): p.detach().clone() for n, p in trained_parameters(model).items()}
         write(rank, folder, method, losses, tensors)
+    with pytest.raises(ConfigError, match="use FSDP2"):
+        steps(flattened("lora2"), slice(2 * rank, 2 * rank + 2))
     dist.destroy_process_group()

@@ -34,7 +34,9 @@ def test_the_example_searches_rank_and_rate(tmp_path: Path, monkeypatch: pytest.
 def test_ray_takes_optunas_place(tmp_path: Path) -> None:
     first, second = blocks()
     code = "import json; print(json.dumps([best.hyperparameters, best.objective]))"
-    program = first.partition("best = trainer")[0] + second + code
+    # One worker and no dashboard: Ray's node has 30 seconds to start, or fails.
+    start = "import ray\nray.init(num_cpus=1, include_dashboard=False)\n"
+    program = first.partition("best = trainer")[0] + start + second + code
     (tmp_path / "program.py").write_text(program)
     env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
     done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, env=env, capture_output=True, text=True)

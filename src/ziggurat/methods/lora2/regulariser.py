@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from ziggurat.errors import ConfigError
 from ziggurat.host.older import trainer_counts_shifted_labels
 from ziggurat.host.root_hook import RootHook
 from ziggurat.methods.lora2.layer import Directions
@@ -19,6 +20,11 @@ def learning_linear_layers(model: nn.Module) -> dict[str, list[Directions]]:
     for layer in model.modules():
         if isinstance(layer, Directions):
             for adapter in layer.learning:
+                if layer.factor(adapter, "u").dim() < 2:
+                    raise ConfigError(
+                        "LoRA²'s regulariser reads the factors outside of their layers, where FSDP1 has flat shards of "
+                        "them: use FSDP2 (fsdp_version: 2)."
+                    )
                 if layer.factor(adapter, "E").numel():
                     learning.setdefault(adapter, []).append(layer)
     return learning
