@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ziggurat.errors import ConfigError
-from ziggurat.lowrank.pair import FactorPair, delta, init_gaussian_, init_kaiming_, pad, stack
+from ziggurat.lowrank.pair import FactorPair, delta, pad, stack
 
 
 def random_pair(rank: int, d_in: int = 7, d_out: int = 5, dtype: torch.dtype = torch.float64) -> FactorPair:
@@ -66,32 +66,3 @@ def test_padding_changes_the_shape_and_nothing_else(dtype: torch.dtype) -> None:
 def test_padding_cannot_cut() -> None:
     with pytest.raises(ConfigError, match="pad to rank 2, but the pair has rank 3: give at least 3"):
         pad(random_pair(3), 2)
-
-
-def test_kaiming_fills_the_bounds_of_lora() -> None:
-    A = torch.nn.Parameter(torch.zeros(64, 400))
-    assert init_kaiming_(A) is A
-    assert A.abs().max() <= 0.05
-    assert A.abs().max() > 0.0499
-    # A uniform distribution on [-b, b] has standard deviation b / sqrt(3); 25,600 samples give it to 1%.
-    torch.testing.assert_close(A.std().item(), 0.05 / 3**0.5, rtol=0.02, atol=0)
-
-
-def test_gaussian_has_standard_deviation_one_over_rank() -> None:
-    A = init_gaussian_(torch.nn.Parameter(torch.zeros(8, 4000)))
-    torch.testing.assert_close(A.std().item(), 1 / 8, rtol=0.03, atol=0)
-    assert abs(A.mean()) < 0.005
-
-
-@pytest.mark.parametrize("init", [init_kaiming_, init_gaussian_])
-def test_initialising_works_without_memory_and_in_half_precision(init) -> None:
-    assert init(torch.nn.Parameter(torch.empty(4, 8, device="meta"))).device.type == "meta"
-    assert init(torch.nn.Parameter(torch.zeros(4, 8, dtype=torch.bfloat16))).ne(0).any()
-
-
-@pytest.mark.parametrize("init", [init_kaiming_, init_gaussian_])
-def test_initialising_follows_the_seed(init) -> None:
-    torch.manual_seed(3)
-    first = init(torch.empty(4, 8))
-    torch.manual_seed(3)
-    assert torch.equal(first, init(torch.empty(4, 8)))

@@ -27,6 +27,13 @@ class Stores(BaseTunerLayer):
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
 
+    def forget(self, adapter: str) -> None:
+        """Remove `adapter` without choosing another active adapter."""
+        for name in self.adapter_layer_names + self.other_param_names:
+            table = getattr(self, name)
+            if adapter in table:
+                del table[adapter]
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's, but a parameter shared by several adapters trains if one of the active ones trains it."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
@@ -55,6 +62,7 @@ class Bank(nn.Module, WithoutBase, Stores):
     """
 
     method: ClassVar[Method]
+    other_param_names = ("configs", "_held")
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,20 +135,5 @@ class Bank(nn.Module, WithoutBase, Stores):
     def unmerge(self) -> None:
         self.merged_adapters.clear()
 
-    def forget(self, adapter: str) -> None:
-        """Remove `adapter` without choosing another active adapter."""
-        if adapter in self.stores:
-            del self.stores[adapter]
-        self._held.pop(adapter, None)
-        self.configs.pop(adapter, None)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self.forget(adapter_name)
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         """Nothing: the layers that read the tensors move them to their device."""
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """No: PEFT's `convert_to_lora` works linear by linear and by SVD; `ziggurat.export` is exact."""
-        return False

@@ -90,9 +90,6 @@ class AdaptedLinear(MethodLayer, nn.Module):
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         return device, dtype or torch.float32
 
-    def _home(self) -> torch.device | None:
-        return self.home()[0]
-
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         """Device and dtype of the base; no dtype where entries are packed or of 8 bits, which no factor can have."""
         weight = getattr(base_layer, "weight", getattr(base_layer, "qweight", None))

@@ -24,6 +24,7 @@ class MethodLayer(Stores):
     """
 
     method: ClassVar[Method]
+    other_param_names = ("configs", "sites", "leaves", "asleep")
 
     def _begin(self) -> None:
         super()._begin()
@@ -54,9 +55,6 @@ class MethodLayer(Stores):
             for adapter in self.active_adapters
             if adapter in self.leaves and any(t.requires_grad for t in self.stored(adapter).values())
         ]
-
-    def _get_available_adapters(self) -> set[str]:
-        return set(self.leaves)
 
     def join(
         self,
@@ -146,19 +144,13 @@ class MethodLayer(Stores):
         versions = ((id(t), None if t.is_inference() else t._version) for t in tensors)
         return self.dropout(adapter), context.drawn, *versions
 
-    def forget(self, adapter: str) -> None:
-        """Remove `adapter` without choosing another active adapter."""
-        for table in (self.stores, self.configs, self.sites, self.leaves, self.asleep):
-            if adapter in table:
-                del table[adapter]
-
-    def _home(self) -> torch.device | None:
-        """The device that this layer computes on."""
+    def home(self) -> tuple[torch.device | None, torch.dtype]:
+        """The device that this layer computes on, and the dtype of fresh tensors."""
         raise NotImplementedError
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Never to the meta device, where loaded tensors would be lost, and never to another dtype."""
-        home = device or self._home()
+        home = device or self.home()[0]
         if adapter_name not in self.leaves or home is None:
             return
         self.stores[adapter_name].move(home)  # type: ignore[operator]
@@ -170,9 +162,6 @@ class ExpertsLayer(Stores):
     """A tuner layer of fused experts: of all experts of a layer, or of one of their parameters (host/experts)."""
 
     stores: Mapping[str, Any] = {}
-
-    def forget(self, adapter: str) -> None:
-        """Nothing: the layers of the parameters hold the tensors."""
 
 
 def layers_of(model: nn.Module, adapter: str | None = None, method: Method | None = None) -> Iterator[MethodLayer]:

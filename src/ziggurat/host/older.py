@@ -8,7 +8,7 @@ go unnoticed.
 """
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import peft
 import torch
@@ -17,45 +17,35 @@ from peft.tuners.tuners_utils import BaseTuner
 from ziggurat.errors import ConfigError
 from ziggurat.host.method import needs_steps
 
-if TYPE_CHECKING:
-    from peft.utils.error import NoMatchingPeftModuleError
-    from peft.utils.quantization_utils import (
-        ForwardOnlyQuantizationBackend,
-        QuantizationBackend,
-        resolve_quantization_backend,
-    )
-else:
-    try:
-        from peft.utils.error import NoMatchingPeftModuleError
-    except ImportError:
+try:
+    from peft.utils.error import NoMatchingPeftModuleError as NoMatchingPeftModuleError  # pyright: ignore[reportAssignmentType]
+except ImportError:
 
-        class NoMatchingPeftModuleError(ValueError):
-            """No module of the model is a target."""
+    class NoMatchingPeftModuleError(ValueError):
+        """No module of the model is a target."""
 
-    try:
-        from peft.utils.quantization_utils import (
-            ForwardOnlyQuantizationBackend,
-            QuantizationBackend,
-            resolve_quantization_backend,
-        )
-    except ImportError:
 
-        class ForwardOnlyQuantizationBackend:
-            """A quantised weight that computes but is neither read nor changed."""
+try:
+    from peft.utils import quantization_utils
 
-            supports_merge = False
+    ForwardOnlyQuantizationBackend = quantization_utils.ForwardOnlyQuantizationBackend  # pyright: ignore
+    resolve_quantization_backend = quantization_utils.resolve_quantization_backend
+except ImportError:
 
-            def __init__(self, backend_name: str = "") -> None:
-                self.backend_name = backend_name
+    class ForwardOnlyQuantizationBackend:
+        """A quantised weight that computes but is neither read nor changed."""
 
-            def maybe_clone_base_result(self, y: Any) -> Any:
-                """A copy: what bitsandbytes returns may be a view that must not be changed in place."""
-                return y.clone()
+        supports_merge = False
 
-        QuantizationBackend = ForwardOnlyQuantizationBackend
+        def __init__(self, backend_name: str = "") -> None:
+            self.backend_name = backend_name
 
-        def resolve_quantization_backend(base_layer: Any, **kwargs: Any) -> None:
-            """No backend reads or changes quantised weights in this PEFT."""
+        def maybe_clone_base_result(self, y: Any) -> Any:
+            """A copy: what bitsandbytes returns may be a view that must not be changed in place."""
+            return y.clone()
+
+    def resolve_quantization_backend(base_layer: Any, **kwargs: Any) -> Any:
+        """None: no backend reads or changes quantised weights in this PEFT."""
 
 
 #: Whether linear layers that read one input can go down together, see siblings.py.
@@ -116,17 +106,3 @@ def checkpointing_argument() -> str:
 
     newest = "activation_checkpointing"
     return newest if hasattr(TrainingArguments, newest) else "gradient_checkpointing"
-
-
-__all__ = [
-    "SHARES",
-    "ForwardOnlyQuantizationBackend",
-    "NoMatchingPeftModuleError",
-    "QuantizationBackend",
-    "as_no_match",
-    "check_finds_parameters",
-    "check_saved_whole",
-    "checkpointing_argument",
-    "resolve_quantization_backend",
-    "trainer_counts_shifted_labels",
-]

@@ -33,17 +33,12 @@ class RootHook:
         raise NotImplementedError
 
     @classmethod
-    def _keys(cls, root: nn.Module, method: Method | None) -> list[int]:
-        # By name: a method that is registered again is another object.
-        name = method and method.name
-        ours = {key: hook for key, hook in hooks_of(root).items() if isinstance(hook, cls)}
-        return [key for key, hook in ours.items() if (hook.method and hook.method.name) == name]
-
-    @classmethod
     def on(cls, root: nn.Module, method: Method | None = None) -> Self | None:
         """The hook on `root`, or None."""
-        keys = cls._keys(root, method)
-        return hooks_of(root)[keys[0]] if keys else None
+        # By name: a method that is registered again is another object.
+        name = method and method.name
+        ours = (hook for hook in hooks_of(root).values() if isinstance(hook, cls))
+        return next((hook for hook in ours if (hook.method and hook.method.name) == name), None)
 
     @classmethod
     def start(cls, root: nn.Module, method: Method | None = None) -> Self:
@@ -54,7 +49,8 @@ class RootHook:
             hook.put_on(root)
         return hook
 
-    @classmethod
-    def stop(cls, root: nn.Module, method: Method | None = None) -> None:
-        """Take the hook off `root`."""
-        take_off(root, cls._keys(root, method))
+
+def stop_hooks(root: nn.Module, method: Method) -> None:
+    """Take the hooks of `method`, and those that serve every method, off `root`."""
+    ours = {key: hook.method for key, hook in hooks_of(root).items() if isinstance(hook, RootHook)}
+    take_off(root, [key for key, of in ours.items() if of is None or of.name == method.name])

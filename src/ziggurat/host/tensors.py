@@ -3,14 +3,14 @@
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
+from math import prod, sqrt
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
-from ziggurat.lowrank.pair import FactorPair, init_gaussian_, init_kaiming_
+from ziggurat.lowrank.pair import FactorPair
 
 #: The smaller side of the largest weight that is decomposed exactly: about a second of one core.
 EXACT_SVD = 1024
@@ -64,13 +64,17 @@ Init = Callable[[Tensor, Weight], Any]
 
 
 def kaiming(tensor: Tensor, weight: Weight) -> None:
-    """Uniform in [-1/sqrt(d), 1/sqrt(d)] with d the last side, as LoRA draws A."""
-    init_kaiming_(tensor)
+    """Uniform in [-1/sqrt(d), 1/sqrt(d)] with d the last side, as LoRA draws A.
+
+    That is kaiming_uniform with a = sqrt(5): bound sqrt(6 / ((1 + a^2) d)).
+    """
+    bound = 1 / sqrt(tensor.shape[-1])
+    tensor.uniform_(-bound, bound)
 
 
 def gaussian(tensor: Tensor, weight: Weight) -> None:
     """Normal with standard deviation 1 / rank, the rank being the last side but one."""
-    init_gaussian_(tensor)
+    tensor.normal_(0.0, 1 / tensor.shape[0])
 
 
 def zeros(tensor: Tensor, weight: Weight) -> None:
@@ -246,9 +250,9 @@ class Factors(nn.Module):
         """Move tensors from the CPU to `device`; nothing moves to the meta device."""
         if device.type in ("cpu", "meta"):
             return
-        for leaf, parameter in self._parameters.items():
-            if parameter is not None and parameter.device.type == "cpu":
-                self._parameters[leaf] = parameter if parameter.is_meta else _moved(parameter, device)
+        for parameter in self.parameters():
+            if parameter.device.type == "cpu":
+                parameter.data = parameter.data.to(device)
         for leaf, buffer in self._buffers.items():
             if buffer is not None and buffer.device.type == "cpu":
                 self._buffers[leaf] = buffer.to(device)
@@ -270,11 +274,6 @@ class ByAdapter(nn.ModuleDict):
             for factors, leaf in others:
                 factors._buffers[leaf] = first._buffers[its]
         return self
-
-
-def _moved(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
-    parameter.data = parameter.data.to(device)
-    return parameter
 
 
 def whole(tensor: Tensor) -> Tensor:

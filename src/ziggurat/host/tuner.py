@@ -32,6 +32,7 @@ from ziggurat.host.linear import AdaptedLinear, is_router
 from ziggurat.host.method import Method, needs_steps, pair_of, specs_of
 from ziggurat.host.mixed import MixedTuner
 from ziggurat.host.older import NoMatchingPeftModuleError, as_no_match, check_saved_whole
+from ziggurat.host.root_hook import stop_hooks
 from ziggurat.host.saved.names import RenamesOnLoad, check_tensors, current_names
 from ziggurat.host.saved.sites_table import to_table
 from ziggurat.host.siblings import introduce
@@ -293,9 +294,7 @@ class MethodTuner(MixedTuner):
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if self.bank_cls.of(model) is not None:
             delattr(model, self.method.bank)
-        Draws.stop(model, self.method)
-        Watch.stop(model)
-        RenamesOnLoad.stop(model, self.method)
+        stop_hooks(model, self.method)
         note_untied(model)
         return model
 

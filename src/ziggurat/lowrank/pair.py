@@ -6,7 +6,6 @@ rank is folded into B, so a pair determines its update.
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from math import sqrt
 from typing import NamedTuple
 
 import torch
@@ -104,22 +103,6 @@ def pad(pair: FactorPair, rank: int) -> FactorPair:
         raise ConfigError(f"pad to rank {rank}, but the pair has rank {have}: give at least {have}.")
     extra = rank - have
     return FactorPair(F.pad(pair.A, (0, 0, 0, extra)), F.pad(pair.B, (0, extra)))
-
-
-@torch.no_grad()
-def init_kaiming_(A: Tensor) -> Tensor:
-    """Fill A (rank, d_in) as LoRA does: uniform in ``[-1/sqrt(d_in), 1/sqrt(d_in)]``.
-
-    That is kaiming_uniform with a = sqrt(5): bound ``sqrt(6 / ((1 + a^2) d_in))``.
-    """
-    bound = 1 / sqrt(A.shape[-1])
-    return A.uniform_(-bound, bound)
-
-
-@torch.no_grad()
-def init_gaussian_(A: Tensor) -> Tensor:
-    """Fill A (rank, d_in) from a normal distribution with standard deviation ``1 / rank``."""
-    return A.normal_(0.0, 1 / A.shape[0])
 
 
 def _do_not_fit(pairs: Sequence[FactorPair]) -> ConfigError:

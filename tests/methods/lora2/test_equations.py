@@ -12,9 +12,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, DebertaV2Config
 
 from ziggurat import LoRA2Config
+from ziggurat.methods.lora2.importance import entries
 from ziggurat.methods.lora2.layer import LoRA2Linear
 from ziggurat.methods.lora2.orthogonality import Planes, cross_plane, orthogonality
-from ziggurat.methods.lora2.pruning import sensitivities
+from ziggurat.methods.lora2.pruning import adapted
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 TARGETS = ["query_proj", "key_proj", "value_proj", "attention.output.dense", "intermediate.dense", "output.dense"]
@@ -187,7 +188,9 @@ def test_parameter_counts_on_debertav3_base(k: int, r: int, count: int) -> None:
 
 
 def test_sensitivities_fall_by_more_than_the_paper_says() -> None:
-    ours = sensitivities(deberta(LoRA2Config(r=8, outer_rank=8, target_modules=TARGETS)))
+    lora2 = deberta(LoRA2Config(r=8, outer_rank=8, target_modules=TARGETS))
+    layers = adapted(lora2, "default").values()
+    ours = sum(entries(*(layer.factor("default", key) for key in "EVv")).numel() for layer in layers)
     adalora = deberta(AdaLoraConfig(init_r=8, target_r=8, target_modules=TARGETS, total_step=10))
     for parameter in adalora.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None

@@ -11,7 +11,7 @@ from peft.import_utils import is_torchao_available
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ziggurat.host.older import ForwardOnlyQuantizationBackend, QuantizationBackend, resolve_quantization_backend
+from ziggurat.host.older import ForwardOnlyQuantizationBackend, resolve_quantization_backend
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class ForwardOnly(ForwardOnlyQuantizationBackend):
         self.way_round = way_round
 
 
-def backend_of(base: nn.Module, **kwargs: Any) -> QuantizationBackend | None:
+def backend_of(base: nn.Module, **kwargs: Any) -> Any:
     """The backend that reads and changes the weight of `base`; None for plain floating-point weights.
 
     `kwargs`: arguments of PEFT's backends (`get_apply_tensor_subclass`, for torchao). An adapter can train beside a
@@ -72,7 +72,7 @@ def replace_weight(layer: BaseTunerLayer, weight: Tensor) -> float:
     return float((base_weight(layer).float() - weight.float()).norm())
 
 
-def check_changeable(backend: QuantizationBackend | None, where: str = "") -> None:
+def check_changeable(backend: Any, where: str = "") -> None:
     """Raise unless a weight of `backend` can be changed.
 
     Raises:

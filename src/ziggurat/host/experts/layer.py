@@ -47,9 +47,6 @@ class ParameterLayer(WithoutBase, MethodLayer, ExpertsLayer, nn.Module):
         """Device and dtype of fresh tensors: those of the parameter."""
         return self.parameter.device, self.parameter.dtype
 
-    def _home(self) -> torch.device | None:
-        return self.parameter.device
-
     def weight_of_base(self, path: str) -> Weight:
         """The frozen weights, (experts, d_out, d_in), for an initialisation that starts from them."""
         transposed = self.__dict__["_experts"].is_transposed

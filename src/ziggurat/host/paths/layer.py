@@ -51,7 +51,7 @@ class PathLayer(WithoutBase, MethodLayer, nn.Module):
         "model, write a model folder with its paths by `ziggurat merge`, or write the injected LoRA alone by "
         "ziggurat.methods.lor2c.serve.write_injected_lora"
     )
-    other_param_names = ("covers",)
+    other_param_names = (*MethodLayer.other_param_names, "covers")
 
     def __init__(self, layer: int, handover: Handover, width: int, device: torch.device, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -66,9 +66,6 @@ class PathLayer(WithoutBase, MethodLayer, nn.Module):
     def home(self) -> tuple[torch.device, torch.dtype]:
         """Where fresh tensors go: the device that the layer computes on, and the dtype of its weights."""
         return self._place
-
-    def _home(self) -> torch.device:
-        return self._place[0]
 
     @property
     def adapters(self) -> Collection[str]:
@@ -131,10 +128,6 @@ class PathLayer(WithoutBase, MethodLayer, nn.Module):
 
     def unmerge(self) -> None:
         """Nothing is ever merged."""
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """No: there is no linear whose update a path could become."""
-        return False
 
     def __repr__(self) -> str:
         return f"{self.method.name}.{nn.Module.__repr__(self)}"

@@ -32,7 +32,7 @@ class Adapter:
 class PathBank(StructureBank):
     """Owned once at the model's root: the shared A's, and every adapter's structure, which is changed here alone."""
 
-    other_param_names = ("known",)
+    other_param_names = (*StructureBank.other_param_names, "known")
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,10 +205,6 @@ class PathBank(StructureBank):
 
     def restore(self, adapter: str, plain: Any) -> None:
         self.set_structure(adapter, *from_json(plain))
-
-    def forget(self, adapter: str) -> None:
-        super().forget(adapter)
-        self.known.pop(adapter, None)
 
     def __repr__(self) -> str:
         return f"lor2c.{super().__repr__()}"

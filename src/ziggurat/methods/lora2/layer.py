@@ -19,7 +19,7 @@ class Directions(MethodLayer):
     At a parameter with all experts of a layer, tensors and masks have the experts in front: E (experts, r).
     """
 
-    other_param_names = ("importance", "kept", "final")
+    other_param_names = (*MethodLayer.other_param_names, "importance", "kept", "final")
 
     def _begin(self) -> None:
         super()._begin()

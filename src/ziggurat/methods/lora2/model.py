@@ -28,18 +28,13 @@ class LoRA2Model(MethodTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        Regulariser.start(self.model)
+        Regulariser.start(self.model, self.method)
 
     @property
     def parameter_cls(self) -> type[Any]:
         from ziggurat.methods.lora2.experts import LoRA2Parameter
 
         return LoRA2Parameter
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        Regulariser.stop(model)
-        return model
 
     def prune(self, step: int, total: int, adapter: str = "default") -> int:
         """Read the gradients of optimiser step `step` (from 1) of `total`, and prune if a pruning is due.

@@ -116,12 +116,6 @@ def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(whole(parameter)) if parameter.grad is None else whole(parameter.grad)
 
 
-def sensitivities(model: nn.Module, adapter: str = "default") -> int:
-    """How many sensitivities one step computes: 2 k r + r for each linear."""
-    layers = adapted(model, adapter).values()
-    return sum(2 * layer.factor(adapter, "V").numel() + layer.factor(adapter, "E").numel() for layer in layers)
-
-
 def pruning_state(model: nn.Module) -> dict[str, Tensor]:
     """The state that a resumed run needs: `<path>.<adapter>.{mean, uncertainty, kept, final}`, on the CPU."""
     state: dict[str, Tensor] = {}

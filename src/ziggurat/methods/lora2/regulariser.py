@@ -9,7 +9,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.older import trainer_counts_shifted_labels
-from ziggurat.host.root_hook import RootHook
+from ziggurat.host.root_hook import RootHook, hooks_of
 from ziggurat.methods.lora2.layer import Directions
 from ziggurat.methods.lora2.orthogonality import Planes, cross_plane, orthogonality
 
@@ -107,8 +107,8 @@ class Regulariser(RootHook):
 
 def hook_of(model: nn.Module) -> Regulariser | None:
     """The regulariser's hook on `model` or on a module inside it."""
-    hooks = (Regulariser.on(module) for module in model.modules())
-    return next((hook for hook in hooks if hook is not None), None)
+    hooks = (hook for module in model.modules() for hook in hooks_of(module).values())
+    return next((hook for hook in hooks if isinstance(hook, Regulariser)), None)
 
 
 def _loss_of(output: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
