@@ -14,8 +14,7 @@ from ziggurat.host.like_lora import create_loraplus_optimizer, hotswap_adapter
 from ziggurat.host.plain import PlainLora, plain_lora
 from ziggurat.host.plugins import load_installed
 from ziggurat.host.sets.tenants import add_tenants, save_tenants, share
-from ziggurat.methods.adapterdrop.config import AdapterDropConfig
-from ziggurat.methods.adapterdrop.model import AdapterDropModel
+from ziggurat.methods.adapterdrop import AdapterDropConfig, AdapterDropModel
 from ziggurat.methods.aslora import ASLoRAConfig
 from ziggurat.methods.dylora import DyLoRAConfig, DyLoRAModel
 from ziggurat.methods.lor2c.config import LoR2CConfig

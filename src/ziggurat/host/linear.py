@@ -243,7 +243,7 @@ class AdaptedLinear(MethodLayer, nn.Module):
         self.requantisation_error = error / size if size else None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        return self.method.pair is not None
 
     def __repr__(self) -> str:
         return f"{self.method.name}.{nn.Module.__repr__(self)}"

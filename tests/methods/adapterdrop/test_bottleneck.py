@@ -9,7 +9,7 @@ from methods_table import logits
 from ziggurat import AdapterDropConfig
 from ziggurat.errors import ConfigError, ExportError
 from ziggurat.export import export_model
-from ziggurat.methods.adapterdrop.layer import BottleneckLinear
+from ziggurat.methods.adapterdrop import BottleneckLinear
 from zoo import ZOO
 
 
