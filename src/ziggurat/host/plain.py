@@ -4,7 +4,8 @@ W + B A is plain LoRA with lora_A = A, lora_B = B and lora_alpha = r, as the pai
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -106,7 +107,7 @@ def lora_pairs(model: nn.Module, adapter: str = "default") -> dict[str, FactorPa
         ExportError: the adapter has a part that no low-rank update of a weight can express; or it isn't there.
     """
     pairs: dict[str, FactorPair] = {}
-    gathered = _gathering()
+    gathered = cache(whole)  # a tensor that several linear layers share is gathered once
     for path, module in bare(model).named_modules():
         if isinstance(module, MethodLayer) and isinstance(module, AdaptedLinear | ExpertsLayer):
             if adapter in module.adapters:
@@ -172,20 +173,6 @@ def other_tensors(
 def bare(model: nn.Module) -> nn.Module:
     """The model inside PEFT's, or the model itself where transformers has added the adapter."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _gathering() -> Callable[[Tensor], Tensor]:
-    """`whole`, which gathers a tensor that several linear layers share only once."""
-    known: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def gathered(tensor: Tensor) -> Tensor:
-        if not hasattr(tensor, "full_tensor"):
-            return tensor.detach()
-        if id(tensor) not in known:
-            known[id(tensor)] = tensor, whole(tensor)  # kept, so that no other tensor gets its id
-        return known[id(tensor)][1]
-
-    return gathered
 
 
 def _refusal(model: nn.Module, module: BaseTunerLayer, adapter: str) -> str:

@@ -45,7 +45,7 @@ def top_k_share(s: Tensor, k: int) -> Tensor:
     """
     if k < 1:
         raise ConfigError(f"top_k_share of k={k} values: k counts singular values, give 1 or more.")
-    s = _exact(s)
+    s = exact(s)
     return _share(s.topk(min(k, s.shape[-1])).values.sum(-1), s.sum(-1))
 
 
@@ -56,7 +56,7 @@ def effective_rank(s: Tensor) -> Tensor:
     ``exp(-sum_k p_k ln p_k)`` with ``p_k = sigma_k / sum(sigma)``. Scaling the update changes nothing; an
     update of zeros gives 0.
     """
-    s = _exact(s)
+    s = exact(s)
     total = s.sum(-1)
     erank = torch.special.entr(_share(s, total.unsqueeze(-1))).sum(-1).exp()
     return torch.where(total == 0, torch.zeros_like(erank), erank)
@@ -64,7 +64,7 @@ def effective_rank(s: Tensor) -> Tensor:
 
 def stable_rank(s: Tensor) -> Tensor:
     """``sum_k sigma_k^2 / max_k sigma_k^2``: squared Frobenius over squared spectral norm; 0 for zeros."""
-    s = _exact(s)
+    s = exact(s)
     return _share(s, s.amax(-1, keepdim=True)).square().sum(-1)
 
 
@@ -77,7 +77,7 @@ def spectrum_kl(s_i: Tensor, s_j: Tensor, smoothing: float = 1e-12) -> Tensor:
     but not infinitely (at most ``-ln smoothing``); 0 gives the exact, then infinite, value. A spectrum of
     zeros has no shares: NaN.
     """
-    spectra = [_exact(s).sort(descending=True).values for s in (s_i, s_j)]
+    spectra = [exact(s).sort(descending=True).values for s in (s_i, s_j)]
     longest = max(s.shape[-1] for s in spectra)
     p, q = (_smoothed_shares(s, longest, smoothing) for s in spectra)
     # xlogy makes 0 ln 0 = 0 where nothing is smoothed.
@@ -86,7 +86,7 @@ def spectrum_kl(s_i: Tensor, s_j: Tensor, smoothing: float = 1e-12) -> Tensor:
 
 def numerical_rank(s: Tensor) -> int:
     """How many of the values in s (n) are above rounding: more than ``n * eps`` of the largest."""
-    s = _exact(s)
+    s = exact(s)
     return int((s > s.amax() * s.numel() * torch.finfo(s.dtype).eps).sum()) if s.numel() else 0
 
 
@@ -102,10 +102,11 @@ def _factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
                 "values: the training diverged or the file is damaged. Lower the learning rate or reload."
             )
     A, B = (factor.cpu() if factor.device.type == "mps" else factor for factor in (A, B))
-    return _exact(A), _exact(B)
+    return exact(A), exact(B)
 
 
-def _exact(t: Tensor) -> Tensor:
+def exact(t: Tensor) -> Tensor:
+    """t in float32, or as it is in float64."""
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 

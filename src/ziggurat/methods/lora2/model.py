@@ -109,11 +109,6 @@ def check(config: LoRA2Config, site: Site) -> None:
     check_room(config, f"r={config.rank_at(site.path)}", config.rank_at(site.path), site, free=True)
 
 
-def needs_steps(config: LoRA2Config) -> bool:
-    """Whether directions are pruned."""
-    return config.prunes
-
-
 def step(
     root: nn.Module, adapter: str, config: LoRA2Config, step: int, total: int, optimizer: Optimizer | None
 ) -> None:
@@ -155,7 +150,7 @@ METHOD = Method(
     Card("LoRA²", "2408.06854", "two nested planes, pruned by importance", CITATION),
     check=check,
     parts=parts,
-    needs_steps=needs_steps,
+    needs_steps=lambda config: config.prunes,
     step=step,
     step_does="ranks directions by their gradients",
     callback=callback,

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ziggurat.lowrank.spectrum import exact
+
 
 class Planes(NamedTuple):
     """The factors of one linear: outer plane U (k, d_in) and u (d_out, k), inner plane V (r, k) and v (k, r).
@@ -37,7 +39,7 @@ def orthogonality(linear_layers: Sequence[Planes]) -> Tensor:
     parts = []
     for group in alike.values():
         with _full_precision(group[0]):
-            stacked = _exact(torch.cat(group))
+            stacked = exact(torch.cat(group))
             gram = stacked @ stacked.mT
             identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
             parts.append(torch.linalg.vector_norm(gram - identity, dim=(1, 2)).sum() / number)
@@ -52,7 +54,7 @@ def cross_plane(linear_layers: Sequence[Planes]) -> Tensor:
     parts = []
     for U, V, v, u in linear_layers:
         with _full_precision(U):
-            U, V, v, u = _exact(U), _exact(V), _exact(v), _exact(u)
+            U, V, v, u = exact(U), exact(V), exact(v), exact(u)
             core = v @ V
             square = ((u.mT @ u @ core) * (core @ (U @ U.mT))).sum((-2, -1))
             # The root has no finite derivative at 0; a constant takes its place there.
@@ -69,10 +71,6 @@ def _total(parts: Sequence[Tensor]) -> Tensor:
     for part in parts[1:]:
         total = total + part.to(total.device, total.dtype)
     return total
-
-
-def _exact(t: Tensor) -> Tensor:
-    return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
 def _full_precision(t: Tensor) -> torch.autocast:

@@ -106,8 +106,8 @@ class MSPLoraConfig(MethodConfig):
 
         `fused`: of a parameter with all experts of a layer.
         """
-        known: dict[tuple[str, bool], tuple[Tier, ...]] | None = self.__dict__.get(_PYRAMIDS)
-        if known is not None and (role, fused) in known:
+        known: dict[tuple[str, bool], tuple[Tier, ...]] = self.__dict__.get(_PYRAMIDS, {})
+        if (role, fused) in known:
             return known[role, fused]
         tiers, key = self._tiers(fused), self.pattern_key(role)
         scale = tiers[0].scale
@@ -115,8 +115,7 @@ class MSPLoraConfig(MethodConfig):
             tiers = tuple(replace(tier, r=r) for tier, r in zip(tiers, self.rank_pattern[key], strict=True))  # type: ignore[index]
         if self.even_scales:
             tiers = tuple(tier.scaled(scale) for tier in tiers)
-        if known is not None:
-            known[role, fused] = tiers
+        known[role, fused] = tiers
         return tiers
 
     def at(self, site: Site) -> Self:
@@ -160,18 +159,7 @@ class MSPLoraConfig(MethodConfig):
                 )
 
     def _tiers(self, fused: bool = False) -> tuple[Tier, ...]:
-        if self.tiers is not None:
-            return listed_tiers(self.tiers, self.r, self.lora_alpha, self.use_rslora)
-        return halved_tiers(
-            self.r,
-            self.lora_alpha,
-            self.use_rslora,
-            self.num_groups,
-            self.group_starts,
-            self.rank_decay,
-            self.ranks,
-            fused,
-        )
+        return halved_tiers(self, fused) if self.tiers is None else listed_tiers(self)
 
     @property
     def stages(self) -> tuple[Tier, ...]:
@@ -181,11 +169,5 @@ class MSPLoraConfig(MethodConfig):
     @property
     def speaks_of_depth(self) -> bool:
         """Whether the user has set a field that only makes sense in a stack of layers."""
-        fields = (
-            self.num_groups,
-            self.group_starts,
-            self.tiers,
-            self.layers_to_transform,
-            self.layers_pattern,
-        )
+        fields = (self.num_groups, self.group_starts, self.tiers, self.layers_to_transform, self.layers_pattern)
         return any(value not in (None, []) for value in fields)

@@ -57,9 +57,8 @@ class MSPLoraModel(MethodTuner):
             }
             for same in zip(*(config.pyramid() for config in configs), strict=True)
         ]
-        plain = {"num_groups": None, "group_starts": None, "ranks": None, "alpha_pattern": None}
-        plain |= {"freeze_tiers": None, "from_adapter": None}
-        summed = replace(configs[0], tiers=tiers, **plain, use_rslora=False, even_scales=False, bias="none")
+        unset = dict.fromkeys(("num_groups", "group_starts", "ranks", "alpha_pattern", "freeze_tiers", "from_adapter"))
+        summed = replace(configs[0], tiers=tiers, **unset, use_rslora=False, even_scales=False, bias="none")
         summed.any_rank = True
         with self.added(adapter, summed):
             bank = self.bank_cls.at_root(self.model)
@@ -109,11 +108,6 @@ def check(config: MSPLoraConfig, site: Site) -> None:
         check_room(config, f"rank {tier.r} of tier {tier.name!r}", tier.r, site, free=not site.role)
 
 
-def needs_steps(config: MSPLoraConfig) -> bool:
-    """Whether the tiers train one after the other."""
-    return config.train_in_stages
-
-
 def step(
     root: nn.Module, adapter: str, config: MSPLoraConfig, step: int, total: int, optimizer: Optimizer | None
 ) -> None:
@@ -140,7 +134,7 @@ METHOD = Method(
     check=check,
     parts=parts,
     sums=True,
-    needs_steps=needs_steps,
+    needs_steps=lambda config: config.train_in_stages,
     step=step,
     step_fields=("train_in_stages",),
     callback=callback,

@@ -23,6 +23,15 @@ EVERY_EXPERT = "experts"
 TIER_FIELDS = ("name", "groups", "expert_groups", "r", "lora_alpha")
 #: The most tiers a pyramid may have, and letters a tier's name.
 MOST_TIERS = 64
+#: Groups of layers or of experts: how many, the first member of each, or one of the two words.
+Groups = int | tuple[int, ...] | str
+
+
+def first_members(groups: Groups, count: int) -> tuple[int, ...]:
+    """The first layer, or expert, of each group of `count` of them: n is in group floor(n G / count) of G groups."""
+    if isinstance(groups, tuple):
+        return groups
+    return first_experts(count if isinstance(groups, str) else groups, count)
 
 
 @dataclass(frozen=True)
@@ -37,12 +46,12 @@ class Tier:
     """
 
     name: str
-    groups: int | tuple[int, ...] | str
+    groups: Groups
     r: int
     lora_alpha: float
     use_rslora: bool = False
     at_most: bool = False
-    expert_groups: int | tuple[int, ...] | str = 1
+    expert_groups: Groups = 1
 
     @property
     def scale(self) -> float:
@@ -58,37 +67,26 @@ class Tier:
         return replace(self, lora_alpha=scale * self._divisor)
 
     def group_of(self, layer: int, num_layers: int) -> int:
-        """The group of layer n of N (from 0): floor(n G / N) for G groups; the last boundary at or before n."""
-        if self.groups == EVERY_LAYER:
-            return layer
-        if isinstance(self.groups, tuple):
-            return bisect_right(self.groups, layer) - 1
-        number = int(self.groups)
-        if self.at_most:
-            number = min(number, num_layers)
-        return layer * number // num_layers
+        """The group of layer n of N, from 0."""
+        groups = min(int(self.groups), num_layers) if self.at_most else self.groups  # type: ignore[arg-type]
+        return bisect_right(first_members(groups, num_layers), layer) - 1
 
     def expert_group_of(self, site: Site) -> int:
         """The group of the expert at `site`, which is a linear layer of its own."""
         assert site.expert is not None and site.num_experts is not None
-        groups = self.experts_of(site.num_experts)
-        starts = first_experts(groups, site.num_experts) if isinstance(groups, int) else groups
-        return bisect_right(starts, site.expert) - 1
+        return bisect_right(self.experts_of(site.num_experts), site.expert) - 1
 
-    def experts_of(self, num_experts: int) -> int | tuple[int, ...]:
-        """`expert_groups` for a layer of so many experts, as a `TensorSpec` has it."""
-        return num_experts if self.expert_groups == EVERY_EXPERT else self.expert_groups  # type: ignore[return-value]
+    def experts_of(self, num_experts: int) -> tuple[int, ...]:
+        """The first expert of each group, of a layer with so many experts."""
+        return first_members(self.expert_groups, num_experts)
 
     def check(self, site: Site) -> None:
         """Raise ConfigError unless this tier's groups fit the stack and the experts of `site`."""
-        if site.num_experts is not None:
-            groups = self.experts_of(site.num_experts)
-            needed = groups if isinstance(groups, int) else groups[-1] + 1
-            if needed > site.num_experts:
-                raise ConfigError(
-                    f"expert_groups={shown(self.expert_groups)} of tier {self.name!r}: {site.path!r} has the experts 0 "
-                    f"to {site.num_experts - 1}. Give at most {site.num_experts} groups, or the first expert of each."
-                )
+        if site.num_experts is not None and self.experts_of(site.num_experts)[-1] >= site.num_experts:
+            raise ConfigError(
+                f"expert_groups={shown(self.expert_groups)} of tier {self.name!r}: {site.path!r} has the experts 0 "
+                f"to {site.num_experts - 1}. Give at most {site.num_experts} groups, or the first expert of each."
+            )
         if isinstance(self.groups, int) and not self.at_most and self.groups > site.num_layers:
             raise ConfigError(
                 f"num_groups={self.groups}, but the stack {site.stack_path!r} has {site.num_layers} layers: at most "
@@ -106,16 +104,7 @@ def role_of(leaf: str) -> str:
     return leaf.split(":")[1].replace("/", ".")
 
 
-def halved_tiers(
-    r: int,
-    lora_alpha: float,
-    use_rslora: bool,
-    num_groups: int | None,
-    group_starts: Sequence[int] | None,
-    rank_decay: int,
-    ranks: Sequence[int] | None,
-    experts: bool = False,
-) -> tuple[Tier, ...]:
+def halved_tiers(config: Any, experts: bool) -> tuple[Tier, ...]:
     """The paper's three tiers: global, mid, layer, of ranks r, r/2, r/4 (Eq. 6), each scaled by its own alpha / rank.
 
     At experts they are global, layer, expert: shared by all experts of all layers, by those of a layer, private.
@@ -125,24 +114,25 @@ def halved_tiers(
     Raises:
         ConfigError: a rank above one isn't whole, or `ranks` aren't three.
     """
+    ranks = config.ranks
     if ranks is None:
-        ranks = tuple(_divided(r, rank_decay, step) for step in range(3))
+        ranks = [_divided(config.r, config.rank_decay, step) for step in range(3)]
     if len(ranks) != 3:
         raise ConfigError(
             f"ranks={shown(list(ranks))}: three ranks are needed, for the global, mid and layer tier. For more or "
             "fewer tiers give tiers=[...]."
         )
-    mid = tuple(group_starts) if group_starts is not None else (3 if num_groups is None else num_groups)
-    at_most = group_starts is None and num_groups is None
-    levels: tuple[tuple[Any, ...], ...] = (
-        (("global", 1, False, 1), ("layer", EVERY_LAYER, False, 1), ("expert", EVERY_LAYER, False, EVERY_EXPERT))
-        if experts
-        else (("global", 1, False, 1), ("mid", mid, at_most, 1), ("layer", EVERY_LAYER, False, 1))
-    )
-    return tuple(
-        Tier(name, groups, rank, lora_alpha, use_rslora, auto, expert_groups)
-        for (name, groups, auto, expert_groups), rank in zip(levels, ranks, strict=True)
-    )
+
+    def tier(number: int, name: str, groups: Groups, **more: Any) -> Tier:
+        return Tier(name, groups, ranks[number], config.lora_alpha, config.use_rslora, **more)
+
+    coarse = tier(0, "global", 1)
+    if experts:
+        return coarse, tier(1, "layer", EVERY_LAYER), tier(2, "expert", EVERY_LAYER, expert_groups=EVERY_EXPERT)
+    starts, number = config.group_starts, config.num_groups
+    automatic = starts is None and number is None
+    groups: Any = 3 if automatic else number if starts is None else tuple(starts)
+    return coarse, tier(1, "mid", groups, at_most=automatic), tier(2, "layer", EVERY_LAYER)
 
 
 def _divided(r: int, rank_decay: int, step: int) -> int:
@@ -157,16 +147,16 @@ def _divided(r: int, rank_decay: int, step: int) -> int:
     return max(r // divisor, 1)
 
 
-def listed_tiers(entries: Sequence[dict[str, Any]], r: int, lora_alpha: float, use_rslora: bool) -> tuple[Tier, ...]:
+def listed_tiers(config: Any) -> tuple[Tier, ...]:
     """Tiers given one by one, coarse to fine: dicts of `name`, `groups` and, if they differ, the other `TIER_FIELDS`.
 
     Raises:
         ConfigError: an unknown or missing field, or two tiers of one name.
     """
     tiers = []
-    if len(entries) > MOST_TIERS:
-        raise ConfigError(f"tiers has {len(entries):,} entries: at most {MOST_TIERS}.")
-    for position, entry in enumerate(entries):
+    if len(config.tiers) > MOST_TIERS:
+        raise ConfigError(f"tiers has {len(config.tiers):,} entries: at most {MOST_TIERS}.")
+    for position, entry in enumerate(config.tiers):
         unknown = sorted(map(str, set(entry) - set(TIER_FIELDS))) if isinstance(entry, dict) else []
         if not isinstance(entry, dict) or unknown or not isinstance(entry.get("name"), str) or "groups" not in entry:
             problem = f"unknown field {shown(unknown[0])}" if unknown else "name and groups are needed"
@@ -174,17 +164,12 @@ def listed_tiers(entries: Sequence[dict[str, Any]], r: int, lora_alpha: float, u
                 f"tiers[{position}]={shown(entry)}: {problem}. A tier has the fields {', '.join(TIER_FIELDS)}; "
                 'groups is a number, a list of first layers, or "layers".'
             )
-        groups, experts = entry["groups"], entry.get("expert_groups", 1)
-        tiers.append(
-            Tier(
-                entry["name"],
-                tuple(groups) if isinstance(groups, list | tuple) else groups,
-                entry.get("r", r),
-                entry.get("lora_alpha", lora_alpha),
-                use_rslora,
-                expert_groups=tuple(experts) if isinstance(experts, list | tuple) else experts,
-            )
+        groups, experts = (
+            tuple(given) if isinstance(given, list | tuple) else given
+            for given in (entry["groups"], entry.get("expert_groups", 1))
         )
+        r, alpha = entry.get("r", config.r), entry.get("lora_alpha", config.lora_alpha)
+        tiers.append(Tier(entry["name"], groups, r, alpha, config.use_rslora, expert_groups=experts))
     return tuple(tiers)
 
 
@@ -207,24 +192,26 @@ def check_tiers(tiers: Sequence[Tier]) -> None:
             )
         check_above_zero(f"lora_alpha of tier {tier.name!r}", tier.lora_alpha)
         _check_groups(tier)
-        experts = tier.expert_groups
-        listed = isinstance(experts, tuple) and experts[:1] == (0,) and all(is_whole(e, 0, MOST_RANK) for e in experts)
-        rising = listed and all(a < b for a, b in pairwise(experts))  # type: ignore[arg-type]
-        if not (rising or experts == EVERY_EXPERT or is_whole(experts, 1, MOST_RANK)):
+        if not _can_be(tier.expert_groups, EVERY_EXPERT):
             raise ConfigError(
-                f"expert_groups={shown(experts)} of tier {tier.name!r}: a number of groups of at least 1, a list of "
-                'first experts, from 0 and rising, such as [0, 32], or "experts" for one group an expert.'
+                f"expert_groups={shown(tier.expert_groups)} of tier {tier.name!r}: a number of groups of at least 1, a "
+                'list of first experts, from 0 and rising, such as [0, 32], or "experts" for one group an expert.'
             )
+
+
+def _can_be(groups: Any, each: str) -> bool:
+    """Whether `groups` can be groups in a model with enough members; `each`: the word for one group each."""
+    if isinstance(groups, tuple):
+        numbers = all(is_whole(first, 0, MOST_RANK) for first in groups)
+        return groups[:1] == (0,) and numbers and all(a < b for a, b in pairwise(groups))
+    return groups == each or is_whole(groups, 1, MOST_RANK)
 
 
 def _check_groups(tier: Tier) -> None:
     groups = tier.groups
-    if groups == EVERY_LAYER or is_whole(groups, 1):
+    if _can_be(groups, EVERY_LAYER):
         return
     if isinstance(groups, tuple) and groups and all(is_whole(g, -MOST_RANK, MOST_RANK) for g in groups):
-        rising = all(a < b for a, b in pairwise(groups))
-        if groups[0] == 0 and rising:
-            return
         raise ConfigError(
             f"group_starts={shown(list(groups))} (tier {tier.name!r}): the first layer of each group, from 0 and "
             "rising, for example [0, 4, 8]."
