@@ -82,11 +82,7 @@ def create_loraplus_optimizer(
     for layer in layers_of(model):
         for adapter in layer.leaves:
             specs = specs_of(layer.method, layer.configs[adapter], layer.sites[adapter])
-            for key, (in_bank, leaf) in layer.leaves[adapter].items():
-                if specs[key].up:
-                    # The parameters themselves: a forward may read a detached tensor, or a copy on another device.
-                    factors: Any = layer.bank_factors(adapter) if in_bank else layer.stores[adapter]
-                    up.add(id(factors[leaf]))
+            up |= {id(tensor) for key, tensor in layer.held(adapter).items() if specs[key].up}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not any(id(parameter) in up for parameter in trained):
         raise ConfigError(

@@ -245,9 +245,6 @@ class AdaptedLinear(MethodLayer, nn.Module):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return self.method.pair is not None
 
-    def __repr__(self) -> str:
-        return f"{self.method.name}.{nn.Module.__repr__(self)}"
-
 
 def rows_merged(wrapper: TrainableTokensWrapper) -> nn.Module:
     """A copy of the linear layer in PEFT's `wrapper` (trainable_token_indices) with the trained rows in its weight."""

@@ -62,12 +62,8 @@ class MethodLayer(Stores):
         config: Any,
         site: Site,
         specs: Mapping[str, TensorSpec],
-        *,
         bank: Bank | None,
         draws: Draws | None,
-        weight: Weight,
-        device: torch.device | None,
-        dtype: torch.dtype,
     ) -> None:
         """Create the tensors of `adapter` at this site; a shared tensor that exists already is left as it is."""
         for name, value in ((BANK, bank), (DRAWS, draws)):
@@ -75,6 +71,7 @@ class MethodLayer(Stores):
                 # Past nn.Module.__setattr__, so that the bank is registered at the root alone.
                 object.__setattr__(self, name, value)
         private = Factors()
+        weight, (device, dtype) = self.weight_of_base(site.path), self.home()
         self.leaves[adapter] = {}
         if bank is not None:
             bank.configs.setdefault(adapter, config)
@@ -112,11 +109,13 @@ class MethodLayer(Stores):
         """The tensors of `adapter` that the layers share."""
         return self.__dict__[BANK].factors(adapter)
 
-    def own_tensors(self, adapter: str) -> dict[str, nn.Parameter]:
-        """The parameters that belong to this layer alone, by key."""
-        if adapter not in self.stores:
-            return {}
-        return dict(self.stores[adapter].named_parameters())
+    def held(self, adapter: str) -> dict[str, Tensor]:
+        """The tensors of `adapter` at this site, by key, as they were created: `stored` may give detached or copied
+        ones."""
+        return {
+            key: (self.bank_factors(adapter) if in_bank else self.stores[adapter])[leaf]  # type: ignore[index]
+            for key, (in_bank, leaf) in self.leaves[adapter].items()
+        }
 
     def context(self, adapter: str) -> Context:
         """The context of the forward pass that is being computed."""
@@ -144,6 +143,10 @@ class MethodLayer(Stores):
         versions = ((id(t), None if t.is_inference() else t._version) for t in tensors)
         return self.dropout(adapter), context.drawn, *versions
 
+    def weight_of_base(self, path: str) -> Weight:
+        """The frozen weight, for an initialisation that starts from it."""
+        raise NotImplementedError
+
     def home(self) -> tuple[torch.device | None, torch.dtype]:
         """The device that this layer computes on, and the dtype of fresh tensors."""
         raise NotImplementedError
@@ -156,6 +159,9 @@ class MethodLayer(Stores):
         self.stores[adapter_name].move(home)  # type: ignore[operator]
         if any(in_bank for in_bank, _ in self.leaves[adapter_name].values()):
             self.bank_factors(adapter_name).move(home)
+
+    def __repr__(self) -> str:
+        return f"{self.method.name}.{nn.Module.__repr__(self)}"  # type: ignore[arg-type]
 
 
 class ExpertsLayer(Stores):

@@ -37,7 +37,7 @@ from ziggurat.host.saved.names import RenamesOnLoad, check_tensors, current_name
 from ziggurat.host.saved.sites_table import to_table
 from ziggurat.host.siblings import introduce
 from ziggurat.host.site import Site
-from ziggurat.host.tensors import Weight, check_pair
+from ziggurat.host.tensors import check_pair
 from ziggurat.host.trainers import ride_along
 
 #: An adapter may ask for this many parameters whatever its file holds: 256 MiB in float32.
@@ -162,7 +162,7 @@ class MethodTuner(MixedTuner):
         layer = (
             target if isinstance(target, self.layer_cls) else self.layer_cls(target, **backend_arguments(self.model))
         )
-        self._join(layer, adapter_name, peft_config, site, layer.weight_of_base(current_key))
+        self._join(layer, adapter_name, peft_config, site)
         layer.set_adapter(self.active_adapters)
         if layer is target:
             return
@@ -194,7 +194,7 @@ class MethodTuner(MixedTuner):
             for path, site in fused.items():
                 experts, _, name = path.rpartition(".")
                 layer = wrapped_experts(model, experts, self.method).layer(name, self.method, self.parameter_cls)
-                self._join(layer, adapter_name, peft_config, site, layer.weight_of_base(path))
+                self._join(layer, adapter_name, peft_config, site)
                 layer.set_adapter(self.active_adapters)
                 if adapter_name not in self.active_adapters:
                     layer.requires_grad_(False)
@@ -204,7 +204,7 @@ class MethodTuner(MixedTuner):
                     self._create_and_replace(peft_config, adapter_name, target, name, parent, path)
         return [*fused, *routers]
 
-    def _join(self, layer: Any, adapter: str, config: Any, site: Site, weight: Weight) -> None:
+    def _join(self, layer: Any, adapter: str, config: Any, site: Site) -> None:
         """Give `adapter` its tensors at `site`, in `layer` and in the bank."""
         here = config.at(site)
         specs = specs_of(self.method, here, site)
@@ -213,8 +213,7 @@ class MethodTuner(MixedTuner):
         if self.method.draw is not None and config.blended is None:
             draws = Draws.start(self.model, self.method)
             draws.configs[adapter] = config
-        device, dtype = layer.home()
-        layer.join(adapter, here, site, specs, bank=bank, draws=draws, weight=weight, device=device, dtype=dtype)
+        layer.join(adapter, here, site, specs, bank=bank, draws=draws)
         if bank is not None:
             bank.quantization_backend = getattr(layer, "quantization_backend", None)
 

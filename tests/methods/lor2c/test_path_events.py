@@ -134,7 +134,7 @@ def test_a_merged_path_goes_on_with_the_kept_weights_and_moments(keep: str, shar
     optimizer.step()
     members = bank(model).members[STACK]
     pairs = {n: [t.detach().clone() for t in raw_pair(path)] for n, path in members.items()}
-    moments = {n: optimizer.state[p.own_tensors("default")["B"]]["exp_avg"].clone() for n, p in members.items()}
+    moments = {n: optimizer.state[p.stores["default"]["B"]]["exp_avg"].clone() for n, p in members.items()}
     (record,) = model.restructure(6, STEPS, optimizer)
     (low, _), (high, _) = record["merged"]
     kept = record["kept"][0]
@@ -142,8 +142,8 @@ def test_a_merged_path_goes_on_with_the_kept_weights_and_moments(keep: str, shar
     assert kept == (low if keep == "lower" or sums[low] >= sums[high] else high)
     after = raw_pair(members[high])
     assert all(torch.equal(item, other) for item, other in zip(after, pairs[kept], strict=True))
-    assert torch.equal(optimizer.state[members[high].own_tensors("default")["B"]]["exp_avg"], moments[kept])
-    assert members[low].own_tensors("default")["B"] not in optimizer.state
+    assert torch.equal(optimizer.state[members[high].stores["default"]["B"]]["exp_avg"], moments[kept])
+    assert members[low].stores["default"]["B"] not in optimizer.state
     assert Span(low, high) in state(model).spans
     if share:
         assert raw_pair(members[low]).A is raw_pair(members[high]).A

@@ -148,7 +148,7 @@ def test_copies_and_pickles_take_no_tensors_along() -> None:
     for twin in MADE:
         assert frames(twin) == [False]
         assert torch.equal(logits(twin, inputs), expected)
-        path_of(twin.get_base_model().model.layers[2]).own_tensors("default")["B"].data.zero_()
+        path_of(twin.get_base_model().model.layers[2]).stores["default"]["B"].data.zero_()
         assert not torch.equal(logits(twin, inputs), expected)
     assert torch.equal(logits(model, inputs), expected)
 

@@ -11,7 +11,7 @@ recomputes the path too.
 """
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -24,19 +24,13 @@ from ziggurat.host.method_layer import MethodLayer, rows_by_adapter
 from ziggurat.host.paths.handover import Handover
 from ziggurat.host.root_hook import hooks_of, take_off
 from ziggurat.host.site import CHILD
+from ziggurat.host.tensors import Weight
 from ziggurat.lowrank.pair import on_device
 from ziggurat.lowrank.product import low_rank_add
 from ziggurat.lowrank.spans import Span
 
 #: The name of the hand-over in the attributes of the module that holds the stack.
 HANDOVER = "_paths_in_flight"
-
-
-class Input(NamedTuple):
-    """The input of one adapter's path: the residual stream x before the first layer of its span."""
-
-    adapter: str
-    x: Tensor
 
 
 class PathLayer(WithoutBase, MethodLayer, nn.Module):
@@ -63,6 +57,10 @@ class PathLayer(WithoutBase, MethodLayer, nn.Module):
         #: Adapter -> the span that this layer lies in; None where no path passes the layer.
         self.covers: dict[str, Span | None] = {}
 
+    def weight_of_base(self, path: str) -> Weight:
+        """None: a path goes around a whole layer."""
+        return Weight(path, lambda: self.weight)
+
     def home(self) -> tuple[torch.device, torch.dtype]:
         """Where fresh tensors go: the device that the layer computes on, and the dtype of its weights."""
         return self._place
@@ -82,23 +80,23 @@ class PathLayer(WithoutBase, MethodLayer, nn.Module):
                 if not self._handover.give(key, x, first=span.first == self.layer, active=active):
                     raise RuntimeError(_lacks(span, self.layer, RUN_ALONE))
 
-    def inputs(self, x: Tensor) -> list[Input]:
-        """For each adapter with a path ending here the input of its span; `x` is the layer's own."""
-        inputs = []
+    def inputs(self, x: Tensor) -> dict[str, Tensor]:
+        """Adapter -> the input of its span, of those with a path ending here; `x` is the layer's own."""
+        inputs = {}
         for adapter, span in self.covers.items():
             if span is not None and span.last == self.layer:
                 read = self._handover.take((adapter, span.last)) if span.length > 1 else x
                 if read is not None:
-                    inputs.append(Input(adapter, read))
+                    inputs[adapter] = read
                 elif adapter in self.active_adapters:
                     raise RuntimeError(_lacks(span, self.layer, RECOMPUTED))
         return inputs
 
-    def forward(self, y: Tensor, inputs: list[Input], adapter_names: list[str] | None = None) -> Tensor:
+    def forward(self, y: Tensor, inputs: dict[str, Tensor], adapter_names: list[str] | None = None) -> Tensor:
         """`y`, the layer's output, with the paths of the active adapters added."""
         if adapter_names is not None:
             return self._add_by_sample(y, inputs, adapter_names)
-        for adapter, x in inputs:
+        for adapter, x in inputs.items():
             if adapter in self.active_adapters:
                 y = self._add(y, x, adapter, self.dropout(adapter) if self.training else 0.0)
         return y
@@ -113,11 +111,11 @@ class PathLayer(WithoutBase, MethodLayer, nn.Module):
         a, b = on_device(self.effective_pair(adapter, self.context(adapter)), y.device)
         return low_rank_add(y, x if x.device == y.device else x.to(y.device), a, b, dropout)
 
-    def _add_by_sample(self, y: Tensor, inputs: list[Input], adapter_names: list[str]) -> Tensor:
+    def _add_by_sample(self, y: Tensor, inputs: dict[str, Tensor], adapter_names: list[str]) -> Tensor:
         """Each sample of the batch with the adapter named for it ("__base__": none). Inference only."""
-        y, read = y.clone(), dict(inputs)
-        for adapter, rows in rows_by_adapter(adapter_names, len(y), read, y.device):
-            x = read[adapter]
+        y = y.clone()
+        for adapter, rows in rows_by_adapter(adapter_names, len(y), inputs, y.device):
+            x = inputs[adapter]
             y[rows] = self._add(y[rows], x[rows.to(x.device)], adapter, 0.0)
         return y
 
@@ -128,9 +126,6 @@ class PathLayer(WithoutBase, MethodLayer, nn.Module):
 
     def unmerge(self) -> None:
         """Nothing is ever merged."""
-
-    def __repr__(self) -> str:
-        return f"{self.method.name}.{nn.Module.__repr__(self)}"
 
 
 RUN_ALONE = (

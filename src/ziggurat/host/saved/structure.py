@@ -7,10 +7,9 @@ beside them. So the structure is stored with the weights, and restored before th
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
@@ -106,6 +105,14 @@ class StructureBank(Bank):
         """Give `adapter` a structure in the form of `structures`. Raises ConfigError if it doesn't fit."""
         self.configs[adapter].set_structure(plain)
 
+    def kept(self, adapter: str) -> Any:
+        """The structure to store beside the weights, in plain lists and dicts; None if training doesn't change it."""
+        return self.structures()[adapter]
+
+    def take(self, adapter: str, kept: Any) -> None:
+        """Give `adapter` a structure in the form of `kept`. Raises ConfigError for another form."""
+        self.restore(adapter, kept)
+
     def get_extra_state(self) -> Tensor:
         return to_tensor(self.structures())
 
@@ -122,19 +129,6 @@ class StructureTuner(MethodTuner):
     its best checkpoint, doesn't read the config beside the weights.
     """
 
-    #: The name of the tensor that holds it.
-    structure_name: ClassVar[str] = STRUCTURE
-
-    @classmethod
-    def structure_of(cls, bank: Any, adapter: str) -> Any:
-        """The structure to store beside the weights, in plain lists and dicts; None if training doesn't change it."""
-        return bank.structures()[adapter]
-
-    @classmethod
-    def restore_structure(cls, bank: Any, adapter: str, plain: Any) -> None:
-        """Give `adapter` a structure in the form of `structure_of`. Raises ConfigError for another form."""
-        bank.restore(adapter, plain)
-
     @classmethod
     def _bank_with(cls, adapter: str, model: nn.Module) -> Any:
         """The bank with the shared tensors of `adapter`; None for a sum of adapters, which shares nothing."""
@@ -143,21 +137,22 @@ class StructureTuner(MethodTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any, **kwargs: Any
+        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         bank = cls._bank_with(adapter_name, model)
-        plain = None if bank is None else cls.structure_of(bank, adapter_name)
-        return state if plain is None else {**state, cls.structure_name: to_tensor(plain)}
+        kept = None if bank is None else bank.kept(adapter_name)
+        (name,) = config.no_factors
+        return state if kept is None else {**state, name: to_tensor(kept)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        weights = {name: t for name, t in state_dict.items() if name.rpartition(".")[2] != cls.structure_name}
-        bank = cls._bank_with(adapter_name, model)
-        for name in state_dict.keys() - weights.keys() if bank is not None else ():
-            cls.restore_structure(bank, adapter_name, from_tensor(state_dict[name]))
+        weights = {name: t for name, t in state_dict.items() if name.rpartition(".")[2] not in config.no_factors}
+        if (bank := cls._bank_with(adapter_name, model)) is not None:
+            for name in state_dict.keys() - weights.keys():
+                bank.take(adapter_name, from_tensor(state_dict[name]))
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
 
 

@@ -2,10 +2,9 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from ziggurat.errors import ConfigError
@@ -20,44 +19,29 @@ from ziggurat.methods.lor2c.config import LoR2CConfig
 from ziggurat.methods.lor2c.plan import StackState, most_events, paths
 
 
-class Around(NamedTuple):
-    """A layer that paths pass: stack and number, the module that runs the stack, d, and whether a path ends here."""
+class Layout(NamedTuple):
+    """`structure`: the initial paths. `passed`: path -> site of each layer that a path passes. `sites`: those with
+    tensors, which are the last layer of every span and the linear layers of injections."""
 
-    stack: str
-    layer: int
-    holder: str
-    width: int
-    owner: bool
+    anatomy: Anatomy
+    structure: dict[str, StackState]
+    passed: dict[str, Site]
+    sites: dict[str, Site]
 
-
-@dataclass
-class Layout:
-    """`layers`: path -> `Around`. `linear_layers`: path -> (stack, layer). `structure`: the initial paths."""
-
-    layers: dict[str, Around] = field(default_factory=dict)
-    linear_layers: dict[str, tuple[str, int]] = field(default_factory=dict)
-    structure: dict[str, StackState] = field(default_factory=dict)
-
-    def sites(self, model: nn.Module, anatomy: Anatomy) -> dict[str, Site]:
-        """The sites with tensors: the last layer of every span, and the linear layers of injections."""
-        sites: dict[str, Site] = {}
-        for path, at in self.layers.items():
-            if at.owner:
-                stack, span = body_name(model, at.stack), Span(at.layer, at.layer)
-                depth = anatomy.stacks[at.stack]
-                sites[path] = Site(path, stack, at.layer, depth, "", at.width, at.width, span=span)
-        for path in self.linear_layers:
-            sites[path] = linear_site(model, anatomy, path, model.get_submodule(path))
-        return sites
+    def place(self, path: str) -> tuple[str, int]:
+        """The stack of the module at `path`, and the number of its layer."""
+        place = self.anatomy.position(path)
+        return place.stack, place.layer
 
 
-def lay_out(config: LoR2CConfig, model: nn.Module, anatomy: Anatomy, model_type: str | None) -> Layout:
+def lay_out(config: LoR2CConfig, model: nn.Module) -> Layout:
     """The layout of `config`'s paths in `model`. Changes nothing.
 
     Raises:
         ConfigError: spans that overlap or leave their stack, more events than paths allow, no linear layers for
             injections, a rank above the width, an unknown width, no stack of layers at all.
     """
+    anatomy = Anatomy(model, layers_pattern=config.layers_pattern)
     if not anatomy.stacks:
         lists = ", ".join(
             f"{path!r} ({len(module)} members)"
@@ -69,12 +53,12 @@ def lay_out(config: LoR2CConfig, model: nn.Module, anatomy: Anatomy, model_type:
             "If one of them holds the layers, set layers_pattern to the last part of its path; otherwise take a method "
             "that adapts linear layers."
         )
-    layout = Layout()
     stacks = {stack: anatomy.layers(stack) for stack in anatomy.stacks}
     wanted = stacks if config.layers_pattern else are_layers(model, stacks)
-    chosen = {stack: _chosen(config, stack, layers, model) for stack, layers in stacks.items() if stack in wanted}
+    chosen = {stack: _chosen(config, layers, model) for stack, layers in stacks.items() if stack in wanted}
     chosen = {stack: layers for stack, layers in chosen.items() if layers}
     _check_stacks(config, anatomy, chosen)
+    layout = Layout(anatomy, {}, {}, {})
     for stack, layers in chosen.items():
         state = _state(config, stack, layers, anatomy.stacks[stack], one_of=len(chosen))
         if state.spans or state.injected:
@@ -85,41 +69,36 @@ def lay_out(config: LoR2CConfig, model: nn.Module, anatomy: Anatomy, model_type:
             f"of {', '.join(f'{stack!r} ({n} layers)' for stack, n in anatomy.stacks.items())}."
         )
     for stack, state in layout.structure.items():
-        _add_sites(config, layout, model, stack, state, anatomy.layers(stack))
-    _check_events(config, layout)
+        _add_sites(config, layout, model, stack, state)
+    _check_events(config, layout.structure)
     if config.may_inject:
-        _add_linears(config, layout, model, anatomy, model_type)
+        _add_linears(config, layout, model)
     return layout
 
 
-def _chosen(config: LoR2CConfig, stack: str, layers: Sequence[str], model: nn.Module) -> list[int]:
-    """The layers of `stack` that the config chooses; none of a stack without linear layers, such as one of
-    convolutions."""
+def _chosen(config: LoR2CConfig, layers: Sequence[str], model: nn.Module) -> list[int]:
+    """The layers of a stack that the config chooses; none of one without linear layers, such as one of convolutions."""
     if not any(is_adaptable(module) for path in layers for module in model.get_submodule(path).modules()):
         return []
-    wanted = config.layers_to_transform
-    if wanted is not None:
-        wanted = [wanted] if isinstance(wanted, int) else list(wanted)
-    return [
-        number
-        for number, path in enumerate(layers)
-        if not (wanted and number not in wanted) and not means(config.exclude_modules, path)
-    ]
+    wanted = _named_layers(config) or range(len(layers))
+    return [n for n, path in enumerate(layers) if n in wanted and not means(config.exclude_modules, path)]
+
+
+def _named_layers(config: LoR2CConfig) -> list[int]:
+    named = config.layers_to_transform
+    return [named] if isinstance(named, int) else list(named or ())
 
 
 def means(patterns: Any, path: str) -> bool:
     """Whether PEFT's `target_modules` or `exclude_modules` mean the module at `path`."""
-    if not patterns:
-        return False
     if isinstance(patterns, str):
         return re.fullmatch(patterns, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in patterns)
+    return any(f".{path}".endswith(f".{name}") for name in patterns or ())
 
 
 def _check_stacks(config: LoR2CConfig, anatomy: Anatomy, chosen: dict[str, list[int]]) -> None:
     deepest = max(anatomy.stacks.values())
-    wanted = config.layers_to_transform
-    for layer in [wanted] if isinstance(wanted, int) else wanted or ():
+    for layer in _named_layers(config):
         if not 0 <= layer < deepest:
             raise ConfigError(f"layers_to_transform: layer {layer} isn't in any stack; layers are 0 to {deepest - 1}.")
     for name in ("spans", "injected_layers"):
@@ -153,26 +132,28 @@ def _state(config: LoR2CConfig, stack: str, layers: Sequence[int], depth: int, o
     return StackState(tuple(spans), tuple(injected))
 
 
-def _add_sites(
-    config: LoR2CConfig, layout: Layout, model: nn.Module, stack: str, state: StackState, layers: Sequence[str]
-) -> None:
-    holder = holder_of(model, stack)
+def _add_sites(config: LoR2CConfig, layout: Layout, model: nn.Module, stack: str, state: StackState) -> None:
+    layers = layout.anatomy.layers(stack)
     covered = [(number, span) for span in state.spans for number in span.layers]
     widths = {number: _width(config, model, layers[number]) for number, _ in covered}
     for number, span in covered:
-        check_room(model.get_submodule(layers[number]), layers[number])
-        width = widths[number]
+        path, width = layers[number], widths[number]
+        check_room(model.get_submodule(path), path)
         if config.r > width:
             raise ConfigError(
-                f"r={config.r} is above the width of the residual stream: {layers[number]!r} passes {width} numbers a "
-                f"token, so at most rank {width} has a meaning there. Lower r."
+                f"r={config.r} is above the width of the residual stream: {path!r} passes {width} numbers a token, so "
+                f"at most rank {width} has a meaning there. Lower r."
             )
         if width != widths[span.first]:
             raise ConfigError(
                 f"spans: {tuple(span)} of {stack!r} joins layers of width {widths[span.first]} and {width}; a path "
                 "keeps one width. End the span where the width changes."
             )
-        layout.layers[layers[number]] = Around(stack, number, holder, width, owner=number == span.last)
+        here = Span(number, number)
+        site = Site(path, body_name(model, stack), number, len(layers), "", width, width, span=here)
+        layout.passed[path] = site
+        if number == span.last:
+            layout.sites[path] = site
     if config.merges and len(set(widths.values())) > 1:
         raise ConfigError(
             f"merges={config.merges}: the layers of {stack!r} have widths {sorted(set(widths.values()))}, and paths of "
@@ -215,9 +196,9 @@ def _hidden_size(model: nn.Module, layer: str) -> int | None:
     return None
 
 
-def _check_events(config: LoR2CConfig, layout: Layout) -> None:
-    count = len(paths(layout.structure))
-    merges, injections = most_events(layout.structure, config.max_span)
+def _check_events(config: LoR2CConfig, structure: dict[str, StackState]) -> None:
+    count = len(paths(structure))
+    merges, injections = most_events(structure, config.max_span)
     limit = "" if config.max_span is None else f" of at most max_span={config.max_span} layers together"
     if config.merges > merges:
         raise ConfigError(
@@ -235,9 +216,8 @@ def _check_events(config: LoR2CConfig, layout: Layout) -> None:
         )
 
 
-def _add_linears(
-    config: LoR2CConfig, layout: Layout, model: nn.Module, anatomy: Anatomy, model_type: str | None
-) -> None:
+def _add_linears(config: LoR2CConfig, layout: Layout, model: nn.Module) -> None:
+    model_type = BaseTuner.get_model_config(model).get("model_type")  # type: ignore[arg-type]
     targets = config.target_modules or DEFAULT_TARGETS.get(model_type or "")
     if targets is None:
         raise ConfigError(
@@ -248,21 +228,20 @@ def _add_linears(
     if config.injections:
         needed |= {(p.stack, p.span.first) for p in paths(layout.structure) if p.span.length == 1}
     inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    places = set()
+    reached = set()
     for path, module in model.named_modules():
-        place = anatomy.find(path) if path and not path.startswith(inside) and means(targets, path) else None
-        if place is None or (place.stack, place.layer) not in needed or not is_adaptable(module):
+        if not path or path.startswith(inside) or not means(targets, path) or means(config.exclude_modules, path):
             continue
-        if means(config.exclude_modules, path):
+        if (place := layout.place(path)) not in needed or not is_adaptable(module):
             continue
         if config.lora_r > (most := min(features(module))):
             raise ConfigError(
                 f"LoRA in place of a path would have rank {config.lora_r}, but {path!r} has room for {most} at most. "
                 "Set inject_r (default: r / 2)."
             )
-        layout.linear_layers[path] = (place.stack, place.layer)
-        places.add((place.stack, place.layer))
-    if missing := sorted(needed - places):
+        layout.sites[path] = linear_site(model, layout.anatomy, path, module)
+        reached.add(place)
+    if missing := sorted(needed - reached):
         near = near_misses(targets, model)
         names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
         raise ConfigError(

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from ziggurat.errors import ConfigError
-from ziggurat.host.base.anatomy import Anatomy
 from ziggurat.host.base.offload import runs_on
 from ziggurat.host.base.quantised import FLOATS, backend_arguments
 from ziggurat.host.method import Card, Method
@@ -20,18 +19,16 @@ from ziggurat.host.paths.layer import CANT_MERGE, attach, detach, handover_of, p
 from ziggurat.host.registry import register
 from ziggurat.host.saved.structure import StructureTuner
 from ziggurat.host.site import Site
-from ziggurat.host.tensors import Weight
-from ziggurat.methods.lor2c.config import CITATION, EVENTS_FILE, STRUCTURE_KEY, LoR2CConfig
+from ziggurat.methods.lor2c.config import CITATION, EVENTS_FILE, LoR2CConfig
 from ziggurat.methods.lor2c.equations import pair, parts, tensors
 from ziggurat.methods.lor2c.layer import LoR2CLinear, LoR2CPath
-from ziggurat.methods.lor2c.layout import Layout, lay_out, means
+from ziggurat.methods.lor2c.layout import Layout, holder_of, lay_out, means
 from ziggurat.methods.lor2c.paths import Adapter, PathBank, acting, from_json
 
 
 class LoR2CModel(StructureTuner):
     """Puts LoR2C adapters into a model. Made by PEFT from a `LoR2CConfig`; see there."""
 
-    structure_name = STRUCTURE_KEY
     _layout: Layout | None = None
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -69,18 +66,15 @@ class LoR2CModel(StructureTuner):
         super()._add_combined(adapters, weights, adapter, kind, **options)
 
     def _sites(self, config: Any, model: nn.Module) -> Mapping[str, Site]:
-        anatomy = Anatomy(model, layers_pattern=config.layers_pattern)
-        self._layout = lay_out(config, model, anatomy, self.get_model_config(model).get("model_type"))
-        return self._layout.sites(model, anatomy)
+        self._layout = lay_out(config, model)
+        return self._layout.sites
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
         assert isinstance(peft_config, LoR2CConfig)
         if means(peft_config.exclude_modules, key):
             return _ExcludedModule()
-        layout = self._layout
-        if layout is None:
-            layout = lay_out(peft_config, self.model, Anatomy(self.model, peft_config.layers_pattern), None)
-        return key in layout.layers or key in layout.linear_layers
+        layout = self._layout or lay_out(peft_config, self.model)
+        return key in layout.passed or key in layout.sites
 
     def _create_and_replace(
         self,
@@ -93,36 +87,33 @@ class LoR2CModel(StructureTuner):
         **kwargs: Any,
     ) -> None:
         assert self._layout is not None
-        if current_key in self._layout.layers:
-            self._add_path(peft_config, adapter_name, target, current_key)
-            return
-        assert self.sites is not None
-        stack, number = self._layout.linear_layers[current_key]
-        if not isinstance(target, LoR2CLinear):
-            linear = LoR2CLinear(target, **backend_arguments(self.model))
-            self._replace_module(parent, target_name, linear, target)
-            self._bank().linear_layers.setdefault(stack, {}).setdefault(number, []).append(linear)
-            target = linear
-        weight = target.weight_of_base(current_key)
-        self._join(target, adapter_name, peft_config, self.sites[current_key], weight)
-        target.asleep[adapter_name] = True
-        target.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        bank = self._bank()
+        stack, number = self._layout.place(current_key)
+        if current_key in self._layout.passed:
+            layer = self._path(bank, stack, number, target, current_key)
+            layer.covers[adapter_name] = None
+        elif isinstance(target, LoR2CLinear):
+            layer = target
+        else:
+            layer = LoR2CLinear(target, **backend_arguments(self.model))
+            self._replace_module(parent, target_name, layer, target)
+            bank.linear_layers.setdefault(stack, {}).setdefault(number, []).append(layer)
+        if current_key in self._layout.sites:
+            self._join(layer, adapter_name, peft_config, self._layout.sites[current_key])
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
-    def _add_path(self, config: LoR2CConfig, adapter: str, layer: nn.Module, key: str) -> None:
-        assert self._layout is not None and self.sites is not None
-        around, bank = self._layout.layers[key], self._bank()
+    def _path(self, bank: PathBank, stack: str, number: int, layer: nn.Module, key: str) -> LoR2CPath:
+        """The path at `layer`; a new one where there is none."""
         path = path_of(layer)
         if path is None:
-            holder = self.model.get_submodule(around.holder)
-            path = LoR2CPath(around.layer, handover_of(holder), around.width, *_home(layer))
+            assert self._layout is not None
+            holder = self.model.get_submodule(holder_of(self.model, stack))
+            path = LoR2CPath(number, handover_of(holder), self._layout.passed[key].d_in, *_home(layer))
             attach(layer, holder, path)
-            bank.members.setdefault(around.stack, {})[around.layer] = path
+            bank.members.setdefault(stack, {})[number] = path
         if not isinstance(path, LoR2CPath):
             raise ConfigError(f"layer {key!r} has a path of another method ({type(path).__name__}) already.")
-        path.covers[adapter] = None
-        if around.owner:
-            self._join(path, adapter, config, self.sites[key], _no_weight(key))
-        path.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        return path
 
     def _bank(self) -> PathBank:
         return PathBank.at_root(self.model)
@@ -156,30 +147,6 @@ class LoR2CModel(StructureTuner):
         detach(model, LoR2CPath)
         return model
 
-    @classmethod
-    def structure_of(cls, bank: PathBank, adapter: str) -> Any:
-        config = bank.known[adapter].config
-        return {"structure": bank.structures()[adapter], "log": config.log} if config.restructures else None
-
-    @classmethod
-    def restore_structure(cls, bank: PathBank, adapter: str, plain: Any) -> None:
-        try:
-            structure, log = plain["structure"], [dict(entry) for entry in plain["log"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"the tensor {STRUCTURE_KEY!r} beside the adapter's weights isn't the JSON that LoR2C writes "
-                f"({error}): the file is damaged. Save the adapter again."
-            ) from error
-        bank.restore(adapter, structure)
-        bank.known[adapter].config.log = log
-
-
-def _no_weight(path: str) -> Weight:
-    def read() -> Tensor:
-        raise ValueError("a path goes around a whole layer")
-
-    return Weight(path, read)
-
 
 def _home(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
     """The layer's device, and the floating dtype of its weights; never one of 8 bits, which factors can't have."""
@@ -189,16 +156,6 @@ def _home(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
     first = (floating or weights)[0]
     device = runs_on(layer) or first.device if first.is_meta else first.device
     return device, first.dtype if floating else torch.float32
-
-
-def _all_sites(config: LoR2CConfig, model: nn.Module, anatomy: Anatomy) -> dict[str, Site]:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return lay_out(config, model, anatomy, model_type).sites(model, anatomy)
-
-
-def needs_steps(config: LoR2CConfig) -> bool:
-    """Whether paths merge or inject."""
-    return config.restructures
 
 
 def step(
@@ -231,10 +188,10 @@ METHOD = Method(
         merges=False,
     ),
     check=None,
-    sites=_all_sites,
+    sites=lambda config, model, anatomy: lay_out(config, model).sites,
     parts=parts,
     acting=acting,
-    needs_steps=needs_steps,
+    needs_steps=lambda config: config.restructures,
     step=step,
     step_fields=("merges", "injections"),
     step_does="moves weights during training",

@@ -1,6 +1,6 @@
 """All paths of a model, adapter by adapter: their structure, their events, and their saved state."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from ziggurat.host.tensors import whole
 from ziggurat.host.values import is_whole, shown
 from ziggurat.lowrank.spans import check_spans
 from ziggurat.lowrank.spectrum import singular_values
-from ziggurat.methods.lor2c.config import LoR2CConfig
+from ziggurat.methods.lor2c.config import STRUCTURE_KEY, LoR2CConfig
 from ziggurat.methods.lor2c.layer import LoR2CLinear, LoR2CPath
 from ziggurat.methods.lor2c.plan import Decision, Path, StackState, Structure, applied, decide, paths, schedule
 
@@ -65,18 +65,16 @@ class PathBank(StructureBank):
         known.structure, known.done = dict(structure), done
         for stack, members in self.members.items():
             state = structure.get(stack, StackState(()))
-            if not state.spans:
-                self._forget_shared(adapter, members.values())
             cover = {layer: span for span in state.spans for layer in span.layers}
             for layer, path in members.items():
                 if adapter in path.covers:
                     path.covers[adapter] = cover.get(layer)
-                    _forget_gradient(path, adapter, active=adapter in path.adapters)
             for layer, linear_layers in self.linear_layers.get(stack, {}).items():
-                for linear in linear_layers:
-                    if adapter in linear.leaves:
-                        linear.asleep[adapter] = layer not in state.injected
-                        _forget_gradient(linear, adapter, active=layer in state.injected)
+                for linear in (linear for linear in linear_layers if adapter in linear.leaves):
+                    linear.asleep[adapter] = layer not in state.injected
+        stored, active = self._parameters(adapter)
+        for key in stored.keys() - active.keys():
+            stored[key].grad = None
         if known.config.restructures:
             known.config.structure = to_json(structure, done)
 
@@ -88,12 +86,6 @@ class PathBank(StructureBank):
             spectra[path] = singular_values(whole(t["A"]), whole(t["B"])).cpu()
         return spectra
 
-    def due(self, adapter: str, step: int, total_steps: int) -> list[Any]:
-        """The events of `adapter` that should have happened before optimiser step `step`, and have not."""
-        config = self.known[adapter].config
-        events = schedule(config.merges, config.injections, total_steps)
-        return [event for event in events[self.known[adapter].done :] if event.step <= step]
-
     def restructure(
         self, step: int, total_steps: int, optimizer: Optimizer | None = None, adapter: str | None = None
     ) -> list[dict[str, Any]]:
@@ -102,7 +94,8 @@ class PathBank(StructureBank):
         records = []
         for name in [adapter] if adapter is not None else list(self.known):
             known, config = self.known[name], self.known[name].config
-            for event in self.due(name, step, total_steps):
+            events = schedule(config.merges, config.injections, total_steps)[known.done :]
+            for event in (event for event in events if event.step <= step):
                 decision = decide(
                     event.kind, known.structure, self.spectra(name), config.criterion, config.k, config.keep,
                     config.max_span,
@@ -128,17 +121,17 @@ class PathBank(StructureBank):
         unused leave no state in the optimiser.
         """
         known = self.known[adapter]
-        gone: list[nn.Parameter] = []
+        gone: list[Tensor] = []
+        members = self.members.get(decision.stack, {})
         if decision.merged is not None:
             lower, upper = decision.merged
-            members = self.members[decision.stack]
-            below, owner = members[lower.last], members[upper.last]
+            below, owner = members[lower.last].stores[adapter], members[upper.last].stores[adapter]
             if decision.kept == lower:
-                for name, parameter in below.own_tensors(adapter).items():
-                    _move(parameter, owner.own_tensors(adapter)[name], optimizer)
-            gone = list(below.own_tensors(adapter).values())
+                for name, parameter in below.named_parameters():
+                    _move(parameter, owner[name], optimizer)  # type: ignore[index, arg-type]
+            gone = list(below.parameters())
         elif decision.injected is not None:
-            gone = list(self.members[decision.stack][decision.injected].own_tensors(adapter).values())
+            gone = list(members[decision.injected].stores[adapter].parameters())
         if optimizer is not None:
             for parameter in gone:
                 optimizer.state.pop(parameter, None)
@@ -149,27 +142,19 @@ class PathBank(StructureBank):
 
         `stored` includes parameters for later events: they are in the optimiser, but without gradient.
         """
-        stored: dict[int, Tensor] = {}
-        active: dict[int, Tensor] = {}
-        if adapter in self.stores:
-            stored |= {id(p): p for p in self.factors(adapter).parameters()}
-        everyone = [path for members in self.members.values() for path in members.values()]
-        linear_layers = [
-            linear for layers in self.linear_layers.values() for some in layers.values() for linear in some
-        ]
-        for module in (*everyone, *linear_layers):
-            parameters = {id(p): p for p in module.own_tensors(adapter).values()}
-            stored |= parameters
-            if adapter in module.adapters:
-                active |= {id(p): p for p in module.stored(adapter).values()}
+        stored, active = self._parameters(adapter)
         trained = {key: p for key, p in active.items() if p.requires_grad}
         sizes = {"stored": stored, "active": active, "trained": trained}
         return {name: sum(p.numel() for p in some.values()) for name, some in sizes.items()}
 
-    def _forget_shared(self, adapter: str, members: Iterable[LoR2CPath]) -> None:
-        leaves = [leaf for path in members for shared, leaf in path.leaves.get(adapter, {}).values() if shared]
-        for leaf in set(leaves):
-            self.factors(adapter)[leaf].grad = None
+    def _parameters(self, adapter: str) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """All parameters of `adapter`, and those that its forward uses, by id."""
+        paths = [path for members in self.members.values() for path in members.values()]
+        linear_layers = [linear for at in self.linear_layers.values() for some in at.values() for linear in some]
+        layers = [layer for layer in (*paths, *linear_layers) if adapter in layer.leaves]
+        stores = [place.stores[adapter] for place in (self, *layers) if adapter in place.stores]
+        used = [t for layer in layers if adapter in layer.adapters for t in layer.held(adapter).values()]
+        return {id(p): p for store in stores for p in store.parameters()}, {id(t): t for t in used}
 
     def _stack_here(self, stack: str) -> str:
         """The stack's name in this model, if the structure comes from a model with another head."""
@@ -188,16 +173,14 @@ class PathBank(StructureBank):
                     f"the adapter's structure speaks of the stack {stack!r}, but this model has paths in "
                     f"{', '.join(map(repr, self.members)) or 'no stack'}. Load it into the model it was trained with."
                 )
-            ends = [span.last for span in state.spans]
-            paired = [layer for layer in ends if layer in members and adapter in members[layer].leaves]
             linear_layers = self.linear_layers.get(stack, {})
-            ready = [n for n in state.injected if any(adapter in linear.leaves for linear in linear_layers.get(n, ()))]
-            if len(paired) < len(ends) or len(ready) < len(state.injected):
-                lack = sorted({*ends, *state.injected} - {*paired, *ready})
+            lack = [n for n in (s.last for s in state.spans) if n not in members or adapter not in members[n].leaves]
+            lack += [n for n in state.injected if not any(adapter in m.leaves for m in linear_layers.get(n, ()))]
+            if lack:
                 raise ConfigError(
-                    f"the structure of adapter {adapter!r} needs parameters at layers {lack} of {stack!r} that it was "
-                    "not built with. Give the config the same spans, injected_layers, merges and injections as those "
-                    "weights were trained with."
+                    f"the structure of adapter {adapter!r} needs parameters at layers {sorted(lack)} of {stack!r} that "
+                    "it was not built with. Give the config the same spans, injected_layers, merges and injections as "
+                    "those weights were trained with."
                 )
 
     def structures(self) -> dict[str, Any]:
@@ -205,6 +188,21 @@ class PathBank(StructureBank):
 
     def restore(self, adapter: str, plain: Any) -> None:
         self.set_structure(adapter, *from_json(plain))
+
+    def kept(self, adapter: str) -> Any:
+        config = self.known[adapter].config
+        return {"structure": self.structures()[adapter], "log": config.log} if config.restructures else None
+
+    def take(self, adapter: str, kept: Any) -> None:
+        try:
+            structure, log = kept["structure"], [dict(entry) for entry in kept["log"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"the tensor {STRUCTURE_KEY!r} beside the adapter's weights isn't the JSON that LoR2C writes "
+                f"({error}): the file is damaged. Save the adapter again."
+            ) from error
+        self.restore(adapter, structure)
+        self.known[adapter].config.log = log
 
     def __repr__(self) -> str:
         return f"lor2c.{super().__repr__()}"
@@ -246,55 +244,34 @@ def acting(config: LoR2CConfig, sites: dict[str, Site]) -> dict[str, Site]:
 
     Parameters stored for events that never came are left out.
     """
-    if config.structure:
-        structure = {site.stack: state for site in sites.values() if (state := _state_of(config, site)) is not None}
-    else:
-        structure = _first_structure(config, sites)
+    structure = from_json(config.structure)[0] if config.structure else None
     acting_sites: dict[str, Site] = {}
     for path, site in sites.items():
-        state = structure.get(site.stack, StackState(()))
-        span = next((span for span in state.spans if span.last == site.layer), None)
+        if structure is not None:
+            state = _of_stack(structure, site) or StackState(())
+            spans, injected = state.spans, state.injected
+        else:  # training changes nothing
+            spans, injected = (_of_stack(value, site) for value in (config.spans, config.injected_layers))
+            spans = [site.span] if spans is None else check_spans(spans, site.num_layers)
+        span = next((span for span in spans if span is not None and span.last == site.layer), None)
         if site.span is not None and span is not None:
             acting_sites[path] = replace(site, span=span)
-        elif site.span is None and site.layer in state.injected:
+        elif site.span is None and site.layer in (injected or ()):
             acting_sites[path] = site
     return acting_sites
 
 
-def _state_of(config: LoR2CConfig, site: Site) -> StackState | None:
-    # The structure has the stack's whole path in the model that trained the adapter.
-    structure, _ = from_json(config.structure or {})
-    return next((s for stack, s in structure.items() if f".{stack}".endswith(f".{site.stack}")), None)
-
-
-def _first_structure(config: LoR2CConfig, sites: dict[str, Site]) -> dict[str, StackState]:
-    """The initial structure, for a config that was saved before structures were written into it."""
-    structure: dict[str, StackState] = {}
-    for site in sites.values():
-        if site.stack in structure:
-            continue
-        ends = sorted(s.layer for s in sites.values() if s.stack == site.stack and s.span is not None)
-        spans, injected = (
-            next((v for k, v in value.items() if f".{k}".endswith(f".{site.stack}")), None)
-            if isinstance(value, dict)
-            else value
-            for value in (config.spans, config.injected_layers)
-        )
-        plain = {"spans": spans if spans is not None else [[n, n] for n in ends], "injected": list(injected or ())}
-        structure |= from_json({"stacks": {site.stack: plain}, "done": 0})[0]
-    return structure
+def _of_stack(value: Any, site: Site) -> Any:
+    """The value for the stack of `site`, of one for all stacks, or of one for each by its path in some model."""
+    if not isinstance(value, dict):
+        return value
+    return next((at for stack, at in value.items() if f".{stack}".endswith(f".{site.stack}")), None)
 
 
 def _count(value: Any) -> int:
     if not is_whole(value, 0):
         raise ValueError(f"{shown(value)} is no number of layers or events")
     return value
-
-
-def _forget_gradient(module: LoR2CPath | LoR2CLinear, adapter: str, active: bool) -> None:
-    if not active:
-        for parameter in module.own_tensors(adapter).values():
-            parameter.grad = None
 
 
 def _move(source: nn.Parameter, target: nn.Parameter, optimizer: Optimizer | None) -> None:

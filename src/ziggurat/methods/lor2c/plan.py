@@ -4,10 +4,11 @@ Symbols: a path has the singular values s_1 >= ... >= s_r of B A, and covers a s
 scores it was made from, and its reason.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from ziggurat.lowrank.spectrum import effective_rank, top_k_share
 Kind = Literal["merge", "inject"]
 CRITERIA = ("mean", "energy", "sfs", "effective_rank")
 KEEP = ("lower", "richer")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Decision:
 
     def to_json(self) -> dict[str, Any]:
         """As plain lists, dicts and numbers."""
-        plain = {key: value for key, value in asdict(self).items() if value not in (None, "")}
-        return plain | {key: [*map(_list, plain[key])] for key in ("merged", "kept") if key in plain}
+        plain = json.loads(json.dumps(asdict(self)))  # which makes lists of tuples
+        return {key: value for key, value in plain.items() if value not in (None, "")}
 
 
 class Event(NamedTuple):
@@ -148,10 +148,7 @@ def applied(structure: Structure, decision: Decision) -> dict[str, StackState]:
 
 def most_events(structure: Structure, max_span: int | None) -> tuple[int, int]:
     """How many merges, and how many injections, `structure` could take at most if there were none of the other kind."""
-    merges = 0
-    for state in structure.values():
-        for run in _runs(state.spans):
-            merges += len(run) - _fewest(run, max_span)
+    merges = sum(len(state.spans) - _fewest(state.spans, max_span) for state in structure.values())
     return merges, sum(span.length == 1 for state in structure.values() for span in state.spans)
 
 
@@ -175,7 +172,7 @@ def _merge(
     if not sums:
         limit = "" if max_span is None else f" of at most {max_span} layers together"
         return Decision("merge", f"nothing to merge: no two adjacent paths{limit} are left", named, candidates)
-    lower, upper = _best(sums, min)
+    lower, upper = min(sums, key=sums.__getitem__)
     kept = lower
     if keep == "richer" and float(spectra[upper].sum()) > float(spectra[lower].sum()):
         kept = upper
@@ -193,44 +190,22 @@ def _inject(structure: Structure, scores: dict[Path, float], criterion: str) -> 
     if not single:
         return Decision("inject", "nothing to inject: every path left covers several layers", named, candidates)
     # By sfs an even spectrum counts as settled; by the others a high score marks the layer that needs more.
-    chosen = _best(single, min if criterion == "sfs" else max)
+    chosen = (min if criterion == "sfs" else max)(single, key=single.__getitem__)
     extreme = "smallest" if criterion == "sfs" else "largest"
     reason = f"{chosen} has the {extreme} {criterion}, {single[chosen]:.4g}"
     return Decision("inject", reason, named, candidates, chosen.stack, injected=chosen.span.first)
-
-
-def _best(values: Mapping[T, float], choose: Callable[[Iterable[float]], float]) -> T:
-    """The first key with the chosen value, so that ties are broken by position."""
-    wanted = choose(values.values())
-    return next(key for key, value in values.items() if value == wanted)
-
-
-def _list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _by_name(scores: Mapping[Path, float]) -> dict[str, float]:
     return {str(path): value for path, value in scores.items()}
 
 
-def _runs(spans: Sequence[Span]) -> list[list[Span]]:
-    """Maximal runs of spans of which each begins where the one before it ends."""
-    runs: list[list[Span]] = []
+def _fewest(spans: Sequence[Span], max_span: int | None) -> int:
+    """The fewest paths that `spans` can become when neighbours merge and no joint span may exceed `max_span` layers."""
+    count, end, length = 0, -2, 0
     for span in spans:
-        if runs and span.first == runs[-1][-1].last + 1:
-            runs[-1].append(span)
-        else:
-            runs.append([span])
-    return runs
-
-
-def _fewest(run: Sequence[Span], max_span: int | None) -> int:
-    """The fewest paths that a run can become when no joint span may exceed `max_span` layers."""
-    if max_span is None:
-        return 1
-    count, length = 0, max_span
-    for span in run:
         length += span.length
-        if length > max_span:
+        if span.first > end + 1 or (max_span is not None and length > max_span):
             count, length = count + 1, span.length
+        end = span.last
     return count
