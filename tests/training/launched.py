@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from ziggurat import cli
 from ziggurat.cli.launch import config_file
-from ziggurat.host.trainers import ride_along
+from ziggurat.host.lifecycle import ride_along
 
 _made = AcceleratorState.__init__
 

@@ -28,6 +28,14 @@ def save_tokenizer(name: str, folder: Path) -> None:
         logger.warning("no tokenizer was found beside the adapter nor for %s: %s", name, error)
 
 
+def put_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Put a tokenizer into `folder`: an object's files, or those in a folder, which may have none."""
+    if isinstance(tokenizer, Path):
+        copy_tokenizer(tokenizer, folder)
+    elif tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the tokenizer's files that `target` lacks. Raises ConfigError for one that is a link out of `source`."""
     for pattern in TOKENIZER_FILES:

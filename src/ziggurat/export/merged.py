@@ -12,7 +12,7 @@ from ziggurat.host.method import method_of
 from ziggurat.host.plain import bare, lora_pairs
 from ziggurat.host.saved.folder import adapter_config, load_adapter, load_base
 
-from .beside import copy_tokenizer, name_labels, save_tokenizer
+from .beside import copy_tokenizer, name_labels, put_tokenizer, save_tokenizer
 from .content import check_complete
 
 
@@ -49,8 +49,7 @@ def merge_model(model: nn.Module, out: str | Path, tokenizer: Any = None) -> Pat
     """
     with written_beside(Path(out)) as folder:
         _write_merged(model, folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(folder))
+        put_tokenizer(tokenizer, folder)
     return Path(out)
 
 

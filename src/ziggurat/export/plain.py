@@ -1,6 +1,6 @@
 """An adapter written as plain LoRA, exactly: `plain_lora` as a folder."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ziggurat.files.staging import written_beside
 from ziggurat.host.plain import PlainLora, as_plain, bare, lora_pairs
 from ziggurat.host.saved.folder import adapter_config, load_adapter, load_base, tensor_shapes
 
-from .beside import copy_tokenizer
+from .beside import put_tokenizer
 from .card import card
 from .content import check_complete
 from .gguf import modelfile
@@ -52,12 +52,7 @@ def export_model(
         ExportError: the method's update is none of linear layers; or, for serving, the rank is above 512 or
             the adapter holds more than factor pairs (modules_to_save, biases).
     """
-
-    def add(folder: Path) -> None:
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(folder))
-
-    return _export(model, Path(out), adapter, serving, add)
+    return _export(model, Path(out), adapter, serving, tokenizer)
 
 
 def _export(
@@ -65,11 +60,11 @@ def _export(
     out: Path,
     adapter: str,
     serving: bool,
-    add: Callable[[Path], Any],
+    tokenizer: Any,
     saved: Collection[str] | None = None,
     base_model: str | None = None,
 ) -> Exported:
-    """`export_model`, with `add` to put files into the folder before it appears. `saved`: as in `as_plain`.
+    """`export_model`. `tokenizer`: as in `put_tokenizer`. `saved`: as in `as_plain`.
 
     `base_model`: where the adapter's own note of it is wrong.
     """
@@ -97,7 +92,7 @@ def _export(
         (folder / "README.md").write_text(
             card(bare(model), config, lora.r, serving, of_experts, only_vllm), encoding="utf-8"
         )
-        add(folder)
+        put_tokenizer(tokenizer, folder)
     pairs = sum(name.endswith(".lora_A.weight") for name in tensors)
     return Exported(out, lora.r, pairs, serving, cost_of_serving(model, adapter), only_vllm)
 
@@ -120,8 +115,5 @@ def export(adapter: str | Path, out: str | Path, *, serving: bool = False, base_
     unused = check_complete(adapter, model)
     if unused:
         raise ExportError(f"{adapter} also holds {len(unused)} tensors with no place in its model ({unused[0]}, ...).")
-    return _export(
-        *(model, Path(out), "default", serving, lambda folder: copy_tokenizer(Path(adapter), folder)),
-        saved=tensor_shapes(adapter),
-        base_model=base_model,
-    )
+    saved = tensor_shapes(adapter)
+    return _export(model, Path(out), "default", serving, Path(adapter), saved, base_model)

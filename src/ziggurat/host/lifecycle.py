@@ -192,10 +192,23 @@ def check_moves(model: Any, when: str, rate: float) -> None:
             )
 
 
+def ride_along(callback: type[Any]) -> None:
+    """Give each Trainer made from now on (TRL's are Trainers too) one `callback()`. Asking twice adds it once.
+
+    A tuner calls this when it adds an adapter that needs the callback, before the Trainer is made: transformers'
+    Trainer starts from a list of default callbacks, which this extends. The callback must do nothing for models without
+    its method.
+    """
+    from transformers import trainer
+
+    defaults: list[type[Any]] = trainer.DEFAULT_CALLBACKS
+    if callback not in defaults:
+        defaults.append(callback)
+
+
 def watch_trainers() -> None:
     """Add `TrainingWatch` to every Trainer made from now on, if this process has loaded Trainer."""
     if "transformers.trainer" in sys.modules:
-        from ziggurat.host.trainers import ride_along
         from ziggurat.host.watching import TrainingWatch
 
         ride_along(TrainingWatch)
@@ -203,7 +216,6 @@ def watch_trainers() -> None:
 
 def step_in_trainers(method: Method) -> None:
     """Make every Trainer created from now on call `step` for the adapters of `method`. Loads Trainer."""
-    from ziggurat.host.trainers import ride_along
     from ziggurat.host.watching import StepCallback
 
     STEPPED.add(method.name)

@@ -115,14 +115,13 @@ class AdaptedLinear(MethodLayer, nn.Module):
         if self.quantization_backend is not None:
             y = self.quantization_backend.maybe_clone_base_result(y)
         reuse_y = self.quantization_backend is None and owns_output(self.base_layer)
-        for adapter in self.active_adapters:
-            if adapter in self.adapters:
-                y = self._add(y, x, adapter, reuse_y)
+        for adapter in self.acting():
+            y = self._add(y, x, adapter, reuse_y)
         return y
 
     def _chosen(self, x: Tensor, adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Any:
         """What a router makes of x with the weight that a merge of the active adapters would give it."""
-        acting = [name for name in self.active_adapters if name in self.adapters]
+        acting = self.acting()
         if adapter_names is not None and not self.disable_adapters:
             check_unmerged(self)
             if not set(adapter_names).isdisjoint(self.adapters):
@@ -131,7 +130,7 @@ class AdaptedLinear(MethodLayer, nn.Module):
                     "samples. Run each adapter's samples in a batch of their own, after set_adapter(name)."
                 )
             acting = []
-        if self.disable_adapters or self.merged or not acting:
+        if self.merged or not acting:
             return self.base_layer(x, *args, **kwargs)
         W: Tensor = self.base_layer.weight  # type: ignore[assignment]
         if W.is_meta:

@@ -46,15 +46,15 @@ class MethodLayer(Stores):
         """The adapters that act here."""
         return [adapter for adapter in self.leaves if not self.asleep.get(adapter)]
 
+    def acting(self) -> list[str]:
+        """The active adapters with an update here."""
+        here = [] if self._disable_adapters else self.adapters
+        return [adapter for adapter in self.active_adapters if adapter in here]
+
     def training_adapters(self) -> list[str]:
         """The active adapters that have a trainable tensor at this site."""
-        if self._disable_adapters:
-            return []
-        return [
-            adapter
-            for adapter in self.active_adapters
-            if adapter in self.leaves and any(t.requires_grad for t in self.stored(adapter).values())
-        ]
+        active = [] if self._disable_adapters else [name for name in self.active_adapters if name in self.leaves]
+        return [adapter for adapter in active if any(t.requires_grad for t in self.stored(adapter).values())]
 
     def join(
         self,
@@ -177,6 +177,13 @@ def layers_of(model: nn.Module, adapter: str | None = None, method: Method | Non
             continue
         if adapter is None or adapter in module.sites:
             yield module
+
+
+def stores_at(root: nn.Module, method: Method, adapter: str) -> Iterator[tuple[str, Any]]:
+    """Path and stores of each layer and bank below `root` that has tensors of `adapter`."""
+    for path, module in root.named_modules():
+        if isinstance(module, MethodLayer | Bank) and module.method is method and adapter in module.stores:
+            yield path, module.stores
 
 
 def check_unmerged(layer: Stores) -> None:

@@ -18,7 +18,7 @@ from ziggurat.errors import ConfigError
 #: The entry point group whose modules register methods.
 GROUP = "ziggurat.methods"
 
-_loaded: list[str] = []
+_loaded: dict[str, None] = {}
 #: The module of each file that has run, by the file's whole path.
 _files: dict[str, ModuleType] = {}
 
@@ -49,8 +49,7 @@ def load(plugins: Iterable[str]) -> None:
     for plugin in plugins:
         module = module_of(plugin, "--plugin")
         name = str(Path(str(module.__file__)).resolve()) if _is_file(plugin) else plugin
-        if name not in _loaded:
-            _loaded.append(name)
+        _loaded.setdefault(name)
 
 
 def module_of(named: str, flag: str) -> ModuleType:

@@ -27,7 +27,7 @@ from ziggurat.host.base.tied import note_shared, note_untied
 from ziggurat.host.base.vocabulary import grown_beside_adapters
 from ziggurat.host.blend import add_blend, check_request
 from ziggurat.host.draws import Draws
-from ziggurat.host.lifecycle import Watch, step_in_trainers, watch_trainers
+from ziggurat.host.lifecycle import Watch, ride_along, step_in_trainers, watch_trainers
 from ziggurat.host.linear import AdaptedLinear, is_router
 from ziggurat.host.method import Method, needs_steps, pair_of, specs_of
 from ziggurat.host.mixed import MixedTuner
@@ -38,7 +38,6 @@ from ziggurat.host.saved.sites_table import to_table
 from ziggurat.host.siblings import introduce
 from ziggurat.host.site import Site
 from ziggurat.host.tensors import check_pair
-from ziggurat.host.trainers import ride_along
 
 #: An adapter may ask for this many parameters whatever its file holds: 256 MiB in float32.
 UNCHECKED = 2**26

@@ -107,12 +107,10 @@ class BottleneckLinear(AdaptedLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
         y = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
-            return y
-        if adapter_names is not None:
+        if adapter_names is not None and not self.disable_adapters:
             return self._add_by_sample(y, x, adapter_names)
-        for adapter in self.active_adapters:
-            if adapter in self.adapters and not self._left_out(adapter):
+        for adapter in self.acting():
+            if not self._left_out(adapter):
                 y = y + self._bottleneck(y, adapter)
         return y
 

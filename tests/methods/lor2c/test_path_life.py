@@ -33,7 +33,9 @@ def adapted(model: str = "llama", base: nn.Module | None = None, seed: int = 0, 
 
 
 def frames(model: nn.Module) -> list[Any]:
-    return [m.__dict__[HANDOVER].in_flight() for m in model.modules() if HANDOVER in m.__dict__]
+    """Whether a forward is running, by each hand-over in `model`."""
+    given = [m.__dict__[HANDOVER] for m in model.modules() if HANDOVER in m.__dict__]
+    return [getattr(each._local, "frame", None) is not None or each._traced is not None for each in given]
 
 
 @versions.compiles

@@ -56,10 +56,6 @@ class ParameterLayer(WithoutBase, MethodLayer, ExpertsLayer, nn.Module):
         super().join(adapter, config, site, specs, **more)
         self.starts[adapter] = starts_of(specs)
 
-    def acting(self) -> list[str]:
-        """The active adapters with an update of this parameter."""
-        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.stores]
-
     def terms(self, adapter: str) -> list[ExpertTerm]:
         """The update of `adapter` in the forward pass that is being computed, as a sum."""
         context = self.context(adapter)

@@ -122,10 +122,6 @@ class Handover:
             torch.autograd.Variable._execution_engine.queue_callback(again.drop)
         return again
 
-    def in_flight(self) -> bool:
-        """Whether a forward is running in this thread."""
-        return getattr(self._local, "frame", None) is not None or self._traced is not None
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "Handover":
         return Handover()
 

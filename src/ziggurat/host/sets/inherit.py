@@ -14,10 +14,9 @@ from torch import nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.files.untrusted import loaded_tensors, stored_tensors
-from ziggurat.host.bank import Bank
 from ziggurat.host.base.unwrap import PREFIX
 from ziggurat.host.method import Method, specs_of
-from ziggurat.host.method_layer import MethodLayer
+from ziggurat.host.method_layer import stores_at
 from ziggurat.host.saved.folder import adapter_config
 from ziggurat.host.saved.names import current_names, file_name, key_of
 from ziggurat.host.saved.sites_table import from_table
@@ -135,8 +134,6 @@ def take_over(root: nn.Module, method: Method, adapter: str, config: Any) -> Non
 
 def stored_at(root: nn.Module, method: Method, adapter: str) -> Iterator[tuple[str, str, Factors]]:
     """Name in a file without PEFT's prefix, leaf, and `Factors` of every tensor of `adapter` below `root`."""
-    for path, module in root.named_modules():
-        if isinstance(module, MethodLayer | Bank) and module.method is method and adapter in module.stores:
-            factors: Any = module.stores[adapter]
-            for leaf in factors.names():
-                yield f"{path}.{method.store}.{leaf}", leaf, factors
+    for path, stores in stores_at(root, method, adapter):
+        for leaf in stores[adapter].names():
+            yield f"{path}.{method.store}.{leaf}", leaf, stores[adapter]

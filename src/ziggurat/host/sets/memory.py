@@ -8,10 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ziggurat.host.bank import Bank
 from ziggurat.host.base.unwrap import unwrap
 from ziggurat.host.method import Method
-from ziggurat.host.method_layer import MethodLayer
+from ziggurat.host.method_layer import stores_at
 from ziggurat.host.saved.names import bare_name
 
 
@@ -23,11 +22,9 @@ def held_once(method: Method, model: nn.Module, adapter: str, state: Mapping[str
     """
     loaded = dict(state)
     names = {bare_name(name): name for name in loaded}
-    for path, module in unwrap(model)[0].named_modules():
-        if not isinstance(module, MethodLayer | Bank) or module.method is not method or adapter not in module.stores:
-            continue
-        mine = module.stores[adapter]._buffers
-        others = [factors._buffers for other, factors in module.stores.items() if other != adapter]
+    for path, stores in stores_at(unwrap(model)[0], method, adapter):
+        mine = stores[adapter]._buffers
+        others = [factors._buffers for other, factors in stores.items() if other != adapter]
         for leaf, old in mine.items():
             name = names.get(f"{path}.{method.store}.{adapter}.{leaf}")
             if name is None or old is None:

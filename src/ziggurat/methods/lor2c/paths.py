@@ -72,7 +72,7 @@ class PathBank(StructureBank):
             for layer, linear_layers in self.linear_layers.get(stack, {}).items():
                 for linear in (linear for linear in linear_layers if adapter in linear.leaves):
                     linear.asleep[adapter] = layer not in state.injected
-        stored, active = self._parameters(adapter)
+        stored, active = self.parameters_of(adapter)
         for key in stored.keys() - active.keys():
             stored[key].grad = None
         if known.config.restructures:
@@ -142,12 +142,12 @@ class PathBank(StructureBank):
 
         `stored` includes parameters for later events: they are in the optimiser, but without gradient.
         """
-        stored, active = self._parameters(adapter)
+        stored, active = self.parameters_of(adapter)
         trained = {key: p for key, p in active.items() if p.requires_grad}
         sizes = {"stored": stored, "active": active, "trained": trained}
         return {name: sum(p.numel() for p in some.values()) for name, some in sizes.items()}
 
-    def _parameters(self, adapter: str) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    def parameters_of(self, adapter: str) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """All parameters of `adapter`, and those that its forward uses, by id."""
         paths = [path for members in self.members.values() for path in members.values()]
         linear_layers = [linear for at in self.linear_layers.values() for some in at.values() for linear in some]

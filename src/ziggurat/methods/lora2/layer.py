@@ -43,8 +43,7 @@ class Directions(MethodLayer):
     @property
     def learning(self) -> list[str]:
         """The active adapters whose factors train here."""
-        active = [name for name in self.active_adapters if name in self.adapters and self.has_planes(name)]
-        return [] if self.disable_adapters else [name for name in active if self.factor(name, "E").requires_grad]
+        return [name for name in self.acting() if self.has_planes(name) and self.factor(name, "E").requires_grad]
 
     def begin(self, adapter: str) -> None:
         """Reset the state of the directions, which an earlier run may have left."""
