@@ -80,8 +80,7 @@ def _contents(folder: Path) -> Iterator[tuple[str, Any]]:
             kept = {key: _renamed(value, short) for key, value in values.items() if key not in _OF_ROWS}
             yield inside, json.dumps(kept, indent=2).encode()
         elif inside == "recipe.yaml":
-            values = _renamed(yaml.safe_load(file.read_text(encoding="utf-8")), short)
-            yield inside, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
+            yield inside, yaml.safe_dump(_renamed(_recipe(folder), short), sort_keys=False, allow_unicode=True).encode()
         elif inside in ("adapter_config.json", "config.json", "README.md") and base:
             yield inside, file.read_text(encoding="utf-8").replace(json.dumps(base)[1:-1], name).encode()
         elif inside == "Modelfile":
@@ -99,22 +98,25 @@ def _last_part(path: re.Match[str]) -> str:
 
 def _base(folder: Path) -> tuple[str | None, str]:
     """The path of the base model that an adapter names, None if it is no path; and the name to say instead."""
-    config, recipe = folder / "adapter_config.json", folder / "recipe.yaml"
+    config = folder / "adapter_config.json"
     base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") if config.is_file() else None
     if not isinstance(base, str) or not is_path(base) or not _pure(base).name:
         return None, ""
-    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
-    return base, HUB_NAME if values.get("model") == EMBEDDED else _pure(base).name
+    return base, HUB_NAME if _recipe(folder).get("model") == EMBEDDED else _pure(base).name
 
 
 def _short_names(folder: Path) -> dict[str, str]:
     """Each path of this machine that the run's recipe names -> its last part; the longest paths come first."""
-    recipe = folder / "recipe.yaml"
-    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+    values = _recipe(folder)
     named = [str(values[key]) for key in _PATHS if values.get(key)] + [str(v) for v in values.get("data.more") or ()]
     written = {name: os.path.expanduser(name) for name in named}
     paths = {text for both in written.items() if _pure(both[1]).is_absolute() for text in both}
     return {path: _pure(path).name for path in sorted(paths, key=len, reverse=True)}
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    path = folder / "recipe.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _pure(text: str) -> PurePath:

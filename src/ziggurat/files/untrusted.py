@@ -7,7 +7,10 @@ sizes of the tensors in a weights file before a model allocates memory for them.
 import hashlib
 import json
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,16 +125,21 @@ def loaded_tensors(folder: str | Path) -> dict[str, Tensor]:
     Raises:
         ConfigError: as `stored_tensors`.
     """
-    paths = [path for path in (bank_of(folder), own_file(folder, SAFETENSORS_WEIGHTS_NAME)) if path is not None]
+    bank, own = bank_of(folder), own_file(folder, SAFETENSORS_WEIGHTS_NAME)
     tensors: dict[str, Tensor] = {}
-    for path in paths:
-        try:
+    for path in (own,) if bank is None else (bank, own):
+        with _reading(path):
             tensors |= load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(
-                f"{path} can't be read as safetensors ({error}): was it cut off while copying?"
-            ) from error
     return tensors
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise ConfigError where reading the weights file `path` fails in the block."""
+    try:
+        yield
+    except (SafetensorError, OSError, RecursionError) as error:
+        raise ConfigError(f"{path} can't be read as safetensors ({error}): was it cut off while copying?") from error
 
 
 def bank_of(folder: str | Path) -> Path | None:
@@ -179,7 +187,7 @@ def _digest(path: Path, changed: int, size: int) -> str:
 
 
 def _header(path: Path) -> dict[str, Stored]:
-    try:
+    with _reading(path):
         with path.open("rb") as file:
             start = file.read(8)
         (length,) = struct.unpack("<Q", start) if len(start) == 8 else (0,)
@@ -191,8 +199,6 @@ def _header(path: Path) -> dict[str, Stored]:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: Stored(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except (SafetensorError, OSError, RecursionError) as error:
-        raise ConfigError(f"{path} can't be read as safetensors ({error}): was it cut off while copying?") from error
 
 
 def check_folder(folder: str | Path) -> None:
@@ -227,10 +233,7 @@ def check_factors(folder: str | Path, prefix: str, other: frozenset[str]) -> int
                 f"{Path(folder) / SAFETENSORS_WEIGHTS_NAME}: {name!r} is of {stored.dtype}, and factors are "
                 "floating-point numbers. The file was changed after it was saved."
             )
-        size = 1
-        for side in stored.shape:
-            size *= side
-        parameters += size
+        parameters += prod(stored.shape)
     return parameters
 
 

@@ -25,7 +25,8 @@ class Draws(RootHook):
     def __init__(self, method: Method | None = None) -> None:
         super().__init__(method)
         self.configs: dict[str, Any] = {}
-        self._last: dict[str, Any] = {}
+        #: Adapter -> the draw for the passes that begin from now on.
+        self.last: dict[str, Any] = {}
         self._by_state: OrderedDict[bytes, dict[str, Any]] = OrderedDict()
 
     def put_on(self, root: nn.Module) -> None:
@@ -38,18 +39,14 @@ class Draws(RootHook):
     def draw(self) -> None:
         """Draw for every adapter, from torch's generator of the CPU."""
         assert self.method is not None and self.method.draw is not None
-        self.draw_as({adapter: self.method.draw(config) for adapter, config in self.configs.items()})
-
-    def draw_as(self, drawn: dict[str, Any]) -> None:
-        """Use these draws, adapter by adapter, for the passes that begin from now on."""
-        self._last = drawn
+        self.last = {adapter: self.method.draw(config) for adapter, config in self.configs.items()}
 
     def of(self, adapter: str) -> Any:
         """The draw for `adapter` in the pass that is being computed; None before the first one."""
         if torch.compiler.is_compiling():  # reading the generator's state would break the graph
-            return self._last.get(adapter)
+            return self.last.get(adapter)
         state = torch.get_rng_state().numpy().tobytes()
-        drawn = self._by_state.setdefault(state, self._last)
+        drawn = self._by_state.setdefault(state, self.last)
         if len(self._by_state) > REMEMBERED:
             self._by_state.popitem(last=False)
         return drawn.get(adapter)

@@ -112,11 +112,7 @@ def lora_pairs(model: nn.Module, adapter: str = "default") -> dict[str, FactorPa
         if isinstance(module, MethodLayer) and isinstance(module, AdaptedLinear | ExpertsLayer):
             if adapter in module.adapters:
                 pairs[path] = module.pair_of(adapter, {k: gathered(t) for k, t in module.stored(adapter).items()})
-        elif (
-            isinstance(module, BaseTunerLayer)
-            and not isinstance(module, ExpertsLayer)
-            and not isinstance(module, Bank | TrainableTokensLayer)
-        ):
+        elif isinstance(module, BaseTunerLayer) and not isinstance(module, ExpertsLayer | Bank | TrainableTokensLayer):
             raise ExportError(f"{path}: {_refusal(model, module, adapter)}")
     if not pairs:
         names = ", ".join(getattr(model, "peft_config", {})) or "none"

@@ -39,7 +39,7 @@ def linears(model: torch.nn.Module) -> list[AdaptedLinear]:
 def test_a_drawn_rank_uses_and_teaches_just_its_directions(rank: int, frozen: bool) -> None:
     model = adapted(frozen=frozen).double()
     layer = linears(model)[0].train()
-    draws(model).draw_as({"default": rank})
+    draws(model).last = {"default": rank}
     x = torch.randn(3, layer.in_features, dtype=torch.float64)
     A, B = layer.stored("default").values()
     base = layer.base_layer(x)

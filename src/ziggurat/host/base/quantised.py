@@ -105,11 +105,8 @@ def changing(layers: Iterable[tuple[str, Any]], verb: str) -> Iterator[None]:
         logger.warning(
             "%s %d %s weights: quantising them again changed them by %.2g%% of the update's size (median; at most "
             "%.2g%%)",
-            verb,
-            len(errors),
-            quantised[0][1].quantization_backend.backend_name,
-            100 * median(errors),
-            100 * max(errors),
+            *(verb, len(errors), quantised[0][1].quantization_backend.backend_name),
+            *(100 * median(errors), 100 * max(errors)),
         )
 
 

@@ -1,5 +1,6 @@
 """The residual stream: which argument of a transformer layer it is, how wide, and which lists are of layers."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,27 +40,25 @@ def stream_width(layer: nn.Module, hidden_size: int | None = None) -> int | None
     layers of experts fail one of these conditions. `hidden_size` from the model's config is taken where a norm has this
     size (MobileBERT has more norms in its bottlenecks).
     """
-    ins: dict[int, int] = {}
-    outs: dict[int, int] = {}
-    norms: dict[int, int] = {}
+    ins, outs, norms = Counter[int](), Counter[int](), Counter[int]()
     for node in bare_tree(layer).walk():
         module = look_through(node.module)
         if module is None:
             continue
         if isinstance(module, nn.Linear | Conv1D) or is_adaptable(module):
             d_in, d_out = features(module)
-            ins[d_in] = ins.get(d_in, 0) + 1
-            outs[d_out] = outs.get(d_out, 0) + 1
+            ins[d_in] += 1
+            outs[d_out] += 1
         elif "norm" in type(module).__name__.lower():
             weight = getattr(module, "weight", None)
             if isinstance(weight, Tensor) and weight.dim() == 1:
-                norms[len(weight)] = norms.get(len(weight), 0) + 1
+                norms[len(weight)] += 1
     both = ins.keys() & outs.keys()
     if hidden_size in both and hidden_size in norms:
         return hidden_size
     if not both:
         return None
-    return max(both, key=lambda size: (norms.get(size, 0), min(ins[size], outs[size]), ins[size], -size))
+    return max(both, key=lambda size: (norms[size], min(ins[size], outs[size]), ins[size], -size))
 
 
 def are_layers(model: nn.Module, stacks: Mapping[str, Sequence[str]]) -> set[str]:

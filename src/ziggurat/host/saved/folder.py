@@ -13,7 +13,7 @@ from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_
 from torch import nn
 
 from ziggurat.errors import ConfigError
-from ziggurat.files.untrusted import check_folder, own_file, read_config, stored_tensors
+from ziggurat.files.untrusted import own_file, read_config, stored_tensors
 from ziggurat.host.base.vocabulary import base_name, fit_vocabulary
 from ziggurat.host.values import shown
 
@@ -55,7 +55,6 @@ def adapter_config(folder: str | Path) -> PeftConfig:
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         pickled = f" It has {WEIGHTS_NAME}, a pickle, which is never read." if (folder / WEIGHTS_NAME).is_file() else ""
         raise ConfigError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}.{pickled}")
-    check_folder(folder)
     own_file(folder, SAFETENSORS_WEIGHTS_NAME)
     kind = read_config(folder).get("peft_type")
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
