@@ -29,12 +29,7 @@ STEPPED: set[str] = set()
 
 
 def step(
-    model: nn.Module,
-    step: int,
-    total: int,
-    optimizer: Optimizer | None = None,
-    *,
-    only: Collection[str] | None = None,
+    model: nn.Module, step: int, total: int, optimizer: Optimizer | None = None, *, only: Collection[str] | None = None
 ) -> None:
     """Update the adapters of `model` when `step` of a run's `total` optimiser steps are done.
 

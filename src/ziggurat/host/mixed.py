@@ -35,8 +35,7 @@ class MixedTuner(BaseTuner):
         in_encoder = {id(module) for module in encoder.modules()} if encoder is not None else set()
         handles = [
             module.register_forward_pre_hook(
-                partial(_pass_names, names=names if id(module) in in_encoder else for_decoder),
-                with_kwargs=True,
+                partial(_pass_names, names=names if id(module) in in_encoder else for_decoder), with_kwargs=True
             )
             for module in self.modules()
             if isinstance(module, MethodLayer | ExpertsLayer | AuxiliaryTrainingWrapper)

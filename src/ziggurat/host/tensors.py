@@ -151,13 +151,7 @@ def over_experts(spec: TensorSpec, num_experts: int) -> TensorSpec:
 
 
 def low_rank(
-    rank: int,
-    d_in: int,
-    d_out: int,
-    init_weights: bool | str,
-    *,
-    suffix: str = "",
-    shared: str = "",
+    rank: int, d_in: int, d_out: int, init_weights: bool | str, *, suffix: str = "", shared: str = ""
 ) -> dict[str, TensorSpec]:
     """`A` (rank, d_in) and `B` (d_out, rank), initialised as `init_weights` says.
 

@@ -74,10 +74,7 @@ class ASLoRAConfig(MergingConfig):
 def tensors(config: ASLoRAConfig, site: Site) -> dict[str, TensorSpec]:
     """A (r, d_in) of all layers of one role and shape, and B (d_out, r) of each."""
     specs = low_rank(config.r, site.d_in, site.d_out, config.init_weights)
-    return {
-        "A": replace(specs["A"], shared=site.kind),
-        "B": replace(specs["B"], shared=f"{site.kind}:{site.layer}"),
-    }
+    return {"A": replace(specs["A"], shared=site.kind), "B": replace(specs["B"], shared=f"{site.kind}:{site.layer}")}
 
 
 def reads(config: ASLoRAConfig, site: Site) -> dict[str, str]:

@@ -276,6 +276,18 @@ def test_a_restructured_adapter_reloads_everywhere(share: bool, tmp_path: Path) 
     assert all(torch.equal(first[name], other[name]) for name in first)
 
 
+def test_a_loaded_adapter_goes_on_and_its_config_says_so(tmp_path: Path) -> None:
+    model = adapted()
+    model.restructure(2, STEPS)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(ZOO["bert"].build(), str(tmp_path), is_trainable=True)
+    assert [record["step"] for step in range(7) for record in loaded.restructure(step, STEPS)] == [4, 6]
+    loaded.save_pretrained(str(tmp_path / "later"))
+    saved = json.loads((tmp_path / "later" / "adapter_config.json").read_text())["structure"]
+    log = json.loads((tmp_path / "later" / "lor2c_events.json").read_text())
+    assert saved == {"stacks": log[-1]["after"], "done": 3}
+
+
 def test_damaged_or_foreign_structures_are_refused(tmp_path: Path) -> None:
     model = adapted()
     with pytest.raises(ConfigError, match="Leave structure out"):

@@ -32,19 +32,16 @@ class LoR2CModel(StructureTuner):
     _layout: Layout | None = None
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # The modules follow from the config alone, never from the names in a state dict.
-        kwargs.pop("state_dict", None)
-        config = self.peft_config[adapter_name]
-        assert isinstance(config, LoR2CConfig)
+        config: Any = self.peft_config[adapter_name]
         if config.restructures:
             # A copy, since training writes the structure into it, and the user may use the original for another model.
-            config = copy.copy(config)
+            self.peft_config[adapter_name] = config = copy.copy(config)
             config.log = list(config.log)
-            self.peft_config[adapter_name] = config
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             assert self._layout is not None
             bank = self._bank()
+            config = self.peft_config[adapter_name]  # the tuner may have copied it
             bank.known[adapter_name] = Adapter(config)
             bank.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
             structure, done = (self._layout.structure, 0) if config.structure is None else from_json(config.structure)
@@ -69,8 +66,7 @@ class LoR2CModel(StructureTuner):
         self._layout = lay_out(config, model)
         return self._layout.sites
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
-        assert isinstance(peft_config, LoR2CConfig)
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
         if means(peft_config.exclude_modules, key):
             return _ExcludedModule()
         layout = self._layout or lay_out(peft_config, self.model)

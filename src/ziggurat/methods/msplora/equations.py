@@ -35,8 +35,7 @@ def pair(config: MSPLoraConfig, site: Site, t: Stored, context: Context) -> Fact
     """A = [A_g; A_m; A_l], B = [s_g B_g, s_m B_m, s_l B_l]: one product for the sum of all tiers that `t` has."""
     tiers = [tier for tier in config.pyramid_at(site) if f"A_{tier.name}" in t]
     return stack(
-        [FactorPair(t[f"A_{tier.name}"], t[f"B_{tier.name}"]) for tier in tiers],
-        [tier.scale for tier in tiers],
+        [FactorPair(t[f"A_{tier.name}"], t[f"B_{tier.name}"]) for tier in tiers], [tier.scale for tier in tiers]
     )
 
 
