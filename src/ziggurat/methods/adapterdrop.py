@@ -98,7 +98,7 @@ class BottleneckLinear(AdaptedLinear):
     """`dropped`: adapters of layers below this number are skipped permanently; `robust_drop` draws a number for each
     pass."""
 
-    other_param_names = ("dropped",)
+    other_param_names = (*AdaptedLinear.other_param_names, "dropped")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
