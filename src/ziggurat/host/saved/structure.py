@@ -105,12 +105,12 @@ class StructureBank(Bank):
         """Give `adapter` a structure in the form of `structures`. Raises ConfigError if it doesn't fit."""
         self.configs[adapter].set_structure(plain)
 
-    def kept(self, adapter: str) -> Any:
+    def stored_structure(self, adapter: str) -> Any:
         """The structure to store beside the weights, in plain lists and dicts; None if training doesn't change it."""
         return self.structures()[adapter]
 
-    def take(self, adapter: str, kept: Any) -> None:
-        """Give `adapter` a structure in the form of `kept`. Raises ConfigError for another form."""
+    def take_structure(self, adapter: str, kept: Any) -> None:
+        """Give `adapter` a structure in the form of `stored_structure`. Raises ConfigError for another form."""
         self.restore(adapter, kept)
 
     def get_extra_state(self) -> Tensor:
@@ -141,7 +141,7 @@ class StructureTuner(MethodTuner):
     ) -> dict[str, Tensor]:
         state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         bank = cls._bank_with(adapter_name, model)
-        kept = None if bank is None else bank.kept(adapter_name)
+        kept = None if bank is None else bank.stored_structure(adapter_name)
         (name,) = config.no_factors
         return state if kept is None else {**state, name: to_tensor(kept)}
 
@@ -152,7 +152,7 @@ class StructureTuner(MethodTuner):
         weights = {name: t for name, t in state_dict.items() if name.rpartition(".")[2] not in config.no_factors}
         if (bank := cls._bank_with(adapter_name, model)) is not None:
             for name in state_dict.keys() - weights.keys():
-                bank.take(adapter_name, from_tensor(state_dict[name]))
+                bank.take_structure(adapter_name, from_tensor(state_dict[name]))
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, weights)
 
 

@@ -189,11 +189,11 @@ class PathBank(StructureBank):
     def restore(self, adapter: str, plain: Any) -> None:
         self.set_structure(adapter, *from_json(plain))
 
-    def kept(self, adapter: str) -> Any:
+    def stored_structure(self, adapter: str) -> Any:
         config = self.known[adapter].config
         return {"structure": self.structures()[adapter], "log": config.log} if config.restructures else None
 
-    def take(self, adapter: str, kept: Any) -> None:
+    def take_structure(self, adapter: str, kept: Any) -> None:
         try:
             structure, log = kept["structure"], [dict(entry) for entry in kept["log"]]
         except (ValueError, KeyError, TypeError) as error:
