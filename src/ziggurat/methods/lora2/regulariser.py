@@ -20,10 +20,10 @@ def learning_linear_layers(model: nn.Module) -> dict[str, list[Directions]]:
     for layer in model.modules():
         if isinstance(layer, Directions):
             for adapter in layer.learning:
-                if layer.factor(adapter, "u").dim() < 2:
+                if layer.factor(adapter, "U").dim() < 2:
                     raise ConfigError(
-                        "LoRA²'s regulariser reads the factors outside of their layers, where FSDP1 has flat shards of "
-                        "them: use FSDP2 (fsdp_version: 2)."
+                        f"LoRA²'s regulariser reads the factors outside of their layers, and U of adapter {adapter!r} "
+                        "is a flat shard there, as FSDP1 has it: use FSDP2 (fsdp_version: 2)."
                     )
                 if layer.factor(adapter, "E").numel():
                     learning.setdefault(adapter, []).append(layer)
