@@ -314,11 +314,13 @@ def test_the_number_of_parameters_is_that_of_the_tiers() -> None:
     assert count(mixture("qwen3_moe"), config) == ranks * ((d + 2 * ff) + (ff + d))
 
 
-def test_two_adapters_on_the_same_experts(tmp_path: Path) -> None:
+def test_two_adapters_on_the_same_experts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = MSPLoraConfig(r=4, target_parameters=EXPERTS[1:], init_weights=False)
     model = adapted("gpt_oss", first)
     expected = logits(model, tokens())
+    caplog.clear()
     model.add_adapter("second", MSPLoraConfig(tiers=TIERS, target_parameters=EXPERTS, init_weights=False))
+    assert not caplog.records  # the first adapter's tensors are no experts that stay frozen
     assert torch.equal(logits(model, tokens()), expected)
     model.set_adapter("second")
     second = logits(model, tokens())
@@ -330,8 +332,9 @@ def test_two_adapters_on_the_same_experts(tmp_path: Path) -> None:
     model.merge_adapter(["default", "second"])
     assert_models_agree(logits(model, tokens()), both)
     model.unmerge_adapter()
+    model.set_adapter("second")
     model.delete_adapter("second")
-    model.set_adapter("default")
+    assert model.active_adapters == ["default"]
     assert torch.equal(logits(model, tokens()), expected)
 
 

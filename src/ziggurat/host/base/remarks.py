@@ -8,6 +8,7 @@ from torch import nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.site import Site
+from ziggurat.host.tensors import ByAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +41,9 @@ def remark(model: nn.Module, config: Any, all_linear: bool, sites: Mapping[str, 
     halves = sorted(name for name in names if name.rpartition(".")[2] in OF_EXPERTS)
     if not (all_linear or halves or config.target_parameters):
         return
-    experts = {
-        path: p.numel()
-        for path, p in ((name.replace(".base_layer", ""), p) for name, p in model.named_parameters())
-        if p.dim() == 3 and "expert" in path and path not in sites
-    }
+    of_adapters = {id(p) for module in model.modules() if isinstance(module, ByAdapter) for p in module.parameters()}
+    base = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if id(p) not in of_adapters}
+    experts = {path: p.numel() for path, p in base.items() if p.dim() == 3 and "expert" in path and path not in sites}
     if experts:
         given = "'all-linear'" if all_linear else halves or f"{sorted(names)} and {sorted(config.target_parameters)}"
         ends = dict.fromkeys(".".join(path.split(".")[-2:]) for path in experts)
@@ -52,5 +51,5 @@ def remark(model: nn.Module, config: Any, all_linear: bool, sites: Mapping[str, 
             "target_modules=%s adapts linear layers, and %d experts' parameters of this model are none "
             "(%s, ...): they stay frozen, %.0f%% of the model's parameters. target_parameters=%s adapts them.",
             *(given, len(experts), next(iter(experts))),
-            *(100 * sum(experts.values()) / sum(p.numel() for p in model.parameters()), list(ends)),
+            *(100 * sum(experts.values()) / sum(p.numel() for p in base.values()), list(ends)),
         )

@@ -192,7 +192,10 @@ class AdaptedExperts(WithoutBase, ExpertsLayer, nn.Module):
         return with_updates(weight, pairs, self.get_base_layer().is_transposed)  # type: ignore[union-attr, arg-type]
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Nothing: the layers of the parameters hold the adapters."""
+        """Delete it from the layers of the parameters, before PEFT comes to them: it asks here what is active then."""
+        for layer in self.layers():
+            layer.delete_adapter(adapter_name)
+        self._active_adapter = self._active()
 
 
 def _update(term: ExpertTerm, x: Tensor, taken: Tensor | None, rows: Tensor | None, ends: Tensor) -> Tensor:
