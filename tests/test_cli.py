@@ -205,3 +205,8 @@ def test_answers_as_files_from_stdin_and_a_system_prompt_refused(
         assert message in capsys.readouterr().err
     assert main("chat", str(place / "out")) == 2
     assert "writes no texts: use `ziggurat predict`" in capsys.readouterr().err
+
+
+def test_an_empty_recipe_name_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("train", "") == 2  # of a shell's variable that isn't set
+    assert "'' is a folder without a recipe.yaml; name a recipe file" in " ".join(capsys.readouterr().err.split())

@@ -143,7 +143,7 @@ def test_mistakes_of_an_evaluation_come_at_once(tmp_path: Path) -> None:
         "limit: must be greater than 0",
     ]
     parts += [
-        "data: needs a text",
+        "[folder of local parquet]",
         "plain: evaluate: a mapping with tasks",
         "by evaluate: {tasks: [mmlu]}",
     ]

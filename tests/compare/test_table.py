@@ -218,13 +218,19 @@ def test_every_mistake_comes_at_once(tmp_path: Path) -> None:
     parts = ["sedes: unknown, did you mean seeds?", "seeds: one is given twice", "'Lora' is no method of this table"]
     parts += [
         "published: 'glue' is not one of",
-        "confidence: must be less than 100",
+        "confidence: must be less than 100.0, got 120 [of the intervals, in per cent from 50 up to 100",
         "nameless: names no method",
         "'mrcp' is not",
     ]
     for part in parts:
         assert part in message
     assert f"has {len(parts)} problems" in message
+
+
+@pytest.mark.parametrize("seeds", [[True], ["1"], [1.0, 2.0], [1, -1]])
+def test_seeds_are_whole_numbers(seeds: list[Any], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"(?s)has 1 problem.*seeds: .*\[the seeds, the same for every method"):
+        make_table(values(seeds=seeds), "mine", tmp_path)
 
 
 def test_mistakes_of_the_recipes_name_their_place(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_several_adapters_stay_apart(method: str, model: str, tmp_path: Path) ->
     assert torch.equal(logits(adapted, inputs), second)
     assert not any(".default" in name for name in own_parameters(adapted, method))
     with pytest.raises(ValueError, match=r"non-existing adapter\(s\): default"):
-        adapted(**inputs, adapter_names=["default"] * len(inputs["input_ids"]))
+        adapted(**inputs, adapter_names=["default"] * len(next(iter(inputs.values()))))
 
 
 @every_method

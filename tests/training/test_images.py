@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from vision_models import save_tiny_qwen_vl, save_tiny_smolvlm
 from ziggurat.cli import app
+from ziggurat.cli.chat import _answer as answer_in_chat
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.evaluation.own import read_file, score_rows
 from ziggurat.recipe.recipe import make_recipe
@@ -22,6 +23,7 @@ from ziggurat.training.answers.predict import predict, read_texts, seen_with
 from ziggurat.training.data.chat import IMAGE
 from ziggurat.training.data.examples import Examples, load_examples
 from ziggurat.training.loop.run import train
+from ziggurat.training.model.generate import Sampling
 from ziggurat.training.model.seeing import Writer, along, encode_images
 
 FORMS = Path(__file__).parents[1] / "forms"
@@ -149,6 +151,9 @@ def test_a_model_that_sees_learns_answers_and_is_exported(save: Callable[[Path],
     words = ["predict", str(result.folder), "what colour is the sky", "--image", str(BLUE), "--tokens", "6"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0 and done.output.strip() == together[0], done.output
+    question = "what colour is the sky"
+    answered = answer_in_chat(loaded, [{"role": "user", "content": question}], None, Sampling(6))
+    assert answered == predict(loaded, [question], max_new_tokens=6)[0].answer
     scored = score_file(loaded, FILE)
     assert scored.scores["perplexity"] == pytest.approx(result.after["perplexity"], rel=1e-3)
 

@@ -119,6 +119,7 @@ def test_the_loss_is_the_mean_over_labelled_tokens() -> None:
     scores, labels = np.random.default_rng(0).normal(size=(2, 3, 4)), np.array([[0, 3, -100], [2, -100, -100]])
     wanted = torch.nn.functional.cross_entropy(torch.tensor(scores).flatten(0, 1), torch.tensor(labels).flatten())
     assert metrics.mean_loss(scores, labels) == pytest.approx(float(wanted), rel=1e-10)
+    assert metrics.mean_loss(scores[..., :1], np.minimum(labels, 0)) == 0.0  # a single tag is certain
 
 
 def test_trained_asked_and_scored(tiny_bert: Path, tmp_path: Path) -> None:

@@ -75,5 +75,5 @@ def _answer(loaded: Loaded, messages: list[dict[str, Any]], system: str | None, 
     tokenizer: Any = loaded.tokenizer
     streamer = Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = asked_of(loaded, messages, system)
-    answers = generate(loaded.model, tokenizer, [ids], sampling, name=loaded.recipe.model, streamer=streamer)
+    answers = generate(loaded.model, loaded.writer, [ids], sampling, name=loaded.recipe.model, streamer=streamer)
     return next(answers)

@@ -34,7 +34,7 @@ def train(
 
     given = list(words or [])
     name, values = options.recipe_among(given)
-    recipe = load_recipe(name or "default", values)
+    recipe = load_recipe("default" if name is None else name, values)
     check_needs(recipe, "ziggurat train")
     check_hub(push_to_hub)
 

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from ziggurat.nearest import did_you_mean
 from ziggurat.recipe.glue import GLUE
-from ziggurat.recipe.schema import Count, Part, entry
+from ziggurat.recipe.schema import Part, entry
 from ziggurat.recipe.text import flatten
 from ziggurat.recipe.values import key_problems
 from ziggurat.terminal import clean
@@ -27,9 +27,13 @@ class TableKeys(Part):
         "ones"
     )
     tasks: Any = Field(description="label -> recipe keys of a task; a GLUE task's name alone stands for its data")
-    seeds: list[Count] = Field(description="the seeds, the same for every method and task")
+    seeds: list[Annotated[int, Field(ge=0, strict=True)]] = Field(
+        description="the seeds, the same for every method and task"
+    )
     baseline: Any = entry(None, "the method that differences are taken to (default: the first)")
-    confidence: Annotated[float, Field(ge=50, lt=100)] = entry(95, "of the intervals, in per cent (default: 95)")
+    confidence: Annotated[float, Field(ge=50, lt=100)] = entry(
+        95, "of the intervals, in per cent from 50 up to 100 (default: 95)"
+    )
     published: PublishedName | None = entry(None, "published figures to print beside")
     output: str | None = entry(None, "folder of runs and results (default: ziggurat-tables/<file's name>)")
     keep_adapters: bool = entry(True, "whether the runs' folders stay (default: true)")

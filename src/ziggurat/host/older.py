@@ -30,7 +30,7 @@ try:
 
     ForwardOnlyQuantizationBackend = quantization_utils.ForwardOnlyQuantizationBackend  # pyright: ignore
     resolve_quantization_backend = quantization_utils.resolve_quantization_backend
-except ImportError:
+except (ImportError, AttributeError):
 
     class ForwardOnlyQuantizationBackend:
         """A quantised weight that computes but is neither read nor changed."""

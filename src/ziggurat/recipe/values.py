@@ -20,7 +20,7 @@ def key_problems(known: Mapping[str, Any], values: Mapping[Any, Any]) -> Iterato
         if info.is_required() and not values.get(key):
             yield f"{key}: missing: {info.description}"
         elif key in values and (fault := fault_of(info, values[key])) is not None:
-            yield f"{key}: {fault}"
+            yield f"{key}: {fault} [{info.description}]" if info.description else f"{key}: {fault}"
 
 
 def fault_of(info: Any, value: Any) -> str | None:

@@ -27,6 +27,8 @@ class ParameterLayer(WithoutBase, MethodLayer, ExpertsLayer, nn.Module):
     It stands below an `AdaptedExperts`, which computes with it, under the parameter's name. It wraps nothing.
     """
 
+    other_param_names = (*MethodLayer.other_param_names, "starts")
+
     def __init__(self, method: Method, experts: nn.Module, name: str) -> None:
         nn.Module.__init__(self)
         self.method = method  # type: ignore[misc]

@@ -142,8 +142,10 @@ class StructureTuner(MethodTuner):
         state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         bank = cls._bank_with(adapter_name, model)
         kept = None if bank is None else bank.stored_structure(adapter_name)
+        if kept is None:
+            return state
         (name,) = config.no_factors
-        return state if kept is None else {**state, name: to_tensor(kept)}
+        return {**state, name: to_tensor(kept)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

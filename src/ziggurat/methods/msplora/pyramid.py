@@ -204,7 +204,7 @@ def _can_be(groups: Any, each: str) -> bool:
     if isinstance(groups, tuple):
         numbers = all(is_whole(first, 0, MOST_RANK) for first in groups)
         return groups[:1] == (0,) and numbers and all(a < b for a, b in pairwise(groups))
-    return groups == each or is_whole(groups, 1, MOST_RANK)
+    return groups == each or is_whole(groups, 1)
 
 
 def _check_groups(tier: Tier) -> None:

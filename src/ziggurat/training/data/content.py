@@ -21,7 +21,7 @@ def contents(recipe: Recipe) -> dict[str, str]:
     data, digests = recipe.data, {}
     task = glue_name(data.train, data.subset)
     for key, name in (("adapter", recipe.adapter), ("model", recipe.model), ("teacher.model", recipe.teacher.model)):
-        if name not in (None, EMBEDDED) and (folder := Path(str(name)).expanduser()).is_dir():
+        if name is not None and (key == "adapter" or name != EMBEDDED) and (folder := Path(name).expanduser()).is_dir():
             digests[key] = digest(folder, "*", _NOT_OF_A_MODEL)
     if task is not None and data.folder is not None:
         digests["data.folder"] = digest(glue_home(task, data.folder))

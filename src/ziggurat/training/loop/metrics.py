@@ -72,7 +72,7 @@ def mean_loss(predictions: Any, labels: Any) -> float:
     scores, truth = torch.from_numpy(outputs_of(predictions)).double(), torch.from_numpy(np.asarray(labels))
     if scores.ndim == truth.ndim == 2:
         return float(binary_cross_entropy_with_logits(scores, truth.double()))
-    if scores.ndim == 1 or scores.shape[-1] == 1:
+    if scores.ndim == 1 or scores.shape[1:] == (1,):
         return float(mse_loss(scores.flatten(), truth.double()))
     return float(cross_entropy(scores.flatten(0, -2), truth.long().flatten()))  # of tokens some have no label: -100
 

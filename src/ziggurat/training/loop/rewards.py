@@ -29,30 +29,30 @@ GROUP = "ziggurat.rewards"
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
-def _exact(settings: RewardsPart, completions: Sequence[Any], **columns: Any) -> list[float]:
+def _exact(settings: RewardsPart, /, completions: Sequence[Any], **columns: Any) -> list[float]:
     """1 where the completion is the right answer, blanks around both apart."""
     right = columns[settings.answer]
     return [float(text_of(c).strip() == str(a).strip()) for c, a in zip(completions, right, strict=True)]
 
 
-def _last_number(settings: RewardsPart, completions: Sequence[Any], **columns: Any) -> list[float]:
+def _last_number(settings: RewardsPart, /, completions: Sequence[Any], **columns: Any) -> list[float]:
     """1 where the last number of the completion is the last number of the right answer."""
     right = columns[settings.answer]
     return [float(_last(text_of(c)) == _last(str(a)) is not None) for c, a in zip(completions, right, strict=True)]
 
 
-def _regex(settings: RewardsPart, completions: Sequence[Any]) -> list[float]:
+def _regex(settings: RewardsPart, /, completions: Sequence[Any]) -> list[float]:
     """1 where the pattern is found in the completion."""
     pattern = re.compile(str(settings.pattern))
     return [float(pattern.search(text_of(completion)) is not None) for completion in completions]
 
 
-def _json(settings: RewardsPart, completions: Sequence[Any]) -> list[float]:
+def _json(settings: RewardsPart, /, completions: Sequence[Any]) -> list[float]:
     """1 where the completion is JSON and nothing else."""
     return [float(_is_json(text_of(completion))) for completion in completions]
 
 
-def _length(settings: RewardsPart, completions: Sequence[Any]) -> list[float]:
+def _length(settings: RewardsPart, /, completions: Sequence[Any]) -> list[float]:
     """1 up to `rewards.most` characters, and most / n for n characters beyond."""
     most = settings.most or 1
     return [min(1.0, most / max(1, len(text_of(completion)))) for completion in completions]
