@@ -15,6 +15,19 @@ _SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 32,
 }
+_DEEPSEEK: dict[str, Any] = {
+    "moe_intermediate_size": 8,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "qk_nope_head_dim": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+}
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
     "qwen3_moe": (
@@ -27,40 +40,8 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "layer_types": ["full_attention"] * 2},
     ),
     "granitemoe": ("GraniteMoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "deepseek_v3": (
-        "DeepseekV3Config",
-        {
-            "moe_intermediate_size": 8,
-            "kv_lora_rank": 8,
-            "q_lora_rank": 8,
-            "qk_rope_head_dim": 4,
-            "v_head_dim": 8,
-            "qk_nope_head_dim": 4,
-            "n_routed_experts": 4,
-            "n_group": 1,
-            "topk_group": 1,
-            "num_experts_per_tok": 2,
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 1,
-            "num_hidden_layers": 3,
-        },
-    ),
-    "deepseek_v2": (
-        "DeepseekV2Config",
-        {
-            "moe_intermediate_size": 8,
-            "kv_lora_rank": 8,
-            "q_lora_rank": 8,
-            "qk_rope_head_dim": 4,
-            "v_head_dim": 8,
-            "qk_nope_head_dim": 4,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 1,
-            "num_hidden_layers": 3,
-        },
-    ),
+    "deepseek_v3": ("DeepseekV3Config", {**_DEEPSEEK, "n_group": 1, "topk_group": 1}),
+    "deepseek_v2": ("DeepseekV2Config", _DEEPSEEK),
     "qwen2_moe": (
         "Qwen2MoeConfig",
         {
