@@ -456,6 +456,12 @@ def test_an_adapted_bfloat16_router_is_the_merged_one_to_the_bit() -> None:
         ),
         (
             MSPLoraConfig(
+                tiers=[{"name": "e", "groups": 1, "expert_groups": 10**12, "r": 1}], target_parameters=EXPERTS
+            ),
+            r"expert_groups=1000000000000 of tier 'e'.*has the experts 0 to 3. Give at most 4",
+        ),
+        (
+            MSPLoraConfig(
                 tiers=[{"name": "e", "groups": 1, "expert_groups": 2}],
                 target_parameters=EXPERTS,
                 target_modules=["o_proj"],

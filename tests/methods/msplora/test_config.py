@@ -207,6 +207,12 @@ def test_impossible_configs(fields: dict, says: str) -> None:
             ConfigError,
             "num_groups=5, but the stack 'bert.encoder.layer' has 4 layers: at most 4",
         ),
+        (
+            "bert",
+            {"num_groups": 10**12},
+            ConfigError,
+            "num_groups=1000000000000, but the stack .* has 4 layers: at most 4",
+        ),
         ("bert", {"group_starts": [0, 4]}, ConfigError, "would begin at layer 4"),
         ("bert", {"r": 32}, ConfigError, "rank 32 of tier 'global' is above the matrix.*maps 16 to 16"),
         ("bert", {"rank_pattern": {"valeu": [1, 1, 1]}}, ConfigError, "'valeu'.*no adapted linear layer has this role"),

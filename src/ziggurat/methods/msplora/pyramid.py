@@ -82,10 +82,11 @@ class Tier:
 
     def check(self, site: Site) -> None:
         """Raise ConfigError unless this tier's groups fit the stack and the experts of `site`."""
-        if site.num_experts is not None and self.experts_of(site.num_experts)[-1] >= site.num_experts:
+        groups, experts = self.expert_groups, site.num_experts
+        if experts is not None and (groups if isinstance(groups, int) else self.experts_of(experts)[-1] + 1) > experts:
             raise ConfigError(
                 f"expert_groups={shown(self.expert_groups)} of tier {self.name!r}: {site.path!r} has the experts 0 "
-                f"to {site.num_experts - 1}. Give at most {site.num_experts} groups, or the first expert of each."
+                f"to {experts - 1}. Give at most {experts} groups, or the first expert of each."
             )
         if isinstance(self.groups, int) and not self.at_most and self.groups > site.num_layers:
             raise ConfigError(
