@@ -210,7 +210,9 @@ def _scores(task: str, scores: dict[str, float], per_cent: list[str], errors: di
 
     shown = []
     for name, value in scores.items():
+        if name.endswith("rows"):
+            continue
         digits = 2 if name in per_cent else 4
         error = f" ± {errors[name]:.{digits}f}" if errors and name in errors else ""
-        shown += [f"{name} {value:.{digits}f}{error}"] * (not name.endswith("rows"))
+        shown.append(f"{name} {value:.{digits}f}{error}")
     return f"{task}: {', '.join(shown)} ({int(scores['rows']):,} rows)"
