@@ -28,7 +28,7 @@ def plan(
     json: Json = False,
 ) -> None:
     """Count before training what a method adapts, shares, trains, stores and needs, from the model's config alone."""
-    from ziggurat.plan.planner import plan_recipe
+    from ziggurat.plan.of_recipe import plan_recipe
     from ziggurat.plan.show import show, to_json
     from ziggurat.plan.words import check_model_word
     from ziggurat.recipe.recipe import load_recipe

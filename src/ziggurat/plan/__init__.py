@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ziggurat.training.model.meta import bare_model
 
+    from .of_recipe import plan_recipe as plan_recipe
     from .planner import Plan as Plan
     from .planner import plan as plan
-    from .planner import plan_recipe as plan_recipe
 
 __all__ = ["Plan", "bare_model", "plan", "plan_recipe"]
 
@@ -17,6 +17,6 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     if name in __all__:
-        where = "ziggurat.training.model.meta" if name == "bare_model" else f"{__name__}.planner"
-        return getattr(import_module(where), name)
+        elsewhere = {"bare_model": "ziggurat.training.model.meta", "plan_recipe": f"{__name__}.of_recipe"}
+        return getattr(import_module(elsewhere.get(name, f"{__name__}.planner")), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

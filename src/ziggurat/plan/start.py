@@ -246,7 +246,7 @@ def _first_here(proposals: Sequence[Proposal]) -> str:
 
 def _size(text: str, model: str, proposals: Sequence[Proposal]) -> str:
     """The model's size and trainable parameters, by `ziggurat plan`; or as listed, if its config isn't local."""
-    from .planner import plan_recipe
+    from .of_recipe import plan_recipe
 
     try:
         plan = plan_recipe(model, recipe_of(text, label="recipe"), measure_memory=False)
