@@ -56,14 +56,16 @@ class Run(NamedTuple):
 def missing(plan: dict[str, Any], lines: list[dict[str, Any]]) -> Iterator[Run]:
     """The runs that can be started, in the plan's order: a group's first rates, its other rates, its other seeds.
 
-    With `seeds_first` the other seeds of the first rates come before the other rates.
+    With `seeds_first` the other seeds of the first rates come before the other rates. A group may have `seeds` of its
+    own in the place of the plan's.
     """
     done = {line["key"]: line for line in lines}
     for group in plan["groups"]:
         tuned = [_tuning(plan, group, name, rates, done) for name, rates in group["rates"].items()]
+        first, *others = seeds_of(plan, group)
         if group.get("seeds_first"):
-            firsts = [runs[0]._replace(seed=seed) for seed in plan["seeds"] for runs in tuned]
-            yield from (run for run in firsts if run.key not in done and (run.config or run.seed == plan["seeds"][0]))
+            firsts = [runs[0]._replace(seed=seed) for seed in (first, *others) for runs in tuned]
+            yield from (run for run in firsts if run.key not in done and (run.config or run.seed == first))
             if any(run.key not in done for run in firsts if run.config):
                 return
         longest = max(map(len, tuned))
@@ -71,13 +73,18 @@ def missing(plan: dict[str, Any], lines: list[dict[str, Any]]) -> Iterator[Run]:
         yield from (run for run in turns if run.key not in done)
         if any(run.key not in done for run in turns):
             return
-        for seed in plan["seeds"][1:]:
+        for seed in others:
             for runs in tuned:
                 best = best_rate(runs, done)
                 if best is not None and runs[0].config:
                     again = best._replace(seed=seed)
                     if again.key not in done:
                         yield again
+
+
+def seeds_of(plan: dict[str, Any], group: dict[str, Any]) -> list[int]:
+    """The seeds of a group's runs; rates are chosen with the first."""
+    return group.get("seeds", plan["seeds"])
 
 
 def planned(plan: dict[str, Any], done: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, list[Run]]]:
@@ -96,7 +103,7 @@ def _tuning(
         config["target_modules"] = plan["targets"][group["targets"]]
     # LoR2C's paths go around whole layers: it has no targets.
     targets = "" if not config else "paths" if config["config"] == "LoR2CConfig" else group["targets"]
-    runs = [Run(group["task"], targets, name, config, float(rate), plan["seeds"][0]) for rate in rates]
+    runs = [Run(group["task"], targets, name, config, float(rate), seeds_of(plan, group)[0]) for rate in rates]
     for _ in range(2):
         best = best_rate(runs, done)
         if best is None or len(runs) < 3 or min(r.rate for r in runs) < best.rate < max(r.rate for r in runs):

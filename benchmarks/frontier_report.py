@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import yaml
-from frontier import best_rate, planned, read
+from frontier import best_rate, planned, read, seeds_of
 
 HERE = Path(__file__).resolve().parent
 #: The method whose gain is 100%, and what it adapts.
@@ -58,7 +58,7 @@ def rows(plan: dict[str, Any], lines: list[dict[str, Any]], task: str) -> list[R
         best = best_rate([run for run, _ in tried], done)
         if best is not None:
             row.rate = best.rate
-            for seed in plan["seeds"]:
+            for seed in seeds_of(plan, group):
                 line = done.get(best._replace(seed=seed).key)
                 if line is not None and line.get("reported_after") is not None:
                     row.lines[seed] = line
@@ -202,7 +202,7 @@ def left_out(plan: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
         best = best_rate(tried, done) if tried else None
         seeds = [
             str(seed)
-            for seed in plan["seeds"][1:]
+            for seed in seeds_of(plan, group)[1:]
             if runs[0].config and (best is None or best._replace(seed=seed).key not in done)
         ]
         lacking = [f"rates {', '.join(rates)}"] * bool(rates) + [f"seeds {', '.join(seeds)}"] * bool(seeds)

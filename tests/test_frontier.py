@@ -58,16 +58,16 @@ def test_the_best_rate_gets_neighbours_before_the_other_seeds_get_it(frontier: A
     assert order[-4:] == [(m, r, s) for s in (1, 2) for m, r in (("LoRA r 8", 8e-2), ("LoR2C r 2", 4e-3))]
 
 
-def test_seeds_may_come_before_the_other_rates(frontier: Any) -> None:
-    plan = PLAN | {"groups": [PLAN["groups"][0] | {"seeds_first": True}]}  # type: ignore[index]
+def test_seeds_may_come_before_the_other_rates_and_be_a_groups_own(frontier: Any) -> None:
+    plan = PLAN | {"groups": [PLAN["groups"][0] | {"seeds_first": True, "seeds": [0, 1, 2, 3]}]}  # type: ignore[index]
     lines: list[dict[str, Any]] = []
     order = []
     while (run := next(frontier.missing(plan, lines), None)) is not None:
         order.append((run.method, run.rate, run.seed))
         lines.append(line(run, 3 + abs(run.rate - (1e-2 if run.method == "LoRA r 8" else 4e-3))))
-    firsts = [(method, rate, seed) for seed in (0, 1, 2) for method, rate in (("LoRA r 8", 1e-2), ("LoR2C r 2", 4e-3))]
-    assert order[:7] == [("frozen", 0, 0), *firsts]
-    assert len(order) == len(set(order)) == 11
+    firsts = [(method, rate, seed) for seed in range(4) for method, rate in (("LoRA r 8", 1e-2), ("LoR2C r 2", 4e-3))]
+    assert order[:9] == [("frozen", 0, 0), *firsts]
+    assert len(order) == len(set(order)) == 13
 
 
 def test_a_method_whose_every_rate_fails_gets_no_seeds(frontier: Any) -> None:
