@@ -100,6 +100,17 @@ def test_together_and_alone_are_the_same_numbers(config: type, monkeypatch: pyte
 
 
 @versions.shares
+def test_linear_layers_share_while_a_tier_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tier that doesn't learn is read as a detached tensor, another one in each call."""
+    model, x = adapted(), torch.randn(2, 5, 12, dtype=torch.float64)
+    model.base_model.set_stage(0.5)
+    seen = calls(monkeypatch)
+    together = step(model, x)
+    assert seen == [3]
+    assert_equal(together, step(alone(model), x))
+
+
+@versions.shares
 def test_one_mask_for_all_three() -> None:
     """By the formula, with the mask drawn once: queries, keys and values of dropout(x) with the same entries zero."""
     p = 0.4

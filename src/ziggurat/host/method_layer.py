@@ -93,11 +93,11 @@ class MethodLayer(Stores):
         if self.method.reads is not None:
             leaves = leaves | redirected(self.method, self.configs[adapter], self.sites[adapter])
         shared = [leaf for in_bank, leaf in leaves.values() if in_bank]
+        from_bank = iter(self.__dict__[BANK](adapter, shared) if shared else ())
         private: Factors = self.stores[adapter]  # type: ignore[assignment]
+        tensors = {key: next(from_bank) if in_bank else private[leaf] for key, (in_bank, leaf) in leaves.items()}
         if not shared:
-            return {key: private[leaf] for key, (_, leaf) in leaves.items()}
-        from_bank = dict(zip(shared, self.__dict__[BANK](adapter, shared), strict=True))
-        tensors = {key: from_bank[leaf] if in_bank else private[leaf] for key, (in_bank, leaf) in leaves.items()}
+            return tensors
         # A shared tensor lies where the first of its layers does; the last key's is the nearest to this layer.
         home = tensors[next(reversed(tensors))].device
         for tensor in tensors.values():
@@ -139,7 +139,7 @@ class MethodLayer(Stores):
     def state_of(self, adapter: str) -> tuple[object, ...]:
         """A key that changes whenever the pair of `adapter` in a training pass does: its tensors and their versions."""
         context = self.context(adapter)
-        tensors = self.stored(adapter).values()
+        tensors = self.held(adapter).values()
         versions = ((id(t), None if t.is_inference() else t._version) for t in tensors)
         return self.dropout(adapter), context.drawn, *versions
 
