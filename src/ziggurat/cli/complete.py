@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from glob import escape, glob
 from importlib.resources import files
+from os.path import isdir
 
 import typer
 
@@ -12,10 +13,13 @@ import typer
 def recipe_words(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     """The words `RECIPE KEY=VALUE` that begin with `incomplete`, each with a description.
 
-    They are the recipes that ship, recipe files in this folder, and keys. For a value, which bash passes as a separate
-    word after `=`, the list is empty: the shell then completes file names.
+    They are the recipes that ship, recipe files in this folder, and keys; after `KEY=` files. Bash passes a value as a
+    separate word: for it the list is empty, and bash completes file names itself.
     """
-    if "=" in incomplete or [*(ctx.params.get("words") or ())][-1:] == ["="]:
+    key, given, value = incomplete.partition("=")
+    if given:
+        return [(f"{key}={path}", "file") for path in _paths(value)]
+    if [*(ctx.params.get("words") or ())][-1:] == ["="]:
         return []
     shipped = (entry.name.removesuffix(".yaml") for entry in (files("ziggurat") / "recipes").iterdir())
     offered = [(name, "recipe") for name in sorted(shipped) if name.startswith(incomplete)]
@@ -31,3 +35,10 @@ def recipe_words(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
             # With two candidates for one key, a shell appends no space after `key=`.
             offered += [(f"{key}=", info.description or ""), (f"{key}={value}", "the default")]
     return offered
+
+
+def _paths(beginning: str) -> list[str]:
+    """The paths that begin so; of a single folder its files too, since a shell appends a space to a single candidate."""
+    paths = sorted(f"{path}/" if isdir(path) else path for path in glob(f"{escape(beginning)}*"))
+    alone = len(paths) == 1 and paths[0].endswith("/")
+    return [*paths, *_paths(paths[0])] if alone else paths
