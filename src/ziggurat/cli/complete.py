@@ -38,7 +38,7 @@ def recipe_words(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
 
 
 def _paths(beginning: str) -> list[str]:
-    """The paths that begin so; of a single folder its files too, since a shell appends a space to a single candidate."""
+    """The paths that begin so; with a single folder its files, since a shell appends a space to a single candidate."""
     paths = sorted(f"{path}/" if isdir(path) else path for path in glob(f"{escape(beginning)}*"))
     alone = len(paths) == 1 and paths[0].endswith("/")
     return [*paths, *_paths(paths[0])] if alone else paths
