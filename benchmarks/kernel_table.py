@@ -111,12 +111,12 @@ def measured(case: tuple[int, str, str]) -> dict[str, Any]:
     tile = traffic.kernels.tile(kernel, rank)
     row: dict[str, Any] = {"kernel": name, "rank": rank, "target": target, "tile": list(tile)}
     try:
-        found = compiled(name, rank, target)
+        kernel = compiled(name, rank, target)
     except Exception as error:
         return {**row, "error": f"{type(error).__name__}: {error}"[:200]}
-    resources = of_cubin(found.asm["cubin"]) if "cubin" in found.asm else of_amdgcn(found.asm["amdgcn"])
-    row |= resources | {"shared": found.metadata.shared}
-    row["products"] = len(re.findall(r"mma|mfma", found.asm.get("ptx", found.asm.get("amdgcn", ""))))
+    resources = of_cubin(kernel.asm["cubin"]) if "cubin" in kernel.asm else of_amdgcn(kernel.asm["amdgcn"])
+    row |= resources | {"shared": kernel.metadata.shared}
+    row["products"] = len(re.findall(r"mma|mfma", kernel.asm.get("ptx", kernel.asm.get("amdgcn", ""))))
     row["occupancy"] = occupancy(target, row["registers"], row["shared"], tile.num_warps)
     if "loop" in row:
         row["instructions"] = round(row.pop("loop") * tile.num_warps * 32 / (tile.TOKENS * tile.WIDTH), 1)
@@ -223,10 +223,10 @@ def main() -> int:
             for row in pool.map(measured, (case for case in cases if case not in rows)):
                 rows[key(row)] = row
                 print(json.dumps(row), file=file, flush=True)
-    found = [rows[case] for case in cases]
-    wrong = bad(found)
-    print(HEAD.format(count=len(found), triton=metadata.version("triton"), wrong=len(wrong), tokens=TOKENS, d=D))
-    print(markdown(found), end="")
+    table = [rows[case] for case in cases]
+    wrong = bad(table)
+    print(HEAD.format(count=len(table), triton=metadata.version("triton"), wrong=len(wrong), tokens=TOKENS, d=D))
+    print(markdown(table), end="")
     return int(bool(wrong))
 
 

@@ -172,8 +172,8 @@ def importing(seconds: float) -> None:
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(peft) < 15:
             for name, then in ways.items():
-                before, own = run(then)
-                took[name].append(own)
+                before, after_peft = run(then)
+                took[name].append(after_peft)
             peft.append(before)
     print(f"\n### Import, processor time: {len(peft)} rounds\n\n| | ms (quartiles) |\n|---|--:|")
     rows = {"`import peft`, with bytecode": peft}

@@ -70,10 +70,10 @@ def prepare(options: argparse.Namespace, task: str) -> None:
     if task not in probes:
         probes[task] = probe(options, task)
         notes.write_text(json.dumps(probes, indent=1))
-    said = probes[task]
-    print(task, json.dumps(said), flush=True)
+    suggested = probes[task]
+    print(task, json.dumps(suggested), flush=True)
     ways: dict[str, dict[str, Any]] = {"halved": {"ranks": [max(options.r // 2**n, 1) for n in range(3)]}}
-    for criterion, choice in said["by"].items():
+    for criterion, choice in suggested["by"].items():
         ways[criterion] = {"ranks": choice["ranks"], "group_starts": choice["group_starts"]}
         if options.ablate:
             ways[f"{criterion}_ranks"] = {"ranks": choice["ranks"]}
@@ -87,7 +87,7 @@ def prepare(options: argparse.Namespace, task: str) -> None:
             )
         glue.METHODS[name] = glue.Method(lambda fields=fields, **given: MSPLoraConfig(**{**given, **fields}))
         names.append(name)
-    options.methods = [f"{names[0]}:r={options.r}", f"lora:r={said['lora']}", *names[1:]]
+    options.methods = [f"{names[0]}:r={options.r}", f"lora:r={suggested['lora']}", *names[1:]]
 
 
 def main() -> None:

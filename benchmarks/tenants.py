@@ -142,8 +142,8 @@ def bank(options: argparse.Namespace, seed: int) -> tuple[Path, float]:
 def arms(options: argparse.Namespace) -> list[str]:
     """The LoRAs have as many parameters as the private tier, as the pyramid, and rank r."""
     model = transformers.AutoModel.from_pretrained(options.model)
-    one = ziggurat.DyLoRAConfig(r=1, target_modules=glue.QUERY_VALUE)
-    unit = count(peft.get_peft_model(model, one))
+    rank_one = ziggurat.DyLoRAConfig(r=1, target_modules=glue.QUERY_VALUE)
+    unit = count(peft.get_peft_model(model, rank_one))
     fresh = peft.get_peft_model(transformers.AutoModel.from_pretrained(options.model), pyramid(options))
     private = sum(p.numel() for n, p in fresh.named_parameters() if n.endswith("_layer"))
     ranks = sorted({max(1, round(private / unit)), max(1, round(count(fresh) / unit)), options.r})

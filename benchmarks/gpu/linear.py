@@ -130,14 +130,14 @@ def measure(rows: Rows, size: tuple[int, int, int, float, int], device: torch.de
 
 def warmed(rows: Rows, table: str, runs: dict[str, Run]) -> dict[str, Run]:
     """Those that run; the first time compiles."""
-    found = {}
+    working = {}
     for name, run in runs.items():
         try:
             run()
-            found[name] = run
+            working[name] = run
         except Exception as error:
             rows.failed(error, table=table, way=name)
-    return found
+    return working
 
 
 def compare(rows: Rows, table: str, runs: dict[str, Run], device: torch.device, rounds: int) -> None:

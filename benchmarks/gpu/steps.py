@@ -133,14 +133,14 @@ class Part:
         """Rows of the ways, and each one's median ratio to the frozen model."""
         runs = {name: way for name, (way, _) in ways.items()}
         took = in_turns(runs, self.device, rounds=self.rounds, seconds=self.seconds)
-        found = {}
+        by_way = {}
         for name, (_, costs) in ways.items():
             times = sorted(took[name])
             ratio = ratios(took[name], took["frozen"])
-            found[name] = ratio["ratio"]
+            by_way[name] = ratio["ratio"]
             ms = times[len(times) // 2] / 1e3
             self.rows.add(table=table, way=name, ms=ms, **ratio, rounds=len(times), **costs)
-        return found
+        return by_way
 
 
 def eager(part: Part, shape: Shape, profiled: bool) -> None:

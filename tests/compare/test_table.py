@@ -103,13 +103,13 @@ def test_the_key_knows_the_content_of_local_files(tmp_path: Path, tiny_llama: Pa
         runs = make_table(values(**whole, seeds=[1]), "mine", tmp_path / "out").runs
         return {(run.method, run.task): run.key for run in runs}
 
-    own, rte, mmlu, base = ("LoRA", "own"), ("LoRA", "rte"), ("LoRA", "mmlu"), ("base", "mmlu")
+    mine, rte, mmlu, base = ("LoRA", "own"), ("LoRA", "rte"), ("LoRA", "mmlu"), ("base", "mmlu")
     changes = [
-        ("train.csv", "text,label\nb,1\n", {own, mmlu}),
-        ("val.csv", "text,label\na,2\n", {own, mmlu}),
+        ("train.csv", "text,label\nb,1\n", {mine, mmlu}),
+        ("val.csv", "text,label\na,2\n", {mine, mmlu}),
         ("glue/rte/train.parquet", "others", {rte}),
         ("tasks/mmlu/test.parquet", "others", {mmlu, base}),
-        ("model/config.json", "{}", {own, rte, mmlu, base}),
+        ("model/config.json", "{}", {mine, rte, mmlu, base}),
         ("model/README.md", "hello", set()),
         ("glue/cola.parquet", "another task's", set()),
     ]

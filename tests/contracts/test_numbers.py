@@ -33,7 +33,7 @@ def adapted(method: str, model: str, base: nn.Module | None = None, **fields: ob
     return get_peft_model(built, zoo_config(method, model, init_weights=False, **fields)).eval()
 
 
-def own(model: nn.Module, method: str) -> dict[str, nn.Parameter]:
+def parameters_of(model: nn.Module, method: str) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if METHODS[method].prefix in n}
 
 
@@ -53,12 +53,12 @@ def test_a_half_precision_base_trains_float32_factors(method: str, dtype: torch.
     out = logits(model, inputs)
     assert out.dtype == dtype
     assert_models_agree(out.float(), exact, dtype=dtype, without=logits(ZOO["llama"].build(), inputs))
-    before = {name: p.detach().clone() for name, p in own(model, method).items()}
+    before = {name: p.detach().clone() for name, p in parameters_of(model, method).items()}
     gradients = learn(model, ZOO["llama"].inputs())
     assert gradients
     assert all(g.dtype == torch.float32 and torch.isfinite(g).all() for n, g in gradients.items() if n in before)
     torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3).step()
-    assert any(not torch.equal(p, before[name]) for name, p in own(model, method).items())
+    assert any(not torch.equal(p, before[name]) for name, p in parameters_of(model, method).items())
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
@@ -82,7 +82,7 @@ def test_factors_beyond_float16_beside_a_float16_base(method: str) -> None:
     exact = logits(model, ZOO["llama"].inputs())
     down, up = DOWN_AND_UP[method]
     with torch.no_grad():
-        for name, parameter in own(model, method).items():
+        for name, parameter in parameters_of(model, method).items():
             if down in name:
                 parameter.mul_(1e6)
             elif up in name:
@@ -97,7 +97,7 @@ def test_factors_beyond_float16_beside_a_float16_base(method: str) -> None:
 def test_a_merge_that_overflows_float16_is_refused(method: str) -> None:
     model = adapted(method, "llama", ZOO["llama"].build().half())
     with torch.no_grad():
-        for parameter in own(model, method).values():
+        for parameter in parameters_of(model, method).values():
             parameter.mul_(1e8)
     before = {name: p.clone() for name, p in model.named_parameters() if "base_layer" in name}
     with pytest.raises(ValueError, match="NaNs detected"):
@@ -108,10 +108,10 @@ def test_a_merge_that_overflows_float16_is_refused(method: str) -> None:
 @every_method
 def test_an_adapter_on_the_meta_device(method: str) -> None:
     """Shapes without numbers, for planning: the same as those of a real one."""
-    real = own(adapted(method, "bert"), method)
+    real = parameters_of(adapted(method, "bert"), method)
     with torch.device("meta"):
         base = ZOO["bert"].build()
-    planned = own(adapted(method, "bert", base.to("meta")), method)
+    planned = parameters_of(adapted(method, "bert", base.to("meta")), method)
     assert {n: p.shape for n, p in planned.items()} == {n: p.shape for n, p in real.items()}
     assert all(p.is_meta for p in planned.values())
 
@@ -176,7 +176,7 @@ def test_a_model_that_runs_one_layer_many_times(method: str, tmp_path: Path) -> 
     tuned.save_pretrained(str(tmp_path))
     assert torch.equal(logits(PeftModel.from_pretrained(ZOO["albert"].build(), str(tmp_path)).eval(), inputs), expected)
     exact = adapted(method, "albert", ZOO["albert"].build().double()).double()
-    name, parameter = next((n, p) for n, p in own(exact, method).items() if p.dim() == 2 and "_u" not in n)
+    name, parameter = next((n, p) for n, p in parameters_of(exact, method).items() if p.dim() == 2 and "_u" not in n)
     gradient = learn(exact, inputs)[name].flatten()
     place, step = int(gradient.abs().argmax()), 1e-6
 

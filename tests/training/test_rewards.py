@@ -30,7 +30,7 @@ from ziggurat.training.loop.run import train
 WORDS = ("film", "story", "actor", "scene", "music", "plot", "sky", "grass", "one", "two")
 OWN = """
 def often(completions, answer):
-    return [sum(word in right for word in said.split()) / 4 for said, right in zip(completions, answer)]
+    return [sum(word in right for word in completion.split()) / 4 for completion, right in zip(completions, answer)]
 
 def short(completion_ids, **rest):
     return [1 - len(ids) / 4 for ids in completion_ids]
@@ -38,7 +38,7 @@ def short(completion_ids, **rest):
 def broken(completions):
     return [
         {}["no such key"]
-        for said in completions
+        for completion in completions
     ]
 """
 
@@ -50,7 +50,7 @@ def prompts(folder: Path) -> Path:
     return write_jsonl(folder / "prompts.jsonl", rows)  # type: ignore[arg-type]
 
 
-def own(folder: Path) -> Path:
+def write_rewards(folder: Path) -> Path:
     (folder / "own_rewards.py").write_text(OWN)
     return folder / "own_rewards.py"
 
@@ -124,7 +124,7 @@ def test_what_a_reward_function_returns_is_checked() -> None:
 
 
 def test_a_name_in_a_recipe_brings_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own(tmp_path)
+    write_rewards(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("often", "own_rewards.py:often", "own_rewards:often", "os:system"):
@@ -135,7 +135,7 @@ def test_a_name_in_a_recipe_brings_no_code(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_an_installed_package_brings_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own(tmp_path)
+    write_rewards(tmp_path)
     info = tmp_path / "own-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: own\nVersion: 1.0\n")
@@ -167,7 +167,10 @@ def test_what_cannot_be_rewarded_is_said_at_once(tmp_path: Path) -> None:
         settle_rewards(recipe(task="instruct"), [exact])
     with pytest.raises(RecipeError, match=r"rewards.functions: has no meaning with task: instruct"):
         recipe(task="instruct", rewards__functions=["exact"])
-    for word, says in (("own.py", "a file or a module"), (f"{own(tmp_path)}:gone", "has no function called gone")):
+    for word, says in (
+        ("own.py", "a file or a module"),
+        (f"{write_rewards(tmp_path)}:gone", "has no function called gone"),
+    ):
         with pytest.raises(ConfigError, match=says):
             from_words([word])
 
@@ -221,7 +224,7 @@ def test_prompts_that_cannot_be_asked(tmp_path: Path, tiny_llama: Path) -> None:
 def test_grpo_raises_the_reward_and_goes_on_bitwise(tiny_llama: Path, tmp_path: Path) -> None:
     """From the command: two functions of one's own with weights; stopped and resumed in the second epoch."""
     more = {"train__max_steps": 8, "rewards__weights": [1.0, -0.1], "train__lr": 0.03}
-    flags = [f"--reward={own(tmp_path)}:{name}" for name in ("often", "short")]
+    flags = [f"--reward={write_rewards(tmp_path)}:{name}" for name in ("often", "short")]
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(_plain(run(tiny_llama, tmp_path, **more))))
     assert main("train", str(tmp_path / "mine.yaml"), *flags) == 0
     info = json.loads((tmp_path / "out" / "run.json").read_text())
@@ -273,7 +276,7 @@ def test_rewards_that_are_all_the_same_are_told(tiny_llama: Path, tmp_path: Path
 
 def test_a_reward_that_fails_ends_the_run(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(_plain(run(tiny_llama, tmp_path, train__max_steps=2))))
-    assert main("train", str(tmp_path / "mine.yaml"), "--reward", f"{own(tmp_path)}:broken") == 2
+    assert main("train", str(tmp_path / "mine.yaml"), "--reward", f"{write_rewards(tmp_path)}:broken") == 2
     printed = " ".join(capsys.readouterr().err.split())
     assert "error: the reward 'broken' ended in KeyError in line 10: 'no such key'" in printed
     assert not (tmp_path / "out").exists()

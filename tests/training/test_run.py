@@ -50,8 +50,8 @@ def test_classification_learns_and_reloads_exactly(
     texts = [row["text"] for row in reviews(8)]
     answers = predict(loaded, texts)
     assert [prediction.answer for prediction in answers] == [row["label"] for row in reviews(8)]
-    for found in answers:
-        assert found.shares is not None and sum(found.shares.values()) == pytest.approx(1.0, abs=1e-5)
+    for answer in answers:
+        assert answer.shares is not None and sum(answer.shares.values()) == pytest.approx(1.0, abs=1e-5)
     assert predict(result.folder, texts[:1]) == predict(loaded, texts[:1])
 
     info, stored = run_info(result), yaml.safe_load((result.folder / "recipe.yaml").read_text())

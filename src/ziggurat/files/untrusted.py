@@ -125,9 +125,9 @@ def loaded_tensors(folder: str | Path) -> dict[str, Tensor]:
     Raises:
         ConfigError: as `stored_tensors`.
     """
-    bank, own = bank_of(folder), own_file(folder, SAFETENSORS_WEIGHTS_NAME)
+    bank, weights = bank_of(folder), own_file(folder, SAFETENSORS_WEIGHTS_NAME)
     tensors: dict[str, Tensor] = {}
-    for path in (own,) if bank is None else (bank, own):
+    for path in (weights,) if bank is None else (bank, weights):
         with _reading(path):
             tensors |= load_file(path)
     return tensors

@@ -273,7 +273,7 @@ names = st.text("abcdefgh_", min_size=1, max_size=6)
 def test_a_stack_is_found_wherever_it_lies(way: list[str], count: int, kind: str) -> None:
     layers = blocks(count, 2)
     numbered = {str(n): layer for n, layer in enumerate(layers)}
-    model = {"list": nn.ModuleList, "sequential": lambda found: nn.Sequential(*found)}.get(
+    model = {"list": nn.ModuleList, "sequential": lambda stack: nn.Sequential(*stack)}.get(
         kind, lambda _: nn.ModuleDict(numbered)
     )(layers)
     way = [*way, "stack"]

@@ -134,7 +134,7 @@ def held_bytes(model: PeftModel) -> int:
     return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def said(model: PeftModel, name: str) -> torch.Tensor:
+def logits_of(model: PeftModel, name: str) -> torch.Tensor:
     model.set_adapter(name)
     return logits(model.eval(), LLAMA.inputs())
 
@@ -144,17 +144,17 @@ def test_what_a_set_has_in_common_lies_in_memory_once(tmp_path: Path) -> None:
     model = two()
     share(model, ["films", "books"], tiers)
     save_tenants(model, folder, tiers=tiers)
-    expected = {name: said(model, name) for name in ("films", "books")}
+    expected = {name: logits_of(model, name) for name in ("films", "books")}
     once = sum(t.numel() for file in folder.rglob("*.safetensors") for t in load_file(file).values())
     for on_meta in (False, True):
         loaded = PeftModel.from_pretrained(LLAMA.build(), folder / "films", "films")
         loaded.load_adapter(folder / "books", "books", low_cpu_mem_usage=on_meta)
         assert held_bytes(loaded) == 4 * once
-        assert all(torch.equal(said(loaded, name), logits) for name, logits in expected.items())
+        assert all(torch.equal(logits_of(loaded, name), logits) for name, logits in expected.items())
     moved = copy.deepcopy(loaded).double()
     assert held_bytes(moved) == 8 * once
     moved.delete_adapter("films")
-    assert_models_agree(said(moved.float(), "books"), expected["books"])
+    assert_models_agree(logits_of(moved.float(), "books"), expected["books"])
     torch.manual_seed(3)
     other = get_peft_model(LLAMA.build(), zoo_config("msplora", "llama", init_weights=False))
     other.save_pretrained(tmp_path / "other")
@@ -163,8 +163,8 @@ def test_what_a_set_has_in_common_lies_in_memory_once(tmp_path: Path) -> None:
     # Other values of one adapter reach no other.
     state = {name: t + 1 for name, t in get_peft_model_state_dict(loaded, adapter_name="books").items()}
     set_peft_model_state_dict(loaded, state, adapter_name="books")
-    assert torch.equal(said(loaded, "films"), expected["films"])
-    assert not torch.equal(said(loaded, "books"), expected["books"])
+    assert torch.equal(logits_of(loaded, "films"), expected["films"])
+    assert not torch.equal(logits_of(loaded, "books"), expected["books"])
 
 
 def test_a_swap_that_would_change_the_other_adapters_is_refused(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def state(model: torch.nn.Module) -> StackState:
     return bank(model).known["default"].structure[STACK]
 
 
-def own(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def parameters_of(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if "lor2c_" in n}
 
 
@@ -71,7 +71,7 @@ def trainer(folder: Path, model: Any = None, seed: int = 0, **settings: Any) -> 
 
 
 class Recorder:
-    """A plain loop that calls one method a step, and notes every own parameter before each step."""
+    """A plain loop that calls one method a step, and notes every parameter of the adapter before each step."""
 
     def __init__(self, steps: int = 10, total: int = STEPS, **fields: Any) -> None:
         self.model = adapted(**fields).train()
@@ -83,12 +83,12 @@ class Recorder:
         inputs, labels = ZOO["bert"].inputs(), torch.tensor([0, 1])
         for step in range(steps):
             self.records += self.model.restructure(step, total, self.optimizer)
-            self.values.append({n: p.detach().clone() for n, p in own(self.model).items()})
+            self.values.append({n: p.detach().clone() for n, p in parameters_of(self.model).items()})
             self.model(**inputs, labels=labels).loss.backward()
-            self.got_gradient.append({n for n, p in own(self.model).items() if p.grad is not None})
+            self.got_gradient.append({n for n, p in parameters_of(self.model).items() if p.grad is not None})
             self.optimizer.step()
             self.optimizer.zero_grad()
-        self.values.append({n: p.detach().clone() for n, p in own(self.model).items()})
+        self.values.append({n: p.detach().clone() for n, p in parameters_of(self.model).items()})
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -97,7 +97,7 @@ def test_what_acts_trains_and_what_does_not_is_left_alone(share: bool, events: d
     run = Recorder(share=share, **events)
     in_optimiser = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert all(id(p) in in_optimiser for p in run.model.parameters() if p.requires_grad)
-    assert all(p.requires_grad for p in own(run.model).values())
+    assert all(p.requires_grad for p in parameters_of(run.model).values())
     moved_at = {record["step"] for record in run.records}
     assert moved_at == {event.step for event in schedule(events["merges"], events["injections"], STEPS)}
     for step, got in enumerate(run.got_gradient):
@@ -107,21 +107,21 @@ def test_what_acts_trains_and_what_does_not_is_left_alone(share: bool, events: d
                 assert not torch.equal(after, before) or step == 0, (step, name)
             elif step + 1 not in moved_at:  # only an event may copy weights
                 assert torch.equal(after, before), (step, name)
-    assert len(run.got_gradient[-1]) < len(own(run.model))
-    remembered = {n for n, p in own(run.model).items() if p in run.optimizer.state}
+    assert len(run.got_gradient[-1]) < len(parameters_of(run.model))
+    remembered = {n for n, p in parameters_of(run.model).items() if p in run.optimizer.state}
     assert remembered == run.got_gradient[-1]
 
 
 def test_an_injected_pair_starts_fresh_and_its_path_ends() -> None:
     run = Recorder(merges=0, injections=1, steps=9)  # the event is before step 6
     layer = run.records[0]["injected"]
-    path = {n for n in own(run.model) if f"layer.{layer}.residual_path" in n}
-    linear = {n for n in own(run.model) if f"layer.{layer}.attention" in n}
+    path = {n for n in parameters_of(run.model) if f"layer.{layer}.residual_path" in n}
+    linear = {n for n in parameters_of(run.model) if f"layer.{layer}.attention" in n}
     assert (len(path), len(linear)) == (2, 4)
     assert all(path <= got and not linear & got for got in run.got_gradient[:6])
     assert all(linear <= got and not path & got for got in run.got_gradient[6:])
-    assert all(run.optimizer.state[p]["step"] == 3 for n, p in own(run.model).items() if n in linear)
-    shapes = sorted(tuple(p.shape) for n, p in own(run.model).items() if n in linear)
+    assert all(run.optimizer.state[p]["step"] == 3 for n, p in parameters_of(run.model).items() if n in linear)
+    shapes = sorted(tuple(p.shape) for n, p in parameters_of(run.model).items() if n in linear)
     assert shapes == [(2, 16), (2, 16), (16, 2), (16, 2)]  # rank r / 2: the budget of 2 r d stays
 
 
