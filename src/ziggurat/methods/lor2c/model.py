@@ -23,7 +23,8 @@ from ziggurat.methods.lor2c.config import CITATION, EVENTS_FILE, LoR2CConfig
 from ziggurat.methods.lor2c.equations import pair, parts, tensors
 from ziggurat.methods.lor2c.layer import LoR2CLinear, LoR2CPath
 from ziggurat.methods.lor2c.layout import Layout, holder_of, lay_out, means
-from ziggurat.methods.lor2c.paths import Adapter, PathBank, acting, from_json
+from ziggurat.methods.lor2c.paths import Adapter, PathBank, acting
+from ziggurat.methods.lor2c.structure import from_json
 
 
 class LoR2CModel(StructureTuner):
@@ -87,13 +88,12 @@ class LoR2CModel(StructureTuner):
         stack, number = self._layout.place(current_key)
         if current_key in self._layout.passed:
             layer = self._path(bank, stack, number, target, current_key)
-            layer.covers[adapter_name] = None
         elif isinstance(target, LoR2CLinear):
             layer = target
         else:
             layer = LoR2CLinear(target, **backend_arguments(self.model))
             self._replace_module(parent, target_name, layer, target)
-            bank.linear_layers.setdefault(stack, {}).setdefault(number, []).append(layer)
+            bank.linear_layers.setdefault((stack, number), []).append(layer)
         if current_key in self._layout.sites:
             self._join(layer, adapter_name, peft_config, self._layout.sites[current_key])
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
