@@ -14,7 +14,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
@@ -180,17 +180,14 @@ def handover_of(holder: nn.Module) -> Handover:
     return holder.__dict__.get(HANDOVER) or Handover()
 
 
-def detach(model: nn.Module, kind: type[BaseTunerLayer]) -> None:
-    """Take all paths that are of `kind` out of `model`, with their hooks."""
+def detach(model: nn.Module) -> None:
+    """Take all paths out of `model`, with their hooks."""
     for module in list(model.modules()):
-        if isinstance(module._modules.get(CHILD), kind):
+        if path_of(module) is not None:
             delattr(module, CHILD)
-            _remove_hooks(module, (_before, _after))
-    used = {id(module._handover) for module in model.modules() if isinstance(module, PathLayer)}
-    for module in model.modules():
-        if HANDOVER in module.__dict__ and id(module.__dict__[HANDOVER]) not in used:
-            del module.__dict__[HANDOVER]
-            _remove_hooks(module, (_open, _close))
+        module.__dict__.pop(HANDOVER, None)
+        ours = (_before, _after, _open, _close)
+        take_off(module, [key for key, hook in hooks_of(module).items() if hook in ours])
 
 
 def path_of(layer: nn.Module) -> PathLayer | None:
@@ -230,7 +227,3 @@ def _open(holder: nn.Module, args: Any) -> None:
 
 def _close(holder: nn.Module, args: Any, output: Any) -> None:
     holder.__dict__[HANDOVER].close()
-
-
-def _remove_hooks(module: nn.Module, hooks: tuple[Any, ...]) -> None:
-    take_off(module, [key for key, hook in hooks_of(module).items() if hook in hooks])

@@ -140,7 +140,7 @@ class LoR2CModel(StructureTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        detach(model, LoR2CPath)
+        detach(model)
         return model
 
 
