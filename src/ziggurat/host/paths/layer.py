@@ -47,12 +47,14 @@ class PathLayer(WithoutBase, MethodLayer, nn.Module):
     )
     other_param_names = (*MethodLayer.other_param_names, "covers")
 
-    def __init__(self, layer: int, handover: Handover, width: int, device: torch.device, dtype: torch.dtype) -> None:
+    #: That of the stack; set by `attach`.
+    _handover: Handover
+
+    def __init__(self, layer: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self._begin()
         self.in_features = self.out_features = width
         self.layer = layer
-        self._handover = handover
         self._place = (device, dtype)
         #: Adapter -> the span that this layer lies in; None where no path passes the layer.
         self.covers: dict[str, Span | None] = {}
@@ -170,14 +172,10 @@ def attach(layer: nn.Module, holder: nn.Module, path: PathLayer) -> None:
     # First of all hooks, so that others (recorders of hidden states, FSDP) see the output with the path.
     layer.register_forward_hook(_after, with_kwargs=True, prepend=True)
     if HANDOVER not in holder.__dict__:
-        holder.__dict__[HANDOVER] = path._handover
+        holder.__dict__[HANDOVER] = Handover()
         holder.register_forward_pre_hook(_open)
         holder.register_forward_hook(_close, always_call=True)
-
-
-def handover_of(holder: nn.Module) -> Handover:
-    """The hand-over of the stack that `holder` runs, a new one if it has none."""
-    return holder.__dict__.get(HANDOVER) or Handover()
+    path._handover = holder.__dict__[HANDOVER]
 
 
 def detach(model: nn.Module) -> None:

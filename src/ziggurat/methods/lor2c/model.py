@@ -11,11 +11,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule
 from torch import nn
 from torch.optim import Optimizer
 
-from ziggurat.errors import ConfigError
 from ziggurat.host.base.offload import runs_on
 from ziggurat.host.base.quantised import FLOATS, backend_arguments
 from ziggurat.host.method import Card, Method
-from ziggurat.host.paths.layer import CANT_MERGE, attach, detach, handover_of, path_of
+from ziggurat.host.paths.layer import CANT_MERGE, PathLayer, attach, detach, path_of
 from ziggurat.host.registry import register
 from ziggurat.host.saved.structure import StructureTuner
 from ziggurat.host.site import Site
@@ -98,17 +97,14 @@ class LoR2CModel(StructureTuner):
             self._join(layer, adapter_name, peft_config, self._layout.sites[current_key])
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
-    def _path(self, bank: PathBank, stack: str, number: int, layer: nn.Module, key: str) -> LoR2CPath:
+    def _path(self, bank: PathBank, stack: str, number: int, layer: nn.Module, key: str) -> PathLayer:
         """The path at `layer`; a new one where there is none."""
         path = path_of(layer)
         if path is None:
             assert self._layout is not None
-            holder = self.model.get_submodule(holder_of(self.model, stack))
-            path = LoR2CPath(number, handover_of(holder), self._layout.passed[key].d_in, *_home(layer))
-            attach(layer, holder, path)
+            path = LoR2CPath(number, self._layout.passed[key].d_in, *_home(layer))
+            attach(layer, self.model.get_submodule(holder_of(self.model, stack)), path)
             bank.members.setdefault(stack, {})[number] = path
-        if not isinstance(path, LoR2CPath):
-            raise ConfigError(f"layer {key!r} has a path of another method ({type(path).__name__}) already.")
         return path
 
     def _bank(self) -> PathBank:
@@ -148,10 +144,9 @@ def _home(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
     """The layer's device, and the floating dtype of its weights; never one of 8 bits, which factors can't have."""
     inside = [module for module in layer.modules() if not isinstance(module, BaseTunerLayer)]
     weights = [p for module in inside for p in module.parameters(recurse=False)]
-    floating = [p for p in weights if p.dtype in FLOATS]
-    first = (floating or weights)[0]
-    device = runs_on(layer) or first.device if first.is_meta else first.device
-    return device, first.dtype if floating else torch.float32
+    first = next((p for p in weights if p.dtype in FLOATS), weights[0])
+    device = runs_on(layer) if first.is_meta else None
+    return device or first.device, first.dtype if first.dtype in FLOATS else torch.float32
 
 
 def step(

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.paths.layer import PathLayer
 from ziggurat.host.saved.structure import StructureBank
 from ziggurat.host.site import Site
 from ziggurat.host.tensors import whole
 from ziggurat.lowrank.spans import check_spans
 from ziggurat.lowrank.spectrum import singular_values
 from ziggurat.methods.lor2c.config import STRUCTURE_KEY, LoR2CConfig
-from ziggurat.methods.lor2c.layer import LoR2CLinear, LoR2CPath
+from ziggurat.methods.lor2c.layer import LoR2CLinear
 from ziggurat.methods.lor2c.plan import Decision, applied, decide, schedule
 from ziggurat.methods.lor2c.structure import Path, StackState, Structure, from_json, paths, to_json
 
@@ -42,7 +43,7 @@ class PathBank(StructureBank):
         self.known: dict[str, Adapter] = {}
         # In tables, which torch doesn't look into: these modules are registered in their layers.
         #: Stack -> layer -> its path.
-        self.members: dict[str, dict[int, LoR2CPath]] = {}
+        self.members: dict[str, dict[int, PathLayer]] = {}
         #: Stack and layer -> the linear layers that can take over there.
         self.linear_layers: dict[tuple[str, int], list[LoR2CLinear]] = {}
 
@@ -144,11 +145,7 @@ class PathBank(StructureBank):
 
     def _stack_here(self, stack: str) -> str:
         """The stack's name in this model, if the structure comes from a model with another head."""
-        alike = [
-            member
-            for member in self.members
-            if f".{member}".endswith(f".{stack}") or f".{stack}".endswith(f".{member}")
-        ]
+        alike = [member for member in self.members if _ends(member, stack) or _ends(stack, member)]
         return alike[0] if len(alike) == 1 else stack
 
     def _check(self, adapter: str, structure: Structure) -> None:
@@ -220,7 +217,11 @@ def _of_stack(value: Any, site: Site) -> Any:
     """The value for the stack of `site`, of one for all stacks, or of one for each by its path in some model."""
     if not isinstance(value, dict):
         return value
-    return next((at for stack, at in value.items() if f".{stack}".endswith(f".{site.stack}")), None)
+    return next((at for stack, at in value.items() if _ends(stack, site.stack)), None)
+
+
+def _ends(path: str, end: str) -> bool:
+    return f".{path}".endswith(f".{end}")
 
 
 def _move(source: nn.Parameter, target: nn.Parameter, optimizer: Optimizer | None) -> None:
