@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ziggurat.host.base.offload import runs_on
 from ziggurat.host.base.quantised import FLOATS, backend_arguments
 from ziggurat.host.method import Card, Method
-from ziggurat.host.paths.layer import CANT_MERGE, PathLayer, attach, detach, path_of
+from ziggurat.host.paths.layer import CANT_MERGE, attach, detach, path_of
 from ziggurat.host.registry import register
 from ziggurat.host.saved.structure import StructureTuner
 from ziggurat.host.site import Site
@@ -86,7 +86,11 @@ class LoR2CModel(StructureTuner):
         bank = self._bank()
         stack, number = self._layout.place(current_key)
         if current_key in self._layout.passed:
-            layer = self._path(bank, stack, number, target, current_key)
+            layer = path_of(target)
+            if layer is None:
+                layer = LoR2CPath(number, self._layout.passed[current_key].d_in, *_home(target))
+                attach(target, self.model.get_submodule(holder_of(self.model, stack)), layer)
+                bank.members.setdefault(stack, {})[number] = layer
         elif isinstance(target, LoR2CLinear):
             layer = target
         else:
@@ -96,16 +100,6 @@ class LoR2CModel(StructureTuner):
         if current_key in self._layout.sites:
             self._join(layer, adapter_name, peft_config, self._layout.sites[current_key])
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
-
-    def _path(self, bank: PathBank, stack: str, number: int, layer: nn.Module, key: str) -> PathLayer:
-        """The path at `layer`; a new one where there is none."""
-        path = path_of(layer)
-        if path is None:
-            assert self._layout is not None
-            path = LoR2CPath(number, self._layout.passed[key].d_in, *_home(layer))
-            attach(layer, self.model.get_submodule(holder_of(self.model, stack)), path)
-            bank.members.setdefault(stack, {})[number] = path
-        return path
 
     def _bank(self) -> PathBank:
         return PathBank.at_root(self.model)
