@@ -13,10 +13,9 @@ INJECTED_COLOUR = "#e08e45"
 def draw_events(log: Sequence[dict[str, Any]]) -> str:
     """The events in `log` as SVG: steps to the right, layers upwards, a bar for each path, a line at each event.
 
-    The time of the events is drawn to scale, the time after them as one last column; stacks are drawn below each other.
+    `log` has one event or more. The time of the events is drawn to scale, the time after them as one last column;
+    stacks are drawn below each other.
     """
-    if not log:
-        return '<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"></svg>\n'
     steps = [0, *(record["step"] for record in log)]
     states = [log[0]["before"], *(record["after"] for record in log)]
     end = max(1, steps[-1]) * 1.15

@@ -183,7 +183,7 @@ METHOD = Method(
     callback=callback,
     steps_in_trainer=False,
     events_file=EVENTS_FILE,
-    finish=lambda model: dict(model.path_counts()),
+    finish=lambda model: model.path_counts(),
     write=lambda model, folder: model.write_self_contained(folder),
     older_names=(
         (r"(^|\.)path_bank\.lor2c_shared\.((?:[^.:]+\.)?)(.*):(\d+)$", r"\1bank_lor2c.lor2c_factors.\2\3:\4:A"),
