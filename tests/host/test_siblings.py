@@ -230,7 +230,7 @@ def test_copies_and_pickles_share_among_themselves(monkeypatch: pytest.MonkeyPat
         assert seen == [3]
 
 
-def test_a_method_with_a_forward_of_its_own_shares_nothing() -> None:
+def test_a_method_with_an_update_of_its_own_shares_nothing() -> None:
     assert not any(SIBLINGS in linear.__dict__ for linear in linears(adapted(AdapterDropConfig)).values())
 
 

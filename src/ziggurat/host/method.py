@@ -74,7 +74,7 @@ class Method:
 
     name: in lower case, its PEFT type and the prefix of its parameters.
     config: a subclass of `MethodConfig`.
-    tensors, pair: see the module. `pair` is None for a method whose layer has a forward of its own.
+    tensors, pair: see the module. `pair` is None for a method whose layer adds no pair but an update of its own.
     check: raises ConfigError for a site where the config can't work; by default where the rank is above the matrix.
     draw: draws a random value once for each forward pass in training; see `Context.drawn`.
     parts: the named parts of a site's update, for the analysis; by default the update itself.

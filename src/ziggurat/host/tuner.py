@@ -168,7 +168,8 @@ class MethodTuner(MixedTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
-        if self.layer_cls.forward is AdaptedLinear.forward:  # another forward may read something else
+        cls = self.layer_cls
+        if cls.forward is AdaptedLinear.forward and cls._add is AdaptedLinear._add:  # others may read something else
             introduce(parent, current_key, self.layer_cls)
 
     @property

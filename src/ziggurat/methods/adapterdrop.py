@@ -1,7 +1,7 @@
 """Bottleneck adapters after linear layers (arXiv 1902.00751), with AdapterDrop (arXiv 2010.11918): a baseline of the
 papers' tables.
 
-y = W x + U f(D dropout(W x) + a) + c. It is not a factor pair, since f is not linear, and so has its own forward.
+y = W x + U f(D dropout(W x) + a) + c. It is not a factor pair, since f is not linear, and so adds its own update.
 """
 
 from dataclasses import dataclass
@@ -104,31 +104,20 @@ class BottleneckLinear(AdaptedLinear):
         super().__init__(*args, **kwargs)
         self.dropped: dict[str, int] = {}
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
-        y = self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None and not self.disable_adapters:
-            return self._add_by_sample(y, x, adapter_names)
-        for adapter in self.acting():
-            if not self._left_out(adapter):
-                y = y + self._bottleneck(y, adapter)
-        return y
-
-    def _bottleneck(self, y: Tensor, adapter: str) -> Tensor:
+    def _add(self, y: Tensor, x: Tensor, adapter: str, reuse_y: bool) -> Tensor:
+        """y + U f(D dropout(y) + a) + c, or y where the layer is left out: it reads what W has made of x."""
+        drawn = self.context(adapter).drawn or 0
+        if self.sites[adapter].layer < max(drawn, self.dropped.get(adapter, 0)):
+            return y
         t, config = self.stored(adapter), self.configs[adapter]
         h = functional.dropout(y.to(t["down"].dtype), config.lora_dropout, self.training)
         h = getattr(functional, config.activation)(functional.linear(h, t["down"], t["down_bias"]))
-        return functional.linear(h, t["up"], t["up_bias"]).to(y.dtype)
-
-    def _left_out(self, adapter: str) -> bool:
-        drawn = self.context(adapter).drawn or 0
-        return self.sites[adapter].layer < max(drawn, self.dropped.get(adapter, 0))
+        return y + functional.linear(h, t["up"], t["up_bias"]).to(y.dtype)
 
     def _add_by_sample(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         y = y.clone()
         for adapter, rows in rows_by_adapter(adapter_names, len(x), self.adapters, y.device):
-            if not self._left_out(adapter):
-                y[rows] = y[rows] + self._bottleneck(y[rows], adapter)
+            y[rows] = self._add(y[rows], x, adapter, reuse_y=False)
         return y
 
     def pair_of(self, adapter: str, tensors: dict[str, Tensor], context: Context = EVALUATION) -> FactorPair:

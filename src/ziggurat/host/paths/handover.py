@@ -58,12 +58,12 @@ class Handover:
     def __init__(self) -> None:
         self._local = threading.local()
         #: Compilers can't trace thread-locals; in a trace the frame is opened and closed, so no state remains.
-        self._traced: dict[tuple[str, int], Tensor] | None = None
+        self._traced: Frame | None = None
 
     def open(self) -> None:
         """A forward begins in this thread: leftovers of an earlier one are dropped."""
         if torch.compiler.is_compiling():
-            self._traced = {}
+            self._traced = Frame(None, recomputes=False)
         else:
             self._local.frame = Frame(torch._C._current_autograd_node(), recomputes=False)
 
@@ -79,10 +79,6 @@ class Handover:
         The input of the first layer that runs is taken, because a layer may be dropped. False: no forward is running
         that could take it.
         """
-        if self._traced is not None or torch.compiler.is_compiling():
-            if self._traced is not None:
-                self._traced.setdefault(key, x)
-            return self._traced is not None
         frame = self._frame()
         if frame is None:
             return False
@@ -92,7 +88,7 @@ class Handover:
                 frame.kept[key], frame.inputs[key] = kept, kept.again()
             elif first or not frame.recomputes:
                 frame.inputs[key] = x
-        elif active and _may_be_recomputed(x):
+        elif active and frame is not self._traced and _may_be_recomputed(x):
             if key not in frame.kept:
                 frame.kept[key] = Kept(frame.inputs[key])
             frame.kept[key].attach(x, (id(self), *key))
@@ -100,8 +96,6 @@ class Handover:
 
     def take(self, key: tuple[str, int]) -> Tensor | None:
         """The x of the span called `key`, which has reached its last layer; None if it is not known."""
-        if self._traced is not None or torch.compiler.is_compiling():
-            return self._traced.pop(key, None) if self._traced is not None else None
         frame = self._frame()
         if frame is None:
             return None
@@ -110,6 +104,8 @@ class Handover:
 
     def _frame(self) -> Frame | None:
         """The frame of this thread's forward, or of the recomputation that the running backward has asked for."""
+        if self._traced is not None or torch.compiler.is_compiling():
+            return self._traced
         node = torch._C._current_autograd_node()
         frame: Frame | None = getattr(self._local, "frame", None)
         if frame is not None and frame.node is node:

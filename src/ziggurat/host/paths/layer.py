@@ -14,7 +14,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ziggurat.errors import ConfigError
@@ -47,12 +47,14 @@ class PathLayer(WithoutBase, MethodLayer, nn.Module):
     )
     other_param_names = (*MethodLayer.other_param_names, "covers")
 
-    def __init__(self, layer: int, handover: Handover, width: int, device: torch.device, dtype: torch.dtype) -> None:
+    #: That of the stack; set by `attach`.
+    _handover: Handover
+
+    def __init__(self, layer: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self._begin()
         self.in_features = self.out_features = width
         self.layer = layer
-        self._handover = handover
         self._place = (device, dtype)
         #: Adapter -> the span that this layer lies in; None where no path passes the layer.
         self.covers: dict[str, Span | None] = {}
@@ -170,27 +172,20 @@ def attach(layer: nn.Module, holder: nn.Module, path: PathLayer) -> None:
     # First of all hooks, so that others (recorders of hidden states, FSDP) see the output with the path.
     layer.register_forward_hook(_after, with_kwargs=True, prepend=True)
     if HANDOVER not in holder.__dict__:
-        holder.__dict__[HANDOVER] = path._handover
+        holder.__dict__[HANDOVER] = Handover()
         holder.register_forward_pre_hook(_open)
         holder.register_forward_hook(_close, always_call=True)
+    path._handover = holder.__dict__[HANDOVER]
 
 
-def handover_of(holder: nn.Module) -> Handover:
-    """The hand-over of the stack that `holder` runs, a new one if it has none."""
-    return holder.__dict__.get(HANDOVER) or Handover()
-
-
-def detach(model: nn.Module, kind: type[BaseTunerLayer]) -> None:
-    """Take all paths that are of `kind` out of `model`, with their hooks."""
+def detach(model: nn.Module) -> None:
+    """Take all paths out of `model`, with their hooks."""
     for module in list(model.modules()):
-        if isinstance(module._modules.get(CHILD), kind):
+        if path_of(module) is not None:
             delattr(module, CHILD)
-            _remove_hooks(module, (_before, _after))
-    used = {id(module._handover) for module in model.modules() if isinstance(module, PathLayer)}
-    for module in model.modules():
-        if HANDOVER in module.__dict__ and id(module.__dict__[HANDOVER]) not in used:
-            del module.__dict__[HANDOVER]
-            _remove_hooks(module, (_open, _close))
+        module.__dict__.pop(HANDOVER, None)
+        ours = (_before, _after, _open, _close)
+        take_off(module, [key for key, hook in hooks_of(module).items() if hook in ours])
 
 
 def path_of(layer: nn.Module) -> PathLayer | None:
@@ -230,7 +225,3 @@ def _open(holder: nn.Module, args: Any) -> None:
 
 def _close(holder: nn.Module, args: Any, output: Any) -> None:
     holder.__dict__[HANDOVER].close()
-
-
-def _remove_hooks(module: nn.Module, hooks: tuple[Any, ...]) -> None:
-    take_off(module, [key for key, hook in hooks_of(module).items() if hook in hooks])

@@ -23,6 +23,7 @@ from ziggurat.host.values import (
 )
 from ziggurat.methods.lor2c.draw import draw_events
 from ziggurat.methods.lor2c.plan import CRITERIA, KEEP
+from ziggurat.methods.lor2c.structure import from_json
 
 EVENTS_FILE = "lor2c_events.json"
 PICTURE_FILE = "lor2c_events.svg"
@@ -60,11 +61,7 @@ def _check_injected(name: str, value: Any) -> None:
 
 
 def _check_structure(name: str, value: Any) -> None:
-    if not isinstance(value, dict):
-        raise ConfigError(
-            f"{name}={shown(value)}: a mapping that LoR2C has written. Leave it out, and say where paths lie by spans "
-            "and injected_layers."
-        )
+    from_json(value)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 ROW, LEFT, TOP, WIDTH, GAP = 18, 150, 46, 560, 34
@@ -12,14 +13,13 @@ INJECTED_COLOUR = "#e08e45"
 def draw_events(log: Sequence[dict[str, Any]]) -> str:
     """The events in `log` as SVG: steps to the right, layers upwards, a bar for each path, a line at each event.
 
-    The time of the events is drawn to scale, the time after them as one last column; stacks are drawn below each other.
+    `log` has one event or more. The time of the events is drawn to scale, the time after them as one last column;
+    stacks are drawn below each other.
     """
-    if not log:
-        return '<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"></svg>\n'
     steps = [0, *(record["step"] for record in log)]
     states = [log[0]["before"], *(record["after"] for record in log)]
     end = max(1, steps[-1]) * 1.15
-    total = log[-1]["of"]
+    edges = [*(LEFT + WIDTH * step / end for step in steps), LEFT + WIDTH]
     parts: list[str] = []
     y = TOP
     for stack in states[0]:
@@ -27,9 +27,7 @@ def draw_events(log: Sequence[dict[str, Any]]) -> str:
         parts.append(_text(8, y - 8, escape(stack), "bold"))
         for layer in range(depth):
             parts.append(_text(LEFT - 10, y + (depth - layer - 0.3) * ROW, f"layer {layer}", anchor="end"))
-        for number, state in enumerate(states):
-            x0 = LEFT + WIDTH * steps[number] / end
-            x1 = LEFT + WIDTH * (steps[number + 1] / end if number + 1 < len(steps) else 1)
+        for state, (x0, x1) in zip(states, pairwise(edges), strict=True):
             if x1 > x0:
                 parts += _column(state[stack], x0, x1, y, depth)
         y += depth * ROW + GAP
@@ -39,7 +37,7 @@ def draw_events(log: Sequence[dict[str, Any]]) -> str:
         parts.append(f'<line x1="{x:.1f}" y1="{TOP - 4}" x2="{x:.1f}" y2="{bottom}" stroke="#222" stroke-width="0.6"/>')
         parts.append(_text(x, bottom + 12, f"{step}", anchor="middle"))
         parts.append(_text(x, TOP - 20, kind, anchor="middle"))
-    parts.append(_text(LEFT + WIDTH, bottom + 12, f"to {total}", anchor="end"))
+    parts.append(_text(LEFT + WIDTH, bottom + 12, f"to {log[-1]['of']}", anchor="end"))
     parts.append(_text(LEFT, bottom + 28, "steps; blue: a path over these layers, orange: LoRA on query and value"))
     size = f'width="{LEFT + WIDTH + 20}" height="{bottom + 40}"'
     style = 'font-family="sans-serif" font-size="11"'

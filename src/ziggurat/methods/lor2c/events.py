@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable
 from io import StringIO
+from itertools import zip_longest
 from typing import Any
 
 from rich.console import Console
@@ -37,28 +38,29 @@ class RestructureCallback(TrainerCallback):
                 show(records)
 
 
-def show(records: Iterable[dict[str, Any]], console: Console | None = None) -> None:
+def show(records: Iterable[dict[str, Any]]) -> None:
     """Print one table for each record of an event: all scores, the choice with its reason, and the trainable
     parameters."""
-    if console is None:
-        # By the current sys.stderr: a live progress bar replaces it, to keep its line below the output.
-        screen, text = Console(stderr=True), StringIO()
-        show(records, Console(file=text, width=screen.width, force_terminal=screen.is_terminal))
-        sys.stderr.write(text.getvalue())
-        return
+    # By the current sys.stderr: a live progress bar replaces it, to keep its line below the output.
+    screen, text = Console(stderr=True), StringIO()
+    console = Console(file=text, width=screen.width, force_terminal=screen.is_terminal)
     for record in records:
-        counts = record["parameters"]
-        title = f"{record['kind']} at step {record['step']} of {record['of']}: {record['reason']}"
-        caption = f"parameters stored {counts['stored']:,}, active {counts['active']:,}, trained {counts['trained']:,}"
-        table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-        compared = "sum of the pair" if record["kind"] == "merge" else "candidate"
-        for column in ("path", record["criterion"], "compared", compared):
-            table.add_column(column, justify="left" if column in ("path", "compared") else "right")
-        scores, candidates = list(record["scores"].items()), list(record["candidates"].items())
-        for row in range(max(len(scores), len(candidates))):
-            cells = []
-            for column in (scores, candidates):
-                name, value = column[row] if row < len(column) else ("", None)
-                cells += [name, "" if value is None else f"{value:.4g}"]
-            table.add_row(*cells)
-        console.print(table)
+        console.print(_table(record))
+    sys.stderr.write(text.getvalue())
+
+
+def _table(record: dict[str, Any]) -> Table:
+    counts = record["parameters"]
+    title = f"{record['kind']} at step {record['step']} of {record['of']}: {record['reason']}"
+    caption = f"parameters stored {counts['stored']:,}, active {counts['active']:,}, trained {counts['trained']:,}"
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table.add_column("path")
+    table.add_column(record["criterion"], justify="right")
+    table.add_column("compared")
+    table.add_column("sum of the pair" if record["kind"] == "merge" else "candidate", justify="right")
+    scores, candidates = (
+        [(name, f"{value:.4g}") for name, value in record[column].items()] for column in ("scores", "candidates")
+    )
+    for score, candidate in zip_longest(scores, candidates, fillvalue=("", "")):
+        table.add_row(*score, *candidate)
+    return table

@@ -16,7 +16,8 @@ from ziggurat.host.paths.layer import check_room
 from ziggurat.host.site import Site, body_name
 from ziggurat.lowrank.spans import Span, check_spans
 from ziggurat.methods.lor2c.config import LoR2CConfig
-from ziggurat.methods.lor2c.plan import StackState, most_events, paths
+from ziggurat.methods.lor2c.plan import most_events
+from ziggurat.methods.lor2c.structure import StackState, paths
 
 
 class Layout(NamedTuple):

@@ -11,11 +11,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule
 from torch import nn
 from torch.optim import Optimizer
 
-from ziggurat.errors import ConfigError
 from ziggurat.host.base.offload import runs_on
 from ziggurat.host.base.quantised import FLOATS, backend_arguments
 from ziggurat.host.method import Card, Method
-from ziggurat.host.paths.layer import CANT_MERGE, attach, detach, handover_of, path_of
+from ziggurat.host.paths.layer import CANT_MERGE, attach, detach, path_of
 from ziggurat.host.registry import register
 from ziggurat.host.saved.structure import StructureTuner
 from ziggurat.host.site import Site
@@ -23,7 +22,8 @@ from ziggurat.methods.lor2c.config import CITATION, EVENTS_FILE, LoR2CConfig
 from ziggurat.methods.lor2c.equations import pair, parts, tensors
 from ziggurat.methods.lor2c.layer import LoR2CLinear, LoR2CPath
 from ziggurat.methods.lor2c.layout import Layout, holder_of, lay_out, means
-from ziggurat.methods.lor2c.paths import Adapter, PathBank, acting, from_json
+from ziggurat.methods.lor2c.paths import Adapter, PathBank, acting
+from ziggurat.methods.lor2c.structure import from_json
 
 
 class LoR2CModel(StructureTuner):
@@ -86,30 +86,20 @@ class LoR2CModel(StructureTuner):
         bank = self._bank()
         stack, number = self._layout.place(current_key)
         if current_key in self._layout.passed:
-            layer = self._path(bank, stack, number, target, current_key)
-            layer.covers[adapter_name] = None
+            layer = path_of(target)
+            if layer is None:
+                layer = LoR2CPath(number, self._layout.passed[current_key].d_in, *_home(target))
+                attach(target, self.model.get_submodule(holder_of(self.model, stack)), layer)
+                bank.members.setdefault(stack, {})[number] = layer
         elif isinstance(target, LoR2CLinear):
             layer = target
         else:
             layer = LoR2CLinear(target, **backend_arguments(self.model))
             self._replace_module(parent, target_name, layer, target)
-            bank.linear_layers.setdefault(stack, {}).setdefault(number, []).append(layer)
+            bank.linear_layers.setdefault((stack, number), []).append(layer)
         if current_key in self._layout.sites:
             self._join(layer, adapter_name, peft_config, self._layout.sites[current_key])
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
-
-    def _path(self, bank: PathBank, stack: str, number: int, layer: nn.Module, key: str) -> LoR2CPath:
-        """The path at `layer`; a new one where there is none."""
-        path = path_of(layer)
-        if path is None:
-            assert self._layout is not None
-            holder = self.model.get_submodule(holder_of(self.model, stack))
-            path = LoR2CPath(number, handover_of(holder), self._layout.passed[key].d_in, *_home(layer))
-            attach(layer, holder, path)
-            bank.members.setdefault(stack, {})[number] = path
-        if not isinstance(path, LoR2CPath):
-            raise ConfigError(f"layer {key!r} has a path of another method ({type(path).__name__}) already.")
-        return path
 
     def _bank(self) -> PathBank:
         return PathBank.at_root(self.model)
@@ -140,7 +130,7 @@ class LoR2CModel(StructureTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        detach(model, LoR2CPath)
+        detach(model)
         return model
 
 
@@ -148,10 +138,9 @@ def _home(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
     """The layer's device, and the floating dtype of its weights; never one of 8 bits, which factors can't have."""
     inside = [module for module in layer.modules() if not isinstance(module, BaseTunerLayer)]
     weights = [p for module in inside for p in module.parameters(recurse=False)]
-    floating = [p for p in weights if p.dtype in FLOATS]
-    first = (floating or weights)[0]
-    device = runs_on(layer) or first.device if first.is_meta else first.device
-    return device, first.dtype if floating else torch.float32
+    first = next((p for p in weights if p.dtype in FLOATS), weights[0])
+    device = runs_on(layer) if first.is_meta else None
+    return device or first.device, first.dtype if first.dtype in FLOATS else torch.float32
 
 
 def step(
@@ -194,7 +183,7 @@ METHOD = Method(
     callback=callback,
     steps_in_trainer=False,
     events_file=EVENTS_FILE,
-    finish=lambda model: dict(model.path_counts()),
+    finish=lambda model: model.path_counts(),
     write=lambda model, folder: model.write_self_contained(folder),
     older_names=(
         (r"(^|\.)path_bank\.lor2c_shared\.((?:[^.:]+\.)?)(.*):(\d+)$", r"\1bank_lor2c.lor2c_factors.\2\3:\4:A"),

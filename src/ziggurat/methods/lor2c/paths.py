@@ -1,6 +1,5 @@
 """All paths of a model, adapter by adapter: their structure, their events, and their saved state."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,15 +8,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.paths.layer import PathLayer
 from ziggurat.host.saved.structure import StructureBank
 from ziggurat.host.site import Site
 from ziggurat.host.tensors import whole
-from ziggurat.host.values import is_whole, shown
 from ziggurat.lowrank.spans import check_spans
 from ziggurat.lowrank.spectrum import singular_values
 from ziggurat.methods.lor2c.config import STRUCTURE_KEY, LoR2CConfig
-from ziggurat.methods.lor2c.layer import LoR2CLinear, LoR2CPath
-from ziggurat.methods.lor2c.plan import Decision, Path, StackState, Structure, applied, decide, paths, schedule
+from ziggurat.methods.lor2c.layer import LoR2CLinear
+from ziggurat.methods.lor2c.plan import Decision, applied, decide, schedule
+from ziggurat.methods.lor2c.structure import Path, StackState, Structure, from_json, paths, to_json
 
 
 @dataclass
@@ -28,6 +28,10 @@ class Adapter:
     structure: dict[str, StackState] = field(default_factory=dict)
     done: int = 0
 
+    def plain(self) -> dict[str, Any]:
+        """The structure and the number of events done as plain lists and dicts."""
+        return to_json(self.structure, self.done)
+
 
 class PathBank(StructureBank):
     """Owned once at the model's root: the shared A's, and every adapter's structure, which is changed here alone."""
@@ -37,19 +41,11 @@ class PathBank(StructureBank):
     def __init__(self) -> None:
         super().__init__()
         self.known: dict[str, Adapter] = {}
-        # Past nn.Module.__setattr__: these modules are registered in their layers.
-        object.__setattr__(self, "_members", {})
-        object.__setattr__(self, "_linear_layers", {})
-
-    @property
-    def members(self) -> dict[str, dict[int, LoR2CPath]]:
-        """Stack -> layer -> its path."""
-        return self.__dict__["_members"]
-
-    @property
-    def linear_layers(self) -> dict[str, dict[int, list[LoR2CLinear]]]:
-        """Stack -> layer -> the linear layers that can take over there."""
-        return self.__dict__["_linear_layers"]
+        # In tables, which torch doesn't look into: these modules are registered in their layers.
+        #: Stack -> layer -> its path.
+        self.members: dict[str, dict[int, PathLayer]] = {}
+        #: Stack and layer -> the linear layers that can take over there.
+        self.linear_layers: dict[tuple[str, int], list[LoR2CLinear]] = {}
 
     def set_structure(self, adapter: str, structure: Structure, done: int = 0) -> None:
         """Set the structure that the forward follows. Every change of paths goes through this function.
@@ -62,21 +58,20 @@ class PathBank(StructureBank):
         known = self.known[adapter]
         structure = {self._stack_here(stack): state for stack, state in structure.items()}
         self._check(adapter, structure)
-        known.structure, known.done = dict(structure), done
+        known.structure, known.done = structure, done
+        if known.config.restructures:
+            known.config.structure = known.plain()
+        spans = {(stack, layer): span for stack, span in paths(structure) for layer in span.layers}
+        injected = {(stack, layer) for stack, state in structure.items() for layer in state.injected}
         for stack, members in self.members.items():
-            state = structure.get(stack, StackState(()))
-            cover = {layer: span for span in state.spans for layer in span.layers}
             for layer, path in members.items():
-                if adapter in path.covers:
-                    path.covers[adapter] = cover.get(layer)
-            for layer, linear_layers in self.linear_layers.get(stack, {}).items():
-                for linear in (linear for linear in linear_layers if adapter in linear.leaves):
-                    linear.asleep[adapter] = layer not in state.injected
+                path.covers[adapter] = spans.get((stack, layer))
+        for place, linear_layers in self.linear_layers.items():
+            for linear in linear_layers:
+                linear.asleep[adapter] = place not in injected
         stored, active = self.parameters_of(adapter)
         for key in stored.keys() - active.keys():
             stored[key].grad = None
-        if known.config.restructures:
-            known.config.structure = to_json(structure, done)
 
     def spectra(self, adapter: str) -> dict[Path, Tensor]:
         """The singular values of B A of every path, from QR of the factors; no d x d matrix is formed."""
@@ -100,14 +95,11 @@ class PathBank(StructureBank):
                     event.kind, known.structure, self.spectra(name), config.criterion, config.k, config.keep,
                     config.max_span,
                 )  # fmt: skip
-                before = to_json(known.structure, known.done)["stacks"]
+                before = known.plain()["stacks"]
                 self.carry_out(name, decision, optimizer)
+                changed = {"before": before, "after": known.plain()["stacks"], "parameters": self.counts(name)}
                 record = {"adapter": name, "step": step, "of": total_steps, "criterion": config.criterion}
-                record |= decision.to_json() | {
-                    "before": before,
-                    "after": to_json(known.structure, known.done)["stacks"],
-                    "parameters": self.counts(name),
-                }
+                record |= decision.to_json() | changed
                 config.log.append(record)
                 records.append(record)
         return records
@@ -121,21 +113,17 @@ class PathBank(StructureBank):
         unused leave no state in the optimiser.
         """
         known = self.known[adapter]
-        gone: list[Tensor] = []
-        members = self.members.get(decision.stack, {})
-        if decision.merged is not None:
-            lower, upper = decision.merged
-            below, owner = members[lower.last].stores[adapter], members[upper.last].stores[adapter]
-            if decision.kept == lower:
-                for name, parameter in below.named_parameters():
-                    _move(parameter, owner[name], optimizer)  # type: ignore[index, arg-type]
-            gone = list(below.parameters())
-        elif decision.injected is not None:
-            gone = list(members[decision.injected].stores[adapter].parameters())
-        if optimizer is not None:
-            for parameter in gone:
-                optimizer.state.pop(parameter, None)
+        _, before = self.parameters_of(adapter)
+        if decision.merged is not None and decision.kept == decision.merged[0]:
+            members = self.members[decision.stack]
+            lower, joint = (members[span.last].stores[adapter] for span in decision.merged)
+            for name, parameter in lower.named_parameters():
+                _move(parameter, joint[name], optimizer)  # type: ignore[index, arg-type]
         self.set_structure(adapter, applied(known.structure, decision), known.done + 1)
+        _, after = self.parameters_of(adapter)
+        if optimizer is not None:
+            for key in before.keys() - after.keys():
+                optimizer.state.pop(before[key], None)
 
     def counts(self, adapter: str) -> dict[str, int]:
         """The numbers of parameters that `adapter` stores, that its forward uses, and that train at present.
@@ -149,20 +137,15 @@ class PathBank(StructureBank):
 
     def parameters_of(self, adapter: str) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """All parameters of `adapter`, and those that its forward uses, by id."""
-        paths = [path for members in self.members.values() for path in members.values()]
-        linear_layers = [linear for at in self.linear_layers.values() for some in at.values() for linear in some]
-        layers = [layer for layer in (*paths, *linear_layers) if adapter in layer.leaves]
+        layers = [path for members in self.members.values() for path in members.values()]
+        layers += [linear for linear_layers in self.linear_layers.values() for linear in linear_layers]
         stores = [place.stores[adapter] for place in (self, *layers) if adapter in place.stores]
         used = [t for layer in layers if adapter in layer.adapters for t in layer.held(adapter).values()]
         return {id(p): p for store in stores for p in store.parameters()}, {id(t): t for t in used}
 
     def _stack_here(self, stack: str) -> str:
         """The stack's name in this model, if the structure comes from a model with another head."""
-        alike = [
-            member
-            for member in self.members
-            if f".{member}".endswith(f".{stack}") or f".{stack}".endswith(f".{member}")
-        ]
+        alike = [member for member in self.members if _ends(member, stack) or _ends(stack, member)]
         return alike[0] if len(alike) == 1 else stack
 
     def _check(self, adapter: str, structure: Structure) -> None:
@@ -173,9 +156,9 @@ class PathBank(StructureBank):
                     f"the adapter's structure speaks of the stack {stack!r}, but this model has paths in "
                     f"{', '.join(map(repr, self.members)) or 'no stack'}. Load it into the model it was trained with."
                 )
-            linear_layers = self.linear_layers.get(stack, {})
             lack = [n for n in (s.last for s in state.spans) if n not in members or adapter not in members[n].leaves]
-            lack += [n for n in state.injected if not any(adapter in m.leaves for m in linear_layers.get(n, ()))]
+            linear_layers = {n: self.linear_layers.get((stack, n), ()) for n in state.injected}
+            lack += [n for n, at in linear_layers.items() if not any(adapter in linear.leaves for linear in at)]
             if lack:
                 raise ConfigError(
                     f"the structure of adapter {adapter!r} needs parameters at layers {sorted(lack)} of {stack!r} that "
@@ -184,7 +167,7 @@ class PathBank(StructureBank):
                 )
 
     def structures(self) -> dict[str, Any]:
-        return {name: to_json(known.structure, known.done) for name, known in self.known.items()}
+        return {name: known.plain() for name, known in self.known.items()}
 
     def restore(self, adapter: str, plain: Any) -> None:
         self.set_structure(adapter, *from_json(plain))
@@ -206,37 +189,6 @@ class PathBank(StructureBank):
 
     def __repr__(self) -> str:
         return f"lor2c.{super().__repr__()}"
-
-
-def to_json(structure: Structure, done: int) -> dict[str, Any]:
-    """A structure and the number of events done as plain lists and dicts."""
-    stacks = {
-        stack: {"spans": [list(span) for span in state.spans], "injected": list(state.injected)}
-        for stack, state in structure.items()
-    }
-    return {"stacks": stacks, "done": done}
-
-
-def from_json(plain: Mapping[str, Any]) -> tuple[dict[str, StackState], int]:
-    """The inverse of `to_json`.
-
-    Raises:
-        ConfigError: it isn't of that form, or its spans overlap.
-    """
-    try:
-        structure = {
-            stack: StackState(
-                tuple(check_spans(state["spans"], 1 + max((s[1] for s in state["spans"]), default=0))),
-                tuple(_count(layer) for layer in state["injected"]),
-            )
-            for stack, state in plain["stacks"].items()
-        }
-        return structure, _count(plain["done"])
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ConfigError(
-            f"structure={shown(plain)} isn't one that LoR2C has written ({error}). Leave "
-            "structure out, and say where paths lie by spans and injected_layers."
-        ) from error
 
 
 def acting(config: LoR2CConfig, sites: dict[str, Site]) -> dict[str, Site]:
@@ -265,13 +217,11 @@ def _of_stack(value: Any, site: Site) -> Any:
     """The value for the stack of `site`, of one for all stacks, or of one for each by its path in some model."""
     if not isinstance(value, dict):
         return value
-    return next((at for stack, at in value.items() if f".{stack}".endswith(f".{site.stack}")), None)
+    return next((at for stack, at in value.items() if _ends(stack, site.stack)), None)
 
 
-def _count(value: Any) -> int:
-    if not is_whole(value, 0):
-        raise ValueError(f"{shown(value)} is no number of layers or events")
-    return value
+def _ends(path: str, end: str) -> bool:
+    return f".{path}".endswith(f".{end}")
 
 
 def _move(source: nn.Parameter, target: nn.Parameter, optimizer: Optimizer | None) -> None:

@@ -5,7 +5,7 @@ scores it was made from, and its reason.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -14,34 +14,11 @@ from torch import Tensor
 
 from ziggurat.lowrank.spans import Span
 from ziggurat.lowrank.spectrum import effective_rank, top_k_share
+from ziggurat.methods.lor2c.structure import Path, StackState, Structure, paths
 
 Kind = Literal["merge", "inject"]
 CRITERIA = ("mean", "energy", "sfs", "effective_rank")
 KEEP = ("lower", "richer")
-
-
-@dataclass(frozen=True)
-class StackState:
-    """The paths of one stack: the spans they cover, in order of depth, and the layers that have plain LoRA instead."""
-
-    spans: tuple[Span, ...]
-    injected: tuple[int, ...] = ()
-
-
-Structure = Mapping[str, StackState]
-"""Stack -> its state."""
-
-
-class Path(NamedTuple):
-    """A path by its place: the stack and the span that it covers."""
-
-    stack: str
-    span: Span
-
-    def __str__(self) -> str:
-        first, last = self.span
-        layers = f"{first}" if first == last else f"{first}-{last}"
-        return f"{self.stack}[{layers}]"
 
 
 @dataclass(frozen=True)
@@ -103,8 +80,8 @@ def score(spectrum: Tensor, criterion: str, k: int) -> float:
     if criterion == "mean":
         return float(spectrum.mean())
     if criterion == "effective_rank":
-        return float(effective_rank(spectrum)) if spectrum.sum() > 0 else 0.0
-    share = float(top_k_share(spectrum, min(k, len(spectrum)))) if spectrum.sum() > 0 else 0.0
+        return float(effective_rank(spectrum))
+    share = float(top_k_share(spectrum, k))
     return share if criterion == "energy" else 1.0 - share
 
 
@@ -119,85 +96,60 @@ def decide(
 ) -> Decision:
     """Decide the next event of `kind`. `spectra` has the singular values of every path of `structure`."""
     scores = {path: score(spectra[path], criterion, k) for path in paths(structure)}
+    candidates: dict[tuple[Path, ...], float]
     if kind == "merge":
-        return _merge(structure, spectra, scores, criterion, keep, max_span)
-    return _inject(structure, scores, criterion)
+        best, extreme = min, "smallest"
+        candidates = {pair: scores[pair[0]] + scores[pair[1]] for pair in _neighbours(structure, max_span)}
+        limit = "" if max_span is None else f" of at most {max_span} layers together"
+        lack = f"no two adjacent paths{limit} are left"
+    else:
+        # By sfs an even spectrum counts as settled; by the others a high score marks the layer that needs more.
+        best, extreme = (min, "smallest") if criterion == "sfs" else (max, "largest")
+        candidates = {(path,): value for path, value in scores.items() if path.span.length == 1}
+        lack = "every path left covers several layers"
+    named = {str(path): value for path, value in scores.items()}
+    compared = {" + ".join(map(str, candidate)): value for candidate, value in candidates.items()}
+    if not candidates:
+        return Decision(kind, f"nothing to {kind}: {lack}", named, compared)
+    chosen = best(candidates, key=candidates.__getitem__)
+    value = f"{candidates[chosen]:.4g}"
+    if kind == "inject":
+        (path,) = chosen
+        reason = f"{path} has the {extreme} {criterion}, {value}"
+        return Decision(kind, reason, named, compared, path.stack, injected=path.span.first)
+    lower, upper = chosen
+    kept = upper if keep == "richer" and float(spectra[upper].sum()) > float(spectra[lower].sum()) else lower
+    reason = f"{lower} and {upper} have the {extreme} sum of {criterion}, {value}; "
+    reason += f"the joint path keeps the weights of {kept}"
+    return Decision(kind, reason, named, compared, lower.stack, (lower.span, upper.span), kept.span)
 
 
-def paths(structure: Structure) -> list[Path]:
-    """Every path, stack by stack, in order of depth."""
-    return [Path(stack, span) for stack, state in structure.items() for span in state.spans]
+def _neighbours(structure: Structure, max_span: int | None) -> Iterator[tuple[Path, Path]]:
+    """The pairs of adjacent paths that may merge."""
+    for stack, state in structure.items():
+        for lower, upper in pairwise(state.spans):
+            if upper.first == lower.last + 1 and (max_span is None or lower.length + upper.length <= max_span):
+                yield Path(stack, lower), Path(stack, upper)
 
 
 def applied(structure: Structure, decision: Decision) -> dict[str, StackState]:
     """The structure after `decision`."""
-    after = dict(structure)
     if not decision.stack:
-        return after
-    state = after[decision.stack]
+        return dict(structure)
+    spans, injected = structure[decision.stack].spans, structure[decision.stack].injected
     if decision.merged is not None:
         lower, upper = decision.merged
-        spans = tuple(lower.joined(upper) if span == lower else span for span in state.spans if span != upper)
-        after[decision.stack] = StackState(spans, state.injected)
+        spans = tuple(lower.joined(upper) if span == lower else span for span in spans if span != upper)
     elif decision.injected is not None:
-        gone = Span(decision.injected, decision.injected)
-        injected = tuple(sorted((*state.injected, decision.injected)))
-        after[decision.stack] = StackState(tuple(span for span in state.spans if span != gone), injected)
-    return after
+        spans = tuple(span for span in spans if span.first != decision.injected)
+        injected = tuple(sorted((*injected, decision.injected)))
+    return {**structure, decision.stack: StackState(spans, injected)}
 
 
 def most_events(structure: Structure, max_span: int | None) -> tuple[int, int]:
     """How many merges, and how many injections, `structure` could take at most if there were none of the other kind."""
     merges = sum(len(state.spans) - _fewest(state.spans, max_span) for state in structure.values())
     return merges, sum(span.length == 1 for state in structure.values() for span in state.spans)
-
-
-def _merge(
-    structure: Structure,
-    spectra: Mapping[Path, Tensor],
-    scores: dict[Path, float],
-    criterion: str,
-    keep: str,
-    max_span: int | None,
-) -> Decision:
-    sums: dict[tuple[Path, Path], float] = {}
-    for stack, state in structure.items():
-        for lower, upper in pairwise(state.spans):
-            adjacent = upper.first == lower.last + 1
-            if adjacent and (max_span is None or lower.length + upper.length <= max_span):
-                pair = (Path(stack, lower), Path(stack, upper))
-                sums[pair] = scores[pair[0]] + scores[pair[1]]
-    candidates = {f"{lower} + {upper}": value for (lower, upper), value in sums.items()}
-    named = _by_name(scores)
-    if not sums:
-        limit = "" if max_span is None else f" of at most {max_span} layers together"
-        return Decision("merge", f"nothing to merge: no two adjacent paths{limit} are left", named, candidates)
-    lower, upper = min(sums, key=sums.__getitem__)
-    kept = lower
-    if keep == "richer" and float(spectra[upper].sum()) > float(spectra[lower].sum()):
-        kept = upper
-    reason = (
-        f"{lower} and {upper} have the smallest sum of {criterion}, {sums[lower, upper]:.4g}; "
-        f"the joint path keeps the weights of {kept}"
-    )
-    return Decision("merge", reason, named, candidates, lower.stack, (lower.span, upper.span), kept.span)
-
-
-def _inject(structure: Structure, scores: dict[Path, float], criterion: str) -> Decision:
-    single = {path: scores[path] for path in paths(structure) if path.span.length == 1}
-    candidates = _by_name(single)
-    named = _by_name(scores)
-    if not single:
-        return Decision("inject", "nothing to inject: every path left covers several layers", named, candidates)
-    # By sfs an even spectrum counts as settled; by the others a high score marks the layer that needs more.
-    chosen = (min if criterion == "sfs" else max)(single, key=single.__getitem__)
-    extreme = "smallest" if criterion == "sfs" else "largest"
-    reason = f"{chosen} has the {extreme} {criterion}, {single[chosen]:.4g}"
-    return Decision("inject", reason, named, candidates, chosen.stack, injected=chosen.span.first)
-
-
-def _by_name(scores: Mapping[Path, float]) -> dict[str, float]:
-    return {str(path): value for path, value in scores.items()}
 
 
 def _fewest(spans: Sequence[Span], max_span: int | None) -> int:

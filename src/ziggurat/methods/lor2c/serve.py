@@ -5,10 +5,9 @@ a folder with `trust_remote_code=True`. Without it loading fails, as it should: 
 so that nobody gets the base model by mistake.
 """
 
-import importlib.util
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -69,17 +68,16 @@ def write_remote_code_model(model: nn.Module, tokenizer: Any, out: str | Path, a
     weights, layout = _weights(base, bank, adapter)
     with written_beside(Path(out)) as folder:
         (folder / f"{MODULE}.py").write_text(_filled(names), encoding="utf-8")
-        written = _run(folder / f"{MODULE}.py")
-        its_config = getattr(written, names["config"])(
-            **{k: v for k, v in config.to_dict().items() if k != "model_type"}
-        )
+        # Run as it is, outside transformers' cache of remote code.
+        written = runpy.run_path(str(folder / f"{MODULE}.py"), run_name=MODULE)
+        its_config = written[names["config"]](**{k: v for k, v in config.to_dict().items() if k != "model_type"})
         its_config.lor2c_paths = layout
         its_config.auto_map = {"AutoConfig": f"{MODULE}.{names['config']}"}
         if body is not kind:  # before the others: servers take the first
             its_config.auto_map["AutoModel"] = f"{MODULE}.{names['body']}"
         its_config.auto_map |= dict.fromkeys(_auto_classes(kind.__name__), f"{MODULE}.{names['model']}")
         with torch.device("meta"):
-            whole = getattr(written, names["model"])(its_config)
+            whole = written[names["model"]](its_config)
         # Every name has its tensor, tied ones the same: tie_weights could only tie what was trained apart.
         whole.load_state_dict(weights, strict=False, assign=True)
         note_untied(whole)
@@ -206,15 +204,6 @@ def _body(kind: type[PreTrainedModel], config: type[Any]) -> type[PreTrainedMode
     known: Any = transformers.AutoModel._model_mapping
     body = known.get(config, kind)
     return body if isinstance(body, type) else kind
-
-
-def _run(file: Path) -> ModuleType:
-    """The module that has just been written, outside transformers' cache of remote code."""
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _filled(names: dict[str, str]) -> str:

@@ -5,7 +5,6 @@ import sys
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TrainerCallback, TrainerState
 
 from ziggurat.host.base.unwrap import unwrap
@@ -27,8 +26,8 @@ class LoRA2Callback(TrainerCallback):
         Label smoothing, loss functions and TRL's trainers make the loss from the model's other outputs.
         The gradient is the same on every process, and comes after gradients were averaged and clipped.
         """
-        hook = hook_of(model) if isinstance(model, nn.Module) else None
-        if model is None or hook is None:
+        hook = hook_of(model)
+        if hook is None:
             return
         joined, hook.joined = hook.joined, False
         if joined:
@@ -47,8 +46,8 @@ class LoRA2Callback(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         """From the final mask on, exclude earlier checkpoints, which hold more directions than the target, from the
         choice of the best model."""
-        for adapter, config in learning_adapters(model).items() if isinstance(model, nn.Module) else ():
-            last = config.schedule(state.max_steps).last if config.prunes else None
+        for adapter, config in learning_adapters(model).items():
+            last = config.schedule(state.max_steps).last if config.prunes else 0
             if state.global_step + 1 == last:
                 if args.load_best_model_at_end and state.best_model_checkpoint is not None:
                     logger.warning(
@@ -62,7 +61,7 @@ class LoRA2Callback(TrainerCallback):
         self, args: Any, state: TrainerState, control: Any, model: Any = None, logs: Any = None, **kwargs: Any
     ) -> None:
         """Put `orthogonality`, the deviation without its weight, beside the training loss."""
-        if not isinstance(model, nn.Module) or logs is None or "loss" not in logs or not learning_adapters(model):
+        if logs is None or "loss" not in logs or not learning_adapters(model):
             return
         with torch.no_grad():
             logs["orthogonality"] = float(deviation(model))
@@ -72,8 +71,6 @@ class LoRA2Callback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Print the numbers of surviving directions, one row a layer, one column a role."""
-        if not isinstance(model, nn.Module):
-            return
         for adapter, config in learning_adapters(model).items():
             layers = adapted(model, adapter)
             ranks = {path: int(layer.alive(adapter).sum()) for path, layer in layers.items()}

@@ -1,7 +1,7 @@
 """Pruning a model's LoRA² adapters during training: one call a step, and the state that a resumed run needs."""
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,17 +24,18 @@ _watching = False
 
 def adapted(model: nn.Module, adapter: str) -> dict[str, Directions]:
     """Path in the base model -> linear, for the linear layers that `adapter` reaches, in the order of the model."""
-    root = unwrap(model)[0]
-    return {
-        path: layer
-        for path, layer in root.named_modules()
-        if isinstance(layer, Directions) and adapter in layer.configs and layer.has_planes(adapter)
-    }
+    return {path: layer for path, layer in _directions(model) if adapter in layer.configs and layer.has_planes(adapter)}
 
 
-def learning_adapters(model: nn.Module) -> dict[str, LoRA2Config]:
-    """The adapters that are active and train in `model`, with their configs."""
-    layers = [layer for layer in model.modules() if isinstance(layer, Directions)]
+def _directions(model: nn.Module) -> Iterator[tuple[str, Directions]]:
+    for path, layer in unwrap(model)[0].named_modules():
+        if isinstance(layer, Directions):
+            yield path, layer
+
+
+def learning_adapters(model: Any) -> dict[str, LoRA2Config]:
+    """The adapters that are active and train in `model`, with their configs; none in what is no module."""
+    layers = [layer for _, layer in _directions(model)] if isinstance(model, nn.Module) else []
     return {adapter: layer.configs[adapter] for layer in layers for adapter in layer.learning}
 
 
@@ -119,15 +120,13 @@ def _gradient(parameter: Tensor) -> Tensor:
 def pruning_state(model: nn.Module) -> dict[str, Tensor]:
     """The state that a resumed run needs: `<path>.<adapter>.{mean, uncertainty, kept, final}`, on the CPU."""
     state: dict[str, Tensor] = {}
-    for path, layer in unwrap(model)[0].named_modules():
-        if isinstance(layer, Directions):
-            for adapter, importance in layer.importance.items():
-                # A copy: the averages of linear layers of one shape share memory.
-                state[f"{path}.{adapter}.mean"] = importance.mean.cpu().clone()
-                state[f"{path}.{adapter}.uncertainty"] = importance.uncertainty.cpu().clone()
-                state[f"{path}.{adapter}.final"] = torch.tensor(layer.final.get(adapter, False))
-                if adapter in layer.kept:
-                    state[f"{path}.{adapter}.kept"] = layer.kept[adapter].cpu().clone()
+    for path, layer in _directions(model):
+        for adapter, importance in layer.importance.items():
+            tensors = {**importance._asdict(), "final": torch.tensor(layer.final.get(adapter, False))}
+            if adapter in layer.kept:
+                tensors["kept"] = layer.kept[adapter]
+            # A copy: the averages of linear layers of one shape share memory.
+            state |= {f"{path}.{adapter}.{name}": tensor.cpu().clone() for name, tensor in tensors.items()}
     return state
 
 
@@ -138,11 +137,10 @@ def load_pruning_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         ConfigError: the state is of other linear layers, adapters or ranks. Nothing has been changed then.
     """
     loaded: list[tuple[Directions, str, Importance, str]] = []
-    for path, layer in unwrap(model)[0].named_modules():
-        learning = layer.learning if isinstance(layer, Directions) else []
-        for adapter in (name for name in learning if layer.configs[name].prunes):  # type: ignore[union-attr, index]
+    for path, layer in _directions(model):
+        for adapter in (name for name in layer.learning if layer.configs[name].prunes):
             at = f"{path}.{adapter}"
-            *experts, k, r = layer.factor(adapter, "v").shape  # type: ignore[union-attr]
+            *experts, k, r = layer.factor(adapter, "v").shape
             shape = (*experts, r, 1 + 2 * k)
             mean, uncertainty = state.get(f"{at}.mean"), state.get(f"{at}.uncertainty")
             if mean is None or uncertainty is None or mean.shape != shape:
@@ -151,7 +149,7 @@ def load_pruning_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                     f"the pruning state holds {have} for {at!r}, which needs {shape}: it was saved from "
                     "another model or config. Resume with the config that the run was started with."
                 )
-            loaded.append((layer, adapter, Importance(mean, uncertainty), at))  # type: ignore[arg-type]
+            loaded.append((layer, adapter, Importance(mean, uncertainty), at))
     for layer, adapter, importance, at in loaded:
         layer.importance[adapter] = importance
         layer.final[adapter] = bool(state[f"{at}.final"])

@@ -25,14 +25,11 @@ def grids(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, Grid]:
     """
     anatomy = Anatomy(model)
     by_stack: dict[str, Grid] = {}
-    outside: Grid = {}
     for path, rank in ranks.items():
         place = anatomy.find(path)
-        if place is None:
-            outside[path] = {0: rank}
-        else:
-            by_stack.setdefault(place.stack, {}).setdefault(place.role, {})[place.layer] = rank
-    return by_stack | ({"": outside} if outside else {})
+        stack, role, layer = ("", path, 0) if place is None else (place.stack, place.role, place.layer)
+        by_stack.setdefault(stack, {}).setdefault(role, {})[layer] = rank
+    return dict(sorted(by_stack.items(), key=lambda item: item[0] == ""))
 
 
 def table(model: nn.Module, ranks: Mapping[str, int]) -> str:
@@ -42,8 +39,9 @@ def table(model: nn.Module, ranks: Mapping[str, int]) -> str:
         layers = sorted({layer for by_layer in grid.values() for layer in by_layer})
         rows = [f"| {stack or 'outside'} | {' | '.join(grid)} | sum |", "|---|" + "--:|" * (len(grid) + 1)]
         for layer in layers:
-            here = [by_layer.get(layer) for by_layer in grid.values()]
-            rows.append(f"| {layer} | {' | '.join(map(_cell, here))} | {sum(rank or 0 for rank in here)} |")
+            here = {role: by_layer[layer] for role, by_layer in grid.items() if layer in by_layer}
+            cells = " | ".join(str(here.get(role, "")) for role in grid)
+            rows.append(f"| {layer} | {cells} | {sum(here.values())} |")
         sums = [sum(by_layer.values()) for by_layer in grid.values()]
         rows.append(f"| sum | {' | '.join(map(str, sums))} | {sum(sums)} |")
         parts.append("\n".join(rows))
@@ -79,7 +77,3 @@ def heat_map(model: nn.Module, ranks: Mapping[str, int], file: str | Path | None
     if file is not None:
         figure.savefig(str(file))
     return figure
-
-
-def _cell(rank: int | None) -> str:
-    return "" if rank is None else str(rank)

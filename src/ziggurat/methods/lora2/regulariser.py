@@ -105,9 +105,10 @@ class Regulariser(RootHook):
         self.joined = self.joined or gradient is not None
 
 
-def hook_of(model: nn.Module) -> Regulariser | None:
-    """The regulariser's hook on `model` or on a module inside it."""
-    hooks = (hook for module in model.modules() for hook in hooks_of(module).values())
+def hook_of(model: Any) -> Regulariser | None:
+    """The regulariser's hook on `model` or on a module inside it; None where there is none, or no module."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    hooks = (hook for module in modules for hook in hooks_of(module).values())
     return next((hook for hook in hooks if isinstance(hook, Regulariser)), None)
 
 

@@ -78,11 +78,7 @@ class Schedule:
         shrinks, with p the share of that phase that is over (the cubic schedule of
         AdaLoRA, arXiv 2303.10512); `target` in the final phase.
         """
-        phase = self.phase(step)
-        if phase == "warm":
-            return full
-        if phase == "final":
-            return target
         # In whole numbers, so that no rounding of a power decides over a direction.
-        left, span = self.last - step, self.last - self.initial
+        span = self.last - self.initial
+        left = min(max(self.last - step, 0), span)
         return target + (full - target) * left**3 // span**3
