@@ -19,7 +19,7 @@ from ..data.encode import encode_texts, longest
 from ..data.examples import text_columns
 from ..data.faults import Faults, RowFault
 from ..data.images import Images, undecoded
-from ..data.instruct import column_of
+from ..data.instruct import cells_of, column_of
 from ..data.readers import encoding_of, read_lines
 from ..data.sources import source_ids
 from ..data.tables import read_table, require_column, texts_of
@@ -272,27 +272,24 @@ def _chats(loaded: Loaded, table: Any, source: str) -> str | None:
 
 
 def _conversations(loaded: Loaded, table: Any, column: str, source: str) -> list[Conversation]:
-    tools, system, seen = (column_of(loaded.recipe, name, table, source) for name in ("tools", "system", "images"))
-    conversations, faults = [], Faults(source, len(table))
+    given = {name: column_of(loaded.recipe, name, table, source) for name in ("tools", "system", "images")}
+    faults = Faults(source, len(table))
     folder = loaded.recipe.data.image_folder  # it may exist on another machine only
     folder = folder if folder is not None and Path(folder).is_dir() else None
     images = Images(source, folder) if loaded.processor is not None else None
-    rows: Any = undecoded(table, seen)
-    for index, row in enumerate(rows):
-        try:
-            named: list[Any] | None = [] if images is not None else None
-            messages, _ = conversation(row[column], loaded.recipe.data, named)
-            if messages[-1]["role"] == "assistant":
-                messages = messages[:-1]
-            if not messages:
-                raise RowFault("nothing is asked")
-            sources = []
-            if images is not None:
-                messages, sources = images.placed(messages, named or [], row[seen] if seen is not None else None)
-            given = (row[system] or None) if system is not None else None
-            called = tools_of(row[tools]) if tools is not None else []
-            conversations.append(Conversation(with_system(messages, given), called, sources))
-        except RowFault as fault:
-            faults.add(index, str(fault))
-    faults.settle(table, drop=False)
-    return conversations
+
+    def read(row: Any) -> Conversation:
+        cells, named = cells_of(row, given), None if images is None else list[Any]()
+        messages, _ = conversation(row[column], loaded.recipe.data, named)
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            raise RowFault("nothing is asked")
+        sources = []
+        if images is not None:
+            messages, sources = images.placed(messages, named or [], cells["images"])
+        return Conversation(with_system(messages, cells["system"] or None), tools_of(cells["tools"]), sources)
+
+    conversations = faults.each(undecoded(table, given["images"]), read)
+    faults.settle(table, drop=None)
+    return list(conversations.values())

@@ -136,12 +136,13 @@ def to_rows(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, 
             "questions; train.group_by_length: true saves padding instead"
         )
     given = given_columns(recipe, shape, table, source)
-    faults, counts, kept = Faults(source, len(table)), Counter[str](), []
+    faults, counts = Faults(source, len(table)), Counter[str]()
     images = _images_of(recipe, table, given, source)
-    for index, row in enumerate(undecoded(table, given.get("images"))):
-        with faults.of_row(index):
-            if (made := read_row(recipe, shape, cells_of(row, given), counts, images)) is not None:
-                kept.append({**made, "row": index + 1})
+    made = faults.each(
+        undecoded(table, given.get("images")),
+        lambda row: read_row(recipe, shape, cells_of(row, given), counts, images),
+    )
+    kept = [{**row, "row": number} for number, row in made.items()]
     _, notes = faults.settle(table, recipe.data.drop_missing)
     rows = f"of {len(table)} rows of {source}"
     notes += unread_note(table, given, source)

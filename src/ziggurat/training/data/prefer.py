@@ -40,18 +40,20 @@ def to_pairs(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str,
     given = {name: column_of(recipe, name, table, source) for name in _COLUMNS}
     for name in ("chosen", "rejected"):
         require_column(table, given[name] or name, f"data.columns.{name}", source)
-    faults, counts, kept = Faults(source, len(table)), Counter[str](), []
-    for index, row in enumerate(table):
+    faults, counts = Faults(source, len(table)), Counter[str]()
+
+    def pair(row: Any) -> dict[str, Any]:
         cells = cells_of(row, given)
-        with faults.of_row(index):
-            asked, good, bad = _pair(cells)
-            better = read_row(recipe, "prompt", {**cells, "prompt": asked, "completion": good}, counts)
-            worse = read_row(recipe, "prompt", {**cells, "prompt": asked, "completion": bad}, Counter())
-            if better is None or worse is None:
-                raise RowFault("an answer is empty", gap=True)
-            if better == worse:
-                raise RowFault("both answers are the same", gap=True)
-            kept.append({**better, **{f"{name}{WORSE}": part for name, part in worse.items()}, "row": index + 1})
+        asked, good, bad = _pair(cells)
+        better = read_row(recipe, "prompt", {**cells, "prompt": asked, "completion": good}, counts)
+        worse = read_row(recipe, "prompt", {**cells, "prompt": asked, "completion": bad}, Counter())
+        if better is None or worse is None:
+            raise RowFault("an answer is empty", gap=True)
+        if better == worse:
+            raise RowFault("both answers are the same", gap=True)
+        return {**better, **{f"{name}{WORSE}": part for name, part in worse.items()}}
+
+    kept = [{**row, "row": number} for number, row in faults.each(table, pair).items()]
     _, notes = faults.settle(table, recipe.data.drop_missing)
     counts.pop("", None)
     notes += unread_note(table, given, source)
@@ -86,15 +88,18 @@ def to_judged(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str
 
     Raises DataError as `to_rows` does, for other labels, and if all answers have the same one.
     """
-    require_column(table, recipe.data.label, "data.label", source)
-    verdicts = [_VERDICTS.get(str(value).strip().lower()) for value in table[recipe.data.label]]
-    faults = Faults(source, len(table))
-    for index, verdict in enumerate(verdicts):
-        if verdict is None:
-            faults.add(index, f"no verdict in column '{recipe.data.label}': true or false is needed")
-    faults.settle(table, drop=False)
-    rows, shape, notes = to_rows(recipe, table.remove_columns(recipe.data.label), source)
-    good = [bool(verdicts[number - 1]) for number in rows["row"]]
+    column, faults = recipe.data.label, Faults(source, len(table))
+    require_column(table, column, "data.label", source)
+
+    def verdict(value: Any) -> bool:
+        if (word := str(value).strip().lower()) not in _VERDICTS:
+            raise RowFault(f"no verdict in column '{column}': true or false is needed")
+        return _VERDICTS[word]
+
+    verdicts = faults.each(table[column], verdict)
+    faults.settle(table, drop=None)
+    rows, shape, notes = to_rows(recipe, table.remove_columns(column), source)
+    good = [verdicts[number] for number in rows["row"]]
     if len(set(good)) < 2:
         raise DataError(f"data.label: all answers of {source} are {'good' if good[0] else 'bad'}; kto needs both")
     return rows.add_column("good", good), shape, notes

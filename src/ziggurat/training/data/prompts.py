@@ -50,16 +50,13 @@ def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, st
     besides = {name: column_of(recipe, name, table, source) for name in ("system", "input")}
     if shape != "instruction":
         besides["input"] = None
-    faults, prompts = Faults(source, len(table)), list[Any]()
-    for index, row in enumerate(table):
-        prompts.append(None)
-        with faults.of_row(index):
-            prompts[-1] = _prompt(recipe, shape, row[column], cells_of(row, besides))  # type: ignore[call-overload]
-    kinds = {isinstance(prompt, str) for prompt in prompts if prompt is not None}
+    faults = Faults(source, len(table))
+    prompts = faults.each(table, lambda row: _prompt(recipe, shape, row[column], cells_of(row, besides)))
+    kinds = {isinstance(prompt, str) for prompt in prompts.values()}
     if len(kinds) > 1:
         raise DataError(f"{source}: some prompts are lists of messages and some are texts; all have to be the same")
-    texts = [prompt if prompt is None or isinstance(prompt, str) else dumps(prompt) for prompt in prompts]
-    rest = table.add_column(_MADE, texts)
+    texts = {number: prompt if isinstance(prompt, str) else dumps(prompt) for number, prompt in prompts.items()}
+    rest = table.add_column(_MADE, [texts.get(number) for number in range(1, len(table) + 1)])
     rest = rest.remove_columns([name for name in table.column_names if name in {column, *besides.values(), "prompt"}])
     rest = rest.rename_column(_MADE, "prompt")
     rest, notes = faults.settle(rest, recipe.data.drop_missing)

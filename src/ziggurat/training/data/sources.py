@@ -37,20 +37,18 @@ def to_sources(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, st
             f"{source} has the columns {', '.join(table.column_names)}, and {recipe.task} needs a source and a target "
             f"({usual}); name the column in data.columns.{lacking[0]}"
         )
-    faults, rows = Faults(source, len(table)), []
-    for index, cells in enumerate(zip(*(table[str(column)] for column in given.values()), strict=True)):
-        with faults.of_row(index):
-            texts = {name: _text(cell, name) for name, cell in zip(_COLUMNS, cells, strict=True)}
-            rows.append({**texts, "row": index + 1})
+    faults, cells = Faults(source, len(table)), zip(*(table[str(column)] for column in given.values()), strict=True)
+    rows = faults.each(cells, _texts)
     _, notes = faults.settle(table, recipe.data.drop_missing)
-    return Dataset.from_list(rows), "source", notes
+    return Dataset.from_list([{**row, "row": number} for number, row in rows.items()]), "source", notes
 
 
-def _text(cell: Any, name: str) -> str:
-    text = as_text(cell)
-    if not (text or "").strip():
-        raise RowFault(f"the {name} is empty", gap=True)
-    return str(text)
+def _texts(cells: tuple[Any, Any]) -> dict[str, str]:
+    texts = {name: as_text(cell) or "" for name, cell in zip(_COLUMNS, cells, strict=True)}
+    for name, text in texts.items():
+        if not text.strip():
+            raise RowFault(f"the {name} is empty", gap=True)
+    return texts
 
 
 def source_ids(

@@ -94,7 +94,7 @@ def load_stream(recipe: Recipe) -> Examples:
     from datasets import Dataset
 
     data, notes = recipe.data, list[str]()
-    sources = [data.train, *(data.more or [])]
+    sources = data.sources
     scored = 0 if data.validation is not None else data.validation_rows or SCORED
     tables, forms, shapes, given = [], [], [], []
     for place, source in enumerate(sources):

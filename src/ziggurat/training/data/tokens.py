@@ -119,7 +119,7 @@ def tokens_of(
             rows.append(_encoded(tokenizer, row, recipe.data.loss, lost))
         except DataError as error:
             faults.add(row["row"] - 1, str(error))
-    faults.settle(table, drop=False)
+    faults.settle(table, drop=None)
     notes += [
         f"{count} of {len(table)} {word} rows have {what}, which the chat template leaves out"
         for what, count in sorted(lost.items())
