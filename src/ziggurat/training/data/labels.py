@@ -195,9 +195,9 @@ def _places(recipe: Recipe, parts: Sequence[_Classes], source: str) -> tuple[lis
     # By name too: one table may number the classes that the other names, or number them in another order.
     place = {name: index for index, name in enumerate(names)} | {value: index for index, value in enumerate(known)}
     for part in parts[1:]:
-        own = part.names if recipe.data.label_names is None else None
-        if own is not None:
-            part.values = [own[value] if value in range(len(own)) else value for value in part.values]
+        hub_names = part.names if recipe.data.label_names is None else None
+        if hub_names is not None:
+            part.values = [hub_names[value] if value in range(len(hub_names)) else value for value in part.values]
         # Numbers here may be texts there: a single label that isn't a number makes texts of all.
         part.values = [value if value in place else str(value) for value in part.values]
         unseen = sorted({value for value in part.values if value not in place})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
@@ -45,11 +44,11 @@ def load(
     """
     sources = recipe.data.sources
     parts = [_read(recipe, table, source, notes) for table, source in zip(trains, sources, strict=True)]
-    found = _given(recipe, trains[0]) or _names([row for rows in parts for row in rows], recipe.data.train)
-    train = joined([_assemble(rows, found, source) for rows, source in zip(parts, sources, strict=True)], sources)
+    known = _given(recipe, trains[0]) or _names([row for rows in parts for row in rows], recipe.data.train)
+    train = joined([_assemble(rows, known, source) for rows, source in zip(parts, sources, strict=True)], sources)
     if validation is not None:
-        validation = among(recipe, validation, found, recipe.data.scored, notes)
-    return train, validation, found
+        validation = among(recipe, validation, known, recipe.data.scored, notes)
+    return train, validation, known
 
 
 def among(recipe: Recipe, table: Dataset, names: list[str], source: str, notes: list[str]) -> Dataset:
@@ -80,13 +79,13 @@ def _read(recipe: Recipe, table: Dataset, source: str, notes: list[str]) -> list
     for key, column in zip(("tokens", "tags"), columns(recipe), strict=True):
         require_column(table, column, f"data.columns.{key}", source)
     faults, cells = Faults(source, len(table)), zip(*(table[column] for column in columns(recipe)), strict=True)
-    rows = faults.each(cells, partial(_row, _given(recipe, table)))
+    given = _given(recipe, table)
+    rows = faults.each(cells, lambda row: _row(words_in(row[0]), words_in(row[1]), given))
     notes += faults.settle(table, recipe.data.drop_missing)[1]
     return list(rows.values())
 
 
-def _row(given: Sequence[str] | None, cells: tuple[Any, Any]) -> tuple[list[str], list[str]]:
-    words, tags = map(words_in, cells)
+def _row(words: Any, tags: Any, given: Sequence[str] | None) -> tuple[list[str], list[str]]:
     if not words or not tags:
         raise RowFault("no words, or no tags", gap=True)
     if not isinstance(words, list) or not isinstance(tags, list):

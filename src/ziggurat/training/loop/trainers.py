@@ -22,7 +22,7 @@ from ..data.encode import Collator, encode, longest, spread
 from ..folder.workplace import LOGS
 from ..model.base import is_in
 from . import metrics
-from .arguments import Setup, training_arguments
+from .arguments import Setup
 from .exact import ExactTrainer
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Task:
 _TRAINERS = {
     "instruct": ("writing", "instructed"),
     **dict.fromkeys(("dpo", "kto", "orpo", "reward"), ("writing", "preferring")),
-    **dict.fromkeys(REWARDED, ("writing", "rewarded")),
+    **dict.fromkeys(REWARDED, ("sampling", "rewarding")),
     "distill": ("distill", "distilling"),
     "seq2seq": ("sequences", "transforming"),
 }
@@ -135,18 +135,9 @@ def _scored(setup: Setup) -> Task:
         texts, shares = shown_texts(examples.validation), softmax(last["outputs"].astype(np.float64), axis=-1)
         return by_class(shares, last["labels"], examples.label_names, [texts[row] for row in order])
 
-    arguments = TrainingArguments(
-        **training_arguments(recipe, setup.checkpoints), label_names=["labels"], remove_unused_columns=False
-    )
-    trainer = HeadLrTrainer(
-        model=setup.model,
-        args=arguments,
-        train_dataset=parts[0],
-        eval_dataset=parts[1],
-        data_collator=Collator(base.tokenizer, 8 if recipe.train.precision != "fp32" else None),
-        compute_metrics=compute,
-        callbacks=setup.callbacks,
-    )
+    arguments = TrainingArguments(**setup.arguments, label_names=["labels"], remove_unused_columns=False)
+    how = {"data_collator": Collator(base.tokenizer, setup.multiple), "compute_metrics": compute}
+    trainer = setup.trainer(HeadLrTrainer, arguments, parts, **how)
     if recipe.train.class_weights is not None:
         from .classes import weights_of
 
