@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+class Encoded(NamedTuple):
+    """Training and validation rows as token ids, their greatest length (or that of an output), and notes."""
+
+    train: Dataset
+    validation: Dataset
+    length: int
+    notes: list[str]
 
 
 def longest(tokenizer: PreTrainedTokenizerBase | None, config: Any, wanted: int) -> int:

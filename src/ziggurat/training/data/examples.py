@@ -38,9 +38,14 @@ class Examples:
     stream: Stream | None = None
 
     @property
+    def parts(self) -> tuple[tuple[Dataset, str], tuple[Dataset, str]]:
+        """Both parts, each with the word for its rows."""
+        return (self.train, "training"), (self.validation, "validation")
+
+    @property
     def has_images(self) -> bool:
         """True if a row has an image."""
-        return any(any(part["images"]) for part in (self.train, self.validation) if "images" in part.column_names)
+        return any(any(table["images"]) for table, _ in self.parts if "images" in table.column_names)
 
 
 def load_examples(recipe: Recipe) -> Examples:

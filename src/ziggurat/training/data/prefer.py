@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ziggurat.errors import DataError
@@ -10,7 +9,7 @@ from ziggurat.recipe.schema import Recipe
 
 from .chat import as_messages
 from .faults import Faults, RowFault
-from .instruct import cells_of, column_of, joined_bare, read_row, to_rows, unread_note
+from .instruct import RowReader, cells_of, column_of, joined_bare, to_rows, unread_note
 from .tables import require_column
 from .template import common_start
 
@@ -40,13 +39,13 @@ def to_pairs(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str,
     given = {name: column_of(recipe, name, table, source) for name in _COLUMNS}
     for name in ("chosen", "rejected"):
         require_column(table, given[name] or name, f"data.columns.{name}", source)
-    faults, counts = Faults(source, len(table)), Counter[str]()
+    faults, reader = Faults(source, len(table)), RowReader(recipe, "prompt", given)
 
     def pair(row: Any) -> dict[str, Any]:
         cells = cells_of(row, given)
         asked, good, bad = _pair(cells)
-        better = read_row(recipe, "prompt", {**cells, "prompt": asked, "completion": good}, counts)
-        worse = read_row(recipe, "prompt", {**cells, "prompt": asked, "completion": bad}, Counter())
+        better = reader.made({**cells, "prompt": asked, "completion": good})
+        worse = RowReader(recipe, "prompt", given).made({**cells, "prompt": asked, "completion": bad})
         if better is None or worse is None:
             raise RowFault("an answer is empty", gap=True)
         if better == worse:
@@ -55,10 +54,10 @@ def to_pairs(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str,
 
     kept = [{**row, "row": number} for number, row in faults.each(table, pair).items()]
     _, notes = faults.settle(table, recipe.data.drop_missing)
-    counts.pop("", None)
+    reader.counts.pop("", None)
     notes += unread_note(table, given, source)
     notes += joined_bare(kept)
-    notes += [f"{count} of {len(table)} rows of {source} {what}" for what, count in sorted(counts.items())]
+    notes += [f"{count} of {len(table)} rows of {source} {what}" for what, count in sorted(reader.counts.items())]
     return Dataset.from_list(kept), "messages" if "messages" in kept[0] else "prompt", notes
 
 

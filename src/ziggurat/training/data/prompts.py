@@ -118,7 +118,7 @@ def fitting_prompts(
         raise DataError(f"sampling.tokens: {recipe.sampling.tokens}, and {recipe.model} takes {most} with the prompt")
     limit = min((n for n in (room, recipe.data.max_length) if n is not None), default=None)
     parts, notes = [], []
-    for table, word in ((examples.train, "training"), (examples.validation, "validation")):
+    for table, word in examples.parts:
         lengths = [_length(tokenizer, opened(dict(row), examples.shape)) for row in table]
         if word == "training":
             notes.append(f"{spread(lengths, 'prompts')}; completions have at most {recipe.sampling.tokens} tokens")

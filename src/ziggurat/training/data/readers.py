@@ -5,7 +5,7 @@ import json
 import re
 import zipfile
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -227,16 +227,8 @@ def _json(path: Path, content: bytes, nested: Collection[str]) -> Any:
     if path.name.lower().removesuffix(".gz").endswith(".json") and text.startswith("["):
         rows = json.loads(text)
     else:
-        rows = []
         # Not splitlines: JSON texts may contain unescaped characters at which it splits (U+2028, U+0085).
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise DataError(
-                        f"{path}, line {number}: {error.msg}; expected a list of objects, or one object a line"
-                    ) from error
+        rows = list(json_lines(path, text.split("\n"), "a list of objects, or one object a line"))
     bad = next((index for index, row in enumerate(rows) if not isinstance(row, dict)), None)
     if bad is not None:
         raise DataError(f"{path}: entry {bad} is a {type(rows[bad]).__name__}, each must be an object")
@@ -252,6 +244,16 @@ def _json(path: Path, content: bytes, nested: Collection[str]) -> Any:
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise DataError(f"{path}: column '{name}' holds values of several kinds: {first_line(error)}") from error
     return pa.table(columns)
+
+
+def json_lines(path: Path, lines: Iterable[str], expected: str) -> Iterator[Any]:
+    """The value of each line that isn't blank. Raises DataError with the line that is no JSON."""
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number}: {error.msg}; expected {expected}") from error
 
 
 def as_text_if_nested(value: Any) -> Any:

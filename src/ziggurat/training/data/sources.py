@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from ziggurat.errors import DataError
 from ziggurat.recipe.schema import Recipe
 
-from .encode import percentile, spread
+from .encode import Encoded, percentile, spread
 from .examples import Examples
 from .faults import Faults, RowFault
 from .instruct import ALIASES, as_text, column_of
@@ -74,9 +74,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, length: int | None, **texts: list[s
 _ENCODED = {"source": (source_ids, "input_ids", "max_length"), "target": (target_ids, "labels", "max_target")}
 
 
-def encode_sources(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, examples: Examples
-) -> tuple[Dataset, Dataset, int, list[str]]:
+def encode_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, examples: Examples) -> Encoded:
     """Training and validation rows as `input_ids` and `labels`, the most tokens of a target, and notes.
 
     The notes say how long both are, and how many are cut.
@@ -86,7 +84,7 @@ def encode_sources(
     notes: list[str] = []
     limits: dict[str, int] = {}
     made = []
-    for table, word in ((examples.train, "training"), (examples.validation, "validation")):
+    for table, word in examples.parts:
         columns = {}
         for name, (ids, column, key) in _ENCODED.items():
             lengths = [len(row) for row in ids(recipe, tokenizer, table[name])]
@@ -97,4 +95,4 @@ def encode_sources(
                 notes.append(f"{cut} of {len(table)} {word} {name}s are longer than {limits[name]} tokens and were cut")
             columns[column] = ids(recipe, tokenizer, table[name], limits[name])
         made.append(Dataset.from_dict(columns))
-    return made[0], made[1], limits["target"], notes
+    return Encoded(*made, limits["target"], notes)

@@ -2,7 +2,6 @@
 
 import csv
 import gzip
-import json
 import random
 import sys
 from collections import Counter
@@ -19,8 +18,8 @@ from ziggurat.recipe.schema import Recipe
 
 from .examples import Examples, load_scored
 from .faults import RowFault
-from .instruct import cells_of, given_columns, read_row, shape_of, to_rows
-from .readers import as_text_if_nested, first_delimiter
+from .instruct import RowReader, reader_of, to_rows
+from .readers import as_text_if_nested, first_delimiter, json_lines
 from .tables import draw, hub_parts, is_hub_name, load_hub
 
 #: Rows at the start of a source that decide columns, form and length; and validation rows if none are named.
@@ -33,14 +32,13 @@ Row = dict[str, Any]
 class Stream:
     """The rows of one or several sources, endlessly, in an order given by the seed.
 
-    `shapes` and `given`: each source's shape, and its column for each key of `data.columns`; `skipped`: rows at the
+    `readers`: each source's reader; `skipped`: rows at the
     start of the first source, used for validation. `lost` counts the rows left out since an iteration began.
     """
 
     recipe: Recipe
     sources: list[str]
-    shapes: list[str]
-    given: list[dict[str, str | None]]
+    readers: list[RowReader]
     skipped: int
     lost: Counter[str] = field(default_factory=Counter)
 
@@ -64,14 +62,14 @@ class Stream:
             yield next(rows)
 
     def _endless(self, place: int) -> Iterator[Row]:
-        source, given = self.sources[place], self.given[place]
+        source, reader = self.sources[place], self.readers[place]
         for _ in count():
             learned = 0
             for number, row in enumerate(rows_of(self.recipe, source), start=1):
                 if place == 0 and number <= self.skipped:
                     continue
                 try:
-                    made = read_row(self.recipe, self.shapes[place], cells_of(row, given), Counter())
+                    made = reader.read(row)
                 except RowFault as fault:
                     if not (fault.gap and self.recipe.data.drop_missing):
                         do = "; or set data.drop_missing: true" if fault.gap else ""
@@ -96,7 +94,7 @@ def load_stream(recipe: Recipe) -> Examples:
     data, notes = recipe.data, list[str]()
     sources = data.sources
     scored = 0 if data.validation is not None else data.validation_rows or SCORED
-    tables, forms, shapes, given = [], [], [], []
+    tables, forms, readers = [], [], []
     for place, source in enumerate(sources):
         rows = list(islice(rows_of(recipe, source), SEEN + (scored if place == 0 else 0)))
         if len(rows) <= (scored if place == 0 else 0):
@@ -112,8 +110,7 @@ def load_stream(recipe: Recipe) -> Examples:
             raise DataError(f"data.streaming: {source} has images, and streams are of texts alone")
         tables.append(made)
         forms.append(shape)
-        shapes.append(shape_of(recipe, table, source))
-        given.append(given_columns(recipe, shapes[-1], table, source))
+        readers.append(reader_of(recipe, table, source))
         notes += [f"of its start: {remark}" for remark in remarks]
     if len(set(forms)) > 1:
         raise DataError(f"data.train: the sources have several forms: {', '.join(forms)}")
@@ -133,7 +130,7 @@ def load_stream(recipe: Recipe) -> Examples:
         "shuffled at a time: they are not counted beforehand, and equal rows are not kept apart; lengths are those of "
         "the start"
     )
-    return Examples(train, validation, [], notes, forms[0], Stream(recipe, sources, shapes, given, scored))
+    return Examples(train, validation, [], notes, forms[0], Stream(recipe, sources, readers, scored))
 
 
 def rows_of(recipe: Recipe, source: str) -> Iterator[Row]:
@@ -172,15 +169,10 @@ def _lines(recipe: Recipe, path: Path, newline: str | None = "\n") -> Iterator[s
 
 
 def _json(recipe: Recipe, path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_lines(recipe, path), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: {error.msg}; expected one object a line") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number}: a {type(row).__name__}, each must be an object")
-            yield row
+    for index, row in enumerate(json_lines(path, _lines(recipe, path), "one object a line")):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: entry {index} is a {type(row).__name__}, each must be an object")
+        yield row
 
 
 def _text(recipe: Recipe, path: Path) -> Iterator[Row]:

@@ -59,8 +59,8 @@ def run_card(recipe: Recipe, spec: HeadSpec, result: Result, versions: dict[str,
     front["tags"] = ["ziggurat", result.method, recipe.task]
     where = f"`{base}`, a model in a folder of the machine that trained" if local else f"[{base}](https://hf.co/{base})"
     data = recipe.data.train if not Path(recipe.data.train).expanduser().exists() else Path(recipe.data.train).name
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)
-    return environment.get_template(TEMPLATE).render(
+    markdown = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)  # noqa: S701
+    return markdown.get_template(TEMPLATE).render(
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
         recipe=recipe,
         result=result,

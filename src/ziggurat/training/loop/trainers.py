@@ -103,7 +103,7 @@ def _scored(setup: Setup) -> Task:
     notes = [f"data.max_length {wanted} lowered to {length}, all this model can take"] if length < wanted else []
     separate = recipe.head.pooling == "mean" and recipe.data.text_pair is not None
     parts: list[Dataset] = []
-    for table, word in ((examples.train, "training"), (examples.validation, "validation")):
+    for table, word in examples.parts:
         encoded, lengths = encode(table, base.tokenizer, length, separate=separate)
         parts.append(encoded)
         if word == "training":
