@@ -19,7 +19,7 @@ from ..data.encode import encode_texts, longest
 from ..data.examples import text_columns
 from ..data.faults import Faults, RowFault
 from ..data.images import Images, undecoded
-from ..data.instruct import cells_of, column_of
+from ..data.instruct import cells_of, column_of, to_rows
 from ..data.readers import encoding_of, read_lines
 from ..data.sources import source_ids
 from ..data.tables import read_table, require_column, texts_of
@@ -234,14 +234,12 @@ def read_texts(file: Path, loaded: Loaded) -> tuple[list[Any], list[str] | None]
         if loaded.head.pair:
             raise DataError(f"this adapter compares two texts: give a table with '{data.text}' and '{data.text_pair}'")
         return read_lines(file), None
-    if loaded.head.task == "reward":
-        from .rewards import read_answers
-
-        return read_answers(file, loaded), None
-    columns = text_columns(loaded.recipe)
+    columns, rates = text_columns(loaded.recipe), loaded.head.task == "reward"
     talks = loaded.run.get("shape") == "messages"
     encoding = encoding_of(str(file), data.encoding)
-    table = read_table(str(file), texts=columns, nested=columns if talks else (), encoding=encoding)
+    table = read_table(str(file), texts=columns, nested=columns if talks or rates else (), encoding=encoding)
+    if rates:
+        return [dict(row) for row in to_rows(loaded.recipe, table, str(file))[0]], None
     if loaded.head.task == "tokens":
         require_column(table, columns[0], "--file", str(file))
         return [words_in(cell) for cell in table[columns[0]]], None

@@ -89,9 +89,7 @@ def load_scored(recipe: Recipe, source: str, names: list[str]) -> tuple[Dataset,
 
     `names`: the classes that the model knows. Raises DataError as `load_examples` does, and for classes beside these.
     """
-    data = recipe.data.model_copy(update={"encoding": encoding_of(source, recipe.data.encoding)})
-    table = _read(recipe.model_copy(update={"data": data}), source, "train")
-    notes: list[str] = []
+    table, notes = _read(recipe, source, "train", scored=True), list[str]()
     if recipe.kind.rows in _CLASSIFIED:
         return _module(recipe).among(recipe, table, names, source, notes), None, notes
     return *_rows(recipe, table, source, notes), notes
@@ -130,7 +128,10 @@ def _tables(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
     return train, None
 
 
-def _read(recipe: Recipe, source: str, split: str, demo: str = "train", first: bool = True) -> Dataset:
+def _read(
+    recipe: Recipe, source: str, split: str, demo: str = "train", *, first: bool = True, scored: bool = False
+) -> Dataset:
+    """The rows of a source; `first`: of those to learn from, `scored`: it may have another encoding."""
     return read_table(
         source,
         subset=recipe.data.subset if first else None,
@@ -139,7 +140,7 @@ def _read(recipe: Recipe, source: str, split: str, demo: str = "train", first: b
         texts=[*text_columns(recipe), *([recipe.data.label] if recipe.task == "multilabel" else [])],
         nested=text_columns(recipe) if recipe.kind.rows not in _CLASSIFIED else (),
         classes=recipe.data.label if recipe.task == "classification" else None,
-        encoding=recipe.data.encoding,
+        encoding=encoding_of(source, recipe.data.encoding) if scored else recipe.data.encoding,
         delimiter=recipe.data.delimiter,
     )
 

@@ -72,4 +72,4 @@ def _cut(
         tell_of_cuts(recipe, length, word, len(rows), cut, gone, gone, notes)
         columns = {name: [row[place] for row in kept] for place, name in enumerate(("prompt_ids", *names))}
         made.append(Dataset.from_dict(columns))
-    return Encoded(*made, length, notes)
+    return Encoded(made[0], made[1], length, notes)

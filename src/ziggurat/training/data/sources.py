@@ -95,4 +95,4 @@ def encode_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: A
                 notes.append(f"{cut} of {len(table)} {word} {name}s are longer than {limits[name]} tokens and were cut")
             columns[column] = ids(recipe, tokenizer, table[name], limits[name])
         made.append(Dataset.from_dict(columns))
-    return Encoded(*made, limits["target"], notes)
+    return Encoded(made[0], made[1], limits["target"], notes)

@@ -1,4 +1,4 @@
-"""The inputs of a trainer, and a recipe's settings as fields of transformers' TrainingArguments."""
+"""The inputs of a trainer, the trainer of a task, and a recipe's settings as fields of TrainingArguments."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ziggurat.errors import RecipeError
@@ -50,6 +50,19 @@ class Setup:
             # TRL keeps a copy of the adapter to compute a reference, which isn't needed from here on.
             trainer.model.delete_adapter("ref")
         return trainer
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trainer ready to start, and the scores of the majority-class or mean baseline.
+
+    `by_class` returns `classes.by_class` of the last scoring of the validation rows; empty for other tasks.
+    """
+
+    trainer: Trainer
+    notes: list[str]
+    guess: dict[str, float] = field(default_factory=dict)
+    by_class: Callable[[], dict[str, Any]] = dict
 
 
 def training_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:

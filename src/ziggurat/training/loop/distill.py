@@ -4,20 +4,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ziggurat.errors import RecipeError, first_line
 from ziggurat.nearest import is_path, missing_path
 from ziggurat.recipe.embedded import model_path
 from ziggurat.recipe.schema import Recipe
 
-from .arguments import Setup
+from .arguments import Setup, Task
 from .preference import trl_classes
 from .rewards import drawing_problems
 from .sampling import Drawing, prompt_rows, sampling_arguments
 
 
-def distilling(setup: Setup) -> tuple[Trainer, list[str]]:
+def distilling(setup: Setup) -> Task:
     """On-policy distillation (Agarwal et al. 2024) by TRL, and notes. Raises DataError, RecipeError.
 
     Each step draws a completion of each of its prompts from the student, and lowers, token by token, the divergence of
@@ -35,7 +35,7 @@ def distilling(setup: Setup) -> tuple[Trainer, list[str]]:
     trainer = setup.trainer(type(kind.__name__, (Distilled, kind), {}), arguments, rows, **more)
     size = sum(parameter.numel() for parameter in teacher.parameters())
     notes.append(f"the teacher {recipe.teacher.model} has {size:,} parameters, which take memory beside the student's")
-    return trainer, notes
+    return Task(trainer, notes)
 
 
 def load_teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any) -> Any:

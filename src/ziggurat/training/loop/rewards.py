@@ -133,15 +133,16 @@ def settle_rewards(recipe: Recipe, given: Sequence[Reward]) -> tuple[Recipe, dic
     names = list(dict.fromkeys([*(recipe.rewards.functions or ()), *brought]))
     functions: dict[str, Reward] = {}
     for name in names:
-        function = brought.get(name) or _installed(name)
         if name in BUILT_IN:
             problems += _needs(recipe, name)
-        elif function is None:
+            functions[name] = partial(BUILT_IN[name], recipe.rewards)
+        elif (function := brought.get(name) or _installed(name)) is not None:
+            functions[name] = function
+        else:
             problems.append(
                 f"rewards.functions: '{name}' is none of {', '.join(BUILT_IN)}, and a recipe can only name a function: "
                 f"bring its code by --reward FILE.py:{name}, or by a package with an entry point in '{GROUP}'"
             )
-        functions[name] = function  # type: ignore[assignment]
     if not names:
         problems.append(
             f"rewards.functions: nothing is rewarded; name {', '.join(BUILT_IN)}, or give --reward FILE:NAME"
@@ -152,9 +153,8 @@ def settle_rewards(recipe: Recipe, given: Sequence[Reward]) -> tuple[Recipe, dic
     problems += _sampling_problems(recipe)
     if problems:
         raise RecipeError("\n".join(problems))
-    made = {name: partial(BUILT_IN[name], recipe.rewards) if name in BUILT_IN else f for name, f in functions.items()}
     rewards = recipe.rewards.model_copy(update={"functions": names})
-    return recipe.model_copy(update={"rewards": rewards}), {name: checked(name, f) for name, f in made.items()}
+    return recipe.model_copy(update={"rewards": rewards}), {name: checked(name, f) for name, f in functions.items()}
 
 
 def _sampling_problems(recipe: Recipe) -> list[str]:

@@ -34,11 +34,11 @@ from ..folder.checkpoints import WholeCheckpoints, step_of
 from ..folder.run_folder import RunFolder
 from ..model.adapt import adapt, count
 from ..model.base import Base, HeadSpec, base_of
-from .arguments import Setup
+from .arguments import Setup, Task
 from .meter import Meter, expected_bytes, peak_memory
 from .notes import Notes, of_costs, of_settings, watching
 from .result import Result, save, settle
-from .trainers import Task, make_trainer
+from .trainers import make_trainer
 
 if TYPE_CHECKING:
     from ..sizing.budget import Fit

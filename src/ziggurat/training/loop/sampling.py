@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, Trainer
+from transformers import GenerationConfig
 
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.recipe.schema import Recipe
@@ -19,7 +19,7 @@ from ..data.prompts import fitting_prompts, opened
 from ..data.template import stop_at_turns
 from ..folder.checkpoints import OrderOfEpoch, Resumable, step_of
 from ..folder.workplace import LOGS
-from .arguments import Setup
+from .arguments import Setup, Task
 from .writing import check_tokenizer
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ KEPT = 8
 _TRL: Any = object
 
 
-def rewarding(setup: Setup) -> tuple[Trainer, list[str]]:
+def rewarding(setup: Setup) -> Task:
     """GRPO (Shao et al. 2024) or RLOO (Ahmadian et al. 2024) by TRL, and notes. Raises DataError, RecipeError.
 
     Each step draws a group of completions for each of its prompts, and raises the probability of those with a reward
@@ -56,7 +56,7 @@ def rewarding(setup: Setup) -> tuple[Trainer, list[str]]:
         f"{prompts} prompts of {recipe.sampling.completions} completions a step; rewarded by {', '.join(rewards)}; "
         f"completions are kept in {LOGS}/{COMPLETIONS}"
     )
-    return trainer, notes
+    return Task(trainer, notes)
 
 
 def sampling_arguments(recipe: Recipe) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from ..data.sources import encode_sources
-from .arguments import Setup
+from .arguments import Setup, Task
 from .exact import ExactSteps, TokenLoss
 
 #: Words of any script; single characters of Chinese and Japanese, which don't separate words.
@@ -59,7 +59,7 @@ class SequenceTrainer(TokenLoss, ExactSteps, Trainer):
         return loss, written, inputs["labels"]
 
 
-def transforming(setup: Setup) -> tuple[Trainer, list[str]]:
+def transforming(setup: Setup) -> Task:
     """The Trainer of seq2seq, and notes. Raises DataError."""
     tokenizer = setup.base.tokenizer
     train, validation, most, notes = encode_sources(setup.recipe, tokenizer, setup.base.model.config, setup.examples)
@@ -75,4 +75,4 @@ def transforming(setup: Setup) -> tuple[Trainer, list[str]]:
     how = {"data_collator": collator, "compute_metrics": compute}
     trainer = setup.trainer(SequenceTrainer, arguments, (train, validation), **how)
     trainer.most = most
-    return trainer, notes
+    return Task(trainer, notes)

@@ -3,19 +3,19 @@
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase
 
 from ziggurat.errors import DataError, RecipeError
 
 from ..data.pairs import encode_judged, encode_pairs
 from ..data.template import asked_ids, chat_ids, end_of_turn
 from ..data.tokens import encode_rows, streamed
-from .arguments import Setup
+from .arguments import Setup, Task
 from .exact import exact_sft
 from .preference import preference_trainer
 
 
-def instructed(setup: Setup) -> tuple[Trainer, list[str]]:
+def instructed(setup: Setup) -> Task:
     """SFTTrainer of instructions, conversations or plain text, and notes. Raises DataError, RecipeError."""
     from trl import SFTConfig, SFTTrainer
 
@@ -38,10 +38,10 @@ def instructed(setup: Setup) -> tuple[Trainer, list[str]]:
         notes += _template_notes(writer)
     arguments = SFTConfig(**setup.arguments, **how, pad_token=str(base.tokenizer.pad_token))
     reads = {"data_collator": collator, "processing_class": base.processor or base.tokenizer}
-    return setup.trainer(exact_sft(SFTTrainer), arguments, (train, validation), **reads), notes
+    return Task(setup.trainer(exact_sft(SFTTrainer), arguments, (train, validation), **reads), notes)
 
 
-def preferring(setup: Setup) -> tuple[Trainer, list[str]]:
+def preferring(setup: Setup) -> Task:
     """TRL's trainer of preferences, and notes. Raises DataError, RecipeError."""
     recipe, base, examples = setup.recipe, setup.base, setup.examples
     check_tokenizer(setup)
@@ -49,7 +49,7 @@ def preferring(setup: Setup) -> tuple[Trainer, list[str]]:
     train, validation, length, notes = encode_all(recipe, base.tokenizer, base.model.config, examples)
     if examples.shape == "messages" and recipe.writes:
         notes += _template_notes(base.tokenizer)
-    return preference_trainer(setup, train, validation, length), notes
+    return Task(preference_trainer(setup, train, validation, length), notes)
 
 
 def check_tokenizer(setup: Setup) -> None:

@@ -166,8 +166,7 @@ def count_of(model: nn.Module, choice: dict[str, Any], *, refuse: bool = False) 
         if refuse:
             raise ConfigError(f"{choice['name']} cannot adapt this model: {error}") from error
         return None
-    unique = {id(parameter): parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad}
-    return sum(unique.values())
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
 @contextmanager
