@@ -107,7 +107,7 @@ def class_names(recipe: Recipe) -> list[str] | None:
         return None
     if data.more:
         return load_examples(recipe).label_names
-    return _module(recipe).names(recipe, _read(recipe, data.train, data.train_split), data.train)
+    return _module(recipe).class_names(recipe, _read(recipe, data.train, data.train_split), data.train)
 
 
 def _tables(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
@@ -181,7 +181,7 @@ def _drawn(recipe: Recipe, rows: Dataset, limit: int | None, word: str, notes: l
     return draw(rows, limit, recipe.seed)
 
 
-#: Forms of rows with classes: their modules have `load`, `among`, `names` and `columns`.
+#: Forms of rows with classes: their modules have `load`, `among`, `class_names` and `text_columns`.
 _CLASSIFIED = {"labelled": "labelled", "tagged": "tags"}
 #: Form of other rows -> module and its function that reads them.
 _READ_APART = {
@@ -221,7 +221,7 @@ def _identity(row: Any) -> str:
 def text_columns(recipe: Recipe) -> list[str]:
     """The columns that hold texts."""
     if recipe.kind.rows in _CLASSIFIED:
-        return _module(recipe).columns(recipe)
+        return _module(recipe).text_columns(recipe)
     from .instruct import ALIASES, columns_of
 
     return columns_of(recipe, ALIASES)

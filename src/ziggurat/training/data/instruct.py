@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ziggurat.errors import DataError
 from ziggurat.recipe.schema import Recipe
 
-from .alpaca import alpaca_prompt
-from .chat import IMAGE, Message, as_messages, conversation, has_images, parsed, tools_of, with_system
-from .faults import Faults, RowFault, kind_of
+from .alpaca import alpaca_prompt, with_context
+from .chat import IMAGE, Message, as_messages, as_text, conversation, has_images, parsed, tools_of, with_system
+from .faults import Faults, RowFault
 from .images import Images, undecoded
 from .tables import require_column
 
@@ -204,8 +204,7 @@ class RowReader:
         if not prompt and (prompt is None or self.shape == "alpaca"):
             raise RowFault("the prompt is empty", gap=True)
         if data.as_chat:
-            content = f"{prompt}\n\n{context}" if context and context.strip() else prompt
-            turns = [*_history(cells.get("history")), {"role": "user", "content": content}]
+            turns = [*_history(cells.get("history")), {"role": "user", "content": with_context(prompt, context)}]
             return self._chat(cells, [*turns, {"role": "assistant", "content": answer}], len(turns), set(), named)
         for name in ("system", "history", "tools", "images"):
             if cells.get(name):
@@ -259,10 +258,3 @@ def _history(value: Any) -> list[Message]:
             raise RowFault(f"history holds pairs of question and answer, got {str(pair)[:80]}")
         turns += [{"role": role, "content": str(text)} for role, text in zip(("user", "assistant"), pair, strict=True)]
     return turns
-
-
-def as_text(value: Any) -> str | None:
-    """A cell as a text; numbers and dates are converted. Raises RowFault for a list, say."""
-    if isinstance(value, bytes | list | dict):
-        raise RowFault(f"a text is needed, this is {kind_of(value)}: {str(value)[:80]}")
-    return None if value is None else str(value)

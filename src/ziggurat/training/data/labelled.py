@@ -46,7 +46,7 @@ def among(recipe: Recipe, table: Dataset, names: list[str], source: str, notes: 
     return _assemble(recipe, table, labels_among(recipe, table, names, source))
 
 
-def names(recipe: Recipe, train: Dataset, source: str) -> list[str]:
+def class_names(recipe: Recipe, train: Dataset, source: str) -> list[str]:
     """The names of the classes of a training table, whose texts aren't looked at."""
     require_column(train, recipe.data.label, "data.label", source)
     faults = Faults(source, len(train))
@@ -54,7 +54,7 @@ def names(recipe: Recipe, train: Dataset, source: str) -> list[str]:
     return names_of(recipe, faults.settle(train, recipe.data.drop_missing)[0], source)
 
 
-def columns(recipe: Recipe) -> list[str]:
+def text_columns(recipe: Recipe) -> list[str]:
     """The columns that hold texts."""
     return [column for column in (recipe.data.text, recipe.data.text_pair) if column is not None]
 

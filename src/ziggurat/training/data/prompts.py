@@ -10,12 +10,12 @@ from transformers import PreTrainedTokenizerBase
 from ziggurat.errors import DataError
 from ziggurat.recipe.schema import Recipe
 
-from .alpaca import alpaca_prompt
-from .chat import Message, as_messages, conversation, with_system
+from .alpaca import alpaca_prompt, with_context
+from .chat import Message, as_messages, as_text, conversation, with_system
 from .encode import positions, spread
 from .examples import Examples
 from .faults import Faults, RowFault
-from .instruct import as_text, cells_of, column_of, dumps
+from .instruct import cells_of, column_of, dumps
 from .template import chat_ids
 
 if TYPE_CHECKING:
@@ -55,11 +55,10 @@ def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, st
     kinds = {isinstance(prompt, str) for prompt in prompts.values()}
     if len(kinds) > 1:
         raise DataError(f"{source}: some prompts are lists of messages and some are texts; all have to be the same")
-    texts = {number: prompt if isinstance(prompt, str) else dumps(prompt) for number, prompt in prompts.items()}
-    rest = table.add_column(_MADE, [texts.get(number) for number in range(1, len(table) + 1)])
+    rest, notes = faults.settle(table, recipe.data.drop_missing)
+    rest = rest.add_column(_MADE, [text if isinstance(text, str) else dumps(text) for text in prompts.values()])
     rest = rest.remove_columns([name for name in table.column_names if name in {column, *besides.values(), "prompt"}])
     rest = rest.rename_column(_MADE, "prompt")
-    rest, notes = faults.settle(rest, recipe.data.drop_missing)
     notes += _check_columns(recipe, rest, source)
     rest = rest.remove_columns([name for name in rest.column_names if name == _OWN])
     return rest, "messages" if kinds == {False} else "alpaca" if shape == "instruction" else "prompt", notes
@@ -96,7 +95,7 @@ def _prompt(recipe: Recipe, shape: str, value: Any, cells: dict[str, Any]) -> st
             raise RowFault("the prompt is empty", gap=True)
         if not recipe.data.as_chat:
             return alpaca_prompt(str(text), context) if shape == "instruction" else str(text)
-        messages = [{"role": "user", "content": f"{text}\n\n{context}" if context and context.strip() else text}]
+        messages = [{"role": "user", "content": with_context(text, context)}]
     return with_system(messages, system or None)
 
 

@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from ziggurat.errors import DataError
 from ziggurat.recipe.schema import Recipe
 
+from .chat import as_text
 from .encode import Encoded, percentile, spread
 from .examples import Examples
 from .faults import Faults, RowFault
-from .instruct import ALIASES, as_text, column_of
+from .instruct import ALIASES, column_of
 from .tokens import length_of
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,13 @@ Row = dict[str, Any]
 class Stream:
     """The rows of one or several sources, endlessly, in an order given by the seed.
 
-    `readers`: each source's reader; `skipped`: rows at the
-    start of the first source, used for validation. `lost` counts the rows left out since an iteration began.
+    `readers`: the reader of each of the recipe's sources; `skips`: how many rows at its start are not learned from.
+    `lost` counts the rows left out since an iteration began.
     """
 
     recipe: Recipe
-    sources: list[str]
     readers: list[RowReader]
-    skipped: int
+    skips: list[int]
     lost: Counter[str] = field(default_factory=Counter)
 
     def __iter__(self) -> Iterator[Row]:
@@ -56,18 +55,15 @@ class Stream:
 
     def _mixed(self) -> Iterator[Row]:
         draws, weights = random.Random(self.recipe.seed), self.recipe.data.weights  # noqa: S311
-        each = [self._endless(place) for place in range(len(self.sources))]
+        each = list(map(self._endless, self.recipe.data.sources, self.readers, self.skips))
         while True:
             (rows,) = draws.choices(each, weights) if len(each) > 1 else each
             yield next(rows)
 
-    def _endless(self, place: int) -> Iterator[Row]:
-        source, reader = self.sources[place], self.readers[place]
-        for _ in count():
+    def _endless(self, source: str, reader: RowReader, skip: int) -> Iterator[Row]:
+        while True:
             learned = 0
-            for number, row in enumerate(rows_of(self.recipe, source), start=1):
-                if place == 0 and number <= self.skipped:
-                    continue
+            for number, row in islice(enumerate(rows_of(self.recipe, source), start=1), skip, None):
                 try:
                     made = reader.read(row)
                 except RowFault as fault:
@@ -94,10 +90,11 @@ def load_stream(recipe: Recipe) -> Examples:
     data, notes = recipe.data, list[str]()
     sources = data.sources
     scored = 0 if data.validation is not None else data.validation_rows or SCORED
+    skips = [scored, *(0 for _ in sources[1:])]
     tables, forms, readers = [], [], []
-    for place, source in enumerate(sources):
-        rows = list(islice(rows_of(recipe, source), SEEN + (scored if place == 0 else 0)))
-        if len(rows) <= (scored if place == 0 else 0):
+    for source, skip in zip(sources, skips, strict=True):
+        rows = list(islice(rows_of(recipe, source), SEEN + skip))
+        if len(rows) <= skip:
             raise DataError(f"{source} has {len(rows)} rows, too few to stream; take data.streaming out")
         names = dict.fromkeys(name for row in rows for name in row)
         columns = {name: [as_text_if_nested(row.get(name)) for row in rows] for name in names}
@@ -130,7 +127,7 @@ def load_stream(recipe: Recipe) -> Examples:
         "shuffled at a time: they are not counted beforehand, and equal rows are not kept apart; lengths are those of "
         "the start"
     )
-    return Examples(train, validation, [], notes, forms[0], Stream(recipe, sources, readers, scored))
+    return Examples(train, validation, [], notes, forms[0], Stream(recipe, readers, skips))
 
 
 def rows_of(recipe: Recipe, source: str) -> Iterator[Row]:

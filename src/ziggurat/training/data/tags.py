@@ -24,7 +24,7 @@ OUTSIDE, UNLABELLED = "O", -100
 _BIO = re.compile(r"O|[BI]-.+")
 
 
-def columns(recipe: Recipe) -> list[str]:
+def text_columns(recipe: Recipe) -> list[str]:
     """The columns with the words and with their tags."""
     return [recipe.data.columns.tokens or "tokens", recipe.data.columns.tags or "tags"]
 
@@ -56,7 +56,7 @@ def among(recipe: Recipe, table: Dataset, names: list[str], source: str, notes: 
     return _assemble(_read(recipe, table, source, notes), names, source)
 
 
-def names(recipe: Recipe, train: Dataset, source: str) -> list[str]:
+def class_names(recipe: Recipe, train: Dataset, source: str) -> list[str]:
     """The names of the tags of a training table."""
     return _given(recipe, train) or _names(_read(recipe, train, source, []), source)
 
@@ -71,14 +71,14 @@ def _names(rows: Sequence[Any], source: str) -> list[str]:
 
 
 def _given(recipe: Recipe, table: Dataset) -> list[str] | None:
-    inner = getattr(table.features.get(columns(recipe)[1]), "feature", None)
+    inner = getattr(table.features.get(text_columns(recipe)[1]), "feature", None)
     return recipe.data.label_names or getattr(inner, "names", None)
 
 
 def _read(recipe: Recipe, table: Dataset, source: str, notes: list[str]) -> list[tuple[list[str], list[str]]]:
-    for key, column in zip(("tokens", "tags"), columns(recipe), strict=True):
+    for key, column in zip(("tokens", "tags"), text_columns(recipe), strict=True):
         require_column(table, column, f"data.columns.{key}", source)
-    faults, cells = Faults(source, len(table)), zip(*(table[column] for column in columns(recipe)), strict=True)
+    faults, cells = Faults(source, len(table)), zip(*(table[column] for column in text_columns(recipe)), strict=True)
     given = _given(recipe, table)
     rows = faults.each(cells, lambda row: _row(words_in(row[0]), words_in(row[1]), given))
     notes += faults.settle(table, recipe.data.drop_missing)[1]
