@@ -146,6 +146,16 @@ class DataPart(Part):
     columns: ColumnsPart = ColumnsPart()
     roles: RolesPart = RolesPart()
 
+    @property
+    def sources(self) -> list[str]:
+        """The sources of the training rows."""
+        return [self.train, *(self.more or [])]
+
+    @property
+    def scored(self) -> str:
+        """The source of the rows that are scored; if it is that of training, another split, or a part."""
+        return self.validation or self.train
+
 
 class HeadPart(Part):
     """The classification or regression head."""

@@ -5,8 +5,6 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
-import torch
-
 from ziggurat.recipe.schema import SCORED_LENGTH
 
 from ..data.encode import longest
@@ -23,15 +21,12 @@ def tags_of(loaded: Loaded, rows: Sequence[list[str]], batch: int) -> Iterator[l
     config: Any = loaded.model.config
     length = longest(loaded.tokenizer, config, loaded.recipe.data.max_length or SCORED_LENGTH)
     columns, firsts, _ = encode_words(rows, loaded.tokenizer, length)
-    for start, inputs in zip(range(0, len(rows), batch), loaded.batches(columns, batch), strict=True):
-        with torch.no_grad():
-            places = loaded.model(**inputs).logits.argmax(-1)
-        for row, mask, index in zip(places, inputs["attention_mask"], range(start, len(rows)), strict=False):
-            tags = [OUTSIDE] * len(rows[index])
-            for word, place in zip(firsts[index], row[mask.bool()].tolist(), strict=True):
-                if word is not None:
-                    tags[word] = str(loaded.head.label_names[place])
-            yield tags
+    for words, of_row, scores in zip(rows, firsts, loaded.scores(columns, batch), strict=True):
+        tags = [OUTSIDE] * len(words)
+        for word, place in zip(of_row, scores.argmax(-1).tolist(), strict=True):
+            if word is not None:
+                tags[word] = str(loaded.head.label_names[place])
+        yield tags
 
 
 def found_entities(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from peft import PeftModel
 from torch import Tensor, nn
@@ -44,12 +45,17 @@ class Loaded:
 
         return writer_of(self.tokenizer, self.processor)
 
-    def batches(self, columns: Mapping[str, Sequence[Any]], size: int) -> Iterator[dict[str, Tensor]]:
-        """The rows of encoded texts in order, `size` at a time, padded and on the model's device."""
+    @torch.no_grad()
+    def scores(self, columns: Mapping[str, Sequence[Any]], size: int) -> Iterator[Tensor]:
+        """The logits of each row of encoded texts in order, (classes,) or (tokens, classes); `size` rows at a time."""
         collate, device = Collator(self.tokenizer), next(self.model.parameters()).device
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         for start in range(0, len(rows), size):
-            yield {name: value.to(device) for name, value in collate(rows[start : start + size]).items()}
+            inputs = {name: value.to(device) for name, value in collate(rows[start : start + size]).items()}
+            logits = self.model(**inputs).logits.float().cpu()
+            of_tokens = logits.dim() == 3
+            masks = inputs["attention_mask"].bool().cpu()
+            yield from (row[mask] if of_tokens else row for row, mask in zip(logits, masks, strict=True))
 
     @property
     def whole_tokenizer(self) -> Any:

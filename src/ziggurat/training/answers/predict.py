@@ -6,20 +6,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ziggurat.errors import DataError
 from ziggurat.nearest import missing_path
 from ziggurat.recipe.schema import SCORED_LENGTH
 from ziggurat.recipe.tasks import WRITES
 
-from ..data.alpaca import WITH_LINE_BREAK, alpaca_prompt
+from ..data.alpaca import WITH_LINE_BREAK, alpaca_prompt, with_context
 from ..data.chat import IMAGE, conversation, tools_of, with_system
 from ..data.encode import encode_texts, longest
 from ..data.examples import text_columns
 from ..data.faults import Faults, RowFault
 from ..data.images import Images, undecoded
-from ..data.instruct import column_of
+from ..data.instruct import cells_of, column_of, to_rows
 from ..data.readers import encoding_of, read_lines
 from ..data.sources import source_ids
 from ..data.tables import read_table, require_column, texts_of
@@ -147,21 +145,15 @@ def _score(loaded: Loaded, texts: Sequence[str], second: Sequence[str] | None, b
     length = longest(loaded.tokenizer, config, loaded.recipe.data.max_length or SCORED_LENGTH)
     separate = loaded.head.pooling == "mean" and loaded.head.pair
     columns, _ = encode_texts(texts, second, loaded.tokenizer, length, separate=separate)
-    for start, inputs in zip(range(0, len(texts), batch), loaded.batches(columns, batch), strict=True):
-        with torch.no_grad():
-            scores = loaded.model(**inputs).logits.float().cpu()
-        part = texts[start : start + batch]
+    several = loaded.head.task == "multilabel"
+    for text, scores in zip(texts, loaded.scores(columns, batch), strict=True):
         if loaded.head.task == "regression":
-            yield from (Prediction(text, float(value)) for text, value in zip(part, scores[:, 0], strict=True))
+            yield Prediction(text, float(scores[0]))
             continue
-        several = loaded.head.task == "multilabel"
-        probabilities = scores.sigmoid() if several else scores.softmax(-1)
-        for text, shares in zip(part, probabilities.tolist(), strict=True):
-            named = dict(zip(loaded.head.label_names, shares, strict=True))
-            if several:
-                yield Prediction(text, [name for name, share in named.items() if share > 0.5], named)
-                continue
-            yield Prediction(text, max(named, key=lambda name: named[name]), named)
+        probabilities = (scores.sigmoid() if several else scores.softmax(-1)).tolist()
+        shares = dict(zip(loaded.head.label_names, probabilities, strict=True))
+        likely = [name for name, share in shares.items() if share > 0.5]
+        yield Prediction(text, likely if several else max(shares, key=lambda name: shares[name]), shares)
 
 
 def seen_with(text: str, images: Sequence[str | Path]) -> Conversation:
@@ -196,8 +188,7 @@ def _talk(text: str | list[str] | Conversation, context: str | None, system: str
     """A text as a conversation, after the system prompt if there is one."""
     if isinstance(text, Conversation):
         return replace(text, messages=with_system(text.messages, system))
-    content = shown(text) if not (context or "").strip() else f"{shown(text)}\n\n{context}"
-    return Conversation(with_system([{"role": "user", "content": content}], system))
+    return Conversation(with_system([{"role": "user", "content": with_context(shown(text), context)}], system))
 
 
 def asked_of(loaded: Loaded, messages: list[dict[str, Any]], system: str | None = None) -> Any:
@@ -208,13 +199,11 @@ def asked_of(loaded: Loaded, messages: list[dict[str, Any]], system: str | None 
 
 def _question_columns(loaded: Loaded, table: Any, source: str) -> tuple[str, str | None]:
     """The columns of the questions and of their inputs."""
-    if loaded.run.get("shape") == "source":
-        return column_of(loaded.recipe, "source", table, source) or "source", None
-    names = ("instruction", "prompt") if loaded.run.get("shape") == "alpaca" else ("prompt", "instruction")
+    shape = loaded.run.get("shape")
+    names = {"source": ["source"], "alpaca": ["instruction", "prompt"]}.get(str(shape), ["prompt", "instruction"])
     columns = (column_of(loaded.recipe, name, table, source) for name in names)
     first = next((column for column in columns if column is not None), names[0])
-    context = column_of(loaded.recipe, "input", table, source)
-    return first, context if loaded.run.get("shape") not in ("prompt", "text") else None
+    return first, None if shape in ("source", "prompt", "text") else column_of(loaded.recipe, "input", table, source)
 
 
 def read_texts(file: Path, loaded: Loaded) -> tuple[list[Any], list[str] | None]:
@@ -234,14 +223,12 @@ def read_texts(file: Path, loaded: Loaded) -> tuple[list[Any], list[str] | None]
         if loaded.head.pair:
             raise DataError(f"this adapter compares two texts: give a table with '{data.text}' and '{data.text_pair}'")
         return read_lines(file), None
-    if loaded.head.task == "reward":
-        from .rewards import read_answers
-
-        return read_answers(file, loaded), None
-    columns = text_columns(loaded.recipe)
+    columns, rates = text_columns(loaded.recipe), loaded.head.task == "reward"
     talks = loaded.run.get("shape") == "messages"
     encoding = encoding_of(str(file), data.encoding)
-    table = read_table(str(file), texts=columns, nested=columns if talks else (), encoding=encoding)
+    table = read_table(str(file), texts=columns, nested=columns if talks or rates else (), encoding=encoding)
+    if rates:
+        return [dict(row) for row in to_rows(loaded.recipe, table, str(file))[0]], None
     if loaded.head.task == "tokens":
         require_column(table, columns[0], "--file", str(file))
         return [words_in(cell) for cell in table[columns[0]]], None
@@ -272,27 +259,24 @@ def _chats(loaded: Loaded, table: Any, source: str) -> str | None:
 
 
 def _conversations(loaded: Loaded, table: Any, column: str, source: str) -> list[Conversation]:
-    tools, system, seen = (column_of(loaded.recipe, name, table, source) for name in ("tools", "system", "images"))
-    conversations, faults = [], Faults(source, len(table))
+    given = {name: column_of(loaded.recipe, name, table, source) for name in ("tools", "system", "images")}
+    faults = Faults(source, len(table))
     folder = loaded.recipe.data.image_folder  # it may exist on another machine only
     folder = folder if folder is not None and Path(folder).is_dir() else None
     images = Images(source, folder) if loaded.processor is not None else None
-    rows: Any = undecoded(table, seen)
-    for index, row in enumerate(rows):
-        try:
-            named: list[Any] | None = [] if images is not None else None
-            messages, _ = conversation(row[column], loaded.recipe.data, named)
-            if messages[-1]["role"] == "assistant":
-                messages = messages[:-1]
-            if not messages:
-                raise RowFault("nothing is asked")
-            sources = []
-            if images is not None:
-                messages, sources = images.placed(messages, named or [], row[seen] if seen is not None else None)
-            given = (row[system] or None) if system is not None else None
-            called = tools_of(row[tools]) if tools is not None else []
-            conversations.append(Conversation(with_system(messages, given), called, sources))
-        except RowFault as fault:
-            faults.add(index, str(fault))
-    faults.settle(table, drop=False)
-    return conversations
+
+    def read(row: Any) -> Conversation:
+        cells, named = cells_of(row, given), None if images is None else list[Any]()
+        messages, _ = conversation(row[column], loaded.recipe.data, named)
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            raise RowFault("nothing is asked")
+        sources = []
+        if images is not None:
+            messages, sources = images.placed(messages, named or [], cells["images"])
+        return Conversation(with_system(messages, cells["system"] or None), tools_of(cells["tools"]), sources)
+
+    conversations = faults.each(undecoded(table, given["images"]), read)
+    faults.settle(table, drop=None)
+    return list(conversations.values())

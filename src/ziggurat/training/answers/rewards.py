@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +12,7 @@ from ziggurat.errors import DataError
 from ziggurat.recipe.schema import MOST_LENGTH
 
 from ..data.encode import longest
-from ..data.examples import text_columns
-from ..data.instruct import dumps, to_rows
-from ..data.readers import encoding_of
-from ..data.tables import read_table
+from ..data.instruct import dumps
 from ..data.tokens import Row, tokens_of
 
 if TYPE_CHECKING:
@@ -35,18 +31,6 @@ def answered(loaded: Loaded, prompts: Sequence[str], answers: Sequence[str] | No
         for row, (prompt, answer) in pairs
     )
     return [{"messages": dumps(talk), "tools": "[]", "learned": 1, "row": row} for row, talk in talks]
-
-
-def read_answers(file: Path, loaded: Loaded) -> list[dict[str, Any]]:
-    """The rows of a table of prompts and completions, or of conversations whose last answer is rated.
-
-    Raises DataError for missing columns and, counted together, for rows that have no answer.
-    """
-    columns = text_columns(loaded.recipe)
-    table = read_table(
-        str(file), texts=columns, nested=columns, encoding=encoding_of(str(file), loaded.recipe.data.encoding)
-    )
-    return [dict(row) for row in to_rows(loaded.recipe, table, str(file))[0]]
 
 
 def rewards_of(loaded: Loaded, rows: Any, batch: int, notes: list[str]) -> Iterator[float]:

@@ -32,44 +32,43 @@ def rewards_of(logs: Mapping[str, Any]) -> str:
     return ", ".join(parts).replace(", ±", " ±") if "reward" in logs else ""
 
 
-class ProgressFile(TrainerCallback):
-    """Appends every logged number to a file, with the step, the number of steps and the remaining seconds.
+class Logged(TrainerCallback):
+    """Hands each logged line of the main process to `write`, with the step, the number of steps and the seconds left.
+
+    The seconds (`left`) go by the pace since the run began, or was resumed; None before the first step.
+    """
+
+    _begun, _first = 0.0, 0
+
+    def write(self, line: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begun, self._first = time.monotonic(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        done, left = state.global_step - self._first, None
+        if done > 0:
+            left = round((time.monotonic() - self._begun) / done * (state.max_steps - state.global_step), 1)
+        self.write({"step": state.global_step, "steps": state.max_steps, "left": left, **(logs or {})})
+
+
+class ProgressFile(Logged):
+    """Appends every logged number to a file.
 
     A resumed run continues the same file; for repeated steps the later line counts.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.clock = Clock()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.clock.start(state)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
-        line = {"step": state.global_step, "steps": state.max_steps, "left": self.clock.left(state), **numbers}
+    def write(self, line: dict[str, Any]) -> None:
+        numbers = {name: value for name, value in line.items() if name == "left" or isinstance(value, int | float)}
         # A full disk stops a run when it saves, not when it reports.
         with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-class Clock:
-    """The estimated seconds to a run's last step, by its pace since it began, or was resumed."""
-
-    def __init__(self) -> None:
-        self._begun, self._first = 0.0, 0
-
-    def start(self, state: Any) -> None:
-        self._begun, self._first = time.monotonic(), state.global_step
-
-    def left(self, state: Any) -> float | None:
-        """Seconds; None before the first step."""
-        done = state.global_step - self._first
-        if done <= 0:
-            return None
-        return round((time.monotonic() - self._begun) / done * (state.max_steps - state.global_step), 1)
+            file.write(json.dumps(numbers) + "\n")
 
 
 def in_words(seconds: float) -> str:
@@ -102,21 +101,17 @@ def line_of(line: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-class LiveProgress(TrainerCallback):
+class LiveProgress(Logged):
     """A rich bar with the loss and the last score; on a console that is no terminal, a line for each log entry."""
 
     def __init__(self, console: Console, metric: str) -> None:
-        self.console = console
-        self.metric = metric
+        self.console, self.metric = console, metric
         self.bar: Progress | None = None
         self.task: Any = None
-        self.loss: float | None = None
-        self.score: float | None = None
-        self.clock = Clock()
-        self.rewards = ""
+        self._shown = {"step": "", "score": ""}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.clock.start(state)
+        super().on_train_begin(args, state, control, **kwargs)
         if not is_screen(self.console) or not state.is_world_process_zero:
             return
         self.bar = Progress(
@@ -137,25 +132,23 @@ class LiveProgress(TrainerCallback):
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs and isinstance(logs.get("loss"), (int, float)):
-            self.loss = float(logs["loss"])
-            self.rewards = rewards_of(logs)
-            self._say()
-            if self.bar is None and state.is_world_process_zero:
-                left = self.clock.left(state)
-                line = line_of({**logs, "step": state.global_step, "steps": state.max_steps, "left": left})
-                self.console.print(line, highlight=False, soft_wrap=True)
+    def write(self, line: dict[str, Any]) -> None:
+        if not isinstance(line.get("loss"), int | float):
+            return
+        if self.bar is None:
+            self.console.print(line_of(line), highlight=False, soft_wrap=True)
+        else:
+            self._show(self.bar, "step", rewards_of(line) or f"loss {line['loss']:.3f}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         value = (kwargs.get("metrics") or {}).get(f"eval_{self.metric}")
         if value is None or state.global_step == 0:
             return
-        self.score = float(value)
+        score = f"{self.metric} {value:.2f}"
         if self.bar is not None:
-            self._say()
+            self._show(self.bar, "score", score)
         elif state.is_world_process_zero and state.global_step < state.max_steps:
-            self.console.print(f"step {state.global_step} of {state.max_steps}: {self.metric} {self.score:.2f}")
+            self.console.print(f"step {state.global_step} of {state.max_steps}: {score}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
@@ -166,9 +159,6 @@ class LiveProgress(TrainerCallback):
             self.bar.stop()
             self.bar = None
 
-    def _say(self) -> None:
-        if self.bar is not None:
-            parts = [f"loss {self.loss:.3f}"] if self.loss is not None and not self.rewards else []
-            parts += [self.rewards] if self.rewards else []
-            parts += [f"{self.metric} {self.score:.2f}"] if self.score is not None else []
-            self.bar.update(self.task, shown="  ".join(parts))
+    def _show(self, bar: Progress, part: str, words: str) -> None:
+        self._shown[part] = words
+        bar.update(self.task, shown="  ".join(filter(None, self._shown.values())))

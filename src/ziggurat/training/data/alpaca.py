@@ -1,4 +1,4 @@
-"""The Alpaca prompt."""
+"""Instructions with an input: as the Alpaca prompt, and as a message."""
 
 # The Alpaca prompt (tatsu-lab/stanford_alpaca, train.py), which MSPLoRA's instruction runs use: models that were
 # tuned on it expect it to the letter.
@@ -22,3 +22,8 @@ def alpaca_prompt(instruction: str, context: str | None = None, form: str = TO_T
     if context and context.strip():
         return _WITH_INPUT.format(instruction=instruction, input=context) + end
     return _WITHOUT_INPUT.format(instruction=instruction) + end
+
+
+def with_context(text: str | None, context: str | None) -> str | None:
+    """An instruction with its input, if it has one, as the content of a message."""
+    return f"{text}\n\n{context}" if context and context.strip() else text

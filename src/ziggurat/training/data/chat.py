@@ -104,9 +104,14 @@ def _text_of_part(part: Any, content: Any, images: list[Any] | None) -> str:
         return IMAGE
     if kind != "text" or text is None:
         raise RowFault(f"a message holds parts that are no texts, and only texts are learned: {content!r}")
-    if isinstance(text, list | dict | bytes):
-        raise RowFault(f"a text is needed, this is {kind_of(text)}: {str(text)[:80]}")
-    return str(text)
+    return str(as_text(text))
+
+
+def as_text(value: Any) -> str | None:
+    """A cell as a text; numbers and dates are converted. Raises RowFault for a list, say."""
+    if isinstance(value, bytes | list | dict):
+        raise RowFault(f"a text is needed, this is {kind_of(value)}: {str(value)[:80]}")
+    return None if value is None else str(value)
 
 
 def with_system(messages: list[Message], system: str | None) -> list[Message]:

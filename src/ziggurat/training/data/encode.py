@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+class Encoded(NamedTuple):
+    """Training and validation rows as token ids, their greatest length (or that of an output), and notes."""
+
+    train: Dataset
+    validation: Dataset
+    length: int
+    notes: list[str]
 
 
 def longest(tokenizer: PreTrainedTokenizerBase | None, config: Any, wanted: int) -> int:
@@ -112,12 +121,10 @@ class Collator:
         batch: dict[str, Any] = dict(padded)
         if second:
             batch = {key: value.unflatten(0, (2, len(rows))).transpose(0, 1) for key, value in batch.items()}
-        if labels is not None and isinstance(labels[0], list) and isinstance(labels[0][0], int):  # a label each token
-            width, left = batch["input_ids"].shape[1], self.tokenizer.padding_side == "left"
-            fill = [[-100] * (width - len(row)) for row in labels]
-            rows_of_labels = [[*more, *row] if left else [*row, *more] for row, more in zip(labels, fill, strict=True)]
-            batch["labels"] = torch.tensor(rows_of_labels)
-        elif labels is not None:
-            kind = torch.float32 if isinstance(labels[0], float | list) else torch.long
-            batch["labels"] = torch.tensor(labels, dtype=kind)
+        if labels is not None:
+            if isinstance(labels[0], list) and isinstance(labels[0][0], int):  # a label each token
+                width, left = batch["input_ids"].shape[1], self.tokenizer.padding_side == "left"
+                fill = [[-100] * (width - len(row)) for row in labels]
+                labels = [[*more, *row] if left else [*row, *more] for row, more in zip(labels, fill, strict=True)]
+            batch["labels"] = torch.tensor(labels)  # of float32 or int64
         return batch

@@ -8,15 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ziggurat.errors import DataError
-from ziggurat.recipe.glue import PREFIX, glue_name
+from ziggurat.recipe.glue import PREFIX
 from ziggurat.recipe.schema import DataPart, Recipe
 
-from .faults import Faults, kind_of
 from .glue import glue_splits
-from .labels import check_class_values, check_numbers, classes_of, names_of, number_of, places_of
 from .readers import encoding_of
 from .splits import FEW, ORIGIN, draw_split, joined, mixed
-from .tables import draw, is_hub_name, is_one_table, read_table, require_column
+from .tables import draw, is_hub_name, is_one_table, read_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,9 +38,14 @@ class Examples:
     stream: Stream | None = None
 
     @property
+    def parts(self) -> tuple[tuple[Dataset, str], tuple[Dataset, str]]:
+        """Both parts, each with the word for its rows."""
+        return (self.train, "training"), (self.validation, "validation")
+
+    @property
     def has_images(self) -> bool:
         """True if a row has an image."""
-        return any(any(part["images"]) for part in (self.train, self.validation) if "images" in part.column_names)
+        return any(any(table["images"]) for table, _ in self.parts if "images" in table.column_names)
 
 
 def load_examples(recipe: Recipe) -> Examples:
@@ -56,40 +59,26 @@ def load_examples(recipe: Recipe) -> Examples:
 
         return load_stream(recipe)
     notes: list[str] = []
-    data = recipe.data
+    data, sources = recipe.data, recipe.data.sources
     train, validation = _tables(recipe)
-    sources = [data.train, *(data.more or [])]
     trains = [train, *(_read(recipe, source, "train", first=False) for source in sources[1:])]
-    names: list[str] = []
-    shape = None
+    names, shape = [], None
     # All rows are checked before a part is split off, so that errors name rows of the file.
-    if (read := _reader(recipe)) is not None:
-        parts = (read(recipe, table, source) for table, source in zip(trains, sources, strict=True))
-        tables, shapes, remarks = zip(*parts, strict=True)
-        shape = shapes[0]
-        if len(set(shapes)) > 1:
-            forms = ", ".join(f"{source} ({form})" for source, form in zip(sources, shapes, strict=True))
-            raise DataError(f"data.train: the files have several forms: {forms}; data.as_chat makes chats of pairs")
-        notes += [note for of_file in remarks for note in of_file]
-        train = joined(tables, sources)
-        if validation is not None:
-            validation, _, remarks = read(recipe, validation, data.validation or data.train)
-            notes += remarks
-    elif recipe.task == "tokens":
-        from .tags import load_tagged
-
-        train, validation, names = load_tagged(recipe, trains, validation, notes)
+    if recipe.kind.rows in _CLASSIFIED:
+        train, validation, names = _module(recipe).load(recipe, trains, validation, notes)
     else:
-        train, validation, names = _labelled(recipe, trains, validation, notes)
+        parts = [_rows(recipe, table, source, notes) for table, source in zip(trains, sources, strict=True)]
+        shape = parts[0][1]
+        if len({form for _, form in parts}) > 1:
+            forms = ", ".join(f"{source} ({form})" for source, (_, form) in zip(sources, parts, strict=True))
+            raise DataError(f"data.train: the files have several forms: {forms}; data.as_chat makes chats of pairs")
+        train = joined([rows for rows, _ in parts], sources)
+        if validation is not None:
+            validation, _ = _rows(recipe, validation, data.scored, notes)
     if validation is None:
         train, validation = _split_off(recipe, train, notes)
-        if ORIGIN in validation.column_names:
-            validation = validation.remove_columns(ORIGIN)
-    train, limits = mixed(recipe, train, notes), (data.max_train, data.max_validation)
-    for part, limit, word in zip((train, validation), limits, ("learns from", "scores on"), strict=True):
-        if limit is not None and limit < len(part):
-            notes.append(f"{word} {limit} of {len(part)} rows, drawn with seed {recipe.seed}")
-    train, validation = (draw(*part, recipe.seed) for part in zip((train, validation), limits, strict=True))
+    train = _drawn(recipe, mixed(recipe, train, notes), data.max_train, "learns from", notes)
+    validation = _drawn(recipe, validation, data.max_validation, "scores on", notes)
     if recipe.task in ("classification", "multilabel") and len(set(map(str, train["label"]))) < 2:
         raise DataError(f"data.label: all {len(train)} training rows have the same label, nothing to learn")
     return Examples(train, validation, names, notes, shape)
@@ -100,26 +89,10 @@ def load_scored(recipe: Recipe, source: str, names: list[str]) -> tuple[Dataset,
 
     `names`: the classes that the model knows. Raises DataError as `load_examples` does, and for classes beside these.
     """
-    data = recipe.data.model_copy(update={"encoding": encoding_of(source, recipe.data.encoding)})
-    table = _read(recipe.model_copy(update={"data": data}), source, "train")
-    if (read := _reader(recipe)) is not None:
-        return read(recipe, table, source)
-    notes: list[str] = []
-    if recipe.task == "tokens":
-        from .tags import tagged_among
-
-        return tagged_among(recipe, table, names, source, notes), None, notes
-    table = _checked(recipe, table, source, notes)
-    values = list(table[recipe.data.label])
-    if recipe.task == "regression":
-        labels: list[Any] = [number_of(value) for value in values]
-    elif recipe.task == "multilabel":
-        from .multi import sets_among
-
-        labels = sets_among(recipe, table, names, source)
-    else:
-        labels = places_of(recipe, values, names, source)
-    return _assemble(recipe, table, labels), None, notes
+    table, notes = _read(recipe, source, "train", scored=True), list[str]()
+    if recipe.kind.rows in _CLASSIFIED:
+        return _module(recipe).among(recipe, table, names, source, notes), None, notes
+    return *_rows(recipe, table, source, notes), notes
 
 
 def class_names(recipe: Recipe) -> list[str] | None:
@@ -134,20 +107,7 @@ def class_names(recipe: Recipe) -> list[str] | None:
         return None
     if data.more:
         return load_examples(recipe).label_names
-    train = _read(recipe, data.train, data.train_split)
-    if recipe.task == "tokens":
-        from .tags import tag_names
-
-        return tag_names(recipe, train, None, data.train)
-    require_column(train, data.label, "data.label", data.train)
-    faults = Faults(data.train, len(train))
-    _check_labels(recipe, list(train[data.label]), faults)
-    train, _ = faults.settle(train, data.drop_missing)
-    if recipe.task == "multilabel":
-        from .multi import one_a_row
-
-        train, _ = one_a_row(recipe, train)
-    return names_of(recipe, train, data.train)
+    return _module(recipe).class_names(recipe, _read(recipe, data.train, data.train_split), data.train)
 
 
 def _tables(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
@@ -168,16 +128,19 @@ def _tables(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
     return train, None
 
 
-def _read(recipe: Recipe, source: str, split: str, demo: str = "train", first: bool = True) -> Dataset:
+def _read(
+    recipe: Recipe, source: str, split: str, demo: str = "train", *, first: bool = True, scored: bool = False
+) -> Dataset:
+    """The rows of a source; `first`: of those to learn from, `scored`: it may have another encoding."""
     return read_table(
         source,
         subset=recipe.data.subset if first else None,
         split=split,
         demo=demo,
         texts=[*text_columns(recipe), *([recipe.data.label] if recipe.task == "multilabel" else [])],
-        nested=text_columns(recipe) if recipe.kind.rows in _READ_APART else (),
+        nested=text_columns(recipe) if recipe.kind.rows not in _CLASSIFIED else (),
         classes=recipe.data.label if recipe.task == "classification" else None,
-        encoding=recipe.data.encoding,
+        encoding=encoding_of(source, recipe.data.encoding) if scored else recipe.data.encoding,
         delimiter=recipe.data.delimiter,
     )
 
@@ -194,7 +157,7 @@ def _split_off(recipe: Recipe, train: Dataset, notes: list[str]) -> tuple[Datase
     classes = {"classification": "label", "multilabel": "label", "kto": "good"}.get(recipe.task)
     strata = list(train[classes]) if classes is not None else None
     if recipe.task == "multilabel":
-        from .multi import rarest
+        from .labels import rarest
 
         strata = rarest(train["label"])
     split = draw_split(list(map(_identity, train)), strata, count, recipe.seed)
@@ -206,10 +169,21 @@ def _split_off(recipe: Recipe, train: Dataset, notes: list[str]) -> tuple[Datase
     if scored < FEW:
         coarse = f", where one row more is {100 / scored:.0f} points" if recipe.task == "classification" else ""
         notes.append(f"only {scored} rows are scored{coarse}: differences may be chance; name validation data")
-    return train.select(split.train), train.select(split.validation)
+    return train.select(split.train), train.select(split.validation).select_columns(
+        [name for name in train.column_names if name != ORIGIN]
+    )
 
 
-#: Form of rows -> module of this package and its function that reads them.
+def _drawn(recipe: Recipe, rows: Dataset, limit: int | None, word: str, notes: list[str]) -> Dataset:
+    """The rows, or as many as `limit` allows, drawn with the seed."""
+    if limit is not None and limit < len(rows):
+        notes.append(f"{word} {limit} of {len(rows)} rows, drawn with seed {recipe.seed}")
+    return draw(rows, limit, recipe.seed)
+
+
+#: Forms of rows with classes: their modules have `load`, `among`, `class_names` and `text_columns`.
+_CLASSIFIED = {"labelled": "labelled", "tagged": "tags"}
+#: Form of other rows -> module and its function that reads them.
 _READ_APART = {
     "answers": ("instruct", "to_rows"),
     "sources": ("sources", "to_sources"),
@@ -219,12 +193,16 @@ _READ_APART = {
 }
 
 
-def _reader(recipe: Recipe) -> Any:
-    """The function that reads the rows of a task without labels or tags; else None."""
-    if recipe.kind.rows not in _READ_APART:
-        return None
+def _module(recipe: Recipe) -> Any:
+    return import_module(f".{_CLASSIFIED[recipe.kind.rows]}", __package__)
+
+
+def _rows(recipe: Recipe, table: Dataset, source: str, notes: list[str]) -> tuple[Dataset, str]:
+    """The rows of a task without classes, and their shape."""
     file, name = _READ_APART[recipe.kind.rows]
-    return getattr(import_module(f".{file}", __package__), name)
+    rows, shape, remarks = getattr(import_module(f".{file}", __package__), name)(recipe, table, source)
+    notes += remarks
+    return rows, shape
 
 
 def _identity(row: Any) -> str:
@@ -242,111 +220,22 @@ def _identity(row: Any) -> str:
 
 def text_columns(recipe: Recipe) -> list[str]:
     """The columns that hold texts."""
-    if recipe.kind.rows in _READ_APART:
-        from .instruct import ALIASES, columns_of
+    if recipe.kind.rows in _CLASSIFIED:
+        return _module(recipe).text_columns(recipe)
+    from .instruct import ALIASES, columns_of
 
-        return columns_of(recipe, ALIASES)
-    if recipe.task == "tokens":
-        from .tags import tag_columns
-
-        return list(tag_columns(recipe))
-    return [column for column in (recipe.data.text, recipe.data.text_pair) if column is not None]
+    return columns_of(recipe, ALIASES)
 
 
 def _check_splits(data: DataPart) -> None:
     """Raises DataError for keys that choose a part of a data set, which files don't have."""
-    scored = data.validation or data.train
     if data.train_split != "train" and is_one_table(data.train):
         raise DataError(f"data.train_split: '{data.train}' is a file and has no splits; drop the key")
-    if data.validation_split is not None and is_one_table(scored):
+    if data.validation_split is not None and is_one_table(data.scored):
         second = "" if data.validation else "name a second file in data.validation, or "
         split_off = "" if data.validation else " to have a part split off"
         raise DataError(
-            f"data.validation_split: '{scored}' is a file and has no splits; {second}drop the key{split_off}"
+            f"data.validation_split: '{data.scored}' is a file and has no splits; {second}drop the key{split_off}"
         )
-    if data.subset is not None and is_one_table(data.train) and is_one_table(scored):
+    if data.subset is not None and is_one_table(data.train) and is_one_table(data.scored):
         raise DataError(f"data.subset: '{data.train}' is a file and has no configurations; drop the key")
-
-
-def _labelled(
-    recipe: Recipe, trains: list[Dataset], validation: Dataset | None, notes: list[str]
-) -> tuple[Dataset, Dataset | None, list[str]]:
-    """Checked columns `text`, `text_pair` and `label` of both tables, and the names of the classes."""
-    data = recipe.data
-    files = [data.train, *(data.more or [])]
-    parts = [_checked(recipe, table, source, notes) for table, source in zip(trains, files, strict=True)]
-    if len(files) > 1:
-        used = [column for column in (data.text, data.text_pair, data.label) if column is not None]
-        if len({str(table.features[data.label]) for table in parts}) > 1:
-            parts = [_with_names(table, data.label) for table in parts]
-        parts = [table.select_columns(used) for table in parts]
-    tables = [joined(parts, files)]
-    if validation is not None:
-        tables.append(_checked(recipe, validation, data.validation or data.train, notes))
-    if recipe.task == "regression":
-        labels: list[list[Any]] = [[number_of(value) for value in table[data.label]] for table in tables]
-        names: list[str] = []
-    elif recipe.task == "multilabel":
-        from .multi import sets_of
-
-        names, labels = sets_of(recipe, tables, data.train)
-    else:
-        names, labels = classes_of(recipe, tables, data.train)
-    built = [_assemble(recipe, table, label) for table, label in zip(tables, labels, strict=True)]
-    return built[0], built[1] if validation is not None else None, names
-
-
-def _with_names(table: Dataset, column: str) -> Dataset:
-    """A table with class names in the place of a hub data set's numbers, as in other files."""
-    names = getattr(table.features[column], "names", None)
-    if names is None:
-        return table
-    values = [None if value is None else names[value] for value in table[column]]
-    return table.remove_columns(column).add_column(column, values)
-
-
-def _checked(recipe: Recipe, table: Dataset, source: str, notes: list[str]) -> Dataset:
-    """The usable rows of a table; `notes` gets how many are left out. Raises DataError that counts all others."""
-    data = recipe.data
-    texts = [("data.text", data.text)]
-    if data.text_pair is not None:
-        texts.append(("data.text_pair", data.text_pair))
-    for key, column in [*texts, ("data.label", data.label)]:
-        require_column(table, column, key, source)
-    faults = Faults(source, len(table))
-    # GLUE is scored as it was published, and a few questions of QQP are empty.
-    for key, column in texts if glue_name(data.train, data.subset) is None else ():
-        for index, text in enumerate(list(table[column])):
-            if text is None or not str(text).strip():
-                faults.add(index, f"no text in column '{column}' ({key})", gap=True)
-            elif isinstance(text, list | dict | bytes):
-                faults.add(index, f"column '{column}' ({key}): a text is needed, this is {kind_of(text)}")
-    _check_labels(recipe, list(table[data.label]), faults)
-    table, left_out = faults.settle(table, data.drop_missing)
-    notes += left_out
-    return table
-
-
-def _check_labels(recipe: Recipe, values: list[Any], faults: Faults) -> None:
-    if recipe.task == "multilabel":
-        from .multi import check_sets
-
-        return check_sets(recipe, values, faults)
-    check = check_numbers if recipe.task == "regression" else check_class_values
-    check(values, recipe.data.label, faults)
-
-
-def _assemble(recipe: Recipe, table: Dataset, labels: list[Any]) -> Dataset:
-    from datasets import Dataset
-
-    columns = {"text": _texts(table[recipe.data.text]), "label": labels}
-    if recipe.data.text_pair is not None:
-        columns["text_pair"] = _texts(table[recipe.data.text_pair])
-    if ORIGIN in table.column_names:
-        columns[ORIGIN] = list(table[ORIGIN])
-    return Dataset.from_dict(columns)
-
-
-def _texts(values: Any) -> list[str]:
-    """Texts; empty ones for missing texts of GLUE, which aren't checked."""
-    return ["" if value is None else str(value) for value in values]

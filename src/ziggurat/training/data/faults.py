@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ziggurat.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+T = TypeVar("T")
 
 #: Row numbers that a message spells out for each fault.
 SHOWN = 5
@@ -27,34 +28,34 @@ class Faults:
         self._rows: dict[str, list[int]] = {}
         self._gaps: set[str] = set()
 
-    @property
-    def kinds(self) -> list[str]:
-        """The different faults."""
-        return list(self._rows)
-
     def add(self, index: int, what: str, *, gap: bool = False) -> None:
         """Record the fault `what` of row `index` (from 0). `what` should contain a value only if few rows have it."""
         self._rows.setdefault(what, []).append(index)
         if gap:
             self._gaps.add(what)
 
-    @contextmanager
-    def of_row(self, index: int) -> Iterator[None]:
-        """Ends the block at a RowFault, and records it as one of row `index` (from 0)."""
-        try:
-            yield
-        except RowFault as fault:
-            self.add(index, str(fault), gap=fault.gap)
+    def each(self, rows: Iterable[Any], read: Callable[[Any], T | None]) -> dict[int, T]:
+        """What `read` makes of each row, by the row's number; nothing for None. A RowFault is recorded."""
+        made: dict[int, T] = {}
+        for index, row in enumerate(rows):
+            try:
+                value = read(row)
+            except RowFault as fault:
+                self.add(index, str(fault), gap=fault.gap)
+            else:
+                if value is not None:
+                    made[index + 1] = value
+        return made
 
-    def settle(self, table: Dataset, drop: bool) -> tuple[Dataset, list[str]]:
-        """The rows without a gap, and a note about those that were left out.
+    def settle(self, table: Dataset, drop: bool | None) -> tuple[Dataset, list[str]]:
+        """The rows without a gap, and a note about those that were left out. `drop` None: none can be left out here.
 
         Raises DataError that counts every fault: those that aren't gaps, and gaps too unless `drop`; or if no row is
         left.
         """
         refused = {what: rows for what, rows in self._rows.items() if not drop or what not in self._gaps}
         if refused:
-            raise DataError(self._refusal(refused))
+            raise DataError(self._refusal(refused, drop is not None))
         if not self._rows:
             return table, []
         gone = {index for rows in self._rows.values() for index in rows}
@@ -64,10 +65,10 @@ class Faults:
             raise DataError(f"{note}; none is left")
         return table.select([index for index in range(len(table)) if index not in gone]), [note]
 
-    def _refusal(self, refused: dict[str, list[int]]) -> str:
+    def _refusal(self, refused: dict[str, list[int]], may_drop: bool) -> str:
         bad = {index for rows in refused.values() for index in rows}
         lines = [f"  {listed(rows)}: {what}" for what, rows in refused.items()]
-        gaps = all(what in self._gaps for what in refused)
+        gaps = may_drop and all(what in self._gaps for what in refused)
         do = "take them out of the file, or set data.drop_missing: true" if gaps else "mend them, or take them out"
         return f"{self.source}: {len(bad)} of {self.total} rows cannot be used; {do}\n" + "\n".join(lines)
 
@@ -88,7 +89,7 @@ def kind_of(value: Any) -> str:
 
 
 class RowFault(ValueError):
-    """The fault of one row, raised by its reader and collected by `Faults.of_row`."""
+    """The fault of one row, raised by its reader and collected by `Faults.each`."""
 
     def __init__(self, what: str, *, gap: bool = False) -> None:
         super().__init__(what)

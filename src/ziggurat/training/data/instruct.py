@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ziggurat.errors import DataError
 from ziggurat.recipe.schema import Recipe
 
-from .alpaca import alpaca_prompt
-from .chat import IMAGE, Message, as_messages, conversation, has_images, parsed, tools_of
-from .faults import Faults, RowFault, kind_of
+from .alpaca import alpaca_prompt, with_context
+from .chat import IMAGE, Message, as_messages, as_text, conversation, has_images, parsed, tools_of, with_system
+from .faults import Faults, RowFault
 from .images import Images, undecoded
 from .tables import require_column
 
@@ -69,7 +69,7 @@ def columns_of(recipe: Recipe, names: Iterable[str]) -> list[str]:
     return list(columns)
 
 
-def shape_of(recipe: Recipe, table: Dataset, source: str) -> str:
+def _shape_of(recipe: Recipe, table: Dataset, source: str) -> str:
     """`prompt`, `alpaca`, `messages` or `text`: as the recipe says, or by the columns. DataError when none fits."""
 
     def fits(shape: str) -> bool:
@@ -102,11 +102,6 @@ def shape_of(recipe: Recipe, table: Dataset, source: str) -> str:
     return shape
 
 
-def given_columns(recipe: Recipe, shape: str, table: Dataset, source: str) -> dict[str, str | None]:
-    """Key of `data.columns` that a shape reads -> its column, None if there is none."""
-    return {name: column_of(recipe, name, table, source) for part in _SHAPES[shape] for name in part}
-
-
 def cells_of(row: Any, given: Mapping[str, str | None]) -> dict[str, Any]:
     """Key of `data.columns` -> the row's cell in its column; None where there is no such column."""
     return {name: row.get(column) for name, column in given.items()}
@@ -129,24 +124,21 @@ def to_rows(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, 
     """
     from datasets import Dataset
 
-    shape = shape_of(recipe, table, source)
+    reader = reader_of(recipe, table, source)
+    shape, given = reader.shape, reader.given
     if recipe.data.packing and shape != "text":
         raise DataError(
             f"data.packing: joins rows of plain text, and {source} has answers to learn, which would see each other's "
             "questions; train.group_by_length: true saves padding instead"
         )
-    given = given_columns(recipe, shape, table, source)
-    faults, counts, kept = Faults(source, len(table)), Counter[str](), []
-    images = _images_of(recipe, table, given, source)
-    for index, row in enumerate(undecoded(table, given.get("images"))):
-        with faults.of_row(index):
-            if (made := read_row(recipe, shape, cells_of(row, given), counts, images)) is not None:
-                kept.append({**made, "row": index + 1})
+    faults = Faults(source, len(table))
+    made = faults.each(undecoded(table, given.get("images")), reader.read)
+    kept = [{**row, "row": number} for number, row in made.items()]
     _, notes = faults.settle(table, recipe.data.drop_missing)
     rows = f"of {len(table)} rows of {source}"
     notes += unread_note(table, given, source)
-    empty = counts.pop("", 0)
-    notes += [f"{count} {rows} {what}" for what, count in sorted(counts.items())]
+    empty = reader.counts.pop("", 0)
+    notes += [f"{count} {rows} {what}" for what, count in sorted(reader.counts.items())]
     if not kept:
         raise DataError(f"{source}: the answer is empty in every row; there is nothing to learn")
     notes += joined_bare(kept) if shape == "prompt" else []
@@ -168,85 +160,94 @@ def joined_bare(rows: list[dict[str, Any]]) -> list[str]:
     return ["prompts and answers are joined with nothing in between; end prompts by a blank, or set data.as_chat: true"]
 
 
-def read_row(
-    recipe: Recipe, shape: str, cells: dict[str, Any], counts: Counter[str], images: Images | None = None
-) -> dict[str, Any] | None:
-    """One row in its form, None if its answer is empty. `counts` receives parts that aren't learned. Raises
-    RowFault."""
-    named: list[Any] | None = None if images is None else []
-    if shape == "messages":
-        messages, unread = conversation(cells["messages"], recipe.data, named)
-        return _chat(messages, 0, cells, unread, counts, images, named)
-    if shape == "text":
-        text = as_text(cells["text"])
-        if text is None or not text.strip():
-            raise RowFault("no text", gap=True)
-        return {"text": text}
-    asked, answered = (cells[name] for name in _SHAPES[shape][0])
-    if asked and answered and (as_messages(asked) is None) != (as_messages(answered) is None):
-        raise RowFault("of prompt and answer one is a list of messages and one is a text; both have to be the same")
-    if (before := as_messages(asked)) is not None:
-        messages, unread = conversation([*before, *(as_messages(answered) or [])], recipe.data, named)
-        return _chat(messages, len(before), cells, unread, counts, images, named)
-    prompt, answer, context = as_text(asked), as_text(answered), as_text(cells.get("input"))
-    if not (answer or "").strip():
-        counts[""] += 1
-        return None
-    if not prompt and (prompt is None or shape == "alpaca"):
-        raise RowFault("the prompt is empty", gap=True)
-    if recipe.data.as_chat:
-        content = f"{prompt}\n\n{context}" if context and context.strip() else prompt
-        turns = [*_history(cells.get("history")), {"role": "user", "content": content}]
-        talk = [*turns, {"role": "assistant", "content": answer}]
-        return _chat(talk, len(turns), cells, set(), counts, images, named)
-    for name in ("system", "history", "tools", "images"):
-        if cells.get(name):
-            counts[f"have {name}, which is learned with data.as_chat: true alone"] += 1
-    if shape == "alpaca":
-        prompt = alpaca_prompt(str(prompt), context)
-    return {"prompt": prompt, "completion": answer}
+class RowReader:
+    """Reads the rows of a table of one shape.
+
+    `given`: key of `data.columns` that the shape reads -> its column, None if there is none. `images` reads the rows'
+    images, if they have any. `counts` has the parts that aren't learned, each with its number of rows, and under "" the
+    rows without an answer.
+    """
+
+    def __init__(
+        self, recipe: Recipe, shape: str, given: Mapping[str, str | None], images: Images | None = None
+    ) -> None:
+        self.recipe, self.shape, self.given, self.images = recipe, shape, given, images
+        self.counts: Counter[str] = Counter()
+
+    def read(self, row: Any) -> dict[str, Any] | None:
+        """One row in its form, None if its answer is empty. Raises RowFault."""
+        return self.made(cells_of(row, self.given))
+
+    def made(self, cells: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The same of a row's cells by key of `data.columns`."""
+        data = self.recipe.data
+        named: list[Any] | None = None if self.images is None else []
+        if self.shape == "messages":
+            messages, unread = conversation(cells["messages"], data, named)
+            return self._chat(cells, messages, 0, unread, named)
+        if self.shape == "text":
+            text = as_text(cells["text"])
+            if text is None or not text.strip():
+                raise RowFault("no text", gap=True)
+            return {"text": text}
+        asked, answered = (cells[name] for name in _SHAPES[self.shape][0])
+        before, answers = as_messages(asked), as_messages(answered)
+        if asked and answered and (before is None) != (answers is None):
+            raise RowFault("of prompt and answer one is a list of messages and one is a text; both have to be the same")
+        if before is not None:
+            messages, unread = conversation([*before, *(answers or [])], data, named)
+            return self._chat(cells, messages, len(before), unread, named)
+        prompt, answer, context = as_text(asked), as_text(answered), as_text(cells.get("input"))
+        if not (answer or "").strip():
+            self.counts[""] += 1
+            return None
+        if not prompt and (prompt is None or self.shape == "alpaca"):
+            raise RowFault("the prompt is empty", gap=True)
+        if data.as_chat:
+            turns = [*_history(cells.get("history")), {"role": "user", "content": with_context(prompt, context)}]
+            return self._chat(cells, [*turns, {"role": "assistant", "content": answer}], len(turns), set(), named)
+        for name in ("system", "history", "tools", "images"):
+            if cells.get(name):
+                self.counts[f"have {name}, which is learned with data.as_chat: true alone"] += 1
+        if self.shape == "alpaca":
+            prompt = alpaca_prompt(str(prompt), context)
+        return {"prompt": prompt, "completion": answer}
+
+    def _chat(
+        self, cells: Mapping[str, Any], messages: list[Message], learned: int, unread: set[str], named: list[Any] | None
+    ) -> dict[str, Any] | None:
+        """A conversation up to its last answer, with its system prompt, tools and images; None without an answer."""
+        sources = []
+        if self.images is not None:
+            messages, sources = self.images.placed(messages, named or [], cells.get("images"))
+        if (system := as_text(cells.get("system"))) and messages[0]["role"] != "system":
+            messages, learned = with_system(messages, system), learned + 1
+        places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        if not places or places[-1] < learned:
+            raise RowFault("no message of the assistant", gap=True)
+        for key in unread:
+            self.counts[f"have {key} in their messages, which is not read"] += 1
+        if places[-1] + 1 < len(messages):
+            self.counts["go on after the last answer; the messages after it are left out"] += 1
+        messages, rest = messages[: places[-1] + 1], messages[places[-1] + 1 :]
+        sources = sources[: len(sources) - sum(message["content"].count(IMAGE) for message in rest)]
+        answers = [messages[place] for place in places if place >= learned]
+        if not any(answer["content"].strip() or answer.get("tool_calls") for answer in answers):
+            self.counts[""] += 1
+            return None
+        tools = tools_of(cells.get("tools"))
+        row = {"messages": dumps(messages), "tools": dumps(tools), "learned": learned}
+        return row if self.images is None else {**row, "images": sources}
 
 
-def _chat(
-    messages: list[Message],
-    learned: int,
-    cells: dict[str, Any],
-    unread: set[str],
-    counts: Counter[str],
-    images: Images | None,
-    named: list[Any] | None,
-) -> dict[str, Any] | None:
-    """A conversation up to its last answer, with its system prompt, tools and images; None if its answers are empty."""
-    sources = []
-    if images is not None:
-        messages, sources = images.placed(messages, named or [], cells.get("images"))
-    if (system := as_text(cells.get("system"))) and messages[0]["role"] != "system":
-        messages, learned = [{"role": "system", "content": system}, *messages], learned + 1
-    places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    if not places or places[-1] < learned:
-        raise RowFault("no message of the assistant", gap=True)
-    for key in unread:
-        counts[f"have {key} in their messages, which is not read"] += 1
-    if places[-1] + 1 < len(messages):
-        counts["go on after the last answer; the messages after it are left out"] += 1
-    messages, rest = messages[: places[-1] + 1], messages[places[-1] + 1 :]
-    sources = sources[: len(sources) - sum(message["content"].count(IMAGE) for message in rest)]
-    answers = [messages[place] for place in places if place >= learned]
-    if not any(answer["content"].strip() or answer.get("tool_calls") for answer in answers):
-        counts[""] += 1
-        return None
-    tools = tools_of(cells.get("tools"))
-    row = {"messages": dumps(messages), "tools": dumps(tools), "learned": learned}
-    return row if images is None else {**row, "images": sources}
-
-
-def _images_of(recipe: Recipe, table: Dataset, given: dict[str, str | None], source: str) -> Images | None:
-    """The reader of a table's images; None for a table without images."""
+def reader_of(recipe: Recipe, table: Dataset, source: str) -> RowReader:
+    """The reader of a table's rows. Raises DataError for columns that don't fit."""
+    shape = _shape_of(recipe, table, source)
+    given = {name: column_of(recipe, name, table, source) for part in _SHAPES[shape] for name in part}
     column = given.get("messages")
     in_parts = column is not None and any(has_images(cell) for cell in table[column])
-    if recipe.task != "instruct" or (given.get("images") is None and not in_parts):
-        return None
-    return Images(source, recipe.data.image_folder)
+    seen = recipe.task == "instruct" and (given.get("images") is not None or in_parts)
+    return RowReader(recipe, shape, given, Images(source, recipe.data.image_folder) if seen else None)
 
 
 def _history(value: Any) -> list[Message]:
@@ -257,10 +258,3 @@ def _history(value: Any) -> list[Message]:
             raise RowFault(f"history holds pairs of question and answer, got {str(pair)[:80]}")
         turns += [{"role": role, "content": str(text)} for role, text in zip(("user", "assistant"), pair, strict=True)]
     return turns
-
-
-def as_text(value: Any) -> str | None:
-    """A cell as a text; numbers and dates are converted. Raises RowFault for a list, say."""
-    if isinstance(value, bytes | list | dict):
-        raise RowFault(f"a text is needed, this is {kind_of(value)}: {str(value)[:80]}")
-    return None if value is None else str(value)

@@ -8,37 +8,33 @@ from transformers import PreTrainedTokenizerBase
 
 from ziggurat.recipe.schema import Recipe
 
-from .encode import percentile, spread
+from .encode import Encoded, percentile, spread
 from .examples import Examples
 from .prefer import worse_of
 from .tokens import Row, length_of, tell_of_cuts, tokens_of
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    pass
 
 
-def encode_pairs(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, examples: Examples
-) -> tuple[Dataset, Dataset, int, list[str]]:
+def encode_pairs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, examples: Examples) -> Encoded:
     """Training and validation pairs as `prompt_ids`, `chosen_ids` and `rejected_ids`; the rest as `encode_rows`."""
     notes: list[str] = []
     parts = []
-    for table, word in ((examples.train, "training"), (examples.validation, "validation")):
+    for table, word in examples.parts:
         pair = [tokens_of(recipe, tokenizer, part, word, notes) for part in (table, worse_of(table))]
         parts.append(([_split(*rows) for rows in zip(*pair, strict=True)], word))
     return _cut(recipe, tokenizer, config, parts, ("chosen_ids", "rejected_ids"), notes)
 
 
-def encode_judged(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, examples: Examples
-) -> tuple[Dataset, Dataset, int, list[str]]:
+def encode_judged(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, examples: Examples) -> Encoded:
     """Judged answers as `prompt_ids`, `completion_ids` and `label`; the rest as `encode_rows`.
 
     They are shuffled with the seed, since TRL's KTOTrainer keeps their order.
     """
     notes: list[str] = []
     parts = []
-    for table, word in ((examples.train, "training"), (examples.validation, "validation")):
+    for table, word in examples.parts:
         table = table.shuffle(seed=recipe.seed)
         rows = zip(tokens_of(recipe, tokenizer, table, word, notes), list(table["good"]), strict=True)
         parts.append(([(*_split(row), good) for row, good in rows], word))
@@ -59,7 +55,7 @@ def _cut(
     parts: list[tuple[list[Any], str]],
     names: tuple[str, ...],
     notes: list[str],
-) -> tuple[Dataset, Dataset, int, list[str]]:
+) -> Encoded:
     """The rows whose prompt leaves room for an answer; DataError if there are none. TRL cuts the answers themselves."""
     from datasets import Dataset
 
@@ -76,4 +72,4 @@ def _cut(
         tell_of_cuts(recipe, length, word, len(rows), cut, gone, gone, notes)
         columns = {name: [row[place] for row in kept] for place, name in enumerate(("prompt_ids", *names))}
         made.append(Dataset.from_dict(columns))
-    return made[0], made[1], length, notes
+    return Encoded(made[0], made[1], length, notes)

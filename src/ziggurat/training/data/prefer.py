@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ziggurat.errors import DataError
@@ -10,7 +9,7 @@ from ziggurat.recipe.schema import Recipe
 
 from .chat import as_messages
 from .faults import Faults, RowFault
-from .instruct import cells_of, column_of, joined_bare, read_row, to_rows, unread_note
+from .instruct import RowReader, cells_of, column_of, joined_bare, to_rows, unread_note
 from .tables import require_column
 from .template import common_start
 
@@ -40,23 +39,25 @@ def to_pairs(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str,
     given = {name: column_of(recipe, name, table, source) for name in _COLUMNS}
     for name in ("chosen", "rejected"):
         require_column(table, given[name] or name, f"data.columns.{name}", source)
-    faults, counts, kept = Faults(source, len(table)), Counter[str](), []
-    for index, row in enumerate(table):
+    faults, reader = Faults(source, len(table)), RowReader(recipe, "prompt", given)
+
+    def pair(row: Any) -> dict[str, Any]:
         cells = cells_of(row, given)
-        with faults.of_row(index):
-            asked, good, bad = _pair(cells)
-            better = read_row(recipe, "prompt", {**cells, "prompt": asked, "completion": good}, counts)
-            worse = read_row(recipe, "prompt", {**cells, "prompt": asked, "completion": bad}, Counter())
-            if better is None or worse is None:
-                raise RowFault("an answer is empty", gap=True)
-            if better == worse:
-                raise RowFault("both answers are the same", gap=True)
-            kept.append({**better, **{f"{name}{WORSE}": part for name, part in worse.items()}, "row": index + 1})
+        asked, good, bad = _pair(cells)
+        better = reader.made({**cells, "prompt": asked, "completion": good})
+        worse = RowReader(recipe, "prompt", given).made({**cells, "prompt": asked, "completion": bad})
+        if better is None or worse is None:
+            raise RowFault("an answer is empty", gap=True)
+        if better == worse:
+            raise RowFault("both answers are the same", gap=True)
+        return {**better, **{f"{name}{WORSE}": part for name, part in worse.items()}}
+
+    kept = [{**row, "row": number} for number, row in faults.each(table, pair).items()]
     _, notes = faults.settle(table, recipe.data.drop_missing)
-    counts.pop("", None)
+    reader.counts.pop("", None)
     notes += unread_note(table, given, source)
     notes += joined_bare(kept)
-    notes += [f"{count} of {len(table)} rows of {source} {what}" for what, count in sorted(counts.items())]
+    notes += [f"{count} of {len(table)} rows of {source} {what}" for what, count in sorted(reader.counts.items())]
     return Dataset.from_list(kept), "messages" if "messages" in kept[0] else "prompt", notes
 
 
@@ -86,15 +87,18 @@ def to_judged(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str
 
     Raises DataError as `to_rows` does, for other labels, and if all answers have the same one.
     """
-    require_column(table, recipe.data.label, "data.label", source)
-    verdicts = [_VERDICTS.get(str(value).strip().lower()) for value in table[recipe.data.label]]
-    faults = Faults(source, len(table))
-    for index, verdict in enumerate(verdicts):
-        if verdict is None:
-            faults.add(index, f"no verdict in column '{recipe.data.label}': true or false is needed")
-    faults.settle(table, drop=False)
-    rows, shape, notes = to_rows(recipe, table.remove_columns(recipe.data.label), source)
-    good = [bool(verdicts[number - 1]) for number in rows["row"]]
+    column, faults = recipe.data.label, Faults(source, len(table))
+    require_column(table, column, "data.label", source)
+
+    def verdict(value: Any) -> bool:
+        if (word := str(value).strip().lower()) not in _VERDICTS:
+            raise RowFault(f"no verdict in column '{column}': true or false is needed")
+        return _VERDICTS[word]
+
+    verdicts = faults.each(table[column], verdict)
+    faults.settle(table, drop=None)
+    rows, shape, notes = to_rows(recipe, table.remove_columns(column), source)
+    good = [verdicts[number] for number in rows["row"]]
     if len(set(good)) < 2:
         raise DataError(f"data.label: all answers of {source} are {'good' if good[0] else 'bad'}; kto needs both")
     return rows.add_column("good", good), shape, notes

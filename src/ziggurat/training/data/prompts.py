@@ -10,12 +10,12 @@ from transformers import PreTrainedTokenizerBase
 from ziggurat.errors import DataError
 from ziggurat.recipe.schema import Recipe
 
-from .alpaca import alpaca_prompt
-from .chat import Message, as_messages, conversation, with_system
+from .alpaca import alpaca_prompt, with_context
+from .chat import Message, as_messages, as_text, conversation, with_system
 from .encode import positions, spread
 from .examples import Examples
 from .faults import Faults, RowFault
-from .instruct import as_text, cells_of, column_of, dumps
+from .instruct import cells_of, column_of, dumps
 from .template import chat_ids
 
 if TYPE_CHECKING:
@@ -50,19 +50,15 @@ def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, st
     besides = {name: column_of(recipe, name, table, source) for name in ("system", "input")}
     if shape != "instruction":
         besides["input"] = None
-    faults, prompts = Faults(source, len(table)), list[Any]()
-    for index, row in enumerate(table):
-        prompts.append(None)
-        with faults.of_row(index):
-            prompts[-1] = _prompt(recipe, shape, row[column], cells_of(row, besides))  # type: ignore[call-overload]
-    kinds = {isinstance(prompt, str) for prompt in prompts if prompt is not None}
+    faults = Faults(source, len(table))
+    prompts = faults.each(table, lambda row: _prompt(recipe, shape, row[column], cells_of(row, besides)))
+    kinds = {isinstance(prompt, str) for prompt in prompts.values()}
     if len(kinds) > 1:
         raise DataError(f"{source}: some prompts are lists of messages and some are texts; all have to be the same")
-    texts = [prompt if prompt is None or isinstance(prompt, str) else dumps(prompt) for prompt in prompts]
-    rest = table.add_column(_MADE, texts)
+    rest, notes = faults.settle(table, recipe.data.drop_missing)
+    rest = rest.add_column(_MADE, [text if isinstance(text, str) else dumps(text) for text in prompts.values()])
     rest = rest.remove_columns([name for name in table.column_names if name in {column, *besides.values(), "prompt"}])
     rest = rest.rename_column(_MADE, "prompt")
-    rest, notes = faults.settle(rest, recipe.data.drop_missing)
     notes += _check_columns(recipe, rest, source)
     rest = rest.remove_columns([name for name in rest.column_names if name == _OWN])
     return rest, "messages" if kinds == {False} else "alpaca" if shape == "instruction" else "prompt", notes
@@ -99,7 +95,7 @@ def _prompt(recipe: Recipe, shape: str, value: Any, cells: dict[str, Any]) -> st
             raise RowFault("the prompt is empty", gap=True)
         if not recipe.data.as_chat:
             return alpaca_prompt(str(text), context) if shape == "instruction" else str(text)
-        messages = [{"role": "user", "content": f"{text}\n\n{context}" if context and context.strip() else text}]
+        messages = [{"role": "user", "content": with_context(text, context)}]
     return with_system(messages, system or None)
 
 
@@ -121,7 +117,7 @@ def fitting_prompts(
         raise DataError(f"sampling.tokens: {recipe.sampling.tokens}, and {recipe.model} takes {most} with the prompt")
     limit = min((n for n in (room, recipe.data.max_length) if n is not None), default=None)
     parts, notes = [], []
-    for table, word in ((examples.train, "training"), (examples.validation, "validation")):
+    for table, word in examples.parts:
         lengths = [_length(tokenizer, opened(dict(row), examples.shape)) for row in table]
         if word == "training":
             notes.append(f"{spread(lengths, 'prompts')}; completions have at most {recipe.sampling.tokens} tokens")

@@ -5,7 +5,7 @@ import json
 import re
 import zipfile
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,12 +111,20 @@ def read_bytes(path: Path, encoding: str | None = None) -> bytes:
 
 
 def _unpacked(path: Path) -> bytes:
-    most = max(LEAST_DECODED, MOST_GROWTH * path.stat().st_size)
     with gzip.open(path) as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise DataError(f"{path} has {path.stat().st_size:,} bytes and stands for more than {most:,}; unpack it first")
+        content = file.read(_most(path) + 1)
+    if len(content) > _most(path):
+        raise _too_much(path, "; unpack it first")
     return content
+
+
+def _most(path: Path) -> int:
+    """The most bytes that a packed file may stand for."""
+    return max(LEAST_DECODED, MOST_GROWTH * path.stat().st_size)
+
+
+def _too_much(path: Path, advice: str = "") -> DataError:
+    return DataError(f"{path} has {path.stat().st_size:,} bytes and stands for more than {_most(path):,}{advice}")
 
 
 def read_parquet(path: Path) -> Any:
@@ -124,14 +132,11 @@ def read_parquet(path: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    most = max(LEAST_DECODED, MOST_GROWTH * path.stat().st_size)
-    too_much = DataError(
-        f"{path} has {path.stat().st_size:,} bytes and stands for more than {most:,}; a file is read to "
-        f"{MOST_GROWTH:,} times its size, at least to {LEAST_DECODED:,} bytes. If it is yours, write it as several"
-    )
+    limit = f"a file is read to {MOST_GROWTH:,} times its size, at least to {LEAST_DECODED:,} bytes"
+    too_much = _too_much(path, f"; {limit}. If it is yours, write it as several")
     with pq.ParquetFile(path) as file:
         # A column that never changes takes no room in the file, and four bytes a row or more in memory.
-        if 4 * file.metadata.num_rows * file.metadata.num_columns > most:
+        if 4 * file.metadata.num_rows * file.metadata.num_columns > _most(path):
             raise too_much
         plain = pa.schema(
             field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
@@ -141,7 +146,7 @@ def read_parquet(path: Path) -> Any:
         for batch in file.iter_batches(batch_size=COUNTED_ROWS):
             parts.append(pa.Table.from_batches([batch]).cast(plain))
             size += parts[-1].nbytes
-            if size > most:
+            if size > _most(path):
                 raise too_much
         return pa.concat_tables(parts)
 
@@ -152,33 +157,27 @@ def _xlsx(path: Path, texts: Collection[str]) -> Any:
     Columns `texts`, and those that hold values of several kinds, become texts. Raises MissingExtraError without
     openpyxl.
     """
+    require(f"reading {path}", "openpyxl")
+    import pandas as pd
     import pyarrow as pa
 
-    require(f"reading {path}", "openpyxl")
-    import openpyxl
-
-    most = max(LEAST_DECODED, MOST_GROWTH * path.stat().st_size)
     with zipfile.ZipFile(path) as archive:
-        if sum(part.file_size for part in archive.infolist()) > most:
-            raise DataError(f"{path} has {path.stat().st_size:,} bytes and stands for more than {most:,}")
-    book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    try:
-        rows = [list(row) for row in book.worksheets[0].iter_rows(values_only=True)]
-    finally:
-        book.close()
-    while rows and not any(value is not None for value in rows[-1]):  # Excel keeps rows that were emptied
-        rows.pop()
-    named = [(place, str(name)) for place, name in enumerate(rows[0] if rows else []) if name is not None]
-    if not named:
-        raise DataError(f"{path}: the first row of its first sheet must name the columns")
-    columns = []
-    for place, name in named:
-        values = [row[place] if place < len(row) else None for row in rows[1:]]
+        if sum(part.file_size for part in archive.infolist()) > _most(path):
+            raise _too_much(path)
+    sheet = pd.read_excel(path, header=None, dtype=object, keep_default_na=False, engine="openpyxl")
+    cells = [[None if value == "" or pd.isna(value) else value for value in column] for _, column in sheet.items()]
+    columns, names = [], []
+    for name, *values in cells:
+        if name is None:
+            continue
         kinds = {type(value) for value in values if value is not None}
         if name in texts or (len(kinds) > 1 and kinds != {int, float}):
             values = [None if value is None else str(value) for value in values]
         columns.append(pa.array(values, pa.string() if name in texts else None))
-    return pa.Table.from_arrays(columns, [name for _, name in named])
+        names.append(str(name))
+    if not names:
+        raise DataError(f"{path}: the first row of its first sheet must name the columns")
+    return pa.Table.from_arrays(columns, names)
 
 
 def _csv(path: Path, content: bytes, texts: Collection[str], classes: str | None, delimiter: str | None) -> Any:
@@ -227,16 +226,8 @@ def _json(path: Path, content: bytes, nested: Collection[str]) -> Any:
     if path.name.lower().removesuffix(".gz").endswith(".json") and text.startswith("["):
         rows = json.loads(text)
     else:
-        rows = []
         # Not splitlines: JSON texts may contain unescaped characters at which it splits (U+2028, U+0085).
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise DataError(
-                        f"{path}, line {number}: {error.msg}; expected a list of objects, or one object a line"
-                    ) from error
+        rows = list(json_lines(path, text.split("\n"), "a list of objects, or one object a line"))
     bad = next((index for index, row in enumerate(rows) if not isinstance(row, dict)), None)
     if bad is not None:
         raise DataError(f"{path}: entry {bad} is a {type(rows[bad]).__name__}, each must be an object")
@@ -252,6 +243,16 @@ def _json(path: Path, content: bytes, nested: Collection[str]) -> Any:
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise DataError(f"{path}: column '{name}' holds values of several kinds: {first_line(error)}") from error
     return pa.table(columns)
+
+
+def json_lines(path: Path, lines: Iterable[str], expected: str) -> Iterator[Any]:
+    """The value of each line that isn't blank. Raises DataError with the line that is no JSON."""
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number}: {error.msg}; expected {expected}") from error
 
 
 def as_text_if_nested(value: Any) -> Any:

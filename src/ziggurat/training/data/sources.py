@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from ziggurat.errors import DataError
 from ziggurat.recipe.schema import Recipe
 
-from .encode import percentile, spread
+from .chat import as_text
+from .encode import Encoded, percentile, spread
 from .examples import Examples
 from .faults import Faults, RowFault
-from .instruct import ALIASES, as_text, column_of
+from .instruct import ALIASES, column_of
 from .tokens import length_of
 
 if TYPE_CHECKING:
@@ -37,20 +38,18 @@ def to_sources(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, st
             f"{source} has the columns {', '.join(table.column_names)}, and {recipe.task} needs a source and a target "
             f"({usual}); name the column in data.columns.{lacking[0]}"
         )
-    faults, rows = Faults(source, len(table)), []
-    for index, cells in enumerate(zip(*(table[str(column)] for column in given.values()), strict=True)):
-        with faults.of_row(index):
-            texts = {name: _text(cell, name) for name, cell in zip(_COLUMNS, cells, strict=True)}
-            rows.append({**texts, "row": index + 1})
+    faults, cells = Faults(source, len(table)), zip(*(table[str(column)] for column in given.values()), strict=True)
+    rows = faults.each(cells, _texts)
     _, notes = faults.settle(table, recipe.data.drop_missing)
-    return Dataset.from_list(rows), "source", notes
+    return Dataset.from_list([{**row, "row": number} for number, row in rows.items()]), "source", notes
 
 
-def _text(cell: Any, name: str) -> str:
-    text = as_text(cell)
-    if not (text or "").strip():
-        raise RowFault(f"the {name} is empty", gap=True)
-    return str(text)
+def _texts(cells: tuple[Any, Any]) -> dict[str, str]:
+    texts = {name: as_text(cell) or "" for name, cell in zip(_COLUMNS, cells, strict=True)}
+    for name, text in texts.items():
+        if not text.strip():
+            raise RowFault(f"the {name} is empty", gap=True)
+    return texts
 
 
 def source_ids(
@@ -76,9 +75,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, length: int | None, **texts: list[s
 _ENCODED = {"source": (source_ids, "input_ids", "max_length"), "target": (target_ids, "labels", "max_target")}
 
 
-def encode_sources(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, examples: Examples
-) -> tuple[Dataset, Dataset, int, list[str]]:
+def encode_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, examples: Examples) -> Encoded:
     """Training and validation rows as `input_ids` and `labels`, the most tokens of a target, and notes.
 
     The notes say how long both are, and how many are cut.
@@ -88,7 +85,7 @@ def encode_sources(
     notes: list[str] = []
     limits: dict[str, int] = {}
     made = []
-    for table, word in ((examples.train, "training"), (examples.validation, "validation")):
+    for table, word in examples.parts:
         columns = {}
         for name, (ids, column, key) in _ENCODED.items():
             lengths = [len(row) for row in ids(recipe, tokenizer, table[name])]
@@ -99,4 +96,4 @@ def encode_sources(
                 notes.append(f"{cut} of {len(table)} {word} {name}s are longer than {limits[name]} tokens and were cut")
             columns[column] = ids(recipe, tokenizer, table[name], limits[name])
         made.append(Dataset.from_dict(columns))
-    return made[0], made[1], limits["target"], notes
+    return Encoded(made[0], made[1], limits["target"], notes)

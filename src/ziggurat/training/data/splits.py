@@ -106,7 +106,7 @@ def mixed(recipe: Recipe, train: Dataset, notes: list[str]) -> Dataset:
     """The training rows by `data.weights`: with 2 each row twice, with 0.5 half of the rows, drawn with the seed."""
     if ORIGIN not in train.column_names:
         return train
-    sources = [recipe.data.train, *(recipe.data.more or [])]
+    sources = recipe.data.sources
     weights = recipe.data.weights or [1.0] * len(sources)
     origins, draws, kept = list(train[ORIGIN]), random.Random(recipe.seed), []  # noqa: S311
     for place, (source, weight) in enumerate(zip(sources, weights, strict=True)):

@@ -2,14 +2,13 @@
 
 import csv
 import gzip
-import json
 import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from ziggurat.recipe.schema import Recipe
 
 from .examples import Examples, load_scored
 from .faults import RowFault
-from .instruct import cells_of, given_columns, read_row, shape_of, to_rows
-from .readers import as_text_if_nested, first_delimiter
+from .instruct import RowReader, reader_of, to_rows
+from .readers import as_text_if_nested, first_delimiter, json_lines
 from .tables import draw, hub_parts, is_hub_name, load_hub
 
 #: Rows at the start of a source that decide columns, form and length; and validation rows if none are named.
@@ -33,15 +32,13 @@ Row = dict[str, Any]
 class Stream:
     """The rows of one or several sources, endlessly, in an order given by the seed.
 
-    `shapes` and `given`: each source's shape, and its column for each key of `data.columns`; `skipped`: rows at the
-    start of the first source, used for validation. `lost` counts the rows left out since an iteration began.
+    `readers`: the reader of each of the recipe's sources; `skips`: how many rows at its start are not learned from.
+    `lost` counts the rows left out since an iteration began.
     """
 
     recipe: Recipe
-    sources: list[str]
-    shapes: list[str]
-    given: list[dict[str, str | None]]
-    skipped: int
+    readers: list[RowReader]
+    skips: list[int]
     lost: Counter[str] = field(default_factory=Counter)
 
     def __iter__(self) -> Iterator[Row]:
@@ -58,20 +55,17 @@ class Stream:
 
     def _mixed(self) -> Iterator[Row]:
         draws, weights = random.Random(self.recipe.seed), self.recipe.data.weights  # noqa: S311
-        each = [self._endless(place) for place in range(len(self.sources))]
+        each = list(map(self._endless, self.recipe.data.sources, self.readers, self.skips))
         while True:
             (rows,) = draws.choices(each, weights) if len(each) > 1 else each
             yield next(rows)
 
-    def _endless(self, place: int) -> Iterator[Row]:
-        source, given = self.sources[place], self.given[place]
-        for _ in count():
+    def _endless(self, source: str, reader: RowReader, skip: int) -> Iterator[Row]:
+        while True:
             learned = 0
-            for number, row in enumerate(rows_of(self.recipe, source), start=1):
-                if place == 0 and number <= self.skipped:
-                    continue
+            for number, row in islice(enumerate(rows_of(self.recipe, source), start=1), skip, None):
                 try:
-                    made = read_row(self.recipe, self.shapes[place], cells_of(row, given), Counter())
+                    made = reader.read(row)
                 except RowFault as fault:
                     if not (fault.gap and self.recipe.data.drop_missing):
                         do = "; or set data.drop_missing: true" if fault.gap else ""
@@ -94,12 +88,13 @@ def load_stream(recipe: Recipe) -> Examples:
     from datasets import Dataset
 
     data, notes = recipe.data, list[str]()
-    sources = [data.train, *(data.more or [])]
+    sources = data.sources
     scored = 0 if data.validation is not None else data.validation_rows or SCORED
-    tables, forms, shapes, given = [], [], [], []
-    for place, source in enumerate(sources):
-        rows = list(islice(rows_of(recipe, source), SEEN + (scored if place == 0 else 0)))
-        if len(rows) <= (scored if place == 0 else 0):
+    skips = [scored, *(0 for _ in sources[1:])]
+    tables, forms, readers = [], [], []
+    for source, skip in zip(sources, skips, strict=True):
+        rows = list(islice(rows_of(recipe, source), SEEN + skip))
+        if len(rows) <= skip:
             raise DataError(f"{source} has {len(rows)} rows, too few to stream; take data.streaming out")
         names = dict.fromkeys(name for row in rows for name in row)
         columns = {name: [as_text_if_nested(row.get(name)) for row in rows] for name in names}
@@ -112,8 +107,7 @@ def load_stream(recipe: Recipe) -> Examples:
             raise DataError(f"data.streaming: {source} has images, and streams are of texts alone")
         tables.append(made)
         forms.append(shape)
-        shapes.append(shape_of(recipe, table, source))
-        given.append(given_columns(recipe, shapes[-1], table, source))
+        readers.append(reader_of(recipe, table, source))
         notes += [f"of its start: {remark}" for remark in remarks]
     if len(set(forms)) > 1:
         raise DataError(f"data.train: the sources have several forms: {', '.join(forms)}")
@@ -133,7 +127,7 @@ def load_stream(recipe: Recipe) -> Examples:
         "shuffled at a time: they are not counted beforehand, and equal rows are not kept apart; lengths are those of "
         "the start"
     )
-    return Examples(train, validation, [], notes, forms[0], Stream(recipe, sources, shapes, given, scored))
+    return Examples(train, validation, [], notes, forms[0], Stream(recipe, readers, skips))
 
 
 def rows_of(recipe: Recipe, source: str) -> Iterator[Row]:
@@ -172,15 +166,10 @@ def _lines(recipe: Recipe, path: Path, newline: str | None = "\n") -> Iterator[s
 
 
 def _json(recipe: Recipe, path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_lines(recipe, path), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: {error.msg}; expected one object a line") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number}: a {type(row).__name__}, each must be an object")
-            yield row
+    for index, row in enumerate(json_lines(path, _lines(recipe, path), "one object a line")):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: entry {index} is a {type(row).__name__}, each must be an object")
+        yield row
 
 
 def _text(recipe: Recipe, path: Path) -> Iterator[Row]:

@@ -24,9 +24,9 @@ OUTSIDE, UNLABELLED = "O", -100
 _BIO = re.compile(r"O|[BI]-.+")
 
 
-def tag_columns(recipe: Recipe) -> tuple[str, str]:
+def text_columns(recipe: Recipe) -> list[str]:
     """The columns with the words and with their tags."""
-    return recipe.data.columns.tokens or "tokens", recipe.data.columns.tags or "tags"
+    return [recipe.data.columns.tokens or "tokens", recipe.data.columns.tags or "tags"]
 
 
 def words_in(cell: Any) -> Any:
@@ -34,7 +34,7 @@ def words_in(cell: Any) -> Any:
     return cell.split() if isinstance(cell, str) else cell
 
 
-def load_tagged(
+def load(
     recipe: Recipe, trains: Sequence[Dataset], validation: Dataset | None, notes: list[str]
 ) -> tuple[Dataset, Dataset | None, list[str]]:
     """Columns `tokens` and `label` (places among the tags) of both tables, and the tags' names.
@@ -42,30 +42,26 @@ def load_tagged(
     The names are `data.label_names`, those of a hub data set, or O and, for every kind of entity, B- and I-. Raises
     DataError for rows that aren't in BIO (all at once), no entity at all, and tags that the training data lack.
     """
-    sources = [recipe.data.train, *(recipe.data.more or [])]
-    parts = [_read(recipe, table, source) for table, source in zip(trains, sources, strict=True)]
-    notes += [note for _, remarks in parts for note in remarks]
-    names = tag_names(recipe, trains[0], [row for rows, _ in parts for row in rows], recipe.data.train)
-    built = joined([_assemble(rows, names, source) for (rows, _), source in zip(parts, sources, strict=True)], sources)
-    if validation is None:
-        return built, None, names
-    source = recipe.data.validation or recipe.data.train
-    return built, tagged_among(recipe, validation, names, source, notes), names
+    sources = recipe.data.sources
+    parts = [_read(recipe, table, source, notes) for table, source in zip(trains, sources, strict=True)]
+    known = _given(recipe, trains[0]) or _names([row for rows in parts for row in rows], recipe.data.train)
+    train = joined([_assemble(rows, known, source) for rows, source in zip(parts, sources, strict=True)], sources)
+    if validation is not None:
+        validation = among(recipe, validation, known, recipe.data.scored, notes)
+    return train, validation, known
 
 
-def tagged_among(recipe: Recipe, table: Dataset, names: list[str], source: str, notes: list[str]) -> Dataset:
+def among(recipe: Recipe, table: Dataset, names: list[str], source: str, notes: list[str]) -> Dataset:
     """The same for a table whose tags are `names`."""
-    rows, remarks = _read(recipe, table, source)
-    notes += remarks
-    return _assemble(rows, names, source)
+    return _assemble(_read(recipe, table, source, notes), names, source)
 
 
-def tag_names(recipe: Recipe, table: Dataset, rows: Sequence[Any] | None, source: str) -> list[str]:
-    """The names of the tags of a training table; `rows`, if they have been read."""
-    given = _given(recipe, table)
-    if given is not None:
-        return given
-    rows = rows if rows is not None else _read(recipe, table, source)[0]
+def class_names(recipe: Recipe, train: Dataset, source: str) -> list[str]:
+    """The names of the tags of a training table."""
+    return _given(recipe, train) or _names(_read(recipe, train, source, []), source)
+
+
+def _names(rows: Sequence[Any], source: str) -> list[str]:
     kinds = sorted({tag[2:] for _, tags in rows for tag in tags if tag != OUTSIDE})
     if not kinds:
         raise DataError(
@@ -75,20 +71,18 @@ def tag_names(recipe: Recipe, table: Dataset, rows: Sequence[Any] | None, source
 
 
 def _given(recipe: Recipe, table: Dataset) -> list[str] | None:
-    column = tag_columns(recipe)[1]
-    inner = getattr(table.features.get(column), "feature", None)
+    inner = getattr(table.features.get(text_columns(recipe)[1]), "feature", None)
     return recipe.data.label_names or getattr(inner, "names", None)
 
 
-def _read(recipe: Recipe, table: Dataset, source: str) -> tuple[list[tuple[list[str], list[str]]], list[str]]:
-    columns = tag_columns(recipe)
-    for key, column in zip(("tokens", "tags"), columns, strict=True):
+def _read(recipe: Recipe, table: Dataset, source: str, notes: list[str]) -> list[tuple[list[str], list[str]]]:
+    for key, column in zip(("tokens", "tags"), text_columns(recipe), strict=True):
         require_column(table, column, f"data.columns.{key}", source)
-    given, faults, rows = _given(recipe, table), Faults(source, len(table)), []
-    for index, (words, tags) in enumerate(zip(*(table[column] for column in columns), strict=True)):
-        with faults.of_row(index):
-            rows.append(_row(words_in(words), words_in(tags), given))
-    return rows, faults.settle(table, recipe.data.drop_missing)[1]
+    faults, cells = Faults(source, len(table)), zip(*(table[column] for column in text_columns(recipe)), strict=True)
+    given = _given(recipe, table)
+    rows = faults.each(cells, lambda row: _row(words_in(row[0]), words_in(row[1]), given))
+    notes += faults.settle(table, recipe.data.drop_missing)[1]
+    return list(rows.values())
 
 
 def _row(words: Any, tags: Any, given: Sequence[str] | None) -> tuple[list[str], list[str]]:

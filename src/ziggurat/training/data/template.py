@@ -1,8 +1,7 @@
 """Conversations through a chat template: their tokens, and the mask of the answers' tokens."""
 
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -29,87 +28,74 @@ def answer_tokens(
     """The text of a conversation, its token ids, and a mask that is 1 for the tokens of its answers.
 
     With `last` for the last answer alone, else for those from message `since` on; by the template's own generation
-    marks if it has them, else by `answer_spans`.
+    marks if it has them, else by `Rendered`. Raises DataError as that does.
     """
     template = tokenizer.get_chat_template(tools=tools or None)
     if _GENERATION.search(template) and tokenizer.is_fast and not last and not since:
         how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
         marked = _apply(tokenizer, messages, tools, **how)
         return rendered(tokenizer, messages, tools), list(marked["input_ids"]), list(marked["assistant_masks"])
-    text, spans = answer_spans(tokenizer, messages, tools, last=last, since=since)
-    return text, *_masked(tokenizer, text, spans)
+    whole = Rendered(tokenizer, messages, tools)
+    places = [place for place in range(since, len(messages)) if messages[place]["role"] == "assistant"]
+    spans = [whole.answer(place) for place in (places[-1:] if last else places)]
+    return whole.text, *_masked(tokenizer, whole.text, spans)
 
 
-def answer_spans(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    tools: Any = None,
-    *,
-    last: bool = False,
-    since: int = 0,
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and the start and end of each of its answers (or the last).
+class Rendered:
+    """A conversation through a chat template, and where its answers are in the text.
 
     An answer starts where the preceding conversation, opened for an answer, ends or differs from the whole, and ends
     with the conversation up to it, by the special token that ends its turn. For templates that write a turn differently
     once more turns follow (without its thoughts, say), a probe in the answer's content finds it.
 
-    Raises DataError if the template refuses the conversation, leaves out an answer, or an answer can't be located.
+    Raises DataError if the template refuses the conversation.
     """
-    whole = rendered(tokenizer, messages, tools)
-    specials = sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
-    ends = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
-    places = [place for place in range(since, len(messages)) if messages[place]["role"] == "assistant"]
-    spans = []
-    for place in places[-1:] if last else places:
-        start = _start(tokenizer, messages, tools, place, whole)
-        end = _end(tokenizer, messages, tools, place, whole, ends)
-        ending = messages[place]["content"].strip()[-20:]
-        if start > end or ending not in whole[start:end]:
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any) -> None:
+        self.tokenizer, self.messages, self.tools = tokenizer, messages, tools
+        self.text = rendered(tokenizer, messages, tools)
+        specials = sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
+        self._ends = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+
+    def answer(self, place: int) -> tuple[int, int]:
+        """The start and end of an answer. Raises DataError if the template leaves it out, or it can't be located."""
+        start, end = self._start(place), self._end(place)
+        ending = self.messages[place]["content"].strip()[-20:]
+        if start > end or ending not in self.text[start:end]:
             raise DataError(f"the chat template leaves out the content of message {place + 1}, or changes it")
-        spans.append((start, end))
-    return whole, spans
+        return start, end
 
+    def _start(self, place: int) -> int:
+        if place:
+            opened = self._first(place, add_generation_prompt=True)
+            # Some templates end a text without generation prompt: both texts share the part before the answer.
+            before = common_start(opened, self._first(place))
+            if (start := common_start(opened, self.text)) >= before:
+                return start
+        return self._content_at(place, before=True)
 
-def _start(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any, place: int, whole: str) -> int:
-    if place:
-        opened = rendered(tokenizer, messages[:place], tools, add_generation_prompt=True)
-        # Some templates end a text without generation prompt: both texts share the part before the answer.
-        before = common_start(opened, rendered(tokenizer, messages[:place], tools))
-        if (start := common_start(opened, whole)) >= before:
-            return start
-    return _content_at(tokenizer, messages, tools, place, whole, before=True)
+    def _end(self, place: int) -> int:
+        upto = self.text if place + 1 == len(self.messages) else self._first(place + 1)
+        if self.text.startswith(upto):
+            bare = upto.rstrip()
+            by_token = any(mark.end() == len(bare) for mark in self._ends.finditer(bare))
+            return len(bare) if by_token else len(upto)
+        behind = self._content_at(place, before=False)
+        mark = self._ends.search(self.text, behind)
+        return mark.end() if mark else behind
 
+    def _first(self, count: int, **how: Any) -> str:
+        """The text of the first messages."""
+        return rendered(self.tokenizer, self.messages[:count], self.tools, **how)
 
-def _end(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    tools: Any,
-    place: int,
-    whole: str,
-    ends: re.Pattern[str],
-) -> int:
-    upto = whole if place + 1 == len(messages) else rendered(tokenizer, messages[: place + 1], tools)
-    if whole.startswith(upto):
-        bare = upto.rstrip()
-        by_token = any(mark.end() == len(bare) for mark in ends.finditer(bare))
-        return len(bare) if by_token else len(upto)
-    behind = _content_at(tokenizer, messages, tools, place, whole, before=False)
-    mark = ends.search(whole, behind)
-    return mark.end() if mark else behind
-
-
-def _content_at(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any, place: int, whole: str, *, before: bool
-) -> int:
-    """The position where a message's content starts (`before`) or ends in the whole, found by a probe."""
-    content = messages[place]["content"]
-    probed = [*messages]
-    probed[place] = {**messages[place], "content": _PROBE + content if before else content + _PROBE}
-    front, mark, behind = rendered(tokenizer, probed, tools).partition(_PROBE)
-    if not mark or not content or front + behind != whole:
-        raise DataError(f"message {place + 1} can't be located in the chat template's output")
-    return len(front)
+    def _content_at(self, place: int, *, before: bool) -> int:
+        """The position where a message's content starts (`before`) or ends in the text, found by a probe."""
+        content, probed = self.messages[place]["content"], [*self.messages]
+        probed[place] = {**self.messages[place], "content": _PROBE + content if before else content + _PROBE}
+        front, mark, behind = rendered(self.tokenizer, probed, self.tools).partition(_PROBE)
+        if not mark or not content or front + behind != self.text:
+            raise DataError(f"message {place + 1} can't be located in the chat template's output")
+        return len(front)
 
 
 def _masked(
@@ -127,28 +113,6 @@ def _masked(
         a, b = (common_start(tokenizer(text[:at], add_special_tokens=False)["input_ids"], ids) for at in span)
         mask[a:b] = [1] * (b - a)
     return ids, mask
-
-
-def question_of(
-    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], opened: Callable[[list[Message], Any], Any] | None = None
-) -> tuple[Any, str, str] | None:
-    """Token ids of the question, the question in words, and its (last) answer, for a row of `instruct.to_rows`.
-
-    `opened`: makes another prompt of messages and tools. None for plain text, which has no question, and for answers
-    that consist of tool calls only.
-    """
-    if "messages" in row:
-        messages, tools = json.loads(row["messages"]), json.loads(row["tools"])
-        place = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
-        if not place or not messages[place]["content"].strip():
-            return None
-        before = messages[:place]
-        prompt = asked_ids(tokenizer, before, tools) if opened is None else opened(before, tools)
-        return prompt, before[-1]["content"], messages[place]["content"]
-    if "prompt" not in row:
-        return None
-    ids: Any = tokenizer(row["prompt"], verbose=False)["input_ids"]
-    return list(ids), row["prompt"], row["completion"]
 
 
 def asked_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any = None) -> list[int]:

@@ -13,7 +13,7 @@ from ziggurat.errors import DataError
 from ziggurat.recipe.schema import MOST_LENGTH, Recipe
 
 from .chat import THOUGHTS
-from .encode import longest, percentile, spread
+from .encode import Encoded, longest, percentile, spread
 from .examples import Examples
 from .faults import Faults
 from .template import answer_tokens, common_start, rendered
@@ -30,9 +30,7 @@ STEP = 64
 Row = tuple[list[int], list[int]]
 
 
-def encode_rows(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, examples: Examples
-) -> tuple[Dataset, Dataset, int, list[str]]:
+def encode_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, examples: Examples) -> Encoded:
     """Training and validation rows as `input_ids` and `completion_mask`, their greatest length, and notes.
 
     The mask is 1 for tokens that are learned. The notes say how long rows are, and how many of them are cut or have no
@@ -41,10 +39,7 @@ def encode_rows(
     Raises DataError that counts all rows which the chat template refuses, or if no row of a part has an answer left.
     """
     notes: list[str] = []
-    parts = [
-        (tokens_of(recipe, tokenizer, table, word, notes), word)
-        for table, word in ((examples.train, "training"), (examples.validation, "validation"))
-    ]
+    parts = [(tokens_of(recipe, tokenizer, table, word, notes), word) for table, word in examples.parts]
     lengths = [len(ids) for ids, _ in parts[0][0]]
     notes.append(spread(lengths, "training rows"))
     packed = recipe.data.packing
@@ -53,7 +48,7 @@ def encode_rows(
         _packed(rows, length, word, notes) if packed else _cut(recipe, rows, length, word, notes)
         for rows, word in parts
     )
-    return train, validation, length, notes
+    return Encoded(train, validation, length, notes)
 
 
 def streamed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, length: int, stream: Stream) -> Any:
@@ -119,7 +114,7 @@ def tokens_of(
             rows.append(_encoded(tokenizer, row, recipe.data.loss, lost))
         except DataError as error:
             faults.add(row["row"] - 1, str(error))
-    faults.settle(table, drop=False)
+    faults.settle(table, drop=None)
     notes += [
         f"{count} of {len(table)} {word} rows have {what}, which the chat template leaves out"
         for what, count in sorted(lost.items())

@@ -1,13 +1,13 @@
-"""The inputs of a trainer, and a recipe's settings as fields of transformers' TrainingArguments."""
+"""The inputs of a trainer, the trainer of a task, and a recipe's settings as fields of TrainingArguments."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ziggurat.errors import RecipeError
@@ -30,6 +30,39 @@ class Setup:
     checkpoints: Path
     callbacks: list[TrainerCallback]
     rewards: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The fields of TrainingArguments; see `training_arguments`."""
+        return training_arguments(self.recipe, self.checkpoints)
+
+    @property
+    def multiple(self) -> int | None:
+        """Batches are padded to a multiple of this length, which tensor cores want."""
+        return 8 if self.recipe.train.precision != "fp32" else None
+
+    def trainer(self, kind: Any, arguments: TrainingArguments, rows: Sequence[Any], **more: Any) -> Any:
+        """A trainer of class `kind`, with `rows` to learn from and to score; `more` are its further arguments."""
+        train, validation = rows
+        data = {"train_dataset": train, "eval_dataset": validation}
+        trainer = kind(model=self.model, args=arguments, **data, callbacks=self.callbacks, **more)
+        if "ref" in getattr(trainer.model, "peft_config", {}):
+            # TRL keeps a copy of the adapter to compute a reference, which isn't needed from here on.
+            trainer.model.delete_adapter("ref")
+        return trainer
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trainer ready to start, and the scores of the majority-class or mean baseline.
+
+    `by_class` returns `classes.by_class` of the last scoring of the validation rows; empty for other tasks.
+    """
+
+    trainer: Trainer
+    notes: list[str]
+    guess: dict[str, float] = field(default_factory=dict)
+    by_class: Callable[[], dict[str, Any]] = dict
 
 
 def training_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:

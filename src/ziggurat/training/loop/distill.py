@@ -4,54 +4,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from ziggurat.errors import DataError, RecipeError, first_line
+from ziggurat.errors import RecipeError, first_line
 from ziggurat.nearest import is_path, missing_path
 from ziggurat.recipe.embedded import model_path
 from ziggurat.recipe.schema import Recipe
 
-from ..data.prompts import fitting_prompts
-from ..data.template import stop_at_turns
-from .arguments import Setup, training_arguments
+from .arguments import Setup, Task
 from .preference import trl_classes
 from .rewards import drawing_problems
-from .sampling import Drawing, asking, sampling_arguments
-from .writing import check_tokenizer
+from .sampling import Drawing, prompt_rows, sampling_arguments
 
 
-def distilling(setup: Setup) -> tuple[Trainer, list[str]]:
+def distilling(setup: Setup) -> Task:
     """On-policy distillation (Agarwal et al. 2024) by TRL, and notes. Raises DataError, RecipeError.
 
     Each step draws a completion of each of its prompts from the student, and lowers, token by token, the divergence of
     its probabilities p from the teacher's q: beta = 1: KL(p | q), 0: KL(q | p), between: beta KL(q | m) + (1 - beta)
     KL(p | m) with m = beta q + (1 - beta) p, both at `sampling.temperature`.
     """
-    recipe, base, examples = setup.recipe, setup.base, setup.examples
+    recipe, base = setup.recipe, setup.base
     kind, config = trl_classes(recipe.task, "trl", "DistillationTrainer", "DistillationConfig")
     if problems := drawing_problems(recipe, config):
         raise RecipeError("\n".join(problems))
-    check_tokenizer(recipe, base, examples)
-    train, validation, notes = fitting_prompts(recipe, base.tokenizer, base.model.config, examples)
-    drawn = recipe.train.batch * recipe.train.accumulate
-    if drawn > len(train):
-        raise DataError(f"train.batch: a step takes {drawn} prompts, and {recipe.data.train} has {len(train)} to learn")
+    rows, notes = prompt_rows(setup, recipe.train.batch * recipe.train.accumulate)
     teacher = load_teacher(recipe, base.tokenizer, base.model.config)
-    if examples.shape == "messages":
-        stop_at_turns(base.model, base.tokenizer)
-    arguments = training_arguments(recipe, setup.checkpoints) | sampling_arguments(recipe)
-    trainer: Any = type(kind.__name__, (Distilled, kind), {})(
-        model=setup.model,
-        teacher_model=teacher,
-        args=config(**arguments, beta=recipe.teacher.beta),
-        train_dataset=asking(train, examples.shape),
-        eval_dataset=asking(validation, examples.shape),
-        processing_class=base.tokenizer,
-        callbacks=setup.callbacks,
-    )
+    arguments = config(**setup.arguments, **sampling_arguments(recipe), beta=recipe.teacher.beta)
+    more = {"teacher_model": teacher, "processing_class": base.tokenizer}
+    trainer = setup.trainer(type(kind.__name__, (Distilled, kind), {}), arguments, rows, **more)
     size = sum(parameter.numel() for parameter in teacher.parameters())
     notes.append(f"the teacher {recipe.teacher.model} has {size:,} parameters, which take memory beside the student's")
-    return trainer, notes
+    return Task(trainer, notes)
 
 
 def load_teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any) -> Any:

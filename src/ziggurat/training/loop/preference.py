@@ -31,9 +31,7 @@ _TRAINERS = {
 _ANSWERS = ("chosen", "rejected")
 
 
-def preference_trainer(
-    setup: Setup, arguments: dict[str, Any], train: Dataset, validation: Dataset, length: int
-) -> Trainer:
+def preference_trainer(setup: Setup, train: Dataset, validation: Dataset, length: int) -> Trainer:
     """The trainer of TRL. DPO (Rafailov et al. 2023) and KTO (Ethayarajh et al. 2024) learn a policy:
 
     L_DPO = -ln sigmoid(r(x, y_w) - r(x, y_l)) with the reward r(x, y) = beta ln p(y | x) / p_ref(y | x); p_ref is the
@@ -45,7 +43,7 @@ def preference_trainer(
     recipe = setup.recipe
     module, name = _TRAINERS[recipe.task]
     kind, config = trl_classes(recipe.task, module, f"{name}Trainer", f"{name}Config")
-    arguments = arguments | {"max_length": length, "beta": recipe.train.beta}
+    arguments = setup.arguments | {"max_length": length, "beta": recipe.train.beta}
     if recipe.task in ("dpo", "kto"):
         arguments |= {"precompute_ref_log_probs": True}
     else:  # there is no reference model, so the recipe's dropout applies
@@ -59,18 +57,8 @@ def preference_trainer(
         del arguments["beta"]
         train, validation = (table.map(lambda row: _whole(row, length)) for table in (train, validation))
     mixed = {"kto": Tokenized, "orpo": TokenizedORPO}.get(recipe.task, TokenizedPairs)
-    trainer: Any = type(kind.__name__, (mixed, kind), {})(
-        model=setup.model,
-        args=config(**arguments),
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=setup.base.tokenizer,
-        callbacks=setup.callbacks,
-    )
-    # TRL keeps a copy of the adapter to compute the reference, which isn't needed after that.
-    if "ref" in getattr(trainer.model, "peft_config", {}):
-        trainer.model.delete_adapter("ref")
-    return trainer
+    kind = type(kind.__name__, (mixed, kind), {})
+    return setup.trainer(kind, config(**arguments), (train, validation), processing_class=setup.base.tokenizer)
 
 
 def trl_classes(task: str, module: str, *names: str) -> list[Any]:

@@ -29,42 +29,52 @@ GROUP = "ziggurat.rewards"
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
-def _exact(settings: RewardsPart, /, completions: Sequence[Any], **columns: Any) -> list[float]:
+def _exact(text: str, answer: str, settings: RewardsPart) -> float:
     """1 where the completion is the right answer, blanks around both apart."""
-    right = columns[settings.answer]
-    return [float(text_of(c).strip() == str(a).strip()) for c, a in zip(completions, right, strict=True)]
+    return float(text.strip() == answer.strip())
 
 
-def _last_number(settings: RewardsPart, /, completions: Sequence[Any], **columns: Any) -> list[float]:
+def _last_number(text: str, answer: str, settings: RewardsPart) -> float:
     """1 where the last number of the completion is the last number of the right answer."""
-    right = columns[settings.answer]
-    return [float(_last(text_of(c)) == _last(str(a)) is not None) for c, a in zip(completions, right, strict=True)]
+    return float(_last(text) == _last(answer) is not None)
 
 
-def _regex(settings: RewardsPart, /, completions: Sequence[Any]) -> list[float]:
+def _regex(text: str, answer: str, settings: RewardsPart) -> float:
     """1 where the pattern is found in the completion."""
-    pattern = re.compile(str(settings.pattern))
-    return [float(pattern.search(text_of(completion)) is not None) for completion in completions]
+    return float(re.search(str(settings.pattern), text) is not None)
 
 
-def _json(settings: RewardsPart, /, completions: Sequence[Any]) -> list[float]:
+def _json(text: str, answer: str, settings: RewardsPart) -> float:
     """1 where the completion is JSON and nothing else."""
-    return [float(_is_json(text_of(completion))) for completion in completions]
+    try:
+        json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return 0.0
+    return 1.0
 
 
-def _length(settings: RewardsPart, /, completions: Sequence[Any]) -> list[float]:
+def _length(text: str, answer: str, settings: RewardsPart) -> float:
     """1 up to `rewards.most` characters, and most / n for n characters beyond."""
-    most = settings.most or 1
-    return [min(1.0, most / max(1, len(text_of(completion)))) for completion in completions]
+    return min(1.0, (settings.most or 1) / max(1, len(text)))
+
+
+def _of_texts(score: Callable[[str, str, RewardsPart], float]) -> Callable[..., list[float]]:
+    """A reward function that scores each completion's text, with the right answer if there is one."""
+
+    def rewards(settings: RewardsPart, /, completions: Sequence[Any], **columns: Any) -> list[float]:
+        answers = columns.get(settings.answer, [""] * len(completions))
+        return [score(text_of(text), str(right), settings) for text, right in zip(completions, answers, strict=True)]
+
+    return rewards
 
 
 #: Built-in rewards; each one's first argument are the recipe's `rewards.*`.
 BUILT_IN: dict[str, Callable[..., list[float]]] = {
-    "exact": _exact,
-    "last_number": _last_number,
-    "regex": _regex,
-    "json": _json,
-    "length": _length,
+    "exact": _of_texts(_exact),
+    "last_number": _of_texts(_last_number),
+    "regex": _of_texts(_regex),
+    "json": _of_texts(_json),
+    "length": _of_texts(_length),
 }
 
 
@@ -76,14 +86,6 @@ def text_of(completion: Any) -> str:
 def _last(text: str) -> float | None:
     numbers = _NUMBER.findall(text)
     return float(numbers[-1].replace(",", "")) if numbers else None
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def _no_constant(word: str) -> None:
@@ -131,15 +133,16 @@ def settle_rewards(recipe: Recipe, given: Sequence[Reward]) -> tuple[Recipe, dic
     names = list(dict.fromkeys([*(recipe.rewards.functions or ()), *brought]))
     functions: dict[str, Reward] = {}
     for name in names:
-        function = brought.get(name) or _installed(name)
         if name in BUILT_IN:
             problems += _needs(recipe, name)
-        elif function is None:
+            functions[name] = partial(BUILT_IN[name], recipe.rewards)
+        elif (function := brought.get(name) or _installed(name)) is not None:
+            functions[name] = function
+        else:
             problems.append(
                 f"rewards.functions: '{name}' is none of {', '.join(BUILT_IN)}, and a recipe can only name a function: "
                 f"bring its code by --reward FILE.py:{name}, or by a package with an entry point in '{GROUP}'"
             )
-        functions[name] = function  # type: ignore[assignment]
     if not names:
         problems.append(
             f"rewards.functions: nothing is rewarded; name {', '.join(BUILT_IN)}, or give --reward FILE:NAME"
@@ -150,9 +153,8 @@ def settle_rewards(recipe: Recipe, given: Sequence[Reward]) -> tuple[Recipe, dic
     problems += _sampling_problems(recipe)
     if problems:
         raise RecipeError("\n".join(problems))
-    made = {name: partial(BUILT_IN[name], recipe.rewards) if name in BUILT_IN else f for name, f in functions.items()}
     rewards = recipe.rewards.model_copy(update={"functions": names})
-    return recipe.model_copy(update={"rewards": rewards}), {name: checked(name, f) for name, f in made.items()}
+    return recipe.model_copy(update={"rewards": rewards}), {name: checked(name, f) for name, f in functions.items()}
 
 
 def _sampling_problems(recipe: Recipe) -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 
 from ziggurat.files.staging import told_of_storage
 from ziggurat.host.bars import quiet
-from ziggurat.recipe.methods import BUDGET
 from ziggurat.recipe.schema import Recipe
-from ziggurat.recipe.tasks import REWARDED
 from ziggurat.terminal import is_screen
 
 from ..callbacks import trackers
@@ -28,19 +26,19 @@ from ..callbacks.allocation import callbacks_for
 from ..callbacks.divergence import StopAtNaN
 from ..callbacks.interrupt import Interrupted, StopSignals
 from ..callbacks.progress import LiveProgress, ProgressFile, scores_in
-from ..callbacks.rising import RisingLoss
 from ..data.examples import Examples, load_examples
 from ..devices import sharding
 from ..devices.processes import Processes, join, launched_size
 from ..folder import workplace
 from ..folder.checkpoints import WholeCheckpoints, step_of
-from ..folder.run_folder import RunFolder, launched
-from ..model.adapt import Counts, adapt, count
+from ..folder.run_folder import RunFolder
+from ..model.adapt import adapt, count
 from ..model.base import Base, HeadSpec, base_of
-from .arguments import Setup
+from .arguments import Setup, Task
 from .meter import Meter, expected_bytes, peak_memory
+from .notes import Notes, of_costs, of_settings, watching
 from .result import Result, save, settle
-from .trainers import Task, make_trainer
+from .trainers import make_trainer
 
 if TYPE_CHECKING:
     from ..sizing.budget import Fit
@@ -71,18 +69,14 @@ def train(
     """
     from ziggurat.recipe.needs import check
 
+    from ..sizing.budget import settle_budget
+    from .rewards import settle_rewards
+
     check(recipe)
     processes = join()
     trackers.check(recipe.train.report_to or [])
-    functions, fit = None, None
-    if rewards or recipe.task in REWARDED:
-        from .rewards import settle_rewards
-
-        recipe, functions = settle_rewards(recipe, rewards)
-    if BUDGET in recipe.method:
-        from ..sizing.budget import settle_budget
-
-        recipe, fit = settle_budget(recipe)
+    recipe, functions = settle_rewards(recipe, rewards)
+    recipe, fit = settle_budget(recipe)
     folder = RunFolder(recipe, processes)
     folder.check()
     if console is None or not processes.main:
@@ -110,22 +104,21 @@ def _train(
     console: Console,
     callbacks: Sequence[TrainerCallback],
     fit: Fit | None,
-    rewards: Mapping[str, Callable[..., Any]] | None,
+    rewards: Mapping[str, Callable[..., Any]],
 ) -> Result:
     processes = folder.processes
-    with _status(console, "reading the data"), quiet(), processes.first_on_each_machine():
-        examples = load_examples(recipe)
-    with _status(console, f"loading {recipe.model}"), quiet():
-        base, model, spec = make_model(recipe, examples)
-    sharding.check(model, processes)
+    examples, base, model, spec = _load(recipe, processes, console)
     counts, noted = count(recipe, model, base), folder.open()
     processes.first(lambda: workplace.reserve(folder.work, expected_bytes(model, base.tokenizer)))
-    progress, meter, notes = LiveProgress(console, recipe.main_metric), Meter(), list[str]()
-    note, warn = partial(_note, console, notes), partial(_note, console, notes, kind="warning", style="yellow")
-    watch = _watch(recipe, base, note, warn)
-    task = _task(recipe, base, model, examples, folder, [*callbacks, progress, stop, meter, *watch], rewards)
-    note(*examples.notes, *task.notes, *_notes(recipe, processes, fit, spec), *_costs(model, counts))
-    warn(*_warnings(recipe))
+    progress, meter, notes = LiveProgress(console, recipe.main_metric), Meter(), Notes(console)
+    callbacks = [*callbacks, progress, stop, meter, *watching(recipe, base, notes)]
+    task = _task(Setup(recipe, base, model, examples, folder.checkpoints, callbacks, rewards), folder)
+    notes.note(*examples.notes, *task.notes)
+    notes.note(*of_settings(recipe, processes, fit, spec), *of_costs(model, counts))
+    if recipe.kind.experimental:
+        notes.warn(
+            f"TRL calls its trainer for task: {recipe.task} experimental: its next version may change or drop it"
+        )
     begun = time.monotonic() - float(noted.get("seconds", 0.0))
     try:
         before = _score_before(recipe, task.trainer, folder, noted, console)
@@ -134,12 +127,11 @@ def _train(
             task.trainer.train(resume_from_checkpoint=str(folder.last_checkpoint()) if recipe.resume else None)
     finally:
         progress.close()
-    before = before or scores_in(next((line for line in task.trainer.state.log_history if _first_scores(line)), {}))
     if stop.agreed is not None:
         folder.note({"before": before, "seconds": time.monotonic() - begun, "answers": answers.rows})
         raise _interrupted(recipe, folder, stop.agreed, task.trainer.state)
     # From here on signals are deferred until the result is saved: they could only lose what has been learned.
-    after, seen = _final_scores(task, recipe), _seen(recipe, task, answers, examples, note)
+    after, seen = _final_scores(task, recipe), _seen(recipe, task, answers, examples, notes)
     trackers.close(task.trainer)
     state = sharding.whole_state(task.trainer, processes)
     result = Result(
@@ -154,7 +146,7 @@ def _train(
         steps=task.trainer.state.global_step,
         peak_mb=peak_memory(),
         step_seconds=meter.step_seconds,
-        notes=notes,
+        notes=notes.kept,
         history=[line for line in task.trainer.state.log_history if line],
         shape=examples.shape,
         left=settle(task.trainer.model),
@@ -165,9 +157,16 @@ def _train(
     return result
 
 
-def _seen(
-    recipe: Recipe, task: Task, answers: Answers, examples: Examples, note: Callable[..., None]
-) -> dict[str, Any]:
+def _load(recipe: Recipe, processes: Processes, console: Console) -> tuple[Examples, Base, nn.Module, HeadSpec]:
+    with _status(console, "reading the data"), quiet(), processes.first_on_each_machine():
+        examples = load_examples(recipe)
+    with _status(console, f"loading {recipe.model}"), quiet():
+        base, model, spec = make_model(recipe, examples)
+    sharding.check(model, processes)
+    return examples, base, model, spec
+
+
+def _seen(recipe: Recipe, task: Task, answers: Answers, examples: Examples, notes: Notes) -> dict[str, Any]:
     """Details of the scores after training, as fields of `Result`."""
     from .samples import example_of
 
@@ -177,45 +176,11 @@ def _seen(
         arguments, state = task.trainer.args, task.trainer.state
         rows["train"] = state.global_step * arguments.train_batch_size * arguments.gradient_accumulation_steps
         rows["train"] *= arguments.world_size
-        note(*(f"{count} rows of the stream {what} and were left out" for what, count in examples.stream.lost.items()))
+        lost = examples.stream.lost.items()
+        notes.note(*(f"{count} rows of the stream {what} and were left out" for what, count in lost))
     example, images = example_of(examples, rated=recipe.task == "reward")
     seen = {"by_class": task.by_class(), "answers": answers.rows, "rows": rows}
     return {**seen, "example": example, "example_images": images}
-
-
-def _note(console: Console, notes: list[str], *texts: str, kind: str = "note", style: str = "dim") -> None:
-    """Print notes, and keep them for run.json."""
-    notes += texts
-    for text in texts:
-        # In a pipe or a log a note is one line.
-        console.print(f"{kind}: {text}", style=style, highlight=False, soft_wrap=not is_screen(console))
-
-
-def _watch(
-    recipe: Recipe, base: Base, tell: Callable[[str], None], warn: Callable[[str], None]
-) -> Iterator[TrainerCallback]:
-    """The callbacks that warn if a run learns nothing, and end one that no longer improves."""
-    if recipe.train.patience is not None:
-        from ..callbacks.patience import StopWhenFlat
-        from .metrics import lower_is_better
-
-        metric = recipe.main_metric
-        yield StopWhenFlat(metric, lower_is_better(metric), recipe.train.patience, tell)
-    if recipe.task in REWARDED:
-        from ..callbacks.signal import NoSignal
-
-        yield NoSignal(warn, recipe.sampling.temperature, recipe.sampling.tokens)
-    else:
-        yield RisingLoss(warn, _classes(recipe, base))
-
-
-def _classes(recipe: Recipe, base: Base) -> int | None:
-    """The number of classes or tokens that the model chooses from; None for another kind of loss."""
-    if recipe.kind.rows in ("answers", "sources"):
-        return base.model.config.get_text_config().vocab_size
-    if recipe.task in ("multilabel", "dpo", "kto", "reward"):  # yes or no, of each class; the better of two
-        return 2
-    return base.model.config.num_labels if recipe.task in ("classification", "tokens") else None
 
 
 def _hint(checkpoint: Path | None) -> str:
@@ -237,80 +202,36 @@ def _interrupted(recipe: Recipe, folder: RunFolder, number: int, state: TrainerS
     return Interrupted(recipe.folder, str(checkpoint) if checkpoint is not None else None, step, total, number)
 
 
-def _task(
-    recipe: Recipe,
-    base: Base,
-    model: nn.Module,
-    examples: Examples,
-    folder: RunFolder,
-    callbacks: list[TrainerCallback],
-    rewards: Mapping[str, Callable[..., Any]] | None,
-) -> Task:
+def _task(setup: Setup, folder: RunFolder) -> Task:
     """The Trainer with all its callbacks, in the required order."""
-    of_the_method = callbacks_for(getattr(model, "peft_config", {}).get("default"))
-    callbacks = [*of_the_method, *callbacks, StopAtNaN(folder.last_checkpoint)]
-    task = make_trainer(Setup(recipe, base, model, examples, folder.checkpoints, callbacks, rewards or {}))
+    of_the_method = callbacks_for(getattr(setup.model, "peft_config", {}).get("default"))
+    task = make_trainer(replace(setup, callbacks=[*of_the_method, *setup.callbacks, StopAtNaN(folder.last_checkpoint)]))
     sharding.prepare(task.trainer, folder.processes)
-    if recipe.spectra != "never":
+    if setup.recipe.spectra != "never":
         from ziggurat.analysis.trace import record_spectra
 
-        record_spectra(task.trainer, recipe.spectra)
-    task.trainer.add_callback(WholeCheckpoints(recipe.train.keep))
+        record_spectra(task.trainer, setup.recipe.spectra)
+    task.trainer.add_callback(WholeCheckpoints(setup.recipe.train.keep))
     task.trainer.add_callback(ProgressFile(folder.work / workplace.PROGRESS))
     return task
 
 
-def _warnings(recipe: Recipe) -> Iterator[str]:
-    if recipe.kind.experimental:
-        yield f"TRL calls its trainer for task: {recipe.task} experimental: its next version may change or drop it"
-
-
-def _notes(recipe: Recipe, processes: Processes, fit: Fit | None, spec: HeadSpec) -> Iterator[str]:
-    if recipe.adapter is not None:
-        yield f"training goes on from the adapter in {recipe.adapter}"
-    if spec.images:
-        adapted = {
-            "language": "the language model is adapted; the image encoder stays frozen (tower: both adapts both)",
-            "vision": "the image encoder is adapted; the language model stays frozen (tower: both adapts both)",
-            "both": "the language model and the image encoder are adapted",
-        }
-        yield adapted[recipe.tower]
-    if processes.way != "one":
-        examples = processes.size * recipe.train.batch * recipe.train.accumulate
-        yield (
-            f"{launched(processes)}: {processes.size} x train.batch {recipe.train.batch} x train.accumulate "
-            f"{recipe.train.accumulate} = {examples} examples a step"
-        )
-    if fit is not None:
-        yield f"rank {fit.rank} meets the budget with {fit.parameters:,} parameters"
-
-
-def _costs(model: nn.Module, counts: Counts) -> Iterator[str]:
-    from ziggurat.export.serving import cost_of_serving
-
-    if counts.lora is not None and counts.adapter > counts.lora:
-        yield (
-            f"the adapter trains {counts.adapter:,} parameters, more than LoRA of the same r and targets "
-            f"({counts.lora:,}): in this model too few layers share"
-        )
-    if (served := cost_of_serving(model)) is not None:
-        yield served
-
-
 def _score_before(
     recipe: Recipe, trainer: Trainer, folder: RunFolder, noted: dict[str, Any], console: Console
-) -> dict[str, float] | None:
-    """The scores before training, noted in the run's folder; None if training itself computes them."""
+) -> dict[str, float]:
+    """The scores before training, noted in the run's folder; empty until training if training itself computes them."""
     if not recipe.train.evaluate_before or "before" in noted:
         return noted.get("before", {})
     if folder.processes.way != "one":
         # A model is sharded together with its optimiser, which only training creates; after a scoring accelerate would
         # consider it prepared, and its gradients would not be averaged.
         trainer.args.eval_on_start = not recipe.resume
-        trainer.add_callback(NoteFirst(folder))
-        return None
+        first = NoteFirst(folder)
+        trainer.add_callback(first)
+        return first.scores
     # The generators' state is restored after scoring, so that training is the same with and without it.
-    with _status(console, "scoring before training"), torch.random.fork_rng(_devices()):
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with _status(console, "scoring before training"), torch.random.fork_rng(devices):
         before = scores_in(trainer.evaluate())
     folder.note({"before": before})
     return before
@@ -333,24 +254,17 @@ def _answers(
     return answers
 
 
-def _devices() -> list[int]:
-    """The GPU whose generator scoring may use."""
-    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
-
-
 class NoteFirst(TrainerCallback):
-    """Writes the scores before training into the run's folder, for a resumed run."""
+    """Takes the scores before training, and writes them into the run's folder for a resumed run."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
+        self.scores: dict[str, float] = {}
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
-            self.folder.note({"before": scores_in(kwargs.get("metrics") or {})})
-
-
-def _first_scores(line: dict[str, Any]) -> bool:
-    return line.get("step") == 0 and any(name.startswith("eval_") for name in line)
+            self.scores |= scores_in(kwargs.get("metrics") or {})
+            self.folder.note({"before": self.scores})
 
 
 def make_model(recipe: Recipe, examples: Examples) -> tuple[Base, nn.Module, HeadSpec]:
@@ -372,13 +286,11 @@ def make_model(recipe: Recipe, examples: Examples) -> tuple[Base, nn.Module, Hea
 
 def _final_scores(task: Task, recipe: Recipe) -> dict[str, float]:
     """The scores of the saved weights: of training's last evaluation if it scored these weights, else of a new one."""
-    trainer = task.trainer
-    last = trainer.state.log_history[-3:]
-    for line in reversed(last):
-        current = line.get("step") == trainer.state.global_step
-        if not recipe.train.best and current and f"eval_{recipe.main_metric}" in line and trainer.state.global_step:
-            return scores_in(line)
-    return scores_in(trainer.evaluate())
+    state, name = task.trainer.state, f"eval_{recipe.main_metric}"
+    last = next((line for line in reversed(state.log_history[-3:]) if name in line), {})
+    if not recipe.train.best and state.global_step and last.get("step") == state.global_step:
+        return scores_in(last)
+    return scores_in(task.trainer.evaluate())
 
 
 def resume_command(words: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, Trainer
+from transformers import GenerationConfig
 
 from ziggurat.errors import DataError, RecipeError
 from ziggurat.recipe.schema import Recipe
@@ -19,7 +19,8 @@ from ..data.prompts import fitting_prompts, opened
 from ..data.template import stop_at_turns
 from ..folder.checkpoints import OrderOfEpoch, Resumable, step_of
 from ..folder.workplace import LOGS
-from .arguments import Setup, training_arguments
+from .arguments import Setup, Task
+from .writing import check_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,7 +33,7 @@ KEPT = 8
 _TRL: Any = object
 
 
-def rewarding(setup: Setup) -> tuple[Trainer, list[str]]:
+def rewarding(setup: Setup) -> Task:
     """GRPO (Shao et al. 2024) or RLOO (Ahmadian et al. 2024) by TRL, and notes. Raises DataError, RecipeError.
 
     Each step draws a group of completions for each of its prompts, and raises the probability of those with a reward
@@ -40,39 +41,22 @@ def rewarding(setup: Setup) -> tuple[Trainer, list[str]]:
     """
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-    recipe, base, examples, rewards = setup.recipe, setup.base, setup.examples, setup.rewards
-    train, validation, notes = fitting_prompts(recipe, base.tokenizer, base.model.config, examples)
-    arguments = training_arguments(recipe, setup.checkpoints) | sampling_arguments(recipe)
-    arguments |= {"beta": recipe.rewards.beta, "reward_weights": recipe.rewards.weights, "logging_steps": 1}
-    if examples.shape == "messages":
-        stop_at_turns(base.model, base.tokenizer)
-    if recipe.rewards.beta:
-        _check_start(recipe, base.tokenizer, setup.model)
-    kind: Any
+    recipe, rewards = setup.recipe, setup.rewards
     kind, config = (GRPOTrainer, GRPOConfig) if recipe.task == "grpo" else (RLOOTrainer, RLOOConfig)
-    made: Any = config(**arguments)
+    rewarded = {"beta": recipe.rewards.beta, "reward_weights": recipe.rewards.weights, "logging_steps": 1}
+    made: Any = config(**(setup.arguments | sampling_arguments(recipe) | rewarded))
     prompts = made.generation_batch_size // recipe.sampling.completions
-    if prompts > len(train):
-        raise DataError(
-            f"train.batch: a step takes {prompts} prompts, and {recipe.data.train} has {len(train)} to learn"
-        )
-    trainer: Any = type(kind.__name__, (Rewarded, kind), {})(
-        model=setup.model,
-        reward_funcs=list(rewards.values()),
-        args=made,
-        train_dataset=asking(train, examples.shape),
-        eval_dataset=asking(validation, examples.shape),
-        processing_class=base.tokenizer,
-        callbacks=setup.callbacks,
-    )
+    rows, notes = prompt_rows(setup, prompts)
+    if recipe.rewards.beta:
+        _check_start(recipe, setup.base.tokenizer, setup.model)
+    more = {"reward_funcs": list(rewards.values()), "processing_class": setup.base.tokenizer}
+    trainer = setup.trainer(type(kind.__name__, (Rewarded, kind), {}), made, rows, **more)
     trainer.samples = setup.checkpoints.with_name(LOGS) / COMPLETIONS
-    if "ref" in getattr(trainer.model, "peft_config", {}):
-        trainer.model.delete_adapter("ref")  # TRL's copy of the adapter, which changes nothing yet: see _check_start
     notes.append(
         f"{prompts} prompts of {recipe.sampling.completions} completions a step; rewarded by {', '.join(rewards)}; "
         f"completions are kept in {LOGS}/{COMPLETIONS}"
     )
-    return trainer, notes
+    return Task(trainer, notes)
 
 
 def sampling_arguments(recipe: Recipe) -> dict[str, Any]:
@@ -92,13 +76,25 @@ def sampling_arguments(recipe: Recipe) -> dict[str, Any]:
     return drawn
 
 
-def asking(table: Dataset, shape: str | None) -> Dataset:
-    """The rows with prompts in TRL's form, made on reading: a table would give all messages all keys."""
+def prompt_rows(setup: Setup, prompts: int) -> tuple[list[Dataset], list[str]]:
+    """The training and validation rows that a model draws completions for, of which a step takes `prompts`; and notes.
 
-    def prompts(rows: dict[str, Any]) -> dict[str, Any]:
+    The prompts are in TRL's form. Raises DataError, RecipeError.
+    """
+    recipe, base, shape = setup.recipe, setup.base, setup.examples.shape
+    check_tokenizer(setup)
+    *tables, notes = fitting_prompts(recipe, base.tokenizer, base.model.config, setup.examples)
+    if prompts > len(tables[0]):
+        have = f"{recipe.data.train} has {len(tables[0])} to learn"
+        raise DataError(f"train.batch: a step takes {prompts} prompts, and {have}")
+    if shape == "messages":
+        stop_at_turns(base.model, base.tokenizer)
+
+    def asking(rows: dict[str, Any]) -> dict[str, Any]:
         return {**rows, "prompt": [opened({"prompt": prompt}, shape) for prompt in rows["prompt"]]}
 
-    return table.with_transform(prompts)
+    # They are made on reading: a table would give all messages all keys.
+    return [table.with_transform(asking) for table in tables], notes
 
 
 def _check_start(recipe: Recipe, tokenizer: Any, model: Any) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from ..data.sources import encode_sources
-from .arguments import Setup, training_arguments
+from .arguments import Setup, Task
 from .exact import ExactSteps, TokenLoss
 
 #: Words of any script; single characters of Chinese and Japanese, which don't separate words.
@@ -59,10 +59,10 @@ class SequenceTrainer(TokenLoss, ExactSteps, Trainer):
         return loss, written, inputs["labels"]
 
 
-def transforming(setup: Setup) -> tuple[Trainer, list[str]]:
+def transforming(setup: Setup) -> Task:
     """The Trainer of seq2seq, and notes. Raises DataError."""
-    recipe, tokenizer = setup.recipe, setup.base.tokenizer
-    train, validation, most, notes = encode_sources(recipe, tokenizer, setup.base.model.config, setup.examples)
+    tokenizer = setup.base.tokenizer
+    train, validation, most, notes = encode_sources(setup.recipe, tokenizer, setup.base.model.config, setup.examples)
 
     def compute(result: Any) -> dict[str, float]:
         # Shorter rows are padded with -100, which isn't a token.
@@ -70,18 +70,9 @@ def transforming(setup: Setup) -> tuple[Trainer, list[str]]:
         texts = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in filled)
         return {name: float(scores.mean()) for name, scores in text_scores(*texts).items()}
 
-    trainer = SequenceTrainer(
-        model=setup.model,
-        args=TrainingArguments(
-            **training_arguments(recipe, setup.checkpoints), label_names=["labels"], remove_unused_columns=False
-        ),
-        train_dataset=train,
-        eval_dataset=validation,
-        data_collator=DataCollatorForSeq2Seq(
-            tokenizer, pad_to_multiple_of=8 if recipe.train.precision != "fp32" else None
-        ),
-        compute_metrics=compute,
-        callbacks=setup.callbacks,
-    )
+    arguments = TrainingArguments(**setup.arguments, label_names=["labels"], remove_unused_columns=False)
+    collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=setup.multiple)
+    how = {"data_collator": collator, "compute_metrics": compute}
+    trainer = setup.trainer(SequenceTrainer, arguments, (train, validation), **how)
     trainer.most = most
-    return trainer, notes
+    return Task(trainer, notes)

@@ -1,76 +1,21 @@
 """The Trainer of each task, set up from a recipe."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ziggurat.errors import RecipeError
 from ziggurat.host.bars import quiet
-from ziggurat.recipe.schema import SCORED_LENGTH
 from ziggurat.recipe.tasks import REWARDED
 
 from ..callbacks import trackers
-from ..data.encode import Collator, encode, longest, spread
 from ..folder.workplace import LOGS
-from ..model.base import is_in
-from . import metrics
-from .arguments import Setup, training_arguments
-from .exact import ExactTrainer
+from .arguments import Setup, Task
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-
-class HeadLrTrainer(ExactTrainer):
-    """Trainer with an optional separate learning rate of the head."""
-
-    head: tuple[str, ...] = ()
-    head_lr: float | None = None
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(model)
-        if self.head_lr is not None and len(optimizer.param_groups) <= 2:
-            self._split_head(optimizer)
-        return optimizer
-
-    def _split_head(self, optimizer: torch.optim.Optimizer) -> None:
-        # New groups are split before the scheduler reads their rates; a resumed run loads its state in the same order.
-        assert self.model is not None
-        mine = {id(parameter) for name, parameter in self.model.named_parameters() if is_in(name, self.head)}
-        for group in list(optimizer.param_groups):
-            moved = [parameter for parameter in group["params"] if id(parameter) in mine]
-            if moved:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in mine]
-                rest = {key: value for key, value in group.items() if key not in ("params", "lr")}
-                optimizer.add_param_group({**rest, "params": moved, "lr": self.head_lr})
-
-
-@dataclass(frozen=True)
-class Task:
-    """A trainer ready to start, and the scores of the majority-class or mean baseline.
-
-    `by_class` returns `classes.by_class` of the last scoring of the validation rows; empty for other tasks.
-    """
-
-    trainer: Trainer
-    guess: dict[str, float]
-    notes: list[str]
-    by_class: Callable[[], dict[str, Any]] = dict
-
-
-#: Task -> module of this package and its function that makes the trainer; tasks with labels or tags use `_scored`.
+#: Task -> module of this package and its function that makes the trainer; those of other tasks are in `scored`.
 _TRAINERS = {
     "instruct": ("writing", "instructed"),
     **dict.fromkeys(("dpo", "kto", "orpo", "reward"), ("writing", "preferring")),
-    **dict.fromkeys(REWARDED, ("writing", "rewarded")),
+    **dict.fromkeys(REWARDED, ("sampling", "rewarding")),
     "distill": ("distill", "distilling"),
     "seq2seq": ("sequences", "transforming"),
 }
@@ -82,74 +27,9 @@ def make_trainer(setup: Setup) -> Task:
     Raises RecipeError for settings that this machine doesn't support, DataError for texts that don't fit the tokenizer.
     """
     with quiet():
-        if setup.recipe.task not in _TRAINERS:
-            task = _scored(setup)
-        else:
-            file, name = _TRAINERS[setup.recipe.task]
-            trainer, notes = getattr(import_module(f".{file}", __package__), name)(setup)
-            task = Task(trainer, {}, notes)
+        file, name = _TRAINERS.get(setup.recipe.task, ("scored", "scoring"))
+        task: Task = getattr(import_module(f".{file}", __package__), name)(setup)
     trackers.write_into(task.trainer, setup.checkpoints.with_name(LOGS))
     for kind in (PrinterCallback, ProgressCallback):
         task.trainer.remove_callback(kind)
     return task
-
-
-def _scored(setup: Setup) -> Task:
-    recipe, base, examples = setup.recipe, setup.base, setup.examples
-    if recipe.task == "tokens" and not base.tokenizer.is_fast:
-        raise RecipeError(f"model: the tokenizer of {recipe.model} doesn't say which word a token is of; take another")
-    wanted = recipe.data.max_length or SCORED_LENGTH
-    length = longest(base.tokenizer, base.model.config, wanted)
-    notes = [f"data.max_length {wanted} lowered to {length}, all this model can take"] if length < wanted else []
-    separate = recipe.head.pooling == "mean" and recipe.data.text_pair is not None
-    parts: list[Dataset] = []
-    for table, word in ((examples.train, "training"), (examples.validation, "validation")):
-        encoded, lengths = encode(table, base.tokenizer, length, separate=separate)
-        parts.append(encoded)
-        if word == "training":
-            notes.append(spread(lengths, "training texts"))
-        if cut := sum(tokens > length for tokens in lengths):
-            notes.append(f"{cut} of {len(table)} {word} texts are longer than {length} tokens and were cut")
-    classes = len(examples.label_names)
-    guess = metrics.guessing(recipe, list(examples.train["label"]), list(examples.validation["label"]), classes)
-    last: dict[str, Any] = {}
-
-    def compute(result: Any) -> dict[str, float]:
-        last.update(outputs=metrics.outputs_of(result.predictions), labels=np.asarray(result.label_ids))
-        if recipe.task == "tokens":
-            from .entities import scores_of
-
-            return scores_of(examples.label_names, last["outputs"], last["labels"])
-        return metrics.score(recipe, last["outputs"], last["labels"], classes)
-
-    def judged() -> dict[str, Any]:
-        from scipy.special import softmax
-
-        from .classes import by_class, shown_texts
-
-        if not last:  # a resumed run whose last scores are in its checkpoint
-            trainer.evaluate()
-        # Rows of similar length may have been scored together.
-        sampler: Any = trainer._get_eval_sampler(parts[1])  # type: ignore[arg-type]
-        order = list(sampler) if sampler is not None else range(len(parts[1]))
-        texts, shares = shown_texts(examples.validation), softmax(last["outputs"].astype(np.float64), axis=-1)
-        return by_class(shares, last["labels"], examples.label_names, [texts[row] for row in order])
-
-    arguments = TrainingArguments(
-        **training_arguments(recipe, setup.checkpoints), label_names=["labels"], remove_unused_columns=False
-    )
-    trainer = HeadLrTrainer(
-        model=setup.model,
-        args=arguments,
-        train_dataset=parts[0],
-        eval_dataset=parts[1],
-        data_collator=Collator(base.tokenizer, 8 if recipe.train.precision != "fp32" else None),
-        compute_metrics=compute,
-        callbacks=setup.callbacks,
-    )
-    if recipe.train.class_weights is not None:
-        from .classes import weights_of
-
-        trainer.class_weights = weights_of(recipe, examples.train["label"], examples.label_names)
-    trainer.head, trainer.head_lr = tuple(base.head), recipe.head.lr
-    return Task(trainer, guess, notes, judged if recipe.task == "classification" else dict)

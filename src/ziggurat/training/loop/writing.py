@@ -3,27 +3,24 @@
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase
 
 from ziggurat.errors import DataError, RecipeError
-from ziggurat.recipe.schema import Recipe
 
-from ..data.examples import Examples
 from ..data.pairs import encode_judged, encode_pairs
 from ..data.template import asked_ids, chat_ids, end_of_turn
 from ..data.tokens import encode_rows, streamed
-from ..model.base import Base
-from .arguments import Setup, training_arguments
+from .arguments import Setup, Task
 from .exact import exact_sft
 from .preference import preference_trainer
 
 
-def instructed(setup: Setup) -> tuple[Trainer, list[str]]:
+def instructed(setup: Setup) -> Task:
     """SFTTrainer of instructions, conversations or plain text, and notes. Raises DataError, RecipeError."""
     from trl import SFTConfig, SFTTrainer
 
     recipe, base, examples = setup.recipe, setup.base, setup.examples
-    check_tokenizer(recipe, base, examples)
+    check_tokenizer(setup)
     writer: Any = base.tokenizer
     how: dict[str, Any] = {"completion_only_loss": True}  # the mask decides, for all kinds of data
     collator = None
@@ -39,43 +36,25 @@ def instructed(setup: Setup) -> tuple[Trainer, list[str]]:
         collator, how = ImageCollator(writer), {"max_length": None, "remove_unused_columns": False}
     if examples.shape == "messages":
         notes += _template_notes(writer)
-    arguments = SFTConfig(
-        **training_arguments(recipe, setup.checkpoints), **how, pad_token=str(base.tokenizer.pad_token)
-    )
-    trainer = exact_sft(SFTTrainer)(
-        model=setup.model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=validation,
-        data_collator=collator,
-        processing_class=base.processor or base.tokenizer,
-        callbacks=setup.callbacks,
-    )
-    return trainer, notes
+    arguments = SFTConfig(**setup.arguments, **how, pad_token=str(base.tokenizer.pad_token))
+    reads = {"data_collator": collator, "processing_class": base.processor or base.tokenizer}
+    return Task(setup.trainer(exact_sft(SFTTrainer), arguments, (train, validation), **reads), notes)
 
 
-def preferring(setup: Setup) -> tuple[Trainer, list[str]]:
+def preferring(setup: Setup) -> Task:
     """TRL's trainer of preferences, and notes. Raises DataError, RecipeError."""
     recipe, base, examples = setup.recipe, setup.base, setup.examples
-    check_tokenizer(recipe, base, examples)
+    check_tokenizer(setup)
     encode_all = encode_judged if recipe.kind.rows == "judged" else encode_pairs
     train, validation, length, notes = encode_all(recipe, base.tokenizer, base.model.config, examples)
     if examples.shape == "messages" and recipe.writes:
         notes += _template_notes(base.tokenizer)
-    arguments = training_arguments(recipe, setup.checkpoints)
-    return preference_trainer(setup, arguments, train, validation, length), notes
+    return Task(preference_trainer(setup, train, validation, length), notes)
 
 
-def rewarded(setup: Setup) -> tuple[Trainer, list[str]]:
-    """GRPOTrainer or RLOOTrainer, and notes. Raises DataError, RecipeError."""
-    from .sampling import rewarding
-
-    check_tokenizer(setup.recipe, setup.base, setup.examples)
-    return rewarding(setup)
-
-
-def check_tokenizer(recipe: Recipe, base: Base, examples: Examples) -> None:
+def check_tokenizer(setup: Setup) -> None:
     """Raises DataError or RecipeError for a tokenizer that can't join messages or end a text."""
+    recipe, base, examples = setup.recipe, setup.base, setup.examples
     if examples.shape == "messages" and not getattr(base.processor or base.tokenizer, "chat_template", None):
         raise DataError(
             f"data.format: the tokenizer of {recipe.model} has no chat template to join messages with; "

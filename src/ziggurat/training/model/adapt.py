@@ -170,10 +170,8 @@ def _has_weight(module: nn.Module) -> bool:
 
 def count(recipe: Recipe, model: nn.Module, base: Base) -> Counts:
     """Count the trainable parameters of an adapted model."""
-    unique = {id(parameter): (name, parameter.numel()) for name, parameter in model.named_parameters()}
-    on = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    total = sum(size for key, (_, size) in unique.items() if key in on)
-    head = sum(size for key, (name, size) in unique.items() if key in on and is_in(name, base.head))
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}  # shared ones once
+    total, head = sum(trained.values()), sum(size for name, size in trained.items() if is_in(name, base.head))
     return Counts(adapter=total - head, head=head, lora=_lora_count(recipe, model, base), total=total)
 
 

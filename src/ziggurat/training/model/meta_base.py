@@ -77,17 +77,14 @@ def _labels(recipe: Recipe, notes: list[str]) -> int:
 
 def _stored_names(path: str, revision: str | None) -> set[str] | None:
     """The tensors of a checkpoint in a folder or in the cache, None if it isn't there."""
-    from huggingface_hub import try_to_load_from_cache
     from safetensors import safe_open
+    from transformers.utils import cached_file
 
     def file(name: str) -> str | None:
-        if Path(path).is_dir():
-            return str(Path(path) / name) if (Path(path) / name).is_file() else None
         try:
-            cached = try_to_load_from_cache(path, name, revision=revision)
-        except ValueError:  # not a name that a hub could have
+            return cached_file(path, name, revision=revision, local_files_only=True)
+        except OSError:
             return None
-        return cached if isinstance(cached, str) else None
 
     if (index := file("model.safetensors.index.json")) is not None:
         return set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])

@@ -7,17 +7,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from ziggurat.errors import DataError
 from ziggurat.recipe.schema import Recipe
 
-from ..data import template
 from ..data.chat import IMAGE, Message
-from ..data.encode import longest, spread
+from ..data.encode import Encoded, longest, spread
 from ..data.examples import Examples
 from ..data.images import Source, open_image
-from ..data.template import common_start, rendered
+from ..data.template import asked_ids, common_start, rendered
 from ..data.tokens import STEP, Row, tell_of_cuts, tokens_of
 from .generate import Asked
 
@@ -89,7 +87,7 @@ def _image_tokens(processor: Any) -> set[int]:
     return {processor.tokenizer.convert_tokens_to_ids(token) for token in named if token is not None}
 
 
-def encode_images(recipe: Recipe, writer: Any, config: Any, examples: Examples) -> tuple[Any, Any, int, list[str]]:
+def encode_images(recipe: Recipe, writer: Any, config: Any, examples: Examples) -> Encoded:
     """Training and validation rows of conversations with images, their greatest length, and notes.
 
     Columns: `input_ids` with all positions of images, `labels`, and `text` and `images`, from which batches are made.
@@ -98,10 +96,7 @@ def encode_images(recipe: Recipe, writer: Any, config: Any, examples: Examples) 
     Raises DataError that counts the rows which the chat template refuses, or if none of a part is left.
     """
     notes: list[str] = []
-    parts = [
-        (table, word, expanded(recipe, writer, table, word, notes))
-        for table, word in ((examples.train, "training"), (examples.validation, "validation"))
-    ]
+    parts = [(table, word, expanded(recipe, writer, table, word, notes)) for table, word in examples.parts]
     lengths = [len(ids) for ids, _ in parts[0][2]]
     notes.append(f"{spread(lengths, 'training rows')}, images among them")
     wanted = recipe.data.max_length
@@ -110,7 +105,7 @@ def encode_images(recipe: Recipe, writer: Any, config: Any, examples: Examples) 
     if wanted is None or length < wanted:
         notes.append(f"data.max_length is {length} tokens: " + ("the longest row" if wanted is None else "the model's"))
     train, validation = (_cut(recipe, writer, *part, length, notes) for part in parts)
-    return train, validation, length, notes
+    return Encoded(train, validation, length, notes)
 
 
 def expanded(recipe: Recipe, writer: Any, table: Dataset, word: str, notes: list[str]) -> list[Row]:
@@ -204,9 +199,21 @@ def writer_of(tokenizer: Any, processor: Any) -> Any:
 
 
 def question_of(writer: Any, row: dict[str, Any]) -> tuple[Any, str, str] | None:
-    """`template.question_of` with the prompt of this tokenizer or `Writer`; an image is shown by its name."""
-    if isinstance(writer, PreTrainedTokenizerBase):
-        return template.question_of(writer, row)
-    images = row.get("images") or []
-    question = template.question_of(writer, row, lambda messages, tools: writer.asked(messages, tools, images))
-    return question and (question[0], question[1].replace(IMAGE, "[image] "), question[2])
+    """A prompt of `generate`, the question in words, and its (last) answer, for a row of `instruct.to_rows`.
+
+    `writer`: the tokenizer, or the `Writer` of a processor; an image is shown by its name. None for plain text, which
+    has no question, and for answers that consist of tool calls only.
+    """
+    if "prompt" in row:
+        return list(writer(row["prompt"], verbose=False)["input_ids"]), row["prompt"], row["completion"]
+    if "messages" not in row:
+        return None
+    messages, tools = json.loads(row["messages"]), json.loads(row["tools"])
+    place = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
+    before, answer = messages[:place], messages[place]["content"]
+    if not before or not answer.strip():
+        return None
+    if not isinstance(writer, Writer):
+        return asked_ids(writer, before, tools), before[-1]["content"], answer
+    asked = writer.asked(before, tools, row.get("images") or [])
+    return asked, before[-1]["content"].replace(IMAGE, "[image] "), answer

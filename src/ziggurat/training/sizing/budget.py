@@ -15,11 +15,9 @@ from peft import get_peft_model
 from torch import nn
 
 from ziggurat.errors import ConfigError, RecipeError
-from ziggurat.recipe.embedded import model_path
 from ziggurat.recipe.methods import BUDGET, METHODS, method_config
 from ziggurat.recipe.schema import Recipe
 
-from ..model.base import find_gguf
 from ..model.meta import bare_model
 from .counts import count
 
@@ -59,8 +57,7 @@ def recipe_model(recipe: Recipe) -> nn.Module:
     """The recipe's model on the meta device. Raises RecipeError without a config to build it by."""
     task = "encoder" if not recipe.writes and recipe.head.pooling == "mean" else recipe.task
     try:
-        gguf = find_gguf(model_path(recipe.model), recipe.gguf_file)
-        return bare_model(recipe.model, task, revision=recipe.revision, gguf_file=gguf)
+        return bare_model(recipe.model, task, revision=recipe.revision, gguf_file=recipe.gguf_file)
     except ConfigError as error:
         raise RecipeError(f"model: {error}") from error
 
@@ -169,8 +166,7 @@ def count_of(model: nn.Module, choice: dict[str, Any], *, refuse: bool = False) 
         if refuse:
             raise ConfigError(f"{choice['name']} cannot adapt this model: {error}") from error
         return None
-    unique = {id(parameter): parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad}
-    return sum(unique.values())
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
 @contextmanager
