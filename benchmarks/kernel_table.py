@@ -111,12 +111,12 @@ def measured(case: tuple[int, str, str]) -> dict[str, Any]:
     tile = traffic.kernels.tile(kernel, rank)
     row: dict[str, Any] = {"kernel": name, "rank": rank, "target": target, "tile": list(tile)}
     try:
-        kernel = compiled(name, rank, target)
+        binary = compiled(name, rank, target)
     except Exception as error:
         return {**row, "error": f"{type(error).__name__}: {error}"[:200]}
-    resources = of_cubin(kernel.asm["cubin"]) if "cubin" in kernel.asm else of_amdgcn(kernel.asm["amdgcn"])
-    row |= resources | {"shared": kernel.metadata.shared}
-    row["products"] = len(re.findall(r"mma|mfma", kernel.asm.get("ptx", kernel.asm.get("amdgcn", ""))))
+    resources = of_cubin(binary.asm["cubin"]) if "cubin" in binary.asm else of_amdgcn(binary.asm["amdgcn"])
+    row |= resources | {"shared": binary.metadata.shared}
+    row["products"] = len(re.findall(r"mma|mfma", binary.asm.get("ptx", binary.asm.get("amdgcn", ""))))
     row["occupancy"] = occupancy(target, row["registers"], row["shared"], tile.num_warps)
     if "loop" in row:
         row["instructions"] = round(row.pop("loop") * tile.num_warps * 32 / (tile.TOKENS * tile.WIDTH), 1)
