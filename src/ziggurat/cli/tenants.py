@@ -21,9 +21,9 @@ def tenants(
     """Save adapters that build on the same tensors as a set: these once, and each one's own in a small folder."""
     from ziggurat import add_tenants
 
-    given = [word.partition("=") if "=" in word else (Path(word).resolve().name, "", word) for word in adapters]
-    names = [name for name, _, _ in given]
+    parts = [word.partition("=") if "=" in word else (Path(word).resolve().name, "", word) for word in adapters]
+    names = [name for name, _, _ in parts]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise typer.BadParameter(f"two adapters are called {twice[0]}: give NAME=FOLDER")
-    for name, written in add_tenants(folder, {name: place for name, _, place in given}, tiers).items():
+    for name, written in add_tenants(folder, {name: place for name, _, place in parts}, tiers).items():
         say(f"{folder / name}: {written:,} bytes of weights")

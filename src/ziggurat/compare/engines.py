@@ -106,12 +106,12 @@ class Local:
     def start(self, run: Run, log: Path) -> _Process:
         slot = self.free.pop(0)
         gpu = self.gpus[slot % len(self.gpus)] if self.gpus else None
-        ours, theirs = self.context.Pipe(duplex=False)
-        arguments = (run.recipe, run.evaluation, loaded(), str(log), gpu, self.threads, theirs)
+        receiver, sender = self.context.Pipe(duplex=False)
+        arguments = (run.recipe, run.evaluation, loaded(), str(log), gpu, self.threads, sender)
         process = self.context.Process(target=serve, args=arguments)
         process.start()
-        theirs.close()
-        return _Process(process, ours, slot)
+        sender.close()
+        return _Process(process, receiver, slot)
 
     def ended(self, handles: list[_Process]) -> list[_Process]:
         # A pipe is readable when an answer arrives, even one larger than its buffer, and when its process has died.

@@ -66,9 +66,9 @@ def fill(
     if shard is not None and not 1 <= shard[0] <= shard[1]:
         raise RecipeError(f"shard {shard[0]}/{shard[1]}: k/n with k from 1 to n, such as 1/4.")
     console = console or Console(quiet=True)
-    left = "Finished runs are in their folders; make room, and the same command goes on from there."
+    advice = "Finished runs are in their folders; make room, and the same command goes on from there."
     name = "-of-".join(map(str, shard)) if shard else ""
-    with told_of_storage(table.folder, left), _alone(table.folder, name):
+    with told_of_storage(table.folder, advice), _alone(table.folder, name):
         results = Results(table.folder, name)
         # Two cells of a table may be the same run; it is taken once.
         runs = list({run.key: run for run in table.runs}.values())

@@ -85,8 +85,8 @@ def _score(summary: Summary, method: str, column: str) -> str:
     second = summary.second.get((method, column))
     if second is not None:
         text += f" / {_mean(second)}"
-    wanted = len(summary.table.seeds)
-    return text if len(cell.scores) == wanted else f"{text} ({len(cell.scores)} of {wanted} seeds)"
+    expected = len(summary.table.seeds)
+    return text if len(cell.scores) == expected else f"{text} ({len(cell.scores)} of {expected} seeds)"
 
 
 def _mean(cell: Cell) -> str:

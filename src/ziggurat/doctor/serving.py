@@ -56,10 +56,10 @@ def serving(folder: str | Path, config: Any, collected: Any, base: Any) -> Itera
         return
     task = getattr(config.task_type, "value", config.task_type)
     if is_decoder(base, task) is False:
-        what = base.model_type if base is not None else str(task)
+        model_kind = base.model_type if base is not None else str(task)
         yield Finding(
             "warning",
-            f"serving an adapter of {what}",
+            f"serving an adapter of {model_kind}",
             "llama.cpp applies adapters to decoders that write text, vLLM to models that it marks for LoRA, mostly "
             "decoders",
             "merge into the model (`ziggurat merge`), which some servers take whole, or answer with `ziggurat predict`",

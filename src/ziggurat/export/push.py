@@ -77,8 +77,8 @@ def _contents(folder: Path) -> Iterator[tuple[str, Any]]:
             continue
         if inside == "run.json":
             values = json.loads(file.read_text(encoding="utf-8"))
-            kept = {key: _renamed(value, short) for key, value in values.items() if key not in _OF_ROWS}
-            yield inside, json.dumps(kept, indent=2).encode()
+            public = {key: _renamed(value, short) for key, value in values.items() if key not in _OF_ROWS}
+            yield inside, json.dumps(public, indent=2).encode()
         elif inside == "recipe.yaml":
             yield inside, yaml.safe_dump(_renamed(_recipe(folder), short), sort_keys=False, allow_unicode=True).encode()
         elif inside in ("adapter_config.json", "config.json", "README.md") and base:

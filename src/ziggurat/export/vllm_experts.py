@@ -34,8 +34,8 @@ class Naming(NamedTuple):
 
     def path(self, path: str) -> str:
         """What vLLM calls the module at `path`."""
-        for ours, its in (self.module, self.router):
-            path = f".{path}.".replace(f".{ours}.", f".{its}.")[1:-1] if ours else path
+        for name, vllm_name in (self.module, self.router):
+            path = f".{path}.".replace(f".{name}.", f".{vllm_name}.")[1:-1] if name else path
         return path
 
 
@@ -89,8 +89,8 @@ def for_vllm(base: nn.Module, lora: PlainLora, pairs: Mapping[str, FactorPair]) 
             tensors[f"{PREFIX}{naming.path(path.removeprefix(PREFIX))}{at}{side}" if at else name] = tensor
     for path in dict.fromkeys(path.rpartition(".")[0] for path in fused):
         module: Any = base.get_submodule(path)
-        experts, there = module.get_base_layer(), next(fused[at].A for at in fused if at.startswith(f"{path}."))
-        both = {name: fused.get(f"{path}.{name}") or _zeros(experts, name, rank, there) for name in _BOTH}
+        experts, like = module.get_base_layer(), next(fused[at].A for at in fused if at.startswith(f"{path}."))
+        both = {name: fused.get(f"{path}.{name}") or _zeros(experts, name, rank, like) for name in _BOTH}
         place = f"{PREFIX}{naming.path(path)}"
         for name, (A, B) in (_together(both) if naming.each is None else _apart(both, naming.each)).items():
             tensors[f"{place}{name}.lora_A.weight"] = A.contiguous()

@@ -144,9 +144,9 @@ class MethodConfig(PeftConfig):
         """The config with this rank and this alpha; itself where they are its own."""
         if (r, lora_alpha) == (self.r, self.lora_alpha):
             return self
-        here = copy.copy(self)
-        here.r, here.lora_alpha = r, lora_alpha
-        return here
+        config = copy.copy(self)
+        config.r, config.lora_alpha = r, lora_alpha
+        return config
 
     def scale_of(self, rank: int) -> float:
         """lora_alpha / rank, or lora_alpha / sqrt(rank) with rsLoRA."""
@@ -156,9 +156,9 @@ class MethodConfig(PeftConfig):
         """The config with nothing frozen, for readers of values; itself where nothing is frozen."""
         if self.freeze_tiers is None:
             return self
-        here = copy.copy(self)
-        here.freeze_tiers = None
-        return here
+        config = copy.copy(self)
+        config.freeze_tiers = None
+        return config
 
     def freezes(self, key: str) -> bool:
         """Whether `freeze_tiers` names the tensor called `key`, or its tier."""
@@ -178,7 +178,7 @@ class MethodConfig(PeftConfig):
         Raises:
             ConfigError: `lora` sets fields that this method can't follow; all of them, by name.
         """
-        known = {item.name for item in fields(cls)} - {"peft_type", "peft_version"}
+        field_names = {item.name for item in fields(cls)} - {"peft_type", "peft_version"}
         taken: dict[str, Any] = {}
         refused: list[str] = []
         for item in fields(LoraConfig):
@@ -192,7 +192,7 @@ class MethodConfig(PeftConfig):
                 taken["init_weights"] = value
             elif item.name == "bias":
                 taken["bias"] = f"{cls.method.name}_only" if value == "lora_only" else value
-            elif item.name in known and item.name not in cls.not_from_lora:
+            elif item.name in field_names and item.name not in cls.not_from_lora:
                 taken[item.name] = value if value or isinstance(value, bool | int | float) else None
             elif value not in (default, None, {}, []) and item.name != "runtime_config":
                 why = cls.not_from_lora.get(item.name)
@@ -210,8 +210,8 @@ class MethodConfig(PeftConfig):
         plain = {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
         # What was taken over from another adapter is in the weights; the folder of a set writes its `bank` itself.
         left_out = {"from_adapter", "bank", *(["freeze_tiers"] if self.freeze_tiers is None else [])}
-        kept = {name: value for name, value in plain.items() if name not in left_out}
-        return {**kept, "ziggurat_version": VERSION, "ziggurat_format": FORMAT}
+        saved = {name: value for name, value in plain.items() if name not in left_out}
+        return {**saved, "ziggurat_version": VERSION, "ziggurat_format": FORMAT}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's, with a section for the model card. Weights that were written as a pickle are refused."""
@@ -236,11 +236,11 @@ class MethodConfig(PeftConfig):
                 the folder, or too large.
         """
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
-        here = (folder / CONFIG_NAME).exists()
-        if here:
+        is_local = (folder / CONFIG_NAME).exists()
+        if is_local:
             check_folder(folder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if here and isinstance(config, MethodConfig) and (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+        if is_local and isinstance(config, MethodConfig) and (folder / SAFETENSORS_WEIGHTS_NAME).exists():
             config.stored_numbers = check_factors(folder, config.method.prefix, config.no_factors)
             config.bank_file = bank_of(folder)
         elif isinstance(config, MethodConfig) and config.bank is not None:

@@ -53,9 +53,9 @@ def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "d
     state = current_names(loaded_tensors(folder), layers[0].method)
     held = get_peft_model_state_dict(model, adapter_name=adapter_name)
     for name in sorted(state.keys() | held.keys()):
-        here, there = (tuple(table[name].shape) if name in table else "nothing" for table in (held, state))
-        if here != there:
-            raise ConfigError(f"{folder} can't be swapped in: {name} has {there} there, and the model {here}.")
+        in_model, in_file = (tuple(table[name].shape) if name in table else "nothing" for table in (held, state))
+        if in_model != in_file:
+            raise ConfigError(f"{folder} can't be swapped in: {name} has {in_file} there, and the model {in_model}.")
     everything = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     names = Counter(tensor.data_ptr() for _, tensor in everything)
     common = [name for name in state if names[held[name].data_ptr()] > 1]

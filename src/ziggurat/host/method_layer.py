@@ -48,8 +48,8 @@ class MethodLayer(Stores):
 
     def acting(self) -> list[str]:
         """The active adapters with an update here."""
-        here = [] if self._disable_adapters else self.adapters
-        return [adapter for adapter in self.active_adapters if adapter in here]
+        adapters = [] if self._disable_adapters else self.adapters
+        return [adapter for adapter in self.active_adapters if adapter in adapters]
 
     def training_adapters(self) -> list[str]:
         """The active adapters that have a trainable tensor at this site."""

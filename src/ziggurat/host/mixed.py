@@ -49,12 +49,12 @@ class MixedTuner(BaseTuner):
     def _check_adapter_names(self, names: list[str]) -> None:
         if self.training:
             self._check_trains_mixed(set(names) - {BASE})
-        known = {name for module in self.modules() if isinstance(module, MethodLayer) for name in module.adapters}
-        unknown = sorted(set(names) - known - {BASE})
+        adapters = {name for module in self.modules() if isinstance(module, MethodLayer) for name in module.adapters}
+        unknown = sorted(set(names) - adapters - {BASE})
         if unknown:
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
-                f"The model has {', '.join(sorted(known))}; {BASE} means no adapter."
+                f"The model has {', '.join(sorted(adapters))}; {BASE} means no adapter."
             )
 
     def _check_trains_mixed(self, names: set[str]) -> None:

@@ -46,8 +46,12 @@ class StepCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step and isinstance(model, nn.Module):
-            kept: Any = state.stateful_callbacks
-            saved = {name: load(base64.b64decode(kept[KEY + name]["state"])) for name in STEPPED if KEY + name in kept}
+            callbacks: Any = state.stateful_callbacks
+            saved = {
+                name: load(base64.b64decode(callbacks[KEY + name]["state"]))
+                for name in STEPPED
+                if KEY + name in callbacks
+            }
             resume(model, saved, state.global_step, state.max_steps, kwargs.get("optimizer"), only=STEPPED)
         else:
             self._step(model, 0, state.max_steps, kwargs.get("optimizer"))
@@ -56,11 +60,11 @@ class StepCallback(TrainerCallback):
         self._step(model, state.global_step + 1, state.max_steps, kwargs.get("optimizer"))
 
     def on_save(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
-        kept: Any = state.stateful_callbacks
+        callbacks: Any = state.stateful_callbacks
         states = run_state(model, only=STEPPED) if isinstance(model, nn.Module) else {}
         for name, tensors in states.items():
             text = base64.b64encode(save(tensors)).decode()
-            kept[KEY + name] = {"format": "safetensors, base64", "state": text}
+            callbacks[KEY + name] = {"format": "safetensors, base64", "state": text}
         folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if states and state.is_world_process_zero and folder.is_dir():
             state.save_to_json(str(folder / "trainer_state.json"))

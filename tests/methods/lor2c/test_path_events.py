@@ -40,7 +40,7 @@ def bank(model: torch.nn.Module) -> PathBank:
 
 
 def state(model: torch.nn.Module) -> StackState:
-    return bank(model).known["default"].structure[STACK]
+    return bank(model).adapters["default"].structure[STACK]
 
 
 def parameters_of(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

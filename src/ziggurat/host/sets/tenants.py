@@ -117,11 +117,11 @@ def add_tenants(
         if (folder / name).exists():
             raise ExportError(f"the set {folder} has {name!r} already: choose another name, or remove that folder.")
     parts = {name: _split(Path(path), tiers) for name, path in adapters.items()}
-    there = (folder / BANK).is_file()
-    bank = load_file(own_file(folder, BANK)) if there else next(iter(parts.values())).common
+    exists = (folder / BANK).is_file()
+    bank = load_file(own_file(folder, BANK)) if exists else next(iter(parts.values())).common
     for name, part in parts.items():
-        _check_same(name, part.common, bank, folder if there else next(iter(parts)))
-    if there:
+        _check_same(name, part.common, bank, folder if exists else next(iter(parts)))
+    if exists:
         return {name: _write(folder / name, part, digest(own_file(folder, BANK))) for name, part in parts.items()}
     with written_beside(folder) as new:
         save_file(bank, new / BANK, metadata={"format": "pt"})

@@ -102,7 +102,7 @@ def write_injected_lora(model: nn.Module, out: str | Path, adapter: str | None =
     """
     base, _ = unwrap(model)
     bank, adapter = _bank(base, adapter)
-    config = bank.known[adapter].config
+    config = bank.adapters[adapter].config
     injected = dict(_awake(base, adapter))
     if not injected:
         raise ExportError(
@@ -140,7 +140,7 @@ def _bank(base: nn.Module, adapter: str | None) -> tuple[PathBank, str]:
             "first, then add the LoR2C adapter to the merged model."
         )
     bank = next((m for m in base.modules() if isinstance(m, PathBank)), None)
-    names = list(bank.known) if bank is not None else []
+    names = list(bank.adapters) if bank is not None else []
     if bank is None or (adapter is None and len(names) != 1) or (adapter is not None and adapter not in names):
         raise ExportError(f"adapter {adapter!r}: name one of the model's LoR2C adapters: {', '.join(names) or 'none'}.")
     return bank, adapter or names[0]
@@ -169,7 +169,7 @@ def _weights(base: nn.Module, bank: PathBank, adapter: str) -> tuple[dict[str, T
         weights[name] = weights[name] + linear.get_delta_weight(adapter).to(weights[name].dtype)
     where = {id(module): path for path, module in base.named_modules()}
     layout: list[dict[str, Any]] = []
-    for stack, state in bank.known[adapter].structure.items():
+    for stack, state in bank.adapters[adapter].structure.items():
         members = bank.members[stack]
         for span in state.spans:
             layers = [where[id(members[n])].rpartition(".")[0] for n in span.layers]
@@ -201,8 +201,8 @@ def _auto_classes(architecture: str) -> list[str]:
 
 def _body(kind: type[PreTrainedModel], config: type[Any]) -> type[PreTrainedModel]:
     """The class without a head that AutoModel gives for `config`; `kind` itself where there is none, or it is that."""
-    known: Any = transformers.AutoModel._model_mapping
-    body = known.get(config, kind)
+    mapping: Any = transformers.AutoModel._model_mapping
+    body = mapping.get(config, kind)
     return body if isinstance(body, type) else kind
 
 

@@ -53,6 +53,6 @@ def survivors(scored: Sequence[Tensor], budget: int) -> list[Tensor]:
     together = torch.cat([s.detach().float().cpu() for s in scored])
     together = torch.where(together.isnan(), torch.full_like(together, -torch.inf), together)
     order = torch.sort(together, descending=True, stable=True).indices
-    kept = torch.zeros(len(together), dtype=torch.bool)
-    kept[order[: max(budget, 0)]] = True
-    return list(kept.split([len(s) for s in scored]))
+    mask = torch.zeros(len(together), dtype=torch.bool)
+    mask[order[: max(budget, 0)]] = True
+    return list(mask.split([len(s) for s in scored]))

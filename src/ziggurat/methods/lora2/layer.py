@@ -51,9 +51,9 @@ class Directions(MethodLayer):
             table.pop(adapter, None)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        for adapter, kept in list(self.kept.items()):
+        for adapter, mask in list(self.kept.items()):
             E = state_dict.get(f"{prefix}{self.method.store}.{adapter}.E")
-            if E is not None and E.shape == kept.shape and bool((E[~kept.to(E.device)] != 0).any()):
+            if E is not None and E.shape == mask.shape and bool((E[~mask.to(E.device)] != 0).any()):
                 self.begin(adapter)  # the mask belongs to other weights
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
 
@@ -62,8 +62,8 @@ class Directions(MethodLayer):
         """E_i <- 0 for the directions that the last pruning has not kept."""
         if adapter in self.kept:
             E = self.factor(adapter, "E")
-            kept = self.kept[adapter] = self.kept[adapter].to(E.device)
-            E.masked_fill_(_laid_out_as(E, ~kept), 0)
+            mask = self.kept[adapter] = self.kept[adapter].to(E.device)
+            E.masked_fill_(_laid_out_as(E, ~mask), 0)
 
     def alive(self, adapter: str) -> Tensor:
         """Which directions are active (in E's shape): E_i isn't 0. Where FSDP2 shards E, all processes must call
@@ -77,20 +77,20 @@ class Directions(MethodLayer):
         Every expert keeps as many directions as the expert with the most.
         """
         factors: Factors = self.stores[adapter]  # type: ignore[assignment]
-        left = most_alive(alive)
-        k = factors["U"].shape[-2] if left else 0
-        kept = torch.sort(alive.int(), dim=-1, descending=True, stable=True).indices[..., :left]
+        remaining = most_alive(alive)
+        k = factors["U"].shape[-2] if remaining else 0
+        order = torch.sort(alive.int(), dim=-1, descending=True, stable=True).indices[..., :remaining]
         small = {
             "U": factors["U"][..., :k, :],
-            "V": factors["V"].take_along_dim(kept.unsqueeze(-1), -2)[..., :k],
-            "E": factors["E"].take_along_dim(kept, -1),
-            "v": factors["v"].take_along_dim(kept.unsqueeze(-2), -1)[..., :k, :],
+            "V": factors["V"].take_along_dim(order.unsqueeze(-1), -2)[..., :k],
+            "E": factors["E"].take_along_dim(order, -1),
+            "v": factors["v"].take_along_dim(order.unsqueeze(-2), -1)[..., :k, :],
             "u": factors["u"][..., :k],
         }
         for key, tensor in small.items():
             factors.put(key, tensor.clone())
         self.begin(adapter)
-        return left
+        return remaining
 
 
 class LoRA2Linear(Directions, AdaptedLinear):

@@ -70,8 +70,8 @@ def prune(model: nn.Module, step: int, total: int, adapter: str) -> int:
         final = schedule.phase(step) == "final"
         if final or schedule.prunes(step):
             flat = [score.flatten() for score in scored]
-            for layer, score, kept in zip(layers.values(), scored, survivors(flat, budget), strict=True):
-                layer.kept[adapter], layer.final[adapter] = kept.view_as(score), final
+            for layer, score, mask in zip(layers.values(), scored, survivors(flat, budget), strict=True):
+                layer.kept[adapter], layer.final[adapter] = mask.view_as(score), final
                 layer.clear_pruned(adapter)
         if not final:
             return budget

@@ -80,5 +80,5 @@ class Schedule:
         """
         # In whole numbers, so that no rounding of a power decides over a direction.
         span = self.last - self.initial
-        left = min(max(self.last - step, 0), span)
-        return target + (full - target) * left**3 // span**3
+        remaining = min(max(self.last - step, 0), span)
+        return target + (full - target) * remaining**3 // span**3

@@ -76,9 +76,9 @@ class MSPLoraConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tiers is not None:
-            given = [name for name in ("num_groups", "group_starts", "ranks") if getattr(self, name) is not None]
-            if given:
-                raise ConfigError(f"tiers=[...] says all of the pyramid; {given[0]} can't be given beside it.")
+            conflicting = [name for name in ("num_groups", "group_starts", "ranks") if getattr(self, name) is not None]
+            if conflicting:
+                raise ConfigError(f"tiers=[...] says all of the pyramid; {conflicting[0]} can't be given beside it.")
         if self.num_groups is not None and self.group_starts is not None:
             raise ConfigError("num_groups and group_starts both say where the mid groups lie: give one of them.")
         check_tiers(self._tiers())
@@ -106,24 +106,24 @@ class MSPLoraConfig(MethodConfig):
 
         `fused`: of a parameter with all experts of a layer.
         """
-        known: dict[tuple[str, bool], tuple[Tier, ...]] = self.__dict__.get(_PYRAMIDS, {})
-        if (role, fused) in known:
-            return known[role, fused]
+        cache: dict[tuple[str, bool], tuple[Tier, ...]] = self.__dict__.get(_PYRAMIDS, {})
+        if (role, fused) in cache:
+            return cache[role, fused]
         tiers, key = self._tiers(fused), self.pattern_key(role)
         scale = tiers[0].scale
         if key is not None:
             tiers = tuple(replace(tier, r=r) for tier, r in zip(tiers, self.rank_pattern[key], strict=True))  # type: ignore[index]
         if self.even_scales:
             tiers = tuple(tier.scaled(scale) for tier in tiers)
-        known[role, fused] = tiers
+        cache[role, fused] = tiers
         return tiers
 
     def at(self, site: Site) -> Self:
         """A copy with the alpha that `alpha_pattern` has for `site`, which works its pyramids out once."""
-        here = copy.copy(self)
-        here.lora_alpha = self.alpha_at(site)
-        here.__dict__[_PYRAMIDS] = {}
-        return here
+        config = copy.copy(self)
+        config.lora_alpha = self.alpha_at(site)
+        config.__dict__[_PYRAMIDS] = {}
+        return config
 
     def check_sites(self, sites: Mapping[str, Site]) -> None:
         used = {self.pattern_key(site.role) for site in sites.values()}

@@ -166,8 +166,8 @@ def listed_tiers(config: Any) -> tuple[Tier, ...]:
                 'groups is a number, a list of first layers, or "layers".'
             )
         groups, experts = (
-            tuple(given) if isinstance(given, list | tuple) else given
-            for given in (entry["groups"], entry.get("expert_groups", 1))
+            tuple(value) if isinstance(value, list | tuple) else value
+            for value in (entry["groups"], entry.get("expert_groups", 1))
         )
         r, alpha = entry.get("r", config.r), entry.get("lora_alpha", config.lora_alpha)
         tiers.append(Tier(entry["name"], groups, r, alpha, config.use_rslora, expert_groups=experts))
