@@ -19,7 +19,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "quantised": ("bitsandbytes", "torchao"),
     "vision": (*_TRAIN, "pillow", "torchvision", "num2words"),
 }
-#: Packages whose module isn't called as they are.
+#: Packages whose module has another name.
 _MODULES = {"scikit-learn": "sklearn", "pillow": "PIL"}
 
 
@@ -53,7 +53,7 @@ def install_command(packages: Iterable[str]) -> str:
 def require(subject: str, *packages: str) -> None:
     """Raise MissingExtraError, which names all that are missing at once, unless all of `packages` can be imported.
 
-    `subject` needs them: the subject of the error's sentence.
+    `subject`: the subject of the error's sentence, such as "drawing figures".
     """
     lacking = missing(packages)
     if lacking:

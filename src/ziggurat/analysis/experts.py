@@ -9,7 +9,7 @@ import numpy as np
 from . import measures
 from .components import UPDATE, Collected
 
-#: The columns of `experts.csv` that are drawn, and what they are.
+#: The columns of `experts.csv` that are drawn, with their titles.
 VALUES = {"norm": "norm of the update", "shared": "energy that is shared"}
 
 

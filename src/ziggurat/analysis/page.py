@@ -250,7 +250,7 @@ def _pruned(run: Run) -> Section | None:
     if not run.remaining:
         return None
     total, most = sum(run.remaining.values()), run.most * len(run.remaining)
-    text = f"{total:,} of {most:,} directions are left, {most - total:,} were pruned."
+    text = f"{total:,} of {most:,} directions remain, {most - total:,} were pruned."
     charts = [] if run.collected is None else _remaining(run, run.collected)
     return _section(f"{run.name}: pruned", charts, [text])
 
@@ -264,7 +264,7 @@ def _remaining(run: Run, collected: Collected) -> Iterator[str]:
         # A linear layer that lost all its directions has no component.
         grid = np.nan_to_num(grid)
         yield svg.heat_map(
-            f"Directions left, of {run.most}", grid, rows, [short[r] for r in roles], digits=0, limits=limits
+            f"Remaining directions, of {run.most}", grid, rows, [short[r] for r in roles], digits=0, limits=limits
         )
 
 

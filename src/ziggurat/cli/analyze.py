@@ -34,7 +34,7 @@ def analyze(
     ] = 0,
     json: Json = False,
 ) -> None:
-    """Look inside an adapter: spectra, effective ranks, norms, how alike its layers are, what they have in common."""
+    """Analyse an adapter: spectra, effective ranks, norms, and the similarity and common part of its layers."""
     from json import loads as parse
 
     from ziggurat.analysis import sharing, write

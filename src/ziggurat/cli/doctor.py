@@ -22,7 +22,7 @@ def doctor(
     ] = None,
     json: Json = False,
 ) -> None:
-    """List combinations that will not work, and why, before they fail. Exit code 1 if one surely won't."""
+    """List combinations that will not work, and why, before they fail. Exit code 1 if one is sure to fail."""
     import json as text
     from dataclasses import asdict
 

@@ -43,7 +43,7 @@ _FORM = "a mapping with tasks or retention, and limit, data, run_generated_code 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Tasks with the metric that each reports, as `ziggurat eval` takes them, and `retention` beside them.
+    """Tasks with the metric that each reports, as `ziggurat eval` takes them, and `retention` with its own.
 
     `data` and `retention`, a file of plain text, are absolute paths or None.
     """
@@ -161,7 +161,7 @@ def base_info() -> dict[str, Any]:
 def evaluate_run(recipe: Recipe, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
     """Task -> scores of all its metrics (which of them in per cent), rows and shots, of a run or of the base model.
 
-    Each task's are kept in the run's folder as soon as they are there, and not taken again under the same settings.
+    The scores of each task are saved in the run's folder at once, and aren't computed again under the same settings.
 
     Raises:
         DataError: the data can't be read, or the task has no such metric.

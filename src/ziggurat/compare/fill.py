@@ -70,7 +70,7 @@ def fill(
     name = "-of-".join(map(str, shard)) if shard else ""
     with told_of_storage(table.folder, advice), _alone(table.folder, name):
         results = Results(table.folder, name)
-        # Two cells of a table may be the same run; it is taken once.
+        # Two cells of a table may be the same run, which is made once.
         runs = list({run.key: run for run in table.runs}.values())
         share = runs[shard[0] - 1 :: shard[1]] if shard else runs
         todo = [run for run in share if not results.done(run.key)]

@@ -114,7 +114,7 @@ def _published_note(summary: Summary) -> str:
         return ""
     table = published(summary.table.published)
     return (
-        f"Rows in italics are not measured here: {table.source}, {table.model}, {table.note}. They stand beside for "
+        f"Rows in italics are not measured here: {table.source}, {table.model}, {table.note}. They are shown for "
         "orientation; models, seeds and the choice of the epoch differ, so no difference to them is taken."
     )
 

@@ -48,7 +48,7 @@ class Run:
 class Table:
     """A checked table; `runs` in their order: seed by seed, so that early rows are complete ones.
 
-    `notes` are about surprises: keys of `set` that a method doesn't have.
+    `notes` tell of keys of `set` that a method doesn't have.
     """
 
     name: str

@@ -15,7 +15,7 @@ _MERGE = "merge into the model (`ziggurat merge`) and serve that"
 
 
 def is_decoder(config: Any, task: str | None) -> bool | None:
-    """Whether a base (transformers' config, or None) writes text from left to right; None: nobody knows."""
+    """Whether a base (transformers' config, or None) writes text from left to right; None: unknown."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,

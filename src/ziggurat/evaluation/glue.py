@@ -43,7 +43,7 @@ def task_for(recipe: Recipe, head: HeadSpec, expected: str | None = None) -> str
     if len(classes) != len(head.label_names) or (len(GLUE[task].columns) > 1) != head.pair:
         raise DataError(
             f"glue/{task} has {len(classes) or 'no'} classes and {len(GLUE[task].columns)} texts a row; this adapter "
-            f"({data.train}) answers with {len(head.label_names) or 'no'} classes to {1 + head.pair}"
+            f"({data.train}) has {len(head.label_names) or 'no'} classes and {1 + head.pair}"
         )
     class_order(recipe, head, task)
     return task
@@ -66,7 +66,7 @@ def class_order(recipe: Recipe, head: HeadSpec, name: str) -> list[int]:
         return places
     raise DataError(
         f"glue/{name} has the classes {', '.join(classes)}; this adapter ({recipe.data.train}) knows "
-        f"{', '.join(names)}, and which of them is which isn't known. Train it on data that name their classes so, or "
+        f"{', '.join(names)}, and they can't be matched. Train it on data that name their classes so, or "
         f"count them {', '.join(map(str, range(len(classes))))} in this order"
     )
 

@@ -83,9 +83,7 @@ class MethodConfig(PeftConfig):
     )
     lora_alpha: float = option(16, "The update is scaled by lora_alpha / rank.", check_above_zero)
     lora_dropout: float = option(0.0, "Dropout on the input of the update, in training.", check_probability)
-    fan_in_fan_out: bool = option(
-        False, "Kept for PEFT's sake: how a weight is laid out is seen from its layer.", check_flag
-    )
+    fan_in_fan_out: bool = option(False, "Kept for PEFT: the layer tells the layout of its weight.", check_flag)
     bias: str = option("none", "Biases to train: 'none', 'all' or '<method>_only', those of the adapted linear layers.")
     use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(rank) instead.", check_flag)
     modules_to_save: list[str] | None = option(
@@ -128,7 +126,7 @@ class MethodConfig(PeftConfig):
         return False
 
     def at(self, site: Site) -> Self:
-        """The config as it is at `site`: with the rank and the alpha that the patterns have for it."""
+        """The config at `site`: with the rank and the alpha that the patterns have for it."""
         return self.with_values(self.at_path(self.rank_pattern, site, self.r), self.alpha_at(site))
 
     def alpha_at(self, site: Site) -> float:
@@ -137,11 +135,11 @@ class MethodConfig(PeftConfig):
 
     @staticmethod
     def at_path(pattern: dict[str, Any] | None, site: Site, default: Any) -> Any:
-        """What a pattern has for the site's path, by PEFT's rule."""
+        """The value of a pattern for the site's path, by PEFT's rule, or `default`."""
         return pattern.get(get_pattern_key(list(pattern), site.path), default) if pattern else default
 
     def with_values(self, r: int, lora_alpha: float) -> Self:
-        """The config with this rank and this alpha; itself where they are its own."""
+        """The config with this rank and this alpha; `self` if it has them."""
         if (r, lora_alpha) == (self.r, self.lora_alpha):
             return self
         config = copy.copy(self)
@@ -153,7 +151,7 @@ class MethodConfig(PeftConfig):
         return self.lora_alpha / (rank**0.5 if self.use_rslora else rank)
 
     def thawed(self) -> Self:
-        """The config with nothing frozen, for readers of values; itself where nothing is frozen."""
+        """The config with nothing frozen, for readers of values; `self` where nothing is frozen."""
         if self.freeze_tiers is None:
             return self
         config = copy.copy(self)
@@ -173,7 +171,7 @@ class MethodConfig(PeftConfig):
 
     @classmethod
     def from_lora(cls, lora: LoraConfig, **more: Any) -> Self:
-        """The config of this method with what `lora` says; `more` are fields of this method, which win.
+        """The config of this method with the fields of `lora`, and of `more`, which override them.
 
         Raises:
             ConfigError: `lora` sets fields that this method can't follow; all of them, by name.
@@ -208,7 +206,7 @@ class MethodConfig(PeftConfig):
         """As PEFT's, with sets in alphabetical order, so that equal adapters have equal files, and with ziggurat's
         version."""
         plain = {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
-        # What was taken over from another adapter is in the weights; the folder of a set writes its `bank` itself.
+        # Tensors taken over from another adapter are in the weights; the folder of a set writes its `bank` itself.
         left_out = {"from_adapter", "bank", *(["freeze_tiers"] if self.freeze_tiers is None else [])}
         saved = {name: value for name, value in plain.items() if name not in left_out}
         return {**saved, "ziggurat_version": VERSION, "ziggurat_format": FORMAT}

@@ -62,7 +62,7 @@ def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "d
     if changed := [name for name in common if not torch.equal(state[name].to(held[name]), held[name])]:
         raise ConfigError(
             f"{folder} can't be swapped in: adapter {adapter_name!r} shares {len(common)} tensors with others of this "
-            f"model, and {len(changed)} are other ones there ({changed[0]}, ...). Load it under another name."
+            f"model, and {len(changed)} have other values there ({changed[0]}, ...). Load it under another name."
         )
     set_peft_model_state_dict(model, state, adapter_name=adapter_name)
 

@@ -120,7 +120,7 @@ class AdaptedLinear(MethodLayer, nn.Module):
         return y
 
     def _chosen(self, x: Tensor, adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Any:
-        """What a router makes of x with the weight that a merge of the active adapters would give it."""
+        """A router's output for x, by the weight that a merge of the active adapters would give it."""
         acting = self.acting()
         if adapter_names is not None and not self.disable_adapters:
             check_unmerged(self)

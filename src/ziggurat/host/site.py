@@ -50,7 +50,7 @@ class Site:
 
     @property
     def tail(self) -> str:
-        """What the path has behind that of the stack, in a model whose list of layers skips no number."""
+        """The part of the path behind that of the stack, in a model whose list of layers skips no number."""
         return f".{self.layer}.{self.role}" if self.role else f".{self.layer}"
 
     @property
@@ -66,7 +66,7 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """What sites that may share a tensor have in common, as part of its name: stack, role and shape."""
+        """Stack, role and shape, which sites that share a tensor have in common, as a part of the tensor's name."""
         return f"{leaf_name(self.stack)}:{leaf_name(self.role)}:{self.d_out}x{self.d_in}"
 
 

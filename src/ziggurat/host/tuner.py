@@ -27,7 +27,7 @@ from ziggurat.host.base.tied import note_shared, note_untied
 from ziggurat.host.base.vocabulary import grown_beside_adapters
 from ziggurat.host.blend import add_blend, check_request
 from ziggurat.host.draws import Draws
-from ziggurat.host.lifecycle import Watch, ride_along, step_in_trainers, watch_trainers
+from ziggurat.host.lifecycle import Watch, add_to_trainers, step_in_trainers, watch_trainers
 from ziggurat.host.linear import AdaptedLinear, is_router
 from ziggurat.host.method import Method, needs_steps, pair_of, specs_of
 from ziggurat.host.mixed import MixedTuner
@@ -142,7 +142,7 @@ class MethodTuner(MixedTuner):
             if self.method.steps_in_trainer:
                 step_in_trainers(self.method)
         if self.method.callback is not None and (callback := self.method.callback(config)) is not None:
-            ride_along(callback)
+            add_to_trainers(callback)
 
     def _create_and_replace(
         self,

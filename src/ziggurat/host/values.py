@@ -1,4 +1,4 @@
-"""The fields of a config, and checks of their values, each with an error that says what was given and is allowed."""
+"""The fields of a config, and checks of their values, whose errors name the given value and the allowed ones."""
 
 import re
 from collections.abc import Callable

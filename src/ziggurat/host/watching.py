@@ -13,14 +13,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ziggurat.host.lifecycle import STEPPED, Watch, check_moves, check_something_trains, resume, run_state, step
 from ziggurat.host.saved.card import keep_section
 
-#: What the names of states in a checkpoint's trainer_state.json begin with, before the method's.
+#: The beginning of a state's name in a checkpoint's trainer_state.json, before the method's name.
 KEY = "ziggurat."
 
 
 class TrainingWatch(TrainerCallback):
     """Warns where no parameter of an adapter trains and where it hardly moves, and keeps the model card's section.
 
-    Rides along in every Trainer.
+    Every Trainer gets one.
     """
 
     def on_init_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -40,7 +40,7 @@ class TrainingWatch(TrainerCallback):
 class StepCallback(TrainerCallback):
     """Calls `ziggurat.step` for the methods in `STEPPED`, and keeps their state for a resumed run in checkpoints.
 
-    Rides along in every Trainer. A Trainer gives a callback not the folder that a run resumes from, but the state that
+    Every Trainer gets one. It gives a callback not the folder that a run resumes from, but the state that
     it has read there: so the state is stored in trainer_state.json, among the states of callbacks.
     """
 

@@ -1,10 +1,10 @@
 """y + (dropout(x) A^T) B^T: the product that every adapted linear layer computes besides its frozen weight.
 
 The two thin products are cheap; passing over (tokens, d) and keeping copies of it is expensive. So one autograd
-operation goes down and one goes up into the base output. They keep x itself (every linear layer that reads the same x
-keeps the same tensor), the (tokens, rank) product and the dropout mask, as bits or as a seed. Linear layers that read
-one x can go down together. Torch does both (`plain_product`); large inputs on a GPU that are dropped out go down by
-Triton kernels (`triton_product`), which draw the mask as they read x.
+operation goes down, by A, and one goes up, by B, into the base output. They keep x itself (every linear layer that
+reads the same x keeps the same tensor), the (tokens, rank) product and the dropout mask, as bits or as a seed. Linear
+layers that read one x can go down together. Torch does both (`plain_product`); large inputs on a GPU that are dropped
+out go down by Triton kernels (`triton_product`), which draw the mask as they read x.
 """
 
 import os

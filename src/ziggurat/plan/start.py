@@ -26,7 +26,7 @@ _PAIRS = (
 )
 #: Pairs of columns that hold words and their tags, by their usual names.
 _TAGGED = (("tokens", "tags"), ("tokens", "ner_tags"), ("words", "tags"), ("words", "labels"), ("words", "ner"))
-#: Pairs of columns that hold texts and what they become, by their usual names.
+#: Pairs of columns that hold source and target texts, by their usual names.
 _SEQUENCES = (
     *(("source", "target"), ("document", "summary"), ("article", "highlights"), ("article", "summary")),
     *(("dialogue", "summary"), ("text", "summary")),
@@ -82,7 +82,7 @@ def look(file: str, task: str | None = None) -> Start:
     if encoding is not None:
         cells = (str(value) for row in table.to_list() for value in row.values())
         example = next((text[:40] for text in cells if not text.isascii()), "")
-        why = f"it is not UTF-8; look whether this is right: {example}"
+        why = f"it is not UTF-8; check whether this is right: {example}"
         inferred.keys = {"data.encoding": (encoding, why), **inferred.keys}
     return inferred
 

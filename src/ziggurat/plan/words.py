@@ -21,7 +21,7 @@ def check_model_word(model: str) -> None:
         except RecipeError:
             named = "MODEL"
         raise ConfigError(
-            f"{model} is {kind}, and plan wants the model first: ziggurat plan {quote(named)} {quote(model)}"
+            f"{model} is {kind}, and plan takes the model first: ziggurat plan {quote(named)} {quote(model)}"
         )
     if (path / "adapter_config.json").is_file():
         raise ConfigError(

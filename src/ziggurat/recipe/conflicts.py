@@ -139,7 +139,7 @@ def _of_streams(recipe: _Recipe) -> Iterator[str]:
         if recipe.changes(key):
             yield f"{key}: has no meaning with data.streaming, whose rows are not counted beforehand"
     if recipe["train.max_steps"] is None:
-        yield "data.streaming: needs train.max_steps, for a stream has no end that is known"
+        yield "data.streaming: needs train.max_steps, because the length of a stream isn't known"
 
 
 def unmerged_with_vllm(good: dict[str, Any], choice: dict[str, Any]) -> list[str]:

@@ -142,7 +142,7 @@ def _check_size(root: yaml.Node | None) -> None:
     while level:
         count += len(level)
         if count > MOST_VALUES:
-            raise yaml.YAMLError(f"more than {MOST_VALUES:,} values, what aliases repeat counted each time")
+            raise yaml.YAMLError(f"more than {MOST_VALUES:,} values, with those that aliases repeat counted each time")
         if depth > MOST_LEVELS:
             raise yaml.YAMLError(f"lists and mappings nest deeper than {MOST_LEVELS} levels")
         level, depth = [inner for node in level for inner in _parts(node)], depth + 1

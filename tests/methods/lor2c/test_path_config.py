@@ -50,7 +50,7 @@ def test_values_that_work_in_no_model(fields: dict[str, Any], message: str) -> N
         ("bert", {"spans": [[2, 4]]}, r"spans\[0\]=\(2, 4\): needs 0 <= first <= last <= 3"),
         ("bert", {"spans": [[3]]}, r"spans\[0\]"),
         ("bert", {"spans": [[0, 3]], "max_span": 2, "merges": 0}, r"covers 4 layers: at most 2"),
-        ("bert", {"spans": {"encoder": [[0, 1]]}}, r"speaks of the stack 'encoder'; there is 'bert\.encoder\.layer'"),
+        ("bert", {"spans": {"encoder": [[0, 1]]}}, r"names the stack 'encoder'; there is 'bert\.encoder\.layer'"),
         ("t5", {"spans": [[0, 4]]}, r"encoder\.block'.*A list is for every stack; with 2 stacks give \{stack"),
         ("bert", {"injected_layers": [7]}, r"injected_layers: 7 is no layer"),
         ("bert", {"spans": [[0, 2]], "injected_layers": [1]}, r"covers layer 1, which injected_layers rules out"),
@@ -62,7 +62,7 @@ def test_values_that_work_in_no_model(fields: dict[str, Any], message: str) -> N
         ("bert", {"injections": 5}, r"injections=5, but only 4 paths cover a single layer"),
         ("bert", {"injections": 3, "spans": [[0, 1], [2, 2], [3, 3]]}, r"only 2 paths cover a single layer"),
         ("bert", {"merges": 2, "injections": 2}, r"of 4 paths at most 3 can go"),
-        ("bert", {"injections": 1, "target_modules": ["qeury"]}, r"no linear called qeury.*near: query"),
+        ("bert", {"injections": 1, "target_modules": ["qeury"]}, r"no linear layer called qeury.*near: query"),
         ("plain_list", {"injections": 1}, r"for model type 'custom' their names aren't known.*target_modules"),
         (
             "bert",

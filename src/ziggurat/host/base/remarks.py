@@ -33,7 +33,7 @@ def check_fused_mixers(model: nn.Module, sites: Mapping[str, Site]) -> None:
 
 
 def remark(model: nn.Module, config: Any, all_linear: bool, sites: Mapping[str, Site]) -> None:
-    """Log which experts stay frozen though the targets sound like all: "all-linear", or projections of experts.
+    """Log which experts stay frozen although the targets seem to include them: "all-linear", or projections of experts.
 
     Experts of transformers' mixtures are one parameter of three dimensions, no linear layers.
     """

@@ -1,4 +1,4 @@
-"""The sites that a config names in a model, the defaults where it names none, and names that were nearly right."""
+"""The sites that a config names in a model, the defaults where it names none, and hints for misspelt names."""
 
 import difflib
 import re
@@ -116,8 +116,8 @@ def _check_whole(model: nn.Module, path: str) -> None:
     marked = getattr(module, "_hf_tp_plan", None) is not None
     if marked or getattr(forward, "__module__", "").endswith(".tensor_parallel"):
         raise ConfigError(
-            f"{path!r} is split over processes by tensor parallelism (tp_plan), and an adapter there would be one of "
-            "each process's part. Load the model without tp_plan and use DDP or FSDP2 (docs/distributed.md); LoR2C's "
+            f"{path!r} is split over processes by tensor parallelism (tp_plan), so each process would adapt "
+            "a part of its own. Load the model without tp_plan and use DDP or FSDP2 (docs/distributed.md); LoR2C's "
             "paths, which stand around whole layers, work as it is."
         )
 
@@ -159,7 +159,7 @@ def target_sites(config: Any, model: nn.Module) -> dict[str, Site]:
 
 
 def check_router(config: Any, path: str, router: nn.Module) -> None:
-    """Raise ConfigError if `config` asks for what no adapter of a router can do."""
+    """Raise ConfigError if `config` asks for something that no adapter of a router can do."""
     if getattr(config, "lora_dropout", 0):
         raise ConfigError(
             f"lora_dropout={config.lora_dropout}, and {path!r} is a router: its update is added to its weight, so that "

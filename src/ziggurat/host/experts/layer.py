@@ -194,14 +194,14 @@ class AdaptedExperts(WithoutBase, ExpertsLayer, nn.Module):
         return with_updates(weight, pairs, self.get_base_layer().is_transposed)  # type: ignore[union-attr, arg-type]
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete it from the layers of the parameters, before PEFT comes to them: it asks here what is active then."""
+        """Delete it from the layers of the parameters, before PEFT does, which asks here for the active ones."""
         for layer in self.layers():
             layer.delete_adapter(adapter_name)
         self._active_adapter = self._active()
 
 
 def _update(term: ExpertTerm, x: Tensor, taken: Tensor | None, rows: Tensor | None, ends: Tensor) -> Tensor:
-    """B_g (A_g x) for the rows of x that `rows` takes; `taken`: these, where they are there already.
+    """B_g (A_g x) for the rows of x that `rows` takes; `taken`: these rows, if they are gathered already.
 
     A pair that all experts share goes down once for each token, however many experts the token is sent to.
     """

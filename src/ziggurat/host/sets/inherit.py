@@ -53,8 +53,8 @@ def inherit(config: Any) -> None:
             different.append(f"{item.name}={shown(value)} ({shown(inherited)} there)")
     if different:
         raise ConfigError(
-            f"from_adapter={shown(config.from_adapter)}: its shared tensors fit its own config, and here is "
-            f"{', '.join(different)}. Leave these fields out."
+            f"from_adapter={shown(config.from_adapter)}: its shared tensors fit its own config, and this one "
+            f"differs: {', '.join(different)}. Leave these fields out."
         )
     if config.freeze_tiers is None:
         config.freeze_tiers = shared_tiers(config.method, source)
@@ -108,7 +108,7 @@ def check_frozen(method: Method, config: Any, sites: Mapping[str, Site], specs: 
         if fresh and still:
             warnings.warn(
                 f"freeze_tiers={shown(config.freeze_tiers)}: {still[0]} begins at zero and stays there: its tier adds "
-                "nothing, now or later. Name the trained adapter that it is to come from in from_adapter.",
+                "nothing, now or later. Name the trained adapter to take it from in from_adapter.",
                 stacklevel=2,
             )
         return

@@ -17,7 +17,7 @@ from ziggurat.host.saved.names import bare_name
 def held_once(method: Method, model: nn.Module, adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`state`, by the names of a model's state dict, which is about to be loaded into `adapter`.
 
-    A frozen tensor that another adapter has already, bitwise, becomes that one, in `adapter` and in what is returned.
+    A frozen tensor that another adapter has already, bitwise, becomes that one, in `adapter` and in the result.
     Where `state` differs from a tensor that `adapter` held together with others, it gets one of its own.
     """
     loaded = dict(state)

@@ -106,7 +106,7 @@ def _check_stacks(config: LoR2CConfig, anatomy: Anatomy, chosen: dict[str, list[
         value = getattr(config, name)
         for stack in value if isinstance(value, dict) else ():
             if stack not in chosen:
-                raise ConfigError(f"{name} speaks of the stack {stack!r}; there is {', '.join(map(repr, chosen))}.")
+                raise ConfigError(f"{name} names the stack {stack!r}; there is {', '.join(map(repr, chosen))}.")
 
 
 def _state(config: LoR2CConfig, stack: str, layers: Sequence[int], depth: int, one_of: int) -> StackState:
@@ -142,7 +142,7 @@ def _add_sites(config: LoR2CConfig, layout: Layout, model: nn.Module, stack: str
         check_room(model.get_submodule(path), path)
         if config.r > width:
             raise ConfigError(
-                f"r={config.r} is above the width of the residual stream: {path!r} passes {width} numbers a token, so "
+                f"r={config.r} is above the width of the residual stream: {path!r} passes {width} values a token, so "
                 f"at most rank {width} has a meaning there. Lower r."
             )
         if width != widths[span.first]:
@@ -181,8 +181,8 @@ def _width(config: LoR2CConfig, model: nn.Module, layer: str) -> int:
             )
     if width is None:
         raise ConfigError(
-            f"the width of the hidden states at layer {layer!r} can't be seen: no linear layer in it reads or writes "
-            "that size. Set hidden_size."
+            f"the width of the hidden states at layer {layer!r} can't be inferred: no linear layer in it reads or "
+            "writes that size. Set hidden_size."
         )
     return width
 
@@ -246,6 +246,6 @@ def _add_linears(config: LoR2CConfig, layout: Layout, model: nn.Module) -> None:
         near = near_misses(targets, model)
         names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
         raise ConfigError(
-            f"layer {missing[0][1]} of {missing[0][0]!r} has no linear called {names} that could take over from its "
+            f"layer {missing[0][1]} of {missing[0][0]!r} has no linear layer called {names} to take over from its "
             f"path. Set target_modules to its query and value{f' (near: {chr(44).join(near)})' if near else ''}."
         )

@@ -53,7 +53,7 @@ class PathBank(StructureBank):
         Parameters that become unused lose their gradient, so that an optimiser skips them.
 
         Raises:
-            ConfigError: `structure` needs a path or a linear that this model or adapter doesn't have.
+            ConfigError: `structure` needs a path or a linear layer that this model or adapter doesn't have.
         """
         current = self.adapters[adapter]
         structure = {self._stack_here(stack): state for stack, state in structure.items()}
@@ -153,7 +153,7 @@ class PathBank(StructureBank):
             members = self.members.get(stack)
             if members is None:
                 raise ConfigError(
-                    f"the adapter's structure speaks of the stack {stack!r}, but this model has paths in "
+                    f"the adapter's structure names the stack {stack!r}, but this model has paths in "
                     f"{', '.join(map(repr, self.members)) or 'no stack'}. Load it into the model it was trained with."
                 )
             lack = [n for n in (s.last for s in state.spans) if n not in members or adapter not in members[n].leaves]

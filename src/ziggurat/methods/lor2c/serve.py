@@ -93,7 +93,7 @@ def write_remote_code_model(model: nn.Module, tokenizer: Any, out: str | Path, a
 
 
 def write_injected_lora(model: nn.Module, out: str | Path, adapter: str | None = None) -> Path:
-    """Write the LoRA of the layers whose path was given up as a plain PEFT LoRA folder. The paths are left out.
+    """Write the LoRA of the layers whose path it replaced as a plain PEFT LoRA folder. The paths are left out.
 
     The result is not the whole adapter, only the part that plain LoRA can express.
 
@@ -106,7 +106,7 @@ def write_injected_lora(model: nn.Module, out: str | Path, adapter: str | None =
     injected = dict(_awake(base, adapter))
     if not injected:
         raise ExportError(
-            f"adapter {adapter!r} has LoRA in no layer: all of it are paths, which no linear's weight can absorb. Keep "
+            f"adapter {adapter!r} has LoRA in no layer, only paths, which no linear layer's weight can absorb. Keep "
             "the adapter, or write a model folder with its paths by `ziggurat merge`."
         )
     lora = LoraConfig(

@@ -23,7 +23,7 @@ _watching = False
 
 
 def adapted(model: nn.Module, adapter: str) -> dict[str, Directions]:
-    """Path in the base model -> linear, for the linear layers that `adapter` reaches, in the order of the model."""
+    """Path in the base model -> layer, for the linear layers that `adapter` reaches, in the order of the model."""
     return {path: layer for path, layer in _directions(model) if adapter in layer.configs and layer.has_planes(adapter)}
 
 
@@ -53,7 +53,7 @@ def prune(model: nn.Module, step: int, total: int, adapter: str) -> int:
     """
     layers = adapted(model, adapter)
     if not layers:
-        raise ConfigError(f"no linear has a LoRA² adapter {adapter!r}.")
+        raise ConfigError(f"no linear layer has a LoRA² adapter {adapter!r}.")
     config = next(iter(layers.values())).configs[adapter]
     schedule = config.schedule(total)
     if not 1 <= step <= total:
@@ -82,7 +82,7 @@ def prune(model: nn.Module, step: int, total: int, adapter: str) -> int:
 
 
 def _update(layers: Mapping[str, Directions], adapter: str, config: LoRA2Config) -> list[Tensor]:
-    """Take this step's gradients into the averages; the scores of each linear's directions, as its E."""
+    """Take this step's gradients into the averages; the scores of each layer's directions, in its E's shape."""
     if all(layer.factor(adapter, "E").grad is None for layer in layers.values()):
         raise ConfigError(
             f"LoRA² prunes by gradients, and adapter {adapter!r} has none. Call prune(step, total) after "

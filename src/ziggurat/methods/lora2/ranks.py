@@ -12,7 +12,7 @@ from ziggurat.host.base.anatomy import Anatomy
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Picture of the ranks that pruning has left, beside the adapter.
+#: Picture of the ranks after pruning, beside the adapter.
 RANKS_PICTURE = "ranks.png"
 #: Role -> layer -> rank, of one stack.
 Grid = dict[str, dict[int, int]]

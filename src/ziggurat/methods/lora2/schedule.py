@@ -56,8 +56,8 @@ class Schedule:
         if initial + final >= total:
             raise ConfigError(
                 f"initial_warmup={initial_warmup} and final_warmup={final_warmup} take {initial} + {final} steps, but "
-                f"the run has {total}: nothing is left to prune in between. Lower them, or give them as shares of the "
-                "run, such as 0.15 and 0.5."
+                f"the run has {total}: no step remains for pruning in between. Lower them, or give them as shares of "
+                "the run, such as 0.15 and 0.5."
             )
         return cls(initial, total - final, max(1, interval), total)
 
