@@ -36,7 +36,7 @@ class Adapter:
 class PathBank(StructureBank):
     """Owned once at the model's root: the shared A's, and every adapter's structure, which is changed here alone."""
 
-    other_param_names = (*StructureBank.other_param_names, "known")
+    other_param_names = (*StructureBank.other_param_names, "adapters")
 
     def __init__(self) -> None:
         super().__init__()

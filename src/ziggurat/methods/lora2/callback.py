@@ -83,7 +83,7 @@ class LoRA2Callback(TrainerCallback):
                     "target_rank=%d directions a linear layer",
                     *(state.global_step, adapter, last, config.target),
                 )
-            if any(adapter in layer.kept for layer in layers.values()):
+            if any(adapter in layer.masks for layer in layers.values()):
                 shown = table(unwrap(model)[0], ranks)
                 sys.stderr.write(f"remaining directions of the adapter {adapter!r}:\n{shown}\n")
 

@@ -13,18 +13,18 @@ from ziggurat.methods.lora2.orthogonality import Planes
 
 
 class Directions(MethodLayer):
-    """`importance` holds the averages of the pruning, `kept` the mask of the last one, `final` the adapters whose mask
+    """`importance` holds the averages of the pruning, `masks` the mask of the last one, `final` the adapters whose mask
     stays as it is. None of these three is a parameter or buffer: they belong to the run, not to the adapter.
 
     At a parameter with all experts of a layer, tensors and masks have the experts in front: E (experts, r).
     """
 
-    other_param_names = (*MethodLayer.other_param_names, "importance", "kept", "final")
+    other_param_names = (*MethodLayer.other_param_names, "importance", "masks", "final")
 
     def _begin(self) -> None:
         super()._begin()
         self.importance: dict[str, Importance] = {}
-        self.kept: dict[str, Tensor] = {}
+        self.masks: dict[str, Tensor] = {}
         self.final: dict[str, bool] = {}
 
     def factor(self, adapter: str, key: str) -> nn.Parameter:
@@ -47,11 +47,11 @@ class Directions(MethodLayer):
 
     def begin(self, adapter: str) -> None:
         """Reset the state of the directions, which an earlier run may have left."""
-        for table in (self.importance, self.kept, self.final):
+        for table in (self.importance, self.masks, self.final):
             table.pop(adapter, None)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        for adapter, mask in list(self.kept.items()):
+        for adapter, mask in list(self.masks.items()):
             E = state_dict.get(f"{prefix}{self.method.store}.{adapter}.E")
             if E is not None and E.shape == mask.shape and bool((E[~mask.to(E.device)] != 0).any()):
                 self.begin(adapter)  # the mask belongs to other weights
@@ -60,9 +60,9 @@ class Directions(MethodLayer):
     @torch.no_grad()
     def clear_pruned(self, adapter: str) -> None:
         """E_i <- 0 for the directions that the last pruning has not kept."""
-        if adapter in self.kept:
+        if adapter in self.masks:
             E = self.factor(adapter, "E")
-            mask = self.kept[adapter] = self.kept[adapter].to(E.device)
+            mask = self.masks[adapter] = self.masks[adapter].to(E.device)
             E.masked_fill_(_laid_out_as(E, ~mask), 0)
 
     def alive(self, adapter: str) -> Tensor:

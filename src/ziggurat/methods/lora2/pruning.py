@@ -71,7 +71,7 @@ def prune(model: nn.Module, step: int, total: int, adapter: str) -> int:
         if final or schedule.prunes(step):
             flat = [score.flatten() for score in scored]
             for layer, score, mask in zip(layers.values(), scored, survivors(flat, budget), strict=True):
-                layer.kept[adapter], layer.final[adapter] = mask.view_as(score), final
+                layer.masks[adapter], layer.final[adapter] = mask.view_as(score), final
                 layer.clear_pruned(adapter)
         if not final:
             return budget
@@ -123,8 +123,8 @@ def pruning_state(model: nn.Module) -> dict[str, Tensor]:
     for path, layer in _directions(model):
         for adapter, importance in layer.importance.items():
             tensors = {**importance._asdict(), "final": torch.tensor(layer.final.get(adapter, False))}
-            if adapter in layer.kept:
-                tensors["kept"] = layer.kept[adapter]
+            if adapter in layer.masks:
+                tensors["kept"] = layer.masks[adapter]
             # A copy: the averages of linear layers of one shape share memory.
             state |= {f"{path}.{adapter}.{name}": tensor.cpu().clone() for name, tensor in tensors.items()}
     return state
@@ -154,7 +154,7 @@ def load_pruning_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         layer.importance[adapter] = importance
         layer.final[adapter] = bool(state[f"{at}.final"])
         if f"{at}.kept" in state:
-            layer.kept[adapter] = state[f"{at}.kept"]
+            layer.masks[adapter] = state[f"{at}.kept"]
 
 
 def _stay_final(layers: Iterable[Directions]) -> None:
