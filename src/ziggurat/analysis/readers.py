@@ -99,7 +99,7 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
 
 
 def _sharing(members: Mapping[str, range], keys: Sequence[str], site: Site, expert: int | None) -> range | None:
-    """Which experts have these tensors of a site in common; without tensors the one expert that is looked at."""
+    """The experts that have these tensors of a site in common; without tensors, `expert` alone."""
     if members:
         return range(max(members[key].start for key in keys), min(members[key].stop for key in keys))
     return _alone(site.expert if expert is None else expert)

@@ -31,7 +31,7 @@ RETRIES = 3
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: `done` with its run.json, `failed` or `stopped` with the reason, and the path of its log.
+    """The end of a run: `done` with its run.json, `failed` or `stopped` with the reason, and the path of its log.
 
     `where`: the surroundings of the worker; for a worker that died, as far as this program knows them.
     """

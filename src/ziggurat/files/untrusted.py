@@ -217,7 +217,7 @@ def check_folder(folder: str | Path) -> None:
 
 
 def check_factors(folder: str | Path, prefix: str, other: frozenset[str]) -> int:
-    """How many parameters the weights file of `folder` holds of the method whose names have `prefix`.
+    """The number of parameters in the weights file of `folder` whose names have a method's `prefix`.
 
     `other`: last parts of names of tensors that are no factors.
 

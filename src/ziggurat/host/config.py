@@ -121,7 +121,7 @@ class MethodConfig(PeftConfig):
         return self.method.card.citation
 
     @property
-    def speaks_of_depth(self) -> bool:
+    def needs_stack(self) -> bool:
         """Whether the user has set a field that only makes sense in a stack of layers."""
         return False
 

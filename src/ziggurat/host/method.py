@@ -264,5 +264,5 @@ def unique_specs(method: Method, config_at: Callable[[Site], Any], sites: Mappin
 
 
 def trainable(specs: Mapping[str, TensorSpec]) -> int:
-    """How many trainable parameters these tensors have."""
+    """The number of trainable parameters in these tensors."""
     return sum(spec.size for spec in specs.values() if spec.trains)

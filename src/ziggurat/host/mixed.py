@@ -65,8 +65,8 @@ class MixedTuner(BaseTuner):
                 f"{refused}: call model.eval() first. To train several adapters together, call "
                 f"ziggurat.share(model, {sorted(names)})."
             )
-        if asleep := sorted(names - set(self.active_adapters)):
-            raise ValueError(f"{refused} and adapter {asleep[0]!r} isn't active: call ziggurat.share again.")
+        if inactive := sorted(names - set(self.active_adapters)):
+            raise ValueError(f"{refused} and adapter {inactive[0]!r} isn't active: call ziggurat.share again.")
         sharded = any(hasattr(parameter, "full_tensor") for parameter in self.model.parameters())
         if sharded and (absent := sorted(self.together - names)):
             raise ValueError(

@@ -85,7 +85,7 @@ def untested(package: str, version: str) -> bool:
     return Version(version).release[:2] > Version(newest(package)).release[:2]
 
 
-def asked_peft() -> str | None:
+def required_peft() -> str | None:
     """The version of PEFT that this transformers asks for, if the installed one is older."""
     minimum = getattr(integration, "MIN_PEFT_VERSION", None)
     return minimum if minimum is not None and Version(peft.__version__) < Version(minimum) else None
@@ -93,7 +93,7 @@ def asked_peft() -> str | None:
 
 def limits() -> str | None:
     """The text about functions that fail because transformers asks for a newer PEFT; None if none does."""
-    minimum = asked_peft()
+    minimum = required_peft()
     if minimum is None:
         return None
     return (

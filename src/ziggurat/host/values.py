@@ -179,7 +179,7 @@ def _check_length(name: str, value: Any) -> None:
 
 
 def _endless(tree: Any) -> int:
-    """How many repeats without end stand in a row; one with a repeat or a choice inside counts as too many."""
+    """The number of repeats without end in a row; one with a repeat or a choice inside counts as too many."""
     count = 0
     for opcode, argument in tree:
         if opcode in (op.MAX_REPEAT, op.MIN_REPEAT):

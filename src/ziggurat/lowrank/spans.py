@@ -14,7 +14,7 @@ class Span(NamedTuple):
 
     @property
     def length(self) -> int:
-        """How many layers the span covers."""
+        """The number of layers of the span."""
         return self.last - self.first + 1
 
     @property

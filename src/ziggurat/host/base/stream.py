@@ -62,7 +62,7 @@ def stream_width(layer: nn.Module, hidden_size: int | None = None) -> int | None
 
 
 def are_layers(model: nn.Module, stacks: Mapping[str, Sequence[str]]) -> set[str]:
-    """Which of `stacks` (path -> paths of its members) are lists of transformer layers, by transformers' own mark.
+    """The members of `stacks`, path -> paths of members, that list transformer layers, by transformers' own mark.
 
     Layers of its models can be checkpointed. Other repeated modules (the mergers of Qwen3-VL's vision tower) can't, and
     needn't keep the shape of their input. Where no member is marked, all stacks count.

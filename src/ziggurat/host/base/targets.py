@@ -79,7 +79,7 @@ def _sites_of(method: Method, config: Any, model: nn.Module) -> dict[str, Site]:
         from ziggurat.host.experts.sites import parameter_sites
 
         sites |= parameter_sites(config, model)
-    if config.speaks_of_depth and sites and all(not site.role for site in sites.values()):
+    if config.needs_stack and sites and all(not site.role for site in sites.values()):
         anatomy = Anatomy(model, layers_pattern=config.layers_pattern)
         if not anatomy.stacks:
             anatomy.place(next(iter(sites)))  # raises: the config has fields about layers, and there are none

@@ -177,7 +177,7 @@ class LoR2CConfig(MethodConfig):
 
     @property
     def k(self) -> int:
-        """How many singular values count as the large ones: r / 2 unless `criterion_k` says otherwise."""
+        """The number of singular values that count as large: r / 2 unless `criterion_k` says otherwise."""
         return self.criterion_k or max(1, self.r // 2)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -116,7 +116,7 @@ class LoR2CModel(StructureTuner):
         return self._bank().restructure(step, total_steps, optimizer, adapter)
 
     def path_counts(self, adapter: str = "default") -> dict[str, int]:
-        """How many parameters `adapter` stores, how many the forward uses, and how many train at present."""
+        """The numbers of parameters that `adapter` stores, that its forward uses, and that train at present."""
         return self._bank().counts(adapter)
 
     def write_self_contained(self, out: str | Path, tokenizer: Any = None, adapter: str | None = None) -> Path:

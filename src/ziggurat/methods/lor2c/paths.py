@@ -68,7 +68,7 @@ class PathBank(StructureBank):
                 path.covers[adapter] = spans.get((stack, layer))
         for place, linear_layers in self.linear_layers.items():
             for linear in linear_layers:
-                linear.asleep[adapter] = place not in injected
+                linear.inactive[adapter] = place not in injected
         stored, active = self.parameters_of(adapter)
         for key in stored.keys() - active.keys():
             stored[key].grad = None

@@ -147,7 +147,7 @@ def applied(structure: Structure, decision: Decision) -> dict[str, StackState]:
 
 
 def most_events(structure: Structure, max_span: int | None) -> tuple[int, int]:
-    """How many merges, and how many injections, `structure` could take at most if there were none of the other kind."""
+    """The most merges, and the most injections, that `structure` could take if there were none of the other kind."""
     merges = sum(len(state.spans) - _fewest(state.spans, max_span) for state in structure.values())
     return merges, sum(span.length == 1 for state in structure.values() for span in state.spans)
 

@@ -103,7 +103,7 @@ def write_injected_lora(model: nn.Module, out: str | Path, adapter: str | None =
     base, _ = unwrap(model)
     bank, adapter = _bank(base, adapter)
     config = bank.adapters[adapter].config
-    injected = dict(_awake(base, adapter))
+    injected = dict(_injected(base, adapter))
     if not injected:
         raise ExportError(
             f"adapter {adapter!r} has LoRA in no layer, only paths, which no linear layer's weight can absorb. Keep "
@@ -160,7 +160,7 @@ def _weights(base: nn.Module, bank: PathBank, adapter: str) -> tuple[dict[str, T
                 raise ExportError(f"{path}: {type(module).__name__} can't be written; train the module whole instead.")
             where = bare_path(base, path)
             weights |= {f"{where}.{k}": v for k, v in module.modules_to_save[adapter].state_dict().items()}
-    for path, linear in _awake(base, adapter):
+    for path, linear in _injected(base, adapter):
         if linear.quantization_backend is not None:
             raise ExportError(
                 f"{path} is quantised: put the adapter into the model before quantisation, then write it."
@@ -181,7 +181,7 @@ def _weights(base: nn.Module, bank: PathBank, adapter: str) -> tuple[dict[str, T
     return weights, layout
 
 
-def _awake(base: nn.Module, adapter: str) -> Iterator[tuple[str, LoR2CLinear]]:
+def _injected(base: nn.Module, adapter: str) -> Iterator[tuple[str, LoR2CLinear]]:
     for path, module in base.named_modules():
         if isinstance(module, LoR2CLinear) and adapter in module.adapters:
             bare = bare_path(base, path)

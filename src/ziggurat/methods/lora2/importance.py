@@ -1,4 +1,4 @@
-"""Which directions matter: sensitivities of the small factors, smoothed, and the choice of the best.
+"""The importance of directions: sensitivities of the small factors, smoothed, and the choice of the best.
 
 Pure functions on tensors; the importance of AdaLoRA (arXiv 2303.10512), read from the inner plane alone (LoRA², arXiv
 2408.06854). The entries of one linear layer lie in a matrix (r, 1 + 2 k): row i holds the entries of direction i: E_i,

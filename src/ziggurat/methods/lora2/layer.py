@@ -66,7 +66,7 @@ class Directions(MethodLayer):
             E.masked_fill_(_laid_out_as(E, ~mask), 0)
 
     def alive(self, adapter: str) -> Tensor:
-        """Which directions are active (in E's shape): E_i isn't 0. Where FSDP2 shards E, all processes must call
+        """The mask of active directions, in E's shape: E_i isn't 0. Where FSDP2 shards E, all processes must call
         this."""
         return whole(self.factor(adapter, "E")) != 0
 

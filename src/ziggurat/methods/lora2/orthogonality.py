@@ -1,4 +1,4 @@
-"""How far the factors are from orthonormal, as one differentiable number."""
+"""The deviation of the factors from orthonormality, as one differentiable number."""
 
 from collections import defaultdict
 from collections.abc import Sequence

@@ -72,7 +72,7 @@ class Schedule:
         return self.phase(step) == "shrink" and (step - self.initial) % self.interval == 0
 
     def budget(self, step: int, full: int, target: int) -> int:
-        """How many of `full` directions survive a pruning at `step`.
+        """The number of directions, of `full`, that survive a pruning at `step`.
 
         `full` in the warm-up; `target + (full - target) (1 - p)^3`, rounded down, while the budget
         shrinks, with p the share of that phase that is over (the cubic schedule of

@@ -167,7 +167,7 @@ class MSPLoraConfig(MethodConfig):
         return tuple(tier for tier in self.pyramid() if not self.freezes(f"A_{tier.name}"))
 
     @property
-    def speaks_of_depth(self) -> bool:
+    def needs_stack(self) -> bool:
         """Whether the user has set a field that only makes sense in a stack of layers."""
         fields = (self.num_groups, self.group_starts, self.tiers, self.layers_to_transform, self.layers_pattern)
         return any(value not in (None, []) for value in fields)
