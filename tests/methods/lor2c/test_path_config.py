@@ -69,7 +69,7 @@ def test_values_that_work_in_no_model(fields: dict[str, Any], message: str) -> N
             {"injections": 1, "inject_r": 17},
             r"rank 17, but 'bert.*query' has room for 16 at most",
         ),
-        ("bert", {"r": 17}, r"r=17 is above the width.*passes 16 numbers"),
+        ("bert", {"r": 17}, r"r=17 is above the width.*passes 16 values"),
         ("no_stack", {}, r"has no stack of layers.*'head' \(3 members\)"),
         ("bert", {"exclude_modules": r".*layer.*"}, r"no layer is left for a path"),
     ],
