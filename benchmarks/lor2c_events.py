@@ -60,7 +60,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model = get_peft_model(Stack(given.depth, given.d), LoR2CConfig(r=given.r, merges=8, init_weights=False))
     bank = next(m for m in model.modules() if isinstance(m, PathBank))
-    structure, spectra = bank.known["default"].structure, bank.spectra("default")
+    structure, spectra = bank.adapters["default"].structure, bank.spectra("default")
     a, b = torch.randn(given.r, 1024), torch.randn(1024, given.r)
     rows = {
         "spectra of all paths, by QR": median(lambda: bank.spectra("default"), given.repeats),

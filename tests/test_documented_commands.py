@@ -17,7 +17,7 @@ from commands import main
 from methods_table import logits, zoo_config
 from word_tokenizer import word_tokenizer
 from ziggurat.errors import VersionError
-from ziggurat.host.supported import asked_peft
+from ziggurat.host.supported import required_peft
 from zoo import ZOO
 
 METHODS = ["msplora", "lora2", "lor2c"]
@@ -108,7 +108,7 @@ def test_add_adapter_and_load_adapter(method: str, tmp_path: Path) -> None:
     """transformers' own calls; under a limited pair of versions they end in our sentence."""
     model, inputs = ZOO["llama"].build(), ZOO["llama"].inputs()
     config = zoo_config(method, "llama", init_weights=False)
-    if asked_peft() is not None:
+    if required_peft() is not None:
         with pytest.raises(VersionError, match=r"asks for PEFT .* All else works"):
             model.add_adapter(config)
         return

@@ -77,7 +77,7 @@ def test_a_table_of_another_encoding_and_chats_about_images(tmp_path: Path, caps
     (tmp_path / "a.csv").write_bytes(f"text;label\n{rows}".encode("cp1252"))
     recipe = made(tmp_path / "a.csv", tmp_path / "a.yaml", "--model", str(tmp_path / "model"))
     assert recipe.data.encoding == "cp1252"
-    assert "it is not UTF-8; look whether this is right: où est le colis 0" in capsys.readouterr().out
+    assert "it is not UTF-8; check whether this is right: où est le colis 0" in capsys.readouterr().out
     seen = made(FORMS / "images.jsonl", tmp_path / "b.yaml")
     assert (seen.task, seen.tower, seen.model) == ("instruct", "language", "HuggingFaceTB/SmolVLM-256M-Instruct")
 

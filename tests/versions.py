@@ -9,13 +9,13 @@ from transformers.generation import GenerationMixin
 from transformers.integrations import moe
 
 from ziggurat.host.older import SHARES
-from ziggurat.host.supported import asked_peft
+from ziggurat.host.supported import required_peft
 
 PEFT, TRANSFORMERS = Version(peft.__version__), Version(transformers.__version__)
 TORCH = Version(torch.__version__)
 
 #: transformers' own add_adapter, load_adapter and the like; test_versions.py tests the error that they end in.
-transformers_calls = pytest.mark.skipif(asked_peft() is not None, reason="this transformers asks for a newer PEFT")
+transformers_calls = pytest.mark.skipif(required_peft() is not None, reason="this transformers asks for a newer PEFT")
 #: PEFT's own classes around models of a task read a setting that transformers logs a warning about.
 compiles_whole = pytest.mark.skipif(Version("0.21") > PEFT, reason="a log call in this PEFT's forward breaks graphs")
 #: Of models of a task in one graph.

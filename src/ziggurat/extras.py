@@ -19,7 +19,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "quantised": ("bitsandbytes", "torchao"),
     "vision": (*_TRAIN, "pillow", "torchvision", "num2words"),
 }
-#: Packages whose module isn't called as they are.
+#: Packages whose module has another name.
 _MODULES = {"scikit-learn": "sklearn", "pillow": "PIL"}
 
 
@@ -41,23 +41,23 @@ def _is_there(module: str) -> bool:
 
 def install_command(packages: Iterable[str]) -> str:
     """The `pip install` that brings `packages`, by extras where they are in any: the first extra that has them all."""
-    wanted = list(packages)
-    known = [package for package in wanted if any(package in brought for brought in EXTRAS.values())]
-    whole = next((extra for extra, brought in EXTRAS.items() if known and set(known) <= set(brought)), None)
-    each = [next(extra for extra, brought in EXTRAS.items() if package in brought) for package in known]
+    names = list(packages)
+    in_extras = [package for package in names if any(package in brought for brought in EXTRAS.values())]
+    whole = next((extra for extra, brought in EXTRAS.items() if in_extras and set(in_extras) <= set(brought)), None)
+    each = [next(extra for extra, brought in EXTRAS.items() if package in brought) for package in in_extras]
     extras = [whole] if whole is not None else list(dict.fromkeys(each))
     words = [f"'{DISTRIBUTION}[{','.join(extras)}]'"] if extras else []
-    return " ".join(["pip install", *words, *(package for package in wanted if package not in known)])
+    return " ".join(["pip install", *words, *(package for package in names if package not in in_extras)])
 
 
-def require(what: str, *packages: str) -> None:
+def require(subject: str, *packages: str) -> None:
     """Raise MissingExtraError, which names all that are missing at once, unless all of `packages` can be imported.
 
-    `what` needs them: the subject of the error's sentence.
+    `subject`: the subject of the error's sentence, such as "drawing figures".
     """
     lacking = missing(packages)
     if lacking:
-        raise MissingExtraError(f"{what} needs {_named(lacking)}: {install_command(lacking)}")
+        raise MissingExtraError(f"{subject} needs {_named(lacking)}: {install_command(lacking)}")
 
 
 def _named(packages: list[str]) -> str:

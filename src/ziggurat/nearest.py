@@ -49,8 +49,8 @@ def missing_path(path: str | Path) -> str:
     """An error's text for a missing path: the deepest folder that exists, and the nearest names in it."""
     target = Path(path).expanduser()
     if target.exists():
-        what = "a folder" if target.is_dir() else "a file" if target.is_file() else "no regular file"
-        return f"'{path}' is there, but it is {what}"
+        kind = "a folder" if target.is_dir() else "a file" if target.is_file() else "no regular file"
+        return f"'{path}' is there, but it is {kind}"
     folder = target.parent
     missing = target.name
     while not folder.is_dir():

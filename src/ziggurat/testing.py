@@ -150,11 +150,11 @@ def _check_reload(case: _Case, folder: Path) -> None:
     config: Any = model.peft_config["default"]
     sites = {site.path: site for layer in layers_of(model) for site in layer.sites.values()}
     specs = unique_specs(case.method, config.at, sites)
-    wanted = sum(spec.size for spec in specs.values() if spec.seed is None)
+    expected = sum(spec.size for spec in specs.values() if spec.seed is None)
     stored = load_file(folder / "adapter_model.safetensors")
     held = sum(tensor.numel() for name, tensor in stored.items() if case.method.prefix in name)
-    assert held == wanted, (
-        f"the file holds {held:,} parameters of the method; `tensors` asks for {wanted:,}, each once."
+    assert held == expected, (
+        f"the file holds {held:,} parameters of the method; `tensors` asks for {expected:,}, each once."
     )
     again = PeftModel.from_pretrained(copy.deepcopy(case.base), str(folder)).eval()
     same = torch.equal(case.outputs(again), case.outputs(model))
@@ -182,10 +182,12 @@ def _check_export(case: _Case, folder: Path) -> None:
     )
 
 
-def _agree(value: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
-    assert value.shape == expected.shape, f"{what}: shapes {tuple(value.shape)} and {tuple(expected.shape)}."
+def _agree(value: Tensor, expected: Tensor, tolerance: float, subject: str) -> None:
+    assert value.shape == expected.shape, f"{subject}: shapes {tuple(value.shape)} and {tuple(expected.shape)}."
     off, size = float((value - expected).abs().max()), float(expected.abs().max())
-    assert off <= tolerance * size, f"{what} differ by {off:.3g}, of at most {size:.3g} (allowed: {tolerance:g} of it)."
+    assert off <= tolerance * size, (
+        f"{subject} differ by {off:.3g}, of at most {size:.3g} (allowed: {tolerance:g} of it)."
+    )
 
 
 def _small_llama() -> nn.Module:

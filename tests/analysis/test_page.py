@@ -110,10 +110,10 @@ def pruned_run(saved: Saved) -> Path:
 
 def test_what_was_pruned_is_told_and_drawn(saved: Saved) -> None:
     run = read_run(pruned_run(saved))
-    assert run.most == 4 and sum(run.left.values()) == 17
+    assert run.most == 4 and sum(run.remaining.values()) == 17
     page = report([pruned_run(saved)])
-    assert "17 of 32 directions are left, 15 were pruned." in page
-    drawn = page[page.index("Directions left, of 4") :].split("</svg>")[0]
+    assert "17 of 32 directions remain, 15 were pruned." in page
+    drawn = page[page.index("Remaining directions, of 4") :].split("</svg>")[0]
     shown = [int(word) for word in re.findall(r">(\d)</text>", drawn)]
     assert shown[-8:] == [4, 3, 2, 1, 0, 4, 1, 2]
 

@@ -201,7 +201,7 @@ def test_nothing_is_given_twice_or_named_like_the_average(tmp_path: Path) -> Non
     with pytest.raises(RecipeError, match=r"methods: 'LoRA' is given twice in line 5"):
         load_table(tmp_path / "twice.yaml")
     methods: dict[str, Any] = {"LoRA": {"method.name": "lora"}}
-    with pytest.raises(RecipeError, match=r"tasks: average: so the table calls the mean"):
+    with pytest.raises(RecipeError, match=r"tasks: average: is the table's name for the mean"):
         make_table(values(methods=methods, tasks={"average": {"data.train": "mine.csv"}}), "mine", tmp_path)
     methods["head"] = {"method.name": "head", "tasks": []}
     with pytest.raises(RecipeError, match=r"head: tasks: empty; name its only tasks"):

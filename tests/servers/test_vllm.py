@@ -230,7 +230,9 @@ def test_experts_of_other_models_are_refused(tmp_path: Path) -> None:
     config = MSPLoraConfig(r=4, target_parameters=EXPERTS, init_weights=False)
     model = get_peft_model(mixture("olmoe"), config)
     model.get_base_model().config.model_type = "unheard_of"
-    with pytest.raises(ExportError, match=r"experts of a unheard_of, and how vLLM names those is known here for deep"):
+    with pytest.raises(
+        ExportError, match=r"experts of a unheard_of, and vLLM's names of experts are known here for deep"
+    ):
         export_model(model, tmp_path / "out", serving=True)
     assert not (tmp_path / "out").exists()
 

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from ziggurat import cli
 from ziggurat.cli.launch import config_file
-from ziggurat.host.lifecycle import ride_along
+from ziggurat.host.lifecycle import add_to_trainers
 
 _made = AcceleratorState.__init__
 
@@ -59,7 +59,7 @@ def settings_of(way: str) -> dict[str, str]:
 def main() -> None:
     with open(sys.argv[1], encoding="utf-8") as file:
         jobs = json.load(file)
-    ride_along(Trouble)
+    add_to_trainers(Trouble)
     codes = []
     for job in jobs:
         settings = settings_of(job["way"])

@@ -96,7 +96,7 @@ def test_what_a_stream_cannot_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
         read(tmp_path / "a.jsonl", train__max_steps=None, train__epochs=2.0, data__max_train=3)
     for message in (
-        "train.max_steps, for a stream has no end",
+        "train.max_steps, because the length of a stream is",
         "train.epochs: has no meaning",
         "data.max_train: has no",
     ):

@@ -9,7 +9,7 @@ import numpy as np
 from . import measures
 from .components import UPDATE, Collected
 
-#: The columns of `experts.csv` that are drawn, and what they are.
+#: The columns of `experts.csv` that are drawn, with their titles.
 VALUES = {"norm": "norm of the update", "shared": "energy that is shared"}
 
 
@@ -21,11 +21,11 @@ def maps(collected: Collected, stack: str | None = None) -> dict[str, dict[str, 
     multiply or nothing was trained.
     """
     stack = measures.stack_of(collected, stack)
-    here = [c for c in collected.components if c.stack == stack and c.experts is not None]
-    roles = list(dict.fromkeys(c.family for c in here))
+    components = [c for c in collected.components if c.stack == stack and c.experts is not None]
+    roles = list(dict.fromkeys(c.family for c in components))
     by_role: dict[str, dict[str, np.ndarray]] = {}
     for role in roles:
-        of_role = [c for c in here if c.family == role]
+        of_role = [c for c in components if c.family == role]
         shape = (collected.layers[stack], max(c.experts.stop for c in of_role))  # type: ignore[union-attr]
         norm, energy, common = (np.full(shape, np.nan) for _ in range(3))
         composed = UPDATE if any(c.part == UPDATE for c in of_role) else of_role[0].part

@@ -213,7 +213,8 @@ def tier_map(collected: Collected, stack: str | None = None, side: str = "input"
 def expert_maps(
     collected: Collected, role: str, stack: str | None = None, axes: Sequence[Axes] | None = None
 ) -> Sequence[Axes]:
-    """Heat maps, layers down and experts across, of `experts.maps` of one role: the updates' norm, and what is shared.
+    """Heat maps, layers down and experts across, of `experts.maps` of one role: the norm of the updates, and the
+    part of their energy that experts share.
 
     The second one is left out where no parts add up to the update.
     """

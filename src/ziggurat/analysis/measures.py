@@ -54,7 +54,7 @@ def rows(collected: Collected, k: int = HALF) -> list[dict[str, Any]]:
 
 
 def spectra(collected: Collected, part: str) -> np.ndarray:
-    """The singular values of a part's components, one a row, filled up with zeros."""
+    """The singular values of a part's components, a row for each, padded with zeros."""
     values = [component.singular_values for component in _some(collected, part)]
     longest = max(map(len, values))
     return np.stack([np.pad(spectrum, (0, longest - len(spectrum))) for spectrum in values])

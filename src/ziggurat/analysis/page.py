@@ -135,10 +135,10 @@ _OF_REWARDS = {
 
 
 def _curves(runs: Sequence[Run]) -> Iterator[str]:
-    wanted = ["loss", *dict.fromkeys(f"eval_{run.values['metric']}" for run in runs), "eval_loss", "learning_rate"]
+    names = ["loss", *dict.fromkeys(f"eval_{run.values['metric']}" for run in runs), "eval_loss", "learning_rate"]
     titles = {"loss": "Training loss", "eval_loss": "Validation loss", "learning_rate": "Learning rate"} | _OF_REWARDS
-    wanted += _OF_REWARDS
-    for name in wanted:
+    names += _OF_REWARDS
+    for name in names:
         series = {}
         for run in runs:
             points = [(line["epoch"], line[name]) for line in run.history if name in line and "epoch" in line]
@@ -247,15 +247,15 @@ def _against(runs: Sequence[Run]) -> Section | None:
 
 
 def _pruned(run: Run) -> Section | None:
-    if not run.left:
+    if not run.remaining:
         return None
-    total, most = sum(run.left.values()), run.most * len(run.left)
-    text = f"{total:,} of {most:,} directions are left, {most - total:,} were pruned."
-    charts = [] if run.collected is None else _left(run, run.collected)
+    total, most = sum(run.remaining.values()), run.most * len(run.remaining)
+    text = f"{total:,} of {most:,} directions remain, {most - total:,} were pruned."
+    charts = [] if run.collected is None else _remaining(run, run.collected)
     return _section(f"{run.name}: pruned", charts, [text])
 
 
-def _left(run: Run, collected: Collected) -> Iterator[str]:
+def _remaining(run: Run, collected: Collected) -> Iterator[str]:
     part, limits = collected.stored_parts[-1], (0.0, float(run.most))
     for stack in collected.layers:
         grid, roles = measures.by_layer_and_role(collected, part, "rank", stack)
@@ -264,7 +264,7 @@ def _left(run: Run, collected: Collected) -> Iterator[str]:
         # A linear layer that lost all its directions has no component.
         grid = np.nan_to_num(grid)
         yield svg.heat_map(
-            f"Directions left, of {run.most}", grid, rows, [short[r] for r in roles], digits=0, limits=limits
+            f"Remaining directions, of {run.most}", grid, rows, [short[r] for r in roles], digits=0, limits=limits
         )
 
 

@@ -47,13 +47,13 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
     alike: dict[tuple[str, ...], list[Component]] = {}
     updates: list[Component] = []
     for path, site in sites.items():
-        here = config.at(site)
-        specs = specs_of(method, here, site)
+        at_site = config.at(site)
+        specs = specs_of(method, at_site, site)
         names = {
             key: f"{method.bank}.{method.store}.{spec.leaf(key)}" if spec.shared else _own_name(method, site, key)
             for key, spec in specs.items()
         }
-        read = redirected(method, here, site)
+        read = redirected(method, at_site, site)
         names |= {key: f"{method.bank}.{method.store}.{leaf}" for key, (_, leaf) in read.items()}
         if method.pair is None or any(name not in state for name in names.values()):
             continue
@@ -61,7 +61,7 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
         layers = tuple(site.span.layers) if site.span is not None else (site.layer,)
         for expert in range(site.num_experts or 1) if site.fused else (None,):
             t, members = (stored, {}) if expert is None else of_expert(specs, stored, expert, site.num_experts or 1)
-            parts = parts_of(method, here, site, t) if expert is None else expert_parts(method, here, site, t)
+            parts = parts_of(method, at_site, site, t) if expert is None else expert_parts(method, at_site, site, t)
             for part in parts:
                 together = all(specs[key].shared for key in part.keys)
                 experts = _sharing(members, part.keys, site, expert)
@@ -80,7 +80,7 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
                 alike.setdefault((part.name, *component.tensors, "" if together else path), []).append(component)
             if len(parts) > 1:
                 rank = min(part.pair.A.shape[0] for part in parts if not part.adds) if not parts[0].adds else None
-                pair = pair_of(method, here, site, t) if expert is None else expert_pair(method, here, site, t)
+                pair = pair_of(method, at_site, site, t) if expert is None else expert_pair(method, at_site, site, t)
                 role = site.role if expert is None else f"{site.role}[{expert}]"
                 reached = _sharing({}, (), site, expert)
                 updates.append(
@@ -99,7 +99,7 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
 
 
 def _sharing(members: Mapping[str, range], keys: Sequence[str], site: Site, expert: int | None) -> range | None:
-    """Which experts have these tensors of a site in common; without tensors the one expert that is looked at."""
+    """The experts that have these tensors of a site in common; without tensors, `expert` alone."""
     if members:
         return range(max(members[key].start for key in keys), min(members[key].stop for key in keys))
     return _alone(site.expert if expert is None else expert)

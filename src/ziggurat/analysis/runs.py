@@ -19,8 +19,8 @@ class Run:
     """The contents of a finished run's folder. `collected` is None if there is no readable adapter; `why` has the
     reason.
 
-    `events`: LoR2C's merges and injections. `left`: path -> directions left of a method that prunes (LoRA², AdaLoRA),
-    of `most` at the start; empty if nothing was pruned.
+    `events`: LoR2C's merges and injections. `remaining`: path -> remaining directions, of `most` at the start, for
+    methods that prune (LoRA², AdaLoRA); empty if nothing was pruned.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Run:
     collected: Collected | None
     why: str
     events: list[dict[str, Any]]
-    left: dict[str, int]
+    remaining: dict[str, int]
     most: int
 
     @property
@@ -81,6 +81,8 @@ def _pruned(folder: Path, collected: Collected | None) -> tuple[dict[str, int], 
     most = getattr(config, "init_r", None) or config.r
     pattern = getattr(config, "rank_pattern", None) or {}
     # Our methods write the number of remaining directions, AdaLoRA a mask; ranks by role are a user's choice.
-    counted = all(isinstance(kept, int) or all(isinstance(k, bool) for k in kept) for kept in pattern.values())
-    left = {path: kept if isinstance(kept, int) else sum(kept) for path, kept in pattern.items()} if counted else {}
-    return (left, most) if sum(left.values()) < most * len(left) else ({}, most)
+    counted = all(isinstance(value, int) or all(isinstance(k, bool) for k in value) for value in pattern.values())
+    remaining = (
+        {path: value if isinstance(value, int) else sum(value) for path, value in pattern.items()} if counted else {}
+    )
+    return (remaining, most) if sum(remaining.values()) < most * len(remaining) else ({}, most)

@@ -7,7 +7,7 @@ sum_i ||D_i||_F^2. With the Gram matrix G_ij = <D_i, D_j>_F its share is
 
 1 where all are equal, and 1/n where they are orthogonal, as independent ones of many entries nearly are. Where matrices
 fall into several such families (the layers of each third, the adapters at each linear layer), energies are summed. A
-line is for all experts of a layer, but an expert is compared over depth with the one of its number in other layers.
+line covers all experts of a layer; over depth, an expert is compared with those of the same number in other layers.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -31,7 +31,7 @@ from .components import UPDATE, Collected, family_of
 
 #: Sharing over groups is reported for so many contiguous parts of the depth, as MSPLoRA's mid tier has.
 GROUPS = 3
-#: At most so many entries of gradients are in float64 at a time.
+#: The most entries of gradients that are converted to float64 at a time.
 _ENTRIES = 2**24
 
 
@@ -98,7 +98,7 @@ def gradients(model: nn.Module, losses: Iterator[Tensor]) -> list[Item]:
     """The gradient of the sum of `losses` by the frozen weight of each linear layer that adapters of `model` adapt.
 
     `model`: the base model with a fresh adapter in it. `losses`: one for each batch, with the graph of its forward. A
-    gradient takes the room of its weight, in float32 on the CPU.
+    gradient has the size of its weight, in float32 on the CPU.
 
     Raises:
         ConfigError: there is no such weight, or one is quantised and has no gradient.

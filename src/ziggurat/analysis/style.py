@@ -86,8 +86,8 @@ def scale() -> Any:
 
 def digits_for(values: np.ndarray) -> int:
     """The number of decimals in a small cell: none from 100 on, three below 0.1."""
-    known = np.abs(values[np.isfinite(values)])
-    largest = float(known.max()) if known.size else 1.0
+    finite = np.abs(values[np.isfinite(values)])
+    largest = float(finite.max()) if finite.size else 1.0
     return 0 if largest >= 100 else 1 if largest >= 10 else 2 if largest >= 0.1 else 3
 
 
@@ -110,9 +110,9 @@ def heat_map(
     import matplotlib
 
     shown = np.ma.masked_invalid(np.asarray(grid, dtype=float))
-    known = shown.compressed()
+    finite = shown.compressed()
     if limits is None:
-        low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
         if centred:
             high = max(abs(low), abs(high))
             low = -high
@@ -133,7 +133,7 @@ def heat_map(
             tick.set_horizontalalignment("right")
             tick.set_rotation_mode("anchor")
     if shown.shape[1] <= 14 and shown.shape[0] <= 26:
-        _numbers(ax, shown, image, digits if digits is not None else digits_for(known))
+        _numbers(ax, shown, image, digits if digits is not None else digits_for(finite))
     if bar:
         colour_bar(image, [ax], label)
     return ax

@@ -16,18 +16,18 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 30, 34
 def line_chart(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_name: str) -> str:
     """Lines over a common axis, at most eight colours; points that aren't finite are left out."""
     height = 220
-    kept = {name: _finite(x, y) for name, (x, y) in series.items()}
-    kept = {name: points for name, points in kept.items() if points}
-    if not kept:
+    curves = {name: _finite(x, y) for name, (x, y) in series.items()}
+    curves = {name: points for name, points in curves.items() if points}
+    if not curves:
         return ""
-    xs = [x for points in kept.values() for x, _ in points]
-    ys = [y for points in kept.values() for _, y in points]
+    xs = [x for points in curves.values() for x, _ in points]
+    ys = [y for points in curves.values() for _, y in points]
     across_at, up_at = ticks(min(xs), max(xs), 4), ticks(min(ys), max(ys), 4)
     x0, x1 = min(min(xs), across_at[0]), max(max(xs), across_at[-1])
     y0, y1 = min(min(ys), up_at[0]), max(max(ys), up_at[-1])
     x0, x1 = (x0, x1) if x1 > x0 else (x0 - 0.5, x1 + 0.5)
     y0, y1 = (y0, y1) if y1 > y0 else (y0 - 0.5, y1 + 0.5)
-    legend = 16 * len(kept) if len(kept) > 1 else 0
+    legend = 16 * len(curves) if len(curves) > 1 else 0
     total = height + legend
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -43,7 +43,7 @@ def line_chart(title: str, series: Mapping[str, tuple[Sequence[float], Sequence[
         place = at(value, y0)[0]
         parts.append(_text(place, height - _BOTTOM + 14, _short(value), "n e" if place > WIDTH - 30 else "n m"))
     parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, height - 4, x_name, "n m"))
-    for number, (name, points) in enumerate(kept.items()):
+    for number, (name, points) in enumerate(curves.items()):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
         parts.append(f'<polyline class="l c{number % 8}" points="{path}"/>')
         if len(points) < 30:
@@ -111,8 +111,8 @@ def heat_map(
     tall = min(max(side, 15.0), 26.0)
     slanted = max(len(name) for name in columns) * 6.2 > side
     foot = (10 + 4.6 * max(len(_cut(name, 14)) for name in columns) if slanted else 18) + (16 if x_name else 0)
-    known = grid[np.isfinite(grid)]
-    low, high = limits or ((float(known.min()), float(known.max())) if known.size else (0.0, 1.0))
+    finite = grid[np.isfinite(grid)]
+    low, high = limits or ((float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0))
     if centred:
         high = max(abs(low), abs(high)) or 1.0
         low = -high
@@ -208,12 +208,14 @@ def _svg(height: float, title: str, parts: Sequence[str]) -> str:
     return "".join([head, _text(12, 16, _cut(title, 44), "t"), *parts, "</svg>"])
 
 
-def _rect(kind: str, x: float, y: float, width: float, height: float, more: str = "") -> str:
-    return f'<rect class="{kind}"{more} x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{round(height, 1):g}"/>'
+def _rect(kind: str, x: float, y: float, width: float, height: float, attributes: str = "") -> str:
+    return (
+        f'<rect class="{kind}"{attributes} x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{round(height, 1):g}"/>'
+    )
 
 
-def _text(x: float, y: float, words: str, kind: str, more: str = "") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}"{more}>{escape(words)}</text>'
+def _text(x: float, y: float, words: str, kind: str, attributes: str = "") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}"{attributes}>{escape(words)}</text>'
 
 
 def _finite(x: Sequence[float], y: Sequence[float]) -> list[tuple[float, float]]:

@@ -110,7 +110,7 @@ def write(
 
     Raises:
         ConfigError: `out` is a file; `other` has another depth.
-        MissingExtraError: `pictures` are wanted, and matplotlib isn't installed.
+        MissingExtraError: `pictures` is True, and matplotlib isn't installed.
     """
     folder = Path(out)
     if folder.exists() and not folder.is_dir():

@@ -37,8 +37,8 @@ app = typer.Typer(
 _DEBUG, _PLUGIN = "--debug", "--plugin"
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(show: bool) -> None:
+    if show:
         say(f"ziggurat {VERSION}")
         raise typer.Exit
 
@@ -107,19 +107,19 @@ def _options_first(words: Iterable[str]) -> list[str]:
 
     Words after `--` aren't touched: they belong to another program, or are a text.
     """
-    first, rest, left = [], [], iter(words)
-    for word in left:
+    plugins, others, remaining = [], [], iter(words)
+    for word in remaining:
         if word == "--":
-            rest += [word, *left]
+            others += [word, *remaining]
         elif word == _DEBUG:
             continue
         elif word == _PLUGIN:
-            first += [word, *itertools.islice(left, 1)]
+            plugins += [word, *itertools.islice(remaining, 1)]
         elif word.startswith(f"{_PLUGIN}="):
-            first.append(word)
+            plugins.append(word)
         else:
-            rest.append(word)
-    return [*first, *rest]
+            others.append(word)
+    return [*plugins, *others]
 
 
 def _fail(message: str, code: int) -> NoReturn:

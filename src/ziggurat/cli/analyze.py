@@ -34,7 +34,7 @@ def analyze(
     ] = 0,
     json: Json = False,
 ) -> None:
-    """Look inside an adapter: spectra, effective ranks, norms, how alike its layers are, what they have in common."""
+    """Analyse an adapter: spectra, effective ranks, norms, and the similarity and common part of its layers."""
     from json import loads as parse
 
     from ziggurat.analysis import sharing, write
@@ -44,10 +44,10 @@ def analyze(
     if adapter.is_file() and adapter.suffix in (".yaml", ".yml"):
         return _gradients(adapter, json)
     first = collect(adapter)
-    more = [collect(folder) for folder in beside or ()]
+    others = [collect(folder) for folder in beside or ()]
     second = collect(against) if against is not None else None
     if json:
-        say(write.json_text(first, second, k=k, beside=more))
+        say(write.json_text(first, second, k=k, beside=others))
     else:
         console = Console()
         for collected in (first, second):
@@ -55,14 +55,14 @@ def analyze(
                 console.print(write.table(collected, k))
         if second is not None:
             console.print(write.against(first, second), highlight=False)
-        for line in sharing.shared(sharing.updates([first, *more])):
+        for line in sharing.shared(sharing.updates([first, *others])):
             console.print(f"updates, {sharing.sentence(line)}", highlight=False)
     if out is not None:
         run = adapter / "run.json"
         history = parse(run.read_text(encoding="utf-8")).get("history") or [] if run.is_file() else []
         pictures = not missing(["matplotlib"])
         with told_of_storage(out):
-            paths = write.write(first, out, second, k=k, pictures=pictures, history=history, beside=more)
+            paths = write.write(first, out, second, k=k, pictures=pictures, history=history, beside=others)
         if not pictures:
             how = install_command(["matplotlib"])
             say(f"note: no figures were drawn, as matplotlib is not installed: {how}", err=True)

@@ -35,8 +35,8 @@ def chat(
     remembers = loaded.run.get("shape") == "messages"
     if system is not None and not remembers:
         raise DataError("this adapter was not trained on conversations: it takes no system prompt")
-    kept = "/new begins a new conversation" if remembers else "each line is a question of its own, as in training"
-    say(f"{adapter}: {kept}; /quit or Ctrl-D ends.")
+    note = "/new begins a new conversation" if remembers else "each line is a question of its own, as in training"
+    say(f"{adapter}: {note}; /quit or Ctrl-D ends.")
     messages: list[dict[str, Any]] = []
     while True:
         try:

@@ -11,7 +11,7 @@ from ziggurat.terminal import Console, say
 def compare(
     table: Annotated[Path, typer.Argument(metavar="TABLE.yaml", help="Methods, tasks and seeds.")],
     out: Annotated[Path | None, typer.Option(help="Folder of runs and results.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time (default: one a GPU, or one).")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time (default: one per GPU, or one).")] = None,
     engine: Annotated[str, typer.Option(help="local: processes of this machine; ray: a Ray cluster.")] = "local",
     shard: Annotated[
         str | None, typer.Option(metavar="K/N", help="Take the K-th of N parts of the runs, beside other programs.")
@@ -20,7 +20,7 @@ def compare(
         bool, typer.Option("--only-report", help="Run nothing; write the tables and plots of the finished runs.")
     ] = False,
 ) -> None:
-    """Run methods by tasks by seeds, what is done never again, and write the table with differences and plots."""
+    """Run methods by tasks by seeds, each run once, and write the table with differences and plots."""
     from ziggurat.compare.table import load_table
 
     read = load_table(table, out)

@@ -16,8 +16,8 @@ def recipe_words(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     They are the recipes that ship, recipe files in this folder, and keys; after `KEY=` files. Bash passes a value as a
     separate word: for it the list is empty, and bash completes file names itself.
     """
-    key, given, value = incomplete.partition("=")
-    if given:
+    key, equals, value = incomplete.partition("=")
+    if equals:
         return [(f"{key}={path}", "file") for path in _paths(value)]
     if [*(ctx.params.get("words") or ())][-1:] == ["="]:
         return []

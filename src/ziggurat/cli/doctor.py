@@ -22,28 +22,28 @@ def doctor(
     ] = None,
     json: Json = False,
 ) -> None:
-    """List combinations that will not work, and why, before they fail. Exit code 1 if one surely won't."""
+    """List combinations that will not work, and why, before they fail. Exit code 1 if one is sure to fail."""
     import json as text
     from dataclasses import asdict
 
     from ziggurat.doctor.checks import LEVELS, adapter, environment, machine, recipe
 
-    given = list(words or [])
-    findings = list(environment() if given else machine())
-    if given and (Path(given[0]) / "adapter_config.json").is_file():
-        if given[1:]:
+    arguments = list(words or [])
+    findings = list(environment() if arguments else machine())
+    if arguments and (Path(arguments[0]) / "adapter_config.json").is_file():
+        if arguments[1:]:
             raise typer.BadParameter(
-                f"an adapter's folder is checked as it is; {' '.join(given[1:])} has no meaning there"
+                f"an adapter's folder is checked as it is; {' '.join(arguments[1:])} has no meaning there"
             )
-        findings += adapter(given[0])
-    elif given and Path(given[0]).is_dir() and not (Path(given[0]) / "recipe.yaml").is_file():
+        findings += adapter(arguments[0])
+    elif arguments and Path(arguments[0]).is_dir() and not (Path(arguments[0]) / "recipe.yaml").is_file():
         from ziggurat.host.saved.folder import adapter_config
 
-        adapter_config(given[0])  # raises an error that names the missing file
-    elif given:
+        adapter_config(arguments[0])  # raises an error that names the missing file
+    elif arguments:
         from ziggurat.recipe.recipe import load_recipe
 
-        findings += recipe(load_recipe(given[0], given[1:]))
+        findings += recipe(load_recipe(arguments[0], arguments[1:]))
     findings = sorted(dict.fromkeys(findings), key=lambda finding: LEVELS.index(finding.level))
     for finding in findings:
         if json:

@@ -54,26 +54,26 @@ def evaluate(
     from ziggurat.recipe.recipe import SPELLINGS
 
     dtype = SPELLINGS["dtype"].get(dtype, dtype)
-    glue, rest = _read_tasks(tasks)
+    glue, lm_tasks = _read_tasks(tasks)
     _check_options(glue, dtype, limit, predictions)
     out, predictions, keep_tasks = (path and path.expanduser() for path in (out, predictions, keep_tasks))
     for place in filter(None, (out, predictions and predictions / "x.tsv", keep_tasks and keep_tasks / "x.yaml")):
         check_writable(place)
-    _check_needs(glue, rest)
+    _check_needs(glue, lm_tasks)
     from ziggurat.evaluation.lm import score
     from ziggurat.evaluation.ready import ready
     from ziggurat.evaluation.subject import load_subject
 
-    subject = _find(adapter, glue, rest, dtype, data, server=predictions is not None)
+    subject = _find(adapter, glue, lm_tasks, dtype, data, server=predictions is not None)
     scores, errors, per_cent = dict[str, dict[str, float]](), dict[str, dict[str, float]](), dict[str, list[str]]()
     with ExitStack() as stack:
         how: dict[str, Any] = {"data": data, "limit": limit, "run_code": run_generated_code, "keep": keep_tasks}
-        prepared = stack.enter_context(ready(rest, **how)) if rest else []
+        prepared = stack.enter_context(ready(lm_tasks, **how)) if lm_tasks else []
         model, tokenizer, loaded = load_subject(subject, dtype)
         for name in glue:
             scores |= _glue(loaded, name, data, limit, predictions)
         per_cent |= {task: [name for name in values if not name.endswith(_PLAIN)] for task, values in scores.items()}
-        for scored in score(model, tokenizer, prepared, limit=limit, batch=batch) if rest else ():
+        for scored in score(model, tokenizer, prepared, limit=limit, batch=batch) if lm_tasks else ():
             scores[scored.task] = {**scored.scores, "rows": float(scored.rows)}
             per_cent[scored.task], errors[scored.task] = list(scored.per_cent), scored.errors
             say(_scores(scored.task, scores[scored.task], per_cent[scored.task], scored.errors))
@@ -134,8 +134,8 @@ def _read_tasks(tasks: str) -> tuple[list[str], list[str]]:
 
 def _check_no_tasks(dtype: str, predictions: Path | None, keep_tasks: Path | None, *, run_code: bool) -> None:
     """Raise BadParameter for options that need --tasks, which must not be ignored silently."""
-    given = {"--predictions": predictions, "--keep-tasks": keep_tasks, "--run-generated-code": run_code}
-    named = [name for name, value in given.items() if value] + ["--dtype"] * (dtype != "auto")
+    values = {"--predictions": predictions, "--keep-tasks": keep_tasks, "--run-generated-code": run_code}
+    named = [name for name, value in values.items() if value] + ["--dtype"] * (dtype != "auto")
     if named:
         raise typer.BadParameter(f"{', '.join(named)}: for --tasks only; name tasks, or leave it out")
 
@@ -151,14 +151,16 @@ def _check_options(glue: list[str], dtype: str, limit: int | None, predictions: 
         )
 
 
-def _find(adapter: str, glue: list[str], rest: list[str], dtype: str, data: Path | None, *, server: bool) -> Subject:
+def _find(
+    adapter: str, glue: list[str], lm_tasks: list[str], dtype: str, data: Path | None, *, server: bool
+) -> Subject:
     """The subject to score, checked against the tasks and their data before a model is loaded."""
     from ziggurat.evaluation.ready import check_folder
     from ziggurat.evaluation.subject import check_tasks, find_subject
 
     check_folder(data)
     subject = find_subject(adapter)
-    check_tasks(subject, [*glue, *rest])
+    check_tasks(subject, [*glue, *lm_tasks])
     if dtype != "auto" and subject.kind != "base":
         raise typer.BadParameter("--dtype is for a model without adapter; an adapter's base has the dtype of its run")
     for name in glue:
@@ -172,16 +174,16 @@ def _find(adapter: str, glue: list[str], rest: list[str], dtype: str, data: Path
     return subject
 
 
-def _check_needs(glue: list[str], rest: list[str]) -> None:
+def _check_needs(glue: list[str], lm_tasks: list[str]) -> None:
     """Raises MissingExtraError that names all packages that the tasks need and that are missing."""
     from ziggurat.evaluation.glue import needs
     from ziggurat.extras import require
     from ziggurat.recipe.glue import GLUE
 
     # Unknown names are reported when the names are read.
-    known = [name for name in (task.removeprefix("glue/") for task in glue) if name in GLUE]
-    packages = [package for name in known for package in needs(name)]
-    require("ziggurat eval", *packages, *(["lm-eval"] if rest else []))
+    names = [name for name in (task.removeprefix("glue/") for task in glue) if name in GLUE]
+    packages = [package for name in names for package in needs(name)]
+    require("ziggurat eval", *packages, *(["lm-eval"] if lm_tasks else []))
 
 
 #: GLUE's scores that aren't percentages.

@@ -31,9 +31,9 @@ def init(
     )
     if place.exists():
         raise ExportError(f"'{place}' exists already; name another file by --out")
-    text, seen = start(file, task=task, model=model)
+    text, inferred = start(file, task=task, model=model)
     write_whole(place, text)
-    say(f"{file}: {seen.why}")
-    for key, (value, why) in seen.keys.items():
+    say(f"{file}: {inferred.why}")
+    for key, (value, why) in inferred.keys.items():
         say(f"  {key}: {value}" + (f"  ({why})" if why else ""))
     say(f"written: {place}; read it, then: ziggurat train {shlex.quote(str(place))}")

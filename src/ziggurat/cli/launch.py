@@ -24,7 +24,7 @@ def launch_config(name: Annotated[str | None, typer.Argument(help="Print the pat
     if name is not None:
         say(str(config_file(name)))
         return
-    for known in NAMES:
-        about = config_file(known).read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-        say(f"{known:<6} {about}")
+    for config_name in NAMES:
+        about = config_file(config_name).read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        say(f"{config_name:<6} {about}")
     say('accelerate launch --config_file "$(ziggurat launch-config ddp)" --num_processes 2 -m ziggurat train ...')

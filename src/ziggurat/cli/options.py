@@ -19,7 +19,7 @@ Words = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON: one object, or one a line, instead of tables and texts.")]
 Push = Annotated[str | None, typer.Option(metavar="REPO", help="Upload the result to this repository of the hub.")]
-Private = Annotated[bool, typer.Option("--private", help="Where the repository is new, nobody else sees it.")]
+Private = Annotated[bool, typer.Option("--private", help="Make the repository private, if it is new.")]
 Adapter = Annotated[Path, typer.Argument(help="Folder that `ziggurat train` wrote.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Longest answer of a model that writes.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0: the likeliest token each time; above: drawn.")]

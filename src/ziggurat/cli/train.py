@@ -32,8 +32,8 @@ def train(
     from ziggurat.recipe.needs import check as check_needs
     from ziggurat.recipe.recipe import load_recipe
 
-    given = list(words or [])
-    name, values = options.recipe_among(given)
+    arguments = list(words or [])
+    name, values = options.recipe_among(arguments)
     recipe = load_recipe("default" if name is None else name, values)
     check_needs(recipe, "ziggurat train")
     check_hub(push_to_hub)
@@ -61,7 +61,7 @@ def train(
         result = run(recipe, console=console, rewards=rewards)
     except Interrupted as stopped:
         if is_first_to_report():
-            _tell(stopped, resume_command([*given, *flags]))
+            _tell(stopped, resume_command([*arguments, *flags]))
         raise typer.Exit(128 + stopped.signal) from None
     show(console, recipe, result)
     if is_main():
@@ -135,8 +135,8 @@ def recipes(
 
         for key, info in all_keys().items():
             default = info.get_default(call_default_factory=True)
-            given = "needed" if info.is_required() else "-" if default is None or default == "" else default
-            shown = str(given).lower() if isinstance(given, bool) else str(given)
+            value = "needed" if info.is_required() else "-" if default is None or default == "" else default
+            shown = str(value).lower() if isinstance(value, bool) else str(value)
             say(f"{key:<26} {shown:<15} {info.description or ''}")
         say(f"{'method.name':<26} {'needed':<15} its own fields are method.*")
         return

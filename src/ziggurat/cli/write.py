@@ -13,7 +13,7 @@ from .options import Private, Push
 
 Adapter = Annotated[Path, typer.Argument(help="Adapter folder.")]
 Out = Annotated[Path, typer.Argument(help="Folder to write.")]
-Base = Annotated[str | None, typer.Option(help="The base model, where the adapter's own note of it is wrong.")]
+Base = Annotated[str | None, typer.Option(help="The base model, if the adapter's config names a wrong one.")]
 
 
 def export(

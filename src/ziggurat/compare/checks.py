@@ -149,9 +149,9 @@ def _key_problems(where: str, keys: Any) -> Iterator[str]:
 
 def _label_problems(section: str, labels: Any) -> Iterator[str]:
     """Labels with control characters, and duplicates: YAML takes 1 and '1' for two labels."""
-    seen = [str(label) for label in labels]
-    for label in seen:
+    names = [str(label) for label in labels]
+    for label in names:
         if "\n" in label or clean(label) != label:
             yield f"{section}: {label!r}: a label has no line breaks and no other control characters"
-    for label in dict.fromkeys(label for label in seen if seen.count(label) > 1):
+    for label in dict.fromkeys(label for label in names if names.count(label) > 1):
         yield f"{section}: '{label}' is given twice"

@@ -72,12 +72,14 @@ def columns_of(runs: list[Run], tasks: list[str]) -> tuple[list[Column], list[st
         if count[column.name] > 1:
             columns[place] = replace(column, name=f"{column.task} {column.name}")
     if AVERAGE in (column.name for column in columns):
-        problems.append(f"tasks: {AVERAGE}: so the table calls the mean over the tasks; give this task another name")
+        problems.append(
+            f"tasks: {AVERAGE}: is the table's name for the mean over the tasks; give this task another one"
+        )
     return columns, problems
 
 
 def _second(run: Run) -> str | None:
-    """The other of the two metrics that a GLUE task is reported by, if it is."""
+    """The second metric of a GLUE task that is reported by two; None for other runs."""
     task = GLUE.get(glue_name(run.recipe.data.train, run.recipe.data.subset) or "")
     both = (task.metric, task.second) if task is not None else ()
     return both[1 - both.index(run.recipe.main_metric)] if run.recipe.main_metric in both else None

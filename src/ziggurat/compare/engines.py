@@ -1,7 +1,7 @@
 """The runs of a table, several at a time: in processes of this machine, or as tasks of a Ray cluster.
 
 An engine has `at_once`, how many runs go on at a time (None: as many as it takes). `start` returns a handle of a run,
-`ended` those of some handles that have ended (it waits a second at most), `answer` the answer of one. `stop` stops runs
+`ended` the handles of ended runs among some (it waits a second at most), `answer` the answer of one. `stop` stops runs
 with a checkpoint, and returns when all have ended or PATIENCE is over.
 """
 
@@ -31,7 +31,7 @@ RETRIES = 3
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: `done` with its run.json, `failed` or `stopped` with the reason, and the path of its log.
+    """The end of a run: `done` with its run.json, `failed` or `stopped` with the reason, and the path of its log.
 
     `where`: the surroundings of the worker; for a worker that died, as far as this program knows them.
     """
@@ -53,7 +53,7 @@ def run_all(
 ) -> Generator[Outcome]:
     """Start `runs`, `workers` at a time, with their logs in `folder`, and yield each as it ends.
 
-    `engine` is "local" (default for `workers`: one a GPU, or one) or "ray" (as many as the cluster takes). A run that
+    `engine` is "local" (default for `workers`: one per GPU, or one) or "ray" (as many as the cluster takes). A run that
     dies takes no other with it. When the loop over this is left early, or Ctrl-C comes, the running ones stop with a
     checkpoint.
 
@@ -90,7 +90,7 @@ class _Process:
 
 
 class Local:
-    """Processes of this machine, one a GPU where there are GPUs."""
+    """Processes of this machine, one per GPU where there are GPUs."""
 
     def __init__(self, workers: int | None) -> None:
         self.gpus = visible_gpus()
@@ -106,12 +106,12 @@ class Local:
     def start(self, run: Run, log: Path) -> _Process:
         slot = self.free.pop(0)
         gpu = self.gpus[slot % len(self.gpus)] if self.gpus else None
-        ours, theirs = self.context.Pipe(duplex=False)
-        arguments = (run.recipe, run.evaluation, loaded(), str(log), gpu, self.threads, theirs)
+        receiver, sender = self.context.Pipe(duplex=False)
+        arguments = (run.recipe, run.evaluation, loaded(), str(log), gpu, self.threads, sender)
         process = self.context.Process(target=serve, args=arguments)
         process.start()
-        theirs.close()
-        return _Process(process, ours, slot)
+        sender.close()
+        return _Process(process, receiver, slot)
 
     def ended(self, handles: list[_Process]) -> list[_Process]:
         # A pipe is readable when an answer arrives, even one larger than its buffer, and when its process has died.

@@ -43,7 +43,7 @@ _FORM = "a mapping with tasks or retention, and limit, data, run_generated_code 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Tasks with the metric that each reports, as `ziggurat eval` takes them, and `retention` beside them.
+    """Tasks with the metric that each reports, as `ziggurat eval` takes them, and `retention` with its own.
 
     `data` and `retention`, a file of plain text, are absolute paths or None.
     """
@@ -63,26 +63,26 @@ class Evaluation:
     @property
     def text_settings(self) -> dict[str, Any]:
         """The settings that change the score of plain text: the digest of the file."""
-        there = self.retention is not None and Path(self.retention).exists()
-        return {"text": digest(Path(self.retention)) if there else self.retention}  # type: ignore[arg-type]
+        exists = self.retention is not None and Path(self.retention).exists()
+        return {"text": digest(Path(self.retention)) if exists else self.retention}  # type: ignore[arg-type]
 
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that change the score of a task; local data count by the content of the files."""
-        there = self.data is not None and Path(self.data).exists()
-        return {"limit": self.limit, "data": digest(Path(self.data)) if there else self.data}  # type: ignore[arg-type]
+        exists = self.data is not None and Path(self.data).exists()
+        return {"limit": self.limit, "data": digest(Path(self.data)) if exists else self.data}  # type: ignore[arg-type]
 
 
-def read_evaluation(given: dict[str, Any]) -> Evaluation:
+def read_evaluation(keys: dict[str, Any]) -> Evaluation:
     """The evaluation of a mapping in which `evaluation_problems` found nothing."""
-    tasks, data, text = given.get("tasks") or {}, given.get("data"), given.get(RETENTION)
+    tasks, data, text = keys.get("tasks") or {}, keys.get("data"), keys.get(RETENTION)
     metrics = {str(task): metric or MAIN[task] for task, metric in _named(tasks).items()}
     return Evaluation(
         metrics=metrics | ({RETENTION: "perplexity"} if text is not None else {}),
-        limit=given.get("limit"),
+        limit=keys.get("limit"),
         data=str(Path(data).expanduser().resolve()) if data is not None else None,
-        run_generated_code=given.get("run_generated_code", False),
-        batch=given.get("batch", 8),
+        run_generated_code=keys.get("run_generated_code", False),
+        batch=keys.get("batch", 8),
         retention=str(Path(text).expanduser().resolve()) if text is not None else None,
     )
 
@@ -91,14 +91,14 @@ def _named(tasks: Any) -> dict[str, str | None]:
     return dict(tasks) if isinstance(tasks, dict) else dict.fromkeys(tasks)
 
 
-def evaluation_problems(given: Any) -> Iterator[str]:
+def evaluation_problems(keys: Any) -> Iterator[str]:
     """Mistakes in a task's `evaluate`."""
-    if not isinstance(given, dict):
-        yield f"{_FORM}, is needed, got {given!r}"
+    if not isinstance(keys, dict):
+        yield f"{_FORM}, is needed, got {keys!r}"
         return
-    yield from key_problems(EvaluateKeys.model_fields, given)
-    tasks = given.get("tasks")
-    if tasks is None and given.get(RETENTION) is not None:
+    yield from key_problems(EvaluateKeys.model_fields, keys)
+    tasks = keys.get("tasks")
+    if tasks is None and keys.get(RETENTION) is not None:
         pass  # plain text alone
     elif not tasks or not isinstance(tasks, list | dict) or not all(isinstance(task, str) for task in tasks):
         yield f"tasks: a list of {', '.join(MAIN)}, or a mapping task -> metric, is needed, got {tasks!r}"
@@ -108,7 +108,7 @@ def evaluation_problems(given: Any) -> Iterator[str]:
                 yield f"tasks: {task}: say which of its metrics to show, {{{task}: acc}}"
             elif metric is not None and not (isinstance(metric, str) and metric):
                 yield f"tasks: {task}: a metric's name is needed, got {metric!r}"
-        if "humaneval" in tasks and given.get("run_generated_code") is not True:
+        if "humaneval" in tasks and keys.get("run_generated_code") is not True:
             yield (
                 "tasks: humaneval runs code that the model writes; say run_generated_code: true if that is all right "
                 "on these machines (docs/evaluation.md describes the limits)"
@@ -121,10 +121,10 @@ def check_ready(evaluations: list[Evaluation]) -> None:
     Raises MissingExtraError, RecipeError or DataError: lm-eval isn't installed, knows no such task, or the data can't
     be read.
     """
-    seen: list[Evaluation] = []
+    checked: list[Evaluation] = []
     for evaluation in evaluations:
-        if evaluation not in seen:
-            seen.append(evaluation)
+        if evaluation not in checked:
+            checked.append(evaluation)
             if evaluation.retention is not None:
                 read_text(Path(evaluation.retention))
             if not evaluation.lm_tasks:
@@ -138,17 +138,17 @@ def check_ready(evaluations: list[Evaluation]) -> None:
 
 
 def _check_metric(task: Ready, metric: str) -> None:
-    known = task.score_names()
-    if not known:
+    names = task.score_names()
+    if not names:
         raise DataError(f"evaluate: {task.task} has no score of its own; name {', '.join(task.parts)}")
-    if metric not in known:
-        raise DataError(f"evaluate: {task.task} has no metric '{metric}'; it has {', '.join(known)}")
+    if metric not in names:
+        raise DataError(f"evaluate: {task.task} has no metric '{metric}'; it has {', '.join(names)}")
 
 
 def of_the_base(recipe: Recipe) -> dict[str, Any]:
     """The part of a resolved recipe that decides the base model's row."""
-    kept = {key: value for key, value in resolved(recipe).items() if key in _OF_THE_BASE}
-    return {"method.name": NONE, **kept}
+    base_keys = {key: value for key, value in resolved(recipe).items() if key in _OF_THE_BASE}
+    return {"method.name": NONE, **base_keys}
 
 
 def base_info() -> dict[str, Any]:
@@ -161,7 +161,7 @@ def base_info() -> dict[str, Any]:
 def evaluate_run(recipe: Recipe, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
     """Task -> scores of all its metrics (which of them in per cent), rows and shots, of a run or of the base model.
 
-    Each task's are kept in the run's folder as soon as they are there, and not taken again under the same settings.
+    The scores of each task are saved in the run's folder at once, and aren't computed again under the same settings.
 
     Raises:
         DataError: the data can't be read, or the task has no such metric.

@@ -66,11 +66,11 @@ def fill(
     if shard is not None and not 1 <= shard[0] <= shard[1]:
         raise RecipeError(f"shard {shard[0]}/{shard[1]}: k/n with k from 1 to n, such as 1/4.")
     console = console or Console(quiet=True)
-    left = "Finished runs are in their folders; make room, and the same command goes on from there."
+    advice = "Finished runs are in their folders; make room, and the same command goes on from there."
     name = "-of-".join(map(str, shard)) if shard else ""
-    with told_of_storage(table.folder, left), _alone(table.folder, name):
+    with told_of_storage(table.folder, advice), _alone(table.folder, name):
         results = Results(table.folder, name)
-        # Two cells of a table may be the same run; it is taken once.
+        # Two cells of a table may be the same run, which is made once.
         runs = list({run.key: run for run in table.runs}.values())
         share = runs[shard[0] - 1 :: shard[1]] if shard else runs
         todo = [run for run in share if not results.done(run.key)]

@@ -44,7 +44,7 @@ def draw(summary: Summary, folder: Path) -> list[Path]:
         axis.grid(alpha=0.3)
     for axis in axes[len(columns) :]:
         axis.set_axis_off()
-    # A method may have been on some of the tasks only.
+    # A method may have runs on some of the tasks only.
     drawn = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     named = [method for method in summary.table.methods if method in drawn]
     handles = [drawn[method] for method in named]

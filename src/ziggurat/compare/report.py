@@ -85,8 +85,8 @@ def _score(summary: Summary, method: str, column: str) -> str:
     second = summary.second.get((method, column))
     if second is not None:
         text += f" / {_mean(second)}"
-    wanted = len(summary.table.seeds)
-    return text if len(cell.scores) == wanted else f"{text} ({len(cell.scores)} of {wanted} seeds)"
+    expected = len(summary.table.seeds)
+    return text if len(cell.scores) == expected else f"{text} ({len(cell.scores)} of {expected} seeds)"
 
 
 def _mean(cell: Cell) -> str:
@@ -114,7 +114,7 @@ def _published_note(summary: Summary) -> str:
         return ""
     table = published(summary.table.published)
     return (
-        f"Rows in italics are not measured here: {table.source}, {table.model}, {table.note}. They stand beside for "
+        f"Rows in italics are not measured here: {table.source}, {table.model}, {table.note}. They are shown for "
         "orientation; models, seeds and the choice of the epoch differ, so no difference to them is taken."
     )
 

@@ -40,8 +40,8 @@ class Results:
         """Append a line and sync it to the disk. Raises StorageError if it can't be written."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         torn = self.path.is_file() and self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n")
-        left = "The finished run is in its folder; make room, and the same command notes it."
-        with told_of_storage(self.path, left), self.path.open("a", encoding="utf-8") as file:
+        advice = "The finished run is in its folder; make room, and the same command notes it."
+        with told_of_storage(self.path, advice), self.path.open("a", encoding="utf-8") as file:
             file.write(("\n" if torn else "") + json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -68,11 +68,11 @@ def line_of(run: Run, info: dict[str, Any], where: dict[str, Any]) -> dict[str, 
 
     Scores are those of the weights that were saved; a base model that nothing trained has only `evaluated` ones.
     """
-    kept = ("before", "after", "guess", "parameters", "steps", "seconds", "step_seconds", "peak_mb", "stored_bytes")
+    copied = ("before", "after", "guess", "parameters", "steps", "seconds", "step_seconds", "peak_mb", "stored_bytes")
     values = {
         "metric": info["metric"],
         "score": info["after"][info["metric"]] if run.trains else None,
-        **{name: info.get(name) for name in kept},
+        **{name: info.get(name) for name in copied},
         **({"evaluated": info["evaluated"]} if "evaluated" in info else {}),
         "notes": info.get("notes", []),
         "versions": info["versions"],

@@ -20,10 +20,10 @@ class Shared:
         self._others: dict[str, list[str]] = {}
         self._fields: set[str] = set()
 
-    def part(self, label: str, method_keys: dict[str, object], given: dict[str, object]) -> dict[str, object]:
-        """Of `given`, all but the `method.*` keys that the method with the keys `own` can't take."""
+    def part(self, label: str, method_keys: dict[str, object], keys: dict[str, object]) -> dict[str, object]:
+        """`keys` without the `method.*` keys that the method with the keys `method_keys` can't take."""
         taken = {}
-        for key, value in given.items():
+        for key, value in keys.items():
             section, _, name = key.partition(".")
             if section != "method":
                 taken[key] = value
@@ -57,7 +57,7 @@ class Shared:
 
     def problems(self) -> Iterator[str]:
         """Keys that no method took, which are mistakes."""
-        known = [f"method.{name}" for name in (*sorted(self._fields), BUDGET)]
+        names = [f"method.{name}" for name in (*sorted(self._fields), BUDGET)]
         for key in self._others:
             if key not in self._takers:
-                yield f"{key}: no method of this table takes it{did_you_mean(key, known, SYNONYMS)}"
+                yield f"{key}: no method of this table takes it{did_you_mean(key, names, SYNONYMS)}"

@@ -51,15 +51,15 @@ class Difference:
         return self.half != 0 and (self.low > 0 or self.high < 0)
 
 
-def paired(ours: Mapping[int, float], theirs: Mapping[int, float], confidence: float) -> Difference | None:
-    r"""ours - theirs over the seeds that both have: mean d, and t_{n-1} s_d / sqrt(n) (Student).
+def paired(scores: Mapping[int, float], baseline: Mapping[int, float], confidence: float) -> Difference | None:
+    r"""scores - baseline over the seeds that both have: mean d, and t_{n-1} s_d / sqrt(n) (Student).
 
     The same seed means the same split, head and order of the data, so their common effect cancels. `confidence` in per
     cent. None where no seed is shared. Differences without any spread have an interval of no width.
 
     Raises MissingExtraError without scipy.
     """
-    gaps = [ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs))]
+    gaps = [scores[seed] - baseline[seed] for seed in sorted(set(scores) & set(baseline))]
     if not gaps:
         return None
     if len(gaps) == 1:

@@ -78,9 +78,9 @@ def summarise(table: Table, lines: list[dict[str, Any]]) -> Summary:
     differences: dict[tuple[str, str], Difference] = {}
     for method in table.methods:
         for column in columns:
-            ours, theirs = cells.get((method, column)), cells.get((table.baseline, column))
-            if method != table.baseline and ours is not None and theirs is not None:
-                gap = paired(ours.scores, theirs.scores, table.confidence)
+            cell, baseline = cells.get((method, column)), cells.get((table.baseline, column))
+            if method != table.baseline and cell is not None and baseline is not None:
+                gap = paired(cell.scores, baseline.scores, table.confidence)
                 if gap is not None:
                     differences[method, column] = gap
     return Summary(table, lines, columns, cells, differences, _costs(table, lines), second)

@@ -17,11 +17,11 @@ def surroundings() -> dict[str, Any]:
 @cache
 def commit() -> str | None:
     """The commit of this package's checkout, with `+changes` if files differ; None if installed."""
-    here = str(Path(__file__).parents[1])
+    package = str(Path(__file__).parents[1])
 
     def git(*words: str) -> str:
         done = subprocess.run(  # noqa: S603
-            ["git", "-C", here, *words],  # noqa: S607
+            ["git", "-C", package, *words],  # noqa: S607
             capture_output=True,
             text=True,
             timeout=20,

@@ -48,7 +48,7 @@ class Run:
 class Table:
     """A checked table; `runs` in their order: seed by seed, so that early rows are complete ones.
 
-    `notes` are about surprises: keys of `set` that a method doesn't have.
+    `notes` tell of keys of `set` that a method doesn't have.
     """
 
     name: str
@@ -184,12 +184,12 @@ def _run(
         foreign = [key for key in recipe_keys if key in _DATA_KEYS or key.startswith("data.")]
         # `data.loss` doesn't depend on the source of the texts.
         texts = evaluation is not None or {**for_all, **of_task}.get("task") == "instruct"
-        kept = (*_KEPT, "data.loss") if texts else _KEPT
-        recipe_keys = {key: value for key, value in recipe_keys.items() if key not in foreign or key in kept}
-    given = shared.part(method, method_keys, {**for_all, **of_task})
+        kept_keys = (*_KEPT, "data.loss") if texts else _KEPT
+        recipe_keys = {key: value for key, value in recipe_keys.items() if key not in foreign or key in kept_keys}
+    shared_keys = shared.part(method, method_keys, {**for_all, **of_task})
     trains = method_keys["method.name"] != NONE
     if evaluation is not None:
-        given.setdefault("task", recipe_keys.get("task", "instruct"))
+        shared_keys.setdefault("task", recipe_keys.get("task", "instruct"))
     elif not trains:
         raise RecipeError(f"method.name: {NONE} has no trained head to score; it is for tasks with evaluate")
     # The base model's row is the same for all seeds; it is scored once.
@@ -200,7 +200,7 @@ def _run(
             {"seed": table.seeds[0], "name": f"{method} {task}"},
         )
     where["name"] = "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in str(where["name"]))
-    values = {**recipe_keys, **given, **method_keys, **where}
+    values = {**recipe_keys, **shared_keys, **method_keys, **where}
     values = {key: value for key, value in values.items() if value is not None}
     recipe = make_recipe({**values, "output": "-"}, label=f"{method} on {task}")
     if evaluation is not None and recipe.task != "instruct":
@@ -233,8 +233,10 @@ class Places:
         """The folder of the run `key`; `training` is the key of its recipe alone."""
         short = label.encode()[:_MOST_LABEL].decode(errors="ignore")
         standard = f"{short}-{training[:8]}"
-        there = self._there.get(training[:8], [])
-        free = (name for name in ([standard] if standard in there else there) if self._taken.get(name, key) == key)
+        existing = self._there.get(training[:8], [])
+        free = (
+            name for name in ([standard] if standard in existing else existing) if self._taken.get(name, key) == key
+        )
         name = next(free, standard if self._taken.get(standard, key) == key else f"{standard}-{key[:8]}")
         self._taken[name] = key
         return self.root / name
@@ -255,9 +257,9 @@ def _base(values: dict[str, Any]) -> tuple[tuple[dict[str, Any], dict[str, Any]]
     return (flat, flatten(values.get("set") or {})), problems
 
 
-def _tasks(given: Any) -> dict[str, dict[str, Any]]:
+def _tasks(listed: Any) -> dict[str, dict[str, Any]]:
     """Label -> recipe keys; `rte`, in a list or with keys, stands for `data.train: glue/rte`."""
-    named = given if isinstance(given, dict) else dict.fromkeys(given)
+    named = listed if isinstance(listed, dict) else dict.fromkeys(listed)
     tasks: dict[str, dict[str, Any]] = {}
     for label, keys in named.items():
         flat = flatten(keys or {})

@@ -59,8 +59,8 @@ def base_model(
     kind = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
     if kind:
         kind = str(getattr(kind, "value", kind))
-        known = next((k for k in ("bitsandbytes", "hqq", "torchao") if kind.startswith(k)), "packed")
-        yield from cell(known, method, f"base quantised by {kind}")
+        row = next((k for k in ("bitsandbytes", "hqq", "torchao") if kind.startswith(k)), "packed")
+        yield from cell(row, method, f"base quantised by {kind}")
 
 
 def recipe(value: Any, variables: Mapping[str, str] | None = None) -> Iterator[Finding]:
@@ -161,10 +161,10 @@ def adapter(folder: str | Path, variables: Mapping[str, str] | None = None) -> I
             )
         yield from base_model(base, method)
     try:
-        known = bare_config(base) if base else None
+        base_config = bare_config(base) if base else None
     except (ConfigError, MissingExtraError):
-        known = None
-    yield from serving(folder, config, collected, known)
+        base_config = None
+    yield from serving(folder, config, collected, base_config)
     yield from distributed(method, variables, config)
 
 

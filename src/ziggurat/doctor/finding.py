@@ -18,7 +18,7 @@ class Finding:
     do: str = ""
 
 
-def cell(key: str, method: str, what: str = "") -> Iterator[Finding]:
+def cell(key: str, method: str, subject: str = "") -> Iterator[Finding]:
     """The finding of the row `key` about a method; none where it works without limits."""
     row = fact(key)
     status = row.cells.get(method)
@@ -27,4 +27,4 @@ def cell(key: str, method: str, what: str = "") -> Iterator[Finding]:
     levels = {"no": "error", "limited": "note", "untested": "warning"}
     words = {"no": "doesn't work", "limited": "works with limits", "untested": "untested"}
     why, instead = row.reason(method)
-    yield Finding(levels[status], f"{METHODS[method]} with {what or row.what}: {words[status]}", why, instead)
+    yield Finding(levels[status], f"{METHODS[method]} with {subject or row.what}: {words[status]}", why, instead)

@@ -40,21 +40,22 @@ def _requirements() -> Iterator[Finding]:
         yield Finding("warning", f"{DISTRIBUTION} is not installed", why, "install it again: pip install .")
         listed = []
     brought = {package: extra for extra, packages in reversed(EXTRAS.items()) for package in packages}
-    for wanted in listed:
-        needed = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
-        if not needed and wanted.name not in brought:  # a development tool
+    for requirement in listed:
+        needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if not needed and requirement.name not in brought:  # a development tool
             continue
-        what = f"{wanted.name}{wanted.specifier}"
+        spec = f"{requirement.name}{requirement.specifier}"
         try:
-            have = metadata.version(wanted.name)
+            have = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             if needed:
-                why = f"ziggurat needs {what}"
-                yield Finding("error", f"{wanted.name} is not installed", why, f"pip install '{what}'")
+                why = f"ziggurat needs {spec}"
+                yield Finding("error", f"{requirement.name} is not installed", why, f"pip install '{spec}'")
             continue
-        if not wanted.specifier.contains(have, prereleases=True):
-            level, asking = ("error", "ziggurat") if needed else ("warning", f"{DISTRIBUTION}[{brought[wanted.name]}]")
-            yield Finding(level, f"{wanted.name} {have}", f"{asking} needs {what}", f"pip install '{what}'")
+        if not requirement.specifier.contains(have, prereleases=True):
+            asking = "ziggurat" if needed else f"{DISTRIBUTION}[{brought[requirement.name]}]"
+            level = "error" if needed else "warning"
+            yield Finding(level, f"{requirement.name} {have}", f"{asking} needs {spec}", f"pip install '{spec}'")
     for extra, packages in EXTRAS.items():
         if lacking := missing(packages):
             why = f"{', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not installed"
@@ -109,9 +110,9 @@ def _disk() -> Iterator[Finding]:
     """Free space in the folder of runs and in the cache of models."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    for what, folder in (("this folder", Path.cwd()), ("the cache of models", Path(HF_HUB_CACHE))):
-        there = next(place for place in (folder, *folder.parents) if place.exists())
-        free = shutil.disk_usage(there).free
+    for label, folder in (("this folder", Path.cwd()), ("the cache of models", Path(HF_HUB_CACHE))):
+        existing = next(place for place in (folder, *folder.parents) if place.exists())
+        free = shutil.disk_usage(existing).free
         level = "warning" if free < LITTLE_DISK else "note"
         do = "free some, or name another place (output=, HF_HOME)" if level == "warning" else ""
-        yield Finding(level, f"disk: {free / 1e9:.1f} GB free for {what}", f"{folder}", do)
+        yield Finding(level, f"disk: {free / 1e9:.1f} GB free for {label}", f"{folder}", do)

@@ -15,7 +15,7 @@ _MERGE = "merge into the model (`ziggurat merge`) and serve that"
 
 
 def is_decoder(config: Any, task: str | None) -> bool | None:
-    """Whether a base (transformers' config, or None) writes text from left to right; None: nobody knows."""
+    """Whether a base (transformers' config, or None) writes text from left to right; None: unknown."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -56,10 +56,10 @@ def serving(folder: str | Path, config: Any, collected: Any, base: Any) -> Itera
         return
     task = getattr(config.task_type, "value", config.task_type)
     if is_decoder(base, task) is False:
-        what = base.model_type if base is not None else str(task)
+        model_kind = base.model_type if base is not None else str(task)
         yield Finding(
             "warning",
-            f"serving an adapter of {what}",
+            f"serving an adapter of {model_kind}",
             "llama.cpp applies adapters to decoders that write text, vLLM to models that it marks for LoRA, mostly "
             "decoders",
             "merge into the model (`ziggurat merge`), which some servers take whole, or answer with `ziggurat predict`",

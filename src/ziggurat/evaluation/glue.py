@@ -25,25 +25,25 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def task_of(loaded: Loaded, wanted: str | None = None) -> str:
-    """The GLUE task an adapter was trained on. Raises DataError if there is none, or it isn't the `wanted` one."""
-    return task_for(loaded.recipe, loaded.head, wanted)
+def task_of(loaded: Loaded, expected: str | None = None) -> str:
+    """The GLUE task an adapter was trained on. Raises DataError if there is none, or it isn't `expected`."""
+    return task_for(loaded.recipe, loaded.head, expected)
 
 
-def task_for(recipe: Recipe, head: HeadSpec, wanted: str | None = None) -> str:
+def task_for(recipe: Recipe, head: HeadSpec, expected: str | None = None) -> str:
     """`task_of`, before a model is loaded."""
     data = recipe.data
     name = glue_name(data.train, data.subset)
-    if wanted is not None and wanted not in GLUE:
-        raise DataError(f"'glue/{wanted}' is not one of glue/{', glue/'.join(GLUE)}")
-    if name is None and wanted is None:
+    if expected is not None and expected not in GLUE:
+        raise DataError(f"'glue/{expected}' is not one of glue/{', glue/'.join(GLUE)}")
+    if name is None and expected is None:
         raise DataError(f"this adapter was trained on '{data.train}', which is no task of GLUE: name one, as glue/rte")
-    task = wanted or str(name)
+    task = expected or str(name)
     classes = GLUE[task].classes
     if len(classes) != len(head.label_names) or (len(GLUE[task].columns) > 1) != head.pair:
         raise DataError(
             f"glue/{task} has {len(classes) or 'no'} classes and {len(GLUE[task].columns)} texts a row; this adapter "
-            f"({data.train}) answers with {len(head.label_names) or 'no'} classes to {1 + head.pair}"
+            f"({data.train}) has {len(head.label_names) or 'no'} classes and {1 + head.pair}"
         )
     class_order(recipe, head, task)
     return task
@@ -66,7 +66,7 @@ def class_order(recipe: Recipe, head: HeadSpec, name: str) -> list[int]:
         return places
     raise DataError(
         f"glue/{name} has the classes {', '.join(classes)}; this adapter ({recipe.data.train}) knows "
-        f"{', '.join(names)}, and which of them is which isn't known. Train it on data that name their classes so, or "
+        f"{', '.join(names)}, and they can't be matched. Train it on data that name their classes so, or "
         f"count them {', '.join(map(str, range(len(classes))))} in this order"
     )
 

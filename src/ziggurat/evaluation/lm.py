@@ -99,8 +99,8 @@ def _check_room(lm: Any, task: Ready) -> None:
     from lm_eval.models import utils
 
     read: Any = utils.normalize_gen_kwargs
-    asked = [part.config for part in task.parts.values() if part.config.output_type == "generate_until"]
-    most = max((read(config.generation_kwargs or {}, lm.max_gen_toks)["max_gen_toks"] for config in asked), default=0)
+    configs = [part.config for part in task.parts.values() if part.config.output_type == "generate_until"]
+    most = max((read(config.generation_kwargs or {}, lm.max_gen_toks)["max_gen_toks"] for config in configs), default=0)
     if lm.backend == "causal" and most >= lm.max_length:
         raise RecipeError(
             f"{task.task} lets a model write up to {most} tokens, and this one has {lm.max_length} positions for "

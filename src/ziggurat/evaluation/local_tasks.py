@@ -122,11 +122,11 @@ def _read(file: Path, columns: tuple[str, ...]) -> Any:
     return table
 
 
-def _check_rows(file: Path, values: Any, column: str, wanted: str, right: Callable[[list[Any]], bool]) -> None:
+def _check_rows(file: Path, values: Any, column: str, expected: str, right: Callable[[list[Any]], bool]) -> None:
     """Raises DataError for wrong cells: lm-eval would take a text for a list of letters, and ignore a fifth choice."""
     for row, value in enumerate(values, start=1):
         if not isinstance(value, list) or not right(value):
-            raise DataError(f"--data: row {row} of {file} needs {wanted} in column '{column}', it has {value!r:.80}")
+            raise DataError(f"--data: row {row} of {file} needs {expected} in column '{column}', it has {value!r:.80}")
 
 
 def _where(table: Any, column: str, value: str) -> Any:

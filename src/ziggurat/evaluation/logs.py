@@ -49,14 +49,14 @@ def seen_logs(loaded: Loaded, table: Dataset, batch: int, notes: list[str]) -> t
     """`answer_logs` of conversations with images, whole."""
     from ziggurat.training.model.seeing import ImageCollator, expanded, text_of
 
-    writer, given = loaded.writer, table.to_list()
+    writer, table_rows = loaded.writer, table.to_list()
     rows = [
         {
             "labels": [token if on else -100 for token, on in zip(*learned, strict=True)],
             "text": text_of(writer, row),
             "images": row.get("images") or [],
         }
-        for row, learned in zip(given, expanded(loaded.recipe, writer, table, "scored", notes), strict=True)
+        for row, learned in zip(table_rows, expanded(loaded.recipe, writer, table, "scored", notes), strict=True)
     ]
     collate = ImageCollator(writer)
     return _logs(loaded, (collate(rows[start : start + batch]) for start in range(0, len(rows), batch)))

@@ -136,21 +136,21 @@ def _answers(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
 
     intervals = {"perplexity": drawn_interval(of_rows, len(logs))}
     writer = loaded.writer
-    asked = [question for row in table if (question := question_of(writer, row)) is not None]  # type: ignore[arg-type]
-    if not asked:
+    questions = [question for row in table if (question := question_of(writer, row)) is not None]  # type: ignore[arg-type]
+    if not questions:
         return {"scores": scores, "intervals": intervals, "per_cent": (), "notes": notes}
     most = positions(loaded.model.config) if loaded.processor is None else None
-    fitting = [question for question in asked if most is None or len(question[0]) < most]
-    if len(fitting) < len(asked):
-        left_out = len(asked) - len(fitting)
+    fitting = [question for question in questions if most is None or len(question[0]) < most]
+    if len(fitting) < len(questions):
+        left_out = len(questions) - len(fitting)
         notes.append(f"{left_out} questions fill all {most} positions of the model: their answers count as wrong")
     prompts, answers = [ids for ids, _, _ in fitting], [answer.strip() for _, _, answer in fitting]
     longest = max((len(loaded.tokenizer(answer)["input_ids"]) for answer in answers), default=0)
-    wanted = Sampling(tokens=min(longest + 8, 512))
-    written = generate(loaded.model, writer, prompts, wanted, batch=batch, name=loaded.recipe.model)
+    sampling = Sampling(tokens=min(longest + 8, 512))
+    written = generate(loaded.model, writer, prompts, sampling, batch=batch, name=loaded.recipe.model)
     hits = sum(text == answer for text, answer in zip(written, answers, strict=True))
-    scores["exact_match"] = 100.0 * hits / len(asked)
-    intervals["exact_match"] = share_interval(hits, len(asked))
+    scores["exact_match"] = 100.0 * hits / len(questions)
+    intervals["exact_match"] = share_interval(hits, len(questions))
     return {"scores": scores, "intervals": intervals, "per_cent": ("exact_match",), "notes": notes}
 
 
@@ -164,13 +164,13 @@ def _sequences(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
 
     recipe, tokenizer, targets, notes = loaded.recipe, loaded.tokenizer, list(table["target"]), list[str]()
     length = longest(tokenizer, loaded.model.config, recipe.data.max_length or MOST_LENGTH)
-    asked = source_ids(recipe, tokenizer, table["source"])
-    if cut := sum(len(ids) > length for ids in asked):
-        notes.append(f"{cut} of {len(asked)} sources are longer than {length} tokens and were cut")
-        asked = source_ids(recipe, tokenizer, table["source"], length)
+    sources = source_ids(recipe, tokenizer, table["source"])
+    if cut := sum(len(ids) > length for ids in sources):
+        notes.append(f"{cut} of {len(sources)} sources are longer than {length} tokens and were cut")
+        sources = source_ids(recipe, tokenizer, table["source"], length)
     needed = max(map(len, target_ids(recipe, tokenizer, targets)))
-    wanted = Sampling(tokens=min(recipe.data.max_target or needed, MOST_LENGTH))
-    written = list(generate(loaded.model, tokenizer, asked, wanted, batch=batch, name=recipe.model))
+    sampling = Sampling(tokens=min(recipe.data.max_target or needed, MOST_LENGTH))
+    written = list(generate(loaded.model, tokenizer, sources, sampling, batch=batch, name=recipe.model))
     rows = text_scores(written, targets)
     intervals = {name: drawn_interval(partial(mean_of, of), len(of)) for name, of in rows.items()}
     intervals["exact_match"] = share_interval(int((rows["exact_match"] > 0).sum()), len(written))

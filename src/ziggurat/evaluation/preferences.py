@@ -66,7 +66,7 @@ def _rewards(loaded: Loaded, table: Dataset, batch: int, notes: list[str]) -> np
         return beta * logs / counts
     if loaded.recipe.adapter is not None:
         notes.append(
-            "rewards are differences to the model without an adapter; those of the run, to the adapter it went on from"
+            "rewards are relative to the model without an adapter; the run's were, to the adapter it started from"
         )
     without: Any = getattr(loaded.model, "disable_adapter", None)
     if without is None:

@@ -83,10 +83,10 @@ def check_tasks(subject: Subject, tasks: list[str]) -> None:
         recipe, run = read_run(Path(subject.model))
         for name in glue:
             task_for(recipe, head_of(run, Path(subject.model)), name.removeprefix("glue/"))
-    rest = [name for name in tasks if name not in glue]
-    kind = _without_text(subject) if rest else None
+    lm_tasks = [name for name in tasks if name not in glue]
+    kind = _without_text(subject) if lm_tasks else None
     if kind is not None:
-        raise RecipeError(f"{', '.join(rest)}: tasks of lm-eval need a language model; '{subject.model}' {kind}")
+        raise RecipeError(f"{', '.join(lm_tasks)}: tasks of lm-eval need a language model; '{subject.model}' {kind}")
 
 
 def _without_text(subject: Subject) -> str | None:

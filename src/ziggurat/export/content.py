@@ -17,13 +17,13 @@ def check_complete(folder: str | Path, model: PeftModel) -> list[str]:
         ExportError: the file lacks a tensor of the adapter, which PEFT would have left as it was made.
     """
     held = set(tensor_shapes(folder))
-    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    beside = embedding_names(bare(model), held | wanted)  # PEFT saves them or leaves them out
-    lacking = sorted(wanted - held - beside)
+    needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    beside = embedding_names(bare(model), held | needed)  # PEFT saves them or leaves them out
+    lacking = sorted(needed - held - beside)
     if lacking:
         raise ExportError(
-            f"{folder} lacks {len(lacking)} of the {len(wanted)} tensors its config asks for ({lacking[0]}, ...): is "
+            f"{folder} lacks {len(lacking)} of the {len(needed)} tensors its config asks for ({lacking[0]}, ...): is "
             "its adapter_config.json another adapter's?"
         )
     # PEFT writes the trained rows of a tied embedding twice.
-    return sorted(name for name in held - wanted - beside if not name.endswith(".trainable_tokens_delta"))
+    return sorted(name for name in held - needed - beside if not name.endswith(".trainable_tokens_delta"))

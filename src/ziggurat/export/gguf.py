@@ -30,7 +30,7 @@ def converter() -> Path:
 def check_convertible(config: Any, base_model: str | None) -> None:
     """Raise ExportError if the converter can't take the adapter of this config: before anything is written.
 
-    `base_model`: where the adapter's own note of it is wrong.
+    `base_model`: the base model, if the config names a wrong one.
     """
     if not (base_model or config.base_model_name_or_path):
         raise ExportError(f"{CONVERTER} needs the base model's config, and the adapter doesn't name it: give --base.")
@@ -53,7 +53,7 @@ def write_gguf(folder: Path, base_model: str) -> Path:
     command = [sys.executable, str(converter()), str(folder), *base, "--outfile", str(folder / ADAPTER)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")  # noqa: S603
     if done.returncode != 0 or not (folder / ADAPTER).is_file():
-        reason = next(filter(str.strip, reversed(done.stderr.splitlines())), "it says nothing of why")
+        reason = next(filter(str.strip, reversed(done.stderr.splitlines())), "it gives no reason")
         raise ExportError(f"{CONVERTER} can't convert {folder}, which stays as --serving writes it: {reason.strip()}")
     return folder / ADAPTER
 
@@ -65,7 +65,7 @@ def modelfile(base_model: str | None, adapter: str = ".") -> str:
     """
     base = str(Path(base_model).resolve()) if base_model and Path(base_model).is_dir() else base_model
     return f"""# ollama create NAME -f Modelfile
-# FROM is the adapter's own base: a folder of safetensors, a GGUF file, or a model that Ollama has of it.
+# FROM is the adapter's own base: a folder of safetensors, a GGUF file, or Ollama's name of it.
 FROM {base if base and base.isprintable() else "BASE"}
 ADAPTER {adapter if adapter == "." else f"./{adapter}"}
 """

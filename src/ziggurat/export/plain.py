@@ -66,7 +66,7 @@ def _export(
 ) -> Exported:
     """`export_model`. `tokenizer`: as in `put_tokenizer`. `saved`: as in `as_plain`.
 
-    `base_model`: where the adapter's own note of it is wrong.
+    `base_model`: the base model, if the config names a wrong one.
     """
     lora, tensors = as_plain(model, None, adapter, saved)
     config: Any = model.peft_config[adapter]  # type: ignore[index]

@@ -14,7 +14,7 @@ from ziggurat.errors import ExportError, first_line
 from ziggurat.nearest import is_path
 from ziggurat.recipe.embedded import EMBEDDED, HUB_NAME
 
-#: Left on this machine: logs, and what a run's folder says of its validation rows.
+#: Not uploaded: logs, and the files of a run's folder that show its validation rows.
 _LEFT, _OF_ROWS = ("logs", ".cache"), ("by_class", "answers", "content")
 #: Keys of a recipe that hold paths of this machine.
 _PATHS = ("model", "output", "data.train", "data.validation", "data.folder")
@@ -25,7 +25,7 @@ _REGISTRY = re.compile(r"[\w-]+(\.[\w-]+)+(:\d+)?/")
 
 
 def check(repo: str) -> None:
-    """See that the hub knows this user, before hours of work. Raises ExportError."""
+    """Check that the hub knows this user, before hours of work. Raises ExportError."""
     if repo.count("/") > 1 or not repo.strip("/"):
         raise ExportError(f"--push-to-hub '{repo}': a repository is called OWNER/NAME, or NAME")
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -47,7 +47,7 @@ def check(repo: str) -> None:
 def push(folder: str | Path, repo: str, *, private: bool = False) -> str:
     """Upload `folder` in one commit, and return the repository's address; it is made where there is none.
 
-    What names paths of this machine, or holds texts of the validation rows, is taken out of run.json and recipe.yaml.
+    Paths of this machine and texts of the validation rows are taken out of run.json and recipe.yaml.
     Raises ExportError; the folder stays as it is.
     """
     from huggingface_hub import CommitOperationAdd
@@ -77,8 +77,8 @@ def _contents(folder: Path) -> Iterator[tuple[str, Any]]:
             continue
         if inside == "run.json":
             values = json.loads(file.read_text(encoding="utf-8"))
-            kept = {key: _renamed(value, short) for key, value in values.items() if key not in _OF_ROWS}
-            yield inside, json.dumps(kept, indent=2).encode()
+            public = {key: _renamed(value, short) for key, value in values.items() if key not in _OF_ROWS}
+            yield inside, json.dumps(public, indent=2).encode()
         elif inside == "recipe.yaml":
             yield inside, yaml.safe_dump(_renamed(_recipe(folder), short), sort_keys=False, allow_unicode=True).encode()
         elif inside in ("adapter_config.json", "config.json", "README.md") and base:
@@ -90,14 +90,14 @@ def _contents(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _last_part(path: re.Match[str]) -> str:
-    """The name of what a path names; a model's name as it is, also with a registry in front."""
+    """The last part of a path; a model's name as it is, also with a registry in front."""
     if _REGISTRY.match(path[0]) or not is_path(path[0]):
         return path[0]
     return _pure(path[0]).name or path[0]
 
 
 def _base(folder: Path) -> tuple[str | None, str]:
-    """The path of the base model that an adapter names, None if it is no path; and the name to say instead."""
+    """The path of the base model that an adapter names, None if it is no path; and the name that replaces it."""
     config = folder / "adapter_config.json"
     base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") if config.is_file() else None
     if not isinstance(base, str) or not is_path(base) or not _pure(base).name:
@@ -120,7 +120,7 @@ def _recipe(folder: Path) -> dict[str, Any]:
 
 
 def _pure(text: str) -> PurePath:
-    """A path as the machine wrote it that the folder comes from, which may be another one."""
+    """A path in the form of the machine that wrote the folder, which may be another one."""
     windows = PureWindowsPath(text)
     return windows if windows.drive or "\\" in text else PurePath(text)
 

@@ -24,7 +24,7 @@ class Naming(NamedTuple):
     """vLLM's names for one type of model.
 
     `each`: of the gate, up and down projection of one expert; None where vLLM takes the pairs of all experts together.
-    `module`: what the module around router and experts is called, where that isn't transformers' name. `router`: the
+    `module`: transformers' and vLLM's name of the module around router and experts, where they differ. `router`: the
     same for the router.
     """
 
@@ -33,9 +33,9 @@ class Naming(NamedTuple):
     router: tuple[str, str] = ("", "")
 
     def path(self, path: str) -> str:
-        """What vLLM calls the module at `path`."""
-        for ours, its in (self.module, self.router):
-            path = f".{path}.".replace(f".{ours}.", f".{its}.")[1:-1] if ours else path
+        """vLLM's path of the module that transformers has at `path`."""
+        for name, vllm_name in (self.module, self.router):
+            path = f".{path}.".replace(f".{name}.", f".{vllm_name}.")[1:-1] if name else path
         return path
 
 
@@ -55,7 +55,7 @@ NOT_IN_PEFT = ("granitemoe", "qwen2_moe")
 
 
 def only_for_vllm(base: nn.Module, pairs: Mapping[str, FactorPair]) -> bool:
-    """Whether PEFT would leave the experts of `pairs` out when it reads what `for_vllm` names."""
+    """Whether PEFT would leave the experts of `pairs` out when it reads them under the names of `for_vllm`."""
     kind = getattr(getattr(base, "config", None), "model_type", None)
     return kind in NOT_IN_PEFT and any(pair.A.dim() == 3 and pair.A.shape[-2] for pair in pairs.values())
 
@@ -76,7 +76,7 @@ def for_vllm(base: nn.Module, lora: PlainLora, pairs: Mapping[str, FactorPair]) 
         return lora
     if kind not in NAMES:
         raise ExportError(
-            f"the adapter adapts fused experts of a {kind}, and how vLLM names those is known here for "
+            f"the adapter adapts fused experts of a {kind}, and vLLM's names of experts are known here for "
             f"{', '.join(NAMES)} alone. Export without --serving, or merge into the model."
         )
     naming, rank = NAMES[kind], lora.config.r
@@ -89,8 +89,8 @@ def for_vllm(base: nn.Module, lora: PlainLora, pairs: Mapping[str, FactorPair]) 
             tensors[f"{PREFIX}{naming.path(path.removeprefix(PREFIX))}{at}{side}" if at else name] = tensor
     for path in dict.fromkeys(path.rpartition(".")[0] for path in fused):
         module: Any = base.get_submodule(path)
-        experts, there = module.get_base_layer(), next(fused[at].A for at in fused if at.startswith(f"{path}."))
-        both = {name: fused.get(f"{path}.{name}") or _zeros(experts, name, rank, there) for name in _BOTH}
+        experts, like = module.get_base_layer(), next(fused[at].A for at in fused if at.startswith(f"{path}."))
+        both = {name: fused.get(f"{path}.{name}") or _zeros(experts, name, rank, like) for name in _BOTH}
         place = f"{PREFIX}{naming.path(path)}"
         for name, (A, B) in (_together(both) if naming.each is None else _apart(both, naming.each)).items():
             tensors[f"{place}{name}.lora_A.weight"] = A.contiguous()

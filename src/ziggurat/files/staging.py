@@ -152,8 +152,10 @@ def told_of_storage(place: Path | str, then: str = "") -> Iterator[None]:
         trouble = storage_trouble(error)
         if trouble is None:
             raise
-        what = trouble[0].upper() + trouble[1:]
-        raise StorageError(f"{what}: '{place}' could not be written. {then or 'Nothing was changed there.'}") from error
+        reason = trouble[0].upper() + trouble[1:]
+        raise StorageError(
+            f"{reason}: '{place}' could not be written. {then or 'Nothing was changed there.'}"
+        ) from error
 
 
 def storage_trouble(error: BaseException | None) -> str | None:

@@ -151,23 +151,23 @@ def bank_of(folder: str | Path) -> Path | None:
     folder = Path(folder)
     if not (folder / CONFIG_NAME).is_file():
         return None
-    given = read_config(folder).get("bank")
-    if given is None:
+    bank = read_config(folder).get("bank")
+    if bank is None:
         return None
-    wanted = given.get("sha256") if isinstance(given, dict) else None
-    if not isinstance(wanted, str) or len(wanted) != 64:
+    expected = bank.get("sha256") if isinstance(bank, dict) else None
+    if not isinstance(expected, str) or len(expected) != 64:
         raise ConfigError(f"{folder / CONFIG_NAME}: bank holds no sha256 of a {BANK}: the file was changed.")
     home = folder.resolve().parent
     if not (home / BANK).is_file():
         raise ConfigError(
-            f"adapter {folder.name!r} builds on a {BANK} (sha256 {wanted[:12]}...) beside its folder, and "
+            f"adapter {folder.name!r} builds on a {BANK} (sha256 {expected[:12]}...) beside its folder, and "
             f"{home / BANK} isn't there. Copy the adapter together with the bank of its set."
         )
     path = own_file(home, BANK)
     held = digest(path)
-    if held != wanted:
+    if held != expected:
         raise ConfigError(
-            f"adapter {folder.name!r} builds on a {BANK} with sha256 {wanted[:12]}..., and {path} has "
+            f"adapter {folder.name!r} builds on a {BANK} with sha256 {expected[:12]}..., and {path} has "
             f"{held[:12]}...: it belongs to another set, or was changed. Put back the bank that it was saved with."
         )
     return path
@@ -217,7 +217,7 @@ def check_folder(folder: str | Path) -> None:
 
 
 def check_factors(folder: str | Path, prefix: str, other: frozenset[str]) -> int:
-    """How many parameters the weights file of `folder` holds of the method whose names have `prefix`.
+    """The number of parameters in the weights file of `folder` whose names have a method's `prefix`.
 
     `other`: last parts of names of tensors that are no factors.
 

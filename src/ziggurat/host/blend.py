@@ -20,7 +20,7 @@ SUMS = ("linear", "cat", "svd")
 SPARSE = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 
 
-def check_request(known: Mapping[str, Any], adapters: Sequence[str], weights: Sequence[float], kind: str) -> str:
+def check_request(configs: Mapping[str, Any], adapters: Sequence[str], weights: Sequence[float], kind: str) -> str:
     """The combination without PEFT's ending `_svd`.
 
     Raises:
@@ -30,10 +30,12 @@ def check_request(known: Mapping[str, Any], adapters: Sequence[str], weights: Se
     if len(adapters) != len(weights) or not adapters:
         raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter.")
     for name in adapters:
-        if name not in known:
-            raise ValueError(f"Adapter {name} does not exist; there are {', '.join(known)}.")
+        if name not in configs:
+            raise ValueError(f"Adapter {name} does not exist; there are {', '.join(configs)}.")
         lost = [
-            field for field in ("bias", "trainable_token_indices") if getattr(known[name], field) not in ("none", None)
+            field
+            for field in ("bias", "trainable_token_indices")
+            if getattr(configs[name], field) not in ("none", None)
         ]
         if lost:
             raise ValueError(
@@ -71,9 +73,11 @@ def combined(
         return _strongest(*factored_svd(*stack(pairs, weights)), rank)
     if density is None or not 0 < density <= 1:
         raise ValueError(f"combination_type={kind!r} needs density, the share of entries to keep, above 0 up to 1.")
-    more = {"majority_sign_method": majority_sign_method} if "ties" in kind else {}
+    sign_options = {"majority_sign_method": majority_sign_method} if "ties" in kind else {}
     function = getattr(merge_utils, kind)
-    dense = function([delta(pair) for pair in pairs], torch.tensor(weights, device=pairs[0].A.device), density, **more)
+    dense = function(
+        [delta(pair) for pair in pairs], torch.tensor(weights, device=pairs[0].A.device), density, **sign_options
+    )
     U, S, Vh = torch.linalg.svd(dense, full_matrices=False)
     return _strongest(U, S, Vh.T, rank)
 
@@ -91,9 +95,11 @@ def add_blend(
     for path, layer in tuner.model.named_modules():
         if not isinstance(layer, MethodLayer):
             continue
-        here = {name: weight for name, weight in zip(adapters, weights, strict=True) if name in layer.adapters}
-        if here:
-            pair = combined([layer.effective_pair(name) for name in here], list(here.values()), kind, **options)
+        layer_weights = {name: weight for name, weight in zip(adapters, weights, strict=True) if name in layer.adapters}
+        if layer_weights:
+            pair = combined(
+                [layer.effective_pair(name) for name in layer_weights], list(layer_weights.values()), kind, **options
+            )
             if pair.A.shape[0]:
                 layers[path], pairs[path] = layer, pair
     sites = {

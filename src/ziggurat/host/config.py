@@ -83,9 +83,7 @@ class MethodConfig(PeftConfig):
     )
     lora_alpha: float = option(16, "The update is scaled by lora_alpha / rank.", check_above_zero)
     lora_dropout: float = option(0.0, "Dropout on the input of the update, in training.", check_probability)
-    fan_in_fan_out: bool = option(
-        False, "Kept for PEFT's sake: how a weight is laid out is seen from its layer.", check_flag
-    )
+    fan_in_fan_out: bool = option(False, "Kept for PEFT: the layer tells the layout of its weight.", check_flag)
     bias: str = option("none", "Biases to train: 'none', 'all' or '<method>_only', those of the adapted linear layers.")
     use_rslora: bool = option(False, "Scale by lora_alpha / sqrt(rank) instead.", check_flag)
     modules_to_save: list[str] | None = option(
@@ -123,12 +121,12 @@ class MethodConfig(PeftConfig):
         return self.method.card.citation
 
     @property
-    def speaks_of_depth(self) -> bool:
+    def needs_stack(self) -> bool:
         """Whether the user has set a field that only makes sense in a stack of layers."""
         return False
 
     def at(self, site: Site) -> Self:
-        """The config as it is at `site`: with the rank and the alpha that the patterns have for it."""
+        """The config at `site`: with the rank and the alpha that the patterns have for it."""
         return self.with_values(self.at_path(self.rank_pattern, site, self.r), self.alpha_at(site))
 
     def alpha_at(self, site: Site) -> float:
@@ -137,28 +135,28 @@ class MethodConfig(PeftConfig):
 
     @staticmethod
     def at_path(pattern: dict[str, Any] | None, site: Site, default: Any) -> Any:
-        """What a pattern has for the site's path, by PEFT's rule."""
+        """The value of a pattern for the site's path, by PEFT's rule, or `default`."""
         return pattern.get(get_pattern_key(list(pattern), site.path), default) if pattern else default
 
     def with_values(self, r: int, lora_alpha: float) -> Self:
-        """The config with this rank and this alpha; itself where they are its own."""
+        """The config with this rank and this alpha; `self` if it has them."""
         if (r, lora_alpha) == (self.r, self.lora_alpha):
             return self
-        here = copy.copy(self)
-        here.r, here.lora_alpha = r, lora_alpha
-        return here
+        config = copy.copy(self)
+        config.r, config.lora_alpha = r, lora_alpha
+        return config
 
     def scale_of(self, rank: int) -> float:
         """lora_alpha / rank, or lora_alpha / sqrt(rank) with rsLoRA."""
         return self.lora_alpha / (rank**0.5 if self.use_rslora else rank)
 
     def thawed(self) -> Self:
-        """The config with nothing frozen, for readers of values; itself where nothing is frozen."""
+        """The config with nothing frozen, for readers of values; `self` where nothing is frozen."""
         if self.freeze_tiers is None:
             return self
-        here = copy.copy(self)
-        here.freeze_tiers = None
-        return here
+        config = copy.copy(self)
+        config.freeze_tiers = None
+        return config
 
     def freezes(self, key: str) -> bool:
         """Whether `freeze_tiers` names the tensor called `key`, or its tier."""
@@ -173,12 +171,12 @@ class MethodConfig(PeftConfig):
 
     @classmethod
     def from_lora(cls, lora: LoraConfig, **more: Any) -> Self:
-        """The config of this method with what `lora` says; `more` are fields of this method, which win.
+        """The config of this method with the fields of `lora`, and of `more`, which override them.
 
         Raises:
             ConfigError: `lora` sets fields that this method can't follow; all of them, by name.
         """
-        known = {item.name for item in fields(cls)} - {"peft_type", "peft_version"}
+        field_names = {item.name for item in fields(cls)} - {"peft_type", "peft_version"}
         taken: dict[str, Any] = {}
         refused: list[str] = []
         for item in fields(LoraConfig):
@@ -192,7 +190,7 @@ class MethodConfig(PeftConfig):
                 taken["init_weights"] = value
             elif item.name == "bias":
                 taken["bias"] = f"{cls.method.name}_only" if value == "lora_only" else value
-            elif item.name in known and item.name not in cls.not_from_lora:
+            elif item.name in field_names and item.name not in cls.not_from_lora:
                 taken[item.name] = value if value or isinstance(value, bool | int | float) else None
             elif value not in (default, None, {}, []) and item.name != "runtime_config":
                 why = cls.not_from_lora.get(item.name)
@@ -208,10 +206,10 @@ class MethodConfig(PeftConfig):
         """As PEFT's, with sets in alphabetical order, so that equal adapters have equal files, and with ziggurat's
         version."""
         plain = {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
-        # What was taken over from another adapter is in the weights; the folder of a set writes its `bank` itself.
+        # Tensors taken over from another adapter are in the weights; the folder of a set writes its `bank` itself.
         left_out = {"from_adapter", "bank", *(["freeze_tiers"] if self.freeze_tiers is None else [])}
-        kept = {name: value for name, value in plain.items() if name not in left_out}
-        return {**kept, "ziggurat_version": VERSION, "ziggurat_format": FORMAT}
+        saved = {name: value for name, value in plain.items() if name not in left_out}
+        return {**saved, "ziggurat_version": VERSION, "ziggurat_format": FORMAT}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's, with a section for the model card. Weights that were written as a pickle are refused."""
@@ -236,11 +234,11 @@ class MethodConfig(PeftConfig):
                 the folder, or too large.
         """
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
-        here = (folder / CONFIG_NAME).exists()
-        if here:
+        is_local = (folder / CONFIG_NAME).exists()
+        if is_local:
             check_folder(folder)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if here and isinstance(config, MethodConfig) and (folder / SAFETENSORS_WEIGHTS_NAME).exists():
+        if is_local and isinstance(config, MethodConfig) and (folder / SAFETENSORS_WEIGHTS_NAME).exists():
             config.stored_numbers = check_factors(folder, config.method.prefix, config.no_factors)
             config.bank_file = bank_of(folder)
         elif isinstance(config, MethodConfig) and config.bank is not None:

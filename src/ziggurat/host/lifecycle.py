@@ -187,8 +187,8 @@ def check_moves(model: Any, when: str, rate: float) -> None:
             )
 
 
-def ride_along(callback: type[Any]) -> None:
-    """Give each Trainer made from now on (TRL's are Trainers too) one `callback()`. Asking twice adds it once.
+def add_to_trainers(callback: type[Any]) -> None:
+    """Give each Trainer made from now on (TRL's are Trainers too) one `callback()`; a second call adds no second one.
 
     A tuner calls this when it adds an adapter that needs the callback, before the Trainer is made: transformers'
     Trainer starts from a list of default callbacks, which this extends. The callback must do nothing for models without
@@ -206,7 +206,7 @@ def watch_trainers() -> None:
     if "transformers.trainer" in sys.modules:
         from ziggurat.host.watching import TrainingWatch
 
-        ride_along(TrainingWatch)
+        add_to_trainers(TrainingWatch)
 
 
 def step_in_trainers(method: Method) -> None:
@@ -214,4 +214,4 @@ def step_in_trainers(method: Method) -> None:
     from ziggurat.host.watching import StepCallback
 
     STEPPED.add(method.name)
-    ride_along(StepCallback)
+    add_to_trainers(StepCallback)

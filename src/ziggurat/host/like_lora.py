@@ -53,16 +53,16 @@ def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "d
     state = current_names(loaded_tensors(folder), layers[0].method)
     held = get_peft_model_state_dict(model, adapter_name=adapter_name)
     for name in sorted(state.keys() | held.keys()):
-        here, there = (tuple(table[name].shape) if name in table else "nothing" for table in (held, state))
-        if here != there:
-            raise ConfigError(f"{folder} can't be swapped in: {name} has {there} there, and the model {here}.")
+        in_model, in_file = (tuple(table[name].shape) if name in table else "nothing" for table in (held, state))
+        if in_model != in_file:
+            raise ConfigError(f"{folder} can't be swapped in: {name} has {in_file} there, and the model {in_model}.")
     everything = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     names = Counter(tensor.data_ptr() for _, tensor in everything)
     common = [name for name in state if names[held[name].data_ptr()] > 1]
     if changed := [name for name in common if not torch.equal(state[name].to(held[name]), held[name])]:
         raise ConfigError(
             f"{folder} can't be swapped in: adapter {adapter_name!r} shares {len(common)} tensors with others of this "
-            f"model, and {len(changed)} are other ones there ({changed[0]}, ...). Load it under another name."
+            f"model, and {len(changed)} have other values there ({changed[0]}, ...). Load it under another name."
         )
     set_peft_model_state_dict(model, state, adapter_name=adapter_name)
 

@@ -120,7 +120,7 @@ class AdaptedLinear(MethodLayer, nn.Module):
         return y
 
     def _chosen(self, x: Tensor, adapter_names: list[str] | None, *args: Any, **kwargs: Any) -> Any:
-        """What a router makes of x with the weight that a merge of the active adapters would give it."""
+        """A router's output for x, by the weight that a merge of the active adapters would give it."""
         acting = self.acting()
         if adapter_names is not None and not self.disable_adapters:
             check_unmerged(self)
@@ -147,15 +147,15 @@ class AdaptedLinear(MethodLayer, nn.Module):
 
     def pair_now(self, adapter: str) -> FactorPair:
         """The pair for the forward pass that is being computed."""
-        kept: dict[str, FactorPair] | None = self.__dict__.get(KEPT)
-        if kept is None or self.training or transformed():
+        cache: dict[str, FactorPair] | None = self.__dict__.get(KEPT)
+        if cache is None or self.training or transformed():
             return self.effective_pair(adapter, self.context(adapter))
-        if adapter not in kept:
+        if adapter not in cache:
             pair = self.effective_pair(adapter)
             if not (is_plain(pair.A) and is_plain(pair.B)):
                 return pair
-            kept[adapter] = FactorPair(pair.A.clone(), pair.B.clone())  # a half may be a parameter itself
-        return kept[adapter]
+            cache[adapter] = FactorPair(pair.A.clone(), pair.B.clone())  # a half may be a parameter itself
+        return cache[adapter]
 
     def is_hooked(self) -> bool:
         """Whether a hook may have to fetch the factors first, as those of FSDP, DeepSpeed and accelerate do."""

@@ -132,7 +132,7 @@ class Method:
 
     @property
     def prefix(self) -> str:
-        """What the names of its parameters begin with, after the path of their layer."""
+        """The beginning of its parameters' names, after the path of their layer."""
         return f"{self.name}_"
 
     @property
@@ -142,7 +142,7 @@ class Method:
 
     @property
     def bank(self) -> str:
-        """The attribute of the base model that holds what sites share. It doesn't contain the prefix."""
+        """The attribute of the base model that holds the shared tensors. It doesn't contain the prefix."""
         return f"bank_{self.name}"
 
     def __reduce__(self) -> tuple[Callable[[str], "Method"], tuple[str]]:
@@ -163,7 +163,7 @@ def needs_steps(config: Any) -> bool:
 
 
 def does_at_steps(config: Any) -> str:
-    """What training with this config does at its steps with gradients or weights, in words; "" if nothing."""
+    """The use that training with this config makes of gradients or weights at its steps, in words; "" if none."""
     method = method_of(config)
     return method.step_does if method is not None and needs_steps(config) else ""
 
@@ -174,18 +174,18 @@ def registered(peft_type: str) -> Method:
 
 
 def kind_of(config: Any) -> str:
-    """The name of the PEFT type of any adapter's config; "None" of what is no such config."""
+    """The name of the PEFT type of any adapter's config; "None" for other values."""
     kind = getattr(config, "peft_type", None)
     return str(getattr(kind, "value", kind))
 
 
 def method_of(config: Any) -> Method | None:
-    """The method of an adapter's config; None where it is PEFT's own or nobody's."""
+    """The method of an adapter's config; None for PEFT's own methods and for other values."""
     return METHODS.get(kind_of(config))
 
 
 def specs_of(method: Method, config: Any, site: Site) -> dict[str, TensorSpec]:
-    """What `tensors` gives for `site`, checked and with `freeze_tiers`; for a blend A and B of its rank there.
+    """The specs of `tensors` for `site`, checked and with `freeze_tiers`; for a blend, A and B of its rank there.
 
     Raises:
         ConfigError: a key or shared name that can't be part of a parameter's name, or a side below 0.
@@ -264,5 +264,5 @@ def unique_specs(method: Method, config_at: Callable[[Site], Any], sites: Mappin
 
 
 def trainable(specs: Mapping[str, TensorSpec]) -> int:
-    """How many trainable parameters these tensors have."""
+    """The number of trainable parameters in these tensors."""
     return sum(spec.size for spec in specs.values() if spec.trains)

@@ -24,7 +24,7 @@ class MethodLayer(Stores):
     """
 
     method: ClassVar[Method]
-    other_param_names = ("configs", "sites", "leaves", "asleep")
+    other_param_names = ("configs", "sites", "leaves", "inactive")
 
     def _begin(self) -> None:
         super()._begin()
@@ -34,7 +34,7 @@ class MethodLayer(Stores):
         #: Adapter -> key -> (whether the tensor lies in the bank, its leaf name).
         self.leaves: dict[str, dict[str, tuple[bool, str]]] = {}
         #: Adapters whose tensors here are inactive at present.
-        self.asleep: dict[str, bool] = {}
+        self.inactive: dict[str, bool] = {}
 
     @property
     def stores(self) -> nn.ModuleDict:
@@ -44,12 +44,12 @@ class MethodLayer(Stores):
     @property
     def adapters(self) -> Collection[str]:
         """The adapters that act here."""
-        return [adapter for adapter in self.leaves if not self.asleep.get(adapter)]
+        return [adapter for adapter in self.leaves if not self.inactive.get(adapter)]
 
     def acting(self) -> list[str]:
         """The active adapters with an update here."""
-        here = [] if self._disable_adapters else self.adapters
-        return [adapter for adapter in self.active_adapters if adapter in here]
+        adapters = [] if self._disable_adapters else self.adapters
+        return [adapter for adapter in self.active_adapters if adapter in adapters]
 
     def training_adapters(self) -> list[str]:
         """The active adapters that have a trainable tensor at this site."""

@@ -49,12 +49,12 @@ class MixedTuner(BaseTuner):
     def _check_adapter_names(self, names: list[str]) -> None:
         if self.training:
             self._check_trains_mixed(set(names) - {BASE})
-        known = {name for module in self.modules() if isinstance(module, MethodLayer) for name in module.adapters}
-        unknown = sorted(set(names) - known - {BASE})
+        adapters = {name for module in self.modules() if isinstance(module, MethodLayer) for name in module.adapters}
+        unknown = sorted(set(names) - adapters - {BASE})
         if unknown:
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
-                f"The model has {', '.join(sorted(known))}; {BASE} means no adapter."
+                f"The model has {', '.join(sorted(adapters))}; {BASE} means no adapter."
             )
 
     def _check_trains_mixed(self, names: set[str]) -> None:
@@ -65,8 +65,8 @@ class MixedTuner(BaseTuner):
                 f"{refused}: call model.eval() first. To train several adapters together, call "
                 f"ziggurat.share(model, {sorted(names)})."
             )
-        if asleep := sorted(names - set(self.active_adapters)):
-            raise ValueError(f"{refused} and adapter {asleep[0]!r} isn't active: call ziggurat.share again.")
+        if inactive := sorted(names - set(self.active_adapters)):
+            raise ValueError(f"{refused} and adapter {inactive[0]!r} isn't active: call ziggurat.share again.")
         sharded = any(hasattr(parameter, "full_tensor") for parameter in self.model.parameters())
         if sharded and (absent := sorted(self.together - names)):
             raise ValueError(

@@ -74,8 +74,8 @@ def check_saved_whole(config: Any) -> None:
         )
     lost = [f"bias={config.bias!r}"] if config.bias != "none" else []
     if config.no_factors and not config.inference_mode and needs_steps(config):
-        asked = [f"{name}={getattr(config, name)}" for name in config.method.step_fields if getattr(config, name)]
-        lost += asked or ["the sharing that training changes"]
+        settings = [f"{name}={getattr(config, name)}" for name in config.method.step_fields if getattr(config, name)]
+        lost += settings or ["the sharing that training changes"]
     if lost:
         raise ConfigError(
             f"{', '.join(lost)}: PEFT {peft.__version__} saves an adapter's factors only, so the values that this "

@@ -151,12 +151,12 @@ def other_tensors(
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     prefixed = {name if name.startswith(PREFIX) else PREFIX + name: tensor for name, tensor in state.items()}
     weights = {name if name.startswith(PREFIX) else PREFIX + name: p for name, p in model.state_dict().items()}
-    known = {
+    embeddings = {
         name: weights[name]
         for name in embedding_names(base, weights)
         if (saved is None or name in saved) and (grown or (saved and not name.endswith(".base_layer.weight")))
     }
-    return {name: whole(tensor).clone() for name, tensor in known.items()} | {
+    return {name: whole(tensor).clone() for name, tensor in embeddings.items()} | {
         name: whole(tensor).clone()
         for name, tensor in prefixed.items()
         if not name.startswith(of_adapters)

@@ -37,16 +37,16 @@ def register(
     if not method.name.isidentifier() or not method.name.islower():
         raise ConfigError(f"a method's name is a Python name in lower case, not {method.name!r}.")
     member = peft_type(method.peft_type)
-    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
-    if known is method.config:
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
+    if registered is method.config:
         return
-    if known is not None and _written_at(known) == _written_at(method.config):
+    if registered is not None and _written_at(registered) == _written_at(method.config):
         unregister(method.name)
-        known = None
-    if known is not None:
+        registered = None
+    if registered is not None:
         raise ConfigError(
-            f"PEFT type {method.peft_type} is taken by {_written_at(known)}; {_written_at(method.config)} can't be "
-            "registered beside it. Import only one of the two packages."
+            f"PEFT type {method.peft_type} is taken by {_written_at(registered)}; {_written_at(method.config)} can't "
+            "be registered beside it. Import only one of the two packages."
         )
     if method.reads is not None:
         tuner = StructureTuner if tuner is MethodTuner else tuner
@@ -78,14 +78,14 @@ def _written_at(config: type[Any]) -> str:
     return f"{config.__module__}.{config.__qualname__}"
 
 
-def _of(method: Method, given: type[Any], general: tuple[type[Any], ...], name: str) -> type[Any]:
-    """`given`, or where it is one of the `general` classes a subclass for this method.
+def _of(method: Method, cls: type[Any], general: tuple[type[Any], ...], name: str) -> type[Any]:
+    """`cls`, or where it is one of the `general` classes a subclass for this method.
 
     It stands in the module of the method's config, so that models can be pickled.
     """
-    if given not in general:
-        return given
+    if cls not in general:
+        return cls
     module = sys.modules[method.config.__module__]
-    made = type(name, (given,), {"__module__": module.__name__, "__qualname__": name})
+    made = type(name, (cls,), {"__module__": module.__name__, "__qualname__": name})
     setattr(module, name, made)
     return made

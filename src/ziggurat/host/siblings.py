@@ -1,10 +1,10 @@
-"""Adapted linear layers of one parent that read the same input (queries, keys and values) go down together.
+"""Adapted linear layers of one parent that read the same input (queries, keys, values) multiply by their A's together.
 
 The first one called multiplies the input by the A factors of all of them and keeps the others' products for their
 calls, a moment later. So one dropout mask serves them all, x is dropped out once in the forward and once in the
-backward, and one dL/dx comes back instead of one a linear. Each call looks at whether the input is the same tensor,
+backward, and one dL/dx comes back instead of one per layer. Each call looks at whether the input is the same tensor,
 unchanged, under the same circumstances (gradients, autocast, checkpointing) and with the same factors; where not, a
-linear goes down alone.
+linear layer multiplies alone.
 """
 
 import re
@@ -38,7 +38,7 @@ READ_THE_SAME = (
 )
 #: Attention whose keys and values come from elsewhere than its queries.
 _ACROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
-#: The name of the siblings in a linear's attributes.
+#: The name of the siblings in a linear layer's attributes.
 SIBLINGS = "_siblings"
 
 
@@ -164,7 +164,7 @@ def introduce(parent: nn.Module, path: str, kind: "type[AdaptedLinear]") -> None
             group = Siblings()
             group.members = members
             for member in members:
-                # Past nn.Module.__setattr__: no linear owns another.
+                # Past nn.Module.__setattr__: no linear layer owns another.
                 object.__setattr__(member, SIBLINGS, group)
 
 

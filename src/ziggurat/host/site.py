@@ -50,7 +50,7 @@ class Site:
 
     @property
     def tail(self) -> str:
-        """What the path has behind that of the stack, in a model whose list of layers skips no number."""
+        """The part of the path behind that of the stack, in a model whose list of layers skips no number."""
         return f".{self.layer}.{self.role}" if self.role else f".{self.layer}"
 
     @property
@@ -66,7 +66,7 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """What sites that may share a tensor have in common, as part of its name: stack, role and shape."""
+        """Stack, role and shape, which sites that share a tensor have in common, as a part of the tensor's name."""
         return f"{leaf_name(self.stack)}:{leaf_name(self.role)}:{self.d_out}x{self.d_in}"
 
 
@@ -128,14 +128,14 @@ def body_name(model: nn.Module, path: str) -> str:
     return path.removeprefix(body_prefix(model))
 
 
-def with_other_head(path: str, prefix: str, known: Collection[str]) -> str:
+def with_other_head(path: str, prefix: str, paths: Collection[str]) -> str:
     """`path` in this model, for an adapter that was saved with another head, or without one.
 
-    `prefix`: this model's `body_prefix`. `known`: the paths that it has.
+    `prefix`: this model's `body_prefix`. `paths`: the paths that it has.
     """
-    if path in known:
+    if path in paths:
         return path
-    if prefix and prefix + path in known:
+    if prefix and prefix + path in paths:
         return prefix + path
     shorter = path.partition(".")[2]
-    return shorter if not prefix and shorter in known else path
+    return shorter if not prefix and shorter in paths else path

@@ -85,22 +85,22 @@ def untested(package: str, version: str) -> bool:
     return Version(version).release[:2] > Version(newest(package)).release[:2]
 
 
-def asked_peft() -> str | None:
+def required_peft() -> str | None:
     """The version of PEFT that this transformers asks for, if the installed one is older."""
-    asked = getattr(integration, "MIN_PEFT_VERSION", None)
-    return asked if asked is not None and Version(peft.__version__) < Version(asked) else None
+    minimum = getattr(integration, "MIN_PEFT_VERSION", None)
+    return minimum if minimum is not None and Version(peft.__version__) < Version(minimum) else None
 
 
 def limits() -> str | None:
     """The text about functions that fail because transformers asks for a newer PEFT; None if none does."""
-    asked = asked_peft()
-    if asked is None:
+    minimum = required_peft()
+    if minimum is None:
         return None
     return (
-        f"transformers {transformers.__version__} asks for PEFT {asked} or newer in {len(ASKING)} methods of its "
+        f"transformers {transformers.__version__} asks for PEFT {minimum} or newer in {len(ASKING)} methods of its "
         f"models ({', '.join(ASKING)}), and PEFT {peft.__version__} is installed: these methods fail here, with "
         "every PEFT method. All else works, get_peft_model and PeftModel.from_pretrained too. Install "
-        f"peft>={asked}, if it is out, or another transformers."
+        f"peft>={minimum}, if it is out, or another transformers."
     )
 
 

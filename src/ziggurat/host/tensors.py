@@ -221,10 +221,10 @@ class Factors(nn.Module):
 
     def take(self, leaf: str, other: "Factors") -> None:
         """Share the tensor called `leaf` with `other`: both hold the same object."""
-        for mine, its in ((self._parameters, other._parameters), (self._buffers, other._buffers)):
-            mine.pop(leaf, None)
-            if leaf in its:
-                mine[leaf] = its[leaf]  # type: ignore[assignment]
+        for target, source in ((self._parameters, other._parameters), (self._buffers, other._buffers)):
+            target.pop(leaf, None)
+            if leaf in source:
+                target[leaf] = source[leaf]  # type: ignore[assignment]
 
     def names(self) -> list[str]:
         """The leaf names, in the order of their creation."""
@@ -264,9 +264,9 @@ class ByAdapter(nn.ModuleDict):
             for factors, leaf in others:
                 factors._buffers[leaf] = None
         super()._apply(fn, recurse)
-        for (first, its), *others in holders.values():
+        for (first, first_leaf), *others in holders.values():
             for factors, leaf in others:
-                factors._buffers[leaf] = first._buffers[its]
+                factors._buffers[leaf] = first._buffers[first_leaf]
         return self
 
 

@@ -27,7 +27,7 @@ from ziggurat.host.base.tied import note_shared, note_untied
 from ziggurat.host.base.vocabulary import grown_beside_adapters
 from ziggurat.host.blend import add_blend, check_request
 from ziggurat.host.draws import Draws
-from ziggurat.host.lifecycle import Watch, ride_along, step_in_trainers, watch_trainers
+from ziggurat.host.lifecycle import Watch, add_to_trainers, step_in_trainers, watch_trainers
 from ziggurat.host.linear import AdaptedLinear, is_router
 from ziggurat.host.method import Method, needs_steps, pair_of, specs_of
 from ziggurat.host.mixed import MixedTuner
@@ -78,13 +78,13 @@ class MethodTuner(MixedTuner):
         """Raise ConfigError where the two functions don't fit each other; checked once for sites of the same sizes."""
         computed: set[Any] = set()
         for site in sites.values() if self.method.pair is not None else ():
-            here = config.at(site)
-            specs = specs_of(self.method, here, site)
+            at_site = config.at(site)
+            specs = specs_of(self.method, at_site, site)
             sizes = (site.d_in, site.d_out, site.fused, *((key, spec.shape) for key, spec in specs.items()))
             if specs and sizes not in computed and all(spec.size for spec in specs.values()):
                 computed.add(sizes)
                 stored = {key: torch.empty(spec.shape, device="meta") for key, spec in specs.items()}
-                pair = pair_of(self.method, here, site, stored)
+                pair = pair_of(self.method, at_site, site, stored)
                 check_pair(pair, site.d_in, site.d_out, f"{self.method.card.shown} at {site.path!r}")
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
@@ -142,7 +142,7 @@ class MethodTuner(MixedTuner):
             if self.method.steps_in_trainer:
                 step_in_trainers(self.method)
         if self.method.callback is not None and (callback := self.method.callback(config)) is not None:
-            ride_along(callback)
+            add_to_trainers(callback)
 
     def _create_and_replace(
         self,
@@ -206,14 +206,14 @@ class MethodTuner(MixedTuner):
 
     def _join(self, layer: Any, adapter: str, config: Any, site: Site) -> None:
         """Give `adapter` its tensors at `site`, in `layer` and in the bank."""
-        here = config.at(site)
-        specs = specs_of(self.method, here, site)
+        at_site = config.at(site)
+        specs = specs_of(self.method, at_site, site)
         bank = self.bank_cls.at_root(self.model) if any(spec.shared for spec in specs.values()) else None
         draws = None
         if self.method.draw is not None and config.blended is None:
             draws = Draws.start(self.model, self.method)
             draws.configs[adapter] = config
-        layer.join(adapter, here, site, specs, bank=bank, draws=draws)
+        layer.join(adapter, at_site, site, specs, bank=bank, draws=draws)
         if bank is not None:
             bank.quantization_backend = getattr(layer, "quantization_backend", None)
 
@@ -248,9 +248,9 @@ class MethodTuner(MixedTuner):
         Raises:
             ConfigError: `state_dict` lacks tensors of the adapter.
         """
-        given: Any = config
-        if given.bank_file is not None:
-            state_dict = {**load_file(given.bank_file), **state_dict}
+        method_config: Any = config
+        if method_config.bank_file is not None:
+            state_dict = {**load_file(method_config.bank_file), **state_dict}
         state_dict = current_names(state_dict, cls.method, model)
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_tensors(cls.method, model, adapter_name, renamed)

@@ -1,4 +1,4 @@
-"""The fields of a config, and checks of their values, each with an error that says what was given and is allowed."""
+"""The fields of a config, and checks of their values, whose errors name the given value and the allowed ones."""
 
 import re
 from collections.abc import Callable
@@ -179,34 +179,34 @@ def _check_length(name: str, value: Any) -> None:
 
 
 def _endless(tree: Any) -> int:
-    """How many repeats without end stand in a row; one with a repeat or a choice inside counts as too many."""
+    """The number of repeats without end in a row; one with a repeat or a choice inside counts as too many."""
     count = 0
-    for what, argument in tree:
-        if what in (op.MAX_REPEAT, op.MIN_REPEAT):
+    for opcode, argument in tree:
+        if opcode in (op.MAX_REPEAT, op.MIN_REPEAT):
             _, most, body = argument
             inside = _endless(body)
             if most > MOST_RANK or most == op.MAXREPEAT:
                 count += MOST_REPEATS + 1 if inside or _chooses(body) else 1
             else:
                 count += inside * min(most, MOST_REPEATS + 1)
-        elif what is op.BRANCH:
+        elif opcode is op.BRANCH:
             count += max(map(_endless, argument[1]), default=0)
-        elif what is op.SUBPATTERN:
+        elif opcode is op.SUBPATTERN:
             count += _endless(argument[-1])
-        elif what in (op.ASSERT, op.ASSERT_NOT):
+        elif opcode in (op.ASSERT, op.ASSERT_NOT):
             count += _endless(argument[1])
-        elif what is op.GROUPREF_EXISTS:
+        elif opcode is op.GROUPREF_EXISTS:
             count += max(_endless(part) for part in argument[1:] if part is not None)
-        elif hasattr(op, "ATOMIC_GROUP") and what is op.ATOMIC_GROUP:
+        elif hasattr(op, "ATOMIC_GROUP") and opcode is op.ATOMIC_GROUP:
             count += _endless(argument)
     return count
 
 
 def _chooses(tree: Any) -> bool:
     """Whether there is more than one way to match a text with `tree`: a choice or a repeat of any kind."""
-    for what, argument in tree:
-        if what in (op.BRANCH, op.MAX_REPEAT, op.MIN_REPEAT, op.GROUPREF_EXISTS):
+    for opcode, argument in tree:
+        if opcode in (op.BRANCH, op.MAX_REPEAT, op.MIN_REPEAT, op.GROUPREF_EXISTS):
             return True
-        if what is op.SUBPATTERN and _chooses(argument[-1]):
+        if opcode is op.SUBPATTERN and _chooses(argument[-1]):
             return True
     return False

@@ -13,14 +13,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ziggurat.host.lifecycle import STEPPED, Watch, check_moves, check_something_trains, resume, run_state, step
 from ziggurat.host.saved.card import keep_section
 
-#: What the names of states in a checkpoint's trainer_state.json begin with, before the method's.
+#: The beginning of a state's name in a checkpoint's trainer_state.json, before the method's name.
 KEY = "ziggurat."
 
 
 class TrainingWatch(TrainerCallback):
     """Warns where no parameter of an adapter trains and where it hardly moves, and keeps the model card's section.
 
-    Rides along in every Trainer.
+    Every Trainer gets one.
     """
 
     def on_init_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -40,14 +40,18 @@ class TrainingWatch(TrainerCallback):
 class StepCallback(TrainerCallback):
     """Calls `ziggurat.step` for the methods in `STEPPED`, and keeps their state for a resumed run in checkpoints.
 
-    Rides along in every Trainer. A Trainer gives a callback not the folder that a run resumes from, but the state that
+    Every Trainer gets one. It gives a callback not the folder that a run resumes from, but the state that
     it has read there: so the state is stored in trainer_state.json, among the states of callbacks.
     """
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step and isinstance(model, nn.Module):
-            kept: Any = state.stateful_callbacks
-            saved = {name: load(base64.b64decode(kept[KEY + name]["state"])) for name in STEPPED if KEY + name in kept}
+            callbacks: Any = state.stateful_callbacks
+            saved = {
+                name: load(base64.b64decode(callbacks[KEY + name]["state"]))
+                for name in STEPPED
+                if KEY + name in callbacks
+            }
             resume(model, saved, state.global_step, state.max_steps, kwargs.get("optimizer"), only=STEPPED)
         else:
             self._step(model, 0, state.max_steps, kwargs.get("optimizer"))
@@ -56,11 +60,11 @@ class StepCallback(TrainerCallback):
         self._step(model, state.global_step + 1, state.max_steps, kwargs.get("optimizer"))
 
     def on_save(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
-        kept: Any = state.stateful_callbacks
+        callbacks: Any = state.stateful_callbacks
         states = run_state(model, only=STEPPED) if isinstance(model, nn.Module) else {}
         for name, tensors in states.items():
             text = base64.b64encode(save(tensors)).decode()
-            kept[KEY + name] = {"format": "safetensors, base64", "state": text}
+            callbacks[KEY + name] = {"format": "safetensors, base64", "state": text}
         folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if states and state.is_world_process_zero and folder.is_dir():
             state.save_to_json(str(folder / "trainer_state.json"))

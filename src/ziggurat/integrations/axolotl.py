@@ -48,7 +48,7 @@ class ZigguratPlugin(BasePlugin):
                 )
         elif (cfg.get("trl") or {}).get("use_vllm") and not cfg["trl"].get("vllm_lora_sync"):
             raise ConfigError(
-                f"trl.use_vllm: Axolotl sends LoRA's tensors alone to vLLM, and of adapter: {cfg['adapter']} nothing. "
+                f"trl.use_vllm: Axolotl sends LoRA's tensors alone to vLLM, and none of adapter: {cfg['adapter']}. "
                 "Set trl.vllm_lora_sync: true, and install ziggurat where vLLM runs: it then loads the adapter itself."
             )
         elif cfg.get("merge_method") not in (None, "legacy"):

@@ -56,11 +56,11 @@ def get_per_tensor_param(
     model = _ours(engine.module)
     if model is None or config is None or model not in _gathered:
         return parameters, config
-    plain, given = _gathered[model], engine.model_config.lora_rank
-    if plain.r > next((rank for rank in SERVING_RANKS if rank >= given), given):
+    plain, max_rank = _gathered[model], engine.model_config.lora_rank
+    if plain.r > next((rank for rank in SERVING_RANKS if rank >= max_rank), max_rank):
         raise ConfigError(
-            f"model.lora_rank={given}, by which verl sets its server's highest rank, and the adapter needs rank "
-            f"{plain.r}: set model.lora_rank={plain.r}, and the method's by `ziggurat with METHOD r={given} -- ...`."
+            f"model.lora_rank={max_rank}, by which verl sets its server's highest rank, and the adapter needs rank "
+            f"{plain.r}: set model.lora_rank={plain.r}, and the method's by `ziggurat with METHOD r={max_rank} -- ...`."
         )
     return parameters, plain.to_dict()
 

@@ -53,8 +53,8 @@ def served(folder: str, max_lora_rank: int, base_model: str | None = None) -> st
     """The folder that vLLM has to read for `folder`: itself, or for one of our methods its serving export.
 
     Raises:
-        ExportError: the export's rank is above `max_lora_rank`, with the rank; the method, or what else the adapter
-            trains, can't be served.
+        ExportError: the export's rank is above `max_lora_rank`, with the rank; the method, or another part that the
+            adapter trains, can't be served.
         ConfigError: the folder is damaged.
     """
     place = Path(folder).expanduser()

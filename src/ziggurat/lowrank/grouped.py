@@ -21,8 +21,8 @@ def grouped(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
         return x @ W[0]  # the shapes and what autograd keeps are the same; how many rows a group has isn't known
     compiled = torch.compiler.is_compiling()
     aligned = all(side * W.element_size() % _ALIGNED == 0 for side in W.shape[1:])
-    known = W.dtype == torch.bfloat16 or not compiled
-    if aligned and known and x.dtype == W.dtype and _has_kernel(x.device.type, W.dtype):
+    supported = W.dtype == torch.bfloat16 or not compiled
+    if aligned and supported and x.dtype == W.dtype and _has_kernel(x.device.type, W.dtype):
         return F.grouped_mm(x, W, offs=ends)
     if compiled:
         return torch.ops.transformers.grouped_mm_fallback(x.to(W.dtype), W, ends)

@@ -106,8 +106,8 @@ def pad(pair: FactorPair, rank: int) -> FactorPair:
 
 
 def _do_not_fit(pairs: Sequence[FactorPair]) -> ConfigError:
-    seen = ", ".join(f"A {tuple(A.shape)} B {tuple(B.shape)}" for A, B in pairs)
-    return ConfigError(f"stack got {seen}: A (rank, d_in) and B (d_out, rank) must all fit the same linear.")
+    shapes = ", ".join(f"A {tuple(A.shape)} B {tuple(B.shape)}" for A, B in pairs)
+    return ConfigError(f"stack got {shapes}: A (rank, d_in) and B (d_out, rank) must all fit the same linear layer.")
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -18,7 +18,7 @@ draw = masks.draw
 
 
 class Like(NamedTuple):
-    """What gradients look like: dL/dx has x's shape and dtype, dL/dA has A's dtype."""
+    """The form of gradients: dL/dx has x's shape and dtype, dL/dA has A's dtype."""
 
     shape: torch.Size
     dtype: torch.dtype

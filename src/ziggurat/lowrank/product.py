@@ -1,10 +1,10 @@
 """y + (dropout(x) A^T) B^T: the product that every adapted linear layer computes besides its frozen weight.
 
 The two thin products are cheap; passing over (tokens, d) and keeping copies of it is expensive. So one autograd
-operation goes down and one goes up into the base output. They keep x itself (every linear layer that reads the same x
-keeps the same tensor), the (tokens, rank) product and the dropout mask, as bits or as a seed. Linear layers that read
-one x can go down together. Torch does both (`plain_product`); large inputs on a GPU that are dropped out go down by
-Triton kernels (`triton_product`), which draw the mask as they read x.
+operation goes down, by A, and one goes up, by B, into the base output. They keep x itself (every linear layer that
+reads the same x keeps the same tensor), the (tokens, rank) product and the dropout mask, as bits or as a seed. Linear
+layers that read one x can go down together. Torch does both (`plain_product`); large inputs on a GPU that are dropped
+out go down by Triton kernels (`triton_product`), which draw the mask as they read x.
 """
 
 import os
@@ -160,19 +160,19 @@ class _Down(torch.autograd.Function):
         mask, *tensors = _saved(ctx, dhs)
         As, operands = tensors[: len(ctx.ranks)], tensors[len(ctx.ranks) :]
         need_x, need_A = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
-        asked = [i for i, dh in enumerate(dhs) if dh is not None]  # linear layers that did run
-        if not asked:
+        used = [i for i, dh in enumerate(dhs) if dh is not None]  # linear layers that did run
+        if not used:
             return (None,) * (5 + len(As))
-        dh = plain_product.beside([dhs[i] for i in asked])  # type: ignore[misc]
+        dh = plain_product.beside([dhs[i] for i in used])  # type: ignore[misc]
         x = None
-        if any(need_A[i] for i in asked):
+        if any(need_A[i] for i in used):
             x = operands[0] if ctx.make is None else ctx.make(operands).view(ctx.like.shape)
         # With grad mode on, this backward is itself differentiated: nothing in place.
         gradients = partial(_down_gradients_twice, ctx.parts) if torch.is_grad_enabled() else ctx.parts.down_gradients
-        dA, dx = gradients(dh, x, ctx.like, mask, [As[i] for i in asked] if need_x else None, ctx.dropout)
+        dA, dx = gradients(dh, x, ctx.like, mask, [As[i] for i in used] if need_x else None, ctx.dropout)
         dAs: list[Tensor | None] = [None] * len(As)
         if dA is not None:
-            for i, dA_i in zip(asked, dA.split([ctx.ranks[i] for i in asked]), strict=True):
+            for i, dA_i in zip(used, dA.split([ctx.ranks[i] for i in used]), strict=True):
                 dAs[i] = dA_i if need_A[i] else None
         return dx, None, None, None, None, *dAs
 

@@ -68,26 +68,26 @@ def _making(node: Any, x: Tensor, operands: list[Tensor]) -> Make | None:
     if kind == "MulBackward0":
         left = _operand(node._saved_self, node, 0, x, operands)
         right = _operand(node._saved_other, node, 1, x, operands)
-        return left and right and (lambda given: left(given) * right(given))
+        return left and right and (lambda values: left(values) * right(values))
     if kind == "ToCopyBackward0":
         made, dtype = _making(node.next_functions[0][0], x, operands), node._input_metadata[0].dtype
-        return made and (lambda given: made(given).to(dtype))
+        return made and (lambda values: made(values).to(dtype))
     if kind == "GeluBackward0":
         made, activation = (
             _operand(node._saved_self, node, 0, x, operands),
             partial(F.gelu, approximate=node._saved_approximate),
         )
-        return made and (lambda given: activation(made(given)))
+        return made and (lambda values: activation(made(values)))
     return None
 
 
-def _operand(kept: Tensor | None, node: Any, number: int, x: Tensor, operands: list[Tensor]) -> Make | None:
+def _operand(saved: Tensor | None, node: Any, number: int, x: Tensor, operands: list[Tensor]) -> Make | None:
     """An operand of `node`: kept by it; or made in turn, where the node needs the other operand alone."""
-    if kept is None:
+    if saved is None:
         return _making(node.next_functions[number][0], x, operands)
     # A scalar doesn't influence a product's dtype; an expanded one would.
-    if not kept.dim() or not is_plain(kept) or kept.device != x.device:
+    if not saved.dim() or not is_plain(saved) or saved.device != x.device:
         return None
     place = len(operands)
-    operands.append(kept.expand(x.shape).view(-1, x.shape[-1]))
-    return lambda given: given[place]
+    operands.append(saved.expand(x.shape).view(-1, x.shape[-1]))
+    return lambda values: values[place]

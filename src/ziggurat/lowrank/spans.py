@@ -14,7 +14,7 @@ class Span(NamedTuple):
 
     @property
     def length(self) -> int:
-        """How many layers the span covers."""
+        """The number of layers of the span."""
         return self.last - self.first + 1
 
     @property
@@ -35,8 +35,8 @@ def check_spans(spans: Iterable[Sequence[int]], num_layers: int, *, max_length: 
     Layers between spans may stay uncovered. Raises ConfigError naming the first span at fault.
     """
     checked: list[Span] = []
-    for position, given in enumerate(spans):
-        span = _as_span(given, position)
+    for position, value in enumerate(spans):
+        span = _as_span(value, position)
         where = f"spans[{position}]={tuple(span)}"
         if not 0 <= span.first <= span.last < num_layers:
             raise ConfigError(
@@ -50,8 +50,8 @@ def check_spans(spans: Iterable[Sequence[int]], num_layers: int, *, max_length: 
     return checked
 
 
-def _as_span(given: Sequence[int], position: int) -> Span:
-    pair = list(given) if isinstance(given, Iterable) else [given]
+def _as_span(value: Sequence[int], position: int) -> Span:
+    pair = list(value) if isinstance(value, Iterable) else [value]
     if len(pair) != 2 or not all(isinstance(end, int) and not isinstance(end, bool) for end in pair):
-        raise ConfigError(f"spans[{position}]={given!r}: a span is two layer numbers (first, last), counted from 0.")
+        raise ConfigError(f"spans[{position}]={value!r}: a span is two layer numbers (first, last), counted from 0.")
     return Span(*pair)

@@ -85,7 +85,7 @@ def spectrum_kl(s_i: Tensor, s_j: Tensor, smoothing: float = 1e-12) -> Tensor:
 
 
 def numerical_rank(s: Tensor) -> int:
-    """How many of the values in s (n) are above rounding: more than ``n * eps`` of the largest."""
+    """The number of values in s (n) above rounding: more than ``n * eps`` of the largest."""
     s = exact(s)
     return int((s > s.amax() * s.numel() * torch.finfo(s.dtype).eps).sum()) if s.numel() else 0
 

@@ -21,7 +21,7 @@ NARROW = 32  # up to this rank factors are converted in the kernels, beyond it b
 
 
 class Tile(NamedTuple):
-    """How a kernel is cut and compiled."""
+    """The tile of a kernel, and its options of compilation."""
 
     TOKENS: int
     WIDTH: int
@@ -49,7 +49,7 @@ def padded(rank: int) -> int:
 
 @triton.jit
 def _keep(seed, rows, first, groups, threshold, WIDTH: tl.constexpr):
-    """Which entries of the tile (rows, first .. first + WIDTH) are kept; first is a multiple of 8."""
+    """The mask of the kept entries of the tile (rows, first .. first + WIDTH); first is a multiple of 8."""
     group = first // 8 + tl.arange(0, WIDTH // 8)
     numbers = rows[:, None] * groups + group[None, :]
     a, b, c, d = tl.randint4x(tl.load(seed), numbers, n_rounds=tl.constexpr(7))  # pyright: ignore[reportGeneralTypeIssues]

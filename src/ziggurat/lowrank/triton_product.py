@@ -167,7 +167,7 @@ def _dropping(x: Tensor, dropout: float) -> tuple[int, int]:
 
 
 def _ceil(size: int, part: int) -> int:
-    """How many parts of a size cover it. Triton's own is typed for the values of its kernels."""
+    """The number of parts that cover a size. Triton's own is typed for the values of its kernels."""
     return -(-size // part)
 
 

@@ -90,7 +90,7 @@ def tensors(config: AdapterDropConfig, site: Site) -> dict[str, TensorSpec]:
 
 
 def draw(config: AdapterDropConfig) -> int:
-    """How many of the lowest layers a robust adapter leaves out in this pass, uniform from 0 to `robust_drop`."""
+    """The number of lowest layers that a robust adapter leaves out in this pass, uniform from 0 to `robust_drop`."""
     return int(torch.randint(0, config.robust_drop + 1, ())) if config.robust_drop else 0
 
 

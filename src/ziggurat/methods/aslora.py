@@ -49,14 +49,14 @@ class ASLoRAConfig(MergingConfig):
 
     Args:
         groups: how many B's of each role and shape remain.
-        merge_from: where in training, from 0 to 1, the first merge may come; merges are spread evenly.
-        merge_until: where the last merge has come.
+        merge_from: the point of training, from 0 to 1, from which B's merge; merges are spread evenly.
+        merge_until: the point at which the last merge is done.
 
     Raises:
         ConfigError: values outside these bounds.
     """
 
-    groups: int = option(4, "B's that each role is left with.", whole(1))
+    groups: int = option(4, "B's that remain for each role.", whole(1))
     merge_from: float = option(0.1, "Share of training after which B's merge.")
     merge_until: float = option(0.5, "Share of training at which all merges are done.")
 

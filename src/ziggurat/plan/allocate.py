@@ -78,7 +78,7 @@ def sensitivities(model: nn.Module, adapter: str = "default", by_role: bool = Fa
 
 
 def by_gain(gains: Mapping[str, np.ndarray], cost: Mapping[str, int], budget: int) -> dict[str, int]:
-    """Ranks by greed: each tier gets one, then the direction with the largest gain per parameter that still fits.
+    """Ranks by a greedy choice: one for each tier, then the direction with the largest gain per parameter that fits.
 
     Raises:
         ConfigError: one rank for each tier is above the budget.

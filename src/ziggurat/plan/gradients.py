@@ -105,7 +105,7 @@ class _Pyramid:
 
     def __init__(self, members: Sequence[Item], groups: int) -> None:
         self.role = members[0].role
-        self.left = torch.stack([item.matrix for item in members if isinstance(item.matrix, Tensor)])
+        self.residuals = torch.stack([item.matrix for item in members if isinstance(item.matrix, Tensor)])
         numbers = {"global": [0] * len(members), "mid": [item.group(groups) for item in members]}
         numbers["layer"] = list(range(len(members)))
         #: Tier -> the layers that share each of its pairs.
@@ -117,7 +117,7 @@ class _Pyramid:
 
     def cost(self, tier: str) -> int:
         """Parameters of one rank in all pairs of a tier."""
-        return len(self.shared[tier]) * sum(self.left.shape[1:])
+        return len(self.shared[tier]) * sum(self.residuals.shape[1:])
 
     def gain(self, tier: str) -> float:
         """The energy of a tier's next rank."""
@@ -127,13 +127,13 @@ class _Pyramid:
     def take(self, tier: str) -> None:
         """Give a tier its next rank."""
         for layers, u, s, v in zip(self.shared[tier], *self._largest(tier), strict=True):
-            self.left[layers] -= s * torch.outer(u, v)
+            self.residuals[layers] -= s * torch.outer(u, v)
         self._next.clear()
 
     def _largest(self, tier: str) -> tuple[Tensor, Tensor, Tensor]:
         """u (pairs, d_out), s (pairs), v (pairs, d_in) of the mean over the layers of each pair."""
         if tier not in self._next:
-            means = torch.stack([self.left[layers].mean(0) for layers in self.shared[tier]])
+            means = torch.stack([self.residuals[layers].mean(0) for layers in self.shared[tier]])
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 U, S, V = torch.svd_lowrank(means, q=min(4, *means.shape[1:]), niter=8)

@@ -70,8 +70,8 @@ def saved_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
 
     A tensor kept several times, or in several views, counts once. Works on any device, on meta without computing.
     """
-    kept, _ = _kept(model, inputs)
-    return sum(storage.nbytes() for storage in kept.values())
+    storages, _ = _kept(model, inputs)
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def checkpointed_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
@@ -82,10 +82,10 @@ def checkpointed_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError("the model has no layers that transformers checkpoints")
-    kept, places = _kept(model, inputs, layers)
+    storages, places = _kept(model, inputs, layers)
     inside: dict[int, int] = {}
     outside = 0
-    for key, storage in kept.items():
+    for key, storage in storages.items():
         layer = places.get(key)
         if layer is None:
             outside += storage.nbytes()
@@ -102,15 +102,15 @@ def _kept(
     A layer's input stays.
     """
     parameters = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), *inputs.values())}
-    kept: dict[int, Any] = {}
+    storages: dict[int, Any] = {}
     places: dict[int, int] = {}
     entered: set[int] = set()
     current: list[int] = []
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in parameters and storage._cdata not in kept:
-            kept[storage._cdata] = storage  # holding it keeps its address from being used again
+        if storage._cdata not in parameters and storage._cdata not in storages:
+            storages[storage._cdata] = storage  # holding it keeps its address from being used again
             if current and storage._cdata not in entered:
                 places[storage._cdata] = current[-1]
         return tensor
@@ -119,7 +119,7 @@ def _kept(
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             for tensor in args:
                 if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in parameters:
-                    kept[storage._cdata] = storage
+                    storages[storage._cdata] = storage
                     entered.add(storage._cdata)
                     places.pop(storage._cdata, None)
             current.append(number)
@@ -138,7 +138,7 @@ def _kept(
         for hook in hooks:
             hook.remove()
     del output
-    return kept, places
+    return storages, places
 
 
 class _Fused(torch.autograd.Function):

@@ -26,7 +26,7 @@ _PAIRS = (
 )
 #: Pairs of columns that hold words and their tags, by their usual names.
 _TAGGED = (("tokens", "tags"), ("tokens", "ner_tags"), ("words", "tags"), ("words", "labels"), ("words", "ner"))
-#: Pairs of columns that hold texts and what they become, by their usual names.
+#: Pairs of columns that hold source and target texts, by their usual names.
 _SEQUENCES = (
     *(("source", "target"), ("document", "summary"), ("article", "highlights"), ("article", "summary")),
     *(("dialogue", "summary"), ("text", "summary")),
@@ -53,11 +53,11 @@ def start(file: str, *, task: str | None = None, model: str | None = None) -> tu
 
     Raises DataError for a file that can't be read, or whose columns fit no task.
     """
-    seen = look(file, task)
-    proposals = models_for(seen.task, seen.images)
+    inferred = look(file, task)
+    proposals = models_for(inferred.task, inferred.images)
     name = model or _first_here(proposals)
-    text = _text(file, seen, name, proposals, "")
-    return _text(file, seen, name, proposals, _size(text, name, proposals)), seen
+    text = _text(file, inferred, name, proposals, "")
+    return _text(file, inferred, name, proposals, _size(text, name, proposals)), inferred
 
 
 def look(file: str, task: str | None = None) -> Start:
@@ -68,10 +68,10 @@ def look(file: str, task: str | None = None) -> Start:
     nested = [name for names in ALIASES.values() for name in names]
     encoding = _encoding_of(file)
     table = read_table(file, nested=nested, encoding=encoding)
-    seen = next((form for form in _forms(table) if task in (None, form.task)), None)
-    if seen is None and (task is None or TASKS[task].rows in ("labelled", "answers")):
-        seen = _table(table, task)
-    if seen is None or task not in (None, seen.task):
+    inferred = next((form for form in _forms(table) if task in (None, form.task)), None)
+    if inferred is None and (task is None or TASKS[task].rows in ("labelled", "answers")):
+        inferred = _table(table, task)
+    if inferred is None or task not in (None, inferred.task):
         raise DataError(
             f"{file} has the columns {', '.join(table.column_names)}, which fit {task or 'no task'}; needed: a text "
             "and a label, a list of labels, or a number (classification, multilabel, regression); tokens and tags "
@@ -82,9 +82,9 @@ def look(file: str, task: str | None = None) -> Start:
     if encoding is not None:
         cells = (str(value) for row in table.to_list() for value in row.values())
         example = next((text[:40] for text in cells if not text.isascii()), "")
-        why = f"it is not UTF-8; look whether this is right: {example}"
-        seen.keys = {"data.encoding": (encoding, why), **seen.keys}
-    return seen
+        why = f"it is not UTF-8; check whether this is right: {example}"
+        inferred.keys = {"data.encoding": (encoding, why), **inferred.keys}
+    return inferred
 
 
 def _encoding_of(file: str) -> str | None:
@@ -126,8 +126,8 @@ def _forms(table: Dataset) -> Iterator[Start]:
                 keys["data.as_chat"] = (True, "joined by the model's chat template; false for a base model")
             column = next((name for name in ALIASES["messages"] if name in table.column_names), None)
             images = has("images") or any(has_images(cell) for cell in (table[column] if column else ()))
-            what = "questions with answers" if shape != "messages" else "conversations"
-            yield Start("instruct", what + " about images" * images, keys, images)
+            subject = "questions with answers" if shape != "messages" else "conversations"
+            yield Start("instruct", subject + " about images" * images, keys, images)
 
 
 def _table(table: Dataset, task: str | None) -> Start | None:
@@ -256,17 +256,20 @@ def _size(text: str, model: str, proposals: Sequence[Proposal]) -> str:
     return f"{plan.base / 1e6:.1f}M parameters; {plan.adapter:,} train, in {plan.file / 1024:,.0f} KiB (ziggurat plan)"
 
 
-def _text(file: str, seen: Start, model: str, proposals: Sequence[Proposal], size: str) -> str:
+def _text(file: str, inferred: Start, model: str, proposals: Sequence[Proposal], size: str) -> str:
     """The recipe, each line followed by its reason."""
     lines = [
-        f"# Written by `ziggurat init {_one_line(Path(file).name)}`: {seen.why}. Change any value;",
+        f"# Written by `ziggurat init {_one_line(Path(file).name)}`: {inferred.why}. Change any value;",
         "# `ziggurat recipes --keys` explains every key, `ziggurat plan MODEL RECIPE` estimates the cost.",
-        _line("task", seen.task, seen.why),
+        _line("task", inferred.task, inferred.why),
         _line("model", model, size),
         *(f"# model: {each.name}  # {each.millions:g}M; {each.about}" for each in proposals if each.name != model),
         _line("data.train", file, "a part of it is split off for the scores; data.validation names another file"),
     ]
-    lines += [_line(key, value, why) for key, (value, why) in {**seen.keys, **keys_for(seen.task, seen.images)}.items()]
+    lines += [
+        _line(key, value, why)
+        for key, (value, why) in {**inferred.keys, **keys_for(inferred.task, inferred.images)}.items()
+    ]
     return "\n".join(lines) + "\n"
 
 

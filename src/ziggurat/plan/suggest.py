@@ -163,9 +163,9 @@ def suggest(
     if recipe.method["name"] != "msplora":
         raise ConfigError(f"suggest lays out a pyramid: method.name must be msplora, not {recipe.method['name']}.")
     # Mistakes are reported before the probe run.
-    known = (*allocate.CRITERIA, GRADIENTS)
-    if criterion not in known:
-        raise ConfigError(f"criterion {criterion!r}: one of {', '.join(known)}.")
+    criteria = (*allocate.CRITERIA, GRADIENTS)
+    if criterion not in criteria:
+        raise ConfigError(f"criterion {criterion!r}: one of {', '.join(criteria)}.")
     total = _budget(recipe, budget)
     groups = recipe.method.get("num_groups") or 3
     dropped = [f"{key}=" for key in _SHAPE if key != "method.ranks" and key.removeprefix("method.") in recipe.method]

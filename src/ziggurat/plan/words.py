@@ -15,13 +15,13 @@ def check_model_word(model: str) -> None:
         return
     is_recipe = path.suffix in (".yaml", ".yml") or (model in shipped() and not path.exists())
     if is_recipe or (path / "recipe.yaml").is_file():
-        what = "a recipe" if is_recipe else "the folder of a run"
+        kind = "a recipe" if is_recipe else "the folder of a run"
         try:
             named = load_recipe(model).model
         except RecipeError:
             named = "MODEL"
         raise ConfigError(
-            f"{model} is {what}, and plan wants the model first: ziggurat plan {quote(named)} {quote(model)}"
+            f"{model} is {kind}, and plan takes the model first: ziggurat plan {quote(named)} {quote(model)}"
         )
     if (path / "adapter_config.json").is_file():
         raise ConfigError(

@@ -43,7 +43,7 @@ def tasks_of(key: str) -> tuple[str, ...]:
     return next((tasks for keys, tasks in _GOES_WITH.items() if key in keys or section in keys), tuple(TASKS))
 
 
-class _Given:
+class _Recipe:
     """The valid keys of a recipe, and the defaults of the others."""
 
     def __init__(self, good: dict[str, Any]) -> None:
@@ -63,83 +63,83 @@ class _Given:
 
 def conflicts(good: dict[str, Any]) -> list[str]:
     """Conflicts between valid keys; invalid keys are ignored."""
-    given = _Given(good)
-    return [*_of_task(given), *_of_data(given), *_of_run(given)]
+    recipe = _Recipe(good)
+    return [*_of_task(recipe), *_of_data(recipe), *_of_run(recipe)]
 
 
-def _of_task(given: _Given) -> Iterator[str]:
-    task, metric = given["task"], given["metric"]
-    for key in given.keys:
-        if task not in tasks_of(key) and given.changes(key):
+def _of_task(recipe: _Recipe) -> Iterator[str]:
+    task, metric = recipe["task"], recipe["metric"]
+    for key in recipe.keys:
+        if task not in tasks_of(key) and recipe.changes(key):
             yield f"{key}: has no meaning with task: {task}"
-    if task == "distill" and given["teacher.model"] is None:
+    if task == "distill" and recipe["teacher.model"] is None:
         yield f"teacher.model: missing: {keys()['teacher.model'].description}"
     metrics = TASKS[task].metrics
     if metric is not None and metric not in metrics:
         yield f"metric: {metric} does not go with task: {task}; one of {', '.join(metrics)}"
 
 
-def _of_data(given: _Given) -> Iterator[str]:
-    weights, train = given["data.weights"], given["data.train"]
-    files, validates = 1 + len(given["data.more"] or []), brings_validation(train, given["data.folder"])
+def _of_data(recipe: _Recipe) -> Iterator[str]:
+    weights, train = recipe["data.weights"], recipe["data.train"]
+    files, validates = 1 + len(recipe["data.more"] or []), brings_validation(train, recipe["data.folder"])
     if weights is not None and len(weights) != files:
         yield f"data.weights: {len(weights)} for {files} files; data.train names the files as a list"
     if files > 1 and validates:
         yield f"data.more: has no meaning with {train}, a task of GLUE"
-    if given.changes("data.validation_share") and "data.validation_rows" in given.keys:
+    if recipe.changes("data.validation_share") and "data.validation_rows" in recipe.keys:
         yield "data.validation_rows: given beside data.validation_share; keep one"
-    if given["data.validation"] is not None or given["data.validation_split"] is not None:
+    if recipe["data.validation"] is not None or recipe["data.validation_split"] is not None:
         for key in ("data.validation_share", "data.validation_rows"):
-            if given.changes(key):
+            if recipe.changes(key):
                 yield f"{key}: has no meaning where validation data are named"
-    elif given.changes("data.validation_share") and validates:
+    elif recipe.changes("data.validation_share") and validates:
         yield (
             f"data.validation_share: has no meaning with {train}, which has validation data; data.validation_rows "
             "splits a part of the training rows off instead"
         )
-    names = given["data.label_names"] or []
+    names = recipe["data.label_names"] or []
     if len(set(names)) < len(names):
         yield f"data.label_names: two classes have one name: {', '.join(names)}"
 
 
-def _of_run(given: _Given) -> Iterator[str]:
-    task, name = given["task"], given["name"]
-    if given["head.pooling"] == "model" and given.changes("head.dropout"):
+def _of_run(recipe: _Recipe) -> Iterator[str]:
+    task, name = recipe["task"], recipe["name"]
+    if recipe["head.pooling"] == "model" and recipe.changes("head.dropout"):
         yield "head.dropout: has no meaning with head.pooling: model, whose dropout is the model's own"
-    if given["train.scheduler"] == "constant" and given.changes("train.warmup") and given["train.warmup"] != 0:
+    if recipe["train.scheduler"] == "constant" and recipe.changes("train.warmup") and recipe["train.warmup"] != 0:
         yield "train.warmup: has no meaning with train.scheduler: constant; constant_with_warmup has one"
-    if given["train.best"] and given["train.evaluate"] == "never":
+    if recipe["train.best"] and recipe["train.evaluate"] == "never":
         yield "train.best: needs scores to choose by; set train.evaluate to epoch or a number of steps"
-    elif given["train.best"] and given["train.evaluate"] != given["train.save"]:
+    elif recipe["train.best"] and recipe["train.evaluate"] != recipe["train.save"]:
         yield "train.save: must equal train.evaluate when train.best is true"
-    if given["train.patience"] is not None and not given["train.best"]:
+    if recipe["train.patience"] is not None and not recipe["train.best"]:
         yield "train.patience: needs train.best: true, so that the run ends with its best checkpoint"
-    if given["adapter"] in METHODS:
-        yield f"adapter: is the folder of an adapter to go on from; the method is method.name: {given['adapter']}"
-    yield from optimizer_problems(given["train.optimizer"])
-    if TASKS[task].rows == "prompts" and given["train.group_by_length"]:
+    if recipe["adapter"] in METHODS:
+        yield f"adapter: is the folder of an adapter to go on from; the method is method.name: {recipe['adapter']}"
+    yield from optimizer_problems(recipe["train.optimizer"])
+    if TASKS[task].rows == "prompts" and recipe["train.group_by_length"]:
         yield f"train.group_by_length: has no meaning with task: {task}, whose batches are groups of completions"
-    if given["sampling.vllm"] is None and given["sampling.vllm_options"]:
+    if recipe["sampling.vllm"] is None and recipe["sampling.vllm_options"]:
         yield "sampling.vllm_options: has no meaning without sampling.vllm"
-    yield from _of_streams(given)
-    yield from tracker_problems(given["train.report_to"] or [])
-    if given["resume"] and given["overwrite"]:
+    yield from _of_streams(recipe)
+    yield from tracker_problems(recipe["train.report_to"] or [])
+    if recipe["resume"] and recipe["overwrite"]:
         yield "overwrite: contradicts resume; give one of them"
     if not name.strip() or any(sign in name for sign in "/\\"):
         yield f"name: '{name}' cannot name a folder; use output for a path"
 
 
-def _of_streams(given: _Given) -> Iterator[str]:
+def _of_streams(recipe: _Recipe) -> Iterator[str]:
     """Conflicts of `data.streaming` with other keys."""
-    if not given["data.streaming"]:
-        if given.changes("data.shuffle_buffer"):
+    if not recipe["data.streaming"]:
+        if recipe.changes("data.shuffle_buffer"):
             yield "data.shuffle_buffer: has no meaning without data.streaming"
         return
     for key in ("data.validation_share", "data.max_train", "train.epochs", "train.group_by_length"):
-        if given.changes(key):
+        if recipe.changes(key):
             yield f"{key}: has no meaning with data.streaming, whose rows are not counted beforehand"
-    if given["train.max_steps"] is None:
-        yield "data.streaming: needs train.max_steps, for a stream has no end that is known"
+    if recipe["train.max_steps"] is None:
+        yield "data.streaming: needs train.max_steps, because the length of a stream isn't known"
 
 
 def unmerged_with_vllm(good: dict[str, Any], choice: dict[str, Any]) -> list[str]:

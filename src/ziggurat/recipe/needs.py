@@ -35,6 +35,6 @@ def needs(recipe: Recipe) -> dict[str, str]:
     return packages
 
 
-def check(recipe: Recipe, what: str = "training") -> None:
+def check(recipe: Recipe, subject: str = "training") -> None:
     """Raise MissingExtraError unless all packages that `recipe` needs are installed."""
-    require(what, *needs(recipe))
+    require(subject, *needs(recipe))

@@ -128,11 +128,11 @@ def recipe_of(text: str, overrides: Iterable[str] = (), *, label: str, source: s
     flat, problems = read_yaml(text)
     if problems and not flat:
         raise _refused(label, problems)
-    extra, more = read_overrides(overrides)
+    extra, word_problems = read_overrides(overrides)
     flat.setdefault("name", Path(label).stem)
     if label == "recipe.yaml" and flat["name"] == "recipe":
         flat["name"] = Path(source).resolve().parent.name
-    return _checked(label, flat, extra, problems + more)
+    return _checked(label, flat, extra, problems + word_problems)
 
 
 def make_recipe(values: Mapping[str, Any], overrides: Iterable[str] = (), label: str = "the recipe") -> Recipe:
@@ -155,15 +155,15 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
         if len(several) > 1:
             flat["data.more"] = several[1:]
     problems += fill_in(flat)
-    known = keys()
+    schema = keys()
     choice = {key.removeprefix("method."): value for key, value in flat.items() if key.startswith("method.")}
     good: dict[str, Any] = {}
     for key, value in flat.items():
         if key.startswith("method."):
             continue
-        if key in known:
+        if key in schema:
             value = SPELLINGS.get(key, {}).get(str(value), value)
-            fault = fault_of(known[key], value)
+            fault = fault_of(schema[key], value)
             if fault is None:
                 good[key] = value
             elif key == "task" and task_called(value):
@@ -173,9 +173,9 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
         elif key in SECTIONS:
             problems.append(f"{key}: needs its own keys, {_example(key)}")
         else:
-            problems.append(f"{key}: unknown{_meant(key, [*known, 'method.name'], choice, value)}")
+            problems.append(f"{key}: unknown{_meant(key, [*schema, 'method.name'], choice, value)}")
     problems += [
-        f"{key}: missing: {info.description}" for key, info in known.items() if info.is_required() and key not in flat
+        f"{key}: missing: {info.description}" for key, info in schema.items() if info.is_required() and key not in flat
     ]
     problems += conflicts(good)
     problems += method_problems(choice) or unmerged_with_vllm(good, choice)
@@ -191,14 +191,14 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
     return Recipe.model_validate(nested)
 
 
-def _meant(key: str, known: list[str], choice: dict[str, Any], value: Any) -> str:
+def _meant(key: str, names: list[str], choice: dict[str, Any], value: Any) -> str:
     """A hint for an unknown key: by our synonyms, by other programs' names, or by its spelling."""
     from .names import answer
 
     hint = answer(key) if key.rpartition(".")[2] not in _SYNONYMS else None
     if hint is None:
         fields = [f"method.{name}" for name in _fields_of(choice)]
-        hint = did_you_mean(key, [*known, *fields], _SYNONYMS) or "; docs/recipes.md lists the keys"
+        hint = did_you_mean(key, [*names, *fields], _SYNONYMS) or "; docs/recipes.md lists the keys"
     if hint == ", did you mean task?" and task_called(value):
         return f", did you mean task: {task_called(value)}?"
     return hint

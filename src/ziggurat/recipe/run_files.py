@@ -28,8 +28,8 @@ def read_files(folder: Path, needed: str) -> tuple[dict[str, Any], str]:
     from ziggurat.files.untrusted import MOST_RUN, own_file, read_json
 
     if not folder.is_dir():
-        what = f"'{folder}' is not a folder" if folder.exists() else f"adapter folder {missing_path(folder)}"
-        raise RecipeError(what)
+        problem = f"'{folder}' is not a folder" if folder.exists() else f"adapter folder {missing_path(folder)}"
+        raise RecipeError(problem)
     for name in (RUN, RECIPE):
         if not (folder / name).is_file():
             if folder.name.endswith(UNFINISHED):

@@ -39,8 +39,8 @@ def entry(default: Any, meaning: str) -> Any:
     return Field(default=default, description=meaning)
 
 
-def _named(what: str) -> Any:
-    return entry(None, f"column with {what}")
+def _named(content: str) -> Any:
+    return entry(None, f"column with {content}")
 
 
 class ColumnsPart(Part):

@@ -15,14 +15,14 @@ MOST_VALUES, MOST_LEVELS = 20_000, 32
 MOST_KEYS = 500
 
 
-def read_yaml(text: str, what: str = "recipe") -> tuple[dict[str, Any], list[str]]:
-    """The flat mapping of a recipe, or of another file of that form (`what`), and mistakes in its form.
+def read_yaml(text: str, kind: str = "recipe") -> tuple[dict[str, Any], list[str]]:
+    """The flat mapping of a recipe, or of another file of that form (`kind`), and mistakes in its form.
 
     `train: {lr: 1.0e-3}` and `train.lr: 1.0e-3` are the same; a key given twice in either spelling is refused.
     Only plain YAML values are built (safe_load's rules); a value below the second level stays a value.
     """
     if len(text) > MOST_TEXT:
-        return {}, [f"not readable as YAML: {len(text):,} characters, and a {what} has at most {MOST_TEXT:,}"]
+        return {}, [f"not readable as YAML: {len(text):,} characters, and a {kind} has at most {MOST_TEXT:,}"]
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         # Repetitions by aliases are counted, so that a few lines can't expand to billions of values.
@@ -32,16 +32,16 @@ def read_yaml(text: str, what: str = "recipe") -> tuple[dict[str, Any], list[str
     except RecursionError:
         return {}, ["not readable as YAML: it nests too deep"]
     if root is None:
-        start = "; `ziggurat recipes` lists some to start from" if what == "recipe" else ""
-        return {}, [f"the {what} is empty{start}"]
+        start = "; `ziggurat recipes` lists some to start from" if kind == "recipe" else ""
+        return {}, [f"the {kind} is empty{start}"]
     if not isinstance(root, yaml.MappingNode):
-        return {}, [f"a {what} is a mapping of `key: value` lines, this is a {_kind(root)}"]
+        return {}, [f"a {kind} is a mapping of `key: value` lines, this is a {_kind(root)}"]
     flat: dict[str, Any] = {}
     problems: list[str] = []
     lines: dict[str, int] = {}
     leaves = list(_leaves(root))
     if len(leaves) > MOST_KEYS:  # finding hints for unknown keys takes time
-        return {}, [f"{len(leaves):,} keys, and a {what} has at most {MOST_KEYS}"]
+        return {}, [f"{len(leaves):,} keys, and a {kind} has at most {MOST_KEYS}"]
     for prefix, key_node, value_node in leaves:
         if not isinstance(key_node, yaml.ScalarNode):
             problems.append(f"line {key_node.start_mark.line + 1}: a key is a word, this is a {_kind(key_node)}")
@@ -142,7 +142,7 @@ def _check_size(root: yaml.Node | None) -> None:
     while level:
         count += len(level)
         if count > MOST_VALUES:
-            raise yaml.YAMLError(f"more than {MOST_VALUES:,} values, what aliases repeat counted each time")
+            raise yaml.YAMLError(f"more than {MOST_VALUES:,} values, with those that aliases repeat counted each time")
         if depth > MOST_LEVELS:
             raise yaml.YAMLError(f"lists and mappings nest deeper than {MOST_LEVELS} levels")
         level, depth = [inner for node in level for inner in _parts(node)], depth + 1

@@ -11,12 +11,12 @@ from ziggurat.nearest import did_you_mean
 _EXPONENT = re.compile(r"([+-]?)(\d+)(\.\d*)?[eE]([+-]?\d+)")
 
 
-def key_problems(known: Mapping[str, Any], values: Mapping[Any, Any]) -> Iterator[str]:
+def key_problems(descriptions: Mapping[str, Any], values: Mapping[Any, Any]) -> Iterator[str]:
     """Mistakes in `values` by pydantic's descriptions of the known keys: unknown or missing keys, and wrong values."""
     for key in values:
-        if key not in known:
-            yield f"{key}: unknown{did_you_mean(str(key), known) or ', one of ' + ', '.join(known)}"
-    for key, info in known.items():
+        if key not in descriptions:
+            yield f"{key}: unknown{did_you_mean(str(key), descriptions) or ', one of ' + ', '.join(descriptions)}"
+    for key, info in descriptions.items():
         if info.is_required() and not values.get(key):
             yield f"{key}: missing: {info.description}"
         elif key in values and (fault := fault_of(info, values[key])) is not None:
@@ -88,7 +88,7 @@ def _words(error: ValidationError, value: Any) -> str:
         return f"must be {words} {context[key]}, got {shown}"
     if kind == "finite_number":
         return f"must be a finite number, got {shown}"
-    wanted = {
+    needed = {
         "int_type": "a whole number",
         "int_from_float": "a whole number",
         "float_type": "a number",
@@ -100,7 +100,7 @@ def _words(error: ValidationError, value: Any) -> str:
         "tuple_type": "a list",
         "dict_type": "a mapping",
     }
-    names = list(dict.fromkeys(wanted[kind] for kind in kinds if kind in wanted))
+    names = list(dict.fromkeys(needed[kind] for kind in kinds if kind in needed))
     if names:
         quotes = "; put it in quotes" if names == ["a text"] and isinstance(value, (int, float)) else ""
         return f"needs {' or '.join(names)}, got {shown}{quotes}"

@@ -89,7 +89,7 @@ def test_what_cannot_be_taken_over_is_refused_before_the_model_changes(tmp_path:
     source = str(trained(tmp_path / "source"))
     with pytest.raises(ConfigError, match="an adapter can build on one of its own method"):
         ShareLoRAConfig(from_adapter=source)
-    with pytest.raises(ConfigError, match=r"here is r=16 \(4 there\), lora_alpha=8 \(16 there\). Leave these"):
+    with pytest.raises(ConfigError, match=r"differs: r=16 \(4 there\), lora_alpha=8 \(16 there\). Leave these"):
         MSPLoraConfig(from_adapter=source, r=16, lora_alpha=8)
     with pytest.raises(ConfigError, match="there is no folder"):
         MSPLoraConfig(from_adapter=str(tmp_path / "nothing"))

@@ -40,7 +40,7 @@ def bank(model: torch.nn.Module) -> PathBank:
 
 
 def state(model: torch.nn.Module) -> StackState:
-    return bank(model).known["default"].structure[STACK]
+    return bank(model).adapters["default"].structure[STACK]
 
 
 def parameters_of(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -294,7 +294,7 @@ def test_damaged_or_foreign_structures_are_refused(tmp_path: Path) -> None:
         adapted(structure={"stacks": {STACK: {"spans": [[0, 2], [1, 3]], "injected": []}}, "done": 0})
     with pytest.raises(ConfigError, match="needs parameters at layers"):
         bank(model).set_structure("default", {STACK: StackState((Span(0, 9),))})
-    with pytest.raises(ConfigError, match=r"speaks of the stack 'elsewhere'"):
+    with pytest.raises(ConfigError, match=r"names the stack 'elsewhere'"):
         bank(model).set_structure("default", {"elsewhere": StackState((Span(0, 0),))})
     weights = {"base_model.model.lor2c_structure": torch.zeros(4, dtype=torch.uint8)}
     with pytest.raises(ConfigError, match="isn't the JSON"):

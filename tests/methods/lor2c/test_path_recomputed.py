@@ -169,7 +169,7 @@ def test_two_adapters_with_spans_that_cross(use_reentrant: bool) -> None:
 def test_paths_that_training_has_merged(use_reentrant: bool) -> None:
     tuned = adapted("bert", spans=((0, 0), (1, 1), (2, 2), (3, 3)), merges=2, max_span=3)
     tuned.restructure(10, 10)
-    assert any(span.length > 1 for path in tuned.base_model._bank().known.values() for span in spans_in(path))
+    assert any(span.length > 1 for path in tuned.base_model._bank().adapters.values() for span in spans_in(path))
     inputs = embedded(tuned, "bert")
     loss_of(tuned, inputs).backward()
     expected = gradients(tuned, inputs)

@@ -340,7 +340,7 @@ def _one_process(rank: int, folder: str) -> None:
     run.train()
     for name, gradient in expected.items():
         assert_sums_agree(seen.steps[0][name], gradient, 2 * WIDTH, depth=4)
-    state = {f"mask.{path}": layer.kept["default"] for path, layer in adapted(model, "default").items()}
+    state = {f"mask.{path}": layer.masks["default"] for path, layer in adapted(model, "default").items()}
     state |= {n: p.detach() for n, p in model.named_parameters() if "lora2_" in n}
     torch.save(state, Path(folder) / f"rank{rank}.pt")
 

@@ -222,7 +222,7 @@ def test_calls_that_make_no_sense() -> None:
         model.prune(1, 6)
     with pytest.raises(ConfigError, match=r"before optimizer\.zero_grad"):
         model.prune(1, 20)
-    with pytest.raises(ConfigError, match="no linear has a LoRA² adapter 'other'"):
+    with pytest.raises(ConfigError, match="no linear layer has a LoRA² adapter 'other'"):
         model.prune(1, 20, adapter="other")
 
 

@@ -73,7 +73,7 @@ class Anatomy:
         if layers_pattern and not self._layers:
             raise AnatomyError(
                 f"layers_pattern={layers_pattern!r} matches no list of layers in {self._name}. "
-                f"{self._seen()} Set layers_pattern to the last part of one of these paths."
+                f"{self._overview()} Set layers_pattern to the last part of one of these paths."
             )
 
     @property
@@ -88,7 +88,7 @@ class Anatomy:
             AnatomyError: there is no stack of that name.
         """
         if stack not in self._layers:
-            raise AnatomyError(f"{stack!r} is no stack of layers of {self._name}. {self._seen()}")
+            raise AnatomyError(f"{stack!r} is no stack of layers of {self._name}. {self._overview()}")
         return list(self._layers[stack])
 
     def find(self, path: str) -> Place | None:
@@ -118,7 +118,7 @@ class Anatomy:
         if place is None:
             raise AnatomyError(
                 f"module {path!r} of {self._name} is in no stack of layers, so it has no layer number. "
-                f"{self._seen()} If it is in one of these lists, set layers_pattern to the last part of the "
+                f"{self._overview()} If it is in one of these lists, set layers_pattern to the last part of the "
                 "list's path; otherwise leave it out with target_modules or exclude_modules."
             )
         return place
@@ -127,11 +127,11 @@ class Anatomy:
     def _name(self) -> str:
         return type(self._model).__name__
 
-    def _seen(self) -> str:
+    def _overview(self) -> str:
         def listing(lengths: dict[str, int], unit: str) -> str:
             shown = [f"{path!r} ({length} {unit})" for path, length in list(lengths.items())[:12]]
-            more = len(lengths) - len(shown)
-            return ", ".join(shown) + (f" and {more} more" if more else "") if shown else "none"
+            unlisted = len(lengths) - len(shown)
+            return ", ".join(shown) + (f" and {unlisted} more" if unlisted else "") if shown else "none"
 
         others = {path: length for path, length in self._lists.items() if not self._in_stack(path)}
         return f"Stacks: {listing(self.stacks, 'layers')}. Other lists: {listing(others, 'members')}."
@@ -142,8 +142,8 @@ class Anatomy:
     def _find_bare(self, path: str) -> Place | None:
         parts = path.split(".")
         for end in range(1, len(parts) + 1):
-            if known := self._number.get(".".join(parts[:end])):
-                stack, number = known
+            if position := self._number.get(".".join(parts[:end])):
+                stack, number = position
                 return Place(stack, number, ".".join(parts[end:]), len(self._layers[stack]))
         return None
 
@@ -182,10 +182,10 @@ def _is_single(node: Node) -> bool:
 
 
 def _repeats(layers: Sequence[Node]) -> bool:
-    seen: dict[type, list[dict[str, Size]]] = {}
+    shapes_by_class: dict[type, list[dict[str, Size]]] = {}
     for layer in _distinct(layers):
         shapes = layer.shapes()
-        alike = seen.setdefault(type(layer.module), [])
+        alike = shapes_by_class.setdefault(type(layer.module), [])
         if any(all(shapes[name] == other[name] for name in shapes.keys() & other.keys()) for other in alike):
             return True
         alike.append(shapes)

@@ -35,8 +35,8 @@ def backend_of(base: nn.Module, **kwargs: Any) -> Any:
     if kwargs.get("get_apply_tensor_subclass") is None and _is_torchao(base):
         return ForwardOnly(
             "torchao",
-            "Nothing in the model says how torchao's quantize_ was called, so it can't be done again: load the model "
-            "through transformers with a TorchAoConfig, which keeps that.",
+            "The model doesn't record how torchao's quantize_ was called, so the call can't be repeated: load the "
+            "model through transformers with a TorchAoConfig, which keeps that.",
         )
     return resolve_quantization_backend(base, **kwargs) or (
         None if _is_plain(base) else ForwardOnly(type(base).__name__)
@@ -76,7 +76,7 @@ def check_changeable(backend: Any, where: str = "") -> None:
     """Raise unless a weight of `backend` can be changed.
 
     Raises:
-        ValueError: it can't be dequantised, or not be quantised again; with the way round it.
+        ValueError: it can't be dequantised, or not be quantised again; the text has a way round it.
     """
     if backend is not None and not backend.supports_merge:
         way = getattr(backend, "way_round", "")

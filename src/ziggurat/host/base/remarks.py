@@ -33,7 +33,7 @@ def check_fused_mixers(model: nn.Module, sites: Mapping[str, Site]) -> None:
 
 
 def remark(model: nn.Module, config: Any, all_linear: bool, sites: Mapping[str, Site]) -> None:
-    """Log which experts stay frozen though the targets sound like all: "all-linear", or projections of experts.
+    """Log which experts stay frozen although the targets seem to include them: "all-linear", or projections of experts.
 
     Experts of transformers' mixtures are one parameter of three dimensions, no linear layers.
     """
@@ -45,11 +45,11 @@ def remark(model: nn.Module, config: Any, all_linear: bool, sites: Mapping[str, 
     base = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if id(p) not in of_adapters}
     experts = {path: p.numel() for path, p in base.items() if p.dim() == 3 and "expert" in path and path not in sites}
     if experts:
-        given = "'all-linear'" if all_linear else halves or f"{sorted(names)} and {sorted(config.target_parameters)}"
+        targets = "'all-linear'" if all_linear else halves or f"{sorted(names)} and {sorted(config.target_parameters)}"
         ends = dict.fromkeys(".".join(path.split(".")[-2:]) for path in experts)
         logger.warning(
             "target_modules=%s adapts linear layers, and %d experts' parameters of this model are none "
             "(%s, ...): they stay frozen, %.0f%% of the model's parameters. target_parameters=%s adapts them.",
-            *(given, len(experts), next(iter(experts))),
+            *(targets, len(experts), next(iter(experts))),
             *(100 * sum(experts.values()) / sum(p.numel() for p in base.values()), list(ends)),
         )

@@ -1,4 +1,4 @@
-"""The residual stream: which argument of a transformer layer it is, how wide, and which lists are of layers."""
+"""The residual stream: its place among a transformer layer's arguments, its width, and the stacks that have one."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -62,10 +62,10 @@ def stream_width(layer: nn.Module, hidden_size: int | None = None) -> int | None
 
 
 def are_layers(model: nn.Module, stacks: Mapping[str, Sequence[str]]) -> set[str]:
-    """Which of `stacks` (path -> paths of its members) are lists of transformer layers, by transformers' own mark.
+    """The members of `stacks`, path -> paths of members, that list transformer layers, by transformers' own mark.
 
-    Layers of its models can be checkpointed; what repeats beside them (the mergers of Qwen3-VL's vision) can't, and
-    needn't keep the shape of its input. Where no member is marked, all stacks count.
+    Layers of its models can be checkpointed. Other repeated modules (the mergers of Qwen3-VL's vision tower) can't, and
+    needn't keep the shape of their input. Where no member is marked, all stacks count.
     """
     marked = {
         stack

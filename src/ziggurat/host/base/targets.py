@@ -1,4 +1,4 @@
-"""The sites that a config names in a model, the defaults where it names none, and names that were nearly right."""
+"""The sites that a config names in a model, the defaults where it names none, and hints for misspelt names."""
 
 import difflib
 import re
@@ -79,7 +79,7 @@ def _sites_of(method: Method, config: Any, model: nn.Module) -> dict[str, Site]:
         from ziggurat.host.experts.sites import parameter_sites
 
         sites |= parameter_sites(config, model)
-    if config.speaks_of_depth and sites and all(not site.role for site in sites.values()):
+    if config.needs_stack and sites and all(not site.role for site in sites.values()):
         anatomy = Anatomy(model, layers_pattern=config.layers_pattern)
         if not anatomy.stacks:
             anatomy.place(next(iter(sites)))  # raises: the config has fields about layers, and there are none
@@ -116,8 +116,8 @@ def _check_whole(model: nn.Module, path: str) -> None:
     marked = getattr(module, "_hf_tp_plan", None) is not None
     if marked or getattr(forward, "__module__", "").endswith(".tensor_parallel"):
         raise ConfigError(
-            f"{path!r} is split over processes by tensor parallelism (tp_plan), and an adapter there would be one of "
-            "each process's part. Load the model without tp_plan and use DDP or FSDP2 (docs/distributed.md); LoR2C's "
+            f"{path!r} is split over processes by tensor parallelism (tp_plan), so each process would adapt "
+            "a part of its own. Load the model without tp_plan and use DDP or FSDP2 (docs/distributed.md); LoR2C's "
             "paths, which stand around whole layers, work as it is."
         )
 
@@ -159,7 +159,7 @@ def target_sites(config: Any, model: nn.Module) -> dict[str, Site]:
 
 
 def check_router(config: Any, path: str, router: nn.Module) -> None:
-    """Raise ConfigError if `config` asks for what no adapter of a router can do."""
+    """Raise ConfigError if `config` asks for something that no adapter of a router can do."""
     if getattr(config, "lora_dropout", 0):
         raise ConfigError(
             f"lora_dropout={config.lora_dropout}, and {path!r} is a router: its update is added to its weight, so that "
@@ -182,29 +182,29 @@ def site_at(
     return Site(path, stack, place.layer, place.num_layers, place.role, d_in, d_out, num_experts=num_experts)
 
 
-def near_misses(wanted: str | Iterable[str], model: nn.Module, limit: int = 6) -> list[str]:
+def near_misses(target_modules: str | Iterable[str], model: nn.Module, limit: int = 6) -> list[str]:
     """The module names of `model` nearest to target names that matched nothing, best first.
 
-    `wanted` is PEFT's `target_modules`: names, or one regular expression, of which the words are
-    compared. A name of n components is compared with the last n components of each path, linear layers
-    first and other modules where no linear layer is near. Where nothing is near either, the names of the
-    linear layers are given, the most alike first: they are what can be adapted.
+    `target_modules`, as in PEFT: names, or one regular expression, of which the words are compared. A name of n
+    components is compared with the last n components of each path, linear layers first and other modules where no
+    linear layer is near. Where nothing is near either, the names of the linear layers, which can be adapted, are given,
+    the most alike first.
     """
-    names = re.findall(r"\w+(?:\.\w+)*", wanted) if isinstance(wanted, str) else sorted(wanted)
+    names = re.findall(r"\w+(?:\.\w+)*", target_modules) if isinstance(target_modules, str) else sorted(target_modules)
     nodes = [node for node in bare_tree(unwrap(model)[0]).walk() if node.path]
     linear = [node.path for node in nodes if is_adaptable(node.module)]
     for paths, cutoff in ((linear, 0.6), ([node.path for node in nodes], 0.6), (linear, 0.0)):
-        near = [(score, name) for asked in names for score, name in _alike(asked, paths) if score >= cutoff]
+        near = [(score, name) for target in names for score, name in _alike(target, paths) if score >= cutoff]
         if near:
             return list(dict.fromkeys(name for _, name in sorted(near, key=lambda pair: -pair[0])))[:limit]
     return []
 
 
-def _alike(asked: str, paths: Iterable[str]) -> list[tuple[float, str]]:
-    """(similarity, ending) for each distinct ending of `paths` that is as long as `asked`."""
-    length = asked.count(".") + 1
+def _alike(target: str, paths: Iterable[str]) -> list[tuple[float, str]]:
+    """(similarity, ending) for each distinct ending of `paths` that is as long as `target`."""
+    length = target.count(".") + 1
     endings = dict.fromkeys(".".join(path.split(".")[-length:]) for path in paths)
-    matcher = difflib.SequenceMatcher(b=asked.lower())
+    matcher = difflib.SequenceMatcher(b=target.lower())
     scores = []
     for ending in endings:
         matcher.set_seq1(ending.lower())

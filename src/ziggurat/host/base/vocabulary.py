@@ -23,10 +23,10 @@ def base_name(name: str) -> str:
 def embedding_paths(model: nn.Module) -> list[str]:
     """The paths of the input and the output embeddings of a transformers model; empty for other models."""
     layers: list[Any] = []
-    asked: Any = model
-    for ask in ("get_input_embeddings", "get_output_embeddings"):
+    untyped: Any = model
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
-            layers.append(getattr(asked, ask)())
+            layers.append(getattr(untyped, getter)())
         except (AttributeError, NotImplementedError):
             continue
     held = {id(layer) for layer in layers if isinstance(layer, nn.Module)}

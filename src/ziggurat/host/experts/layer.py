@@ -194,14 +194,14 @@ class AdaptedExperts(WithoutBase, ExpertsLayer, nn.Module):
         return with_updates(weight, pairs, self.get_base_layer().is_transposed)  # type: ignore[union-attr, arg-type]
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete it from the layers of the parameters, before PEFT comes to them: it asks here what is active then."""
+        """Delete it from the layers of the parameters, before PEFT does, which asks here for the active ones."""
         for layer in self.layers():
             layer.delete_adapter(adapter_name)
         self._active_adapter = self._active()
 
 
 def _update(term: ExpertTerm, x: Tensor, taken: Tensor | None, rows: Tensor | None, ends: Tensor) -> Tensor:
-    """B_g (A_g x) for the rows of x that `rows` takes; `taken`: these, where they are there already.
+    """B_g (A_g x) for the rows of x that `rows` takes; `taken`: these rows, if they are gathered already.
 
     A pair that all experts share goes down once for each token, however many experts the token is sent to.
     """
@@ -213,8 +213,8 @@ def _update(term: ExpertTerm, x: Tensor, taken: Tensor | None, rows: Tensor | No
         taken = x if rows is None else x[rows]
     ends = ends[[*(start - 1 for start in term.starts[1:]), len(ends) - 1]]
     # torch's kernel wants ranks of a multiple of 16 bytes.
-    more = -A.shape[-2] % (16 // A.element_size())
-    A, B = F.pad(A, (0, 0, 0, more)).contiguous(), F.pad(B, (0, more)).contiguous()
+    padding = -A.shape[-2] % (16 // A.element_size())
+    A, B = F.pad(A, (0, 0, 0, padding)).contiguous(), F.pad(B, (0, padding)).contiguous()
     return grouped(grouped(taken, A.mT, ends), B.mT, ends)
 
 
@@ -226,14 +226,14 @@ def wrapped_experts(model: nn.Module, path: str, method: Method) -> AdaptedExper
     """
     parent, _, name = path.rpartition(".")
     owner = model.get_submodule(parent) if parent else model
-    there = owner.get_submodule(name)
-    if isinstance(there, AdaptedExperts) and all(layer.method is method for layer in there.layers()):
-        return there
-    if isinstance(there, BaseTunerLayer) or look_through(there) is not there:
+    experts = owner.get_submodule(name)
+    if isinstance(experts, AdaptedExperts) and all(layer.method is method for layer in experts.layers()):
+        return experts
+    if isinstance(experts, BaseTunerLayer) or look_through(experts) is not experts:
         raise ConfigError(
-            f"the experts at {path!r} have an adapter of another method already ({type(there).__name__}): merge or "
+            f"the experts at {path!r} have an adapter of another method already ({type(experts).__name__}): merge or "
             "unload it first, or leave them out of target_parameters."
         )
-    layer = AdaptedExperts(there)
+    layer = AdaptedExperts(experts)
     setattr(owner, name, layer)
     return layer

@@ -1,4 +1,4 @@
-"""How the input x of a span's first layer reaches its last layer, in a forward and where a backward recomputes layers.
+"""Handing the input x of a span's first layer over to its last, in a forward and where a backward recomputes layers.
 
 In a forward, x lies in a frame that lives as long as one forward of the module that holds the stack, one a thread.
 So two threads on one model never mix, an aborted forward leaves nothing behind, and copies and pickles start empty.

@@ -60,9 +60,9 @@ def _loading(config: PeftConfig, library: str) -> str:
 
 model = load_adapter_model("path/to/this/folder").model"""
     base, task = config.base_model_name_or_path or "<the base model>", config.task_type
-    known = task in AUTO_CLASSES
-    model = AUTO_CLASSES[TaskType(task)] if known else "AutoModel"
-    kind = "" if known else "  # or the class for your task"
+    has_class = task in AUTO_CLASSES
+    model = AUTO_CLASSES[TaskType(task)] if has_class else "AutoModel"
+    kind = "" if has_class else "  # or the class for your task"
     labels = ", num_labels=2)  # as many as it was trained with" if task in ("SEQ_CLS", "TOKEN_CLS") else ")"
     return f"""import {_package(config)}  # registers the method with PEFT
 from peft import PeftModel

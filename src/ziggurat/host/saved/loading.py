@@ -38,8 +38,8 @@ def load_through_methods() -> None:
     ) -> Any:
         load = kwargs.get("load_config")
         source = peft_model_id or getattr(load, "pretrained_model_name_or_path", None)
-        given = {**(getattr(load, "download_kwargs", None) or {}), **(kwargs.get("adapter_kwargs") or {}), **kwargs}
-        hub = {name: given[name] for name in _HUB if given.get(name) is not None}
+        options = {**(getattr(load, "download_kwargs", None) or {}), **(kwargs.get("adapter_kwargs") or {}), **kwargs}
+        hub = {name: options[name] for name in _HUB if options.get(name) is not None}
         config: Any = peft_config
         if config is None and source is not None:
             config = PeftConfig.from_pretrained(str(source), **hub)
@@ -58,8 +58,8 @@ def load_through_methods() -> None:
         }
         result = original(self, peft_model_id, adapter_name, config, named, *args, **kwargs)
         adapter = adapter_name or "default"
-        given = {name.replace(f"{method.store}.", f"{method.store}.{adapter}.", 1) for name in named}
-        check_tensors(method, self, adapter, dict.fromkeys(given))
+        names = (name.replace(f"{method.store}.", f"{method.store}.{adapter}.", 1) for name in named)
+        check_tensors(method, self, adapter, dict.fromkeys(names))
         return result
 
     load_adapter.ziggurat = True  # type: ignore[attr-defined]

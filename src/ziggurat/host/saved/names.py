@@ -62,9 +62,11 @@ class RenamesOnLoad(RootHook):
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         assert self.method is not None
         inside = {name.removeprefix(prefix): name for name in state_dict if name.startswith(prefix)}
-        for (name, given), renamed in zip(inside.items(), current_names(inside, self.method, module), strict=True):
+        for (name, loaded_name), renamed in zip(
+            inside.items(), current_names(inside, self.method, module), strict=True
+        ):
             if renamed != name:
-                state_dict[prefix + renamed] = state_dict.pop(given)
+                state_dict[prefix + renamed] = state_dict.pop(loaded_name)
 
 
 def _renamed(name: str, method: Method, body: str) -> str:
@@ -89,15 +91,15 @@ def _fitted(name: str, method: Method, prefix: str, paths: Collection[str]) -> s
     return f"{outer}{with_other_head(place, prefix, paths)}{path.removeprefix(place)}{at}{leaf}"
 
 
-def check_tensors(method: Method, model: nn.Module, adapter: str, given: Mapping[str, Any]) -> None:
-    """Raise ConfigError if `given` lacks tensors that `adapter` has in `model`: without them it is another adapter."""
-    names = {bare_name(name) for name in given}
+def check_tensors(method: Method, model: nn.Module, adapter: str, loaded: Mapping[str, Any]) -> None:
+    """Raise ConfigError if `loaded` lacks tensors that `adapter` has in `model`: without them it is another adapter."""
+    names = {bare_name(name) for name in loaded}
     held = {bare_name(name) for name in model.state_dict(keep_vars=True)}
-    wanted = [name for name in held if f".{method.store}.{adapter}." in f".{name}"]
-    lacking = sorted(name for name in wanted if name not in names)
+    expected = [name for name in held if f".{method.store}.{adapter}." in f".{name}"]
+    lacking = sorted(name for name in expected if name not in names)
     if lacking:
         raise ConfigError(
-            f"adapter {adapter!r} lacks {len(lacking)} of the {len(wanted)} tensors its config asks for: "
+            f"adapter {adapter!r} lacks {len(lacking)} of the {len(expected)} tensors its config asks for: "
             f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}. Was the file cut, or is its "
             "adapter_config.json another adapter's?"
         )

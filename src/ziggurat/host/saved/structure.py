@@ -63,8 +63,8 @@ class MergingConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given, self.structure = self.structure, {}
-        self.set_structure({} if given is None else given)
+        structure, self.structure = self.structure, {}
+        self.set_structure({} if structure is None else structure)
 
     def set_structure(self, structure: Any) -> None:
         """Set the structure.
@@ -109,9 +109,9 @@ class StructureBank(Bank):
         """The structure to store beside the weights, in plain lists and dicts; None if training doesn't change it."""
         return self.structures()[adapter]
 
-    def take_structure(self, adapter: str, kept: Any) -> None:
+    def take_structure(self, adapter: str, stored: Any) -> None:
         """Give `adapter` a structure in the form of `stored_structure`. Raises ConfigError for another form."""
-        self.restore(adapter, kept)
+        self.restore(adapter, stored)
 
     def get_extra_state(self) -> Tensor:
         return to_tensor(self.structures())
@@ -141,11 +141,11 @@ class StructureTuner(MethodTuner):
     ) -> dict[str, Tensor]:
         state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         bank = cls._bank_with(adapter_name, model)
-        kept = None if bank is None else bank.stored_structure(adapter_name)
-        if kept is None:
+        stored = None if bank is None else bank.stored_structure(adapter_name)
+        if stored is None:
             return state
         (name,) = config.no_factors
-        return {**state, name: to_tensor(kept)}
+        return {**state, name: to_tensor(stored)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -45,16 +45,16 @@ def inherit(config: Any) -> None:
     for item in fields(config):
         if item.name in _OWN or item.name in config.method.step_fields:
             continue
-        here, there = getattr(config, item.name), getattr(source, item.name)
+        value, inherited = getattr(config, item.name), getattr(source, item.name)
         default = item.default_factory() if item.default_factory is not MISSING else item.default
-        if here == default:
-            setattr(config, item.name, there)
-        elif here != there:
-            different.append(f"{item.name}={shown(here)} ({shown(there)} there)")
+        if value == default:
+            setattr(config, item.name, inherited)
+        elif value != inherited:
+            different.append(f"{item.name}={shown(value)} ({shown(inherited)} there)")
     if different:
         raise ConfigError(
-            f"from_adapter={shown(config.from_adapter)}: its shared tensors fit its own config, and here is "
-            f"{', '.join(different)}. Leave these fields out."
+            f"from_adapter={shown(config.from_adapter)}: its shared tensors fit its own config, and this one "
+            f"differs: {', '.join(different)}. Leave these fields out."
         )
     if config.freeze_tiers is None:
         config.freeze_tiers = shared_tiers(config.method, source)
@@ -92,11 +92,11 @@ def check_frozen(method: Method, config: Any, sites: Mapping[str, Site], specs: 
     `specs`: every tensor of the adapter once.
     """
     keys = dict.fromkeys(map(key_of, specs))
-    known = list(dict.fromkeys(name for key in keys for name in (tier_of(key) or key, key)))
-    if unknown := [name for name in config.freeze_tiers if name not in known]:
+    names = list(dict.fromkeys(name for key in keys for name in (tier_of(key) or key, key)))
+    if unknown := [name for name in config.freeze_tiers if name not in names]:
         raise ConfigError(
             f"freeze_tiers names {shown(unknown[0])}, and the adapter has no such tier or tensor; it has "
-            f"{', '.join(known)}."
+            f"{', '.join(names)}."
         )
     if not config.inference_mode and not any(spec.trains for spec in specs.values()):
         raise ConfigError(
@@ -108,7 +108,7 @@ def check_frozen(method: Method, config: Any, sites: Mapping[str, Site], specs: 
         if fresh and still:
             warnings.warn(
                 f"freeze_tiers={shown(config.freeze_tiers)}: {still[0]} begins at zero and stays there: its tier adds "
-                "nothing, now or later. Name the trained adapter that it is to come from in from_adapter.",
+                "nothing, now or later. Name the trained adapter to take it from in from_adapter.",
                 stacklevel=2,
             )
         return
@@ -117,10 +117,10 @@ def check_frozen(method: Method, config: Any, sites: Mapping[str, Site], specs: 
         for key, spec in specs_of(method, config.at(site), site).items():
             name = PREFIX + file_name(method, site, key, spec)
             if config.freezes(key) and (name not in held or held[name].shape != spec.shape):
-                there = f"has it as {held[name].shape}" if name in held else "has no such tensor"
+                mismatch = f"has it as {held[name].shape}" if name in held else "has no such tensor"
                 raise ConfigError(
-                    f"{path!r} needs {key} as {spec.shape} ({name}), and {config.from_adapter} {there}. Was it trained "
-                    "on another base model, or does freeze_tiers name a tensor that it doesn't have?"
+                    f"{path!r} needs {key} as {spec.shape} ({name}), and {config.from_adapter} {mismatch}. Was it "
+                    "trained on another base model, or does freeze_tiers name a tensor that it doesn't have?"
                 )
 
 

@@ -17,24 +17,24 @@ from ziggurat.host.saved.names import bare_name
 def held_once(method: Method, model: nn.Module, adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`state`, by the names of a model's state dict, which is about to be loaded into `adapter`.
 
-    A frozen tensor that another adapter has already, bitwise, becomes that one, in `adapter` and in what is returned.
+    A frozen tensor that another adapter has already, bitwise, becomes that one, in `adapter` and in the result.
     Where `state` differs from a tensor that `adapter` held together with others, it gets one of its own.
     """
     loaded = dict(state)
     names = {bare_name(name): name for name in loaded}
     for path, stores in stores_at(unwrap(model)[0], method, adapter):
-        mine = stores[adapter]._buffers
+        buffers = stores[adapter]._buffers
         others = [factors._buffers for other, factors in stores.items() if other != adapter]
-        for leaf, old in mine.items():
+        for leaf, old in buffers.items():
             name = names.get(f"{path}.{method.store}.{adapter}.{leaf}")
             if name is None or old is None:
                 continue
-            held = {id(tensor): tensor for its in others if (tensor := its.get(leaf)) is not None}
+            held = {id(tensor): tensor for table in others if (tensor := table.get(leaf)) is not None}
             same = next((tensor for tensor in held.values() if _same(tensor, loaded[name], old.dtype)), None)
             if same is not None:
-                mine[leaf] = loaded[name] = same
+                buffers[leaf] = loaded[name] = same
             elif id(old) in held:
-                mine[leaf] = torch.empty_like(old)
+                buffers[leaf] = torch.empty_like(old)
     return loaded
 
 

@@ -56,7 +56,9 @@ def share(model: PeftModel, adapters: Sequence[str], tiers: Sequence[str] | None
     first, *others = dict.fromkeys(adapters)
     method = method_of(configs[first])
     if method is None or method.pair is None or method.sites is not None:
-        raise ConfigError(f"adapter {first!r} is of a method that trains no mixed batches; linear layers' updates do.")
+        raise ConfigError(
+            f"adapter {first!r}: its method can't train on mixed batches; methods that update linear layers can."
+        )
     tiers = shared_tiers(method, configs[first]) if tiers is None else list(tiers)
     root = model.get_base_model()
     held = {name: {at: (leaf, factors) for at, leaf, factors in stored_at(root, method, name)} for name in adapters}
@@ -101,7 +103,7 @@ def save_tenants(
 def add_tenants(
     folder: str | Path, adapters: Mapping[str, str | Path], tiers: Sequence[str] | None = None
 ) -> dict[str, int]:
-    """Add adapters, name -> folder, to the set in `folder`; the first ones make it.
+    """Add adapters, name -> folder, to the set in `folder`, which is created for the first ones.
 
     `tiers`: the shared tiers, as in `share`; default: those that an adapter froze, or that its linear layers share.
     Other files in an adapter's folder are copied. Returns the bytes of each new weights file, by name.
@@ -117,11 +119,11 @@ def add_tenants(
         if (folder / name).exists():
             raise ExportError(f"the set {folder} has {name!r} already: choose another name, or remove that folder.")
     parts = {name: _split(Path(path), tiers) for name, path in adapters.items()}
-    there = (folder / BANK).is_file()
-    bank = load_file(own_file(folder, BANK)) if there else next(iter(parts.values())).common
+    exists = (folder / BANK).is_file()
+    bank = load_file(own_file(folder, BANK)) if exists else next(iter(parts.values())).common
     for name, part in parts.items():
-        _check_same(name, part.common, bank, folder if there else next(iter(parts)))
-    if there:
+        _check_same(name, part.common, bank, folder if exists else next(iter(parts)))
+    if exists:
         return {name: _write(folder / name, part, digest(own_file(folder, BANK))) for name, part in parts.items()}
     with written_beside(folder) as new:
         save_file(bank, new / BANK, metadata={"format": "pt"})

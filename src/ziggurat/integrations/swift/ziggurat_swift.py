@@ -53,8 +53,8 @@ class _MethodTuner(PeftTuner):
             task_type=_TASKS.get(task, task),
         )
         refused = {name: getattr(args, name, None) for name in ("lorap_lr_ratio", "lora_dtype", "use_swift_lora")}
-        if given := [f"{name}={value}" for name, value in refused.items() if value]:
-            raise ConfigError(f"--tuner_type {cls.method} can't follow {', '.join(given)}: leave that out.")
+        if unsupported := [f"{name}={value}" for name, value in refused.items() if value]:
+            raise ConfigError(f"--tuner_type {cls.method} can't follow {', '.join(unsupported)}: leave that out.")
         fields = (args.model_kwargs or {}).get("ziggurat") or {}
         return get_peft_model(model, of_method(lora, cls.method, fields))  # pyright: ignore[reportReturnType]
 

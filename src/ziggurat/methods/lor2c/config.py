@@ -109,12 +109,12 @@ class LoR2CConfig(MethodConfig):
         None, "First and last layer of every path (default: one path a layer).", _check_spans
     )
     merges: int = option(0, "How many times two adjacent paths become one.", whole(0))
-    injections: int = option(0, "How many paths are given up for LoRA on query and value.", whole(0))
+    injections: int = option(0, "How many paths are replaced by LoRA on query and value.", whole(0))
     criterion: Literal["mean", "energy", "sfs", "effective_rank"] = option(
         "mean", "How paths are scored: mean, energy, sfs or effective_rank.", one_of(*CRITERIA)
     )
     criterion_k: int | None = option(None, "The k of energy and sfs (default: r / 2).", whole(1))
-    keep: Literal["lower", "richer"] = option("lower", "Whose weights a merged path keeps.", one_of(*KEEP))
+    keep: Literal["lower", "richer"] = option("lower", "The weights that a merged path keeps.", one_of(*KEEP))
     max_span: int | None = option(None, "The most layers a merged path may cover.", whole(1))
     inject_r: int | None = option(None, "Rank of injected LoRA (default: r / 2).", check_rank)
     inject_alpha: float | None = option(None, "Its alpha (default: lora_alpha).", check_above_zero)
@@ -123,7 +123,7 @@ class LoR2CConfig(MethodConfig):
         None, "Layers that have LoRA instead of a path from the start.", _check_injected
     )
     hidden_size: int | None = option(None, "Width of the residual stream.", whole(1))
-    structure: dict[str, Any] | None = option(None, "The paths as training has left them.", _check_structure)
+    structure: dict[str, Any] | None = option(None, "The paths after training's changes.", _check_structure)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -177,7 +177,7 @@ class LoR2CConfig(MethodConfig):
 
     @property
     def k(self) -> int:
-        """How many singular values count as the large ones: r / 2 unless `criterion_k` says otherwise."""
+        """The number of singular values that count as large: r / 2 unless `criterion_k` says otherwise."""
         return self.criterion_k or max(1, self.r // 2)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -55,8 +55,8 @@ def lay_out(config: LoR2CConfig, model: nn.Module) -> Layout:
             "that adapts linear layers."
         )
     stacks = {stack: anatomy.layers(stack) for stack in anatomy.stacks}
-    wanted = stacks if config.layers_pattern else are_layers(model, stacks)
-    chosen = {stack: _chosen(config, layers, model) for stack, layers in stacks.items() if stack in wanted}
+    layer_stacks = stacks if config.layers_pattern else are_layers(model, stacks)
+    chosen = {stack: _chosen(config, layers, model) for stack, layers in stacks.items() if stack in layer_stacks}
     chosen = {stack: layers for stack, layers in chosen.items() if layers}
     _check_stacks(config, anatomy, chosen)
     layout = Layout(anatomy, {}, {}, {})
@@ -81,8 +81,8 @@ def _chosen(config: LoR2CConfig, layers: Sequence[str], model: nn.Module) -> lis
     """The layers of a stack that the config chooses; none of one without linear layers, such as one of convolutions."""
     if not any(is_adaptable(module) for path in layers for module in model.get_submodule(path).modules()):
         return []
-    wanted = _named_layers(config) or range(len(layers))
-    return [n for n, path in enumerate(layers) if n in wanted and not means(config.exclude_modules, path)]
+    named = _named_layers(config) or range(len(layers))
+    return [n for n, path in enumerate(layers) if n in named and not means(config.exclude_modules, path)]
 
 
 def _named_layers(config: LoR2CConfig) -> list[int]:
@@ -103,10 +103,10 @@ def _check_stacks(config: LoR2CConfig, anatomy: Anatomy, chosen: dict[str, list[
         if not 0 <= layer < deepest:
             raise ConfigError(f"layers_to_transform: layer {layer} isn't in any stack; layers are 0 to {deepest - 1}.")
     for name in ("spans", "injected_layers"):
-        given = getattr(config, name)
-        for stack in given if isinstance(given, dict) else ():
+        value = getattr(config, name)
+        for stack in value if isinstance(value, dict) else ():
             if stack not in chosen:
-                raise ConfigError(f"{name} speaks of the stack {stack!r}; there is {', '.join(map(repr, chosen))}.")
+                raise ConfigError(f"{name} names the stack {stack!r}; there is {', '.join(map(repr, chosen))}.")
 
 
 def _state(config: LoR2CConfig, stack: str, layers: Sequence[int], depth: int, one_of: int) -> StackState:
@@ -118,11 +118,11 @@ def _state(config: LoR2CConfig, stack: str, layers: Sequence[int], depth: int, o
         raise ConfigError(
             f"injected_layers: {outside[0]} is no layer to adapt{where}, which has {depth} layers from 0.{hint}"
         )
-    given = config.spans.get(stack, []) if isinstance(config.spans, dict) else config.spans
-    if given is None:
+    listed = config.spans.get(stack, []) if isinstance(config.spans, dict) else config.spans
+    if listed is None:
         return StackState(tuple(Span(n, n) for n in layers if n not in injected), tuple(injected))
     try:
-        spans = check_spans(given, depth, max_length=config.max_span)
+        spans = check_spans(listed, depth, max_length=config.max_span)
     except ConfigError as error:
         raise ConfigError(f"{error} This is{where}.{hint}") from error
     for span in spans:
@@ -142,7 +142,7 @@ def _add_sites(config: LoR2CConfig, layout: Layout, model: nn.Module, stack: str
         check_room(model.get_submodule(path), path)
         if config.r > width:
             raise ConfigError(
-                f"r={config.r} is above the width of the residual stream: {path!r} passes {width} numbers a token, so "
+                f"r={config.r} is above the width of the residual stream: {path!r} passes {width} values a token, so "
                 f"at most rank {width} has a meaning there. Lower r."
             )
         if width != widths[span.first]:
@@ -150,8 +150,8 @@ def _add_sites(config: LoR2CConfig, layout: Layout, model: nn.Module, stack: str
                 f"spans: {tuple(span)} of {stack!r} joins layers of width {widths[span.first]} and {width}; a path "
                 "keeps one width. End the span where the width changes."
             )
-        here = Span(number, number)
-        site = Site(path, body_name(model, stack), number, len(layers), "", width, width, span=here)
+        layer_span = Span(number, number)
+        site = Site(path, body_name(model, stack), number, len(layers), "", width, width, span=layer_span)
         layout.passed[path] = site
         if number == span.last:
             layout.sites[path] = site
@@ -181,8 +181,8 @@ def _width(config: LoR2CConfig, model: nn.Module, layer: str) -> int:
             )
     if width is None:
         raise ConfigError(
-            f"the width of the hidden states at layer {layer!r} can't be seen: no linear layer in it reads or writes "
-            "that size. Set hidden_size."
+            f"the width of the hidden states at layer {layer!r} can't be inferred: no linear layer in it reads or "
+            "writes that size. Set hidden_size."
         )
     return width
 
@@ -246,6 +246,6 @@ def _add_linears(config: LoR2CConfig, layout: Layout, model: nn.Module) -> None:
         near = near_misses(targets, model)
         names = targets if isinstance(targets, str) else ", ".join(sorted(targets))
         raise ConfigError(
-            f"layer {missing[0][1]} of {missing[0][0]!r} has no linear called {names} that could take over from its "
+            f"layer {missing[0][1]} of {missing[0][0]!r} has no linear layer called {names} to take over from its "
             f"path. Set target_modules to its query and value{f' (near: {chr(44).join(near)})' if near else ''}."
         )

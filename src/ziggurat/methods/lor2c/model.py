@@ -42,7 +42,7 @@ class LoR2CModel(StructureTuner):
             assert self._layout is not None
             bank = self._bank()
             config = self.peft_config[adapter_name]  # the tuner may have copied it
-            bank.known[adapter_name] = Adapter(config)
+            bank.adapters[adapter_name] = Adapter(config)
             bank.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
             structure, done = (self._layout.structure, 0) if config.structure is None else from_json(config.structure)
             bank.set_structure(adapter_name, structure, done)
@@ -53,9 +53,9 @@ class LoR2CModel(StructureTuner):
         return peft_config
 
     def _add_combined(self, adapters: list[str], weights: list[float], adapter: str, kind: str, **options: Any) -> None:
-        known = self._bank().known
+        by_name = self._bank().adapters
         for name in adapters[1:]:
-            if known[name].structure != known[adapters[0]].structure:
+            if by_name[name].structure != by_name[adapters[0]].structure:
                 raise ValueError(
                     f"adapters {adapters[0]!r} and {name!r} have paths around different layers, so their updates don't "
                     "add up. Combine adapters of equal structure."
@@ -116,7 +116,7 @@ class LoR2CModel(StructureTuner):
         return self._bank().restructure(step, total_steps, optimizer, adapter)
 
     def path_counts(self, adapter: str = "default") -> dict[str, int]:
-        """How many parameters `adapter` stores, how many the forward uses, and how many train at present."""
+        """The numbers of parameters that `adapter` stores, that its forward uses, and that train at present."""
         return self._bank().counts(adapter)
 
     def write_self_contained(self, out: str | Path, tokenizer: Any = None, adapter: str | None = None) -> Path:

@@ -36,11 +36,11 @@ class Adapter:
 class PathBank(StructureBank):
     """Owned once at the model's root: the shared A's, and every adapter's structure, which is changed here alone."""
 
-    other_param_names = (*StructureBank.other_param_names, "known")
+    other_param_names = (*StructureBank.other_param_names, "adapters")
 
     def __init__(self) -> None:
         super().__init__()
-        self.known: dict[str, Adapter] = {}
+        self.adapters: dict[str, Adapter] = {}
         # In tables, which torch doesn't look into: these modules are registered in their layers.
         #: Stack -> layer -> its path.
         self.members: dict[str, dict[int, PathLayer]] = {}
@@ -53,14 +53,14 @@ class PathBank(StructureBank):
         Parameters that become unused lose their gradient, so that an optimiser skips them.
 
         Raises:
-            ConfigError: `structure` needs a path or a linear that this model or adapter doesn't have.
+            ConfigError: `structure` needs a path or a linear layer that this model or adapter doesn't have.
         """
-        known = self.known[adapter]
+        current = self.adapters[adapter]
         structure = {self._stack_here(stack): state for stack, state in structure.items()}
         self._check(adapter, structure)
-        known.structure, known.done = structure, done
-        if known.config.restructures:
-            known.config.structure = known.plain()
+        current.structure, current.done = structure, done
+        if current.config.restructures:
+            current.config.structure = current.plain()
         spans = {(stack, layer): span for stack, span in paths(structure) for layer in span.layers}
         injected = {(stack, layer) for stack, state in structure.items() for layer in state.injected}
         for stack, members in self.members.items():
@@ -68,7 +68,7 @@ class PathBank(StructureBank):
                 path.covers[adapter] = spans.get((stack, layer))
         for place, linear_layers in self.linear_layers.items():
             for linear in linear_layers:
-                linear.asleep[adapter] = place not in injected
+                linear.inactive[adapter] = place not in injected
         stored, active = self.parameters_of(adapter)
         for key in stored.keys() - active.keys():
             stored[key].grad = None
@@ -76,7 +76,7 @@ class PathBank(StructureBank):
     def spectra(self, adapter: str) -> dict[Path, Tensor]:
         """The singular values of B A of every path, from QR of the factors; no d x d matrix is formed."""
         spectra = {}
-        for path in paths(self.known[adapter].structure):
+        for path in paths(self.adapters[adapter].structure):
             t = self.members[path.stack][path.span.last].stored(adapter)
             spectra[path] = singular_values(whole(t["A"]), whole(t["B"])).cpu()
         return spectra
@@ -87,17 +87,17 @@ class PathBank(StructureBank):
         """Make the events due before optimiser step `step` (from 0) of `total_steps`; returns records with all
         scores."""
         records = []
-        for name in [adapter] if adapter is not None else list(self.known):
-            known, config = self.known[name], self.known[name].config
-            events = schedule(config.merges, config.injections, total_steps)[known.done :]
+        for name in [adapter] if adapter is not None else list(self.adapters):
+            current, config = self.adapters[name], self.adapters[name].config
+            events = schedule(config.merges, config.injections, total_steps)[current.done :]
             for event in (event for event in events if event.step <= step):
                 decision = decide(
-                    event.kind, known.structure, self.spectra(name), config.criterion, config.k, config.keep,
+                    event.kind, current.structure, self.spectra(name), config.criterion, config.k, config.keep,
                     config.max_span,
                 )  # fmt: skip
-                before = known.plain()["stacks"]
+                before = current.plain()["stacks"]
                 self.carry_out(name, decision, optimizer)
-                changed = {"before": before, "after": known.plain()["stacks"], "parameters": self.counts(name)}
+                changed = {"before": before, "after": current.plain()["stacks"], "parameters": self.counts(name)}
                 record = {"adapter": name, "step": step, "of": total_steps, "criterion": config.criterion}
                 record |= decision.to_json() | changed
                 config.log.append(record)
@@ -112,14 +112,14 @@ class PathBank(StructureBank):
         with their moments in `optimizer`, so that training continues as if nothing had moved; parameters that become
         unused leave no state in the optimiser.
         """
-        known = self.known[adapter]
+        current = self.adapters[adapter]
         _, before = self.parameters_of(adapter)
         if decision.merged is not None and decision.kept == decision.merged[0]:
             members = self.members[decision.stack]
             lower, joint = (members[span.last].stores[adapter] for span in decision.merged)
             for name, parameter in lower.named_parameters():
                 _move(parameter, joint[name], optimizer)  # type: ignore[index, arg-type]
-        self.set_structure(adapter, applied(known.structure, decision), known.done + 1)
+        self.set_structure(adapter, applied(current.structure, decision), current.done + 1)
         _, after = self.parameters_of(adapter)
         if optimizer is not None:
             for key in before.keys() - after.keys():
@@ -153,7 +153,7 @@ class PathBank(StructureBank):
             members = self.members.get(stack)
             if members is None:
                 raise ConfigError(
-                    f"the adapter's structure speaks of the stack {stack!r}, but this model has paths in "
+                    f"the adapter's structure names the stack {stack!r}, but this model has paths in "
                     f"{', '.join(map(repr, self.members)) or 'no stack'}. Load it into the model it was trained with."
                 )
             lack = [n for n in (s.last for s in state.spans) if n not in members or adapter not in members[n].leaves]
@@ -167,25 +167,25 @@ class PathBank(StructureBank):
                 )
 
     def structures(self) -> dict[str, Any]:
-        return {name: known.plain() for name, known in self.known.items()}
+        return {name: current.plain() for name, current in self.adapters.items()}
 
     def restore(self, adapter: str, plain: Any) -> None:
         self.set_structure(adapter, *from_json(plain))
 
     def stored_structure(self, adapter: str) -> Any:
-        config = self.known[adapter].config
+        config = self.adapters[adapter].config
         return {"structure": self.structures()[adapter], "log": config.log} if config.restructures else None
 
-    def take_structure(self, adapter: str, kept: Any) -> None:
+    def take_structure(self, adapter: str, stored: Any) -> None:
         try:
-            structure, log = kept["structure"], [dict(entry) for entry in kept["log"]]
+            structure, log = stored["structure"], [dict(entry) for entry in stored["log"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"the tensor {STRUCTURE_KEY!r} beside the adapter's weights isn't the JSON that LoR2C writes "
                 f"({error}): the file is damaged. Save the adapter again."
             ) from error
         self.restore(adapter, structure)
-        self.known[adapter].config.log = log
+        self.adapters[adapter].config.log = log
 
     def __repr__(self) -> str:
         return f"lor2c.{super().__repr__()}"

@@ -101,12 +101,12 @@ def decide(
         best, extreme = min, "smallest"
         candidates = {pair: scores[pair[0]] + scores[pair[1]] for pair in _neighbours(structure, max_span)}
         limit = "" if max_span is None else f" of at most {max_span} layers together"
-        lack = f"no two adjacent paths{limit} are left"
+        lack = f"no two adjacent paths{limit} remain"
     else:
         # By sfs an even spectrum counts as settled; by the others a high score marks the layer that needs more.
         best, extreme = (min, "smallest") if criterion == "sfs" else (max, "largest")
         candidates = {(path,): value for path, value in scores.items() if path.span.length == 1}
-        lack = "every path left covers several layers"
+        lack = "every remaining path covers several layers"
     named = {str(path): value for path, value in scores.items()}
     compared = {" + ".join(map(str, candidate)): value for candidate, value in candidates.items()}
     if not candidates:
@@ -147,7 +147,7 @@ def applied(structure: Structure, decision: Decision) -> dict[str, StackState]:
 
 
 def most_events(structure: Structure, max_span: int | None) -> tuple[int, int]:
-    """How many merges, and how many injections, `structure` could take at most if there were none of the other kind."""
+    """The most merges, and the most injections, that `structure` could take if there were none of the other kind."""
     merges = sum(len(state.spans) - _fewest(state.spans, max_span) for state in structure.values())
     return merges, sum(span.length == 1 for state in structure.values() for span in state.spans)
 

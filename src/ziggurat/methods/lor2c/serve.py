@@ -93,7 +93,7 @@ def write_remote_code_model(model: nn.Module, tokenizer: Any, out: str | Path, a
 
 
 def write_injected_lora(model: nn.Module, out: str | Path, adapter: str | None = None) -> Path:
-    """Write the LoRA of the layers whose path was given up as a plain PEFT LoRA folder. The paths are left out.
+    """Write the LoRA of the layers whose path it replaced as a plain PEFT LoRA folder. The paths are left out.
 
     The result is not the whole adapter, only the part that plain LoRA can express.
 
@@ -102,11 +102,11 @@ def write_injected_lora(model: nn.Module, out: str | Path, adapter: str | None =
     """
     base, _ = unwrap(model)
     bank, adapter = _bank(base, adapter)
-    config = bank.known[adapter].config
-    injected = dict(_awake(base, adapter))
+    config = bank.adapters[adapter].config
+    injected = dict(_injected(base, adapter))
     if not injected:
         raise ExportError(
-            f"adapter {adapter!r} has LoRA in no layer: all of it are paths, which no linear's weight can absorb. Keep "
+            f"adapter {adapter!r} has LoRA in no layer, only paths, which no linear layer's weight can absorb. Keep "
             "the adapter, or write a model folder with its paths by `ziggurat merge`."
         )
     lora = LoraConfig(
@@ -140,7 +140,7 @@ def _bank(base: nn.Module, adapter: str | None) -> tuple[PathBank, str]:
             "first, then add the LoR2C adapter to the merged model."
         )
     bank = next((m for m in base.modules() if isinstance(m, PathBank)), None)
-    names = list(bank.known) if bank is not None else []
+    names = list(bank.adapters) if bank is not None else []
     if bank is None or (adapter is None and len(names) != 1) or (adapter is not None and adapter not in names):
         raise ExportError(f"adapter {adapter!r}: name one of the model's LoR2C adapters: {', '.join(names) or 'none'}.")
     return bank, adapter or names[0]
@@ -160,7 +160,7 @@ def _weights(base: nn.Module, bank: PathBank, adapter: str) -> tuple[dict[str, T
                 raise ExportError(f"{path}: {type(module).__name__} can't be written; train the module whole instead.")
             where = bare_path(base, path)
             weights |= {f"{where}.{k}": v for k, v in module.modules_to_save[adapter].state_dict().items()}
-    for path, linear in _awake(base, adapter):
+    for path, linear in _injected(base, adapter):
         if linear.quantization_backend is not None:
             raise ExportError(
                 f"{path} is quantised: put the adapter into the model before quantisation, then write it."
@@ -169,7 +169,7 @@ def _weights(base: nn.Module, bank: PathBank, adapter: str) -> tuple[dict[str, T
         weights[name] = weights[name] + linear.get_delta_weight(adapter).to(weights[name].dtype)
     where = {id(module): path for path, module in base.named_modules()}
     layout: list[dict[str, Any]] = []
-    for stack, state in bank.known[adapter].structure.items():
+    for stack, state in bank.adapters[adapter].structure.items():
         members = bank.members[stack]
         for span in state.spans:
             layers = [where[id(members[n])].rpartition(".")[0] for n in span.layers]
@@ -181,7 +181,7 @@ def _weights(base: nn.Module, bank: PathBank, adapter: str) -> tuple[dict[str, T
     return weights, layout
 
 
-def _awake(base: nn.Module, adapter: str) -> Iterator[tuple[str, LoR2CLinear]]:
+def _injected(base: nn.Module, adapter: str) -> Iterator[tuple[str, LoR2CLinear]]:
     for path, module in base.named_modules():
         if isinstance(module, LoR2CLinear) and adapter in module.adapters:
             bare = bare_path(base, path)
@@ -201,8 +201,8 @@ def _auto_classes(architecture: str) -> list[str]:
 
 def _body(kind: type[PreTrainedModel], config: type[Any]) -> type[PreTrainedModel]:
     """The class without a head that AutoModel gives for `config`; `kind` itself where there is none, or it is that."""
-    known: Any = transformers.AutoModel._model_mapping
-    body = known.get(config, kind)
+    mapping: Any = transformers.AutoModel._model_mapping
+    body = mapping.get(config, kind)
     return body if isinstance(body, type) else kind
 
 

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class LoRA2Callback(TrainerCallback):
-    """Regularises the LoRA² adapters that train. Rides along in every Trainer; does nothing for other models."""
+    """Regularises the LoRA² adapters that train. Every Trainer gets one; it does nothing for other models."""
 
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
@@ -52,7 +52,7 @@ class LoRA2Callback(TrainerCallback):
                 if args.load_best_model_at_end and state.best_model_checkpoint is not None:
                     logger.warning(
                         "the mask of adapter %r is final from step %d on; the best model is chosen from here on, since "
-                        "earlier checkpoints hold more than target_rank=%d directions a linear",
+                        "earlier checkpoints hold more than target_rank=%d directions a linear layer",
                         *(adapter, last, config.target),
                     )
                 state.best_metric = state.best_global_step = state.best_model_checkpoint = None
@@ -80,12 +80,12 @@ class LoRA2Callback(TrainerCallback):
             if state.global_step < last:
                 logger.warning(
                     "training ended at step %d, before the mask of adapter %r is final (step %d): it holds more than "
-                    "target_rank=%d directions a linear",
+                    "target_rank=%d directions a linear layer",
                     *(state.global_step, adapter, last, config.target),
                 )
-            if any(adapter in layer.kept for layer in layers.values()):
+            if any(adapter in layer.masks for layer in layers.values()):
                 shown = table(unwrap(model)[0], ranks)
-                sys.stderr.write(f"directions left of the adapter {adapter!r}:\n{shown}\n")
+                sys.stderr.write(f"remaining directions of the adapter {adapter!r}:\n{shown}\n")
 
 
 def _unscale(optimizer: Any) -> None:

@@ -36,8 +36,8 @@ def _check_weight(name: str, value: Any) -> None:
 class LoRA2Config(MethodConfig):
     """Config of LoRA² (arXiv 2408.06854): two nested planes, the inner one pruned by importance while training.
 
-    The update of a linear is dW = scale (u v) diag(E) (V U): U (k, d_in) goes down to the outer rank k, V (r, k) to the
-    inner rank r, E (r) weighs each of the r directions, v (k, r) goes back to k and u (d_out, k) to d_out;
+    The update of a linear layer is dW = scale (u v) diag(E) (V U): U (k, d_in) goes down to the outer rank k, V (r, k)
+    to the inner rank r, E (r) weighs each of the r directions, v (k, r) goes back to k and u (d_out, k) to d_out;
     scale = lora_alpha / r. At the start E = 0 and the others are N(0, 0.02^2), so a fresh adapter changes nothing.
     Only E has a gradient then, and a small one, because the other four are small: the update stays near zero for the
     first tens of steps. init_weights="orthonormal" starts at zero as well and learns as fast as LoRA.
@@ -46,9 +46,9 @@ class LoRA2Config(MethodConfig):
     fractions. A transformers Trainer prunes automatically; a custom loop calls `model.prune(step, total)`.
 
     Args:
-        r: inner rank: how many directions each linear starts with.
+        r: inner rank: how many directions each linear layer starts with.
         outer_rank: the paper's k. None: 8, or less where a side of the matrix is smaller.
-        target_rank: directions left per linear, on average over all linear layers. None: half of r, rounded up.
+        target_rank: remaining directions per linear layer, on average over all. None: half of r, rounded up.
             Equal to r: nothing is pruned.
         initial_warmup: how long every direction stays.
         final_warmup: how long, at the end of the run, the final mask is trained with.
@@ -72,7 +72,7 @@ class LoRA2Config(MethodConfig):
     named_inits: ClassVar[tuple[str, ...]] = ("gaussian", "orthonormal")
 
     outer_rank: int | None = option(None, "Rank of the outer plane, the paper's k.", whole(1))
-    target_rank: int | None = option(None, "Directions left per linear, on average.")
+    target_rank: int | None = option(None, "Remaining directions per linear layer, on average.")
     initial_warmup: int | float = option(0.15, "Steps or share before the first pruning.", steps(0))
     final_warmup: int | float = option(0.5, "Steps or share with the final mask.", steps(0))
     mask_interval: int | float = option(10, "Steps or share between two prunings.", steps(1))
@@ -90,7 +90,7 @@ class LoRA2Config(MethodConfig):
         if self.target_rank is not None and not is_whole(self.target_rank, 1, self.r):
             raise ConfigError(
                 f"target_rank={shown(self.target_rank)} with r={self.r}: a whole number from 1 to r is needed, since "
-                "pruning only takes away. Lower target_rank or raise r."
+                "pruning only removes directions. Lower target_rank or raise r."
             )
         shares = [share for share in (self.initial_warmup, self.final_warmup) if isinstance(share, float)]
         if sum(shares) >= 1:
@@ -106,12 +106,12 @@ class LoRA2Config(MethodConfig):
 
     @property
     def target(self) -> int:
-        """Directions left per linear, on average, when training is over."""
+        """Remaining directions per linear layer, on average, when training is over."""
         return (self.r + 1) // 2 if self.target_rank is None else self.target_rank
 
     @property
     def prunes(self) -> bool:
-        """Whether training takes directions away."""
+        """Whether training removes directions."""
         return self.target < self.r
 
     def at(self, site: Site) -> Self:
@@ -127,7 +127,7 @@ class LoRA2Config(MethodConfig):
         return pattern[max(ends, key=len)] if ends else self.r
 
     def outer_rank_at(self, d_in: int, d_out: int) -> int:
-        """The outer rank of a linear of this shape."""
+        """The outer rank of a linear layer of this shape."""
         return self.outer_rank if self.outer_rank is not None else min(DEFAULT_OUTER_RANK, d_in, d_out)
 
     def schedule(self, total: int) -> Schedule:

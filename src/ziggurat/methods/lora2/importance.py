@@ -1,8 +1,8 @@
-"""Which directions matter: sensitivities of the small factors, smoothed, and the choice of the best.
+"""The importance of directions: sensitivities of the small factors, smoothed, and the choice of the best.
 
 Pure functions on tensors; the importance of AdaLoRA (arXiv 2303.10512), read from the inner plane alone (LoRA², arXiv
-2408.06854). The entries of one linear lie in a matrix (r, 1 + 2 k): row i holds the entries of direction i: E_i, V's
-row i and v's column i.
+2408.06854). The entries of one linear layer lie in a matrix (r, 1 + 2 k): row i holds the entries of direction i: E_i,
+V's row i and v's column i.
 """
 
 from collections.abc import Sequence
@@ -45,14 +45,14 @@ def scores(importance: Importance, k: int) -> Tensor:
 
 
 def survivors(scored: Sequence[Tensor], budget: int) -> list[Tensor]:
-    """Masks, True for the `budget` best of all directions together; `scored` holds one (r,) for each linear.
+    """Masks, True for the `budget` best of all directions together; `scored` holds one (r,) for each linear layer.
 
     Exactly min(budget, all) survive. Equal scores are decided by position: the direction that
-    comes first, linear by linear, stays. NaN counts as the lowest.
+    comes first, layer by layer, stays. NaN counts as the lowest.
     """
     together = torch.cat([s.detach().float().cpu() for s in scored])
     together = torch.where(together.isnan(), torch.full_like(together, -torch.inf), together)
     order = torch.sort(together, descending=True, stable=True).indices
-    kept = torch.zeros(len(together), dtype=torch.bool)
-    kept[order[: max(budget, 0)]] = True
-    return list(kept.split([len(s) for s in scored]))
+    mask = torch.zeros(len(together), dtype=torch.bool)
+    mask[order[: max(budget, 0)]] = True
+    return list(mask.split([len(s) for s in scored]))

@@ -13,18 +13,18 @@ from ziggurat.methods.lora2.orthogonality import Planes
 
 
 class Directions(MethodLayer):
-    """`importance` holds the averages of the pruning, `kept` the mask of the last one, `final` the adapters whose mask
+    """`importance` holds the averages of the pruning, `masks` the mask of the last one, `final` the adapters whose mask
     stays as it is. None of these three is a parameter or buffer: they belong to the run, not to the adapter.
 
     At a parameter with all experts of a layer, tensors and masks have the experts in front: E (experts, r).
     """
 
-    other_param_names = (*MethodLayer.other_param_names, "importance", "kept", "final")
+    other_param_names = (*MethodLayer.other_param_names, "importance", "masks", "final")
 
     def _begin(self) -> None:
         super()._begin()
         self.importance: dict[str, Importance] = {}
-        self.kept: dict[str, Tensor] = {}
+        self.masks: dict[str, Tensor] = {}
         self.final: dict[str, bool] = {}
 
     def factor(self, adapter: str, key: str) -> nn.Parameter:
@@ -47,26 +47,26 @@ class Directions(MethodLayer):
 
     def begin(self, adapter: str) -> None:
         """Reset the state of the directions, which an earlier run may have left."""
-        for table in (self.importance, self.kept, self.final):
+        for table in (self.importance, self.masks, self.final):
             table.pop(adapter, None)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        for adapter, kept in list(self.kept.items()):
+        for adapter, mask in list(self.masks.items()):
             E = state_dict.get(f"{prefix}{self.method.store}.{adapter}.E")
-            if E is not None and E.shape == kept.shape and bool((E[~kept.to(E.device)] != 0).any()):
+            if E is not None and E.shape == mask.shape and bool((E[~mask.to(E.device)] != 0).any()):
                 self.begin(adapter)  # the mask belongs to other weights
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
 
     @torch.no_grad()
     def clear_pruned(self, adapter: str) -> None:
         """E_i <- 0 for the directions that the last pruning has not kept."""
-        if adapter in self.kept:
+        if adapter in self.masks:
             E = self.factor(adapter, "E")
-            kept = self.kept[adapter] = self.kept[adapter].to(E.device)
-            E.masked_fill_(_laid_out_as(E, ~kept), 0)
+            mask = self.masks[adapter] = self.masks[adapter].to(E.device)
+            E.masked_fill_(_laid_out_as(E, ~mask), 0)
 
     def alive(self, adapter: str) -> Tensor:
-        """Which directions are active (in E's shape): E_i isn't 0. Where FSDP2 shards E, all processes must call
+        """The mask of active directions, in E's shape: E_i isn't 0. Where FSDP2 shards E, all processes must call
         this."""
         return whole(self.factor(adapter, "E")) != 0
 
@@ -77,20 +77,20 @@ class Directions(MethodLayer):
         Every expert keeps as many directions as the expert with the most.
         """
         factors: Factors = self.stores[adapter]  # type: ignore[assignment]
-        left = most_alive(alive)
-        k = factors["U"].shape[-2] if left else 0
-        kept = torch.sort(alive.int(), dim=-1, descending=True, stable=True).indices[..., :left]
+        remaining = most_alive(alive)
+        k = factors["U"].shape[-2] if remaining else 0
+        order = torch.sort(alive.int(), dim=-1, descending=True, stable=True).indices[..., :remaining]
         small = {
             "U": factors["U"][..., :k, :],
-            "V": factors["V"].take_along_dim(kept.unsqueeze(-1), -2)[..., :k],
-            "E": factors["E"].take_along_dim(kept, -1),
-            "v": factors["v"].take_along_dim(kept.unsqueeze(-2), -1)[..., :k, :],
+            "V": factors["V"].take_along_dim(order.unsqueeze(-1), -2)[..., :k],
+            "E": factors["E"].take_along_dim(order, -1),
+            "v": factors["v"].take_along_dim(order.unsqueeze(-2), -1)[..., :k, :],
             "u": factors["u"][..., :k],
         }
         for key, tensor in small.items():
             factors.put(key, tensor.clone())
         self.begin(adapter)
-        return left
+        return remaining
 
 
 class LoRA2Linear(Directions, AdaptedLinear):

@@ -53,7 +53,7 @@ class LoRA2Model(MethodTuner):
         return penalty(self.model)
 
     def orthogonality(self) -> float:
-        """How far the factors that train are from orthonormal: ||G - I||_F averaged over them, without its weight."""
+        """The deviation from orthonormality, ||G - I||_F, averaged over the factors that train, without its weight."""
         return float(deviation(self.model).detach())
 
     def pruning_state(self) -> dict[str, Tensor]:

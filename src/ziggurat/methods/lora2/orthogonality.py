@@ -1,4 +1,4 @@
-"""How far the factors are from orthonormal, as one differentiable number."""
+"""The deviation of the factors from orthonormality, as one differentiable number."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from ziggurat.lowrank.spectrum import exact
 
 
 class Planes(NamedTuple):
-    """The factors of one linear: outer plane U (k, d_in) and u (d_out, k), inner plane V (r, k) and v (k, r).
+    """The factors of one linear layer: outer plane U (k, d_in) and u (d_out, k), inner plane V (r, k) and v (k, r).
 
     Of all experts of a layer, with the experts in front.
     """

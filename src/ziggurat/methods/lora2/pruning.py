@@ -23,7 +23,7 @@ _watching = False
 
 
 def adapted(model: nn.Module, adapter: str) -> dict[str, Directions]:
-    """Path in the base model -> linear, for the linear layers that `adapter` reaches, in the order of the model."""
+    """Path in the base model -> layer, for the linear layers that `adapter` reaches, in the order of the model."""
     return {path: layer for path, layer in _directions(model) if adapter in layer.configs and layer.has_planes(adapter)}
 
 
@@ -53,7 +53,7 @@ def prune(model: nn.Module, step: int, total: int, adapter: str) -> int:
     """
     layers = adapted(model, adapter)
     if not layers:
-        raise ConfigError(f"no linear has a LoRA² adapter {adapter!r}.")
+        raise ConfigError(f"no linear layer has a LoRA² adapter {adapter!r}.")
     config = next(iter(layers.values())).configs[adapter]
     schedule = config.schedule(total)
     if not 1 <= step <= total:
@@ -70,8 +70,8 @@ def prune(model: nn.Module, step: int, total: int, adapter: str) -> int:
         final = schedule.phase(step) == "final"
         if final or schedule.prunes(step):
             flat = [score.flatten() for score in scored]
-            for layer, score, kept in zip(layers.values(), scored, survivors(flat, budget), strict=True):
-                layer.kept[adapter], layer.final[adapter] = kept.view_as(score), final
+            for layer, score, mask in zip(layers.values(), scored, survivors(flat, budget), strict=True):
+                layer.masks[adapter], layer.final[adapter] = mask.view_as(score), final
                 layer.clear_pruned(adapter)
         if not final:
             return budget
@@ -82,7 +82,7 @@ def prune(model: nn.Module, step: int, total: int, adapter: str) -> int:
 
 
 def _update(layers: Mapping[str, Directions], adapter: str, config: LoRA2Config) -> list[Tensor]:
-    """Take this step's gradients into the averages; the scores of each linear's directions, as its E."""
+    """Take this step's gradients into the averages; the scores of each layer's directions, in its E's shape."""
     if all(layer.factor(adapter, "E").grad is None for layer in layers.values()):
         raise ConfigError(
             f"LoRA² prunes by gradients, and adapter {adapter!r} has none. Call prune(step, total) after "
@@ -123,8 +123,8 @@ def pruning_state(model: nn.Module) -> dict[str, Tensor]:
     for path, layer in _directions(model):
         for adapter, importance in layer.importance.items():
             tensors = {**importance._asdict(), "final": torch.tensor(layer.final.get(adapter, False))}
-            if adapter in layer.kept:
-                tensors["kept"] = layer.kept[adapter]
+            if adapter in layer.masks:
+                tensors["kept"] = layer.masks[adapter]
             # A copy: the averages of linear layers of one shape share memory.
             state |= {f"{path}.{adapter}.{name}": tensor.cpu().clone() for name, tensor in tensors.items()}
     return state
@@ -154,7 +154,7 @@ def load_pruning_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         layer.importance[adapter] = importance
         layer.final[adapter] = bool(state[f"{at}.final"])
         if f"{at}.kept" in state:
-            layer.kept[adapter] = state[f"{at}.kept"]
+            layer.masks[adapter] = state[f"{at}.kept"]
 
 
 def _stay_final(layers: Iterable[Directions]) -> None:

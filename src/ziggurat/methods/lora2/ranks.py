@@ -12,7 +12,7 @@ from ziggurat.host.base.anatomy import Anatomy
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Picture of the ranks that pruning has left, beside the adapter.
+#: Picture of the ranks after pruning, beside the adapter.
 RANKS_PICTURE = "ranks.png"
 #: Role -> layer -> rank, of one stack.
 Grid = dict[str, dict[int, int]]
@@ -39,9 +39,9 @@ def table(model: nn.Module, ranks: Mapping[str, int]) -> str:
         layers = sorted({layer for by_layer in grid.values() for layer in by_layer})
         rows = [f"| {stack or 'outside'} | {' | '.join(grid)} | sum |", "|---|" + "--:|" * (len(grid) + 1)]
         for layer in layers:
-            here = {role: by_layer[layer] for role, by_layer in grid.items() if layer in by_layer}
-            cells = " | ".join(str(here.get(role, "")) for role in grid)
-            rows.append(f"| {layer} | {cells} | {sum(here.values())} |")
+            row = {role: by_layer[layer] for role, by_layer in grid.items() if layer in by_layer}
+            cells = " | ".join(str(row.get(role, "")) for role in grid)
+            rows.append(f"| {layer} | {cells} | {sum(row.values())} |")
         sums = [sum(by_layer.values()) for by_layer in grid.values()]
         rows.append(f"| sum | {' | '.join(map(str, sums))} | {sum(sums)} |")
         parts.append("\n".join(rows))

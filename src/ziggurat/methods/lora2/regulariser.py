@@ -152,6 +152,6 @@ def _share(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | float:
         and trainer_counts_shifted_labels()
     ):
         labels = labels[..., 1:]
-    here = labels.ne(-100).sum().float()
-    total = number.to(here.device).float().max() if isinstance(number, Tensor) else float(number)
-    return here / total
+    count = labels.ne(-100).sum().float()
+    total = number.to(count.device).float().max() if isinstance(number, Tensor) else float(number)
+    return count / total

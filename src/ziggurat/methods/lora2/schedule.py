@@ -56,8 +56,8 @@ class Schedule:
         if initial + final >= total:
             raise ConfigError(
                 f"initial_warmup={initial_warmup} and final_warmup={final_warmup} take {initial} + {final} steps, but "
-                f"the run has {total}: nothing is left to prune in between. Lower them, or give them as shares of the "
-                "run, such as 0.15 and 0.5."
+                f"the run has {total}: no step remains for pruning in between. Lower them, or give them as shares of "
+                "the run, such as 0.15 and 0.5."
             )
         return cls(initial, total - final, max(1, interval), total)
 
@@ -72,7 +72,7 @@ class Schedule:
         return self.phase(step) == "shrink" and (step - self.initial) % self.interval == 0
 
     def budget(self, step: int, full: int, target: int) -> int:
-        """How many of `full` directions survive a pruning at `step`.
+        """The number of directions, of `full`, that survive a pruning at `step`.
 
         `full` in the warm-up; `target + (full - target) (1 - p)^3`, rounded down, while the budget
         shrinks, with p the share of that phase that is over (the cubic schedule of
@@ -80,5 +80,5 @@ class Schedule:
         """
         # In whole numbers, so that no rounding of a power decides over a direction.
         span = self.last - self.initial
-        left = min(max(self.last - step, 0), span)
-        return target + (full - target) * left**3 // span**3
+        remaining = min(max(self.last - step, 0), span)
+        return target + (full - target) * remaining**3 // span**3

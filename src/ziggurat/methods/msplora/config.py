@@ -28,7 +28,7 @@ CITATION = """@article{zhao2025msplora,
 class MSPLoraConfig(MethodConfig):
     """Config of MSPLoRA (arXiv 2503.21838): a pyramid of factor pairs shared by all, some, or no layers.
 
-    The update of the linear of one role in layer n is dW_n = s_g B_g A_g + s_m B_m A_m + s_l B_l A_l (Eq. 3 and 4):
+    The update of the linear layer of one role in layer n is dW_n = s_g B_g A_g + s_m B_m A_m + s_l B_l A_l (Eq. 3, 4):
     (A_g, B_g), of rank r, is shared by all layers of the stack, (A_m, B_m), of rank r/2, by the layers of n's group,
     (A_l, B_l), of rank r/4, is private. Each scale is lora_alpha over that tier's own rank, or the same for all with
     `even_scales`.
@@ -41,9 +41,9 @@ class MSPLoraConfig(MethodConfig):
         rank_decay: each tier's rank divided by this gives the next tier's. 1: all tiers have rank r.
         ranks: instead of `r` and `rank_decay`: the ranks of the global, mid and layer tier.
         tiers: instead of all of these: any number of tiers, coarse to fine, each a dict of `name`, `groups`
-            (a number, a list of first layers, or "layers") and optionally `r`, `lora_alpha` and `expert_groups`: into
-            how many groups the experts of a layer are cut (a number, a list of first experts, or "experts"; default 1,
-            all share). A tier with more than one group of experts acts at experts only.
+            (a number, a list of first layers, or "layers") and optionally `r`, `lora_alpha` and `expert_groups`:
+            the groups of the experts of a layer (a number, a list of first experts, or "experts"; default 1, all
+            share). A tier with more than one group of experts acts at experts only.
         target_parameters: parameters with all experts of a layer, such as "experts.gate_up_proj". Without `tiers` their
             tiers are global (r), shared by all experts of all layers, layer (r/2), shared by the experts of a layer,
             and expert (r/4), private; `num_groups` and `group_starts` don't apply to them.
@@ -76,9 +76,9 @@ class MSPLoraConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tiers is not None:
-            given = [name for name in ("num_groups", "group_starts", "ranks") if getattr(self, name) is not None]
-            if given:
-                raise ConfigError(f"tiers=[...] says all of the pyramid; {given[0]} can't be given beside it.")
+            conflicting = [name for name in ("num_groups", "group_starts", "ranks") if getattr(self, name) is not None]
+            if conflicting:
+                raise ConfigError(f"tiers=[...] defines the whole pyramid; {conflicting[0]} can't be given beside it.")
         if self.num_groups is not None and self.group_starts is not None:
             raise ConfigError("num_groups and group_starts both say where the mid groups lie: give one of them.")
         check_tiers(self._tiers())
@@ -106,24 +106,24 @@ class MSPLoraConfig(MethodConfig):
 
         `fused`: of a parameter with all experts of a layer.
         """
-        known: dict[tuple[str, bool], tuple[Tier, ...]] = self.__dict__.get(_PYRAMIDS, {})
-        if (role, fused) in known:
-            return known[role, fused]
+        cache: dict[tuple[str, bool], tuple[Tier, ...]] = self.__dict__.get(_PYRAMIDS, {})
+        if (role, fused) in cache:
+            return cache[role, fused]
         tiers, key = self._tiers(fused), self.pattern_key(role)
         scale = tiers[0].scale
         if key is not None:
             tiers = tuple(replace(tier, r=r) for tier, r in zip(tiers, self.rank_pattern[key], strict=True))  # type: ignore[index]
         if self.even_scales:
             tiers = tuple(tier.scaled(scale) for tier in tiers)
-        known[role, fused] = tiers
+        cache[role, fused] = tiers
         return tiers
 
     def at(self, site: Site) -> Self:
         """A copy with the alpha that `alpha_pattern` has for `site`, which works its pyramids out once."""
-        here = copy.copy(self)
-        here.lora_alpha = self.alpha_at(site)
-        here.__dict__[_PYRAMIDS] = {}
-        return here
+        config = copy.copy(self)
+        config.lora_alpha = self.alpha_at(site)
+        config.__dict__[_PYRAMIDS] = {}
+        return config
 
     def check_sites(self, sites: Mapping[str, Site]) -> None:
         used = {self.pattern_key(site.role) for site in sites.values()}
@@ -167,7 +167,7 @@ class MSPLoraConfig(MethodConfig):
         return tuple(tier for tier in self.pyramid() if not self.freezes(f"A_{tier.name}"))
 
     @property
-    def speaks_of_depth(self) -> bool:
+    def needs_stack(self) -> bool:
         """Whether the user has set a field that only makes sense in a stack of layers."""
         fields = (self.num_groups, self.group_starts, self.tiers, self.layers_to_transform, self.layers_pattern)
         return any(value not in (None, []) for value in fields)

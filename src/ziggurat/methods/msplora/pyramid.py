@@ -1,6 +1,6 @@
 """The pyramid: its tiers, and the groups of layers and experts that share a pair.
 
-dW = dW_global + dW_mid + dW_layer for every adapted linear (MSPLoRA, arXiv 2503.21838,
+dW = dW_global + dW_mid + dW_layer for every adapted linear layer (MSPLoRA, arXiv 2503.21838,
 Eq. 3), each a factor pair (Eq. 4). Pure functions of the config and of a site.
 """
 
@@ -38,8 +38,8 @@ def first_members(groups: Groups, count: int) -> tuple[int, ...]:
 class Tier:
     """One level of the pyramid.
 
-    `groups`: into how many contiguous groups of layers the depth is cut (equal parts),
-    or the first layer of each group, or `"layers"`: one group a layer.
+    `groups`: the number of contiguous groups of layers, equal parts of the depth, or the first layer of each group, or
+    `"layers"`: one group a layer.
     `expert_groups`: likewise for the experts of a layer, or `"experts"`: one group an expert. A tier with more than one
     group of experts acts at experts only.
     `at_most`: an automatic number of groups, which becomes the depth on shallower stacks.
@@ -166,8 +166,8 @@ def listed_tiers(config: Any) -> tuple[Tier, ...]:
                 'groups is a number, a list of first layers, or "layers".'
             )
         groups, experts = (
-            tuple(given) if isinstance(given, list | tuple) else given
-            for given in (entry["groups"], entry.get("expert_groups", 1))
+            tuple(value) if isinstance(value, list | tuple) else value
+            for value in (entry["groups"], entry.get("expert_groups", 1))
         )
         r, alpha = entry.get("r", config.r), entry.get("lora_alpha", config.lora_alpha)
         tiers.append(Tier(entry["name"], groups, r, alpha, config.use_rslora, expert_groups=experts))

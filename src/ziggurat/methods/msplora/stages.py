@@ -11,7 +11,7 @@ from ziggurat.methods.msplora.model import waiting
 
 
 class StageCallback(TrainerCallback):
-    """Trains the adapters whose config says `train_in_stages` tier by tier. Rides along in every Trainer.
+    """Trains the adapters whose config says `train_in_stages` tier by tier. Every Trainer gets one.
 
     It takes the gradients of the other tiers away before each optimiser step and leaves no mark on the model, so a run
     that ends in an exception leaves nothing to undo.
