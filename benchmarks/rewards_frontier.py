@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from string import digits
 from typing import Any, NamedTuple
 
 import torch
@@ -90,7 +91,7 @@ def prompts(task: str, sizes: dict[str, int]) -> dict[str, list[dict[str, Any]]]
 
 def _right(completion: Any, answer: Any) -> float:
     """1 where the last number of the completion is the answer."""
-    words = "".join(sign if sign.isdigit() else " " for sign in completion[-1]["content"]).split()
+    words = "".join(sign if sign in digits else " " for sign in completion[-1]["content"]).split()
     return float(bool(words) and int(words[-1]) == answer)
 
 

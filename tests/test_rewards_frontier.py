@@ -42,6 +42,7 @@ def test_no_prompt_lies_in_two_parts_and_the_parts_are_scored_apart(frontier: An
         asked = [row["prompt"] for rows in parts.values() for row in rows]
         assert len(asked) == len(set(asked)) == sum(sizes.values())
         assert parts["training"][0]["prompt"].count("+") == frontier.TASKS[task] - 1
-    answers = [[{"role": "assistant", "content": f"It is {number}."}] for number in (7, 8, 7)]
+    # A sign that Unicode calls a digit is none of a number.
+    answers = [[{"role": "assistant", "content": f"It is {number}."}] for number in (7, 8, "7²")]
     asked = {"completions": answers, "answer": [7, 7, 7], "part": ["training", "reported", "reported"]}
     assert frontier.tuning(**asked) == [1.0, None, None] and frontier.reported(**asked) == [None, 0.0, 1.0]
