@@ -127,9 +127,9 @@ def predict_each(
     if not writes:
         return _score(loaded, [shown(text) for text in texts], second, batch or 32)
     contexts = second if second is not None else [None] * len(texts)
-    asked = [_asked(loaded, text, context, system) for text, context in zip(texts, contexts, strict=True)]
+    prompts = [_prompt_of(loaded, text, context, system) for text, context in zip(texts, contexts, strict=True)]
     how: dict[str, Any] = {"batch": batch or 8, "name": loaded.recipe.model}
-    answers = generate(loaded.model, loaded.writer, asked, sampling or Sampling(), **how)
+    answers = generate(loaded.model, loaded.writer, prompts, sampling or Sampling(), **how)
     return (Prediction(shown(text), answer) for text, answer in zip(texts, answers, strict=True))
 
 
@@ -166,7 +166,7 @@ def seen_with(text: str, images: Sequence[str | Path]) -> Conversation:
     return Conversation(messages, images=sources)
 
 
-def _asked(loaded: Loaded, text: str | list[str] | Conversation, context: str | None, system: str | None) -> Any:
+def _prompt_of(loaded: Loaded, text: str | list[str] | Conversation, context: str | None, system: str | None) -> Any:
     """One question as a prompt of `generate`, in the form that the adapter was trained on."""
     shape = loaded.run.get("shape")
     if shape == "messages" or isinstance(text, Conversation):
@@ -194,7 +194,7 @@ def _talk(text: str | list[str] | Conversation, context: str | None, system: str
 def asked_of(loaded: Loaded, messages: list[dict[str, Any]], system: str | None = None) -> Any:
     """A conversation as a prompt of `generate`; for an adapter trained without any, its last message."""
     talk = Conversation(messages) if loaded.run.get("shape") == "messages" else messages[-1]["content"]
-    return _asked(loaded, talk, None, system)
+    return _prompt_of(loaded, talk, None, system)
 
 
 def _question_columns(loaded: Loaded, table: Any, source: str) -> tuple[str, str | None]:
@@ -259,14 +259,14 @@ def _chats(loaded: Loaded, table: Any, source: str) -> str | None:
 
 
 def _conversations(loaded: Loaded, table: Any, column: str, source: str) -> list[Conversation]:
-    given = {name: column_of(loaded.recipe, name, table, source) for name in ("tools", "system", "images")}
+    columns = {name: column_of(loaded.recipe, name, table, source) for name in ("tools", "system", "images")}
     faults = Faults(source, len(table))
     folder = loaded.recipe.data.image_folder  # it may exist on another machine only
     folder = folder if folder is not None and Path(folder).is_dir() else None
     images = Images(source, folder) if loaded.processor is not None else None
 
     def read(row: Any) -> Conversation:
-        cells, named = cells_of(row, given), None if images is None else list[Any]()
+        cells, named = cells_of(row, columns), None if images is None else list[Any]()
         messages, _ = conversation(row[column], loaded.recipe.data, named)
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
@@ -277,6 +277,6 @@ def _conversations(loaded: Loaded, table: Any, column: str, source: str) -> list
             messages, sources = images.placed(messages, named or [], cells["images"])
         return Conversation(with_system(messages, cells["system"] or None), tools_of(cells["tools"]), sources)
 
-    conversations = faults.each(undecoded(table, given["images"]), read)
+    conversations = faults.each(undecoded(table, columns["images"]), read)
     faults.settle(table, drop=None)
     return list(conversations.values())

@@ -79,16 +79,16 @@ class StopAtNaN(TrainerCallback):
             if parameter.requires_grad and not torch.isfinite(parameter.detach()).all():
                 raise self._error(args, state, f"{name} has values that are NaN or infinite")
 
-    def _error(self, args: TrainingArguments, state: TrainerState, what: str) -> DivergedError:
+    def _error(self, args: TrainingArguments, state: TrainerState, problem: str) -> DivergedError:
         self.close()
         checkpoint = self._last_checkpoint()
         return DivergedError(
-            f"step {state.global_step} of {state.max_steps}: {what}, so training stopped. {_kept(checkpoint)} "
-            f"{_hint(args)}"
+            f"step {state.global_step} of {state.max_steps}: {problem}, so training stopped. "
+            f"{_resume_advice(checkpoint)} {_hint(args)}"
         )
 
 
-def _kept(checkpoint: Path | None) -> str:
+def _resume_advice(checkpoint: Path | None) -> str:
     if checkpoint is None:
         return "There is no checkpoint from before."
     return (

@@ -53,11 +53,11 @@ class RisingLoss(TrainerCallback):
         if state.global_step <= args.get_warmup_steps(state.max_steps) or not has_risen(self._losses, guess):
             return
         start, now = self._losses[0], statistics.fmean(self._losses[-RECENT:])
-        what = "guess" if guess and now > guess else "start"
-        if what in self._warned:
+        level = "guess" if guess and now > guess else "start"
+        if level in self._warned:
             return
-        self._warned |= {what, "start"}
-        than = f", and that of a uniform guess among {self._classes:,} is {guess:.3f}" if what == "guess" else ""
+        self._warned |= {level, "start"}
+        than = f", and that of a uniform guess among {self._classes:,} is {guess:.3f}" if level == "guess" else ""
         self._tell(
             f"step {state.global_step} of {state.max_steps}: the training loss is {now:.3f}; at the start it was "
             f"{start:.3f}{than}. {_hint(args)}"

@@ -21,12 +21,12 @@ class Encoded(NamedTuple):
     notes: list[str]
 
 
-def longest(tokenizer: PreTrainedTokenizerBase | None, config: Any, wanted: int) -> int:
-    """`wanted` tokens, or fewer if the model has fewer positions."""
-    limits = [wanted]
+def longest(tokenizer: PreTrainedTokenizerBase | None, config: Any, length: int) -> int:
+    """`length` tokens, or fewer if the model has fewer positions."""
+    limits = [length]
     if tokenizer is not None and isinstance(tokenizer.model_max_length, int) and tokenizer.model_max_length < 1_000_000:
         limits.append(tokenizer.model_max_length)
-    limits.append(positions(config) or wanted)
+    limits.append(positions(config) or length)
     return min(limits)
 
 
@@ -87,10 +87,10 @@ def encode_texts(
     return columns, lengths
 
 
-def spread(lengths: Sequence[int], what: str) -> str:
+def spread(lengths: Sequence[int], subject: str) -> str:
     """The distribution of lengths in tokens, in words: median, 95th percentile, longest."""
     return (
-        f"{what} have {percentile(lengths, 50):,} tokens in the median, {percentile(lengths, 95):,} at the 95th "
+        f"{subject} have {percentile(lengths, 50):,} tokens in the median, {percentile(lengths, 95):,} at the 95th "
         f"percentile, {max(lengths):,} at most"
     )
 
@@ -123,8 +123,11 @@ class Collator:
             batch = {key: value.unflatten(0, (2, len(rows))).transpose(0, 1) for key, value in batch.items()}
         if labels is not None:
             if isinstance(labels[0], list) and isinstance(labels[0][0], int):  # a label each token
-                width, left = batch["input_ids"].shape[1], self.tokenizer.padding_side == "left"
+                width, pads_left = batch["input_ids"].shape[1], self.tokenizer.padding_side == "left"
                 fill = [[-100] * (width - len(row)) for row in labels]
-                labels = [[*more, *row] if left else [*row, *more] for row, more in zip(labels, fill, strict=True)]
+                labels = [
+                    [*ignored, *row] if pads_left else [*row, *ignored]
+                    for row, ignored in zip(labels, fill, strict=True)
+                ]
             batch["labels"] = torch.tensor(labels)  # of float32 or int64
         return batch

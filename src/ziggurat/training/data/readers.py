@@ -77,15 +77,15 @@ def read_file(
         raise DataError(f"{path} cannot be read as {suffix[1:]}: {first_line(error)}") from error
 
 
-def encoding_of(source: str, known: str | None) -> str | None:
-    """`known`, the encoding of a run's data, if another text file isn't UTF-8; None if it is."""
+def encoding_of(source: str, encoding: str | None) -> str | None:
+    """`encoding`, that of a run's data, if another text file isn't UTF-8; None if it is."""
     path = Path(source).expanduser()
-    if known is None or not path.is_file():
-        return known
+    if encoding is None or not path.is_file():
+        return encoding
     try:
         read_bytes(path)
     except DataError:
-        return known
+        return encoding
     return None
 
 
@@ -212,10 +212,10 @@ def _numbers_if_all(column: Any, missing: Collection[str]) -> Any:
     import pyarrow as pa
 
     values = column.to_pylist()
-    given = [value for value in values if value not in missing]
-    if not given or not all(_NUMBER.fullmatch(value) for value in given):
+    present = [value for value in values if value not in missing]
+    if not present or not all(_NUMBER.fullmatch(value) for value in present):
         return column
-    kind = float if any("." in value for value in given) else int
+    kind = float if any("." in value for value in present) else int
     return pa.array([None if value in missing else kind(value) for value in values])
 
 

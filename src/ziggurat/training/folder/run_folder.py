@@ -72,10 +72,10 @@ class RunFolder:
             )
         elif self.work.exists():
             step = self.last_checkpoint()
-            left = f"an interrupted run, last checkpoint {step.name}" if step else "a run without checkpoint"
+            content = f"an interrupted run, last checkpoint {step.name}" if step else "a run without checkpoint"
             go_on = "Go on with resume=true, s" if step else "S"
             raise RecipeError(
-                f"output: '{shown}.unfinished' holds {left}. {go_on}tart afresh with overwrite=true, "
+                f"output: '{shown}.unfinished' holds {content}. {go_on}tart afresh with overwrite=true, "
                 "or choose another output=..."
             )
 
@@ -214,8 +214,8 @@ class RunFolder:
             return
         workplace.release(self.work)
         self._drop_broken()
-        kept = self.last_checkpoint() is not None or (self.work / workplace.DONE).exists()
-        if not (kept or self.recipe.resume):
+        worth_keeping = self.last_checkpoint() is not None or (self.work / workplace.DONE).exists()
+        if not (worth_keeping or self.recipe.resume):
             workplace.discard(self.work)
 
 

@@ -39,8 +39,8 @@ def write_run_card(folder: Path, recipe: Recipe, spec: HeadSpec, result: Result,
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     section = text[text.index(BEGIN) :].rstrip() if BEGIN in text else ""
     # PEFT's config doesn't have the number of classes.
-    guessed, known = ", num_labels=2)  # as many as it was trained with", f", num_labels={spec.num_labels})"
-    section = section.replace(guessed, known)
+    placeholder, actual = ", num_labels=2)  # as many as it was trained with", f", num_labels={spec.num_labels})"
+    section = section.replace(placeholder, actual)
     if spec.images:
         section = section.replace("AutoModel  # or the class for your task", "AutoModelForImageTextToText")
         section = section.replace("= AutoModel.", "= AutoModelForImageTextToText.")

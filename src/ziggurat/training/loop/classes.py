@@ -24,14 +24,14 @@ def weights_of(recipe: Recipe, labels: Sequence[int], names: Sequence[str]) -> t
     balanced: w_c = N / (K n_c) for n_c of N examples in K classes, so that the mean over all examples is 1. Raises
     DataError for unknown names.
     """
-    wanted = recipe.train.class_weights
-    if wanted == "balanced":
+    weights = recipe.train.class_weights
+    if weights == "balanced":
         counts = np.bincount(np.asarray(labels), minlength=len(names))
         return torch.tensor(len(labels) / (len(names) * np.maximum(counts, 1)), dtype=torch.float32)
-    assert isinstance(wanted, dict)
-    if unknown := [name for name in wanted if name not in names]:
+    assert isinstance(weights, dict)
+    if unknown := [name for name in weights if name not in names]:
         raise DataError(f"train.class_weights: no class is called {', '.join(unknown)}; there are {', '.join(names)}")
-    return torch.tensor([wanted.get(name, 1.0) for name in names])
+    return torch.tensor([weights.get(name, 1.0) for name in names])
 
 
 def by_class(

@@ -148,5 +148,5 @@ def counted_rows(trainer: Trainer, size: int) -> int | None:
     rows: Any = getattr(state.active_dataloader, "dataset", None)
     if processes == 1 or not state.end_of_dataloader or not hasattr(rows, "__len__"):
         return None
-    rest = len(rows) % (processes * size)
-    return min(max(rest - trainer.args.process_index * size, 0), size) if rest else None
+    new_rows = len(rows) % (processes * size)
+    return min(max(new_rows - trainer.args.process_index * size, 0), size) if new_rows else None

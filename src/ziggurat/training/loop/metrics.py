@@ -47,13 +47,13 @@ def score(recipe: Recipe, predictions: np.ndarray, labels: np.ndarray, classes: 
 def _of_sets(answers: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Scores of sets of classes, (rows, classes), faster than scikit-learn's: intervals draw rows 1,000 times.
 
-    F1 = 2 hits / (predicted + there), of all classes together or of each one that is predicted or there.
+    F1 = 2 hits / (predicted + actual), of all classes together or of each one that is predicted or occurs.
     """
     hits, either = (answers & truth).sum(0), answers.sum(0) + truth.sum(0)
-    seen = either > 0
+    occurs = either > 0
     return {
-        "f1_micro": _percent(2 * float(hits.sum()) / float(either.sum())) if seen.any() else 0.0,
-        "f1_macro": _percent(float(np.mean(2 * hits[seen] / either[seen]))) if seen.any() else 0.0,
+        "f1_micro": _percent(2 * float(hits.sum()) / float(either.sum())) if occurs.any() else 0.0,
+        "f1_macro": _percent(float(np.mean(2 * hits[occurs] / either[occurs]))) if occurs.any() else 0.0,
         "subset_accuracy": _percent(float(np.mean((answers == truth).all(1)))),
     }
 

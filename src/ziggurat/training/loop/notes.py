@@ -35,7 +35,7 @@ class Notes:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.kept: list[str] = []
+        self.texts: list[str] = []
 
     def note(self, *texts: str) -> None:
         self._print("note", "dim", *texts)
@@ -44,7 +44,7 @@ class Notes:
         self._print("warning", "yellow", *texts)
 
     def _print(self, kind: str, style: str, *texts: str) -> None:
-        self.kept += texts
+        self.texts += texts
         for text in texts:
             # In a pipe or a log a note is one line.
             self.console.print(f"{kind}: {text}", style=style, highlight=False, soft_wrap=not is_screen(self.console))

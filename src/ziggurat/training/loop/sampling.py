@@ -49,8 +49,8 @@ def rewarding(setup: Setup) -> Task:
     rows, notes = prompt_rows(setup, prompts)
     if recipe.rewards.beta:
         _check_start(recipe, setup.base.tokenizer, setup.model)
-    more = {"reward_funcs": list(rewards.values()), "processing_class": setup.base.tokenizer}
-    trainer = setup.trainer(type(kind.__name__, (Rewarded, kind), {}), made, rows, **more)
+    inputs = {"reward_funcs": list(rewards.values()), "processing_class": setup.base.tokenizer}
+    trainer = setup.trainer(type(kind.__name__, (Rewarded, kind), {}), made, rows, **inputs)
     trainer.samples = setup.checkpoints.with_name(LOGS) / COMPLETIONS
     notes.append(
         f"{prompts} prompts of {recipe.sampling.completions} completions a step; rewarded by {', '.join(rewards)}; "
@@ -123,8 +123,8 @@ def _cut_back(samples: Path, step: int) -> None:
     """Drop the completions that a run resumed at `step` draws again, and an unfinished line of a killed run."""
     lines = [line for line in samples.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
     places = [(json.loads(line)["step"], json.loads(line)["part"]) for line in lines]
-    made = [at < step or (at == step and part == "validation") for at, part in places]
-    samples.write_text("".join(line for line, kept in zip(lines, made, strict=True) if kept), encoding="utf-8")
+    is_kept = [at < step or (at == step and part == "validation") for at, part in places]
+    samples.write_text("".join(line for line, keep in zip(lines, is_kept, strict=True) if keep), encoding="utf-8")
 
 
 class Drawing(Resumable, _TRL):

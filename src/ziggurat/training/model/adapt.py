@@ -91,8 +91,8 @@ def _trained_on(recipe: Recipe, base: Base, config: Any, folder: str) -> nn.Modu
     if type(saved) is not type(config):
         names = ", ".join(name for name, row in METHODS.items() if row.config_class() is type(saved))
         raise RecipeError(f"adapter: '{folder}' was trained with method.name: {names}, not {recipe.method['name']}")
-    given = {key: value for key, value in recipe.method.items() if isinstance(value, bool | int | float)}
-    others = [f"method.{key}: {value}, not {getattr(saved, key)}" for key, value in given.items()
+    settings = {key: value for key, value in recipe.method.items() if isinstance(value, bool | int | float)}
+    others = [f"method.{key}: {value}, not {getattr(saved, key)}" for key, value in settings.items()
               if getattr(saved, key) != value]  # fmt: skip
     if others:
         raise RecipeError(f"adapter: '{folder}' has other settings than the recipe; leave out {'; '.join(others)}")
@@ -137,8 +137,8 @@ def leave_out(config: Any, outside: list[str]) -> None:
         return
     if not hasattr(config, "exclude_modules"):
         raise RecipeError(f"tower: {type(config).__name__} leaves no module out; take tower: both, or another method")
-    given = config.exclude_modules
-    named = [given] if isinstance(given, str) else [rf"(?:.*\.)?{re.escape(name)}" for name in given or ()]
+    excluded = config.exclude_modules
+    named = [excluded] if isinstance(excluded, str) else [rf"(?:.*\.)?{re.escape(name)}" for name in excluded or ()]
     whole = "|".join(re.escape(path) for path in outside)
     config.exclude_modules = "|".join([*named, rf"(?:{whole})(?:\..*)?"])
 

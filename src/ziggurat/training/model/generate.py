@@ -87,7 +87,7 @@ def _answers(
     pad, device, most = tokenizer.pad_token_id, next(model.parameters()).device, positions(model.config)
     if isinstance(part[0], Asked):
         most = None
-        inputs = tokenizer.inputs([asked.text for asked in part], [asked.images for asked in part], side="left")
+        inputs = tokenizer.inputs([prompt.text for prompt in part], [prompt.images for prompt in part], side="left")
     else:
         side, rows = "right" if encodes(model) else "left", [torch.tensor(ids) for ids in part]
         inputs = {"input_ids": pad_sequence(rows, True, pad or 0, side)}

@@ -45,12 +45,12 @@ def settle_budget(recipe: Recipe) -> tuple[Recipe, Fit | None]:
     if BUDGET not in recipe.method:
         return recipe, None
     budget = recipe.method[BUDGET]
-    rest = {key: value for key, value in recipe.method.items() if key != BUDGET}
+    method = {key: value for key, value in recipe.method.items() if key != BUDGET}
     try:
-        fit = fit_rank(recipe_model(recipe), rest, budget)
+        fit = fit_rank(recipe_model(recipe), method, budget)
     except ConfigError as error:
         raise RecipeError(f"method.budget: {error}") from error
-    return recipe.model_copy(update={"method": {**rest, **rank_fields(rest, fit.rank)}}), fit
+    return recipe.model_copy(update={"method": {**method, **rank_fields(method, fit.rank)}}), fit
 
 
 def recipe_model(recipe: Recipe) -> nn.Module:
