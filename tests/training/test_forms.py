@@ -145,7 +145,7 @@ def test_alpaca_with_history_and_system_as_a_chat(tmp_path: Path) -> None:
     assert chat.train[0]["learned"] == 4  # the history is asked with, not learned
     plain = load_examples(recipe(path))
     assert [note.partition(" have ")[2] for note in plain.notes[:2]] == [
-        f"{name}, which is learned with data.as_chat: true alone" for name in ("history", "system")
+        f"{name}, which is learned only with data.as_chat: true" for name in ("history", "system")
     ]
 
 

@@ -56,7 +56,7 @@ class Prediction:
 class Conversation:
     """Messages (with a system prompt and earlier turns) to be answered, and tools that the answer may call.
 
-    `images` are the sources of the images that the texts mark by `IMAGE`; `seen_with` makes one of a text.
+    `images` are the sources of the images that the texts mark by `IMAGE`; `seen_with` makes such a question.
     """
 
     messages: list[dict[str, Any]]
@@ -104,7 +104,7 @@ def predict_each(
     if shape != "messages" and (system is not None or any(isinstance(text, Conversation) for text in texts)):
         raise DataError("this adapter was not trained on conversations: it takes no system prompt and no earlier turns")
     if writes and second is not None and shape in ("prompt", "text", "source"):
-        raise DataError(f"this adapter was trained on {shape}s, which have no input beside them: give one text")
+        raise DataError(f"this adapter was trained on {shape}s, which have no input: give one text")
     if not writes and loaded.head.pair and second is None:
         raise DataError(
             f"this adapter compares two texts ('{loaded.recipe.data.text}' and '{loaded.recipe.data.text_pair}'): "
@@ -173,7 +173,7 @@ def _prompt_of(loaded: Loaded, text: str | list[str] | Conversation, context: st
         talk = _talk(text, context, system)
         if loaded.processor is not None:
             return loaded.writer.asked(talk.messages, talk.tools, talk.images)
-        if loaded.recipe.kind.rows == "prompts":  # opened for drawn completions, else for learned answers
+        if loaded.recipe.kind.rows == "prompts":  # its completions followed the whole generation prompt
             return chat_ids(loaded.tokenizer, talk.messages, talk.tools, add_generation_prompt=True)
         return asked_ids(loaded.tokenizer, talk.messages, talk.tools)
     prompt = text = shown(text)
@@ -271,7 +271,7 @@ def _conversations(loaded: Loaded, table: Any, column: str, source: str) -> list
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         if not messages:
-            raise RowFault("nothing is asked")
+            raise RowFault("no message to be answered")
         sources = []
         if images is not None:
             messages, sources = images.placed(messages, named or [], cells["images"])

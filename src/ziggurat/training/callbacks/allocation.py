@@ -23,7 +23,7 @@ class AdaLoRAAllocation(TrainerCallback):
     """Calls `update_and_allocate` after each optimiser step, and keeps its averages in the checkpoints.
 
     `tinit` and `tfinal` of 0, PEFT's defaults, stand for 15% and 50% of the run. The config gets the kept directions
-    only when training ends: PEFT saves these alone, and a run can't resume from such a checkpoint.
+    only when training ends: with them PEFT saves no other ones, and a run can't resume from such a checkpoint.
     """
 
     def __init__(self, config: AdaLoraConfig) -> None:
@@ -78,5 +78,5 @@ class AdaLoRAAllocation(TrainerCallback):
 
 
 def callbacks_for(peft_config: Any) -> list[TrainerCallback]:
-    """The callbacks that `train` adds for a PEFT config; those that ride along in every Trainer need no mention."""
+    """The callbacks that `train` adds for a PEFT config; ziggurat's methods add theirs to every Trainer."""
     return [AdaLoRAAllocation(peft_config)] if isinstance(peft_config, AdaLoraConfig) else []

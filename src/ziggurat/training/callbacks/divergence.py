@@ -13,7 +13,7 @@ from ziggurat.errors import DivergedError
 
 
 class StopAtNaN(TrainerCallback):
-    """Stops a Trainer at the first loss or weight that is NaN or infinite, before a checkpoint is made of it.
+    """Stops a Trainer at the first loss or weight that is NaN or infinite, before a checkpoint is written with it.
 
     The losses of a step's batches are checked after the step, and the trained weights before a checkpoint, since a step
     with a finite loss can spoil them. It must come after all callbacks that ask for checkpoints. The Trainer's own
@@ -90,7 +90,7 @@ class StopAtNaN(TrainerCallback):
 
 def _resume_advice(checkpoint: Path | None) -> str:
     if checkpoint is None:
-        return "There is no checkpoint from before."
+        return "There is no earlier checkpoint."
     return (
         f"The last good checkpoint is in {checkpoint}: resume=true goes on from there with the same recipe; after a "
         "change to it, overwrite=true starts afresh."

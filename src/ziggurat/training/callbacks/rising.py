@@ -23,9 +23,9 @@ MOST_NOISE = 0.05
 
 
 class RisingLoss(TrainerCallback):
-    """Warns once if the training loss lies above its start after the warm-up, and once if above a uniform guess's.
+    """Warns once if the training loss lies above its start after the warm-up, once if above that of a uniform guess.
 
-    It reads the Trainer's log; four losses are needed, those of 30 steps.
+    It reads the Trainer's log and needs four losses, those of 30 steps.
 
     Args:
         tell: receives the warning.

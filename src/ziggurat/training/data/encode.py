@@ -45,7 +45,7 @@ _SHIFTED = {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-r
 def encode(
     table: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, separate: bool
 ) -> tuple[Dataset, list[int]]:
-    """Token ids of every row, and how many tokens each had; see `encode_texts`."""
+    """Token ids of every row, and its number of tokens; see `encode_texts`."""
     from datasets import Dataset
 
     if "tokens" in table.column_names:
@@ -68,7 +68,7 @@ def encode_texts(
     *,
     separate: bool,
 ) -> tuple[dict[str, list[Any]], list[int]]:
-    """Token ids as columns, one entry a row, and how many tokens each row had before it was cut.
+    """Token ids as columns, one entry per row, and the number of tokens of each row before the cut.
 
     Two texts go into one sequence, or `separate` into `input_ids` and `second_ids`, of which the longer one counts.
     """
@@ -122,7 +122,7 @@ class Collator:
         if second:
             batch = {key: value.unflatten(0, (2, len(rows))).transpose(0, 1) for key, value in batch.items()}
         if labels is not None:
-            if isinstance(labels[0], list) and isinstance(labels[0][0], int):  # a label each token
+            if isinstance(labels[0], list) and isinstance(labels[0][0], int):  # a label for each token
                 width, pads_left = batch["input_ids"].shape[1], self.tokenizer.padding_side == "left"
                 fill = [[-100] * (width - len(row)) for row in labels]
                 labels = [

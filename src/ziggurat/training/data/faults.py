@@ -35,7 +35,7 @@ class Faults:
             self._gaps.add(fault)
 
     def each(self, rows: Iterable[Any], read: Callable[[Any], T | None]) -> dict[int, T]:
-        """What `read` makes of each row, by the row's number; nothing for None. A RowFault is recorded."""
+        """Row number -> the result of `read` for the row, without rows of None. A RowFault is recorded."""
         made: dict[int, T] = {}
         for index, row in enumerate(rows):
             try:

@@ -38,9 +38,9 @@ class Images:
     def placed(self, messages: list[Message], named: list[Any], column: Any) -> tuple[list[Message], list[Source]]:
         """The messages with the mark `IMAGE` for each image, and the images' sources in the same order.
 
-        `named`: the sources in the messages' parts, None for parts without one; `column`: the row's images beside them.
-        Images without a part or a mark `<image>` are placed before the first question. Raises RowFault for images
-        without a place, places without an image, images that can't be read, and images in answers.
+        `named`: the sources in the messages' parts, None for parts without one; `column`: the row's images outside the
+        messages. Images without a part or a mark `<image>` are placed before the first question. Raises RowFault for
+        images without a place, places without an image, images that can't be read, and images in answers.
         """
         column = parsed(column)
         images = column if isinstance(column, list) else [] if column in (None, "") else [column]
@@ -66,7 +66,7 @@ class Images:
         in_memory = isinstance(value, bytes)
         source = {"bytes": value if in_memory else None, "path": None if in_memory else str(value)}
         if isinstance(value, Path) and not value.is_file():
-            raise self._fault("an image file is not there", value)
+            raise self._fault("an image file is missing", value)
         try:
             open_image(source)
         except Exception as error:  # PIL's readers raise any kind of error for broken files
@@ -75,7 +75,7 @@ class Images:
 
     def _named(self, name: str) -> bytes | Path:
         if name.startswith(("http://", "https://")):
-            raise RowFault("an image is named by an address of the web: download it, and name the file")
+            raise RowFault("an image is given by a web address: download it, and name the file")
         if name.startswith("data:"):
             try:
                 return base64.b64decode(name.partition(",")[2], validate=True)

@@ -70,7 +70,7 @@ def columns_of(recipe: Recipe, names: Iterable[str]) -> list[str]:
 
 
 def _shape_of(recipe: Recipe, table: Dataset, source: str) -> str:
-    """`prompt`, `alpaca`, `messages` or `text`: as the recipe says, or by the columns. DataError when none fits."""
+    """`prompt`, `alpaca`, `messages` or `text`: as the recipe says, or by the columns. DataError if none fits."""
 
     def fits(shape: str) -> bool:
         return all(column_of(recipe, name, table, source) is not None for name in _SHAPES[shape][0])
@@ -90,7 +90,7 @@ def _shape_of(recipe: Recipe, table: Dataset, source: str) -> str:
         raise DataError(f"{source} holds pairs of a form and a rejected answer: set task: dpo")
     if shape == "prompt" and "label" in names and all(label in (True, False, None) for label in table["label"]):
         raise DataError(
-            f"{source} says in its column label which answers are good, and instruct would learn the bad ones too: set "
+            f"{source} marks good answers in its column label, and instruct would learn the bad ones too: set "
             "task: kto; or, if all are to be learned, data.format: prompt"
         )
     if shape is None:
@@ -179,7 +179,7 @@ class RowReader:
         return self.made(cells_of(row, self.columns))
 
     def made(self, cells: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The same of a row's cells by key of `data.columns`."""
+        """Like `read`, from a row's cells by key of `data.columns`."""
         data = self.recipe.data
         named: list[Any] | None = None if self.images is None else []
         if self.shape == "messages":
@@ -208,7 +208,7 @@ class RowReader:
             return self._chat(cells, [*turns, {"role": "assistant", "content": answer}], len(turns), set(), named)
         for name in ("system", "history", "tools", "images"):
             if cells.get(name):
-                self.counts[f"have {name}, which is learned with data.as_chat: true alone"] += 1
+                self.counts[f"have {name}, which is learned only with data.as_chat: true"] += 1
         if self.shape == "alpaca":
             prompt = alpaca_prompt(str(prompt), context)
         return {"prompt": prompt, "completion": answer}

@@ -62,7 +62,7 @@ def number_of(value: Any) -> float | None:
 
 
 def _classes_in(recipe: Recipe, cell: Any) -> list[Any]:
-    """The classes of one row. Of several a list unchanged, or a text split at the separator."""
+    """The classes of one row. For multilabel a list unchanged, or a text split at the separator."""
     separator = recipe.data.label_separator
     if recipe.task != "multilabel":
         return [cell]
@@ -73,9 +73,9 @@ def _classes_in(recipe: Recipe, cell: Any) -> list[Any]:
 
 @dataclass
 class _Classes:
-    """The checked classes of a table, row after row in one list, and how many of them each row has.
+    """The checked classes of a table, row after row in one list, and their number in each row.
 
-    `names`: those of a hub data set's classes, which its numbers count.
+    `names`: the class names of a hub data set, whose labels are indices into them.
     """
 
     values: list[Any]
@@ -120,8 +120,8 @@ def labels_of(recipe: Recipe, tables: Sequence[Dataset], source: str) -> tuple[l
 def labels_among(recipe: Recipe, table: Dataset, names: Sequence[str], source: str) -> list[Any]:
     """The labels of a table by the classes `names` of a trained model.
 
-    Classes go by their names; whole numbers that name none, or that `data.label_names` gives names to, count them from
-    0. Labels that differ by case or blanks alone are one class where the recipe has merged such. Raises DataError for
+    Classes go by their names; whole numbers that name none, or that `data.label_names` gives names to, are indices
+    from 0. Labels that differ by case or blanks alone are one class if the recipe merges them. Raises DataError for
     classes that the model doesn't know.
     """
     if recipe.task == "regression":
@@ -200,7 +200,7 @@ def _places(recipe: Recipe, parts: Sequence[_Classes], source: str) -> tuple[lis
         hub_names = part.names if recipe.data.label_names is None else None
         if hub_names is not None:
             part.values = [hub_names[value] if value in range(len(hub_names)) else value for value in part.values]
-        # Numbers here may be texts there: a single label that isn't a number makes texts of all.
+        # Numbers in one table may be texts in another: one label that isn't a number makes texts of all.
         part.values = [value if value in place else str(value) for value in part.values]
         unseen = sorted({value for value in part.values if value not in place})
         if unseen:
@@ -219,8 +219,8 @@ def _plain(label: str) -> str:
 def _values_and_names(recipe: Recipe, train: _Classes, source: str) -> tuple[list[Any], list[str]]:
     """The classes by their values among the labels, and their names.
 
-    A hub data set's own class names and data.label_names count the classes 0, 1, ...; else the classes are the values
-    found in the training data, in order.
+    Labels are indices 0, 1, ... into a hub data set's class names or data.label_names, or these names; else the classes
+    are the values in the training data, in order.
     """
     column, values = recipe.data.label, train.values
     declared = recipe.data.label_names or train.names

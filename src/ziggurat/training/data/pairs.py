@@ -15,7 +15,7 @@ from .tokens import Row, length_of, tell_of_cuts, tokens_of
 
 
 def encode_pairs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, examples: Examples) -> Encoded:
-    """Training and validation pairs as `prompt_ids`, `chosen_ids` and `rejected_ids`; the rest as `encode_rows`."""
+    """Training and validation pairs as `prompt_ids`, `chosen_ids` and `rejected_ids`; otherwise like `encode_rows`."""
     notes: list[str] = []
     parts = []
     for table, word in examples.parts:
@@ -25,7 +25,7 @@ def encode_pairs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any
 
 
 def encode_judged(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, examples: Examples) -> Encoded:
-    """Judged answers as `prompt_ids`, `completion_ids` and `label`; the rest as `encode_rows`.
+    """Judged answers as `prompt_ids`, `completion_ids` and `label`; otherwise like `encode_rows`.
 
     They are shuffled with the seed, since TRL's KTOTrainer keeps their order.
     """

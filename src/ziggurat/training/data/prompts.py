@@ -33,7 +33,7 @@ _MADE = "ziggurat's prompt"
 
 
 def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, list[str]]:
-    """The rows with `prompt`, a text or messages as JSON text, and all columns that the prompt wasn't made of.
+    """The rows with `prompt`, a text or messages as JSON text, and all columns that aren't part of the prompt.
 
     A conversation ends before its last answer, which is left out. Raises DataError for missing columns, columns with
     reserved names, and, counted together, for all unreadable rows.

@@ -62,7 +62,9 @@ def read_file(
     }
     packed = {".parquet": read_parquet, ".xlsx": partial(_xlsx, texts=texts)}.get(path.suffix.lower())
     if suffix not in readers and packed is None:
-        raise DataError(f"{path}: '{suffix}' is not one of the formats read: {', '.join(SUFFIXES)}, or with .gz behind")
+        raise DataError(
+            f"{path}: '{suffix}' is not one of the formats read: {', '.join(SUFFIXES)}, or one of them with .gz"
+        )
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes)")
     try:
@@ -119,12 +121,12 @@ def _unpacked(path: Path) -> bytes:
 
 
 def _most(path: Path) -> int:
-    """The most bytes that a packed file may stand for."""
+    """The most bytes that a packed file may decompress to."""
     return max(LEAST_DECODED, MOST_GROWTH * path.stat().st_size)
 
 
 def _too_much(path: Path, advice: str = "") -> DataError:
-    return DataError(f"{path} has {path.stat().st_size:,} bytes and stands for more than {_most(path):,}{advice}")
+    return DataError(f"{path} has {path.stat().st_size:,} bytes and decompresses to more than {_most(path):,}{advice}")
 
 
 def read_parquet(path: Path) -> Any:
@@ -135,7 +137,7 @@ def read_parquet(path: Path) -> Any:
     limit = f"a file is read to {MOST_GROWTH:,} times its size, at least to {LEAST_DECODED:,} bytes"
     too_much = _too_much(path, f"; {limit}. If it is yours, write it as several")
     with pq.ParquetFile(path) as file:
-        # A column that never changes takes no room in the file, and four bytes a row or more in memory.
+        # A constant column takes no room in the file, and four bytes a row or more in memory.
         if 4 * file.metadata.num_rows * file.metadata.num_columns > _most(path):
             raise too_much
         plain = pa.schema(

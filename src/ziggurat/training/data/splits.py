@@ -14,7 +14,7 @@ from ziggurat.recipe.schema import Recipe
 if TYPE_CHECKING:
     from datasets import Dataset
 
-#: Below so many validation rows the run notes that its scores are coarse.
+#: With fewer validation rows the run notes that its scores are coarse.
 FEW = 50
 #: The column with the number of a row's file.
 ORIGIN = "origin"
@@ -78,7 +78,7 @@ def _drawn(groups: list[list[int]], kinds: list[Hashable], count: int, seed: int
 
 
 def _quotas(sizes: Counter[Hashable], count: int) -> dict[Hashable, int]:
-    """How many rows each class gives, by the largest remainders of its share."""
+    """The number of validation rows from each class, by the method of largest remainders."""
     shares = {kind: count * size / sizes.total() for kind, size in sizes.items()}
     quotas = {kind: int(share) for kind, share in shares.items()}
     unassigned = count - sum(quotas.values())

@@ -52,7 +52,7 @@ def load(
 
 
 def among(recipe: Recipe, table: Dataset, names: list[str], source: str, notes: list[str]) -> Dataset:
-    """The same for a table whose tags are `names`."""
+    """Like `load`, for one table whose tags are `names`."""
     return _assemble(_read(recipe, table, source, notes), names, source)
 
 
@@ -91,7 +91,7 @@ def _row(words: Any, tags: Any, names: Sequence[str] | None) -> tuple[list[str],
     if not isinstance(words, list) or not isinstance(tags, list):
         raise RowFault("a list of words and a list of tags are needed, or texts with blanks between them")
     if len(words) != len(tags):
-        raise RowFault("words and tags differ in number")
+        raise RowFault("the numbers of words and of tags differ")
     if not all(isinstance(word, str) and word.strip() for word in words):
         raise RowFault("a word is empty, or no text")
     if names is not None:
@@ -101,7 +101,7 @@ def _row(words: Any, tags: Any, names: Sequence[str] | None) -> tuple[list[str],
         if not isinstance(tag, str) or not _BIO.fullmatch(tag):
             raise RowFault(f"{tag!r} is no BIO tag: O, B-<kind> or I-<kind>")
         if tag[0] == "I" and tag[2:] != before[2:]:
-            raise RowFault(f"{tag} stands behind {before}: an entity begins with B-")
+            raise RowFault(f"{tag} follows {before}: an entity begins with B-")
         before = tag
     return words, tags
 
@@ -135,7 +135,7 @@ def encode_words(
 def encode_tagged(
     table: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[dict[str, list[Any]], list[int]]:
-    """Token ids and labels as columns, and how many tokens each row had; the first token of a word is labelled."""
+    """Token ids and labels as columns, and the number of tokens of each row; the first token of a word is labelled."""
     columns, firsts, lengths = encode_words(list(table["tokens"]), tokenizer, max_length)
     columns["labels"] = [
         [UNLABELLED if word is None else labels[word] for word in row]

@@ -93,7 +93,7 @@ def length_of(
     if limit is None:
         why = "which at least 95% of the training rows fit into"
         if length < needed:
-            why = f"the most {'by itself' if length == MOST_LENGTH else f'that {recipe.model} takes'}"
+            why = f"the most {'without data.' + key if length == MOST_LENGTH else f'that {recipe.model} takes'}"
         notes.append(f"data.{key} is not given: {length} tokens, {why}")
     elif length < limit:
         notes.append(f"data.{key} {limit} lowered to {length}, all this model can take")

@@ -48,7 +48,7 @@ def write_run_card(folder: Path, recipe: Recipe, spec: HeadSpec, result: Result,
 
 
 def run_card(recipe: Recipe, spec: HeadSpec, result: Result, versions: dict[str, str], section: str = "") -> str:
-    """Front matter and text: data, rows, scores, settings, cost, versions; and `section`, or else how to load it."""
+    """Front matter and text: data, rows, scores, settings, cost, versions; `section`, or else a section on loading."""
     base, local = _base(recipe.model)
     front: dict[str, Any] = {"library_name": "peft" if METHODS[result.method].config else "transformers"}
     if not local:

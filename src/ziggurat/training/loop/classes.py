@@ -14,7 +14,7 @@ from ziggurat.recipe.schema import Recipe
 if TYPE_CHECKING:
     from datasets import Dataset
 
-#: So many mistakes are kept, and so many characters of each one's text.
+#: The most mistakes that are kept, and the most characters of each one's text.
 MISTAKES, SHOWN = 20, 300
 
 
@@ -40,7 +40,7 @@ def by_class(
     """Counts and scores of each class, the confusion matrix, and the most confident mistakes.
 
     `probabilities`: (rows, classes); `labels`: indices into the classes `names`. precision_c = hits_c / answered_c,
-    recall_c = hits_c / rows_c, F1 their harmonic mean, in per cent, 0 where nothing is to divide by. Row i, column j of
+    recall_c = hits_c / rows_c, F1 their harmonic mean, in per cent, 0 where the divisor is 0. Row i, column j of
     `confusion` counts the rows of class i that were answered j.
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support

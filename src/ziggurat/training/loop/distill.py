@@ -34,7 +34,9 @@ def distilling(setup: Setup) -> Task:
     inputs = {"teacher_model": teacher, "processing_class": base.tokenizer}
     trainer = setup.trainer(type(kind.__name__, (Distilled, kind), {}), arguments, rows, **inputs)
     size = sum(parameter.numel() for parameter in teacher.parameters())
-    notes.append(f"the teacher {recipe.teacher.model} has {size:,} parameters, which take memory beside the student's")
+    notes.append(
+        f"the teacher {recipe.teacher.model} has {size:,} parameters, which take memory in addition to the student's"
+    )
     return Task(trainer, notes)
 
 

@@ -59,7 +59,7 @@ def _of_sets(answers: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def outputs_of(predictions: Any) -> np.ndarray:
-    """The model's scores among what it returned: (rows, classes) or (rows, 1)."""
+    """The model's scores, the first of its outputs: (rows, classes) or (rows, 1)."""
     return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
 
 
@@ -97,7 +97,7 @@ _LOWER = ("divergence", "rmse", "mse", "mae", "loss", "bits_per_byte", "brier_sc
 
 
 def lower_is_better(metric: str) -> bool:
-    """Also for lm-eval's names: word_perplexity, bits_per_byte, brier_score, ter, ..."""
+    """Whether `metric` improves as it falls; lm-eval's names count, too: word_perplexity, bits_per_byte, ter, ..."""
     return metric.endswith("perplexity") or metric in _LOWER
 
 

@@ -1,4 +1,4 @@
-"""What a run says beside its progress: notes and warnings, before it trains and while it does."""
+"""The notes and warnings that a run prints, before training and during it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _classes(recipe: Recipe, base: Base) -> int | None:
 
 
 def of_settings(recipe: Recipe, processes: Processes, fit: Fit | None, spec: HeadSpec) -> Iterator[str]:
-    """Notes on what the recipe and the launcher make of the run."""
+    """Notes on the settings of the recipe and of the launcher."""
     if recipe.adapter is not None:
         yield f"training goes on from the adapter in {recipe.adapter}"
     if spec.images:

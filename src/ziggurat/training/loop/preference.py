@@ -105,7 +105,7 @@ class TokenizedPairs(Tokenized):
         for values in stored["eval"].values():
             if len(values) == len(sizes):
                 values[:] = [float(np.average(values, weights=sizes))]
-        for of_mode in stored.values():  # the reward trainer's names, as its neighbours call the same
+        for of_mode in stored.values():  # the reward trainer's metrics get its neighbours' names
             for name, ours in (("accuracy", "rewards/accuracies"), ("margin", "rewards/margins")):
                 if name in of_mode:
                     of_mode[ours] = of_mode.pop(name)

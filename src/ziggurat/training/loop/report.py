@@ -79,7 +79,7 @@ def _answers(result: Result) -> Iterator[Text]:
                 yield Text(f"  {when}: {one_line(row[name])}")
 
 
-#: So many classes, and mistakes, fit into a table in the terminal.
+#: The most classes, and mistakes, in a table in the terminal.
 _CLASSES, _MISTAKES = 12, 3
 
 

@@ -30,7 +30,7 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def _exact(text: str, answer: str, settings: RewardsPart) -> float:
-    """1 where the completion is the right answer, blanks around both apart."""
+    """1 where the completion is the right answer, apart from surrounding blanks."""
     return float(text.strip() == answer.strip())
 
 
@@ -68,7 +68,7 @@ def _of_texts(score: Callable[[str, str, RewardsPart], float]) -> Callable[..., 
     return rewards
 
 
-#: Built-in rewards; each one's first argument are the recipe's `rewards.*`.
+#: Built-in rewards; the first argument of each is the recipe's `rewards.*`.
 BUILT_IN: dict[str, Callable[..., list[float]]] = {
     "exact": _of_texts(_exact),
     "last_number": _of_texts(_last_number),
@@ -169,8 +169,8 @@ def _sampling_problems(recipe: Recipe) -> list[str]:
     drawn = recipe.train.batch * recipe.train.accumulate * launched_size()
     if drawn % group:
         problems.append(
-            f"train.batch: with train.accumulate and all processes a step takes {drawn} completions, which are no "
-            f"whole groups of sampling.completions {group}; {drawn // group * group or group} are"
+            f"train.batch: with train.accumulate and all processes a step takes {drawn} completions, no multiple "
+            f"of sampling.completions {group}; {drawn // group * group or group} is one"
         )
     return problems
 
@@ -255,7 +255,7 @@ def _told_of_errors(name: str, function: Reward, keywords: Mapping[str, Any]) ->
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         where = f" in line {lines[-1]}" if lines else ""
         raise RewardError(
-            f"the reward '{name}' ended in {type(error).__name__}{where}: {first_line(error)}; it was asked about "
+            f"the reward '{name}' ended in {type(error).__name__}{where}: {first_line(error)}; it was called with "
             f"{len(keywords['completions'])} completions, the first is {text_of(keywords['completions'][0])[:80]!r}; "
             f"it can get {', '.join(keywords)}"
         ) from error

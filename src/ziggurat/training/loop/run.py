@@ -65,7 +65,7 @@ def train(
         RewardError: a reward function ended in an error, or returned no number for each completion.
         DivergedError: a loss or a weight became NaN or infinite; names the step and the last good checkpoint.
         Interrupted: Ctrl-C or SIGTERM; names the last checkpoint.
-        ProcessError: another process of the run has gone.
+        ProcessError: another process of the run has ended.
     """
     from ziggurat.recipe.needs import check
 
@@ -83,7 +83,7 @@ def train(
         console = Console(quiet=True)
     with StopSignals(processes) as stop:
         try:
-            with processes.reporting_lost_ones():
+            with processes.reporting_lost_processes():
                 return _train(recipe, folder, stop, console, callbacks, fit, functions)
         except KeyboardInterrupt:
             stopped = _interrupted(recipe, folder, stop.number or signal.SIGINT)
@@ -294,7 +294,7 @@ def _final_scores(task: Task, recipe: Recipe) -> dict[str, float]:
 
 
 def resume_command(words: Sequence[str]) -> str:
-    """The user's own `ziggurat train` words with resume=true, ready to paste into a shell, or behind the launcher's."""
+    """The user's own `ziggurat train` words with resume=true, ready to paste into a shell, or after the launcher's."""
     arguments = [word for word in words if not word.startswith(("overwrite=", "resume="))]
     start = "ziggurat" if launched_size() == 1 else "the launcher, as before, -m ziggurat"
     return f"{start} train " + shlex.join([*arguments, "resume=true"])

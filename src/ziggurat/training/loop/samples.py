@@ -21,9 +21,9 @@ from ..model.seeing import question_of, writer_of
 if TYPE_CHECKING:
     from datasets import Dataset
 
-#: The longest answer, in tokens; and so many characters of a question are kept.
+#: The longest answer, in tokens; and the most characters of a question that are kept.
 TOKENS, SHOWN = 64, 600
-#: Characters of a text in a command that is shown.
+#: The most characters of a text in a command that is shown.
 LONGEST = 120
 
 
@@ -73,7 +73,7 @@ def _question(recipe: Recipe, writer: Any, row: dict[str, Any]) -> tuple[Any, st
 def example_of(examples: Examples, rated: bool = False) -> tuple[list[str], list[str]]:
     """The texts of a short validation row, and the files of its images, as arguments of `ziggurat predict`.
 
-    `rated`: with the answer, which is to be rated.
+    `rated`: with the answer, for a model that rates answers.
     """
     table, shape = examples.validation, examples.shape
     rows = [dict(row) for row in table.select(range(min(50, len(table))))]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 #: The file, in a run's logs, of completions with their rewards.
 COMPLETIONS = "completions.jsonl"
-#: Completions of a step, and of a scoring, that are kept there.
+#: The most completions of a step, and of a scoring, that are kept there.
 KEPT = 8
 #: Stands for a trainer of TRL's, which importing this file must not load.
 _TRL: Any = object
@@ -93,7 +93,7 @@ def prompt_rows(setup: Setup, prompts: int) -> tuple[list[Dataset], list[str]]:
     def asking(rows: dict[str, Any]) -> dict[str, Any]:
         return {**rows, "prompt": [opened({"prompt": prompt}, shape) for prompt in rows["prompt"]]}
 
-    # They are made on reading: a table would give all messages all keys.
+    # Prompts are converted on reading: a table would give every message the keys of all.
     return [table.with_transform(asking) for table in tables], notes
 
 
@@ -115,7 +115,7 @@ def _check_start(recipe: Recipe, tokenizer: Any, model: Any) -> None:
             )
         raise RecipeError(
             f"rewards.beta: {recipe.method['name']} starts from other base weights than the model's, so that without "
-            "its adapter there is no reference to be held near; leave the key out, or take another method"
+            "its adapter there is no reference to stay near; leave the key out, or take another method"
         )
 
 

@@ -49,7 +49,7 @@ def scoring(setup: Setup) -> Task:
     """The Trainer of a scored task. Raises RecipeError."""
     recipe, base, examples = setup.recipe, setup.base, setup.examples
     if recipe.task == "tokens" and not base.tokenizer.is_fast:
-        raise RecipeError(f"model: the tokenizer of {recipe.model} doesn't say which word a token is of; take another")
+        raise RecipeError(f"model: the tokenizer of {recipe.model} doesn't tell the word of a token; take another")
     limit = recipe.data.max_length or SCORED_LENGTH
     length = longest(base.tokenizer, base.model.config, limit)
     notes = [f"data.max_length {limit} lowered to {length}, all this model can take"] if length < limit else []

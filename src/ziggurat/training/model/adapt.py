@@ -1,4 +1,4 @@
-"""Put a recipe's method into a base model, and count what trains."""
+"""Put a recipe's method into a base model, and count the trainable parameters."""
 
 import copy
 import re
@@ -124,7 +124,9 @@ def other_towers(model: nn.Module, tower: str) -> list[str]:
     decoder: Any = model.get_decoder()  # type: ignore[operator]
     path = next((path for path, module in model.named_modules() if path and module is decoder), None)
     if path is None or "." not in path:
-        raise RecipeError(f"tower: nothing tells the language model of a {type(model).__name__}; take tower: both")
+        raise RecipeError(
+            f"tower: the language model of a {type(model).__name__} can't be identified; take tower: both"
+        )
     if tower == "vision":
         return [path]
     body, _, name = path.rpartition(".")
@@ -136,7 +138,7 @@ def leave_out(config: Any, outside: list[str]) -> None:
     if not outside:
         return
     if not hasattr(config, "exclude_modules"):
-        raise RecipeError(f"tower: {type(config).__name__} leaves no module out; take tower: both, or another method")
+        raise RecipeError(f"tower: {type(config).__name__} can't exclude modules; take tower: both, or another method")
     excluded = config.exclude_modules
     named = [excluded] if isinstance(excluded, str) else [rf"(?:.*\.)?{re.escape(name)}" for name in excluded or ()]
     whole = "|".join(re.escape(path) for path in outside)

@@ -127,7 +127,7 @@ def load_base(
 
 
 def _check_kind(model: str, task: str, config: Any) -> None:
-    """Raises RecipeError for an encoder-decoder if a decoder is needed, and the other way round.
+    """Raises RecipeError for an encoder-decoder if a decoder is needed, and vice versa.
 
     transformers would make a decoder of BART, without its encoder.
     """

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 #: Inputs that have a column for each token.
 _OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-#: So many tokens before an answer tell it from the same words elsewhere.
+#: The number of tokens before an answer that distinguish it from the same words elsewhere.
 _CONTEXT = 4
 
 
@@ -130,7 +130,7 @@ def text_of(writer: Any, row: dict[str, Any]) -> str:
 def along(ids: Sequence[int], mask: Sequence[int], full: Sequence[int], images: set[int]) -> list[int]:
     """The mask of `ids`, in which each image is one of `images`, mapped to the ids `full` with all image positions.
 
-    Each run of learned tokens is found again behind the one before it, by itself and the few tokens in front of it.
+    Each run of learned tokens is found again after the one before it, with the help of the few tokens in front of it.
     """
     mapped, start, place = [0] * len(full), 0, 0
     while place < len(ids):
@@ -146,7 +146,7 @@ def along(ids: Sequence[int], mask: Sequence[int], full: Sequence[int], images: 
         run = list(ids[before:end])
         at = next((at for at in range(start, len(full) - len(run) + 1) if list(full[at : at + len(run)]) == run), None)
         if at is None:
-            raise DataError("the processor writes an answer otherwise than the chat template")
+            raise DataError("the processor writes an answer differently from the chat template")
         start = at + len(run)
         mapped[start - (end - place) : start] = [1] * (end - place)
         place = end
