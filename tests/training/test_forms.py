@@ -150,7 +150,9 @@ def test_alpaca_with_history_and_system_as_a_chat(tmp_path: Path) -> None:
 
 
 def test_rows_of_other_tasks_are_not_taken_for_instructions(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="which answers are good, and instruct would learn the bad ones too: set task"):
+    with pytest.raises(
+        DataError, match="marks good answers in its column label, and instruct would learn the bad ones too: set task"
+    ):
         read("kto.jsonl")
     assert len(read("kto.jsonl", data__format="prompt").train) == 10
     for name in ("pairs.jsonl", "chat_pairs.jsonl"):

@@ -87,7 +87,7 @@ def _shape_of(recipe: Recipe, table: Dataset, source: str) -> str:
     named = [shape for shape in _SHAPES if any(getattr(recipe.data.columns, name) for name in _SHAPES[shape][0])]
     shape = next((shape for shape in [*named, *_SHAPES] if fits(shape)), None)
     if all(column in names for column in _PREFERRED):
-        raise DataError(f"{source} holds pairs of a form and a rejected answer: set task: dpo")
+        raise DataError(f"{source} holds pairs of a chosen and a rejected answer: set task: dpo")
     if shape == "prompt" and "label" in names and all(label in (True, False, None) for label in table["label"]):
         raise DataError(
             f"{source} marks good answers in its column label, and instruct would learn the bad ones too: set "
