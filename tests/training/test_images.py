@@ -109,7 +109,7 @@ def test_what_is_learned_is_found_behind_the_places_of_images() -> None:
     ids, mask = [1, 9, 5, 6, 7, 9, 5, 6, 7], [0, 0, 0, 1, 1, 0, 0, 1, 1]  # 9: an image; 6 7: the answer
     full = [1, 8, 9, 9, 6, 7, 8, 5, 6, 7, 8, 9, 9, 8, 5, 6, 7]
     assert along(ids, mask, full, {9}) == [0] * 8 + [1, 1] + [0] * 5 + [1, 1]
-    with pytest.raises(DataError, match="otherwise than the chat template"):
+    with pytest.raises(DataError, match="differently from the chat template"):
         along(ids, mask, full[:-1], {9})
 
 
