@@ -381,7 +381,10 @@ def test_a_small_file_that_stands_for_very_much_is_not_read(tmp_path: Path, monk
         pq.write_table(pa.table({"text": column}), path, compression="zstd")
         assert path.stat().st_size < 10_000
         message = _message(recipe(path))
-        assert f"bytes and stands for more than {2**20:,}; a file is read to 10 times its size, at least to" in message
+        assert (
+            f"bytes and decompresses to more than {2**20:,}; a file is read to 10 times its size, at least to"
+            in message
+        )
     monkeypatch.setattr(readers, "LEAST_DECODED", 2**28)
     assert list(read_table(str(tmp_path / "category.parquet"))["text"]) == long.to_pylist()
 
@@ -610,4 +613,4 @@ def test_packed_files_that_stand_for_very_much_and_packed_json(tmp_path: Path, m
     monkeypatch.setattr(readers, "LEAST_DECODED", 2**10)
     monkeypatch.setattr(readers, "MOST_GROWTH", 10)
     path.write_bytes(gzip.compress(b" " * 2**20))
-    assert "a.jsonl.gz has 1,0" in _message(recipe(path)) and "stands for more than" in _message(recipe(path))
+    assert "a.jsonl.gz has 1,0" in _message(recipe(path)) and "decompresses to more than" in _message(recipe(path))

@@ -54,7 +54,7 @@ def test_a_base_model_with_an_infinite_weight(broken_bert: Path, reviews_csv: Pa
     with pytest.raises(DivergedError) as caught:
         train(recipe_for(broken_bert, reviews_csv, tmp_path / "out"))
     message = str(caught.value)
-    assert message.startswith("step 1 of 6: the loss is nan, so training stopped. There is no checkpoint from before.")
+    assert message.startswith("step 1 of 6: the loss is nan, so training stopped. There is no earlier checkpoint.")
     assert "lower train.lr (now 0.01)" in message
     assert "damaged weights in the base model" in message
     assert not (tmp_path / "out").exists()

@@ -145,12 +145,14 @@ def test_alpaca_with_history_and_system_as_a_chat(tmp_path: Path) -> None:
     assert chat.train[0]["learned"] == 4  # the history is asked with, not learned
     plain = load_examples(recipe(path))
     assert [note.partition(" have ")[2] for note in plain.notes[:2]] == [
-        f"{name}, which is learned with data.as_chat: true alone" for name in ("history", "system")
+        f"{name}, which is learned only with data.as_chat: true" for name in ("history", "system")
     ]
 
 
 def test_rows_of_other_tasks_are_not_taken_for_instructions(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="which answers are good, and instruct would learn the bad ones too: set task"):
+    with pytest.raises(
+        DataError, match="marks good answers in its column label, and instruct would learn the bad ones too: set task"
+    ):
         read("kto.jsonl")
     assert len(read("kto.jsonl", data__format="prompt").train) == 10
     for name in ("pairs.jsonl", "chat_pairs.jsonl"):

@@ -82,11 +82,11 @@ def test_bytes_of_parquet_base64_and_a_folder_of_ones_own(tmp_path: Path) -> Non
         (
             [asked_about("no.png"), asked_about("nor.png"), asked_about("broken.png"), asked_about("good.png")],
             r"3 of 4 rows cannot be used; take them out of the file, or set data.drop_missing: true\n"
-            r"  rows 1, 2: an image file is not there, the first is '.*no.png'\n"
+            r"  rows 1, 2: an image file is missing, the first is '.*no.png'\n"
             r"  row 3: an image cannot be read \(UnidentifiedImageError\), the first is '.*broken.png'",
         ),
         ([asked_about("good.png", text="<image> and <image>")], "row 1: 2 places for images in the messages, and 1 im"),
-        ([asked_about("http://a.b/c.png")], "row 1: an image is named by an address of the web: download it"),
+        ([asked_about("http://a.b/c.png")], "row 1: an image is given by a web address: download it"),
         ([asked_about("good.png", text=f"a {IMAGE}")], r"row 1: a text holds the sign '\\ufffc', which stands for"),
         ([asked_about(7)], "row 1: an image is the path of a file, or its bytes; this is a int"),
     ],
@@ -109,7 +109,7 @@ def test_what_is_learned_is_found_behind_the_places_of_images() -> None:
     ids, mask = [1, 9, 5, 6, 7, 9, 5, 6, 7], [0, 0, 0, 1, 1, 0, 0, 1, 1]  # 9: an image; 6 7: the answer
     full = [1, 8, 9, 9, 6, 7, 8, 5, 6, 7, 8, 9, 9, 8, 5, 6, 7]
     assert along(ids, mask, full, {9}) == [0] * 8 + [1, 1] + [0] * 5 + [1, 1]
-    with pytest.raises(DataError, match="otherwise than the chat template"):
+    with pytest.raises(DataError, match="differently from the chat template"):
         along(ids, mask, full[:-1], {9})
 
 
@@ -146,7 +146,7 @@ def test_a_model_that_sees_learns_answers_and_is_exported(save: Callable[[Path],
     files, _ = read_texts(FILE, loaded)
     together = [str(item.answer) for item in predict(loaded, files[:3], max_new_tokens=6)]
     assert together == [str(predict(loaded, [item], max_new_tokens=6)[0].answer) for item in files[:3]]
-    with pytest.raises(DataError, match="--image: an image file is not there"):
+    with pytest.raises(DataError, match="--image: an image file is missing"):
         seen_with("what", ["no.png"])
     words = ["predict", str(result.folder), "what colour is the sky", "--image", str(BLUE), "--tokens", "6"]
     done = CliRunner().invoke(app, words)

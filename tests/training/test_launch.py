@@ -211,7 +211,11 @@ def test_a_killed_process_is_told_of(place: Place, fresh: Fresh) -> None:
     job = {"words": place.words("killed"), "trouble": ["SIGKILL", 1, 5]}
     code, output = launch_forks(fresh, *jobs(place, "killing", [job]))
     errors = [line for line in output.splitlines() if line.startswith("error")]
-    assert code != 0 and len(errors) == 1 and errors[0].startswith("error in process 0 of 2: process 0 of 2 has lost")
+    assert (
+        code != 0
+        and len(errors) == 1
+        and errors[0].startswith("error in process 0 of 2: process 0 of 2 lost the connection")
+    )
     assert not list(place.folder.glob("killed*"))
 
 

@@ -260,7 +260,7 @@ def test_a_text_longer_than_the_models_positions_loses_no_answers(tmp_path: Path
     more = {"task": "instruct", "train__max_steps": 1, "method__name": "lora"}
     result = train(tiny_recipe(tmp_path / "model", data, tmp_path / "out", **more))
     assert len(predict(result.folder, ["say yes", "say " * 11], max_new_tokens=100)) == 2
-    with pytest.raises(DataError, match=r"text 2 of 3 has 12 tokens, and .*model takes 12, those of the answer too"):
+    with pytest.raises(DataError, match=r"text 2 of 3 has 12 tokens, and .*model takes 12, including the answer"):
         predict(result.folder, ["say yes", "say " * 12, "say no"])
 
 
@@ -470,7 +470,7 @@ def test_a_run_of_a_version_that_computed_otherwise_is_not_resumed(
     with pytest.raises(Interrupted):
         train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=3), callbacks=[StopAt(2)])
     monkeypatch.setattr(folders, "COMPUTATION", folders.COMPUTATION + 1)
-    with pytest.raises(RecipeError, match="it was begun by a version that computes otherwise"):
+    with pytest.raises(RecipeError, match="it was begun by a version that computes differently"):
         train(tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=3, resume=True))
 
 

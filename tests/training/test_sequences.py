@@ -117,7 +117,7 @@ def test_a_run_learns_and_its_folder_writes_what_was_scored(
     capsys.readouterr()
     assert main("predict", str(run.folder), "--file", str(table), "--json") == 0
     assert [json.loads(line)["answer"] for line in capsys.readouterr().out.splitlines()] == written[:2]
-    with pytest.raises(DataError, match="trained on sources, which have no input beside them"):
+    with pytest.raises(DataError, match="trained on sources, which have no input: give one text"):
         predict(run.folder, ["the film"], ["the story"])
     card = (run.folder / "README.md").read_text()
     assert "AutoModelForSeq2SeqLM.from_pretrained" in card and "text2text-generation" in card

@@ -57,10 +57,10 @@ def test_rows_that_are_not_in_bio_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         load_examples(recipe(write_jsonl(tmp_path / "a.jsonl", rows)))
     for line in (
-        "row 1: I-x stands behind O: an entity begins with B-",
-        "row 2: I-x stands behind B-y: an entity begins with B-",
+        "row 1: I-x follows O: an entity begins with B-",
+        "row 2: I-x follows B-y: an entity begins with B-",
         "row 3: 'X' is no BIO tag: O, B-<kind> or I-<kind>",
-        "row 4: words and tags differ in number",
+        "row 4: the numbers of words and of tags differ",
         "row 5: no words, or no tags",
         "row 6: a word is empty, or no text",
     ):

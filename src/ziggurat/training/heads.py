@@ -50,7 +50,7 @@ class MeanPooledClassifier(PreTrainedModel):
         """(batch, length) ids, or (batch, 2, length) for two texts -> (batch, d) or (batch, 4 d)."""
         if not self.pair:
             return self._means(input_ids, attention_mask)
-        # Both texts go through the encoder in one call: half the kernel launches, one low-rank product a linear.
+        # Both texts go through the encoder in one call: half the kernel launches, one low-rank product per layer.
         mask = attention_mask.flatten(0, 1) if attention_mask is not None else None
         u, v = self._means(input_ids.flatten(0, 1), mask).unflatten(0, (-1, 2)).unbind(1)
         return torch.cat([u, v, (u - v).abs(), u * v], dim=-1)

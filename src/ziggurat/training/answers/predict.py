@@ -56,7 +56,7 @@ class Prediction:
 class Conversation:
     """Messages (with a system prompt and earlier turns) to be answered, and tools that the answer may call.
 
-    `images` are the sources of the images that the texts mark by `IMAGE`; `seen_with` makes one of a text.
+    `images` are the sources of the images that the texts mark by `IMAGE`; `seen_with` makes such a question.
     """
 
     messages: list[dict[str, Any]]
@@ -104,7 +104,7 @@ def predict_each(
     if shape != "messages" and (system is not None or any(isinstance(text, Conversation) for text in texts)):
         raise DataError("this adapter was not trained on conversations: it takes no system prompt and no earlier turns")
     if writes and second is not None and shape in ("prompt", "text", "source"):
-        raise DataError(f"this adapter was trained on {shape}s, which have no input beside them: give one text")
+        raise DataError(f"this adapter was trained on {shape}s, which have no input: give one text")
     if not writes and loaded.head.pair and second is None:
         raise DataError(
             f"this adapter compares two texts ('{loaded.recipe.data.text}' and '{loaded.recipe.data.text_pair}'): "
@@ -127,9 +127,9 @@ def predict_each(
     if not writes:
         return _score(loaded, [shown(text) for text in texts], second, batch or 32)
     contexts = second if second is not None else [None] * len(texts)
-    asked = [_asked(loaded, text, context, system) for text, context in zip(texts, contexts, strict=True)]
+    prompts = [_prompt_of(loaded, text, context, system) for text, context in zip(texts, contexts, strict=True)]
     how: dict[str, Any] = {"batch": batch or 8, "name": loaded.recipe.model}
-    answers = generate(loaded.model, loaded.writer, asked, sampling or Sampling(), **how)
+    answers = generate(loaded.model, loaded.writer, prompts, sampling or Sampling(), **how)
     return (Prediction(shown(text), answer) for text, answer in zip(texts, answers, strict=True))
 
 
@@ -166,14 +166,14 @@ def seen_with(text: str, images: Sequence[str | Path]) -> Conversation:
     return Conversation(messages, images=sources)
 
 
-def _asked(loaded: Loaded, text: str | list[str] | Conversation, context: str | None, system: str | None) -> Any:
+def _prompt_of(loaded: Loaded, text: str | list[str] | Conversation, context: str | None, system: str | None) -> Any:
     """One question as a prompt of `generate`, in the form that the adapter was trained on."""
     shape = loaded.run.get("shape")
     if shape == "messages" or isinstance(text, Conversation):
         talk = _talk(text, context, system)
         if loaded.processor is not None:
             return loaded.writer.asked(talk.messages, talk.tools, talk.images)
-        if loaded.recipe.kind.rows == "prompts":  # opened for drawn completions, else for learned answers
+        if loaded.recipe.kind.rows == "prompts":  # its completions followed the whole generation prompt
             return chat_ids(loaded.tokenizer, talk.messages, talk.tools, add_generation_prompt=True)
         return asked_ids(loaded.tokenizer, talk.messages, talk.tools)
     prompt = text = shown(text)
@@ -194,7 +194,7 @@ def _talk(text: str | list[str] | Conversation, context: str | None, system: str
 def asked_of(loaded: Loaded, messages: list[dict[str, Any]], system: str | None = None) -> Any:
     """A conversation as a prompt of `generate`; for an adapter trained without any, its last message."""
     talk = Conversation(messages) if loaded.run.get("shape") == "messages" else messages[-1]["content"]
-    return _asked(loaded, talk, None, system)
+    return _prompt_of(loaded, talk, None, system)
 
 
 def _question_columns(loaded: Loaded, table: Any, source: str) -> tuple[str, str | None]:
@@ -259,24 +259,24 @@ def _chats(loaded: Loaded, table: Any, source: str) -> str | None:
 
 
 def _conversations(loaded: Loaded, table: Any, column: str, source: str) -> list[Conversation]:
-    given = {name: column_of(loaded.recipe, name, table, source) for name in ("tools", "system", "images")}
+    columns = {name: column_of(loaded.recipe, name, table, source) for name in ("tools", "system", "images")}
     faults = Faults(source, len(table))
     folder = loaded.recipe.data.image_folder  # it may exist on another machine only
     folder = folder if folder is not None and Path(folder).is_dir() else None
     images = Images(source, folder) if loaded.processor is not None else None
 
     def read(row: Any) -> Conversation:
-        cells, named = cells_of(row, given), None if images is None else list[Any]()
+        cells, named = cells_of(row, columns), None if images is None else list[Any]()
         messages, _ = conversation(row[column], loaded.recipe.data, named)
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         if not messages:
-            raise RowFault("nothing is asked")
+            raise RowFault("no message to be answered")
         sources = []
         if images is not None:
             messages, sources = images.placed(messages, named or [], cells["images"])
         return Conversation(with_system(messages, cells["system"] or None), tools_of(cells["tools"]), sources)
 
-    conversations = faults.each(undecoded(table, given["images"]), read)
+    conversations = faults.each(undecoded(table, columns["images"]), read)
     faults.settle(table, drop=None)
     return list(conversations.values())

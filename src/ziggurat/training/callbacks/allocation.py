@@ -23,12 +23,12 @@ class AdaLoRAAllocation(TrainerCallback):
     """Calls `update_and_allocate` after each optimiser step, and keeps its averages in the checkpoints.
 
     `tinit` and `tfinal` of 0, PEFT's defaults, stand for 15% and 50% of the run. The config gets the kept directions
-    only when training ends: PEFT saves these alone, and a run can't resume from such a checkpoint.
+    only when training ends: with them PEFT saves no other ones, and a run can't resume from such a checkpoint.
     """
 
     def __init__(self, config: AdaLoraConfig) -> None:
         self.config = config
-        self.kept: dict[str, list[bool]] | None = None
+        self.rank_pattern: dict[str, list[bool]] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Raises RecipeError if the warm-ups leave no step for the allocation."""
@@ -45,15 +45,15 @@ class AdaLoRAAllocation(TrainerCallback):
             self._restore(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", model)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.config.rank_pattern = self.kept
+        self.config.rank_pattern = self.rank_pattern
         model.base_model.update_and_allocate(state.global_step)
-        self.kept, self.config.rank_pattern = self.config.rank_pattern, None
+        self.rank_pattern, self.config.rank_pattern = self.config.rank_pattern, None
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Write the kept directions into the config, by E: they may be those of an earlier, better checkpoint."""
-        if self.kept is not None:
+        if self.rank_pattern is not None:
             E = dict(model.base_model.model.named_parameters())
-            self.config.rank_pattern = {name: E[name].detach().ne(0).flatten().tolist() for name in self.kept}
+            self.config.rank_pattern = {name: E[name].detach().ne(0).flatten().tolist() for name in self.rank_pattern}
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -63,7 +63,7 @@ class AdaLoRAAllocation(TrainerCallback):
         averages = {"ipt": allocator.exp_avg_ipt, "unc": allocator.exp_avg_unc}
         tensors = {f"{kind}:{name}": tensor for kind, part in averages.items() for name, tensor in part.items()}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
-        (folder / PATTERN).write_text(json.dumps(self.kept), encoding="utf-8")
+        (folder / PATTERN).write_text(json.dumps(self.rank_pattern), encoding="utf-8")
 
     def _restore(self, folder: Path, model: Any) -> None:
         if not (folder / TENSORS).is_file():
@@ -74,9 +74,9 @@ class AdaLoRAAllocation(TrainerCallback):
             kind, _, name = key.partition(":")
             allocator.ipt[name] = tensor.new_zeros(tensor.shape, device=device)
             (allocator.exp_avg_ipt if kind == "ipt" else allocator.exp_avg_unc)[name] = tensor.to(device)
-        self.kept = json.loads((folder / PATTERN).read_text(encoding="utf-8"))
+        self.rank_pattern = json.loads((folder / PATTERN).read_text(encoding="utf-8"))
 
 
 def callbacks_for(peft_config: Any) -> list[TrainerCallback]:
-    """The callbacks that `train` adds for a PEFT config; those that ride along in every Trainer need no mention."""
+    """The callbacks that `train` adds for a PEFT config; ziggurat's methods add theirs to every Trainer."""
     return [AdaLoRAAllocation(peft_config)] if isinstance(peft_config, AdaLoraConfig) else []

@@ -13,7 +13,7 @@ from ziggurat.errors import DivergedError
 
 
 class StopAtNaN(TrainerCallback):
-    """Stops a Trainer at the first loss or weight that is NaN or infinite, before a checkpoint is made of it.
+    """Stops a Trainer at the first loss or weight that is NaN or infinite, before a checkpoint is written with it.
 
     The losses of a step's batches are checked after the step, and the trained weights before a checkpoint, since a step
     with a finite loss can spoil them. It must come after all callbacks that ask for checkpoints. The Trainer's own
@@ -79,18 +79,18 @@ class StopAtNaN(TrainerCallback):
             if parameter.requires_grad and not torch.isfinite(parameter.detach()).all():
                 raise self._error(args, state, f"{name} has values that are NaN or infinite")
 
-    def _error(self, args: TrainingArguments, state: TrainerState, what: str) -> DivergedError:
+    def _error(self, args: TrainingArguments, state: TrainerState, problem: str) -> DivergedError:
         self.close()
         checkpoint = self._last_checkpoint()
         return DivergedError(
-            f"step {state.global_step} of {state.max_steps}: {what}, so training stopped. {_kept(checkpoint)} "
-            f"{_hint(args)}"
+            f"step {state.global_step} of {state.max_steps}: {problem}, so training stopped. "
+            f"{_resume_advice(checkpoint)} {_hint(args)}"
         )
 
 
-def _kept(checkpoint: Path | None) -> str:
+def _resume_advice(checkpoint: Path | None) -> str:
     if checkpoint is None:
-        return "There is no checkpoint from before."
+        return "There is no earlier checkpoint."
     return (
         f"The last good checkpoint is in {checkpoint}: resume=true goes on from there with the same recipe; after a "
         "change to it, overwrite=true starts afresh."

@@ -49,10 +49,10 @@ class Logged(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        done, left = state.global_step - self._first, None
+        done, seconds_left = state.global_step - self._first, None
         if done > 0:
-            left = round((time.monotonic() - self._begun) / done * (state.max_steps - state.global_step), 1)
-        self.write({"step": state.global_step, "steps": state.max_steps, "left": left, **(logs or {})})
+            seconds_left = round((time.monotonic() - self._begun) / done * (state.max_steps - state.global_step), 1)
+        self.write({"step": state.global_step, "steps": state.max_steps, "left": seconds_left, **(logs or {})})
 
 
 class ProgressFile(Logged):

@@ -23,9 +23,9 @@ MOST_NOISE = 0.05
 
 
 class RisingLoss(TrainerCallback):
-    """Warns once if the training loss lies above its start after the warm-up, and once if above a uniform guess's.
+    """Warns once if the training loss lies above its start after the warm-up, once if above that of a uniform guess.
 
-    It reads the Trainer's log; four losses are needed, those of 30 steps.
+    It reads the Trainer's log and needs four losses, those of 30 steps.
 
     Args:
         tell: receives the warning.
@@ -53,11 +53,11 @@ class RisingLoss(TrainerCallback):
         if state.global_step <= args.get_warmup_steps(state.max_steps) or not has_risen(self._losses, guess):
             return
         start, now = self._losses[0], statistics.fmean(self._losses[-RECENT:])
-        what = "guess" if guess and now > guess else "start"
-        if what in self._warned:
+        level = "guess" if guess and now > guess else "start"
+        if level in self._warned:
             return
-        self._warned |= {what, "start"}
-        than = f", and that of a uniform guess among {self._classes:,} is {guess:.3f}" if what == "guess" else ""
+        self._warned |= {level, "start"}
+        than = f", and that of a uniform guess among {self._classes:,} is {guess:.3f}" if level == "guess" else ""
         self._tell(
             f"step {state.global_step} of {state.max_steps}: the training loss is {now:.3f}; at the start it was "
             f"{start:.3f}{than}. {_hint(args)}"

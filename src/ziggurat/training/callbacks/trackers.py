@@ -15,10 +15,10 @@ _PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytek
 def lacking(names: Sequence[str]) -> dict[str, str]:
     """The trackers that aren't installed, with the package that each needs."""
     # kubeflow needs no package: it reads the environment of its cluster.
-    wanted = {name: _MODULES.get(name, (name,)) for name in names if name != "kubeflow"}
+    modules_of = {name: _MODULES.get(name, (name,)) for name in names if name != "kubeflow"}
     return {
         name: _PACKAGES.get(name, name)
-        for name, modules in wanted.items()
+        for name, modules in modules_of.items()
         if not any(find_spec(module) is not None for module in modules)
     }
 

@@ -12,7 +12,7 @@ _WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
-#: How the prompt ends, as run.json says it: a run that says nothing was trained with a line break.
+#: The end of the prompt, as run.json records it; a run without this record was trained with a line break.
 TO_THE_LETTER, WITH_LINE_BREAK = "stanford_alpaca", "line break"
 
 

@@ -46,45 +46,45 @@ def conversation(value: Any, data: DataPart, images: list[Any] | None = None) ->
     names = {name: role for role in ROLES for name in (*ROLES[role], *(getattr(data.roles, role) or ()))}
     unread: set[str] = set()
     messages = []
-    for given in value:
-        if not isinstance(given, dict):
-            raise RowFault(f"each message needs role and content, got {given!r}")
+    for raw in value:
+        if not isinstance(raw, dict):
+            raise RowFault(f"each message needs role and content, got {raw!r}")
         messages.append(
-            _message({key: part for key, part in given.items() if part is not None}, data, names, unread, images)
+            _message({key: part for key, part in raw.items() if part is not None}, data, names, unread, images)
         )
     return messages, unread
 
 
 def _message(
-    given: Message, data: DataPart, names: dict[str, str], unread: set[str], images: list[Any] | None
+    raw: Message, data: DataPart, names: dict[str, str], unread: set[str], images: list[Any] | None
 ) -> Message:
     keys = {"role": data.columns.role, "content": data.columns.content}
     role_key, content_key = (
-        chosen or next((key for key in _KEYS[name] if key in given), _KEYS[name][0]) for name, chosen in keys.items()
+        chosen or next((key for key in _KEYS[name] if key in raw), _KEYS[name][0]) for name, chosen in keys.items()
     )
-    role_name = given.get(role_key)
+    role_name = raw.get(role_key)
     if role_name is None:
-        raise RowFault(f"each message needs role and content, got {given!r}")
+        raise RowFault(f"each message needs role and content, got {raw!r}")
     role = names.get(str(role_name).strip()) or names.get(str(role_name).strip().lower())
     if role is None:
         raise RowFault(
             f"a message has the role '{role_name}'; known are {', '.join(names)}: name it in data.roles.user, "
             "data.roles.assistant, ..."
         )
-    calls = _calls(given.get("tool_calls") or given.get("function_call"))
-    content = given.get(content_key)
+    calls = _calls(raw.get("tool_calls") or raw.get("function_call"))
+    content = raw.get(content_key)
     if role == "call":
         calls, content, role = _calls(content), "", "assistant"
         if not calls:
-            raise RowFault(f"a message with the role '{role_name}' holds no call: {given!r}")
+            raise RowFault(f"a message with the role '{role_name}' holds no call: {raw!r}")
     if content is None and not calls:
-        raise RowFault(f"each message needs role and content, got {given!r}")
+        raise RowFault(f"each message needs role and content, got {raw!r}")
     message: Message = {"role": role, "content": text_of(content, images)}
     if calls:
         message["tool_calls"] = calls
-    message |= {key: given[key] for key in _KEPT if given.get(key)}
+    message |= {key: raw[key] for key in _KEPT if raw.get(key)}
     read = {role_key, content_key, *_KEPT, "tool_calls", "function_call"}
-    unread |= {key for key, part in given.items() if key not in read and part not in ("", [], {})}
+    unread |= {key for key, part in raw.items() if key not in read and part not in ("", [], {})}
     return message
 
 
@@ -136,8 +136,8 @@ def _calls(value: Any) -> list[Message]:
         if function is None:
             raise RowFault(f"a call of a tool needs a function's name and arguments, got {call!r}")
         arguments = parsed(function.get("arguments", {}))
-        kept = {"id": call["id"]} if "id" in call else {}
-        calls.append({"type": "function", **kept, "function": {"name": function["name"], "arguments": arguments}})
+        call_id = {"id": call["id"]} if "id" in call else {}
+        calls.append({"type": "function", **call_id, "function": {"name": function["name"], "arguments": arguments}})
     return calls
 
 

@@ -27,7 +27,7 @@ def contents(recipe: Recipe) -> dict[str, str]:
         digests["data.folder"] = digest(glue_home(task, data.folder))
     further = [(f"data.more, {source}", source) for source in data.more or []]
     for key, source in (("data.train", data.train), *further, ("data.validation", data.validation)):
-        if data.streaming and source != data.validation:  # too much to be read once more
+        if data.streaming and source != data.validation:  # too large to be read once more
             continue
         if source is not None and source != "demo" and glue_name(source) is None and Path(source).expanduser().exists():
             digests[key] = digest(Path(source).expanduser())
@@ -43,7 +43,7 @@ def digest(place: Path, pattern: str = "**/*", without: tuple[str, ...] = ()) ->
     for path in sorted(place.glob(pattern)) if place.is_dir() else [place]:
         if path.is_file() and not path.name.startswith(_BESIDE) and path.suffix not in without:
             state = path.stat()
-            # For a single file the ending alone, which decides how it is read.
+            # A single file counts by its ending alone, which decides how it is read.
             name = path.relative_to(place).as_posix() + path.suffix
             whole.update(f"{name}\0{_of_file(path, state.st_size, state.st_mtime_ns)}\n".encode())
     return whole.hexdigest()

@@ -21,12 +21,12 @@ class Encoded(NamedTuple):
     notes: list[str]
 
 
-def longest(tokenizer: PreTrainedTokenizerBase | None, config: Any, wanted: int) -> int:
-    """`wanted` tokens, or fewer if the model has fewer positions."""
-    limits = [wanted]
+def longest(tokenizer: PreTrainedTokenizerBase | None, config: Any, length: int) -> int:
+    """`length` tokens, or fewer if the model has fewer positions."""
+    limits = [length]
     if tokenizer is not None and isinstance(tokenizer.model_max_length, int) and tokenizer.model_max_length < 1_000_000:
         limits.append(tokenizer.model_max_length)
-    limits.append(positions(config) or wanted)
+    limits.append(positions(config) or length)
     return min(limits)
 
 
@@ -45,7 +45,7 @@ _SHIFTED = {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-r
 def encode(
     table: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, separate: bool
 ) -> tuple[Dataset, list[int]]:
-    """Token ids of every row, and how many tokens each had; see `encode_texts`."""
+    """Token ids of every row, and its number of tokens; see `encode_texts`."""
     from datasets import Dataset
 
     if "tokens" in table.column_names:
@@ -68,7 +68,7 @@ def encode_texts(
     *,
     separate: bool,
 ) -> tuple[dict[str, list[Any]], list[int]]:
-    """Token ids as columns, one entry a row, and how many tokens each row had before it was cut.
+    """Token ids as columns, one entry per row, and the number of tokens of each row before the cut.
 
     Two texts go into one sequence, or `separate` into `input_ids` and `second_ids`, of which the longer one counts.
     """
@@ -87,10 +87,10 @@ def encode_texts(
     return columns, lengths
 
 
-def spread(lengths: Sequence[int], what: str) -> str:
+def spread(lengths: Sequence[int], subject: str) -> str:
     """The distribution of lengths in tokens, in words: median, 95th percentile, longest."""
     return (
-        f"{what} have {percentile(lengths, 50):,} tokens in the median, {percentile(lengths, 95):,} at the 95th "
+        f"{subject} have {percentile(lengths, 50):,} tokens in the median, {percentile(lengths, 95):,} at the 95th "
         f"percentile, {max(lengths):,} at most"
     )
 
@@ -122,9 +122,12 @@ class Collator:
         if second:
             batch = {key: value.unflatten(0, (2, len(rows))).transpose(0, 1) for key, value in batch.items()}
         if labels is not None:
-            if isinstance(labels[0], list) and isinstance(labels[0][0], int):  # a label each token
-                width, left = batch["input_ids"].shape[1], self.tokenizer.padding_side == "left"
+            if isinstance(labels[0], list) and isinstance(labels[0][0], int):  # a label for each token
+                width, pads_left = batch["input_ids"].shape[1], self.tokenizer.padding_side == "left"
                 fill = [[-100] * (width - len(row)) for row in labels]
-                labels = [[*more, *row] if left else [*row, *more] for row, more in zip(labels, fill, strict=True)]
+                labels = [
+                    [*ignored, *row] if pads_left else [*row, *ignored]
+                    for row, ignored in zip(labels, fill, strict=True)
+                ]
             batch["labels"] = torch.tensor(labels)  # of float32 or int64
         return batch

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Examples:
     """Checked examples. Scored tasks: columns `text`, `text_pair` (if two) and `label`; instruct: see `to_rows`.
 
-    `shape` is the shape of instruction data; `stream`: the training rows, if they are streamed and `train` holds those
-    at their start. `notes` describe automatic decisions.
+    `shape` is the shape of instruction data; `stream`: the training rows, if they are streamed; `train` then holds the
+    first of them. `notes` describe automatic decisions.
     """
 
     train: Dataset
@@ -51,7 +51,7 @@ class Examples:
 def load_examples(recipe: Recipe) -> Examples:
     """Read, split and check the data of a recipe.
 
-    Raises DataError: nothing to read, a column that isn't there, empty texts, an empty split, a class of the validation
+    Raises DataError: nothing to read, a missing column, empty texts, an empty split, a class of the validation
     data that the training data lack, a label that isn't a number (regression).
     """
     if recipe.data.streaming:
@@ -85,9 +85,9 @@ def load_examples(recipe: Recipe) -> Examples:
 
 
 def load_scored(recipe: Recipe, source: str, names: list[str]) -> tuple[Dataset, str | None, list[str]]:
-    """The checked rows of a file that is to be scored, the shape of instruction data, and notes.
+    """The checked rows of a file to be scored, the shape of instruction data, and notes.
 
-    `names`: the classes that the model knows. Raises DataError as `load_examples` does, and for classes beside these.
+    `names`: the classes that the model knows. Raises DataError as `load_examples` does, and for other classes.
     """
     table, notes = _read(recipe, source, "train", scored=True), list[str]()
     if recipe.kind.rows in _CLASSIFIED:
@@ -131,7 +131,7 @@ def _tables(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
 def _read(
     recipe: Recipe, source: str, split: str, demo: str = "train", *, first: bool = True, scored: bool = False
 ) -> Dataset:
-    """The rows of a source; `first`: of those to learn from, `scored`: it may have another encoding."""
+    """The rows of a source; `first`: `data.subset` applies to it; `scored`: it may have another encoding."""
     return read_table(
         source,
         subset=recipe.data.subset if first else None,

@@ -28,14 +28,14 @@ class Faults:
         self._rows: dict[str, list[int]] = {}
         self._gaps: set[str] = set()
 
-    def add(self, index: int, what: str, *, gap: bool = False) -> None:
-        """Record the fault `what` of row `index` (from 0). `what` should contain a value only if few rows have it."""
-        self._rows.setdefault(what, []).append(index)
+    def add(self, index: int, fault: str, *, gap: bool = False) -> None:
+        """Record a fault of row `index` (from 0). Its text should contain a value only if few rows have it."""
+        self._rows.setdefault(fault, []).append(index)
         if gap:
-            self._gaps.add(what)
+            self._gaps.add(fault)
 
     def each(self, rows: Iterable[Any], read: Callable[[Any], T | None]) -> dict[int, T]:
-        """What `read` makes of each row, by the row's number; nothing for None. A RowFault is recorded."""
+        """Row number -> the result of `read` for the row, without rows of None. A RowFault is recorded."""
         made: dict[int, T] = {}
         for index, row in enumerate(rows):
             try:
@@ -53,13 +53,13 @@ class Faults:
         Raises DataError that counts every fault: those that aren't gaps, and gaps too unless `drop`; or if no row is
         left.
         """
-        refused = {what: rows for what, rows in self._rows.items() if not drop or what not in self._gaps}
+        refused = {fault: rows for fault, rows in self._rows.items() if not drop or fault not in self._gaps}
         if refused:
             raise DataError(self._refusal(refused, drop is not None))
         if not self._rows:
             return table, []
         gone = {index for rows in self._rows.values() for index in rows}
-        kinds = "; ".join(f"{what} ({listed(rows)})" for what, rows in self._rows.items())
+        kinds = "; ".join(f"{fault} ({listed(rows)})" for fault, rows in self._rows.items())
         note = f"data.drop_missing leaves out {len(gone)} of {self.total} rows of {self.source}: {kinds}"
         if len(gone) == self.total:
             raise DataError(f"{note}; none is left")
@@ -67,8 +67,8 @@ class Faults:
 
     def _refusal(self, refused: dict[str, list[int]], may_drop: bool) -> str:
         bad = {index for rows in refused.values() for index in rows}
-        lines = [f"  {listed(rows)}: {what}" for what, rows in refused.items()]
-        gaps = may_drop and all(what in self._gaps for what in refused)
+        lines = [f"  {listed(rows)}: {fault}" for fault, rows in refused.items()]
+        gaps = may_drop and all(fault in self._gaps for fault in refused)
         do = "take them out of the file, or set data.drop_missing: true" if gaps else "mend them, or take them out"
         return f"{self.source}: {len(bad)} of {self.total} rows cannot be used; {do}\n" + "\n".join(lines)
 
@@ -91,6 +91,6 @@ def kind_of(value: Any) -> str:
 class RowFault(ValueError):
     """The fault of one row, raised by its reader and collected by `Faults.each`."""
 
-    def __init__(self, what: str, *, gap: bool = False) -> None:
-        super().__init__(what)
+    def __init__(self, fault: str, *, gap: bool = False) -> None:
+        super().__init__(fault)
         self.gap = gap

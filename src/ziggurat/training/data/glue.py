@@ -50,8 +50,8 @@ def read_glue(name: str, split: str, folder: str | None = None) -> Dataset:
     home = glue_home(name, folder)
     parts = sorted([*home.glob(f"{split}.parquet"), *home.glob(f"{split}-*-of-*.parquet")])
     if not parts:
-        there = sorted(file.name for file in home.glob("*.parquet")) if home.is_dir() else []
-        held = f"it holds {', '.join(there)}" if there else "there is no parquet file"
+        files = sorted(file.name for file in home.glob("*.parquet")) if home.is_dir() else []
+        held = f"it holds {', '.join(files)}" if files else "there is no parquet file"
         raise DataError(f"data.folder: '{home}' has no {split}.parquet (or {split}-00000-of-00001.parquet): {held}")
     if len(parts) == 1:
         return read_table(str(parts[0]))

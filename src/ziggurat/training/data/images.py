@@ -38,22 +38,22 @@ class Images:
     def placed(self, messages: list[Message], named: list[Any], column: Any) -> tuple[list[Message], list[Source]]:
         """The messages with the mark `IMAGE` for each image, and the images' sources in the same order.
 
-        `named`: the sources in the messages' parts, None for parts without one; `column`: the row's images beside them.
-        Images without a part or a mark `<image>` are placed before the first question. Raises RowFault for images
-        without a place, places without an image, images that can't be read, and images in answers.
+        `named`: the sources in the messages' parts, None for parts without one; `column`: the row's images outside the
+        messages. Images without a part or a mark `<image>` are placed before the first question. Raises RowFault for
+        images without a place, places without an image, images that can't be read, and images in answers.
         """
         column = parsed(column)
-        given = column if isinstance(column, list) else [] if column in (None, "") else [column]
-        if given and not named:
-            messages, named = _with_signs(messages, len(given)), [None] * len(given)
-        if len(given) != named.count(None):
-            raise RowFault(f"{named.count(None)} places for images in the messages, and {len(given)} images")
+        images = column if isinstance(column, list) else [] if column in (None, "") else [column]
+        if images and not named:
+            messages, named = _with_signs(messages, len(images)), [None] * len(images)
+        if len(images) != named.count(None):
+            raise RowFault(f"{named.count(None)} places for images in the messages, and {len(images)} images")
         if any(IMAGE in message["content"] for message in messages if message["role"] == "assistant"):
             raise RowFault("an image in a message of the assistant, and only texts are learned")
         if sum(message["content"].count(IMAGE) for message in messages) != len(named):
             raise RowFault(f"a text holds the sign {IMAGE!a}, which stands for images: take it out")
-        rest = iter(given)
-        return messages, [self._source(next(rest) if source is None else source) for source in named]
+        remaining = iter(images)
+        return messages, [self._source(next(remaining) if source is None else source) for source in named]
 
     def _source(self, value: Any) -> Source:
         """An image's source, checked to be readable."""
@@ -66,7 +66,7 @@ class Images:
         in_memory = isinstance(value, bytes)
         source = {"bytes": value if in_memory else None, "path": None if in_memory else str(value)}
         if isinstance(value, Path) and not value.is_file():
-            raise self._fault("an image file is not there", value)
+            raise self._fault("an image file is missing", value)
         try:
             open_image(source)
         except Exception as error:  # PIL's readers raise any kind of error for broken files
@@ -75,7 +75,7 @@ class Images:
 
     def _named(self, name: str) -> bytes | Path:
         if name.startswith(("http://", "https://")):
-            raise RowFault("an image is named by an address of the web: download it, and name the file")
+            raise RowFault("an image is given by a web address: download it, and name the file")
         if name.startswith("data:"):
             try:
                 return base64.b64decode(name.partition(",")[2], validate=True)
@@ -93,12 +93,12 @@ class Images:
 
 def _with_signs(messages: list[Message], count: int) -> list[Message]:
     """Messages with signs for `count` images, in place of marks or before the first question."""
-    asked = [place for place, message in enumerate(messages) if message["role"] == "user"]
-    marks = sum(messages[place]["content"].count(MARK) for place in asked)
-    if marks not in (0, count) or not asked:
+    questions = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    marks = sum(messages[place]["content"].count(MARK) for place in questions)
+    if marks not in (0, count) or not questions:
         raise RowFault(f"{marks} places for images in the messages, and {count} images")
     placed = list(messages)
-    for place in asked if marks else asked[:1]:
+    for place in questions if marks else questions[:1]:
         text = messages[place]["content"]
         placed[place] = {**messages[place], "content": text.replace(MARK, IMAGE) if marks else IMAGE * count + text}
     return placed

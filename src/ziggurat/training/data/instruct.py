@@ -70,19 +70,19 @@ def columns_of(recipe: Recipe, names: Iterable[str]) -> list[str]:
 
 
 def _shape_of(recipe: Recipe, table: Dataset, source: str) -> str:
-    """`prompt`, `alpaca`, `messages` or `text`: as the recipe says, or by the columns. DataError when none fits."""
+    """`prompt`, `alpaca`, `messages` or `text`: as the recipe says, or by the columns. DataError if none fits."""
 
     def fits(shape: str) -> bool:
         return all(column_of(recipe, name, table, source) is not None for name in _SHAPES[shape][0])
 
-    wanted, names = recipe.data.format, table.column_names
-    if wanted != "auto":
-        if not fits(wanted):
+    form, names = recipe.data.format, table.column_names
+    if form != "auto":
+        if not fits(form):
             raise DataError(
-                f"data.format: {wanted} needs {_needed(wanted)}, {source} has {', '.join(names)}; "
+                f"data.format: {form} needs {_needed(form)}, {source} has {', '.join(names)}; "
                 "name its columns in data.columns.*"
             )
-        return wanted
+        return form
     # Columns that the recipe names take precedence over columns with a usual name.
     named = [shape for shape in _SHAPES if any(getattr(recipe.data.columns, name) for name in _SHAPES[shape][0])]
     shape = next((shape for shape in [*named, *_SHAPES] if fits(shape)), None)
@@ -90,7 +90,7 @@ def _shape_of(recipe: Recipe, table: Dataset, source: str) -> str:
         raise DataError(f"{source} holds pairs of a chosen and a rejected answer: set task: dpo")
     if shape == "prompt" and "label" in names and all(label in (True, False, None) for label in table["label"]):
         raise DataError(
-            f"{source} says in its column label which answers are good, and instruct would learn the bad ones too: set "
+            f"{source} marks good answers in its column label, and instruct would learn the bad ones too: set "
             "task: kto; or, if all are to be learned, data.format: prompt"
         )
     if shape is None:
@@ -102,9 +102,9 @@ def _shape_of(recipe: Recipe, table: Dataset, source: str) -> str:
     return shape
 
 
-def cells_of(row: Any, given: Mapping[str, str | None]) -> dict[str, Any]:
+def cells_of(row: Any, columns: Mapping[str, str | None]) -> dict[str, Any]:
     """Key of `data.columns` -> the row's cell in its column; None where there is no such column."""
-    return {name: row.get(column) for name, column in given.items()}
+    return {name: row.get(column) for name, column in columns.items()}
 
 
 def _needed(shape: str) -> str:
@@ -125,31 +125,31 @@ def to_rows(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, 
     from datasets import Dataset
 
     reader = reader_of(recipe, table, source)
-    shape, given = reader.shape, reader.given
+    shape, columns = reader.shape, reader.columns
     if recipe.data.packing and shape != "text":
         raise DataError(
             f"data.packing: joins rows of plain text, and {source} has answers to learn, which would see each other's "
             "questions; train.group_by_length: true saves padding instead"
         )
     faults = Faults(source, len(table))
-    made = faults.each(undecoded(table, given.get("images")), reader.read)
-    kept = [{**row, "row": number} for number, row in made.items()]
+    made = faults.each(undecoded(table, columns.get("images")), reader.read)
+    rows = [{**row, "row": number} for number, row in made.items()]
     _, notes = faults.settle(table, recipe.data.drop_missing)
-    rows = f"of {len(table)} rows of {source}"
-    notes += unread_note(table, given, source)
+    of_table = f"of {len(table)} rows of {source}"
+    notes += unread_note(table, columns, source)
     empty = reader.counts.pop("", 0)
-    notes += [f"{count} {rows} {what}" for what, count in sorted(reader.counts.items())]
-    if not kept:
+    notes += [f"{count} {of_table} {remark}" for remark, count in sorted(reader.counts.items())]
+    if not rows:
         raise DataError(f"{source}: the answer is empty in every row; there is nothing to learn")
-    notes += joined_bare(kept) if shape == "prompt" else []
+    notes += joined_bare(rows) if shape == "prompt" else []
     if empty:
-        notes.append(f"left out {empty} {rows}: their answer is empty")
-    return Dataset.from_list(kept), "messages" if "messages" in kept[0] else shape, notes
+        notes.append(f"left out {empty} {of_table}: their answer is empty")
+    return Dataset.from_list(rows), "messages" if "messages" in rows[0] else shape, notes
 
 
-def unread_note(table: Dataset, given: Mapping[str, str | None], source: str) -> list[str]:
-    """A note on the columns that are not among those of `given`, if there are any."""
-    unread = [f"'{column}'" for column in table.column_names if column not in given.values()]
+def unread_note(table: Dataset, columns: Mapping[str, str | None], source: str) -> list[str]:
+    """A note on the columns of the table that aren't among `columns`, if there are any."""
+    unread = [f"'{column}'" for column in table.column_names if column not in columns.values()]
     return [f"{source}: column{'s' if len(unread) > 1 else ''} not read: {', '.join(unread)}"] if unread else []
 
 
@@ -163,23 +163,23 @@ def joined_bare(rows: list[dict[str, Any]]) -> list[str]:
 class RowReader:
     """Reads the rows of a table of one shape.
 
-    `given`: key of `data.columns` that the shape reads -> its column, None if there is none. `images` reads the rows'
+    `columns`: key of `data.columns` that the shape reads -> its column, None if there is none. `images` reads the rows'
     images, if they have any. `counts` has the parts that aren't learned, each with its number of rows, and under "" the
     rows without an answer.
     """
 
     def __init__(
-        self, recipe: Recipe, shape: str, given: Mapping[str, str | None], images: Images | None = None
+        self, recipe: Recipe, shape: str, columns: Mapping[str, str | None], images: Images | None = None
     ) -> None:
-        self.recipe, self.shape, self.given, self.images = recipe, shape, given, images
+        self.recipe, self.shape, self.columns, self.images = recipe, shape, columns, images
         self.counts: Counter[str] = Counter()
 
     def read(self, row: Any) -> dict[str, Any] | None:
         """One row in its form, None if its answer is empty. Raises RowFault."""
-        return self.made(cells_of(row, self.given))
+        return self.made(cells_of(row, self.columns))
 
     def made(self, cells: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The same of a row's cells by key of `data.columns`."""
+        """Like `read`, from a row's cells by key of `data.columns`."""
         data = self.recipe.data
         named: list[Any] | None = None if self.images is None else []
         if self.shape == "messages":
@@ -190,14 +190,14 @@ class RowReader:
             if text is None or not text.strip():
                 raise RowFault("no text", gap=True)
             return {"text": text}
-        asked, answered = (cells[name] for name in _SHAPES[self.shape][0])
-        before, answers = as_messages(asked), as_messages(answered)
-        if asked and answered and (before is None) != (answers is None):
+        prompt_cell, answer_cell = (cells[name] for name in _SHAPES[self.shape][0])
+        before, answers = as_messages(prompt_cell), as_messages(answer_cell)
+        if prompt_cell and answer_cell and (before is None) != (answers is None):
             raise RowFault("of prompt and answer one is a list of messages and one is a text; both have to be the same")
         if before is not None:
             messages, unread = conversation([*before, *(answers or [])], data, named)
             return self._chat(cells, messages, len(before), unread, named)
-        prompt, answer, context = as_text(asked), as_text(answered), as_text(cells.get("input"))
+        prompt, answer, context = as_text(prompt_cell), as_text(answer_cell), as_text(cells.get("input"))
         if not (answer or "").strip():
             self.counts[""] += 1
             return None
@@ -208,7 +208,7 @@ class RowReader:
             return self._chat(cells, [*turns, {"role": "assistant", "content": answer}], len(turns), set(), named)
         for name in ("system", "history", "tools", "images"):
             if cells.get(name):
-                self.counts[f"have {name}, which is learned with data.as_chat: true alone"] += 1
+                self.counts[f"have {name}, which is learned only with data.as_chat: true"] += 1
         if self.shape == "alpaca":
             prompt = alpaca_prompt(str(prompt), context)
         return {"prompt": prompt, "completion": answer}
@@ -243,11 +243,11 @@ class RowReader:
 def reader_of(recipe: Recipe, table: Dataset, source: str) -> RowReader:
     """The reader of a table's rows. Raises DataError for columns that don't fit."""
     shape = _shape_of(recipe, table, source)
-    given = {name: column_of(recipe, name, table, source) for part in _SHAPES[shape] for name in part}
-    column = given.get("messages")
+    columns = {name: column_of(recipe, name, table, source) for part in _SHAPES[shape] for name in part}
+    column = columns.get("messages")
     in_parts = column is not None and any(has_images(cell) for cell in table[column])
-    seen = recipe.task == "instruct" and (given.get("images") is not None or in_parts)
-    return RowReader(recipe, shape, given, Images(source, recipe.data.image_folder) if seen else None)
+    with_images = recipe.task == "instruct" and (columns.get("images") is not None or in_parts)
+    return RowReader(recipe, shape, columns, Images(source, recipe.data.image_folder) if with_images else None)
 
 
 def _history(value: Any) -> list[Message]:

@@ -41,13 +41,13 @@ def load(
 
 
 def among(recipe: Recipe, table: Dataset, names: list[str], source: str, notes: list[str]) -> Dataset:
-    """The same of a table whose classes are `names`, those of a trained model."""
+    """Like `load`, for one table and the classes `names` of a trained model."""
     table = _checked(recipe, table, source, notes)
     return _assemble(recipe, table, labels_among(recipe, table, names, source))
 
 
 def class_names(recipe: Recipe, train: Dataset, source: str) -> list[str]:
-    """The names of the classes of a training table, whose texts aren't looked at."""
+    """The names of the classes of a training table, whose texts aren't read."""
     require_column(train, recipe.data.label, "data.label", source)
     faults = Faults(source, len(train))
     faults.each(train[recipe.data.label], partial(check_label, recipe))
@@ -69,7 +69,7 @@ def _with_names(table: Dataset, column: str) -> Dataset:
 
 
 def _checked(recipe: Recipe, table: Dataset, source: str, notes: list[str]) -> Dataset:
-    """The usable rows of a table; `notes` gets how many are left out. Raises DataError that counts all others."""
+    """The usable rows of a table; `notes` gets the number left out. Raises DataError that counts all others."""
     data = recipe.data
     texts = {"data.text": data.text} | ({"data.text_pair": data.text_pair} if data.text_pair is not None else {})
     for key, column in [*texts.items(), ("data.label", data.label)]:

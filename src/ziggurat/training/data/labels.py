@@ -31,8 +31,10 @@ def check_label(recipe: Recipe, value: Any) -> None:
     elif value is None:
         raise RowFault(f"nothing in column '{column}'; a row without labels has an empty list", gap=True)
     elif isinstance(value, str) and separator is None:
-        what = f"a text in column '{column}': set data.label_separator to the text between its labels, or write lists"
-        raise RowFault(what)
+        problem = (
+            f"a text in column '{column}': set data.label_separator to the text between its labels, or write lists"
+        )
+        raise RowFault(problem)
     elif isinstance(value, dict | bytes):
         raise RowFault(f"column '{column}': a list of classes is needed, this is {kind_of(value)}")
     else:
@@ -60,7 +62,7 @@ def number_of(value: Any) -> float | None:
 
 
 def _classes_in(recipe: Recipe, cell: Any) -> list[Any]:
-    """The classes of one row. Of several a list unchanged, or a text split at the separator."""
+    """The classes of one row. For multilabel a list unchanged, or a text split at the separator."""
     separator = recipe.data.label_separator
     if recipe.task != "multilabel":
         return [cell]
@@ -71,9 +73,9 @@ def _classes_in(recipe: Recipe, cell: Any) -> list[Any]:
 
 @dataclass
 class _Classes:
-    """The checked classes of a table, row after row in one list, and how many of them each row has.
+    """The checked classes of a table, row after row in one list, and their number in each row.
 
-    `names`: those of a hub data set's classes, which its numbers count.
+    `names`: the class names of a hub data set, whose labels are indices into them.
     """
 
     values: list[Any]
@@ -118,8 +120,8 @@ def labels_of(recipe: Recipe, tables: Sequence[Dataset], source: str) -> tuple[l
 def labels_among(recipe: Recipe, table: Dataset, names: Sequence[str], source: str) -> list[Any]:
     """The labels of a table by the classes `names` of a trained model.
 
-    Classes go by their names; whole numbers that name none, or that `data.label_names` gives names to, count them from
-    0. Labels that differ by case or blanks alone are one class where the recipe has merged such. Raises DataError for
+    Classes go by their names; whole numbers that name none, or that `data.label_names` gives names to, are indices
+    from 0. Labels that differ by case or blanks alone are one class if the recipe merges them. Raises DataError for
     classes that the model doesn't know.
     """
     if recipe.task == "regression":
@@ -179,26 +181,26 @@ def _one_spelling(recipe: Recipe, parts: Sequence[_Classes]) -> None:
             f"data.label: labels in column '{recipe.data.label}' differ by case or blanks alone: {shown}; set "
             "data.similar_labels to merge (one class, by its most frequent spelling) or keep (a class each)"
         )
-    kept = {
+    spelling_of = {
         value: next((name for name in values if name in names), max(values, key=lambda value: counts[value]))
         for values in similar
         for value in values
     }
     for part in parts:
-        part.values = [kept.get(value, value) for value in part.values]
+        part.values = [spelling_of.get(value, value) for value in part.values]
 
 
 def _places(recipe: Recipe, parts: Sequence[_Classes], source: str) -> tuple[list[str], list[list[int]]]:
     """Names of the classes, and the place among them of each of the parts' labels; the first part is for training."""
     _one_spelling(recipe, parts)
-    known, names = _known(recipe, parts[0], source)
+    values, names = _values_and_names(recipe, parts[0], source)
     # By name too: one table may number the classes that the other names, or number them in another order.
-    place = {name: index for index, name in enumerate(names)} | {value: index for index, value in enumerate(known)}
+    place = {name: index for index, name in enumerate(names)} | {value: index for index, value in enumerate(values)}
     for part in parts[1:]:
         hub_names = part.names if recipe.data.label_names is None else None
         if hub_names is not None:
             part.values = [hub_names[value] if value in range(len(hub_names)) else value for value in part.values]
-        # Numbers here may be texts there: a single label that isn't a number makes texts of all.
+        # Numbers in one table may be texts in another: one label that isn't a number makes texts of all.
         part.values = [value if value in place else str(value) for value in part.values]
         unseen = sorted({value for value in part.values if value not in place})
         if unseen:
@@ -214,37 +216,37 @@ def _plain(label: str) -> str:
     return " ".join(label.split()).casefold()
 
 
-def _known(recipe: Recipe, train: _Classes, source: str) -> tuple[list[Any], list[str]]:
+def _values_and_names(recipe: Recipe, train: _Classes, source: str) -> tuple[list[Any], list[str]]:
     """The classes by their values among the labels, and their names.
 
-    A hub data set's own class names and data.label_names count the classes 0, 1, ...; else the classes are the values
-    found in the training data, in order.
+    Labels are indices 0, 1, ... into a hub data set's class names or data.label_names, or these names; else the classes
+    are the values in the training data, in order.
     """
     column, values = recipe.data.label, train.values
-    given = recipe.data.label_names or train.names
-    known: list[Any] = sorted(set(values), key=lambda value: (isinstance(value, str), value))
-    names = [str(value) for value in given or known]
-    if given is not None:
-        seen = known
-        known = list(given) if all(isinstance(value, str) for value in seen) else list(range(len(given)))
-        extra = [value for value in seen if value not in known]
+    declared = recipe.data.label_names or train.names
+    classes: list[Any] = sorted(set(values), key=lambda value: (isinstance(value, str), value))
+    names = [str(value) for value in declared or classes]
+    if declared is not None:
+        present = classes
+        classes = list(declared) if all(isinstance(value, str) for value in present) else list(range(len(declared)))
+        extra = [value for value in present if value not in classes]
         if extra:
             hint = " (a negative label marks rows without an answer)" if extra == [-1] else ""
             raise DataError(
                 f"data.label: column '{column}' of {source} has {some(extra)}, but data.label_names names "
-                f"{len(given)} classes: {', '.join(given)}{hint}"
+                f"{len(declared)} classes: {', '.join(declared)}{hint}"
             )
-    if len(known) > 100 and len(known) > len(values) / 2:
+    if len(classes) > 100 and len(classes) > len(values) / 2:
         raise DataError(
-            f"data.label: column '{column}' of {source} has {len(known)} different values in {len(values)} rows, "
+            f"data.label: column '{column}' of {source} has {len(classes)} different values in {len(values)} rows, "
             "which are no classes; name another column, or set task: regression"
         )
-    return known, names
+    return classes, names
 
 
 def rarest(rows: Sequence[Sequence[float]]) -> list[int | None]:
     """The rarest class of each row, so that a split can keep one row of each in training."""
-    sets = [[place for place, there in enumerate(row) if there] for row in rows]
+    sets = [[place for place, has_class in enumerate(row) if has_class] for row in rows]
     counts = Counter(place for places in sets for place in places)
     return [min(places, key=lambda place: counts[place], default=None) for places in sets]
 

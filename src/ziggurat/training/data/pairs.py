@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,12 +13,9 @@ from .examples import Examples
 from .prefer import worse_of
 from .tokens import Row, length_of, tell_of_cuts, tokens_of
 
-if TYPE_CHECKING:
-    pass
-
 
 def encode_pairs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, examples: Examples) -> Encoded:
-    """Training and validation pairs as `prompt_ids`, `chosen_ids` and `rejected_ids`; the rest as `encode_rows`."""
+    """Training and validation pairs as `prompt_ids`, `chosen_ids` and `rejected_ids`; otherwise like `encode_rows`."""
     notes: list[str] = []
     parts = []
     for table, word in examples.parts:
@@ -28,7 +25,7 @@ def encode_pairs(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any
 
 
 def encode_judged(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any, examples: Examples) -> Encoded:
-    """Judged answers as `prompt_ids`, `completion_ids` and `label`; the rest as `encode_rows`.
+    """Judged answers as `prompt_ids`, `completion_ids` and `label`; otherwise like `encode_rows`.
 
     They are shuffled with the seed, since TRL's KTOTrainer keeps their order.
     """
@@ -67,9 +64,9 @@ def _cut(
     length = length_of(recipe, tokenizer, config, percentile(lengths, 95), notes)
     made = []
     for rows, word in parts:
-        kept = [row for row in rows if len(row[0]) < length]
-        cut, gone = sum(size(row) > length for row in rows), len(rows) - len(kept)
+        fitting = [row for row in rows if len(row[0]) < length]
+        cut, gone = sum(size(row) > length for row in rows), len(rows) - len(fitting)
         tell_of_cuts(recipe, length, word, len(rows), cut, gone, gone, notes)
-        columns = {name: [row[place] for row in kept] for place, name in enumerate(("prompt_ids", *names))}
+        columns = {name: [row[place] for row in fitting] for place, name in enumerate(("prompt_ids", *names))}
         made.append(Dataset.from_dict(columns))
     return Encoded(made[0], made[1], length, notes)

@@ -36,29 +36,29 @@ def to_pairs(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str,
     """
     from datasets import Dataset
 
-    given = {name: column_of(recipe, name, table, source) for name in _COLUMNS}
+    columns = {name: column_of(recipe, name, table, source) for name in _COLUMNS}
     for name in ("chosen", "rejected"):
-        require_column(table, given[name] or name, f"data.columns.{name}", source)
-    faults, reader = Faults(source, len(table)), RowReader(recipe, "prompt", given)
+        require_column(table, columns[name] or name, f"data.columns.{name}", source)
+    faults, reader = Faults(source, len(table)), RowReader(recipe, "prompt", columns)
 
     def pair(row: Any) -> dict[str, Any]:
-        cells = cells_of(row, given)
-        asked, good, bad = _pair(cells)
-        better = reader.made({**cells, "prompt": asked, "completion": good})
-        worse = RowReader(recipe, "prompt", given).made({**cells, "prompt": asked, "completion": bad})
+        cells = cells_of(row, columns)
+        prompt, good, bad = _pair(cells)
+        better = reader.made({**cells, "prompt": prompt, "completion": good})
+        worse = RowReader(recipe, "prompt", columns).made({**cells, "prompt": prompt, "completion": bad})
         if better is None or worse is None:
             raise RowFault("an answer is empty", gap=True)
         if better == worse:
             raise RowFault("both answers are the same", gap=True)
         return {**better, **{f"{name}{WORSE}": part for name, part in worse.items()}}
 
-    kept = [{**row, "row": number} for number, row in faults.each(table, pair).items()]
+    rows = [{**row, "row": number} for number, row in faults.each(table, pair).items()]
     _, notes = faults.settle(table, recipe.data.drop_missing)
     reader.counts.pop("", None)
-    notes += unread_note(table, given, source)
-    notes += joined_bare(kept)
-    notes += [f"{count} of {len(table)} rows of {source} {what}" for what, count in sorted(reader.counts.items())]
-    return Dataset.from_list(kept), "messages" if "messages" in kept[0] else "prompt", notes
+    notes += unread_note(table, columns, source)
+    notes += joined_bare(rows)
+    notes += [f"{count} of {len(table)} rows of {source} {remark}" for remark, count in sorted(reader.counts.items())]
+    return Dataset.from_list(rows), "messages" if "messages" in rows[0] else "prompt", notes
 
 
 def _pair(cells: dict[str, Any]) -> tuple[Any, Any, Any]:

@@ -33,7 +33,7 @@ _MADE = "ziggurat's prompt"
 
 
 def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, str, list[str]]:
-    """The rows with `prompt`, a text or messages as JSON text, and all columns that the prompt wasn't made of.
+    """The rows with `prompt`, a text or messages as JSON text, and all columns that aren't part of the prompt.
 
     A conversation ends before its last answer, which is left out. Raises DataError for missing columns, columns with
     reserved names, and, counted together, for all unreadable rows.
@@ -55,13 +55,13 @@ def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, st
     kinds = {isinstance(prompt, str) for prompt in prompts.values()}
     if len(kinds) > 1:
         raise DataError(f"{source}: some prompts are lists of messages and some are texts; all have to be the same")
-    rest, notes = faults.settle(table, recipe.data.drop_missing)
-    rest = rest.add_column(_MADE, [text if isinstance(text, str) else dumps(text) for text in prompts.values()])
-    rest = rest.remove_columns([name for name in table.column_names if name in {column, *besides.values(), "prompt"}])
-    rest = rest.rename_column(_MADE, "prompt")
-    notes += _check_columns(recipe, rest, source)
-    rest = rest.remove_columns([name for name in rest.column_names if name == _OWN])
-    return rest, "messages" if kinds == {False} else "alpaca" if shape == "instruction" else "prompt", notes
+    rows, notes = faults.settle(table, recipe.data.drop_missing)
+    rows = rows.add_column(_MADE, [text if isinstance(text, str) else dumps(text) for text in prompts.values()])
+    rows = rows.remove_columns([name for name in table.column_names if name in {column, *besides.values(), "prompt"}])
+    rows = rows.rename_column(_MADE, "prompt")
+    notes += _check_columns(recipe, rows, source)
+    rows = rows.remove_columns([name for name in rows.column_names if name == _OWN])
+    return rows, "messages" if kinds == {False} else "alpaca" if shape == "instruction" else "prompt", notes
 
 
 def _check_columns(recipe: Recipe, rows: Dataset, source: str) -> list[str]:
@@ -121,16 +121,16 @@ def fitting_prompts(
         lengths = [_length(tokenizer, opened(dict(row), examples.shape)) for row in table]
         if word == "training":
             notes.append(f"{spread(lengths, 'prompts')}; completions have at most {recipe.sampling.tokens} tokens")
-        kept = [index for index, length in enumerate(lengths) if limit is None or length <= limit]
-        if not kept:
+        fitting = [index for index, length in enumerate(lengths) if limit is None or length <= limit]
+        if not fitting:
             raise DataError(
                 f"data.max_length: none of the {len(table)} {word} prompts has at most {limit} tokens; "
                 + ("raise it" if limit == recipe.data.max_length else f"{recipe.model} takes no more: shorten them")
             )
-        if len(kept) < len(table):
-            notes.append(f"{len(table) - len(kept)} of {len(table)} {word} prompts have more than {limit} tokens "
+        if len(fitting) < len(table):
+            notes.append(f"{len(table) - len(fitting)} of {len(table)} {word} prompts have more than {limit} tokens "
                          "and are left out")  # fmt: skip
-        parts.append(table.select(kept))
+        parts.append(table.select(fitting))
     return parts[0], parts[1], notes
 
 

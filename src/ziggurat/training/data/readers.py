@@ -62,7 +62,9 @@ def read_file(
     }
     packed = {".parquet": read_parquet, ".xlsx": partial(_xlsx, texts=texts)}.get(path.suffix.lower())
     if suffix not in readers and packed is None:
-        raise DataError(f"{path}: '{suffix}' is not one of the formats read: {', '.join(SUFFIXES)}, or with .gz behind")
+        raise DataError(
+            f"{path}: '{suffix}' is not one of the formats read: {', '.join(SUFFIXES)}, or one of them with .gz"
+        )
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes)")
     try:
@@ -77,15 +79,15 @@ def read_file(
         raise DataError(f"{path} cannot be read as {suffix[1:]}: {first_line(error)}") from error
 
 
-def encoding_of(source: str, known: str | None) -> str | None:
-    """`known`, the encoding of a run's data, if another text file isn't UTF-8; None if it is."""
+def encoding_of(source: str, encoding: str | None) -> str | None:
+    """`encoding`, that of a run's data, if another text file isn't UTF-8; None if it is."""
     path = Path(source).expanduser()
-    if known is None or not path.is_file():
-        return known
+    if encoding is None or not path.is_file():
+        return encoding
     try:
         read_bytes(path)
     except DataError:
-        return known
+        return encoding
     return None
 
 
@@ -119,12 +121,12 @@ def _unpacked(path: Path) -> bytes:
 
 
 def _most(path: Path) -> int:
-    """The most bytes that a packed file may stand for."""
+    """The most bytes that a packed file may decompress to."""
     return max(LEAST_DECODED, MOST_GROWTH * path.stat().st_size)
 
 
 def _too_much(path: Path, advice: str = "") -> DataError:
-    return DataError(f"{path} has {path.stat().st_size:,} bytes and stands for more than {_most(path):,}{advice}")
+    return DataError(f"{path} has {path.stat().st_size:,} bytes and decompresses to more than {_most(path):,}{advice}")
 
 
 def read_parquet(path: Path) -> Any:
@@ -135,7 +137,7 @@ def read_parquet(path: Path) -> Any:
     limit = f"a file is read to {MOST_GROWTH:,} times its size, at least to {LEAST_DECODED:,} bytes"
     too_much = _too_much(path, f"; {limit}. If it is yours, write it as several")
     with pq.ParquetFile(path) as file:
-        # A column that never changes takes no room in the file, and four bytes a row or more in memory.
+        # A constant column takes no room in the file, and four bytes a row or more in memory.
         if 4 * file.metadata.num_rows * file.metadata.num_columns > _most(path):
             raise too_much
         plain = pa.schema(
@@ -212,10 +214,10 @@ def _numbers_if_all(column: Any, missing: Collection[str]) -> Any:
     import pyarrow as pa
 
     values = column.to_pylist()
-    given = [value for value in values if value not in missing]
-    if not given or not all(_NUMBER.fullmatch(value) for value in given):
+    present = [value for value in values if value not in missing]
+    if not present or not all(_NUMBER.fullmatch(value) for value in present):
         return column
-    kind = float if any("." in value for value in given) else int
+    kind = float if any("." in value for value in present) else int
     return pa.array([None if value in missing else kind(value) for value in values])
 
 

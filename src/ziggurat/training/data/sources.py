@@ -30,15 +30,15 @@ def to_sources(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, st
     """
     from datasets import Dataset
 
-    given = {name: column_of(recipe, name, table, source) for name in _COLUMNS}
-    lacking = [name for name, column in given.items() if column is None]
+    columns = {name: column_of(recipe, name, table, source) for name in _COLUMNS}
+    lacking = [name for name, column in columns.items() if column is None]
     if lacking:
         usual = "; ".join(f"{name}: {' or '.join(ALIASES[name])}" for name in lacking)
         raise DataError(
             f"{source} has the columns {', '.join(table.column_names)}, and {recipe.task} needs a source and a target "
             f"({usual}); name the column in data.columns.{lacking[0]}"
         )
-    faults, cells = Faults(source, len(table)), zip(*(table[str(column)] for column in given.values()), strict=True)
+    faults, cells = Faults(source, len(table)), zip(*(table[str(column)] for column in columns.values()), strict=True)
     rows = faults.each(cells, _texts)
     _, notes = faults.settle(table, recipe.data.drop_missing)
     return Dataset.from_list([{**row, "row": number} for number, row in rows.items()]), "source", notes

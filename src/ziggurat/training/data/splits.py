@@ -14,7 +14,7 @@ from ziggurat.recipe.schema import Recipe
 if TYPE_CHECKING:
     from datasets import Dataset
 
-#: Below so many validation rows the run notes that its scores are coarse.
+#: With fewer validation rows the run notes that its scores are coarse.
 FEW = 50
 #: The column with the number of a row's file.
 ORIGIN = "origin"
@@ -62,15 +62,15 @@ def _drawn(groups: list[list[int]], kinds: list[Hashable], count: int, seed: int
     random.Random(seed).shuffle(groups)  # noqa: S311
     spare = Counter(kinds[group[0]] for group in groups)  # groups that training still has
     drawn: set[int] = set()
-    left, quotas = count, _quotas(Counter(kinds), count)
+    remaining, quotas = count, _quotas(Counter(kinds), count)
     for by_class in (True, False):  # by class first, then whatever fits
         for group in groups:
             kind = kinds[group[0]]
-            room = min(left, quotas[kind]) if by_class else left
+            room = min(remaining, quotas[kind]) if by_class else remaining
             if len(group) <= room and spare[kind] > 1 and group[0] not in drawn:
                 drawn.update(group)
                 spare[kind] -= 1
-                left -= len(group)
+                remaining -= len(group)
                 quotas[kind] -= len(group)
     if not drawn:  # every text is repeated more often than `count`
         drawn.update(min((group for group in groups if spare[kinds[group[0]]] > 1), key=len, default=[]))
@@ -78,11 +78,11 @@ def _drawn(groups: list[list[int]], kinds: list[Hashable], count: int, seed: int
 
 
 def _quotas(sizes: Counter[Hashable], count: int) -> dict[Hashable, int]:
-    """How many rows each class gives, by the largest remainders of its share."""
+    """The number of validation rows from each class, by the method of largest remainders."""
     shares = {kind: count * size / sizes.total() for kind, size in sizes.items()}
     quotas = {kind: int(share) for kind, share in shares.items()}
-    rest = count - sum(quotas.values())
-    for kind in sorted(shares, key=lambda kind: quotas[kind] - shares[kind])[:rest]:
+    unassigned = count - sum(quotas.values())
+    for kind in sorted(shares, key=lambda kind: quotas[kind] - shares[kind])[:unassigned]:
         quotas[kind] += 1
     return quotas
 
@@ -97,8 +97,8 @@ def joined(tables: Sequence[Dataset], sources: Sequence[str]) -> Dataset:
     try:
         whole = concatenate_datasets(list(tables))
     except (ValueError, TypeError) as error:
-        what = f"the columns of {', '.join(sources)} hold values of several kinds"
-        raise DataError(f"data.train: {what}: {first_line(error)}") from error
+        problem = f"the columns of {', '.join(sources)} hold values of several kinds"
+        raise DataError(f"data.train: {problem}: {first_line(error)}") from error
     return whole.add_column(ORIGIN, [place for place, table in enumerate(tables) for _ in table])
 
 
@@ -108,13 +108,13 @@ def mixed(recipe: Recipe, train: Dataset, notes: list[str]) -> Dataset:
         return train
     sources = recipe.data.sources
     weights = recipe.data.weights or [1.0] * len(sources)
-    origins, draws, kept = list(train[ORIGIN]), random.Random(recipe.seed), []  # noqa: S311
+    origins, draws, drawn = list(train[ORIGIN]), random.Random(recipe.seed), []  # noqa: S311
     for place, (source, weight) in enumerate(zip(sources, weights, strict=True)):
         rows = [index for index, origin in enumerate(origins) if origin == place]
         whole = int(weight)
         part = rows * whole + sorted(draws.sample(rows, round((weight - whole) * len(rows))))
         notes.append(f"{source}: {len(rows)} training rows, with weight {weight:g} {len(part)}")
-        kept += part
-    if not kept:
+        drawn += part
+    if not drawn:
         raise DataError("data.weights: no row is left to learn from; raise them")
-    return train.select(kept).remove_columns(ORIGIN)
+    return train.select(drawn).remove_columns(ORIGIN)

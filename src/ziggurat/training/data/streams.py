@@ -32,8 +32,8 @@ Row = dict[str, Any]
 class Stream:
     """The rows of one or several sources, endlessly, in an order given by the seed.
 
-    `readers`: the reader of each of the recipe's sources; `skips`: how many rows at its start are not learned from.
-    `lost` counts the rows left out since an iteration began.
+    `readers`: the reader of each of the recipe's sources; `skips`: the number of rows at its start that are not learned
+    from. `lost` counts the rows left out since an iteration began.
     """
 
     recipe: Recipe
@@ -83,7 +83,7 @@ class Stream:
 def load_stream(recipe: Recipe) -> Examples:
     """The rows at the start of a recipe's data, and the stream of all others.
 
-    Raises DataError as `load_examples` does of these rows, for images, and for files that can't be read row by row.
+    Raises DataError as `load_examples` does for these rows, for images, and for files that can't be read row by row.
     """
     from datasets import Dataset
 
@@ -108,7 +108,7 @@ def load_stream(recipe: Recipe) -> Examples:
         tables.append(made)
         forms.append(shape)
         readers.append(reader_of(recipe, table, source))
-        notes += [f"of its start: {remark}" for remark in remarks]
+        notes += [f"in its first rows: {remark}" for remark in remarks]
     if len(set(forms)) > 1:
         raise DataError(f"data.train: the sources have several forms: {', '.join(forms)}")
     if data.validation is not None:

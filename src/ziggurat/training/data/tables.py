@@ -52,10 +52,10 @@ def read_table(
     read as such.
 
     `demo` names the part of the embedded data. csv has quotes and the `delimiter`, else that of its first line; tsv is
-    tab-separated without quotes (a quote is a sign like others there, as in GLUE's files), json a list of objects or
+    tab-separated without quotes (a quote is an ordinary character there, as in GLUE's files), json a list of objects or
     one object a line. Text files are in `encoding`, else in UTF-8, or UTF-16 with its mark; `.gz` is unpacked.
 
-    Raises DataError when it is missing, unreadable, or has no rows; MissingExtraError without `datasets`.
+    Raises DataError if it is missing, unreadable, or has no rows; MissingExtraError without `datasets`.
     """
     require(f"reading {source}", "datasets")
     import datasets
@@ -152,7 +152,7 @@ def hub_parts(source: str, subset: str | None, split: str) -> tuple[str, str | N
     """Name, configuration and split of a hub data set, which may be written as `owner/name:subset@split`."""
     if Path(source).expanduser().is_dir():
         return source, subset, split
-    last = max(source.rfind("/"), source.rfind("\\")) + 1  # folders, and drives of Windows, may have these signs
+    last = max(source.rfind("/"), source.rfind("\\")) + 1  # folders, and drives of Windows, may have these characters
     name, _, own_split = source[last:].partition("@")
     name, _, own_subset = name.partition(":")
     return source[:last] + name, own_subset or subset, own_split or split

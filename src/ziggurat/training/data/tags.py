@@ -44,21 +44,21 @@ def load(
     """
     sources = recipe.data.sources
     parts = [_read(recipe, table, source, notes) for table, source in zip(trains, sources, strict=True)]
-    known = _given(recipe, trains[0]) or _names([row for rows in parts for row in rows], recipe.data.train)
-    train = joined([_assemble(rows, known, source) for rows, source in zip(parts, sources, strict=True)], sources)
+    names = _declared_names(recipe, trains[0]) or _names([row for rows in parts for row in rows], recipe.data.train)
+    train = joined([_assemble(rows, names, source) for rows, source in zip(parts, sources, strict=True)], sources)
     if validation is not None:
-        validation = among(recipe, validation, known, recipe.data.scored, notes)
-    return train, validation, known
+        validation = among(recipe, validation, names, recipe.data.scored, notes)
+    return train, validation, names
 
 
 def among(recipe: Recipe, table: Dataset, names: list[str], source: str, notes: list[str]) -> Dataset:
-    """The same for a table whose tags are `names`."""
+    """Like `load`, for one table whose tags are `names`."""
     return _assemble(_read(recipe, table, source, notes), names, source)
 
 
 def class_names(recipe: Recipe, train: Dataset, source: str) -> list[str]:
     """The names of the tags of a training table."""
-    return _given(recipe, train) or _names(_read(recipe, train, source, []), source)
+    return _declared_names(recipe, train) or _names(_read(recipe, train, source, []), source)
 
 
 def _names(rows: Sequence[Any], source: str) -> list[str]:
@@ -70,7 +70,7 @@ def _names(rows: Sequence[Any], source: str) -> list[str]:
     return [OUTSIDE, *(f"{mark}-{kind}" for kind in kinds for mark in "BI")]
 
 
-def _given(recipe: Recipe, table: Dataset) -> list[str] | None:
+def _declared_names(recipe: Recipe, table: Dataset) -> list[str] | None:
     inner = getattr(table.features.get(text_columns(recipe)[1]), "feature", None)
     return recipe.data.label_names or getattr(inner, "names", None)
 
@@ -79,29 +79,29 @@ def _read(recipe: Recipe, table: Dataset, source: str, notes: list[str]) -> list
     for key, column in zip(("tokens", "tags"), text_columns(recipe), strict=True):
         require_column(table, column, f"data.columns.{key}", source)
     faults, cells = Faults(source, len(table)), zip(*(table[column] for column in text_columns(recipe)), strict=True)
-    given = _given(recipe, table)
-    rows = faults.each(cells, lambda row: _row(words_in(row[0]), words_in(row[1]), given))
+    names = _declared_names(recipe, table)
+    rows = faults.each(cells, lambda row: _row(words_in(row[0]), words_in(row[1]), names))
     notes += faults.settle(table, recipe.data.drop_missing)[1]
     return list(rows.values())
 
 
-def _row(words: Any, tags: Any, given: Sequence[str] | None) -> tuple[list[str], list[str]]:
+def _row(words: Any, tags: Any, names: Sequence[str] | None) -> tuple[list[str], list[str]]:
     if not words or not tags:
         raise RowFault("no words, or no tags", gap=True)
     if not isinstance(words, list) or not isinstance(tags, list):
         raise RowFault("a list of words and a list of tags are needed, or texts with blanks between them")
     if len(words) != len(tags):
-        raise RowFault("words and tags differ in number")
+        raise RowFault("the numbers of words and of tags differ")
     if not all(isinstance(word, str) and word.strip() for word in words):
         raise RowFault("a word is empty, or no text")
-    if given is not None:
-        tags = [given[tag] if isinstance(tag, int) and 0 <= tag < len(given) else tag for tag in tags]
+    if names is not None:
+        tags = [names[tag] if isinstance(tag, int) and 0 <= tag < len(names) else tag for tag in tags]
     before = OUTSIDE
     for tag in tags:
         if not isinstance(tag, str) or not _BIO.fullmatch(tag):
             raise RowFault(f"{tag!r} is no BIO tag: O, B-<kind> or I-<kind>")
         if tag[0] == "I" and tag[2:] != before[2:]:
-            raise RowFault(f"{tag} stands behind {before}: an entity begins with B-")
+            raise RowFault(f"{tag} follows {before}: an entity begins with B-")
         before = tag
     return words, tags
 
@@ -135,7 +135,7 @@ def encode_words(
 def encode_tagged(
     table: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[dict[str, list[Any]], list[int]]:
-    """Token ids and labels as columns, and how many tokens each row had; the first token of a word is labelled."""
+    """Token ids and labels as columns, and the number of tokens of each row; the first token of a word is labelled."""
     columns, firsts, lengths = encode_words(list(table["tokens"]), tokenizer, max_length)
     columns["labels"] = [
         [UNLABELLED if word is None else labels[word] for word in row]

@@ -59,13 +59,13 @@ def streamed(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, length: int, st
     from datasets import Features, IterableDataset, List, Value
 
     def rows() -> Iterator[dict[str, list[int]]]:
-        rest: list[int] = []
+        buffer: list[int] = []
         for row in stream:
             ids, mask = _encoded(tokenizer, row, recipe.data.loss, Counter())
             if recipe.data.packing:
-                rest += ids
-                while len(rest) >= length:
-                    piece, rest = rest[:length], rest[length:]
+                buffer += ids
+                while len(buffer) >= length:
+                    piece, buffer = buffer[:length], buffer[length:]
                     yield {"input_ids": piece, "labels": piece}
                 continue
             ids, mask = ids[:length], [1] * len(ids) if recipe.data.loss == "all" else mask[:length]
@@ -88,15 +88,15 @@ def length_of(
     key: str = "max_length",
 ) -> int:
     """`data.max_length` (or `data.max_target`), or the length of most rows; at most the model's positions."""
-    wanted = getattr(recipe.data, key)
-    length = longest(tokenizer, config, wanted or min(-(-needed // STEP) * STEP, MOST_LENGTH))
-    if wanted is None:
+    limit = getattr(recipe.data, key)
+    length = longest(tokenizer, config, limit or min(-(-needed // STEP) * STEP, MOST_LENGTH))
+    if limit is None:
         why = "which at least 95% of the training rows fit into"
         if length < needed:
-            why = f"the most {'by itself' if length == MOST_LENGTH else f'that {recipe.model} takes'}"
+            why = f"the most {'without data.' + key if length == MOST_LENGTH else f'that {recipe.model} takes'}"
         notes.append(f"data.{key} is not given: {length} tokens, {why}")
-    elif length < wanted:
-        notes.append(f"data.{key} {wanted} lowered to {length}, all this model can take")
+    elif length < limit:
+        notes.append(f"data.{key} {limit} lowered to {length}, all this model can take")
     return length
 
 
@@ -116,8 +116,8 @@ def tokens_of(
             faults.add(row["row"] - 1, str(error))
     faults.settle(table, drop=None)
     notes += [
-        f"{count} of {len(table)} {word} rows have {what}, which the chat template leaves out"
-        for what, count in sorted(lost.items())
+        f"{count} of {len(table)} {word} rows have {part}, which the chat template leaves out"
+        for part, count in sorted(lost.items())
         if count
     ]
     return rows
@@ -137,9 +137,9 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], loss: str,
 def _conversation(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], loss: str, lost: Counter[str]) -> Row:
     messages, tools = json.loads(row["messages"]), json.loads(row["tools"])
     text, ids, mask = answer_tokens(tokenizer, messages, tools, last=loss == "last", since=row["learned"])
-    for what, keys in (("calls of tools", ("tool_calls",)), ("thoughts", THOUGHTS)):
-        bare = [{key: part for key, part in message.items() if key not in keys} for message in messages]
-        lost[what] += bare != messages and rendered(tokenizer, bare, tools) == text
+    for part, keys in (("calls of tools", ("tool_calls",)), ("thoughts", THOUGHTS)):
+        bare = [{key: value for key, value in message.items() if key not in keys} for message in messages]
+        lost[part] += bare != messages and rendered(tokenizer, bare, tools) == text
     lost["tools"] += bool(tools) and rendered(tokenizer, messages) == text
     return ids, mask
 
@@ -182,8 +182,8 @@ def tell_of_cuts(
     if cut:
         notes.append(f"{cut} of {total} {word} rows are longer than {length} tokens and were cut")
     if unanswered:
-        left = " and are left out" if gone else ""
-        notes.append(f"{unanswered} of {total} {word} rows have no answer within {length} tokens{left}")
+        consequence = " and are left out" if gone else ""
+        notes.append(f"{unanswered} of {total} {word} rows have no answer within {length} tokens{consequence}")
 
 
 def _packed(rows: Iterable[Row], length: int, word: str, notes: list[str]) -> Dataset:

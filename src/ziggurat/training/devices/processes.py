@@ -18,7 +18,7 @@ from ziggurat.errors import ProcessError
 T = TypeVar("T")
 
 #: A launcher's environment variable -> the name of its way of training; the first one that is set counts.
-_ASKED = (("ACCELERATE_USE_DEEPSPEED", "deepspeed"), ("ACCELERATE_USE_FSDP", "fsdp"))
+_WAYS = (("ACCELERATE_USE_DEEPSPEED", "deepspeed"), ("ACCELERATE_USE_FSDP", "fsdp"))
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Processes:
         return int(largest)
 
     @contextlib.contextmanager
-    def reporting_lost_ones(self) -> Iterator[None]:
+    def reporting_lost_processes(self) -> Iterator[None]:
         """Turn the libraries' errors after another process has died into ProcessError."""
         try:
             yield
@@ -96,8 +96,8 @@ class Processes:
             if self.size == 1 or not _is_disconnection(error):
                 raise
             raise ProcessError(
-                f"{self} has lost another one, which ended with an error message of its own, or was killed without "
-                "one, as happens when the machine runs out of memory"
+                f"{self} lost the connection to another one, which ended with its own error message, or was killed "
+                "without one, as happens when the machine runs out of memory"
             ) from error
 
 
@@ -118,19 +118,19 @@ def join() -> Processes:
         ProcessError: they can't be connected over this machine's device.
     """
     size = launched_size()
-    way = next((way for key, way in _ASKED if os.environ.get(key, "").lower() == "true"), "ddp")
+    way = next((way for key, way in _WAYS if os.environ.get(key, "").lower() == "true"), "ddp")
     if size == 1:
         return Processes(way=way if way != "ddp" else "one")
     from accelerate import PartialState
 
     if not torch.accelerator.is_available() and way != "deepspeed":
-        # accelerate connects processes over processors only where its configuration names these.
+        # accelerate connects processes over CPUs only if its configuration asks for them.
         os.environ["ACCELERATE_USE_CPU"] = "true"
     state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true")
     if state.num_processes != size:
         raise ProcessError(
             f"{size} processes were launched, but accelerate can't connect them over this machine's {state.device}; "
-            "ACCELERATE_USE_CPU=true in the environment trains on its processors"
+            "ACCELERATE_USE_CPU=true in the environment trains on its CPU"
         )
     return Processes(state.process_index, state.num_processes, way, dist.new_group(backend="gloo"))
 

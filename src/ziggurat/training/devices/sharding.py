@@ -39,7 +39,7 @@ def prepare(trainer: Trainer, processes: Processes) -> None:
     """Prepare `trainer` for several processes, before it trains; in one process nothing is to be done.
 
     FSDP2 gets the classes of the model's layers as its units. accelerate would take `_no_split_modules`, in which some
-    models name a module around the embedding that accelerate then shards again, and others none.
+    models name a module around the embedding, which accelerate then shards again, and others name no module.
     """
     if processes.way == "one":
         return
@@ -67,8 +67,8 @@ class CheckWrapped(TrainerCallback):
         model = self.trainer.model_wrapped
         if self.processes.way == "ddp" and not isinstance(model, DistributedDataParallel):
             raise ProcessError(
-                f"the {self.processes.size} processes would train apart: the model is a {type(model).__name__} instead "
-                "of one that shares gradients. Report this with the versions that `ziggurat doctor` shows"
+                f"the {self.processes.size} processes would train independently: the model is a {type(model).__name__} "
+                "instead of one that shares gradients. Report this with the versions that `ziggurat doctor` shows"
             )
 
 

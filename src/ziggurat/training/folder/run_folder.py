@@ -22,7 +22,7 @@ from . import workplace
 from .checkpoints import is_whole, newest
 from .workplace import MAY_REPLACE
 
-#: How a run without a launcher was launched.
+#: The way of launching of a run without a launcher, in run.json.
 ONE = "1 process"
 
 
@@ -72,10 +72,10 @@ class RunFolder:
             )
         elif self.work.exists():
             step = self.last_checkpoint()
-            left = f"an interrupted run, last checkpoint {step.name}" if step else "a run without checkpoint"
+            content = f"an interrupted run, last checkpoint {step.name}" if step else "a run without checkpoint"
             go_on = "Go on with resume=true, s" if step else "S"
             raise RecipeError(
-                f"output: '{shown}.unfinished' holds {left}. {go_on}tart afresh with overwrite=true, "
+                f"output: '{shown}.unfinished' holds {content}. {go_on}tart afresh with overwrite=true, "
                 "or choose another output=..."
             )
 
@@ -88,7 +88,7 @@ class RunFolder:
         with told_of_storage(self.final):
             try:
                 tempfile.TemporaryDirectory(dir=parent, prefix=f".{self.final.name}.").cleanup()
-            except FileNotFoundError as error:  # as /proc says it
+            except FileNotFoundError as error:  # as in /proc
                 raise RecipeError(f"output: no folder can be made in '{parent}'; choose another output=...") from error
 
     def _check_resume(self, shown: str) -> None:
@@ -106,7 +106,7 @@ class RunFolder:
         noted = self.noted()
         changed += differences({"launched": noted.get("launched", ONE)}, {"launched": launched(self.processes)})
         if noted.get("computation") != COMPUTATION:
-            changed.append("it was begun by a version that computes otherwise")
+            changed.append("it was begun by a version that computes differently")
         content = noted.get("content", {})
         changed += [
             f"{key}: the files that it names have changed since the run began"
@@ -142,7 +142,7 @@ class RunFolder:
             self._drop_broken()
             return self.noted()
         if self.lock.is_taken():
-            raise self._company()
+            raise self._in_use_error()
         workplace.discard(self.work)
         files = {RECIPE: to_yaml(self.recipe), RUN: self._as_json({})}
         workplace.make(self.work, files | ({MAY_REPLACE: ""} if workplace.filled(self.final) else {}))
@@ -151,9 +151,9 @@ class RunFolder:
 
     def _take_lock(self) -> None:
         if not self.lock.take():
-            raise self._company()
+            raise self._in_use_error()
 
-    def _company(self) -> RecipeError:
+    def _in_use_error(self) -> RecipeError:
         return RecipeError(
             f"output: another program is training into '{self.recipe.folder}'; wait for it, or choose another output"
         )
@@ -202,7 +202,7 @@ class RunFolder:
             StorageError: the disk is full, read-only or forbidden.
         """
         if self.lock.is_taken():
-            raise self._company()
+            raise self._in_use_error()
         workplace.settle(self.work, self.final, self._may_replace)
 
     def _may_replace(self, place: Path) -> bool:
@@ -214,11 +214,11 @@ class RunFolder:
             return
         workplace.release(self.work)
         self._drop_broken()
-        kept = self.last_checkpoint() is not None or (self.work / workplace.DONE).exists()
-        if not (kept or self.recipe.resume):
+        worth_keeping = self.last_checkpoint() is not None or (self.work / workplace.DONE).exists()
+        if not (worth_keeping or self.recipe.resume):
             workplace.discard(self.work)
 
 
 def launched(processes: Processes) -> str:
-    """How many processes, trained in which way: a checkpoint fits only the same."""
+    """The number of processes and their way of training: a checkpoint fits only the same ones."""
     return ONE if processes.way == "one" else f"{processes.size} processes, {processes.way}"

@@ -193,5 +193,5 @@ def filled(place: Path) -> bool:
 
 def _is_ours(work: Path) -> bool:
     """True if a working folder without a recipe is the rest of a killed run, and not somebody else's folder."""
-    known = {RUN, DONE, REPLACED, MAY_REPLACE, LOCK, ROOM, READY, CHECKPOINTS, LOGS, PROGRESS}
-    return {path.name for path in work.iterdir()} <= known
+    run_files = {RUN, DONE, REPLACED, MAY_REPLACE, LOCK, ROOM, READY, CHECKPOINTS, LOGS, PROGRESS}
+    return {path.name for path in work.iterdir()} <= run_files

@@ -39,8 +39,8 @@ def write_run_card(folder: Path, recipe: Recipe, spec: HeadSpec, result: Result,
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     section = text[text.index(BEGIN) :].rstrip() if BEGIN in text else ""
     # PEFT's config doesn't have the number of classes.
-    guessed, known = ", num_labels=2)  # as many as it was trained with", f", num_labels={spec.num_labels})"
-    section = section.replace(guessed, known)
+    placeholder, actual = ", num_labels=2)  # as many as it was trained with", f", num_labels={spec.num_labels})"
+    section = section.replace(placeholder, actual)
     if spec.images:
         section = section.replace("AutoModel  # or the class for your task", "AutoModelForImageTextToText")
         section = section.replace("= AutoModel.", "= AutoModelForImageTextToText.")
@@ -48,7 +48,7 @@ def write_run_card(folder: Path, recipe: Recipe, spec: HeadSpec, result: Result,
 
 
 def run_card(recipe: Recipe, spec: HeadSpec, result: Result, versions: dict[str, str], section: str = "") -> str:
-    """Front matter and text: data, rows, scores, settings, cost, versions; and `section`, or else how to load it."""
+    """Front matter and text: data, rows, scores, settings, cost, versions; `section`, or else a section on loading."""
     base, local = _base(recipe.model)
     front: dict[str, Any] = {"library_name": "peft" if METHODS[result.method].config else "transformers"}
     if not local:

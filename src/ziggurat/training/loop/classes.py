@@ -14,7 +14,7 @@ from ziggurat.recipe.schema import Recipe
 if TYPE_CHECKING:
     from datasets import Dataset
 
-#: So many mistakes are kept, and so many characters of each one's text.
+#: The most mistakes that are kept, and the most characters of each one's text.
 MISTAKES, SHOWN = 20, 300
 
 
@@ -24,14 +24,14 @@ def weights_of(recipe: Recipe, labels: Sequence[int], names: Sequence[str]) -> t
     balanced: w_c = N / (K n_c) for n_c of N examples in K classes, so that the mean over all examples is 1. Raises
     DataError for unknown names.
     """
-    wanted = recipe.train.class_weights
-    if wanted == "balanced":
+    weights = recipe.train.class_weights
+    if weights == "balanced":
         counts = np.bincount(np.asarray(labels), minlength=len(names))
         return torch.tensor(len(labels) / (len(names) * np.maximum(counts, 1)), dtype=torch.float32)
-    assert isinstance(wanted, dict)
-    if unknown := [name for name in wanted if name not in names]:
+    assert isinstance(weights, dict)
+    if unknown := [name for name in weights if name not in names]:
         raise DataError(f"train.class_weights: no class is called {', '.join(unknown)}; there are {', '.join(names)}")
-    return torch.tensor([wanted.get(name, 1.0) for name in names])
+    return torch.tensor([weights.get(name, 1.0) for name in names])
 
 
 def by_class(
@@ -40,7 +40,7 @@ def by_class(
     """Counts and scores of each class, the confusion matrix, and the most confident mistakes.
 
     `probabilities`: (rows, classes); `labels`: indices into the classes `names`. precision_c = hits_c / answered_c,
-    recall_c = hits_c / rows_c, F1 their harmonic mean, in per cent, 0 where nothing is to divide by. Row i, column j of
+    recall_c = hits_c / rows_c, F1 their harmonic mean, in per cent, 0 where the divisor is 0. Row i, column j of
     `confusion` counts the rows of class i that were answered j.
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support

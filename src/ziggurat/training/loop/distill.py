@@ -31,10 +31,12 @@ def distilling(setup: Setup) -> Task:
     rows, notes = prompt_rows(setup, recipe.train.batch * recipe.train.accumulate)
     teacher = load_teacher(recipe, base.tokenizer, base.model.config)
     arguments = config(**setup.arguments, **sampling_arguments(recipe), beta=recipe.teacher.beta)
-    more = {"teacher_model": teacher, "processing_class": base.tokenizer}
-    trainer = setup.trainer(type(kind.__name__, (Distilled, kind), {}), arguments, rows, **more)
+    inputs = {"teacher_model": teacher, "processing_class": base.tokenizer}
+    trainer = setup.trainer(type(kind.__name__, (Distilled, kind), {}), arguments, rows, **inputs)
     size = sum(parameter.numel() for parameter in teacher.parameters())
-    notes.append(f"the teacher {recipe.teacher.model} has {size:,} parameters, which take memory beside the student's")
+    notes.append(
+        f"the teacher {recipe.teacher.model} has {size:,} parameters, which take memory in addition to the student's"
+    )
     return Task(trainer, notes)
 
 
@@ -44,13 +46,13 @@ def load_teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Any
     path = model_path(name)
     where: dict[str, Any] = {"revision": recipe.teacher.revision or "main", "trust_remote_code": False}
     try:
-        theirs = AutoTokenizer.from_pretrained(path, **where)
+        teacher_tokenizer = AutoTokenizer.from_pretrained(path, **where)
         teacher = AutoModelForCausalLM.from_pretrained(path, dtype=recipe.teacher.dtype, **where)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         why = missing_path(name) if is_path(name) else f"'{name}' cannot be loaded: {first_line(error)}"
         raise RecipeError(f"teacher.model: {why}; an adapter is merged first, by `ziggurat merge`") from error
     sizes = [each.get_text_config().vocab_size for each in (config, teacher.config)]
-    if theirs.get_vocab() != tokenizer.get_vocab() or len(set(sizes)) > 1:
+    if teacher_tokenizer.get_vocab() != tokenizer.get_vocab() or len(set(sizes)) > 1:
         raise RecipeError(
             f"teacher.model: the tokens of {name} ({sizes[1]:,}) are not those of {recipe.model} ({sizes[0]:,}), and "
             "their probabilities are compared one by one; take a teacher of the same family"

@@ -32,27 +32,27 @@ def entity_counts(truth: Sequence[Sequence[str]], answers: Sequence[Sequence[str
 
 def entity_f1(counts: np.ndarray) -> float:
     """F1 = 2 hits / (predicted + true), summed over all rows and kinds, in per cent; 0 if there are none."""
-    hits, predicted, there = counts.sum(0).tolist()
-    return 200.0 * hits / (predicted + there) if predicted + there else 0.0
+    hits, predicted, actual = counts.sum(0).tolist()
+    return 200.0 * hits / (predicted + actual) if predicted + actual else 0.0
 
 
 def entity_scores(truth: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]) -> dict[str, float]:
     """entity_f1, entity_precision and entity_recall, and token_accuracy, the share of words with the right tag."""
     counts = entity_counts(truth, answers)
-    hits, predicted, there = counts.sum(0).tolist()
+    hits, predicted, actual = counts.sum(0).tolist()
     pairs = [pair for row in zip(truth, answers, strict=True) for pair in zip(*row, strict=True)]
     return {
         "entity_f1": entity_f1(counts),
         "entity_precision": 100.0 * hits / predicted if predicted else 0.0,
-        "entity_recall": 100.0 * hits / there if there else 0.0,
+        "entity_recall": 100.0 * hits / actual if actual else 0.0,
         "token_accuracy": 100.0 * sum(right == answer for right, answer in pairs) / max(len(pairs), 1),
     }
 
 
 def scores_of(names: Sequence[str], outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """The same from scores (rows, tokens, tags) and places among the tags (rows, tokens), where these are labelled."""
-    answers, kept = outputs.argmax(-1), labels != UNLABELLED
-    rows = zip(labels, answers, kept, strict=True)
+    answers, masks = outputs.argmax(-1), labels != UNLABELLED
+    rows = zip(labels, answers, masks, strict=True)
     pairs: list[tuple[Any, Any]] = [
         ([names[p] for p in right[mask]], [names[p] for p in answer[mask]]) for right, answer, mask in rows
     ]

@@ -83,7 +83,7 @@ def labelled(labels: Tensor) -> int:
 
 
 class TokenLoss:
-    """Mixed into a Trainer: the loss of scoring is the mean over all tokens at once, and the perplexity beside it.
+    """Mixed into a Trainer: the loss of scoring is the mean over all tokens at once, and comes with the perplexity.
 
     Perplexity is exp(L), L = -sum_i ln p(token_i | before) / number of tokens, over all validation texts.
     """
@@ -119,7 +119,7 @@ def exact_sft(base: type) -> type:
     class ExactSFTTrainer(TokenLoss, Resumable, base):
         """SFTTrainer that reports the perplexity beside the loss, so that it can be watched and chosen by."""
 
-        first = 1  # it is predicted from nothing
+        first = 1  # the first token has no context to be predicted from
 
         def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
             batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -139,7 +139,7 @@ def exact_sft(base: type) -> type:
 
 
 def counted_rows(trainer: Trainer, size: int) -> int | None:
-    """How many rows of the data's last batch of `size` are new. None: all, or it isn't the last batch.
+    """The number of new rows in the data's last batch of `size`. None: all, or it isn't the last batch.
 
     The processes have consecutive batches of the last round, and only the first N mod (processes x size) of its rows
     are new. accelerate's own `remainder` ignores the processes when a resumed run skips batches.
@@ -148,5 +148,5 @@ def counted_rows(trainer: Trainer, size: int) -> int | None:
     rows: Any = getattr(state.active_dataloader, "dataset", None)
     if processes == 1 or not state.end_of_dataloader or not hasattr(rows, "__len__"):
         return None
-    rest = len(rows) % (processes * size)
-    return min(max(rest - trainer.args.process_index * size, 0), size) if rest else None
+    new_rows = len(rows) % (processes * size)
+    return min(max(new_rows - trainer.args.process_index * size, 0), size) if new_rows else None

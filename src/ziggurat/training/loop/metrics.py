@@ -47,19 +47,19 @@ def score(recipe: Recipe, predictions: np.ndarray, labels: np.ndarray, classes: 
 def _of_sets(answers: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Scores of sets of classes, (rows, classes), faster than scikit-learn's: intervals draw rows 1,000 times.
 
-    F1 = 2 hits / (predicted + there), of all classes together or of each one that is predicted or there.
+    F1 = 2 hits / (predicted + actual), of all classes together or of each one that is predicted or occurs.
     """
     hits, either = (answers & truth).sum(0), answers.sum(0) + truth.sum(0)
-    seen = either > 0
+    occurs = either > 0
     return {
-        "f1_micro": _percent(2 * float(hits.sum()) / float(either.sum())) if seen.any() else 0.0,
-        "f1_macro": _percent(float(np.mean(2 * hits[seen] / either[seen]))) if seen.any() else 0.0,
+        "f1_micro": _percent(2 * float(hits.sum()) / float(either.sum())) if occurs.any() else 0.0,
+        "f1_macro": _percent(float(np.mean(2 * hits[occurs] / either[occurs]))) if occurs.any() else 0.0,
         "subset_accuracy": _percent(float(np.mean((answers == truth).all(1)))),
     }
 
 
 def outputs_of(predictions: Any) -> np.ndarray:
-    """The model's scores among what it returned: (rows, classes) or (rows, 1)."""
+    """The model's scores, the first of its outputs: (rows, classes) or (rows, 1)."""
     return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
 
 
@@ -97,7 +97,7 @@ _LOWER = ("divergence", "rmse", "mse", "mae", "loss", "bits_per_byte", "brier_sc
 
 
 def lower_is_better(metric: str) -> bool:
-    """Also for lm-eval's names: word_perplexity, bits_per_byte, brier_score, ter, ..."""
+    """Whether `metric` improves as it falls; lm-eval's names count, too: word_perplexity, bits_per_byte, ter, ..."""
     return metric.endswith("perplexity") or metric in _LOWER
 
 

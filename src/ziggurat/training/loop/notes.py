@@ -1,4 +1,4 @@
-"""What a run says beside its progress: notes and warnings, before it trains and while it does."""
+"""The notes and warnings that a run prints, before training and during it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Notes:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.kept: list[str] = []
+        self.texts: list[str] = []
 
     def note(self, *texts: str) -> None:
         self._print("note", "dim", *texts)
@@ -44,7 +44,7 @@ class Notes:
         self._print("warning", "yellow", *texts)
 
     def _print(self, kind: str, style: str, *texts: str) -> None:
-        self.kept += texts
+        self.texts += texts
         for text in texts:
             # In a pipe or a log a note is one line.
             self.console.print(f"{kind}: {text}", style=style, highlight=False, soft_wrap=not is_screen(self.console))
@@ -76,7 +76,7 @@ def _classes(recipe: Recipe, base: Base) -> int | None:
 
 
 def of_settings(recipe: Recipe, processes: Processes, fit: Fit | None, spec: HeadSpec) -> Iterator[str]:
-    """Notes on what the recipe and the launcher make of the run."""
+    """Notes on the settings of the recipe and of the launcher."""
     if recipe.adapter is not None:
         yield f"training goes on from the adapter in {recipe.adapter}"
     if spec.images:

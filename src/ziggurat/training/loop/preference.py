@@ -101,11 +101,11 @@ class TokenizedPairs(Tokenized):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         sizes = self.__dict__.pop("_sizes", [])
-        kept = self._stored_metrics if hasattr(self, "_stored_metrics") else self._metrics
-        for values in kept["eval"].values():
+        stored = self._stored_metrics if hasattr(self, "_stored_metrics") else self._metrics
+        for values in stored["eval"].values():
             if len(values) == len(sizes):
                 values[:] = [float(np.average(values, weights=sizes))]
-        for of_mode in kept.values():  # the reward trainer's names, as its neighbours call the same
+        for of_mode in stored.values():  # the reward trainer's metrics get its neighbours' names
             for name, ours in (("accuracy", "rewards/accuracies"), ("margin", "rewards/margins")):
                 if name in of_mode:
                     of_mode[ours] = of_mode.pop(name)

@@ -42,9 +42,9 @@ def report(recipe: Recipe, result: Result) -> Group:
     if metric in result.guess:
         baseline = "mean baseline" if recipe.task == "regression" else "majority-class baseline"
         table.add_row(baseline, _number(result.guess[metric]))
-    rest = [name for name in result.after if name not in (metric, "loss", "entropy")]
-    if rest:
-        table.add_row("other metrics", ", ".join(f"{name} {_number(result.after[name])}" for name in rest))
+    others = [name for name in result.after if name not in (metric, "loss", "entropy")]
+    if others:
+        table.add_row("other metrics", ", ".join(f"{name} {_number(result.after[name])}" for name in others))
     steps = [words for line in result.history if (words := rewards_of(line))]
     if steps:
         table.add_row("first step", steps[0])
@@ -79,7 +79,7 @@ def _answers(result: Result) -> Iterator[Text]:
                 yield Text(f"  {when}: {one_line(row[name])}")
 
 
-#: So many classes, and mistakes, fit into a table in the terminal.
+#: The most classes, and mistakes, in a table in the terminal.
 _CLASSES, _MISTAKES = 12, 3
 
 

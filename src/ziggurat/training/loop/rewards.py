@@ -30,7 +30,7 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def _exact(text: str, answer: str, settings: RewardsPart) -> float:
-    """1 where the completion is the right answer, blanks around both apart."""
+    """1 where the completion is the right answer, apart from surrounding blanks."""
     return float(text.strip() == answer.strip())
 
 
@@ -68,7 +68,7 @@ def _of_texts(score: Callable[[str, str, RewardsPart], float]) -> Callable[..., 
     return rewards
 
 
-#: Built-in rewards; each one's first argument are the recipe's `rewards.*`.
+#: Built-in rewards; the first argument of each is the recipe's `rewards.*`.
 BUILT_IN: dict[str, Callable[..., list[float]]] = {
     "exact": _of_texts(_exact),
     "last_number": _of_texts(_last_number),
@@ -112,31 +112,31 @@ def from_words(words: Iterable[str]) -> list[Reward]:
     return functions
 
 
-def settle_rewards(recipe: Recipe, given: Sequence[Reward]) -> tuple[Recipe, dict[str, Reward]]:
-    """The recipe with all of its rewards, and the functions by name: those that it names, then the `given` ones.
+def settle_rewards(recipe: Recipe, user_rewards: Sequence[Reward]) -> tuple[Recipe, dict[str, Reward]]:
+    """The recipe with all of its rewards, and the functions by name: those that it names, then `user_rewards`.
 
-    Code comes from `given` and installed packages alone. Raises RecipeError that lists all mistakes.
+    Code comes from `user_rewards` and installed packages alone. Raises RecipeError that lists all mistakes.
     """
     if recipe.task not in REWARDED:
-        if given:
+        if user_rewards:
             raise RecipeError(
                 f"--reward: has no meaning with task: {recipe.task}; it goes with {' and '.join(REWARDED)}"
             )
         return recipe, {}
     problems: list[str] = []
-    brought = {name_of(function): function for function in given}
+    by_name = {name_of(function): function for function in user_rewards}
     problems += [
-        f"--reward: '{name}' is the name of a built-in reward; rename it" for name in brought if name in BUILT_IN
+        f"--reward: '{name}' is the name of a built-in reward; rename it" for name in by_name if name in BUILT_IN
     ]
-    if len(brought) < len(given):
-        problems.append(f"--reward: two functions have one name: {', '.join(map(name_of, given))}; rename one")
-    names = list(dict.fromkeys([*(recipe.rewards.functions or ()), *brought]))
+    if len(by_name) < len(user_rewards):
+        problems.append(f"--reward: two functions have one name: {', '.join(map(name_of, user_rewards))}; rename one")
+    names = list(dict.fromkeys([*(recipe.rewards.functions or ()), *by_name]))
     functions: dict[str, Reward] = {}
     for name in names:
         if name in BUILT_IN:
             problems += _needs(recipe, name)
             functions[name] = partial(BUILT_IN[name], recipe.rewards)
-        elif (function := brought.get(name) or _installed(name)) is not None:
+        elif (function := by_name.get(name) or _installed(name)) is not None:
             functions[name] = function
         else:
             problems.append(
@@ -169,8 +169,8 @@ def _sampling_problems(recipe: Recipe) -> list[str]:
     drawn = recipe.train.batch * recipe.train.accumulate * launched_size()
     if drawn % group:
         problems.append(
-            f"train.batch: with train.accumulate and all processes a step takes {drawn} completions, which are no "
-            f"whole groups of sampling.completions {group}; {drawn // group * group or group} are"
+            f"train.batch: with train.accumulate and all processes a step takes {drawn} completions, no multiple "
+            f"of sampling.completions {group}; {drawn // group * group or group} is one"
         )
     return problems
 
@@ -182,10 +182,10 @@ def drawing_problems(recipe: Recipe, config: Any) -> list[str]:
         for key, value in recipe.method.items()
         if key.endswith("dropout") and value
     ]
-    known = [field.name.removeprefix("vllm_") for field in fields(config) if field.name.startswith("vllm_")]
+    options = [field.name.removeprefix("vllm_") for field in fields(config) if field.name.startswith("vllm_")]
     for name in recipe.sampling.vllm_options or {}:
-        if name not in known or name == "mode":
-            hint = did_you_mean(name, known) or f"; TRL's are {', '.join(known)}"
+        if name not in options or name == "mode":
+            hint = did_you_mean(name, options) or f"; TRL's are {', '.join(options)}"
             problems.append(f"sampling.vllm_options: {name} is unknown{hint}")
     return problems
 
@@ -223,30 +223,30 @@ def _needs(recipe: Recipe, name: str) -> list[str]:
 def checked(name: str, function: Reward) -> Reward:
     """`function` for TRL: it gets the keywords that it names, and its result is checked (RewardError)."""
 
-    async def awaited(**given: Any) -> list[float | None]:
-        with _told_of_errors(name, function, given):
-            values = await function(**_wanted(function, given))
-        return _numbers(name, values, given["completions"])
+    async def awaited(**keywords: Any) -> list[float | None]:
+        with _told_of_errors(name, function, keywords):
+            values = await function(**_accepted(function, keywords))
+        return _numbers(name, values, keywords["completions"])
 
-    def called(**given: Any) -> list[float | None]:
-        with _told_of_errors(name, function, given):
-            values = function(**_wanted(function, given))
-        return _numbers(name, values, given["completions"])
+    def called(**keywords: Any) -> list[float | None]:
+        with _told_of_errors(name, function, keywords):
+            values = function(**_accepted(function, keywords))
+        return _numbers(name, values, keywords["completions"])
 
     reward = awaited if inspect.iscoroutinefunction(function) else called
     reward.__name__ = name
     return reward
 
 
-def _wanted(function: Reward, given: Mapping[str, Any]) -> dict[str, Any]:
+def _accepted(function: Reward, keywords: Mapping[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return dict(given)
-    return {name: value for name, value in given.items() if name in parameters}
+        return dict(keywords)
+    return {name: value for name, value in keywords.items() if name in parameters}
 
 
 @contextmanager
-def _told_of_errors(name: str, function: Reward, given: Mapping[str, Any]) -> Iterator[None]:
+def _told_of_errors(name: str, function: Reward, keywords: Mapping[str, Any]) -> Iterator[None]:
     """Turn an error of a reward function in the block into RewardError."""
     try:
         yield
@@ -255,20 +255,20 @@ def _told_of_errors(name: str, function: Reward, given: Mapping[str, Any]) -> It
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         where = f" in line {lines[-1]}" if lines else ""
         raise RewardError(
-            f"the reward '{name}' ended in {type(error).__name__}{where}: {first_line(error)}; it was asked about "
-            f"{len(given['completions'])} completions, the first is {text_of(given['completions'][0])[:80]!r}; it can "
-            f"get {', '.join(given)}"
+            f"the reward '{name}' ended in {type(error).__name__}{where}: {first_line(error)}; it was called with "
+            f"{len(keywords['completions'])} completions, the first is {text_of(keywords['completions'][0])[:80]!r}; "
+            f"it can get {', '.join(keywords)}"
         ) from error
 
 
 def _numbers(name: str, values: Any, completions: Sequence[Any]) -> list[float | None]:
     """The result of a reward function as numbers. Raises RewardError."""
-    what = f"the reward '{name}' has to return a number, or None, for each of {len(completions)} completions"
+    requirement = f"the reward '{name}' has to return a number, or None, for each of {len(completions)} completions"
     if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
-        raise RewardError(f"{what}, and returned a {type(values).__name__}")
+        raise RewardError(f"{requirement}, and returned a {type(values).__name__}")
     values = list(values)
     if len(values) != len(completions):
-        raise RewardError(f"{what}, and returned {len(values)}")
+        raise RewardError(f"{requirement}, and returned {len(values)}")
     numbers = []
     for value, completion in zip(values, completions, strict=True):
         try:
@@ -276,6 +276,6 @@ def _numbers(name: str, values: Any, completions: Sequence[Any]) -> list[float |
         except (TypeError, ValueError):
             number = math.nan
         if number is not None and not math.isfinite(number):
-            raise RewardError(f"{what}, and returned {value!r} for {text_of(completion)[:80]!r}")
+            raise RewardError(f"{requirement}, and returned {value!r} for {text_of(completion)[:80]!r}")
         numbers.append(number)
     return numbers

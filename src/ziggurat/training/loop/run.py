@@ -65,7 +65,7 @@ def train(
         RewardError: a reward function ended in an error, or returned no number for each completion.
         DivergedError: a loss or a weight became NaN or infinite; names the step and the last good checkpoint.
         Interrupted: Ctrl-C or SIGTERM; names the last checkpoint.
-        ProcessError: another process of the run has gone.
+        ProcessError: another process of the run has ended.
     """
     from ziggurat.recipe.needs import check
 
@@ -83,7 +83,7 @@ def train(
         console = Console(quiet=True)
     with StopSignals(processes) as stop:
         try:
-            with processes.reporting_lost_ones():
+            with processes.reporting_lost_processes():
                 return _train(recipe, folder, stop, console, callbacks, fit, functions)
         except KeyboardInterrupt:
             stopped = _interrupted(recipe, folder, stop.number or signal.SIGINT)
@@ -131,7 +131,7 @@ def _train(
         folder.note({"before": before, "seconds": time.monotonic() - begun, "answers": answers.rows})
         raise _interrupted(recipe, folder, stop.agreed, task.trainer.state)
     # From here on signals are deferred until the result is saved: they could only lose what has been learned.
-    after, seen = _final_scores(task, recipe), _seen(recipe, task, answers, examples, notes)
+    after, details = _final_scores(task, recipe), _details(recipe, task, answers, examples, notes)
     trackers.close(task.trainer)
     state = sharding.whole_state(task.trainer, processes)
     result = Result(
@@ -146,11 +146,11 @@ def _train(
         steps=task.trainer.state.global_step,
         peak_mb=peak_memory(),
         step_seconds=meter.step_seconds,
-        notes=notes.kept,
+        notes=notes.texts,
         history=[line for line in task.trainer.state.log_history if line],
         shape=examples.shape,
         left=settle(task.trainer.model),
-        **seen,
+        **details,
     )
     with told_of_storage(folder.final, _hint(folder.last_checkpoint())):
         processes.first(lambda: save(folder, recipe, base, task.trainer.model, state, spec, result))  # type: ignore[arg-type]
@@ -166,7 +166,7 @@ def _load(recipe: Recipe, processes: Processes, console: Console) -> tuple[Examp
     return examples, base, model, spec
 
 
-def _seen(recipe: Recipe, task: Task, answers: Answers, examples: Examples, notes: Notes) -> dict[str, Any]:
+def _details(recipe: Recipe, task: Task, answers: Answers, examples: Examples, notes: Notes) -> dict[str, Any]:
     """Details of the scores after training, as fields of `Result`."""
     from .samples import example_of
 
@@ -177,10 +177,10 @@ def _seen(recipe: Recipe, task: Task, answers: Answers, examples: Examples, note
         rows["train"] = state.global_step * arguments.train_batch_size * arguments.gradient_accumulation_steps
         rows["train"] *= arguments.world_size
         lost = examples.stream.lost.items()
-        notes.note(*(f"{count} rows of the stream {what} and were left out" for what, count in lost))
+        notes.note(*(f"{count} rows of the stream {reason} and were left out" for reason, count in lost))
     example, images = example_of(examples, rated=recipe.task == "reward")
-    seen = {"by_class": task.by_class(), "answers": answers.rows, "rows": rows}
-    return {**seen, "example": example, "example_images": images}
+    details = {"by_class": task.by_class(), "answers": answers.rows, "rows": rows}
+    return {**details, "example": example, "example_images": images}
 
 
 def _hint(checkpoint: Path | None) -> str:
@@ -294,7 +294,7 @@ def _final_scores(task: Task, recipe: Recipe) -> dict[str, float]:
 
 
 def resume_command(words: Sequence[str]) -> str:
-    """The user's own `ziggurat train` words with resume=true, ready to paste into a shell, or behind the launcher's."""
-    kept = [word for word in words if not word.startswith(("overwrite=", "resume="))]
+    """The user's own `ziggurat train` words with resume=true, ready to paste into a shell, or after the launcher's."""
+    arguments = [word for word in words if not word.startswith(("overwrite=", "resume="))]
     start = "ziggurat" if launched_size() == 1 else "the launcher, as before, -m ziggurat"
-    return f"{start} train " + shlex.join([*kept, "resume=true"])
+    return f"{start} train " + shlex.join([*arguments, "resume=true"])

@@ -21,9 +21,9 @@ from ..model.seeing import question_of, writer_of
 if TYPE_CHECKING:
     from datasets import Dataset
 
-#: The longest answer, in tokens; and so many characters of a question are kept.
+#: The longest answer, in tokens; and the most characters of a question that are kept.
 TOKENS, SHOWN = 64, 600
-#: Characters of a text in a command that is shown.
+#: The most characters of a text in a command that is shown.
 LONGEST = 120
 
 
@@ -39,11 +39,11 @@ class Answers:
         count = recipe.train.answers if recipe.task in ("instruct", "seq2seq") and alone else 0
         rows = validation.select(range(min(count, len(validation))))
         self._writer = writer_of(base.tokenizer, base.processor)
-        asked = [_question(recipe, self._writer, dict(row)) for row in rows]
-        self._prompts = [question[0] for question in asked if question is not None]
+        questions = [_question(recipe, self._writer, dict(row)) for row in rows]
+        self._prompts = [question[0] for question in questions if question is not None]
         self.rows: list[dict[str, str]] = [
             {"question": question[1][:SHOWN], "expected": question[2][:SHOWN]}
-            for question in asked
+            for question in questions
             if question is not None
         ]
 
@@ -73,12 +73,14 @@ def _question(recipe: Recipe, writer: Any, row: dict[str, Any]) -> tuple[Any, st
 def example_of(examples: Examples, rated: bool = False) -> tuple[list[str], list[str]]:
     """The texts of a short validation row, and the files of its images, as arguments of `ziggurat predict`.
 
-    `rated`: with the answer, which is to be rated.
+    `rated`: with the answer, for a model that rates answers.
     """
     table, shape = examples.validation, examples.shape
     rows = [dict(row) for row in table.select(range(min(50, len(table))))]
-    asked = [(_texts(row, shape, rated), [image["path"] for image in row.get("images") or []]) for row in rows]
-    usable = [(texts, paths) for texts, paths in asked if texts and all(text.strip() for text in texts) and all(paths)]
+    candidates = [(_texts(row, shape, rated), [image["path"] for image in row.get("images") or []]) for row in rows]
+    usable = [
+        (texts, paths) for texts, paths in candidates if texts and all(text.strip() for text in texts) and all(paths)
+    ]
     texts, paths = min(usable, key=lambda pair: (not pair[1], sum(map(len, pair[0]))), default=(["..."], []))
     return [" ".join(text.split())[:LONGEST] for text in texts], paths
 
@@ -88,8 +90,8 @@ def _texts(row: dict[str, Any], shape: str | None, rated: bool) -> list[str]:
         talk = json.loads(row["messages"])[-2:] if "messages" in row else []
         return [message["content"] for message in talk] or [row["prompt"], row["completion"]]
     if "messages" in row:
-        asked = [message["content"] for message in json.loads(row["messages"]) if message["role"] == "user"]
-        return [text.replace(IMAGE, "") for text in asked[:1]]
+        questions = [message["content"] for message in json.loads(row["messages"]) if message["role"] == "user"]
+        return [text.replace(IMAGE, "") for text in questions[:1]]
     if "prompt" in row:
         instruction = row["prompt"].partition("### Instruction:\n")[2].partition("\n\n###")[0]
         return [instruction if shape == "alpaca" else row["prompt"]]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 #: The file, in a run's logs, of completions with their rewards.
 COMPLETIONS = "completions.jsonl"
-#: Completions of a step, and of a scoring, that are kept there.
+#: The most completions of a step, and of a scoring, that are kept there.
 KEPT = 8
 #: Stands for a trainer of TRL's, which importing this file must not load.
 _TRL: Any = object
@@ -49,8 +49,8 @@ def rewarding(setup: Setup) -> Task:
     rows, notes = prompt_rows(setup, prompts)
     if recipe.rewards.beta:
         _check_start(recipe, setup.base.tokenizer, setup.model)
-    more = {"reward_funcs": list(rewards.values()), "processing_class": setup.base.tokenizer}
-    trainer = setup.trainer(type(kind.__name__, (Rewarded, kind), {}), made, rows, **more)
+    inputs = {"reward_funcs": list(rewards.values()), "processing_class": setup.base.tokenizer}
+    trainer = setup.trainer(type(kind.__name__, (Rewarded, kind), {}), made, rows, **inputs)
     trainer.samples = setup.checkpoints.with_name(LOGS) / COMPLETIONS
     notes.append(
         f"{prompts} prompts of {recipe.sampling.completions} completions a step; rewarded by {', '.join(rewards)}; "
@@ -93,7 +93,7 @@ def prompt_rows(setup: Setup, prompts: int) -> tuple[list[Dataset], list[str]]:
     def asking(rows: dict[str, Any]) -> dict[str, Any]:
         return {**rows, "prompt": [opened({"prompt": prompt}, shape) for prompt in rows["prompt"]]}
 
-    # They are made on reading: a table would give all messages all keys.
+    # Prompts are converted on reading: a table would give every message the keys of all.
     return [table.with_transform(asking) for table in tables], notes
 
 
@@ -115,7 +115,7 @@ def _check_start(recipe: Recipe, tokenizer: Any, model: Any) -> None:
             )
         raise RecipeError(
             f"rewards.beta: {recipe.method['name']} starts from other base weights than the model's, so that without "
-            "its adapter there is no reference to be held near; leave the key out, or take another method"
+            "its adapter there is no reference to stay near; leave the key out, or take another method"
         )
 
 
@@ -123,8 +123,8 @@ def _cut_back(samples: Path, step: int) -> None:
     """Drop the completions that a run resumed at `step` draws again, and an unfinished line of a killed run."""
     lines = [line for line in samples.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
     places = [(json.loads(line)["step"], json.loads(line)["part"]) for line in lines]
-    made = [at < step or (at == step and part == "validation") for at, part in places]
-    samples.write_text("".join(line for line, kept in zip(lines, made, strict=True) if kept), encoding="utf-8")
+    is_kept = [at < step or (at == step and part == "validation") for at, part in places]
+    samples.write_text("".join(line for line, keep in zip(lines, is_kept, strict=True) if keep), encoding="utf-8")
 
 
 class Drawing(Resumable, _TRL):

@@ -36,23 +36,23 @@ class HeadLrTrainer(ExactTrainer):
     def _split_head(self, optimizer: torch.optim.Optimizer) -> None:
         # New groups are split before the scheduler reads their rates; a resumed run loads its state in the same order.
         assert self.model is not None
-        mine = {id(parameter) for name, parameter in self.model.named_parameters() if is_in(name, self.head)}
+        in_head = {id(parameter) for name, parameter in self.model.named_parameters() if is_in(name, self.head)}
         for group in list(optimizer.param_groups):
-            moved = [parameter for parameter in group["params"] if id(parameter) in mine]
+            moved = [parameter for parameter in group["params"] if id(parameter) in in_head]
             if moved:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in mine]
-                rest = {key: value for key, value in group.items() if key not in ("params", "lr")}
-                optimizer.add_param_group({**rest, "params": moved, "lr": self.head_lr})
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in in_head]
+                options = {key: value for key, value in group.items() if key not in ("params", "lr")}
+                optimizer.add_param_group({**options, "params": moved, "lr": self.head_lr})
 
 
 def scoring(setup: Setup) -> Task:
     """The Trainer of a scored task. Raises RecipeError."""
     recipe, base, examples = setup.recipe, setup.base, setup.examples
     if recipe.task == "tokens" and not base.tokenizer.is_fast:
-        raise RecipeError(f"model: the tokenizer of {recipe.model} doesn't say which word a token is of; take another")
-    wanted = recipe.data.max_length or SCORED_LENGTH
-    length = longest(base.tokenizer, base.model.config, wanted)
-    notes = [f"data.max_length {wanted} lowered to {length}, all this model can take"] if length < wanted else []
+        raise RecipeError(f"model: the tokenizer of {recipe.model} doesn't tell the word of a token; take another")
+    limit = recipe.data.max_length or SCORED_LENGTH
+    length = longest(base.tokenizer, base.model.config, limit)
+    notes = [f"data.max_length {limit} lowered to {length}, all this model can take"] if length < limit else []
     separate = recipe.head.pooling == "mean" and recipe.data.text_pair is not None
     parts: list[Dataset] = []
     for table, word in examples.parts:

@@ -51,10 +51,10 @@ class SequenceTrainer(TokenLoss, ExactSteps, Trainer):
     ) -> Any:
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        asked = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad(), self.compute_loss_context_manager():
             written = self.accelerator.unwrap_model(model).generate(
-                **asked, do_sample=False, max_new_tokens=self.most, synced_gpus=self.args.world_size > 1
+                **prompt, do_sample=False, max_new_tokens=self.most, synced_gpus=self.args.world_size > 1
             )
         return loss, written, inputs["labels"]
 

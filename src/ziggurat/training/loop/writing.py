@@ -67,10 +67,10 @@ def check_tokenizer(setup: Setup) -> None:
 def _template_notes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Notes for other programs that use an adapter trained with this chat template."""
     prompt = [{"role": "user", "content": "Really?"}]
-    opened, asked = chat_ids(tokenizer, prompt, add_generation_prompt=True), asked_ids(tokenizer, prompt)
-    if len(asked) < len(opened):
+    opened, learned = chat_ids(tokenizer, prompt, add_generation_prompt=True), asked_ids(tokenizer, prompt)
+    if len(learned) < len(opened):
         yield (
-            f"the chat template's generation prompt ends in {tokenizer.decode(opened[len(asked) :])!r}, which its "
+            f"the chat template's generation prompt ends in {tokenizer.decode(opened[len(learned) :])!r}, which its "
             "conversations lack: answers are learned, and asked for by `ziggurat predict`, without it; leave it out "
             "elsewhere, too"
         )

@@ -1,4 +1,4 @@
-"""Put a recipe's method into a base model, and count what trains."""
+"""Put a recipe's method into a base model, and count the trainable parameters."""
 
 import copy
 import re
@@ -91,8 +91,8 @@ def _trained_on(recipe: Recipe, base: Base, config: Any, folder: str) -> nn.Modu
     if type(saved) is not type(config):
         names = ", ".join(name for name, row in METHODS.items() if row.config_class() is type(saved))
         raise RecipeError(f"adapter: '{folder}' was trained with method.name: {names}, not {recipe.method['name']}")
-    given = {key: value for key, value in recipe.method.items() if isinstance(value, bool | int | float)}
-    others = [f"method.{key}: {value}, not {getattr(saved, key)}" for key, value in given.items()
+    settings = {key: value for key, value in recipe.method.items() if isinstance(value, bool | int | float)}
+    others = [f"method.{key}: {value}, not {getattr(saved, key)}" for key, value in settings.items()
               if getattr(saved, key) != value]  # fmt: skip
     if others:
         raise RecipeError(f"adapter: '{folder}' has other settings than the recipe; leave out {'; '.join(others)}")
@@ -124,7 +124,9 @@ def other_towers(model: nn.Module, tower: str) -> list[str]:
     decoder: Any = model.get_decoder()  # type: ignore[operator]
     path = next((path for path, module in model.named_modules() if path and module is decoder), None)
     if path is None or "." not in path:
-        raise RecipeError(f"tower: nothing tells the language model of a {type(model).__name__}; take tower: both")
+        raise RecipeError(
+            f"tower: the language model of a {type(model).__name__} can't be identified; take tower: both"
+        )
     if tower == "vision":
         return [path]
     body, _, name = path.rpartition(".")
@@ -136,9 +138,9 @@ def leave_out(config: Any, outside: list[str]) -> None:
     if not outside:
         return
     if not hasattr(config, "exclude_modules"):
-        raise RecipeError(f"tower: {type(config).__name__} leaves no module out; take tower: both, or another method")
-    given = config.exclude_modules
-    named = [given] if isinstance(given, str) else [rf"(?:.*\.)?{re.escape(name)}" for name in given or ()]
+        raise RecipeError(f"tower: {type(config).__name__} can't exclude modules; take tower: both, or another method")
+    excluded = config.exclude_modules
+    named = [excluded] if isinstance(excluded, str) else [rf"(?:.*\.)?{re.escape(name)}" for name in excluded or ()]
     whole = "|".join(re.escape(path) for path in outside)
     config.exclude_modules = "|".join([*named, rf"(?:{whole})(?:\..*)?"])
 

@@ -127,14 +127,15 @@ def load_base(
 
 
 def _check_kind(model: str, task: str, config: Any) -> None:
-    """Raises RecipeError for an encoder-decoder if a decoder is needed, and the other way round.
+    """Raises RecipeError for an encoder-decoder if a decoder is needed, and vice versa.
 
     transformers would make a decoder of BART, without its encoder.
     """
-    encodes, wanted = bool(getattr(config, "is_encoder_decoder", False)), TASKS[task].model == "Seq2SeqLM"
-    if TASKS[task].writes and encodes != wanted:
-        what, do = ("no encoder", "instruct") if wanted else ("an encoder and a decoder", "seq2seq")
-        raise RecipeError(f"model: '{model}' is of type {config.model_type}, which has {what}; set task: {do}")
+    is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    needs_encoder_decoder = TASKS[task].model == "Seq2SeqLM"
+    if TASKS[task].writes and is_encoder_decoder != needs_encoder_decoder:
+        parts, do = ("no encoder", "instruct") if needs_encoder_decoder else ("an encoder and a decoder", "seq2seq")
+        raise RecipeError(f"model: '{model}' is of type {config.model_type}, which has {parts}; set task: {do}")
 
 
 def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
@@ -164,9 +165,9 @@ def _build(path: str, spec: HeadSpec, config: Any, where: dict[str, Any]) -> tup
     if inside and inside <= set(info["missing_keys"]):
         raise ValueError(f"none of the checkpoint's weights fit this {config.model_type}")
     fresh = fresh_modules(model, info["missing_keys"])
-    for name, there, wanted in sorted(info["mismatched_keys"]):
+    for name, stored, expected in sorted(info["mismatched_keys"]):
         if not is_in(name, fresh):
-            raise ValueError(f"the checkpoint's {name} is of shape {tuple(there)}, its config says {tuple(wanted)}")
+            raise ValueError(f"the checkpoint's {name} is of shape {tuple(stored)}, its config says {tuple(expected)}")
     return model, fresh
 
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class Sampling:
     """The sampling of answers. A temperature of 0 takes the likeliest token each time.
 
-    `tokens`: the longest answer. `top_p`: the smallest set of likeliest tokens with this total probability; `top_k`: at
-    most so many; 0 for all. `seed` makes the draw repeatable.
+    `tokens`: the longest answer. `top_p`: the smallest set of likeliest tokens with this total probability; `top_k`:
+    the most tokens in it, 0 for all. `seed` makes the draw repeatable.
     """
 
     tokens: int = 256
@@ -63,7 +63,7 @@ def generate(
 ) -> Iterator[str]:
     """The answers to prompts, in their order, batch by batch.
 
-    Prompts are token ids, or `Asked` by a `seeing.Writer`, which is given as the tokenizer. Shorter prompts are padded
+    Prompts are token ids, or `Asked` by a `seeing.Writer`, which then is the tokenizer. Shorter prompts are padded
     on the left, those of an encoder on the right. `streamer` receives the tokens of a single prompt as they are
     generated. Raises DataError for a prompt that fills all positions of the model (`name` in the error).
     """
@@ -72,7 +72,7 @@ def generate(
         if not isinstance(ids, Asked) and most is not None and len(ids) > most - (not encodes(model)):
             raise DataError(
                 f"text {index + 1} of {len(prompts)} has {len(ids):,} tokens, and {name} takes {most:,}, "
-                "those of the answer too; shorten it"
+                "including the answer; shorten it"
             )
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
@@ -87,7 +87,7 @@ def _answers(
     pad, device, most = tokenizer.pad_token_id, next(model.parameters()).device, positions(model.config)
     if isinstance(part[0], Asked):
         most = None
-        inputs = tokenizer.inputs([asked.text for asked in part], [asked.images for asked in part], side="left")
+        inputs = tokenizer.inputs([prompt.text for prompt in part], [prompt.images for prompt in part], side="left")
     else:
         side, rows = "right" if encodes(model) else "left", [torch.tensor(ids) for ids in part]
         inputs = {"input_ids": pad_sequence(rows, True, pad or 0, side)}

@@ -25,8 +25,8 @@ def bare_model(
 ) -> nn.Module:
     """The architecture of `model` (a folder, a config.json, a hub name, or "embedded") on the meta device.
 
-    `task`: one of a recipe, or "encoder" (no head) choose the class; without one it's the
-    one that the config itself names. `changes` replace fields of the config.
+    `task`: one of a recipe, or "encoder" (no head), chooses the class; without one the config names it.
+    `changes` replace fields of the config.
 
     Raises:
         ConfigError: there is no such model, or transformers can't build it from a config.
@@ -52,7 +52,7 @@ def bare_model(
 
 
 def bare_config(model: str | Path, *, revision: str | None = None, gguf_file: str | None = None) -> Any:
-    """The config of `model`, of a folder without config.json from its one GGUF file.
+    """The config of `model`; of a folder without config.json, that of its only GGUF file.
 
     Raises ConfigError if there is none, RecipeError if the GGUF file isn't there or there are several,
     MissingExtraError if the embedded model or `gguf` isn't installed.

@@ -57,7 +57,7 @@ def bare_base(recipe: Recipe, model: str | Path | None = None) -> BareBase:
     names = _stored_names(model_path(where), recipe.revision) if gguf is None else None
     lacking = _lacking(built, names) if names is not None else None
     if lacking is None:
-        notes.append("the model has no safetensors weights here: that the checkpoint has all of the encoder is assumed")
+        notes.append("the model has no safetensors weights here; the checkpoint is assumed to have all of the encoder")
     return BareBase(built, fresh_modules(built, lacking or []), pair, notes)
 
 
@@ -68,10 +68,10 @@ def _labels(recipe: Recipe, notes: list[str]) -> int:
         names = class_names(recipe)
         if names is not None:
             return len(names)
-        why = "the data lie on the hub"
+        why = "the data are on the hub"
     except (DataError, MissingExtraError) as error:
         why = f"the data can't be read ({error})"
-    notes.append(f"2 classes are assumed: {why}; data.label_names says how many there are")
+    notes.append(f"2 classes are assumed: {why}; data.label_names gives their number")
     return 2
 
 

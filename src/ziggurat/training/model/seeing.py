@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 #: Inputs that have a column for each token.
 _OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-#: So many tokens before an answer tell it from the same words elsewhere.
+#: The number of tokens before an answer that distinguish it from the same words elsewhere.
 _CONTEXT = 4
 
 
@@ -99,11 +99,11 @@ def encode_images(recipe: Recipe, writer: Any, config: Any, examples: Examples) 
     parts = [(table, word, expanded(recipe, writer, table, word, notes)) for table, word in examples.parts]
     lengths = [len(ids) for ids, _ in parts[0][2]]
     notes.append(f"{spread(lengths, 'training rows')}, images among them")
-    wanted = recipe.data.max_length
+    limit = recipe.data.max_length
     # A cut row may lose an image, so without a user's length all rows fit, up to the model's positions.
-    length = longest(writer.tokenizer, config.get_text_config(), wanted or -(-max(lengths) // STEP) * STEP)
-    if wanted is None or length < wanted:
-        notes.append(f"data.max_length is {length} tokens: " + ("the longest row" if wanted is None else "the model's"))
+    length = longest(writer.tokenizer, config.get_text_config(), limit or -(-max(lengths) // STEP) * STEP)
+    if limit is None or length < limit:
+        notes.append(f"data.max_length is {length} tokens: " + ("the longest row" if limit is None else "the model's"))
     train, validation = (_cut(recipe, writer, *part, length, notes) for part in parts)
     return Encoded(train, validation, length, notes)
 
@@ -130,7 +130,7 @@ def text_of(writer: Any, row: dict[str, Any]) -> str:
 def along(ids: Sequence[int], mask: Sequence[int], full: Sequence[int], images: set[int]) -> list[int]:
     """The mask of `ids`, in which each image is one of `images`, mapped to the ids `full` with all image positions.
 
-    Each run of learned tokens is found again behind the one before it, by itself and the few tokens in front of it.
+    Each run of learned tokens is found again after the one before it, with the help of the few tokens in front of it.
     """
     mapped, start, place = [0] * len(full), 0, 0
     while place < len(ids):
@@ -146,7 +146,7 @@ def along(ids: Sequence[int], mask: Sequence[int], full: Sequence[int], images: 
         run = list(ids[before:end])
         at = next((at for at in range(start, len(full) - len(run) + 1) if list(full[at : at + len(run)]) == run), None)
         if at is None:
-            raise DataError("the processor writes an answer otherwise than the chat template")
+            raise DataError("the processor writes an answer differently from the chat template")
         start = at + len(run)
         mapped[start - (end - place) : start] = [1] * (end - place)
         place = end
@@ -156,7 +156,7 @@ def along(ids: Sequence[int], mask: Sequence[int], full: Sequence[int], images: 
 def _cut(recipe: Recipe, writer: Any, table: Dataset, word: str, rows: list[Row], length: int, notes: list[str]) -> Any:
     from datasets import Dataset
 
-    kept, cut, unanswered, torn = [], 0, 0, 0
+    fitting, cut, unanswered, torn = [], 0, 0, 0
     for row, (ids, mask) in zip(table, rows, strict=True):
         assert isinstance(row, dict)
         cut += len(ids) > length
@@ -169,11 +169,11 @@ def _cut(recipe: Recipe, writer: Any, table: Dataset, word: str, rows: list[Row]
             continue
         labels = [token if learned else -100 for token, learned in zip(ids, mask, strict=True)]
         made = {"input_ids": ids, "labels": labels, "text": text_of(writer, row), "images": row.get("images") or []}
-        kept.append(made)
+        fitting.append(made)
     if torn:
         notes.append(f"{torn} of {len(table)} {word} rows have images beyond {length} tokens and are left out")
-    tell_of_cuts(recipe, length, word, len(table), cut, unanswered, len(table) - len(kept), notes)
-    return Dataset.from_list(kept)
+    tell_of_cuts(recipe, length, word, len(table), cut, unanswered, len(table) - len(fitting), notes)
+    return Dataset.from_list(fitting)
 
 
 class ImageCollator:
@@ -215,5 +215,5 @@ def question_of(writer: Any, row: dict[str, Any]) -> tuple[Any, str, str] | None
         return None
     if not isinstance(writer, Writer):
         return asked_ids(writer, before, tools), before[-1]["content"], answer
-    asked = writer.asked(before, tools, row.get("images") or [])
-    return asked, before[-1]["content"].replace(IMAGE, "[image] "), answer
+    prompt = writer.asked(before, tools, row.get("images") or [])
+    return prompt, before[-1]["content"].replace(IMAGE, "[image] "), answer

@@ -29,7 +29,7 @@ _REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, Attribute
 
 @dataclass(frozen=True)
 class Fit:
-    """The rank that meets a budget, and how many trainable parameters it makes."""
+    """The rank that meets a budget, and its number of trainable parameters."""
 
     rank: int
     parameters: int
@@ -45,12 +45,12 @@ def settle_budget(recipe: Recipe) -> tuple[Recipe, Fit | None]:
     if BUDGET not in recipe.method:
         return recipe, None
     budget = recipe.method[BUDGET]
-    rest = {key: value for key, value in recipe.method.items() if key != BUDGET}
+    method = {key: value for key, value in recipe.method.items() if key != BUDGET}
     try:
-        fit = fit_rank(recipe_model(recipe), rest, budget)
+        fit = fit_rank(recipe_model(recipe), method, budget)
     except ConfigError as error:
         raise RecipeError(f"method.budget: {error}") from error
-    return recipe.model_copy(update={"method": {**rest, **rank_fields(rest, fit.rank)}}), fit
+    return recipe.model_copy(update={"method": {**method, **rank_fields(method, fit.rank)}}), fit
 
 
 def recipe_model(recipe: Recipe) -> nn.Module:
@@ -63,7 +63,7 @@ def recipe_model(recipe: Recipe) -> nn.Module:
 
 
 def read_budget(text: str, base: int) -> int:
-    """A number of parameters from "0.1%" of `base`, "300k", "1.2M", "1B" or a whole number.
+    """The number of parameters that a text means: "0.1%" of `base`, "300k", "1.2M", "1B" or a whole number.
 
     Raises:
         ConfigError: it is none of these, or not above 0.
@@ -93,10 +93,10 @@ def rank_fields(choice: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 def fit_rank(model: nn.Module, choice: dict[str, Any], budget: int, *, build: bool = True) -> Fit:
-    """The largest rank of the method `choice` (`method.*` of a recipe) on `model` with at most `budget` numbers.
+    """The largest rank of the method `choice` (`method.*` of a recipe) on `model` with at most `budget` parameters.
 
     The search counts by formula. With `build` the resulting adapter is built and counted, too, and if the method
-    refuses it or the numbers differ, the search is repeated by building.
+    refuses it or the counts differ, the search is repeated by building.
 
     Raises:
         ConfigError: even the smallest rank has more (the error has the number); or the method refuses every rank.
@@ -159,7 +159,7 @@ def count_of(model: nn.Module, choice: dict[str, Any], *, refuse: bool = False) 
         config = method_config(choice)
         assert config is not None
         if getattr(config, "init_lora_weights", None) == "pissa":
-            config.init_lora_weights = True  # the same shapes without a singular value decomposition of nothing
+            config.init_lora_weights = True  # the same shapes; weights without values have no decomposition
         with torch.device("meta"), _quiet():
             adapted = get_peft_model(copy.deepcopy(model), config)
     except _REFUSALS as error:

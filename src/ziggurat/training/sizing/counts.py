@@ -21,7 +21,7 @@ from ziggurat.host.site import Site
 def lora(some: Iterable[Site], config: Any) -> int:
     """sum r (d_in + d_out), r by the rank pattern; DoRA: plus a magnitude for each output, d_out.
 
-    A parameter with all experts of a layer has a pair for each.
+    A parameter that holds all experts of a layer has a pair for each of them.
     """
     pattern = config.rank_pattern or {}
     total = 0
@@ -38,7 +38,7 @@ def adalora(some: Iterable[Site], config: Any) -> int:
 
 
 def vera(some: Iterable[Site], config: Any) -> int:
-    """sum r + d_out: the two vectors of each linear; the random factors aren't trained."""
+    """sum r + d_out: the two vectors of each linear layer; the random factors aren't trained."""
     return sum(config.r + t.d_out for t in some)
 
 
