@@ -99,7 +99,7 @@ TABLE: dict[str, Method] = {
         ranks=lambda rank: {"r": rank, "outer_rank": rank},  # the paper's: k = r = 8 in full, k = r = 1 as the smallest
         shown="LoRA²",
     ),
-    "lora": Method("low-rank updates, one pair a linear (arXiv 2106.09685)", "peft:LoraConfig", shown="LoRA"),
+    "lora": Method("low-rank updates, one pair per linear layer (arXiv 2106.09685)", "peft:LoraConfig", shown="LoRA"),
     "adalora": Method(
         "LoRA as singular values, pruned by importance (arXiv 2303.10512)",
         "peft:AdaLoraConfig",
