@@ -219,6 +219,19 @@ def test_a_killed_process_is_told_of(place: Place, fresh: Fresh) -> None:
     assert not list(place.folder.glob("killed*"))
 
 
+def test_the_reason_is_given_before_the_launchers_sigterm_ends_the_process() -> None:
+    code = (
+        "import os, signal\n"
+        "from ziggurat import cli\n"
+        "from ziggurat.training.devices import processes\n"
+        "processes.is_first_to_report = lambda: os.kill(os.getpid(), signal.SIGTERM) or True\n"
+        "cli._fail('lost the connection', 2)"
+    )
+    env = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error in process 0 of 2: lost the connection\n")
+
+
 def test_accelerate_launches_the_command_with_a_shipped_config(
     place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import signal
 import sys
 from collections.abc import Iterable
 from typing import Annotated, NoReturn
@@ -125,6 +126,8 @@ def _options_first(words: Iterable[str]) -> list[str]:
 def _fail(message: str, code: int) -> NoReturn:
     where, size = "", os.environ.get("WORLD_SIZE", "1")
     if size not in ("", "1"):
+        # Where one process has ended, the launcher ends the others by SIGTERM: one of them gives the reason first.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         from ziggurat.training.devices.processes import is_first_to_report
 
         if not is_first_to_report():
