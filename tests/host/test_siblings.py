@@ -110,6 +110,18 @@ def test_linear_layers_share_while_a_tier_waits(monkeypatch: pytest.MonkeyPatch)
     assert_equal(together, step(alone(model), x))
 
 
+def test_a_stage_that_changes_in_between_is_seen() -> None:
+    """A key that is called after the next stage has begun gives its gradient to the tier that learns then."""
+    model = adapted()
+    parts, x = linears(model), torch.randn(3, 12, dtype=torch.float64)
+    model.base_model.set_stage(0.0)
+    parts["q_proj"](x)
+    model.base_model.set_stage(0.99)
+    parts["k_proj"](x).sum().backward()
+    learned = {name.rpartition("_")[2] for name, p in model.named_parameters() if p.grad is not None}
+    assert learned == {"layer"}
+
+
 @versions.shares
 def test_one_mask_for_all_three() -> None:
     """By the formula, with the mask drawn once: queries, keys and values of dropout(x) with the same entries zero."""

@@ -92,6 +92,13 @@ def _written(path: Path, text: str) -> Path:
     return path
 
 
+def test_a_streamed_line_that_is_no_object_is_named_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n\n[1]\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows.jsonl, line 3: a list, each must be an object"):
+        first(read(path, data__validation_rows=1, data__shuffle_buffer=1), 3)
+
+
 def test_what_a_stream_cannot_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
         read(tmp_path / "a.jsonl", train__max_steps=None, train__epochs=2.0, data__max_train=3)

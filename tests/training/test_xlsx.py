@@ -33,6 +33,22 @@ def test_the_first_sheet_of_a_workbook(tmp_path: Path) -> None:
         read_table(str(path))
 
 
+def test_long_numbers_and_error_cells_of_a_workbook(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (
+        ["text", "number", "mixed", "label"],
+        ["#DIV/0!", 12345678901234567890, 1e17, "#N/A"],
+        ["b", 3, 2.5, "x"],
+    ):
+        book.active.append(row)
+    path = tmp_path / "a.xlsx"
+    book.save(path)
+    table = read_table(str(path), texts=["text"]).to_dict()
+    assert (table["text"], table["label"]) == (["#DIV/0!", "b"], ["#N/A", "x"])
+    assert table["number"] == pytest.approx([12345678901234567890, 3]) and table["mixed"] == [1e17, 2.5]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("openpyxl") is not None, reason="openpyxl is installed")
 def test_without_openpyxl_the_error_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "a.xlsx").write_bytes(b"PK")

@@ -1,5 +1,6 @@
 """The `ziggurat` command; its subcommands are in the modules of this package."""
 
+import contextlib
 import io
 import itertools
 import os
@@ -127,7 +128,8 @@ def _fail(message: str, code: int) -> NoReturn:
     where, size = "", os.environ.get("WORLD_SIZE", "1")
     if size not in ("", "1"):
         # Where one process has ended, the launcher ends the others by SIGTERM: one of them gives the reason first.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with contextlib.suppress(ValueError):  # in another thread than the main one
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         from ziggurat.training.devices.processes import is_first_to_report
 
         if not is_first_to_report():

@@ -127,6 +127,10 @@ class Bank(nn.Module, WithoutBase, Stores):
         """
         self._held[adapter] = frozenset(leaves)
 
+    def held_still(self, adapter: str) -> frozenset[str]:
+        """The names of the tensors of `adapter` that `hold_still` has frozen."""
+        return self._held.get(adapter, frozenset())
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Note which adapters are merged; the linear layers change the weights."""
         names = check_adapters_to_merge(self, adapter_names)

@@ -89,9 +89,7 @@ class MethodLayer(Stores):
 
     def stored(self, adapter: str) -> dict[str, Tensor]:
         """The tensors of `adapter` at this site, by key."""
-        leaves = self.leaves[adapter]
-        if self.method.reads is not None:
-            leaves = leaves | redirected(self.method, self.configs[adapter], self.sites[adapter])
+        leaves = self._places(adapter)
         shared = [leaf for in_bank, leaf in leaves.values() if in_bank]
         from_bank = iter(self.__dict__[BANK](adapter, shared) if shared else ())
         private: Factors = self.stores[adapter]  # type: ignore[assignment]
@@ -112,10 +110,17 @@ class MethodLayer(Stores):
     def held(self, adapter: str) -> dict[str, Tensor]:
         """The tensors of `adapter` at this site, by key, as they were created: `stored` may give detached or copied
         ones."""
-        return {
-            key: (self.bank_factors(adapter) if in_bank else self.stores[adapter])[leaf]  # type: ignore[index]
-            for key, (in_bank, leaf) in self.leaves[adapter].items()
-        }
+        return {key: self._held(adapter, *place) for key, place in self.leaves[adapter].items()}
+
+    def _held(self, adapter: str, in_bank: bool, leaf: str) -> Tensor:
+        return (self.bank_factors(adapter) if in_bank else self.stores[adapter])[leaf]  # type: ignore[return-value, index]
+
+    def _places(self, adapter: str) -> dict[str, tuple[bool, str]]:
+        """Key -> (whether the tensor lies in the bank, its leaf name), of the tensors that are read at present."""
+        leaves = self.leaves[adapter]
+        if self.method.reads is None:
+            return leaves
+        return leaves | redirected(self.method, self.configs[adapter], self.sites[adapter])
 
     def context(self, adapter: str) -> Context:
         """The context of the forward pass that is being computed."""
@@ -137,11 +142,13 @@ class MethodLayer(Stores):
         return self.configs[adapter].dropout_at(self.sites[adapter])
 
     def state_of(self, adapter: str) -> tuple[object, ...]:
-        """A key that changes whenever the pair of `adapter` in a training pass does: its tensors and their versions."""
-        context = self.context(adapter)
-        tensors = self.held(adapter).values()
+        """A key that changes whenever the pair of `adapter` in a training pass does: the tensors that it reads, their
+        versions, and which of them are held still."""
+        bank: Bank | None = self.__dict__.get(BANK)
+        tensors = (self._held(adapter, *place) for place in self._places(adapter).values())
         versions = ((id(t), None if t.is_inference() else t._version) for t in tensors)
-        return self.dropout(adapter), context.drawn, *versions
+        waiting = None if bank is None else bank.held_still(adapter)
+        return self.dropout(adapter), self.context(adapter).drawn, waiting, *versions
 
     def weight_of_base(self, path: str) -> Weight:
         """The frozen weight, for an initialisation that starts from it."""

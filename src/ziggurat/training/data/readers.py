@@ -160,26 +160,30 @@ def _xlsx(path: Path, texts: Collection[str]) -> Any:
     openpyxl.
     """
     require(f"reading {path}", "openpyxl")
-    import pandas as pd
+    import openpyxl
     import pyarrow as pa
 
     with zipfile.ZipFile(path) as archive:
         if sum(part.file_size for part in archive.infolist()) > _most(path):
             raise _too_much(path)
-    sheet = pd.read_excel(path, header=None, dtype=object, keep_default_na=False, engine="openpyxl")
-    cells = [[None if value == "" or pd.isna(value) else value for value in column] for _, column in sheet.items()]
-    columns, names = [], []
-    for name, *values in cells:
-        if name is None:
-            continue
+    book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    try:
+        rows = [list(row) for row in book.worksheets[0].iter_rows(values_only=True)]
+    finally:
+        book.close()
+    while rows and not any(value is not None for value in rows[-1]):  # Excel keeps rows that were emptied
+        rows.pop()
+    named = [(place, str(name)) for place, name in enumerate(rows[0] if rows else []) if name is not None]
+    if not named:
+        raise DataError(f"{path}: the first row of its first sheet must name the columns")
+    columns = []
+    for place, name in named:
+        values = [row[place] if place < len(row) else None for row in rows[1:]]
         kinds = {type(value) for value in values if value is not None}
         if name in texts or (len(kinds) > 1 and kinds != {int, float}):
             values = [None if value is None else str(value) for value in values]
         columns.append(pa.array(values, pa.string() if name in texts else None))
-        names.append(str(name))
-    if not names:
-        raise DataError(f"{path}: the first row of its first sheet must name the columns")
-    return pa.Table.from_arrays(columns, names)
+    return pa.Table.from_arrays(columns, [name for _, name in named])
 
 
 def _csv(path: Path, content: bytes, texts: Collection[str], classes: str | None, delimiter: str | None) -> Any:
@@ -229,7 +233,8 @@ def _json(path: Path, content: bytes, nested: Collection[str]) -> Any:
         rows = json.loads(text)
     else:
         # Not splitlines: JSON texts may contain unescaped characters at which it splits (U+2028, U+0085).
-        rows = list(json_lines(path, text.split("\n"), "a list of objects, or one object a line"))
+        numbered = json_lines(path, text.split("\n"), "a list of objects, or one object a line")
+        rows = [row for _, row in numbered]
     bad = next((index for index, row in enumerate(rows) if not isinstance(row, dict)), None)
     if bad is not None:
         raise DataError(f"{path}: entry {bad} is a {type(rows[bad]).__name__}, each must be an object")
@@ -247,12 +252,12 @@ def _json(path: Path, content: bytes, nested: Collection[str]) -> Any:
     return pa.table(columns)
 
 
-def json_lines(path: Path, lines: Iterable[str], expected: str) -> Iterator[Any]:
-    """The value of each line that isn't blank. Raises DataError with the line that is no JSON."""
+def json_lines(path: Path, lines: Iterable[str], expected: str) -> Iterator[tuple[int, Any]]:
+    """The number and the value of each line that isn't blank. Raises DataError with the line that is no JSON."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                yield json.loads(line)
+                yield number, json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}, line {number}: {error.msg}; expected {expected}") from error
 

@@ -166,9 +166,9 @@ def _lines(recipe: Recipe, path: Path, newline: str | None = "\n") -> Iterator[s
 
 
 def _json(recipe: Recipe, path: Path) -> Iterator[Row]:
-    for index, row in enumerate(json_lines(path, _lines(recipe, path), "one object a line")):
+    for number, row in json_lines(path, _lines(recipe, path), "one object a line"):
         if not isinstance(row, dict):
-            raise DataError(f"{path}: entry {index} is a {type(row).__name__}, each must be an object")
+            raise DataError(f"{path}, line {number}: a {type(row).__name__}, each must be an object")
         yield row
 
 

@@ -127,6 +127,8 @@ def _train(
             task.trainer.train(resume_from_checkpoint=str(folder.last_checkpoint()) if recipe.resume else None)
     finally:
         progress.close()
+    # A resumed run's checkpoint has them too, where the folder's note is lost.
+    before = before or scores_in(next((line for line in task.trainer.state.log_history if line.get("step") == 0), {}))
     if stop.agreed is not None:
         folder.note({"before": before, "seconds": time.monotonic() - begun, "answers": answers.rows})
         raise _interrupted(recipe, folder, stop.agreed, task.trainer.state)
