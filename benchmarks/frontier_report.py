@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -98,6 +99,16 @@ def apart(table: list[Row]) -> str:
     return f"LoRA r 8 ends {mean:.3f} ± {half:.3f} below LoRA r 1: this task {verdict} methods apart."
 
 
+def differences(table: list[Row]) -> Iterable[str]:
+    """For each two methods with three seeds in common, the loss of the one minus that of the other, paired by seed."""
+    for first, second in combinations([row for row in table if len(row.lines) > 2], 2):
+        seeds = sorted(first.lines.keys() & second.lines.keys())
+        if len(seeds) > 2:
+            losses = [[row.lines[seed]["reported_after"] for seed in seeds] for row in (first, second)]
+            gap = interval([ours - theirs for ours, theirs in zip(*losses, strict=True)])
+            yield f"- {first.name} minus {second.name}: {_with(gap, 1, 3, '')} ({len(seeds)} seeds)"
+
+
 def table_of(task: str, table: list[Row], frozen: dict[str, Any] | None) -> Iterable[str]:
     whole = _find(table, WHOLE)
     yield f"## {task}\n"
@@ -126,6 +137,9 @@ def table_of(task: str, table: list[Row], frozen: dict[str, Any] | None) -> Iter
     ]
     if broken:
         yield f"Broke (above its start): {', '.join(broken)}.\n"
+    if gaps := list(differences(table)):
+        yield "Differences of the loss, paired by seed:\n"
+        yield from (*gaps, "")
     yield "Tuning, seed 0, loss on the tuning rows by rate:\n"
     for row in table:
         tried = ", ".join(

@@ -133,3 +133,13 @@ def test_a_plan_is_run_resumed_and_reported(frontier: Any, tmp_path: Path, monke
     page = (tmp_path / "frontier.md").read_text(encoding="utf-8")
     assert "- french, q v, LoRA r 8: rates 0.005, 0.02; seeds 1, 2" in page
     assert "- french, q v, LoR2C r 2: rates 0.004, 0.002, 0.008; seeds 1, 2" in page
+
+
+def test_two_methods_differ_by_the_pairs_of_their_seeds(frontier: Any) -> None:
+    """Gaps -0.1, -0.2, -0.3: mean -0.2, and t = 4.303 with two degrees of freedom times 0.1 / sqrt(3)."""
+    import frontier_report
+
+    table = [frontier_report.Row(name, "q v", []) for name in ("LoRA r 8", "LoRA r 3", "LoRA r 1")]
+    for row, losses in zip(table, ((1.0, 2.0, 3.0, 9.0), (1.1, 2.2, 3.3), (1.0, 2.0)), strict=True):
+        row.lines.update({seed: {"reported_after": loss} for seed, loss in enumerate(losses)})
+    assert list(frontier_report.differences(table)) == ["- LoRA r 8 minus LoRA r 3: -0.200 ± 0.248 (3 seeds)"]
