@@ -1,6 +1,7 @@
 """The adapted linear layer: forward, delta, merge and unmerge around one effective factor pair, for every method."""
 
 import copy
+import os
 from typing import Any
 
 import torch
@@ -17,10 +18,13 @@ from ziggurat.host.method_layer import BANK, MethodLayer, check_finite, check_un
 from ziggurat.host.siblings import SIBLINGS
 from ziggurat.host.tensors import Weight
 from ziggurat.lowrank.pair import FactorPair, delta, is_plain, on_device, transformed, with_updates
-from ziggurat.lowrank.product import low_rank_add, owns_output, up_add
+from ziggurat.lowrank.product import composed, low_rank_add, owns_output, up_add
 
 #: Adapter -> pair, in a layer's attributes while its model generates: see `generation`.
 KEPT = "_kept"
+#: Inputs of so many entries or fewer aren't shared between siblings, nor kept sparingly: calling torch's operations
+#: takes less time than the calls around them, and there is little to save. For inputs that aren't dropped out.
+FEW = int(os.environ.get("ZIGGURAT_FEW", 1 << 16))
 
 
 def is_adaptable(module: nn.Module) -> bool:
@@ -139,11 +143,14 @@ class AdaptedLinear(MethodLayer, nn.Module):
         return functional_call(self.base_layer, {"weight": with_updates(W, pairs, False)}, (x, *args), kwargs)
 
     def _add(self, y: Tensor, x: Tensor, adapter: str, reuse_y: bool) -> Tensor:
+        dropout = self.dropout(adapter) if self.training else 0.0
+        if not dropout and x.numel() <= FEW and torch.is_grad_enabled():
+            return composed(y, x, *on_device(self.pair_now(adapter), x.device))
         siblings = self.__dict__.get(SIBLINGS) if self.training and not transformed() else None
-        if siblings is not None and (shared := siblings.down(self, x, adapter, self.dropout(adapter))) is not None:
+        if siblings is not None and (shared := siblings.down(self, x, adapter, dropout)) is not None:
             return up_add(y, shared.h, shared.B, reuse_y=reuse_y)
         a, b = on_device(self.pair_now(adapter), x.device)
-        return low_rank_add(y, x, a, b, self.dropout(adapter) if self.training else 0.0, reuse_y=reuse_y)
+        return low_rank_add(y, x, a, b, dropout, reuse_y=reuse_y)
 
     def pair_now(self, adapter: str) -> FactorPair:
         """The pair for the forward pass that is being computed."""

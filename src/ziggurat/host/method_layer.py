@@ -145,10 +145,11 @@ class MethodLayer(Stores):
         """A key that changes whenever the pair of `adapter` in a training pass does: the tensors that it reads, their
         versions, and which of them are held still."""
         bank: Bank | None = self.__dict__.get(BANK)
-        tensors = (self._held(adapter, *place) for place in self._places(adapter).values())
-        versions = ((id(t), None if t.is_inference() else t._version) for t in tensors)
-        waiting = None if bank is None else bank.held_still(adapter)
-        return self.dropout(adapter), self.context(adapter).drawn, waiting, *versions
+        private = self.stores[adapter]
+        shared, waiting = (None, None) if bank is None else (bank.factors(adapter), bank.held_still(adapter))
+        tensors = [(shared if in_bank else private)[leaf] for in_bank, leaf in self._places(adapter).values()]  # type: ignore[index]
+        versions = [None if t.is_inference() else t._version for t in tensors]
+        return self.dropout(adapter), self.context(adapter).drawn, waiting, versions, [id(t) for t in tensors]
 
     def weight_of_base(self, path: str) -> Weight:
         """The frozen weight, for an initialisation that starts from it."""
