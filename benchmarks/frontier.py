@@ -31,6 +31,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ziggurat
+from ziggurat.host.tensors import tier_of
 
 HERE = Path(__file__).resolve().parent
 #: Rows of one forward pass in evaluation; the result doesn't depend on it but for rounding.
@@ -131,17 +132,28 @@ def adapted(base: nn.Module, config: dict[str, Any]) -> nn.Module:
     return peft.get_peft_model(base, make(task_type="CAUSAL_LM", **fields))  # type: ignore[arg-type]
 
 
-def trained(model: nn.Module, rows: Rows, rate: float, seed: int, batch: int) -> dict[str, Any]:
-    """One epoch: AdamW, linear decay to 0, clipped at norm 1. The loss and the gradient's norm of every step."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+def trained(
+    model: nn.Module, rows: Rows, rate: float, seed: int, batch: int, of_tiers: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """One epoch: AdamW, linear decay to 0, clipped at norm 1. The loss and the gradient's norm of every step.
+
+    `of_tiers`: tier -> its rate over the others'.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = list(named.values())
+    shares = [(of_tiers or {}).get(tier_of(name), 1.0) for name in named]
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p, own in zip(parameters, shares, strict=True) if own == s], "share": s} for s in {*shares}],
+        lr=rate,
+        weight_decay=0.0,
+    )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).split(batch)
     losses, norms = [], []
     model.train()
     ziggurat.step(model, 0, len(order), optimizer)
     for step, batch_rows in enumerate(order):
         for group in optimizer.param_groups:
-            group["lr"] = rate * (1 - step / len(order))
+            group["lr"] = rate * group["share"] * (1 - step / len(order))
         loss = model(**rows.at(batch_rows), use_cache=False).loss
         losses.append(round(loss.item(), 4))
         if not math.isfinite(losses[-1]):

@@ -79,24 +79,30 @@ def test_a_method_whose_every_rate_fails_gets_no_seeds(frontier: Any) -> None:
     assert [run["seed"] for run in lines if run["method"] == "LoRA r 8"] == [0, 0, 0, 1, 2]
 
 
-def test_a_plan_is_run_resumed_and_reported(frontier: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import frontier_report
-    import pandas
-
+@pytest.fixture
+def model_and_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options of a command in the folder that holds both."""
     save_tiny_llama(tmp_path / "model")
     pages = tmp_path / "pages"
     pages.mkdir()
     for number in range(12):
         text = " ".join(WORDS[(number + i * (1 + number % 3)) % len(WORDS)] for i in range(20))
         (pages / f"{number}.txt").write_text(f"HEAD(1)\n\n{text}\n", encoding="utf-8")
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN, sort_keys=False), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return ["--model", "model", "--pages", "pages", "--plan", "plan.yaml", "--out", "runs.jsonl"]
+
+
+def test_a_plan_is_run_resumed_and_reported(
+    frontier: Any, tmp_path: Path, model_and_pages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import frontier_report
+    import pandas
+
     passages = pandas.DataFrame({"passage": [" ".join(WORDS[i : i + 10]) for i in range(4)]})
     passages.to_parquet(tmp_path / "plain.parquet")
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN, sort_keys=False), encoding="utf-8")
     out = tmp_path / "runs.jsonl"
-    words = ["--model", "model", "--pages", "pages", "--alpaca", "none", "--plain", "plain.parquet"]
-    monkeypatch.chdir(tmp_path)
-    command = ["frontier.py", *words, "--plan", "plan.yaml", "--out", "runs.jsonl"]
-    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(sys, "argv", ["frontier.py", *model_and_pages, "--alpaca", "none", "--plain", "plain.parquet"])
     frontier.main()
     lines = frontier.read(out)
     assert len({run["key"] for run in lines}) == len(lines) >= 1 + 2 * (3 + 2)
@@ -133,6 +139,43 @@ def test_a_plan_is_run_resumed_and_reported(frontier: Any, tmp_path: Path, monke
     page = (tmp_path / "frontier.md").read_text(encoding="utf-8")
     assert "- french, q v, LoRA r 8: rates 0.005, 0.02; seeds 1, 2" in page
     assert "- french, q v, LoR2C r 2: rates 0.004, 0.002, 0.008; seeds 1, 2" in page
+
+
+def test_the_tiers_of_a_pyramid_are_measured(
+    frontier: Any, tmp_path: Path, model_and_pages: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import pyramid_study
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(sys, "argv", ["pyramid_study.py", *model_and_pages])
+    pyramid_study.main()
+    pyramid_study.main()  # nothing is left to run
+    lines = {run["name"]: run for run in frontier.read(tmp_path / "runs.jsonl")}
+    assert list(lines) == ["", *pyramid_study.VARIANTS]
+    published = lines["as published"]
+    assert published["parameters"] == 2 * (32 + 32) * (8 + 3 * 4 + 4 * 2)  # q and v; tiers of four layers
+    assert sum(tier["energy"] for tier in published["tiers"].values()) == pytest.approx(1, abs=1e-3)
+    assert all(0 < share <= 1 for run in lines.values() for share in (run.get("updates") or run["gradients"]).values())
+    slower = lines["shared tiers at a third of the rate"]["tiers"]
+    assert slower["global"]["norm"] < published["tiers"]["global"]["norm"]
+    assert lines["A's orthogonal across tiers and layers"]["losses"][0] == published["losses"][0]  # B is 0
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model = frontier.adapted(base, pyramid_study.PYRAMID)
+    pyramid_study.orthonormal(model)
+    A = torch.cat([p for name, p in model.named_parameters() if ":A_" in name and "q_proj" in name]).double()
+    assert len(A) == 28
+    torch.testing.assert_close(A @ A.T / (A[0] @ A[0]), torch.eye(28, dtype=A.dtype), atol=0.2, rtol=0)
+    off = (A @ A.T).fill_diagonal_(0)
+    assert off.abs().max() < 1e-5
+
+    monkeypatch.setattr(sys, "argv", ["pyramid_study.py", "--report", "--out", "runs.jsonl"])
+    capsys.readouterr()
+    pyramid_study.main()
+    page = capsys.readouterr().out
+    assert f"| as published | {published['reported_after']:.3f} |" in page
+    assert page.count("\n| ") == 1 + len(lines)
 
 
 def test_two_methods_differ_by_the_pairs_of_their_seeds(frontier: Any) -> None:
