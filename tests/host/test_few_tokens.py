@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from methods_table import METHODS, zoo_config
 from tolerance import assert_sums_agree
@@ -84,6 +85,22 @@ def test_in_autocast_the_sum_is_rounded_to_the_dtype_of_the_base(shared: Callabl
             wanted = steps
     assert steps["logits"].dtype == wanted["logits"].dtype == torch.bfloat16
     assert_sums_agree(steps["logits"], wanted["logits"], 16, dtype=torch.bfloat16)
+
+
+def test_a_compiled_model_does_not_ask_for_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph with sizes that aren't fixed serves inputs below and above."""
+    layer = next(m for m in adapted("msplora", 0.0, torch.float32).modules() if isinstance(m, linear.AdaptedLinear))
+    monkeypatch.setattr(linear, "FEW", 8 * layer.in_features)
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=graphs, dynamic=True)
+    compiled_so_far = []
+    for tokens in (4, 16, 5):
+        x = torch.randn(tokens, layer.in_features, requires_grad=True)
+        assert_sums_agree(compiled(x), layer(x), layer.in_features)
+        compiled_so_far.append(graphs.frame_count)
+    assert compiled_so_far[0] == compiled_so_far[-1] > 0
+    torch._dynamo.reset()
 
 
 def test_large_and_dropped_out_inputs_go_the_other_way(shared: Callable[[int], list[str]]) -> None:

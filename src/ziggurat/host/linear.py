@@ -144,9 +144,10 @@ class AdaptedLinear(MethodLayer, nn.Module):
 
     def _add(self, y: Tensor, x: Tensor, adapter: str, reuse_y: bool) -> Tensor:
         dropout = self.dropout(adapter) if self.training else 0.0
-        if not dropout and x.numel() <= FEW and torch.is_grad_enabled():
+        called = not transformed()  # a compiler would guard the size, and low_rank_add is composed for it anyway
+        if called and not dropout and x.numel() <= FEW and torch.is_grad_enabled():
             return composed(y, x, *on_device(self.pair_now(adapter), x.device))
-        siblings = self.__dict__.get(SIBLINGS) if self.training and not transformed() else None
+        siblings = self.__dict__.get(SIBLINGS) if self.training and called else None
         if siblings is not None and (shared := siblings.down(self, x, adapter, dropout)) is not None:
             return up_add(y, shared.h, shared.B, reuse_y=reuse_y)
         a, b = on_device(self.pair_now(adapter), x.device)
