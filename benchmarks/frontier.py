@@ -137,7 +137,7 @@ def trained(
 ) -> dict[str, Any]:
     """One epoch: AdamW, linear decay to 0, clipped at norm 1. The loss and the gradient's norm of every step.
 
-    `of_tiers`: tier -> its rate over the others'.
+    `of_tiers`: tier -> the factor on its learning rate.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     parameters = list(named.values())

@@ -10,8 +10,8 @@ Runs of frontier.py (French pages, queries and values, rate 1e-2, one seed), eac
 - *common*: the share of the energy of the layers' updates that one matrix for all layers, or one for each third of
   them, could hold (ziggurat/analysis/sharing.py), by role. 1/30 and 1/10 for unrelated updates.
 
-A line without a method is the frozen model: what the gradients by the adapted weights have in common. Every run is one
-line of JSON; a run whose line is there already is skipped.
+The line with an empty name is the frozen model: what the gradients by the adapted weights have in common. Every run is
+one line of JSON; a run whose line is there already is skipped. `cpu_seconds` are those of training and evaluation.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def by_sharers(layers: int, groups: int = 3) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def orthonormal(model: nn.Module) -> None:
-    """Make the rows of all A's of one role orthogonal to each other, over tiers and layers, with the norm they had."""
+    """Make the rows of all A's of one role orthogonal to each other, over tiers and layers. Each A keeps its norm."""
     rows: dict[str, list[Tensor]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         # <stack>:<role>:<d_out>x<d_in>:<group>:<key>
@@ -167,13 +167,11 @@ def report(lines: list[dict[str, Any]]) -> Iterator[str]:
     """The page."""
     yield "# What the tiers of a pyramid do\n"
     yield "Made by `pyramid_study.py --report` from `pyramid_study.jsonl`; what is measured is said in the script.\n"
-    yield "French pages as in frontier.md; MSPLoRA r 8 (ranks 8, 4, 2) on q and v of 30 layers; rate 1e-2, one seed.\n"
-    yield "| | loss | norm: global, mid, layer | energy | one update for all layers: q, v | one a third: q, v |"
-    yield "|---|--:|---|---|--:|--:|"
+    yield "French pages as in frontier.md; MSPLoRA r 8 (ranks 8, 4, 2) on q and v of 30 layers; rate 1e-2.\n"
+    yield "| | seed | loss | norm: global, mid, layer | energy | common, all layers: q, v | common, thirds: q, v |"
+    yield "|---|--:|--:|---|---|--:|--:|"
     for line in lines:
-        if "error" in line:
-            continue
-        tiers, shares = line.get("tiers", {}), line.get("updates") or line["gradients"]
+        tiers, shares = line.get("tiers", {}), line.get("updates", line.get("gradients", {}))
         loss = f"{line['reported_after']:.3f}" if line["name"] else ""
         norms = ", ".join(f"{tier['norm']:.2f}" for tier in tiers.values())
         energies = ", ".join(f"{tier['energy']:.0%}" for tier in tiers.values())
@@ -182,9 +180,9 @@ def report(lines: list[dict[str, Any]]) -> Iterator[str]:
             for over in ("depth", "group")
         }
         name = line["name"] or "frozen model: gradients"
-        yield f"| {name} | {loss} | {norms} | {energies} | {over['depth']} | {over['group']} |"
-    versions = json.dumps(next((line["versions"] for line in lines), {}))
-    yield f"\nVersions: {versions}."
+        yield f"| {name} | {line['seed']} | {loss} | {norms} | {energies} | {over['depth']} | {over['group']} |"
+    for versions in dict.fromkeys(json.dumps(line["versions"]) for line in lines):
+        yield f"\nVersions: {versions}."
 
 
 def main() -> None:

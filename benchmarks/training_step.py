@@ -36,10 +36,10 @@ SHAPES = {
     "roberta": Shape(f"{ROBERTA}, q and v", roberta, 12, QV, (16, 64), 0.05),
     "roberta-dry": Shape(f"{ROBERTA}, no dropout of its own, q and v", dry_roberta, 12, QV, (16, 64), 0.05),
     "llama-qv": Shape(f"{LLAMA}, q and v", llama, 8, LLAMA_QV, (4, 128), 0.05),
-    "llama-all": Shape(f"{LLAMA}, all seven linears", llama, 8, ALL, (4, 128), 0.05),
+    "llama-all": Shape(f"{LLAMA}, all seven linear layers", llama, 8, ALL, (4, 128), 0.05),
     "llama-qv-0": Shape(f"{LLAMA}, q and v", llama, 8, LLAMA_QV, (4, 128), 0.0),
     "llama-qv-few": Shape(f"{LLAMA}, q and v", llama, 8, LLAMA_QV, (4, 16), 0.0),
-    "llama-all-0": Shape(f"{LLAMA}, all seven linears", llama, 8, ALL, (4, 128), 0.0),
+    "llama-all-0": Shape(f"{LLAMA}, all seven linear layers", llama, 8, ALL, (4, 128), 0.0),
 }
 
 

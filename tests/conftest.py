@@ -13,7 +13,8 @@ from fresh import Fresh
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Small inputs take the way of large ones, which people train with; tests/host/test_few_tokens.py has the small ones'.
+# Small inputs are computed as large ones are, so that these tests try what training on long texts uses.
+# tests/host/test_few_tokens.py tries the default, and runs a part of the contracts with it.
 os.environ.setdefault("ZIGGURAT_FEW", "0")
 
 # A deadline fails on a busy machine whatever the code does.

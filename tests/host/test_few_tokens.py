@@ -1,31 +1,46 @@
-"""Small inputs that aren't dropped out: plain operations of torch, with the results of the shared products."""
+"""Small inputs that aren't dropped out: torch's own operations, with the results of the shared products."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from methods_table import METHODS, zoo_config
 from tolerance import assert_sums_agree
+from ziggurat import MSPLoraConfig
 from ziggurat.host import linear
 from zoo import ZOO
 
-#: Entries of the inputs of a llama's linear layers in the zoo: 2 texts of 7 tokens, 16 wide.
-MOST = 2 * 7 * 64
+#: More entries than any linear layer of the zoo's llama has in its input and output.
+ALL = 1 << 17
+TESTS = Path(__file__).resolve().parents[1]
 
 
-def adapted(method: str, p: float, dtype: torch.dtype) -> PeftModel:
+def adapted(method: str, p: float = 0.0, dtype: torch.dtype = torch.float32) -> PeftModel:
     torch.manual_seed(0)
     config = zoo_config(method, "llama", init_weights=False, lora_dropout=p)
     return get_peft_model(ZOO["llama"].build(), config).to(dtype).train()
 
 
+def alone(d_in: int, d_out: int) -> linear.AdaptedLinear:
+    """One adapted linear layer without siblings."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(d_in, d_out)), MSPLoraConfig(r=4, target_modules=["0"], init_weights=False)
+    )
+    return next(module for module in model.modules() if isinstance(module, linear.AdaptedLinear)).train()
+
+
 def gradients(model: PeftModel) -> dict[str, Tensor]:
-    """Of one step, with the output."""
+    """The output of one step and the gradients of all that learns."""
     model.zero_grad()
     torch.manual_seed(1)
     logits = model(**ZOO["llama"].inputs()).logits
@@ -35,86 +50,126 @@ def gradients(model: PeftModel) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def shared(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
-    """Sets `FEW`, and returns a list that notes each product shared between siblings, and each made alone."""
+def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
+    """Sets `FEW`, and returns a list that grows by the name of the function that computes each update."""
+    functions = {name: getattr(linear, name) for name in ("composed", "low_rank_add", "up_add")}
 
-    def watch(few: int) -> list[str]:
-        products: list[str] = []
-        for name in ("composed", "low_rank_add", "up_add"):
-            function = getattr(linear, name)
-            function = getattr(function, "watched", function)
+    def begin(few: int) -> list[str]:
+        used: list[str] = []
+        for name, function in functions.items():
 
             def noted(*args: Any, _name: str = name, _function: Any = function, **kwargs: Any) -> Tensor:
-                products.append(_name)
+                used.append(_name)
                 return _function(*args, **kwargs)
 
-            noted.watched = function  # type: ignore[attr-defined]
             monkeypatch.setattr(linear, name, noted)
         monkeypatch.setattr(linear, "FEW", few)
-        return products
+        return used
 
-    return watch
+    return begin
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpoint", [None, "reentrant", "not reentrant"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_is_the_same_both_ways(method: str, checkpointed: bool, shared: Callable[[int], list[str]]) -> None:
-    model = adapted(method, 0.0, torch.float64)
-    if checkpointed:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+def test_a_step_is_the_same_both_ways(method: str, checkpoint: str | None, watch: Callable[[int], list[str]]) -> None:
+    model = adapted(method, dtype=torch.float64)
+    if checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpoint == "reentrant"})
         model.enable_input_require_grads()
-    shared(0)
+    watch(0)
     wanted = gradients(model)
-    products = shared(MOST)
+    used = watch(ALL)
     got = gradients(model)
     kinds = {type(module) for module in model.modules() if isinstance(module, linear.AdaptedLinear)}
     by_pairs = any(kind._add is linear.AdaptedLinear._add for kind in kinds)
-    assert set(products) == ({"composed"} if by_pairs else set())
+    # A checkpoint computes a layer without gradients first: that pass has to round as the second one does.
+    assert set(used) == ({"composed"} if by_pairs else set())
     assert got.keys() == wanted.keys()
     for name, tensor in got.items():
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: name + text)
 
 
-def test_in_autocast_the_sum_is_rounded_to_the_dtype_of_the_base(shared: Callable[[int], list[str]]) -> None:
-    model = adapted("msplora", 0.0, torch.float32)
-    for few in (0, MOST):
-        shared(few)
-        with torch.autocast("cpu", torch.bfloat16):
-            steps = gradients(model)
-        if few == 0:
-            wanted = steps
-    assert steps["logits"].dtype == wanted["logits"].dtype == torch.bfloat16
-    assert_sums_agree(steps["logits"], wanted["logits"], 16, dtype=torch.bfloat16)
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_autocast_computes_the_products_and_the_base_gives_the_dtype(
+    base: torch.dtype, watch: Callable[[int], list[str]]
+) -> None:
+    layer = alone(48, 32)
+    layer.base_layer.to(base)
+    x = torch.randn(5, 48, dtype=base)
+    A, B = layer.effective_pair("default")
+    used = watch(ALL)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, plain = layer(x), layer.base_layer(x)
+    assert used == ["composed"]
+    assert y.dtype == plain.dtype == torch.bfloat16
+    update = (x.double() @ A.double().T) @ B.double().T
+    # x, A, h, B, y and the sum are rounded to 8 bits each.
+    atol = 8 * torch.finfo(torch.bfloat16).eps * float((plain.abs().max() + update.abs().max()).detach())
+    torch.testing.assert_close(y.double(), plain.double() + update, rtol=0, atol=atol)
+    assert float(update.abs().max()) > 4 * atol
+
+
+def test_a_half_precision_base_keeps_its_dtype(watch: Callable[[int], list[str]]) -> None:
+    layer = alone(48, 32)
+    layer.base_layer.to(torch.bfloat16)
+    used = watch(ALL)
+    assert layer(torch.randn(5, 48, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert used == ["composed"]
+
+
+def test_large_dropped_out_and_wide_products_are_shared_and_inference_has_its_own_way(
+    watch: Callable[[int], list[str]],
+) -> None:
+    x, layer = torch.randn(5, 48), alone(48, 32)
+    for few, way in ((5 * (48 + 32) + 1, "composed"), (5 * (48 + 32), "low_rank_add")):
+        used = watch(few)
+        layer(x)
+        with torch.no_grad():
+            layer(x)
+        layer(x, adapter_names=["default"] * 5)
+        assert used == 3 * [way]
+    used = watch(ALL)
+    layer.eval()
+    with torch.no_grad():
+        layer(x)
+    assert used == ["low_rank_add"]
+    used = watch(ALL)
+    gradients(adapted("msplora", 0.1))
+    assert "composed" not in used
+    assert "up_add" in used
 
 
 def test_a_compiled_model_does_not_ask_for_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph with sizes that aren't fixed serves inputs below and above."""
-    layer = next(m for m in adapted("msplora", 0.0, torch.float32).modules() if isinstance(m, linear.AdaptedLinear))
-    monkeypatch.setattr(linear, "FEW", 8 * layer.in_features)
+    layer = alone(48, 32)
+    monkeypatch.setattr(linear, "FEW", 8 * (48 + 32))
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=graphs, dynamic=True)
     compiled_so_far = []
     for tokens in (4, 16, 5):
-        x = torch.randn(tokens, layer.in_features, requires_grad=True)
-        assert_sums_agree(compiled(x), layer(x), layer.in_features)
+        x = torch.randn(tokens, 48, requires_grad=True)
+        assert_sums_agree(compiled(x), layer(x), 48, depth=3)
         compiled_so_far.append(graphs.frame_count)
     assert compiled_so_far[0] == compiled_so_far[-1] > 0
     torch._dynamo.reset()
 
 
-def test_large_and_dropped_out_inputs_go_the_other_way(shared: Callable[[int], list[str]]) -> None:
-    model = adapted("msplora", 0.0, torch.float32)
-    widths = {module.in_features for module in model.modules() if isinstance(module, linear.AdaptedLinear)}
-    for few, way in ((2 * 7 * max(widths), "composed"), (2 * 7 * min(widths) - 1, "up_add")):
-        products = shared(few)
-        gradients(model)
-        assert set(products) == {way}
-    products = shared(MOST)
-    gradients(adapted("msplora", 0.1, torch.float32))
-    assert "composed" not in products
-    assert "up_add" in products
-    products = shared(MOST)
-    with torch.no_grad():
-        model.eval()(**ZOO["llama"].inputs())
-    assert set(products) == {"low_rank_add"}
+def test_contracts_hold_without_the_tests_own_setting() -> None:
+    """tests/conftest.py turns small inputs' own way off, so that small tests try what large inputs take."""
+    environment = {name: value for name, value in os.environ.items() if name != "ZIGGURAT_FEW"} | {"ZIGGURAT_FEW": "on"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-k",
+        "msplora or lora2",
+    ]
+    files = ["contracts/test_torch.py", "contracts/test_numbers.py"]
+    run = subprocess.run([*command, *files], cwd=TESTS, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]

@@ -22,9 +22,10 @@ from ziggurat.lowrank.product import composed, low_rank_add, owns_output, up_add
 
 #: Adapter -> pair, in a layer's attributes while its model generates: see `generation`.
 KEPT = "_kept"
-#: Inputs of so many entries or fewer aren't shared between siblings, nor kept sparingly: calling torch's operations
-#: takes less time than the calls around them, and there is little to save. For inputs that aren't dropped out.
-FEW = int(os.environ.get("ZIGGURAT_FEW", 1 << 16))
+#: In training, torch's own operations compute the update of an input that isn't dropped out, if it has, together with
+#: the output, fewer entries than this: there, calling the shared products takes longer than they save (measured on a
+#: processor, benchmarks/training_step.md). ZIGGURAT_FEW=0 in the environment turns it off.
+FEW = 0 if os.environ.get("ZIGGURAT_FEW") == "0" else 1 << 17
 
 
 def is_adaptable(module: nn.Module) -> bool:
@@ -144,14 +145,21 @@ class AdaptedLinear(MethodLayer, nn.Module):
 
     def _add(self, y: Tensor, x: Tensor, adapter: str, reuse_y: bool) -> Tensor:
         dropout = self.dropout(adapter) if self.training else 0.0
-        called = not transformed()  # a compiler would guard the size, and low_rank_add is composed for it anyway
-        if called and not dropout and x.numel() <= FEW and torch.is_grad_enabled():
-            return composed(y, x, *on_device(self.pair_now(adapter), x.device))
-        siblings = self.__dict__.get(SIBLINGS) if self.training and called else None
+        few = self._are_few(y, x, dropout)
+        siblings = None if few or not self.training or transformed() else self.__dict__.get(SIBLINGS)
         if siblings is not None and (shared := siblings.down(self, x, adapter, dropout)) is not None:
             return up_add(y, shared.h, shared.B, reuse_y=reuse_y)
         a, b = on_device(self.pair_now(adapter), x.device)
-        return low_rank_add(y, x, a, b, dropout, reuse_y=reuse_y)
+        return composed(y, x, a, b) if few else low_rank_add(y, x, a, b, dropout, reuse_y=reuse_y)
+
+    def _are_few(self, y: Tensor, x: Tensor, dropout: float) -> bool:
+        """Whether torch's own operations compute the update: see `FEW`.
+
+        Training decides, not gradients alone: a checkpointed layer computes once without gradients and once with them.
+        """
+        if dropout or transformed():  # a compiler would guard the sizes; low_rank_add is composed for it anyway
+            return False
+        return (self.training or torch.is_grad_enabled()) and x.numel() + y.numel() < FEW
 
     def pair_now(self, adapter: str) -> FactorPair:
         """The pair for the forward pass that is being computed."""
@@ -176,8 +184,11 @@ class AdaptedLinear(MethodLayer, nn.Module):
         check_unmerged(self)
         y = y.clone()
         for adapter, rows in rows_by_adapter(adapter_names, len(x), self.adapters, y.device):
+            dropout = self.dropout(adapter) if self.training else 0.0
             a, b = on_device(self.pair_now(adapter), x.device)
-            y[rows] = low_rank_add(y[rows], x[rows], a, b, self.dropout(adapter) if self.training else 0.0)
+            theirs = y[rows], x[rows]
+            add = composed if self._are_few(*theirs, dropout) else low_rank_add
+            y[rows] = add(*theirs, a, b, dropout)
         return y
 
     def get_delta_weight(self, adapter: str) -> Tensor:
