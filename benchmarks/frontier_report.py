@@ -195,6 +195,8 @@ def picture(task: str, table: list[Row], file: Path) -> None:
             # A name stands on the left where a point close on the right would cross it.
             crossed = any(x < other < 1.6 * x and abs(mean - height) < 0.08 for other, height in places)
             side: Any = {"xytext": (-6, 4), "ha": "right"} if crossed else {"xytext": (6, 4)}
+            if x == min(other for other, _ in places):
+                side = {"xytext": (-6, -10)}
             axis.annotate(row.name, (x, 100 * mean), textcoords="offset points", fontsize=7, **side)
         axis.axhline(100, color="grey", linewidth=0.7)
         axis.set_xscale("log")

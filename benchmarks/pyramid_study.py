@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import yaml
-from frontier import HERE, adapted, loss_on, machine, read, trained
+from frontier import HERE, Run, adapted, loss_on, machine, read, trained
 from frontier_data import Splits, pages
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -153,6 +153,7 @@ def measured(name: str, model_folder: Path, splits: Splits, batch: int, seed: in
     with torch.no_grad():
         shares = common(updates(model))
     return {
+        "config": variant["config"] if variant.keys() == {"config"} else None,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "tuning_after": round(loss_on(model, splits.tuning), 5),
         "reported_after": round(loss_on(model, splits.reported), 5),
@@ -163,13 +164,18 @@ def measured(name: str, model_folder: Path, splits: Splits, batch: int, seed: in
     }
 
 
-def report(lines: list[dict[str, Any]]) -> Iterator[str]:
-    """The page."""
+def report(lines: list[dict[str, Any]], others: list[dict[str, Any]]) -> Iterator[str]:
+    """The page. `others`: the lines of frontier.py, which has runs of the same settings."""
+    before = {line["key"]: line["reported_after"] for line in others if "reported_after" in line}
     yield "# What the tiers of a pyramid do\n"
     yield "Made by `pyramid_study.py --report` from `pyramid_study.jsonl`; what is measured is said in the script.\n"
     yield "French pages as in frontier.md; MSPLoRA r 8 (ranks 8, 4, 2) on q and v of 30 layers; rate 1e-2.\n"
-    yield "| | seed | loss | norm: global, mid, layer | energy | common, all layers: q, v | common, thirds: q, v |"
-    yield "|---|--:|--:|---|---|--:|--:|"
+    yield (
+        "*Before*: the loss of the same settings and seed in frontier.jsonl. Other processors round sums otherwise; "
+        "the first ten steps agree to four digits, later ones part: that is the noise of one run.\n"
+    )
+    yield "| | seed | loss | before | norm: global, mid, layer | energy | common: q, v | in thirds: q, v |"
+    yield "|---|--:|--:|--:|---|---|--:|--:|"
     for line in lines:
         tiers, shares = line.get("tiers", {}), line.get("updates", line.get("gradients", {}))
         loss = f"{line['reported_after']:.3f}" if line["name"] else ""
@@ -180,7 +186,10 @@ def report(lines: list[dict[str, Any]]) -> Iterator[str]:
             for over in ("depth", "group")
         }
         name = line["name"] or "frozen model: gradients"
-        yield f"| {name} | {line['seed']} | {loss} | {norms} | {energies} | {over['depth']} | {over['group']} |"
+        same = Run("french", "q v", "", line["config"], RATE, line["seed"]).key if line.get("config") else ""
+        earlier = f"{before[same]:.3f}" if same in before else ""
+        cells = (name, line["seed"], loss, earlier, norms, energies, over["depth"], over["group"])
+        yield f"| {' | '.join(map(str, cells))} |"
     for versions in dict.fromkeys(json.dumps(line["versions"]) for line in lines):
         yield f"\nVersions: {versions}."
 
@@ -195,7 +204,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="print the page, and end")
     args = parser.parse_args()
     if args.report:
-        print("\n".join(report(read(args.out))))
+        print("\n".join(report(read(args.out), read(HERE / "frontier.jsonl"))))
         return
     if args.model is None or args.pages is None:
         parser.error("--model and --pages are needed to run anything; --report alone needs neither")

@@ -175,7 +175,7 @@ def test_the_tiers_of_a_pyramid_are_measured(
     capsys.readouterr()
     pyramid_study.main()
     page = capsys.readouterr().out
-    assert f"| as published | 0 | {published['reported_after']:.3f} |" in page
+    assert f"| as published | 0 | {published['reported_after']:.3f} | " in page
     assert page.count("\n| ") == 1 + len(lines)
 
 
