@@ -172,7 +172,7 @@ def report(lines: list[dict[str, Any]], others: list[dict[str, Any]]) -> Iterato
     yield "French pages as in frontier.md; MSPLoRA r 8 (ranks 8, 4, 2) on q and v of 30 layers; rate 1e-2.\n"
     yield (
         "*Before*: the loss of the same settings and seed in frontier.jsonl. Other processors round sums otherwise; "
-        "the first ten steps agree to four digits, later ones part: that is the noise of one run.\n"
+        "the first six steps agree to four decimals, later ones part: that is the noise of one run.\n"
     )
     yield "| | seed | loss | before | norm: global, mid, layer | energy | common: q, v | in thirds: q, v |"
     yield "|---|--:|--:|--:|---|---|--:|--:|"
