@@ -174,14 +174,18 @@ def _find(table: list[Row], which: tuple[str, str]) -> Row | None:
 
 
 def picture(task: str, table: list[Row], file: Path) -> None:
-    """The share of LoRA r 8's gain over trainable parameters and over stored bytes, both on a log scale."""
+    """The share of LoRA r 8's gain over trainable parameters and over stored bytes, both on a log scale.
+
+    A method's variants, which have a comma in their names and lie close to it, stand in the table alone.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     whole = _find(table, WHOLE)
-    drawn = [(row, share) for row in table if row.lines and (share := kept(row, whole)) is not None]
+    shares = [(row, kept(row, whole)) for row in table if row.lines and "," not in row.method]
+    drawn = [(row, share) for row, share in shares if share is not None]
     families = sorted({row.method.split(" r ")[0] for row, _ in drawn})
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 6), sharey=True)
     for axis, (what, label) in zip(
@@ -195,8 +199,6 @@ def picture(task: str, table: list[Row], file: Path) -> None:
             # A name stands on the left where a point close on the right would cross it.
             crossed = any(x < other < 1.6 * x and abs(mean - height) < 0.08 for other, height in places)
             side: Any = {"xytext": (-6, 4), "ha": "right"} if crossed else {"xytext": (6, 4)}
-            if x == min(other for other, _ in places):
-                side = {"xytext": (-6, -10)}
             axis.annotate(row.name, (x, 100 * mean), textcoords="offset points", fontsize=7, **side)
         axis.axhline(100, color="grey", linewidth=0.7)
         axis.set_xscale("log")
