@@ -21,7 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -71,23 +71,23 @@ def orthonormal(model: nn.Module) -> None:
             A.copy_(part * (A.norm() / len(A) ** 0.5))
 
 
-class Variant(dict[str, Any]):
-    """`config`: the adapter's; `start`: called with the fresh model; `rates`: tier -> its rate over the run's."""
+class Variant(NamedTuple):
+    """`config`: the adapter's; `by_sharers`: with the tiers of `by_sharers`; `start`: called with the fresh model;
+    `rates`: tier -> the factor on its learning rate."""
+
+    config: dict[str, Any] = PYRAMID
+    by_sharers: bool = False
+    start: Callable[[nn.Module], None] | None = None
+    rates: dict[str, float] | None = None
 
 
-VARIANTS: dict[str, Callable[[int], Variant]] = {
-    "as published": lambda layers: Variant(config=PYRAMID),
-    "LoRA r 8": lambda layers: Variant(config=PYRAMID | {"config": "LoraConfig"}),
-    "A's orthogonal across tiers and layers": lambda layers: Variant(config=PYRAMID, start=orthonormal),
-    "shared tiers at a third of the rate": lambda layers: Variant(
-        config=PYRAMID, rates={"global": 1 / 3, "mid": 1 / 3, "layer": 1.0}
-    ),
-    "scales over the square root of the sharers": lambda layers: Variant(
-        config={key: value for key, value in PYRAMID.items() if key != "r"} | {"tiers": by_sharers(layers)}
-    ),
-    "layer tier at a third of the rate": lambda layers: Variant(
-        config=PYRAMID, rates={"global": 1.0, "mid": 1.0, "layer": 1 / 3}
-    ),
+VARIANTS = {
+    "as published": Variant(),
+    "LoRA r 8": Variant(PYRAMID | {"config": "LoraConfig"}),
+    "A's orthogonal across tiers and layers": Variant(start=orthonormal),
+    "shared tiers at a third of the rate": Variant(rates={"global": 1 / 3, "mid": 1 / 3}),
+    "scales over the square root of the sharers": Variant(by_sharers=True),
+    "layer tier at a third of the rate": Variant(rates={"layer": 1 / 3}),
 }
 
 
@@ -144,16 +144,18 @@ def measured(name: str, model_folder: Path, splits: Splits, batch: int, seed: in
         order = torch.randperm(len(splits.training), generator=torch.Generator().manual_seed(seed)).split(batch)
         losses = (model(**splits.training.at(rows), use_cache=False).loss for rows in order[:BATCHES])
         return {"gradients": common(sharing.gradients(model, losses))}
-    variant = VARIANTS[name](base.config.num_hidden_layers)
-    model = adapted(base, variant["config"])
-    if start := variant.get("start"):
-        start(model)
+    variant = VARIANTS[name]
+    tiers = {"tiers": by_sharers(base.config.num_hidden_layers), "r": None} if variant.by_sharers else {}
+    fields = {key: value for key, value in (variant.config | tiers).items() if value is not None}
+    model = adapted(base, fields)
+    if variant.start:
+        variant.start(model)
     begun = time.process_time()
-    result = trained(model, splits.training, RATE, seed, batch, variant.get("rates"))
+    result = trained(model, splits.training, RATE, seed, batch, variant.rates)
     with torch.no_grad():
         shares = common(updates(model))
     return {
-        "config": variant["config"] if variant.keys() == {"config"} else None,
+        "config": variant.config if variant == Variant(variant.config) else None,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "tuning_after": round(loss_on(model, splits.tuning), 5),
         "reported_after": round(loss_on(model, splits.reported), 5),
@@ -172,7 +174,7 @@ def report(lines: list[dict[str, Any]], others: list[dict[str, Any]]) -> Iterato
     yield "French pages as in frontier.md; MSPLoRA r 8 (ranks 8, 4, 2) on q and v of 30 layers; rate 1e-2.\n"
     yield (
         "*Before*: the loss of the same settings and seed in frontier.jsonl. Other processors round sums otherwise; "
-        "the first six steps agree to four decimals, later ones part: that is the noise of one run.\n"
+        "the first five steps agree to four decimals, later ones part: that is the noise of one run.\n"
     )
     yield "| | seed | loss | before | norm: global, mid, layer | energy | common: q, v | in thirds: q, v |"
     yield "|---|--:|--:|--:|---|---|--:|--:|"

@@ -157,19 +157,9 @@ def test_a_compiled_model_does_not_ask_for_the_size(monkeypatch: pytest.MonkeyPa
 
 def test_contracts_hold_without_the_tests_own_setting() -> None:
     """tests/conftest.py turns small inputs' own way off, so that small tests try what large inputs take."""
-    environment = {name: value for name, value in os.environ.items() if name != "ZIGGURAT_FEW"} | {"ZIGGURAT_FEW": "on"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-k",
-        "msplora or lora2",
-    ]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "msplora or lora2"]
     files = ["contracts/test_torch.py", "contracts/test_numbers.py"]
-    run = subprocess.run([*command, *files], cwd=TESTS, env=environment, capture_output=True, text=True)
+    environment = os.environ | {"ZIGGURAT_FEW": "on"}
+    command = [sys.executable, "-m", "pytest", *options, *files]
+    run = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]

@@ -219,32 +219,32 @@ def test_a_killed_process_is_told_of(place: Place, fresh: Fresh) -> None:
     assert not list(place.folder.glob("killed*"))
 
 
+def first_of_two(code: str) -> tuple[int, str]:
+    """The exit status and the errors of a program that takes itself for process 0 of 2, and for the first to report."""
+    start = "from ziggurat import cli\nfrom ziggurat.training.devices import processes\n"
+    env = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    done = subprocess.run([sys.executable, "-c", start + code], env=env, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
 def test_the_reason_is_given_before_the_launchers_sigterm_ends_the_process() -> None:
     code = (
         "import os, signal\n"
-        "from ziggurat import cli\n"
-        "from ziggurat.training.devices import processes\n"
         "processes.is_first_to_report = lambda: os.kill(os.getpid(), signal.SIGTERM) or True\n"
         "cli._fail('lost the connection', 2)"
     )
-    env = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "error in process 0 of 2: lost the connection\n")
+    assert first_of_two(code) == (2, "error in process 0 of 2: lost the connection\n")
 
 
 def test_a_command_in_another_thread_gives_its_reason() -> None:
     """Signals can be set in the main thread alone."""
     code = (
         "import threading\n"
-        "from ziggurat import cli\n"
-        "from ziggurat.training.devices import processes\n"
         "processes.is_first_to_report = lambda: True\n"
         "thread = threading.Thread(target=cli._fail, args=('lost the connection', 2))\n"
         "thread.start(), thread.join()"
     )
-    env = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.stderr == "error in process 0 of 2: lost the connection\n"
+    assert first_of_two(code)[1] == "error in process 0 of 2: lost the connection\n"
 
 
 def test_accelerate_launches_the_command_with_a_shipped_config(
