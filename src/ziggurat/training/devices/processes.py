@@ -5,6 +5,8 @@ A run that no launcher started is one process without a process group: every fun
 
 import contextlib
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +21,9 @@ T = TypeVar("T")
 
 #: A launcher's environment variable -> the name of its way of training; the first one that is set counts.
 _WAYS = (("ACCELERATE_USE_DEEPSPEED", "deepspeed"), ("ACCELERATE_USE_FSDP", "fsdp"))
+
+#: How long a process that lost another one waits for that one's own error message.
+_SECONDS_TO_SPEAK = 3
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,11 @@ class Processes:
         except RuntimeError as error:
             if self.size == 1 or not _is_disconnection(error):
                 raise
+            # The process that ended gives its reason first, if it can. The launcher's SIGTERM must not end this one
+            # meanwhile, which speaks where that one was killed.
+            with contextlib.suppress(ValueError):  # in another thread than the main one
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(_SECONDS_TO_SPEAK)
             raise ProcessError(
                 f"{self} lost the connection to another one, which ended with its own error message, or was killed "
                 "without one, as happens when the machine runs out of memory"
