@@ -4,9 +4,10 @@
     nice -n 19 python benchmarks/frontier.py --model SMOLLM2 --pages pages --alpaca alpaca/train.parquet \\
         --plain drop/validation.parquet --out benchmarks/frontier.jsonl
 
-The plan is frontier.yaml: methods, rates, order. Every run is one line of JSON; a run whose line is there already is
-skipped, so a killed command goes on where it was. All runs of a task see the same rows, as many steps, and, with the
-same seed, the same order. `--list` prints what is missing. SMOLLM2: a folder with SmolLM2-135M's weights and tokenizer.
+The plan is frontier.yaml: methods, rates, order; frontier_long.yaml has longer runs, in bfloat16. Every run is one line
+of JSON; a run whose line is there already is skipped, so a killed command goes on where it was. All runs of a task see
+the same rows, as many steps, and, with the same seed, the same order. `--list` prints what is missing. SMOLLM2: a
+folder with SmolLM2-135M's weights and tokenizer.
 """
 
 import argparse
@@ -179,9 +180,14 @@ def loss_on(model: nn.Module, rows: Rows) -> float:
     return total / tokens
 
 
-def measured(run: Run, model_folder: Path, splits: Splits, plain: Rows, batch: int) -> dict[str, Any]:
-    """Build, train, evaluate, save: the line of `run`, without what all lines have."""
-    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+def measured(
+    run: Run, model_folder: Path, splits: Splits, plain: Rows, batch: int, dtype: str = "float32"
+) -> dict[str, Any]:
+    """Build, train, evaluate, save: the line of `run`, without what all lines have.
+
+    `dtype`: that of the base model; an adapter's parameters are float32, as PEFT makes them.
+    """
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype))
     torch.manual_seed(run.seed)
     model = adapted(base, run.config)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -226,6 +232,8 @@ def machine() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "ziggurat": ziggurat.__version__, **versions},
         "tag": tag.stdout.strip(),
         "threads": torch.get_num_threads(),
+        # The same seed ends elsewhere where sums are made in another order.
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         # A folder's name says which one it was; where it lay on the machine is nobody's concern.
         "command": ["python", "benchmarks/frontier.py", *(word.rpartition("/")[2] for word in sys.argv[1:])],
     }
@@ -244,10 +252,11 @@ def main() -> None:
     parser.add_argument("--alpaca", type=Path, required=True, help="table with columns instruction, input, output")
     parser.add_argument("--plain", type=Path, required=True, help="table with a column passage: English text")
     parser.add_argument("--plan", type=Path, default=HERE / "frontier.yaml")
-    parser.add_argument("--out", type=Path, default=HERE / "frontier.jsonl", help="file that the lines are added to")
+    parser.add_argument("--out", type=Path, help="file that the lines are added to; without it the plan's, .jsonl")
     parser.add_argument("--until", type=float, default=math.inf, help="no run starts after this Unix time")
     parser.add_argument("--list", action="store_true", help="print the runs that can be started, and end")
     args = parser.parse_args()
+    args.out = args.out or args.plan.with_suffix(".jsonl")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(1)  # one core, and the same sums in the same order whatever the machine has
     plan = yaml.safe_load(args.plan.read_text(encoding="utf-8"))
@@ -265,7 +274,7 @@ def main() -> None:
             splits[run.task] = made[run.task]()
         head = {**run._asdict(), "key": run.key, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         try:
-            line = measured(run, args.model, splits[run.task], plain, plan["batch"])
+            line = measured(run, args.model, splits[run.task], plain, plan["batch"], plan.get("dtype", "float32"))
             frozen = next((old for old in read(args.out) if old["task"] == run.task and not old["config"]), None)
             if run.config and frozen is None:
                 raise ValueError(f"{run.task} has no run of the frozen model: put `frozen: [0]` first in the plan.")

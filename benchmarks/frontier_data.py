@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-#: No page gives more blocks than this: one long manual would else be most of a split.
+#: No page gives more blocks than this, unless the plan says so: one long manual would else be most of a split.
 MOST_BLOCKS_A_PAGE = 4
 #: A label that counts for nothing in the loss.
 IGNORED = -100
@@ -38,7 +38,10 @@ class Splits(NamedTuple):
 
 
 def pages(folder: Path, tokenizer: Any, sizes: dict[str, int], tokens: int) -> Splits:
-    """Blocks of the `.txt` files in `folder`, one file a page; lines are joined, and the first one is a page's head."""
+    """Blocks of the `.txt` files in `folder`, one file a page; lines are joined, and the first one is a page's head.
+
+    `sizes`: blocks of each split, and, as `training_a_page`, how many of them one page may give.
+    """
     files = sorted(folder.glob("*.txt"))
     random.Random(SPLIT_SEED).shuffle(files)
     texts = (file.read_text(encoding="utf-8").lstrip().partition("\n")[2] for file in files)
@@ -69,8 +72,7 @@ def passages(file: Path, tokenizer: Any, number: int, tokens: int) -> Rows:
 
 def _blocks(text: str, tokenizer: Any, tokens: int) -> list[list[int]]:
     ids = tokenizer(" ".join(text.split()), add_special_tokens=False)["input_ids"]
-    most = min(len(ids) // tokens, MOST_BLOCKS_A_PAGE)
-    return [ids[i * tokens : (i + 1) * tokens] for i in range(most)]
+    return [ids[i * tokens : (i + 1) * tokens] for i in range(len(ids) // tokens)]
 
 
 def _answer(row: Any, tokenizer: Any, tokens: int) -> list[tuple[list[int], list[int]]]:
@@ -94,7 +96,8 @@ def _split(texts: Iterable[list[Any]], sizes: dict[str, int], tokens: int, sourc
             text = next(stream, None)
             if text is None:
                 raise SystemExit(f"{source}: {len(rows)} blocks of {tokens} tokens for {name}, {sizes[name]} needed.")
-            rows += [row if isinstance(row, tuple) else (row, row) for row in text]
+            most = sizes.get(f"{name}_a_page", MOST_BLOCKS_A_PAGE)
+            rows += [row if isinstance(row, tuple) else (row, row) for row in text[:most]]
         splits[name] = _rows(rows[: sizes[name]])
     return Splits(**splits)
 

@@ -1,7 +1,7 @@
-"""The page and the picture of frontier.py's runs: python benchmarks/frontier_report.py
+"""The page and the picture of frontier.py's runs: python benchmarks/frontier_report.py [--plan FILE]
 
-Reads frontier.jsonl and frontier.yaml beside this file, writes frontier.md and, where there is something to draw,
-frontier_TASK.png (matplotlib). However many runs there are: what is missing is named. An interval needs scipy.
+Reads a plan and the lines beside it, frontier.yaml and frontier.jsonl, writes frontier.md and, where there is something
+to draw, frontier_TASK.png (matplotlib). However many runs there are: what is missing is named. An interval needs scipy.
 """
 
 import argparse
@@ -230,20 +230,22 @@ def left_out(plan: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
     return names
 
 
-def page(plan: dict[str, Any], lines: list[dict[str, Any]], pictures: Iterable[str]) -> str:
+def page(name: str, plan: dict[str, Any], lines: list[dict[str, Any]], pictures: Iterable[str]) -> str:
+    """The page of the plan in the file `name`.yaml."""
     sizes = plan["sizes"]
+    dtype = plan.get("dtype", "float32")
     versions = sorted({json.dumps(line["versions"], sort_keys=True) for line in lines})
     seconds = sum(line.get("seconds", 0.0) for line in lines)
     text = [
-        "# What is kept of LoRA r 8's gain, at which size\n",
-        "Made by `frontier_report.py` from `frontier.jsonl`; the plan is `frontier.yaml`, run by `frontier.py`.\n",
-        f"SmolLM2-135M-Instruct (30 layers, from a 4-bit GGUF, float32). {sizes['training']} blocks of "
-        f"{plan['tokens']} tokens, batch {plan['batch']}, one epoch, AdamW without weight decay, linear decay, clipped "
-        "at norm 1, no dropout, alpha 2 r. `french`: pages of Debian's manpages-fr; `alpaca`: answers. Rates are "
-        f"chosen with seed 0 on {sizes['tuning']} tuning rows, results read on {sizes['reported']} others, from other "
-        f"pages. *Forgotten*: what the loss on {sizes['plain']} English passages (DROP) has risen by. ±: 95% interval "
-        "over seeds (Student's t), shares paired by seed; without ±: one seed, whose noise is not known. (of n): the "
-        "best rate is at an end of the n that were tried.\n",
+        f"# What is kept of LoRA r 8's gain, at which size: {sizes['training'] * plan['tokens']:,} tokens\n",
+        f"Made by `frontier_report.py` from `{name}.jsonl`; the plan is `{name}.yaml`, run by `frontier.py`.\n",
+        f"SmolLM2-135M-Instruct (30 layers, from a 4-bit GGUF, {dtype}; adapters float32). "
+        f"{sizes['training']:,} blocks of {plan['tokens']} tokens, batch {plan['batch']}, one epoch, AdamW without "
+        "weight decay, linear decay, clipped at norm 1, no dropout, alpha 2 r. `french`: pages of Debian's "
+        f"manpages-fr; `alpaca`: answers. Rates are chosen with seed 0 on {sizes['tuning']} tuning rows, results read "
+        f"on {sizes['reported']} others, from other pages. *Forgotten*: what the loss on {sizes['plain']} English "
+        "passages (DROP) has risen by. ±: 95% interval over seeds (Student's t), shares paired by seed; without ±: one "
+        "seed, whose noise is not known. (of n): the best rate is at an end of the n that were tried.\n",
         f"{len(lines)} runs, {seconds / 3600:.1f} hours. Versions: {'; '.join(versions)}.\n",
     ]
     for task in dict.fromkeys(group["task"] for group in plan["groups"]):
@@ -262,17 +264,18 @@ def page(plan: dict[str, Any], lines: list[dict[str, Any]], pictures: Iterable[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--plan", type=Path, default=HERE / "frontier.yaml")
-    parser.add_argument("--runs", type=Path, default=HERE / "frontier.jsonl")
+    parser.add_argument("--runs", type=Path, help="without it the plan's, .jsonl")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of the page and the pictures")
     args = parser.parse_args()
-    plan, lines = yaml.safe_load(args.plan.read_text(encoding="utf-8")), read(args.runs)
+    plan = yaml.safe_load(args.plan.read_text(encoding="utf-8"))
+    lines = read(args.runs or args.plan.with_suffix(".jsonl"))
     pictures = []
     for task in dict.fromkeys(group["task"] for group in plan["groups"]):
         table = rows(plan, lines, task)
         if sum(bool(row.lines) for row in table) > 1 and _find(table, WHOLE) is not None:
-            pictures.append(f"frontier_{task}.png")
+            pictures.append(f"{args.plan.stem}_{task}.png")
             picture(task, table, args.out / pictures[-1])
-    (args.out / "frontier.md").write_text(page(plan, lines, pictures), encoding="utf-8")
+    (args.out / f"{args.plan.stem}.md").write_text(page(args.plan.stem, plan, lines, pictures), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -126,19 +126,65 @@ def test_a_plan_is_run_resumed_and_reported(
         sys, "argv", ["frontier_report.py", "--plan", "plan.yaml", "--runs", "runs.jsonl", "--out", "."]
     )
     frontier_report.main()
-    page = (tmp_path / "frontier.md").read_text(encoding="utf-8")
+    page = (tmp_path / "plan.md").read_text(encoding="utf-8")
     row = next(text for text in page.splitlines() if text.startswith("| LoRA r 8 |"))
     assert "| 100% ± 0 |" in row
     assert f"{lora['parameters']:,}" in row
     assert "| LoR2C r 2 |" in page
     assert "Not run" not in page
-    assert (tmp_path / "frontier_french.png").stat().st_size > 10_000
+    assert (tmp_path / "plan_french.png").stat().st_size > 10_000
 
     out.write_text("\n".join(json.dumps(run) for run in again[:2]) + "\n", encoding="utf-8")
     frontier_report.main()
-    page = (tmp_path / "frontier.md").read_text(encoding="utf-8")
+    page = (tmp_path / "plan.md").read_text(encoding="utf-8")
     assert "- french, q v, LoRA r 8: rates 0.005, 0.02; seeds 1, 2" in page
     assert "- french, q v, LoR2C r 2: rates 0.004, 0.002, 0.008; seeds 1, 2" in page
+
+
+def test_a_plan_may_train_on_more_blocks_of_a_page(frontier: Any, tmp_path: Path, model_and_pages: list[str]) -> None:
+    """Pages of five blocks: four count, or as many as the plan says, and the other splits stay as they are."""
+    import frontier_data
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    sizes = {"reported": 4, "tuning": 4, "training": 8}
+    four = frontier_data.pages(Path("pages"), tokenizer, sizes, 4)
+    five = frontier_data.pages(Path("pages"), tokenizer, sizes | {"training_a_page": 5}, 4)
+    texts = [path.read_text(encoding="utf-8").partition("\n")[2] for path in Path("pages").glob("*.txt")]
+    whole_pages = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert five.training.ids[:5].flatten().tolist() in whole_pages
+    assert four.training.ids[:5].flatten().tolist() not in whole_pages
+    assert five.reported.ids.equal(four.reported.ids) and five.tuning.ids.equal(four.tuning.ids)
+
+
+def test_a_plan_may_train_beside_a_model_in_bfloat16(
+    frontier: Any, tmp_path: Path, model_and_pages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pandas
+
+    pandas.DataFrame({"passage": [" ".join(WORDS[i : i + 10]) for i in range(4)]}).to_parquet("plain.parquet")
+    plan = PLAN | {"dtype": "bfloat16", "groups": [PLAN["groups"][0] | {"rates": {"frozen": [0], "LoRA r 8": [1e-2]}}]}  # type: ignore[index]
+    made = []
+    adapted = frontier.adapted
+    monkeypatch.setattr(frontier, "adapted", lambda base, config: made.append(adapted(base, config)) or made[-1])
+    Path("plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False), encoding="utf-8")
+    words = [
+        "--model",
+        "model",
+        "--pages",
+        "pages",
+        "--alpaca",
+        "none",
+        "--plain",
+        "plain.parquet",
+        "--plan",
+        "plan.yaml",
+    ]
+    monkeypatch.setattr(sys, "argv", ["frontier.py", *words])
+    frontier.main()
+    assert [run.get("error") for run in frontier.read(tmp_path / "plan.jsonl")] == [None] * 4
+    dtypes = {(str(p.dtype), p.requires_grad) for model in made for p in model.parameters()}
+    assert dtypes == {("torch.bfloat16", False), ("torch.float32", True)}
 
 
 def test_the_tiers_of_a_pyramid_are_measured(
