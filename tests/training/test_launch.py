@@ -247,6 +247,23 @@ def test_a_command_in_another_thread_gives_its_reason() -> None:
     assert first_of_two(code)[1] == "error in process 0 of 2: lost the connection\n"
 
 
+def test_a_process_that_lost_another_one_waits_for_that_ones_reason() -> None:
+    """It speaks some seconds later, even where the launcher's SIGTERM arrives meanwhile."""
+    code = (
+        "import os, signal, time\n"
+        "processes._SECONDS_TO_SPEAK, processes.is_first_to_report = 0.5, lambda: True\n"
+        "sleep, begun = time.sleep, time.monotonic()\n"
+        "time.sleep = lambda seconds: (os.kill(os.getpid(), signal.SIGTERM), sleep(seconds))\n"
+        "try:\n"
+        "    with processes.Processes(0, 2).reporting_lost_processes():\n"
+        "        raise RuntimeError('Connection closed by peer')\n"
+        "except processes.ProcessError as error:\n"
+        "    cli._fail(str(error).partition(',')[0] + ('' if time.monotonic() - begun > 0.4 else ' at once'), 2)"
+    )
+    lost = "error in process 0 of 2: process 0 of 2 lost the connection to another one\n"
+    assert first_of_two(code) == (2, lost)
+
+
 def test_accelerate_launches_the_command_with_a_shipped_config(
     place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
