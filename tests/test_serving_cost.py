@@ -31,6 +31,18 @@ def test_a_pyramid_on_few_layers_is_larger_than_lora() -> None:
     assert not any("larger than LoRA" in note for note in whole.notes)
 
 
+def test_tiers_of_their_own_are_compared_with_lora_of_the_largest() -> None:
+    """Not with LoRA of the field r, which such a pyramid doesn't read."""
+    tiers = [{"name": "global", "groups": 1, "r": 16}, {"name": "layer", "groups": "layers", "r": 1}]
+    config = zoo_config("msplora", "llama", tiers=tiers, target_modules=["q_proj"])
+    assert config.r != config.largest_rank == 16
+    assert plan(ZOO["llama"].build(), config).r == 16
+    told = cost_of_serving(get_peft_model(ZOO["llama"].build(), config))
+    assert (
+        told == "as plain LoRA it has rank 17, which servers pad to 32: 2 times the memory and time of LoRA r 16 there"
+    )
+
+
 def test_the_command_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ZOO["llama"].build()
     base.save_pretrained(str(tmp_path / "base"))

@@ -166,6 +166,28 @@ def test_a_stopped_run_goes_on_from_its_checkpoint(wide_bert: Path, glue: Path, 
     assert [line["step"] for line in history if "loss" in line][:3] == [1, 10, 20]
 
 
+def test_sigterm_stops_a_table_with_a_checkpoint_and_its_reports(wide_bert: Path, glue: Path, tmp_path: Path) -> None:
+    """As a cluster's scheduler ends a job."""
+    train = {"max_steps": 100_000, "batch": 4, "evaluate": "never", "evaluate_before": False, "save": 20, "keep": 1}
+    shared = {"model": str(wide_bert), "data.folder": str(glue), "method.target_modules": ["query"], "train": train}
+    table = small(wide_bert, glue, tmp_path / "out", set=shared, seeds=[1])
+    folder = RunFolder(table.runs[0].recipe)
+
+    def stop() -> None:
+        deadline = time.monotonic() + 200
+        while folder.last_checkpoint() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=stop, daemon=True).start()
+    filled = fill(table)
+    assert (filled.taken, filled.stopped, filled.failed) == (0, True, [])
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert (table.folder / "table.md").exists() and folder.last_checkpoint() is not None
+    assert not folder.lock.is_taken() and not multiprocessing.active_children()
+
+
 def test_two_programs_do_not_fill_one_folder(wide_bert: Path, glue: Path, tmp_path: Path) -> None:
     import fcntl
 

@@ -25,7 +25,9 @@ def classifier(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def scored(adapter: Path, file: Path, *words: str) -> dict[str, Any]:
     out = file.with_suffix(".scores.json")
     assert main("eval", str(adapter), "--data", str(file), "--out", str(out), *words) == 0
-    return json.loads(out.read_text())
+    scores = json.loads(out.read_text())
+    assert scores["intervals"].keys() == scores["scores"].keys()
+    return scores
 
 
 def test_classes_with_interval_matrix_and_mistakes(
@@ -55,6 +57,9 @@ def test_classes_with_interval_matrix_and_mistakes(
         row["text"] for row in rows[:3]
     }
     printed = capsys.readouterr().out
+    for name in ("f1", "matthews"):
+        low, high = scores["intervals"][name]
+        assert low < scores["scores"][name] < high
     assert "accuracy 85.00%  (95% interval 63.96 to 94.76)" in printed and "most confident mistakes:" in printed
 
 
@@ -88,6 +93,8 @@ def test_numbers(tiny_bert: Path, tmp_path: Path) -> None:
     scores = scored(run.folder, file)
     low, high = scores["intervals"]["pearson"]
     assert low <= scores["scores"]["pearson"] <= high and scores["by_class"] == {}
+    low, high = scores["intervals"]["rmse"]
+    assert low < scores["scores"]["rmse"] < high
     answers = [float(each.answer) for each in predict(run.folder, [row["text"] for row in rows])]
     gaps = [(a - row["label"]) ** 2 for a, row in zip(answers, rows, strict=True)]
     assert scores["scores"]["rmse"] == pytest.approx(math.sqrt(sum(gaps) / len(gaps)), rel=1e-5)
@@ -117,6 +124,20 @@ def test_preferences_by_the_rewards_of_training(tiny_llama: Path, tmp_path: Path
     scores = scored(run.folder, file)
     assert scores["scores"]["accuracy"] == pytest.approx(100 * run.after["rewards/accuracies"])
     assert scores["scores"]["margin"] == pytest.approx(run.after["rewards/margins"], rel=1e-3, abs=1e-4)
+
+
+def test_verdicts_by_the_distance_of_their_rewards(tiny_llama: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"say {word} ", "completion": completion, "label": completion == "yes"}
+        for word in ("one", "two", "three")
+        for completion in ("yes", "no")
+    ]
+    file = write_jsonl(tmp_path / "verdicts.jsonl", rows * 8)
+    options: dict[str, Any] = {"task": "kto", "data__validation": str(file), "train__max_steps": 4}
+    run = train(tiny_recipe(tiny_llama, file, tmp_path / "out", data__validation_rows=None, **options))
+    scores = scored(run.folder, file)
+    low, high = scores["intervals"]["margin"]
+    assert low < scores["scores"]["margin"] < high
 
 
 def test_an_adapter_of_another_program_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

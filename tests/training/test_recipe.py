@@ -112,6 +112,24 @@ def test_what_is_missing_or_unreadable(text: str, message: str, tmp_path: Path) 
     assert len(problems_named) == 2 or text.startswith(("model: m", "method", "train"))
 
 
+def test_a_word_without_a_value_takes_out_a_key_that_exists(tmp_path: Path) -> None:
+    """A typing error would leave the key's value in force."""
+    text = "model: m\ndata.train: a\nmethod.name: msplora\nmethod.r: 4\ntrain.epochs: 2\n"
+    words = ["train.epoch=", "method.num_gruop=", "learning_rate=", "train="]
+    assert problems(text, tmp_path, *words)[1:] == [
+        "train.epoch: unknown, did you mean train.epochs?",
+        "method.num_gruop: unknown, did you mean method.num_groups?",
+        "learning_rate: unknown, did you mean train.lr?",
+        "train: needs its own keys, for example train.lr: 1.0e-3",
+    ]
+    path = tmp_path / "whole.yaml"
+    path.write_text(text, encoding="utf-8")
+    # A key that the recipe doesn't have, and a field of another method: nothing to take out.
+    recipe = load_recipe(path, ["train.epochs=", "method.r=", "data.max_length=", "method.target_rank="])
+    assert recipe.train.epochs == load_recipe(path, ["train.epochs=3"]).train.epochs
+    assert "r" not in recipe.method
+
+
 def test_a_misspelt_section_finds_its_own_key(tmp_path: Path) -> None:
     assert "trian.lr: unknown, did you mean train.lr?" in problems("trian.lr: 1", tmp_path)
 

@@ -499,7 +499,26 @@ def test_the_table_names_the_ranks_that_took_effect(tiny_bert: Path, reviews_csv
     ranks = {"method__r": None, "method__init_r": 6, "method__target_r": 3}
     for more in ({"method__name": "adalora", **ranks}, {"method__r": None}):
         made = tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", **more)
-        console.print(report(made, replace(result, method=made.method["name"])))
+        counts = replace(result.counts, lora_rank=made.method.get("init_r", 8))
+        console.print(report(made, replace(result, method=made.method["name"], counts=counts)))
     text = console.export_text()
     assert "AdaLoRA r 6 to 3: tiny" in text and "LoRA r 6, same layers" in text
-    assert "MSPLoRA: tiny" in text and "LoRA of the same rank, same layers" in text
+    assert "MSPLoRA: tiny" in text and "LoRA r 8, same layers" in text
+
+
+def test_a_run_is_compared_with_lora_of_its_largest_tier(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
+    """Not with LoRA of the field r; and less than half a per cent of it isn't said as 0%."""
+    tiers = [{"name": "global", "groups": 1, "r": 2}]
+    recipe = tiny_recipe(
+        tiny_bert, reviews_csv, tmp_path / "out", method__r=None, method__tiers=tiers, train__max_steps=1
+    )
+    result = train(recipe)
+    assert result.counts.lora_rank == 2
+    assert result.counts.lora == result.counts.adapter * 4  # four layers
+    console = Console(record=True, width=1000, file=open("/dev/null", "w"))  # noqa: SIM115
+    few = replace(result.counts, lora=result.counts.adapter * 240)
+    console.print(report(recipe, result))
+    console.print(report(recipe, replace(result, counts=few)))
+    text = console.export_text()
+    assert "LoRA r 2, same layers" in text and "(MSPLoRA trains 25% of that)" in text
+    assert "(MSPLoRA trains 0.4% of that)" in text

@@ -26,6 +26,26 @@ def test_classification_scores_by_definition() -> None:
     assert actual["matthews"] == pytest.approx(100 * matthews)
 
 
+@given(
+    st.integers(1, 5).flatmap(
+        lambda n: st.tuples(st.just(n), st.lists(st.tuples(*[st.integers(0, n - 1)] * 2), min_size=1))
+    )
+)
+def test_classification_scores_are_those_of_scikit_learn(drawn: tuple[int, list[tuple[int, int]]]) -> None:
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    classes, pairs = drawn
+    labels, answers = np.array(pairs).T
+    average = "binary" if classes <= 2 else "macro"
+    expected = {
+        "accuracy": accuracy_score(labels, answers),
+        "f1": f1_score(labels, answers, average=average, zero_division=0),
+        "matthews": matthews_corrcoef(labels, answers),
+    }
+    actual = metrics.score(_recipe("classification"), answers, labels, classes)
+    assert actual == pytest.approx({name: 100 * float(value) for name, value in expected.items()}, abs=1e-9)
+
+
 @pytest.mark.parametrize("as_scores", [True, False])
 def test_f1_of_three_classes_is_a_mean_also_where_the_last_never_occurs(as_scores: bool) -> None:
     labels, answers = np.array([0, 0, 1, 1, 0]), np.array([0, 0, 0, 1, 0])

@@ -1,6 +1,8 @@
 """Fill a table: start the runs that it lacks, note each result at once, write the reports."""
 
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -53,8 +55,8 @@ def fill(
     `shard`: (k, n), run only the k-th of n equal parts of the runs (k from 1), beside other programs that run the
     others; the reports include the results of all of them so far.
 
-    A finished run, by the key of its resolved recipe, is never repeated; a failed run is tried again. Ctrl-C stops the
-    running ones with a checkpoint, and the same call resumes them.
+    A finished run, by the key of its resolved recipe, is never repeated; a failed run is tried again. Ctrl-C and
+    SIGTERM stop the running ones with a checkpoint, and the same call resumes them.
 
     Raises:
         MissingExtraError: packages that one of the runs, its evaluation or the engine needs aren't installed.
@@ -75,7 +77,7 @@ def fill(
         share = runs[shard[0] - 1 :: shard[1]] if shard else runs
         todo = [run for run in share if not results.done(run.key)]
         require(f"filling the table {table.name}", *_needs(todo, engine))
-        with LiveTable(table, results, console) as live:
+        with LiveTable(table, results, console) as live, _stopped_by_sigterm():
             live.say(f"{len(todo)} of {len(table.runs)} runs to do; checking models, data and tasks")
             check_inputs(table.name, todo)
             taken, stopped = 0, False
@@ -129,6 +131,23 @@ def _note(table: Table, results: Results, outcome: Outcome) -> None:
             shutil.rmtree(outcome.run.recipe.folder, ignore_errors=True)
     elif outcome.status == "failed":
         results.add(failed_line(outcome.run, outcome.error, outcome.log, outcome.where))
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM, by which clusters end a job, stops the block as Ctrl-C does. Signals reach only the main thread."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """95% intervals of scores of rows."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -27,15 +27,20 @@ def correlation_interval(name: str, value: float, rows: int) -> tuple[float, flo
     return 100.0 * math.tanh(middle - half), 100.0 * math.tanh(middle + half)
 
 
-def drawn_interval(of_rows: Callable[[np.ndarray], float], rows: int) -> tuple[float, float]:
+def drawn_intervals(of_rows: Callable[[np.ndarray], Mapping[str, float]], rows: int) -> dict[str, tuple[float, float]]:
     """The 95% percentile bootstrap: scores of rows drawn with replacement, `RESAMPLES` times, with a fixed seed."""
     random = np.random.default_rng(0)
-    scores = [of_rows(random.integers(rows, size=rows)) for _ in range(RESAMPLES)]
+    draws = [of_rows(random.integers(rows, size=rows)) for _ in range(RESAMPLES)]
+    return {name: _middle([scores[name] for scores in draws]) for name in draws[0]}
+
+
+def _middle(values: Sequence[float]) -> tuple[float, float]:
+    """The percentiles between which 95% of the values lie; of those that are numbers."""
     tail = (100 - CONFIDENCE) / 2
-    low, high = np.percentile([value for value in scores if not math.isnan(value)] or [math.nan], [tail, 100 - tail])
+    low, high = np.percentile([value for value in values if not math.isnan(value)] or [math.nan], [tail, 100 - tail])
     return float(low), float(high)
 
 
-def mean_of(scores: np.ndarray, rows: np.ndarray) -> float:
-    """The mean score of some rows."""
-    return float(scores[rows].mean())
+def means_of(scores: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, float]:
+    """The mean of each score over some rows."""
+    return {name: float(of[rows].mean()) for name, of in scores.items()}

@@ -16,7 +16,7 @@ from ziggurat.nearest import missing_path
 from ziggurat.recipe.schema import Recipe
 from ziggurat.training.loop.metrics import perplexity, score
 
-from .intervals import FACTORS, correlation_interval, drawn_interval, mean_of, share_interval
+from .intervals import FACTORS, correlation_interval, drawn_intervals, means_of, share_interval
 from .logs import answer_logs, seen_logs
 from .preferences import judged, preferences
 
@@ -87,17 +87,15 @@ def _labelled(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
         else:
             classes = by_class(outputs, labels, names, shown_texts(table))
     scores = score(loaded.recipe, outputs, labels, len(names))
-    metric, rows = loaded.recipe.main_metric, len(labels)
-
-    def of_rows(drawn: np.ndarray) -> float:
-        return score(loaded.recipe, outputs[drawn], labels[drawn], len(names))[metric]
-
+    rows = len(labels)
     if not names:
+        squares = (outputs.reshape(-1) - labels) ** 2
         intervals = {name: correlation_interval(name, scores[name], rows) for name in FACTORS if rows > 3}
+        intervals |= drawn_intervals(lambda drawn: {"rmse": float(np.sqrt(squares[drawn].mean()))}, rows)
     else:
         share = "subset_accuracy" if loaded.recipe.task == "multilabel" else "accuracy"
-        intervals = {share: share_interval(round(scores[share] * rows / 100), rows)}
-        intervals |= {metric: drawn_interval(of_rows, rows)} if metric != share else {}
+        intervals = drawn_intervals(lambda drawn: score(loaded.recipe, outputs[drawn], labels[drawn], len(names)), rows)
+        intervals[share] = share_interval(round(scores[share] * rows / 100), rows)
     per_cent = tuple(name for name in scores if name != "rmse")
     return {"scores": scores, "intervals": intervals, "per_cent": per_cent, "by_class": classes}
 
@@ -105,13 +103,16 @@ def _labelled(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
 def _tagged(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
     """Scores of entities; words beyond the maximum length count as outside of entities."""
     from ziggurat.training.answers.entities import tags_of
-    from ziggurat.training.loop.entities import entity_counts, entity_f1, entity_scores
+    from ziggurat.training.loop.entities import entity_counts, scores_of_counts
 
     names = [str(name) for name in loaded.head.label_names]
     truth = [[names[place] for place in row] for row in table["label"]]
     answers = list(tags_of(loaded, list(table["tokens"]), batch))
-    counts, scores = entity_counts(truth, answers), entity_scores(truth, answers)
-    intervals = {"entity_f1": drawn_interval(lambda rows: entity_f1(counts[rows]), len(counts))}
+    counts = entity_counts(truth, answers)
+    scores, intervals = (
+        scores_of_counts(counts),
+        drawn_intervals(lambda rows: scores_of_counts(counts[rows]), len(counts)),
+    )
     return {"scores": scores, "intervals": intervals, "per_cent": tuple(scores)}
 
 
@@ -128,13 +129,12 @@ def _answers(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
         logs, counts = answer_logs(loaded, rows, batch, notes)
     else:
         logs, counts = seen_logs(loaded, table, batch, notes)
-    loss = -logs.sum() / counts.sum()
-    scores = {"perplexity": perplexity(float(loss)), "loss": float(loss)}
 
-    def of_rows(drawn: np.ndarray) -> float:
-        return perplexity(float(-logs[drawn].sum() / counts[drawn].sum()))
+    def of_rows(drawn: np.ndarray) -> dict[str, float]:
+        loss = float(-logs[drawn].sum() / counts[drawn].sum())
+        return {"perplexity": perplexity(loss), "loss": loss}
 
-    intervals = {"perplexity": drawn_interval(of_rows, len(logs))}
+    scores, intervals = of_rows(np.arange(len(logs))), drawn_intervals(of_rows, len(logs))
     writer = loaded.writer
     questions = [question for row in table if (question := question_of(writer, row)) is not None]  # type: ignore[arg-type]
     if not questions:
@@ -172,7 +172,7 @@ def _sequences(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
     sampling = Sampling(tokens=min(recipe.data.max_target or needed, MOST_LENGTH))
     written = list(generate(loaded.model, tokenizer, sources, sampling, batch=batch, name=recipe.model))
     rows = text_scores(written, targets)
-    intervals = {name: drawn_interval(partial(mean_of, of), len(of)) for name, of in rows.items()}
+    intervals = drawn_intervals(partial(means_of, rows), len(written))
     intervals["exact_match"] = share_interval(int((rows["exact_match"] > 0).sum()), len(written))
     scores = {name: float(of.mean()) for name, of in rows.items()}
     return {"scores": scores, "intervals": intervals, "per_cent": tuple(scores), "notes": notes}

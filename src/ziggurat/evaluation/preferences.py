@@ -9,7 +9,7 @@ import numpy as np
 
 from ziggurat.errors import DataError, RecipeError
 
-from .intervals import drawn_interval, mean_of, share_interval
+from .intervals import drawn_intervals, means_of, share_interval
 from .logs import answer_logs
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def preferences(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
         "scores": {"accuracy": 100.0 * hits / len(gaps), "margin": float(gaps.mean())},
         "intervals": {
             "accuracy": share_interval(hits, len(gaps)),
-            "margin": drawn_interval(partial(mean_of, gaps), len(gaps)),
+            **drawn_intervals(partial(means_of, {"margin": gaps}), len(gaps)),
         },
         "per_cent": ("accuracy",),
         "notes": list(dict.fromkeys(notes)),
@@ -45,8 +45,14 @@ def judged(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
         kind = "good" if good.all() else "bad"
         raise DataError(f"--data: all {len(good)} answers are {kind}, and their distance needs both; raise --limit")
     rewards = _rewards(loaded, table, batch, notes)
-    margin = float(rewards[good].mean() - rewards[~good].mean())
-    return {"scores": {"margin": margin}, "intervals": {}, "per_cent": (), "notes": notes}
+
+    def of_rows(drawn: np.ndarray) -> dict[str, float]:
+        """NaN for a draw of one kind."""
+        kinds = [rewards[drawn][good[drawn] == kind] for kind in (True, False)]
+        return {"margin": float(kinds[0].mean() - kinds[1].mean()) if all(map(len, kinds)) else float("nan")}
+
+    scores = of_rows(np.arange(len(good)))
+    return {"scores": scores, "intervals": drawn_intervals(of_rows, len(good)), "per_cent": (), "notes": notes}
 
 
 def _rewards(loaded: Loaded, table: Dataset, batch: int, notes: list[str]) -> np.ndarray:

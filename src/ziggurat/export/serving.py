@@ -42,7 +42,7 @@ def cost_of_serving(model: nn.Module, adapter: str = "default") -> str | None:
     layers: list[AdaptedLinear] = [m for m in model.modules() if isinstance(m, AdaptedLinear) and adapter in m.adapters]
     if not layers or any(layer.method.pair is None for layer in layers):  # nothing that becomes plain LoRA
         return None
-    r: int = layers[0].configs[adapter].r
+    r: int = layers[0].configs[adapter].largest_rank
     rank = max(layer.effective_pair(adapter).A.shape[-2] for layer in layers)
     padded = next((allowed for allowed in SERVING_RANKS if allowed >= rank), rank)
     usual = next((allowed for allowed in SERVING_RANKS if allowed >= r), r)

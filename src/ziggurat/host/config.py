@@ -121,6 +121,11 @@ class MethodConfig(PeftConfig):
         return self.method.card.citation
 
     @property
+    def largest_rank(self) -> int:
+        """The rank of the LoRA that it is compared with: that of its largest part."""
+        return self.r
+
+    @property
     def needs_stack(self) -> bool:
         """Whether the user has set a field that only makes sense in a stack of layers."""
         return False

@@ -179,6 +179,12 @@ def kind_of(config: Any) -> str:
     return str(getattr(kind, "value", kind))
 
 
+def rank_of(config: Any) -> int | None:
+    """The rank of the LoRA that any library's adapter is compared with; AdaLoRA's is the one that it begins with."""
+    ranks = (getattr(config, name, None) for name in ("largest_rank", "init_r", "r"))
+    return next((rank for rank in ranks if isinstance(rank, int) and rank > 0), None)
+
+
 def method_of(config: Any) -> Method | None:
     """The method of an adapter's config; None for PEFT's own methods and for other values."""
     return METHODS.get(kind_of(config))

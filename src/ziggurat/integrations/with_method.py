@@ -82,7 +82,7 @@ def of_method(lora: LoraConfig, method: str, fields: Mapping[str, Any]) -> Metho
         if name in NOT_IN_A_RECIPE & LoraConfig.__dataclass_fields__.keys() - allowed:
             raise ConfigError(f"{name} is set by the program itself: leave it out of the words of `ziggurat with`.")
         if name not in allowed:
-            raise ConfigError(f"{config.__name__} has no field {name!r}{did_you_mean(name, sorted(allowed))}.")
+            raise ConfigError(f"{config.__name__} has no field {name!r}{did_you_mean(name, sorted(allowed)) or '.'}")
     try:
         return config.from_lora(lora, **fields)
     except ConfigError:

@@ -15,7 +15,7 @@ from ziggurat.analysis.readers import READERS, components, place_by_name
 from ziggurat.errors import ConfigError, RecipeError
 from ziggurat.export.serving import cost_of_serving
 from ziggurat.host.base.anatomy import Anatomy, Place
-from ziggurat.host.method import kind_of, method_of
+from ziggurat.host.method import kind_of, method_of, rank_of
 from ziggurat.host.saved.names import key_of
 from ziggurat.host.saved.sites_table import from_table
 from ziggurat.host.site import Site
@@ -158,7 +158,7 @@ def plan(
     return Plan(
         model=name,
         method=method,
-        r=_rank(config),
+        r=rank_of(config),
         base=base,
         adapter=adapter,
         head=head,
@@ -259,7 +259,7 @@ def _beside(model: nn.Module, config: Any, method: str, parameters: int) -> tupl
         for name in ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
         if (value := getattr(config, name, None)) is not None
     }
-    rank = _rank(config)
+    rank = rank_of(config)
     others, notes = [], []
     for other, fields in BESIDE.items():
         if other == method:
@@ -287,9 +287,3 @@ def _beside(model: nn.Module, config: Any, method: str, parameters: int) -> tupl
         except (ConfigError, RecipeError) as error:
             notes.append(f"{other}, same budget: {error}")
     return others, notes
-
-
-def _rank(config: Any) -> int | None:
-    """The rank of a config; AdaLoRA's is the one that it begins with."""
-    rank = getattr(config, "init_r", None) or getattr(config, "r", None)
-    return rank if isinstance(rank, int) else None

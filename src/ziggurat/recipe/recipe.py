@@ -148,6 +148,7 @@ def _refused(label: str, problems: list[str]) -> RecipeError:
 
 def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: list[str]) -> Recipe:
     # An override without a value resets the key to its default: the only way to drop a method's field.
+    emptied = [key for key, value in extra.items() if value is None and key not in flat]
     flat = {key: value for key, value in {**flat, **extra}.items() if key not in extra or value is not None}
     several = flat.get("data.train")
     if isinstance(several, list) and several:
@@ -157,6 +158,7 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
     problems += fill_in(flat)
     schema = keys()
     choice = {key.removeprefix("method."): value for key, value in flat.items() if key.startswith("method.")}
+    known = [*schema, "method.name"]
     good: dict[str, Any] = {}
     for key, value in flat.items():
         if key.startswith("method."):
@@ -170,10 +172,13 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
                 problems.append(f"task: {value} is called {task_called(value)} here")
             else:
                 problems.append(f"{key}: {fault}")
-        elif key in SECTIONS:
-            problems.append(f"{key}: needs its own keys, {_example(key)}")
         else:
-            problems.append(f"{key}: unknown{_meant(key, [*schema, 'method.name'], choice, value)}")
+            problems.append(f"{key}: {_unknown(key, known, choice, value)}")
+    problems += [
+        f"{key}: {_unknown(key, known, choice, None)}"
+        for key in emptied
+        if key not in known and not _fits_a_method(key)
+    ]
     problems += [
         f"{key}: missing: {info.description}" for key, info in schema.items() if info.is_required() and key not in flat
     ]
@@ -191,17 +196,19 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
     return Recipe.model_validate(nested)
 
 
-def _meant(key: str, names: list[str], choice: dict[str, Any], value: Any) -> str:
-    """A hint for an unknown key: by our synonyms, by other programs' names, or by its spelling."""
+def _unknown(key: str, names: list[str], choice: dict[str, Any], value: Any) -> str:
+    """What to do about a key that there isn't: by our synonyms, by other programs' names, or by its spelling."""
     from .names import answer
 
+    if key in SECTIONS:
+        return f"needs its own keys, {_example(key)}"
     hint = answer(key) if key.rpartition(".")[2] not in _SYNONYMS else None
     if hint is None:
         fields = [f"method.{name}" for name in _fields_of(choice)]
         hint = did_you_mean(key, [*names, *fields], _SYNONYMS) or "; docs/recipes.md lists the keys"
     if hint == ", did you mean task?" and task_called(value):
-        return f", did you mean task: {task_called(value)}?"
-    return hint
+        hint = f", did you mean task: {task_called(value)}?"
+    return f"unknown{hint}"
 
 
 def _fields_of(choice: dict[str, Any]) -> list[str]:
@@ -209,6 +216,14 @@ def _fields_of(choice: dict[str, Any]) -> list[str]:
 
     name = choice.get("name")
     return list(method_fields(name)) if isinstance(name, str) and name in METHODS else []
+
+
+def _fits_a_method(key: str) -> bool:
+    """Whether `key` is a field of some method, so that words which drop it suit recipes of all methods."""
+    from .methods import method_fields
+
+    section, _, name = key.partition(".")
+    return section == "method" and any(name in method_fields(method) for method in METHODS)
 
 
 def _example(section: str) -> str:

@@ -162,6 +162,11 @@ class MSPLoraConfig(MethodConfig):
         return halved_tiers(self, fused) if self.tiers is None else listed_tiers(self)
 
     @property
+    def largest_rank(self) -> int:
+        """The rank of its largest tier."""
+        return max(tier.r for tier in self._tiers())
+
+    @property
     def stages(self) -> tuple[Tier, ...]:
         """The tiers that train, coarse to fine."""
         return tuple(tier for tier in self.pyramid() if not self.freezes(f"A_{tier.name}"))

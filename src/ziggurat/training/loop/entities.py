@@ -25,28 +25,33 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 
 
 def entity_counts(truth: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]) -> np.ndarray:
-    """For each row: entities predicted with the right kind and ends, entities predicted, true entities; (rows, 3)."""
-    spans = [(entities(right), entities(answer)) for right, answer in zip(truth, answers, strict=True)]
-    return np.asarray([[len(right & answer), len(answer), len(right)] for right, answer in spans])
+    """For each row (rows, 5): entities predicted with the right kind and ends, entities predicted, true entities; words
+    with the right tag, words."""
+    counts = []
+    for right, answer in zip(truth, answers, strict=True):
+        real, predicted = entities(right), entities(answer)
+        words = sum(one == other for one, other in zip(right, answer, strict=True))
+        counts.append([len(real & predicted), len(predicted), len(real), words, len(right)])
+    return np.asarray(counts).reshape(-1, 5)
 
 
-def entity_f1(counts: np.ndarray) -> float:
-    """F1 = 2 hits / (predicted + true), summed over all rows and kinds, in per cent; 0 if there are none."""
-    hits, predicted, actual = counts.sum(0).tolist()
-    return 200.0 * hits / (predicted + actual) if predicted + actual else 0.0
+def scores_of_counts(counts: np.ndarray) -> dict[str, float]:
+    """entity_f1, entity_precision and entity_recall, and token_accuracy, the share of words with the right tag.
+
+    F1 = 2 hits / (predicted + true), summed over all rows and kinds, in per cent; 0 if there are none.
+    """
+    hits, predicted, actual, right, words = counts.sum(0).tolist()
+    return {
+        "entity_f1": 200.0 * hits / max(predicted + actual, 1),
+        "entity_precision": 100.0 * hits / max(predicted, 1),
+        "entity_recall": 100.0 * hits / max(actual, 1),
+        "token_accuracy": 100.0 * right / max(words, 1),
+    }
 
 
 def entity_scores(truth: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-    """entity_f1, entity_precision and entity_recall, and token_accuracy, the share of words with the right tag."""
-    counts = entity_counts(truth, answers)
-    hits, predicted, actual = counts.sum(0).tolist()
-    pairs = [pair for row in zip(truth, answers, strict=True) for pair in zip(*row, strict=True)]
-    return {
-        "entity_f1": entity_f1(counts),
-        "entity_precision": 100.0 * hits / predicted if predicted else 0.0,
-        "entity_recall": 100.0 * hits / actual if actual else 0.0,
-        "token_accuracy": 100.0 * sum(right == answer for right, answer in pairs) / max(len(pairs), 1),
-    }
+    """The scores of the predicted tags of all rows."""
+    return scores_of_counts(entity_counts(truth, answers))
 
 
 def scores_of(names: Sequence[str], outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Scores by scikit-learn and scipy, and the majority-class or mean baseline."""
+"""Scores of validation data, and the majority-class or mean baseline."""
 
 import math
 import warnings
@@ -33,14 +33,26 @@ def score(recipe: Recipe, predictions: np.ndarray, labels: np.ndarray, classes: 
         return {"pearson": _percent(pearson), "spearman": _percent(spearman), "rmse": rmse}
     if recipe.task == "multilabel":
         return _of_sets(predictions > 0, labels > 0)
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+    return _of_classes(predictions.argmax(-1) if predictions.ndim > 1 else predictions, labels, classes)
 
-    predicted = predictions.argmax(-1) if predictions.ndim > 1 else predictions
-    options: Any = {"zero_division": 0, "average": "binary" if classes <= 2 else "macro"}
+
+def _of_classes(answers: np.ndarray, truth: np.ndarray, classes: int) -> dict[str, float]:
+    """Scores of classes from the confusion matrix C, faster than scikit-learn's: intervals draw rows 1,000 times.
+
+    With a_k rows of class k, p_k of them predicted, N rows in all and S = sum_k C_kk: F1_k = 2 C_kk / (p_k + a_k), and
+    Matthews = (N S - sum_k p_k a_k) / sqrt((N^2 - sum_k p_k^2) (N^2 - sum_k a_k^2)) [Gorodkin 2004].
+    """
+    many = max(classes, 2, 1 + int(max(answers.max(), truth.max())))
+    confusion = np.bincount(truth.astype(np.int64) * many + answers, minlength=many * many).reshape(many, many)
+    hits, actual, predicted, rows = confusion.diagonal(), confusion.sum(1), confusion.sum(0), len(truth)
+    occurs = actual + predicted > 0
+    f1 = 2 * hits / np.maximum(actual + predicted, 1)
+    spread = float(rows**2 - predicted @ predicted) * float(rows**2 - actual @ actual)
+    matthews = float(rows * hits.sum() - predicted @ actual) / math.sqrt(spread) if spread else 0.0
     return {
-        "accuracy": _percent(float(accuracy_score(labels, predicted))),
-        "f1": _percent(float(f1_score(labels, predicted, **options))),
-        "matthews": _percent(float(matthews_corrcoef(labels, predicted))),
+        "accuracy": _percent(float(hits.sum()) / rows),
+        "f1": _percent(float(f1[1] if classes <= 2 else f1[occurs].mean())),
+        "matthews": _percent(matthews),
     }
 
 

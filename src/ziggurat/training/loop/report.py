@@ -55,9 +55,9 @@ def report(recipe: Recipe, result: Result) -> Group:
     if "active" in result.left:
         table.add_row("of these active at the end", f"{result.left['active']:,}")
     if counts.lora is not None and result.method != "lora":
-        share = f" ({method} trains {counts.adapter / counts.lora:.0%} of that)" if counts.lora else ""
-        same = f"r {rank}" if rank is not None else "of the same rank"
-        table.add_row(f"LoRA {same}, same layers", f"{counts.lora:,}{share}")
+        trained = counts.adapter / counts.lora if counts.lora else 0.0
+        share = f" ({method} trains {trained:.{0 if trained >= 0.1 else 1}%} of that)" if trained else ""
+        table.add_row(f"LoRA r {counts.lora_rank}, same layers", f"{counts.lora:,}{share}")
     if counts.head:
         table.add_row("head, trained by every method", f"{counts.head:,}")
     table.add_section()

@@ -108,7 +108,7 @@ def _train(
 ) -> Result:
     processes = folder.processes
     examples, base, model, spec = _load(recipe, processes, console)
-    counts, noted = count(recipe, model, base), folder.open()
+    counts, noted = count(model, base), folder.open()
     processes.first(lambda: workplace.reserve(folder.work, expected_bytes(model, base.tokenizer)))
     progress, meter, notes = LiveProgress(console, recipe.main_metric), Meter(), Notes(console)
     callbacks = [*callbacks, progress, stop, meter, *watching(recipe, base, notes)]

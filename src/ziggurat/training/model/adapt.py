@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_
 from torch import nn
 
 from ziggurat.errors import ConfigError, RecipeError, first_line
+from ziggurat.host.method import rank_of
 from ziggurat.nearest import did_you_mean
 from ziggurat.recipe.embedded import model_path
 from ziggurat.recipe.methods import METHODS, method_config
@@ -24,14 +25,15 @@ from .base import Base, is_in
 class Counts:
     """Trainable parameters, each counted once however many layers share it.
 
-    `adapter` are the method's own, `head` those of fresh modules, `lora` those of plain LoRA of the same rank on the
-    same linear layers (None if the method has no rank).
+    `adapter` are the method's own, `head` those of fresh modules, `lora` those of plain LoRA of the same rank,
+    `lora_rank`, on the same linear layers (None if there is no such LoRA).
     """
 
     adapter: int
     head: int
     lora: int | None
     total: int
+    lora_rank: int | None = None
 
 
 def adapt(recipe: Recipe, base: Base) -> nn.Module:
@@ -170,21 +172,22 @@ def _has_weight(module: nn.Module) -> bool:
     return isinstance(weight, torch.Tensor) and weight.dim() == 2
 
 
-def count(recipe: Recipe, model: nn.Module, base: Base) -> Counts:
+def count(model: nn.Module, base: Base) -> Counts:
     """Count the trainable parameters of an adapted model."""
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}  # shared ones once
     total, head = sum(trained.values()), sum(size for name, size in trained.items() if is_in(name, base.head))
-    return Counts(adapter=total - head, head=head, lora=_lora_count(recipe, model, base), total=total)
+    lora, rank = _lora_count(model, base)
+    return Counts(adapter=total - head, head=head, lora=lora, total=total, lora_rank=rank)
 
 
-def _lora_count(recipe: Recipe, model: nn.Module, base: Base) -> int | None:
-    """Build plain LoRA with the method's rank and targets on the meta device, where nothing is stored, and count."""
+def _lora_count(model: nn.Module, base: Base) -> tuple[int, int] | tuple[None, None]:
+    """Parameters and rank of plain LoRA with the method's rank and targets, built on the meta device without memory."""
     if not isinstance(model, PeftModel):
-        return None
+        return None, None
     config = model.peft_config["default"]
-    rank = getattr(config, "init_r", None) or getattr(config, "r", None)
-    if not isinstance(rank, int) or rank <= 0:
-        return None
+    rank = rank_of(config)
+    if rank is None:
+        return None, None
     same = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
     fields = {name: getattr(config, name, None) for name in same}
     lora = LoraConfig(r=rank, **{name: copy.deepcopy(value) for name, value in fields.items() if value is not None})
@@ -194,8 +197,8 @@ def _lora_count(recipe: Recipe, model: nn.Module, base: Base) -> int | None:
             adapted = get_peft_model(bare, lora)
     except (ValueError, TypeError, RuntimeError, NotImplementedError):
         # A method may adapt places that LoRA can't (whole layers); then there is no comparison.
-        return None
-    return sum(parameter.numel() for name, parameter in adapted.named_parameters() if "lora_" in name)
+        return None, None
+    return sum(parameter.numel() for name, parameter in adapted.named_parameters() if "lora_" in name), rank
 
 
 def task_type(recipe: Recipe, images: bool = False) -> TaskType | None:
