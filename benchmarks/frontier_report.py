@@ -237,7 +237,7 @@ def page(name: str, plan: dict[str, Any], lines: list[dict[str, Any]], pictures:
     versions = sorted({json.dumps(line["versions"], sort_keys=True) for line in lines})
     seconds = sum(line.get("seconds", 0.0) for line in lines)
     text = [
-        f"# What is kept of LoRA r 8's gain, at which size: {sizes['training'] * plan['tokens']:,} tokens\n",
+        f"# What is kept of LoRA r 8's gain, at which size: {sizes['training']:,} blocks of {plan['tokens']} tokens\n",
         f"Made by `frontier_report.py` from `{name}.jsonl`; the plan is `{name}.yaml`, run by `frontier.py`.\n",
         f"SmolLM2-135M-Instruct (30 layers, from a 4-bit GGUF, {dtype}; adapters float32). "
         f"{sizes['training']:,} blocks of {plan['tokens']} tokens, batch {plan['batch']}, one epoch, AdamW without "

@@ -26,7 +26,7 @@ def test_ranks_that_add_up_are_told(tmp_path: Path) -> None:
 
 def test_a_pyramid_on_few_layers_is_larger_than_lora() -> None:
     config = zoo_config("msplora", "llama", r=8, layers_to_transform=[0])
-    assert any("larger than LoRA of the same r" in note for note in plan(ZOO["llama"].build(), config).notes)
+    assert any("larger than LoRA r 8 on the same layers (" in note for note in plan(ZOO["llama"].build(), config).notes)
     whole = plan(ZOO["llama"].build(), zoo_config("msplora", "llama", r=8, target_modules=["q_proj"]))
     assert not any("larger than LoRA" in note for note in whole.notes)
 
@@ -41,6 +41,13 @@ def test_tiers_of_their_own_are_compared_with_lora_of_the_largest() -> None:
     assert (
         told == "as plain LoRA it has rank 17, which servers pad to 32: 2 times the memory and time of LoRA r 16 there"
     )
+
+
+def test_tiers_that_act_count_by_the_ranks_of_their_roles() -> None:
+    config = zoo_config("msplora", "llama", r=2, rank_pattern={"q_proj": [8, 2, 1], "v_proj": [4, 2, 1]})
+    assert plan(ZOO["llama"].build(), config).r == 8
+    tiers = [{"name": "global", "groups": 1, "r": 2}, {"name": "expert", "groups": 1, "expert_groups": 4, "r": 8}]
+    assert plan(ZOO["llama"].build(), zoo_config("msplora", "llama", tiers=tiers)).r == 2
 
 
 def test_the_command_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -173,19 +175,42 @@ def test_sigterm_stops_a_table_with_a_checkpoint_and_its_reports(wide_bert: Path
     table = small(wide_bert, glue, tmp_path / "out", set=shared, seeds=[1])
     folder = RunFolder(table.runs[0].recipe)
 
+    ended = threading.Event()
+
     def stop() -> None:
-        deadline = time.monotonic() + 200
-        while folder.last_checkpoint() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        while folder.last_checkpoint() is None and not ended.wait(0.01):
+            pass
+        if not ended.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
     threading.Thread(target=stop, daemon=True).start()
-    filled = fill(table)
+    try:
+        filled = fill(table)
+    finally:
+        ended.set()
     assert (filled.taken, filled.stopped, filled.failed) == (0, True, [])
     assert signal.getsignal(signal.SIGTERM) is before
     assert (table.folder / "table.md").exists() and folder.last_checkpoint() is not None
     assert not folder.lock.is_taken() and not multiprocessing.active_children()
+
+
+def test_the_server_of_forks_outlives_sigterm() -> None:
+    """A scheduler signals it too, and without it nobody could wait for a run's checkpoint."""
+    code = (
+        "import os, signal, time\n"
+        "from multiprocessing import forkserver\n"
+        "from ziggurat.compare.engines import Local\n"
+        "context, server = Local(1).context, forkserver._forkserver._forkserver_pid\n"
+        "os.kill(server, signal.SIGTERM)\n"
+        "time.sleep(1)\n"
+        "run = context.Process(target=time.sleep, args=(0,))\n"
+        "run.start(), run.join()\n"
+        "blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())\n"
+        "print(os.waitpid(server, os.WNOHANG), run.exitcode, signal.SIGTERM in blocked)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "(0, 0) 0 False\n", done.stderr
 
 
 def test_two_programs_do_not_fill_one_folder(wide_bert: Path, glue: Path, tmp_path: Path) -> None:

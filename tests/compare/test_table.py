@@ -244,6 +244,17 @@ def test_mistakes_of_the_recipes_name_their_place(tmp_path: Path) -> None:
     assert "pyramid on stsb: metric: accuracy does not go with task: regression" in message
 
 
+def test_a_key_without_a_value_must_be_one(tmp_path: Path) -> None:
+    bad = values()
+    bad["set"]["train.epoch"] = None
+    bad["methods"]["LoRA"] |= {"method.num_gruop": None, "method.num_groups": None}
+    with pytest.raises(RecipeError) as error:
+        make_table(bad, "mine", tmp_path)
+    assert "LoRA on rte: method.num_gruop: unknown" in str(error.value)
+    assert "train.epoch: unknown, did you mean train.epochs?" in str(error.value)
+    assert "num_groups:" not in str(error.value)
+
+
 def test_files_that_are_no_table(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1")
     (tmp_path / "torn.yaml").write_text("a: [1")

@@ -125,9 +125,23 @@ def test_a_word_without_a_value_takes_out_a_key_that_exists(tmp_path: Path) -> N
     path = tmp_path / "whole.yaml"
     path.write_text(text, encoding="utf-8")
     # A key that the recipe doesn't have, and a field of another method: nothing to take out.
-    recipe = load_recipe(path, ["train.epochs=", "method.r=", "data.max_length=", "method.target_rank="])
+    recipe = load_recipe(
+        path, ["train.epochs=", "method.r=", "data.max_length=", "method.target_rank=", "method.budget="]
+    )
     assert recipe.train.epochs == load_recipe(path, ["train.epochs=3"]).train.epochs
     assert "r" not in recipe.method
+
+
+def test_a_method_that_this_peft_lacks_does_not_hide_a_typing_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peft
+
+    monkeypatch.delattr(peft, "LilyConfig", raising=False)
+    text = "model: m\ndata.train: a\nmethod.name: msplora\n"
+    assert problems(text, tmp_path, "method.num_gruop=")[1:] == [
+        "method.num_gruop: unknown, did you mean method.num_groups?"
+    ]
 
 
 def test_a_misspelt_section_finds_its_own_key(tmp_path: Path) -> None:

@@ -111,8 +111,9 @@ def test_a_run_learns_and_its_folder_writes_what_was_scored(
     assert main("eval", str(run.folder), "--data", str(FORM), "--out", str(out)) == 0
     content = json.loads(out.read_text())
     assert content["scores"] == pytest.approx({name: run.after[name] for name in scores})
-    low, high = content["intervals"]["rougeL"]
-    assert low <= run.after["rougeL"] <= high
+    low, high = content["intervals"]["exact_match"]
+    assert low <= run.after["exact_match"] <= high
+    assert content["intervals"].keys() >= {name for name in scores if run.after[name] not in (0, 100)}
     table = write_csv(tmp_path / "new.csv", [{"document": row["source"]} for row in rows[:2]])
     capsys.readouterr()
     assert main("predict", str(run.folder), "--file", str(table), "--json") == 0

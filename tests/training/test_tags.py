@@ -141,5 +141,10 @@ def test_trained_asked_and_scored(tiny_bert: Path, tmp_path: Path) -> None:
     rows, notes = read_file(loaded.recipe, loaded.head, FORM)
     scored = score_rows(loaded, FORM, rows, notes)
     assert scored.scores == pytest.approx({name: result.after[name] for name in scored.scores})
-    low, high = scored.intervals["entity_f1"]
-    assert low <= scored.scores["entity_f1"] <= high
+    others = [
+        [(place + 1) % 3 for place in label] if number < 2 else label for number, label in enumerate(rows["label"])
+    ]
+    wrong = score_rows(loaded, FORM, rows.remove_columns("label").add_column("label", others), notes)
+    assert wrong.intervals.keys() == wrong.scores.keys()
+    for name, (low, high) in wrong.intervals.items():
+        assert low < wrong.scores[name] < high

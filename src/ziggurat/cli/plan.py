@@ -62,7 +62,7 @@ def _choice(values: dict[str, object], problems: list[str]) -> dict[str, object]
     problems = problems + [
         f"{key}: without a recipe only method.* can be given" for key in values if not key.startswith("method.")
     ]
-    choice = {"name": "msplora"} | {k.removeprefix("method."): v for k, v in values.items()}
+    choice = {"name": "msplora"} | {k.removeprefix("method."): v for k, v in values.items() if v is not None}
     row = METHODS.get(str(choice["name"]))
     if row is not None and row.ranks is not None and "r" in row.ranks(8) and BUDGET not in choice:
         choice = {"r": 8, **choice}

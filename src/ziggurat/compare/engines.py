@@ -11,6 +11,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ class Local:
         if forks:
             # The libraries are loaded once; each run then starts in a fork of that process, before any thread or GPU.
             self.context.set_forkserver_preload([serve.__module__])
+            _start_fork_server()
 
     def start(self, run: Run, log: Path) -> _Process:
         slot = self.free.pop(0)
@@ -139,6 +141,19 @@ class Local:
             if handle.process.is_alive():
                 handle.process.kill()
                 handle.process.join()
+
+
+def _start_fork_server() -> None:
+    """Start it with SIGTERM blocked, until it ends with this program; `serve` lets the signal through to a run.
+
+    A scheduler signals all processes of a job, and who asks for the end of a fork asks the server.
+    """
+    resource_tracker.ensure_running()  # the server starts it, too, and it would let the signal through again
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 class OnRay:

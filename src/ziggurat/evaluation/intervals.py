@@ -28,16 +28,20 @@ def correlation_interval(name: str, value: float, rows: int) -> tuple[float, flo
 
 
 def drawn_intervals(of_rows: Callable[[np.ndarray], Mapping[str, float]], rows: int) -> dict[str, tuple[float, float]]:
-    """The 95% percentile bootstrap: scores of rows drawn with replacement, `RESAMPLES` times, with a fixed seed."""
+    """The 95% percentile bootstrap: scores of rows drawn with replacement, `RESAMPLES` times, with a fixed seed.
+
+    A score without an interval is the same in all draws, as where every row is right: they can't show what no row does.
+    """
     random = np.random.default_rng(0)
     draws = [of_rows(random.integers(rows, size=rows)) for _ in range(RESAMPLES)]
-    return {name: _middle([scores[name] for scores in draws]) for name in draws[0]}
+    numbers = {name: [scores[name] for scores in draws if not math.isnan(scores[name])] for name in draws[0]}
+    return {name: _middle(values) for name, values in numbers.items() if values and min(values) < max(values)}
 
 
 def _middle(values: Sequence[float]) -> tuple[float, float]:
-    """The percentiles between which 95% of the values lie; of those that are numbers."""
+    """The percentiles between which 95% of the values lie."""
     tail = (100 - CONFIDENCE) / 2
-    low, high = np.percentile([value for value in values if not math.isnan(value)] or [math.nan], [tail, 100 - tail])
+    low, high = np.percentile(values, [tail, 100 - tail], method="nearest")  # some may be infinite
     return float(low), float(high)
 
 

@@ -134,7 +134,8 @@ def _answers(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
         loss = float(-logs[drawn].sum() / counts[drawn].sum())
         return {"perplexity": perplexity(loss), "loss": loss}
 
-    scores, intervals = of_rows(np.arange(len(logs))), drawn_intervals(of_rows, len(logs))
+    scores = of_rows(np.arange(len(logs)))
+    intervals = drawn_intervals(of_rows, len(logs))
     writer = loaded.writer
     questions = [question for row in table if (question := question_of(writer, row)) is not None]  # type: ignore[arg-type]
     if not questions:

@@ -122,7 +122,7 @@ class MethodConfig(PeftConfig):
 
     @property
     def largest_rank(self) -> int:
-        """The rank of the LoRA that it is compared with: that of its largest part."""
+        """The rank of the LoRA that it is compared with."""
         return self.r
 
     @property

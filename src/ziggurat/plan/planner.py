@@ -151,14 +151,15 @@ def plan(
     if estimate is not None and estimate.activations is None:
         notes.append("this model's forward looks at values, so its activations can't be counted without weights")
     adapter = sum(p.numel() for p in trained.values()) - head
-    others, refused = _beside(model, config, method, adapter)
+    rank = rank_of(used)
+    others, refused = _beside(model, config, rank, method, adapter)
     lora = next((other.parameters for other in others if (other.method, other.kind) == ("lora", "r")), adapter)
     if adapter > lora:
-        notes.append(f"larger than LoRA of the same r and targets ({lora:,}): in this model too few layers share")
+        notes.append(f"larger than LoRA r {rank} on the same layers ({lora:,}): in this model too few layers share")
     return Plan(
         model=name,
         method=method,
-        r=rank_of(config),
+        r=rank,
         base=base,
         adapter=adapter,
         head=head,
@@ -248,8 +249,10 @@ def _parts(state: Mapping[str, Any], config: Any, anatomy: Anatomy, sites: Mappi
     return sorted(parts, key=lambda p: (order.index(p.part), p.stack, p.role))
 
 
-def _beside(model: nn.Module, config: Any, method: str, parameters: int) -> tuple[list[Beside], list[str]]:
-    """Other methods on the same layers: at the plan's rank, and at the largest rank within `parameters`; by formula."""
+def _beside(
+    model: nn.Module, config: Any, rank: int | None, method: str, parameters: int
+) -> tuple[list[Beside], list[str]]:
+    """Other methods on the same layers: at `rank`, and at the largest rank within `parameters`; by formula."""
     from ziggurat.recipe.methods import method_config, method_fields
     from ziggurat.training.sizing.budget import fit_rank, rank_fields
     from ziggurat.training.sizing.counts import count
@@ -259,7 +262,6 @@ def _beside(model: nn.Module, config: Any, method: str, parameters: int) -> tupl
         for name in ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
         if (value := getattr(config, name, None)) is not None
     }
-    rank = rank_of(config)
     others, notes = [], []
     for other, fields in BESIDE.items():
         if other == method:

@@ -13,7 +13,7 @@ from ziggurat.nearest import did_you_mean, missing_path, nearest
 
 from .conflicts import conflicts, tasks_of, unmerged_with_vllm
 from .glue import fill_in, glue_name
-from .methods import METHODS, SYNONYMS, method_config, method_fields, method_problems
+from .methods import BUDGET, METHODS, SYNONYMS, method_config, method_fields, method_problems
 from .schema import Recipe, keys
 from .tasks import task_called
 from .text import MOST_TEXT, SECTIONS, flatten, read_overrides, read_yaml
@@ -215,15 +215,16 @@ def _fields_of(choice: dict[str, Any]) -> list[str]:
     from .methods import method_fields
 
     name = choice.get("name")
-    return list(method_fields(name)) if isinstance(name, str) and name in METHODS else []
+    try:
+        return list(method_fields(name)) if isinstance(name, str) and name in METHODS else []
+    except RecipeError:  # the installed PEFT doesn't have it
+        return []
 
 
 def _fits_a_method(key: str) -> bool:
     """Whether `key` is a field of some method, so that words which drop it suit recipes of all methods."""
-    from .methods import method_fields
-
     section, _, name = key.partition(".")
-    return section == "method" and any(name in method_fields(method) for method in METHODS)
+    return section == "method" and (name == BUDGET or any(name in _fields_of({"name": method}) for method in METHODS))
 
 
 def _example(section: str) -> str:

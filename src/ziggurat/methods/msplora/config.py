@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.config import MethodConfig
+from ziggurat.host.saved.sites_table import from_table
 from ziggurat.host.site import Site
 from ziggurat.host.values import MOST_RANK, check_flag, check_list, is_whole, option, shown, whole
 from ziggurat.methods.msplora.pyramid import Tier, check_tiers, halved_tiers, listed_tiers
@@ -163,8 +164,9 @@ class MSPLoraConfig(MethodConfig):
 
     @property
     def largest_rank(self) -> int:
-        """The rank of its largest tier."""
-        return max(tier.r for tier in self._tiers())
+        """The rank of its largest tier; of those that act, once it has sites."""
+        sites = from_table(self.sites).values() if self.sites else ()
+        return max(tier.r for tier in [tier for site in sites for tier in self.pyramid_at(site)] or self._tiers())
 
     @property
     def stages(self) -> tuple[Tier, ...]:

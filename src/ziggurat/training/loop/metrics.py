@@ -37,14 +37,14 @@ def score(recipe: Recipe, predictions: np.ndarray, labels: np.ndarray, classes: 
 
 
 def _of_classes(answers: np.ndarray, truth: np.ndarray, classes: int) -> dict[str, float]:
-    """Scores of classes from the confusion matrix C, faster than scikit-learn's: intervals draw rows 1,000 times.
+    """Scores of classes, faster than scikit-learn's: intervals draw rows 1,000 times.
 
-    With a_k rows of class k, p_k of them predicted, N rows in all and S = sum_k C_kk: F1_k = 2 C_kk / (p_k + a_k), and
-    Matthews = (N S - sum_k p_k a_k) / sqrt((N^2 - sum_k p_k^2) (N^2 - sum_k a_k^2)) [Gorodkin 2004].
+    With a_k rows of class k, p_k answers k, h_k of them right, and N rows: F1_k = 2 h_k / (p_k + a_k), and Matthews =
+    (N sum_k h_k - sum_k p_k a_k) / sqrt((N^2 - sum_k p_k^2) (N^2 - sum_k a_k^2)) [Gorodkin 2004].
     """
+    truth, rows = truth.astype(np.int64), len(truth)
     many = max(classes, 2, 1 + int(max(answers.max(), truth.max())))
-    confusion = np.bincount(truth.astype(np.int64) * many + answers, minlength=many * many).reshape(many, many)
-    hits, actual, predicted, rows = confusion.diagonal(), confusion.sum(1), confusion.sum(0), len(truth)
+    hits, actual, predicted = (np.bincount(of, minlength=many) for of in (truth[truth == answers], truth, answers))
     occurs = actual + predicted > 0
     f1 = 2 * hits / np.maximum(actual + predicted, 1)
     spread = float(rows**2 - predicted @ predicted) * float(rows**2 - actual @ actual)
@@ -115,7 +115,7 @@ def lower_is_better(metric: str) -> bool:
 
 def perplexity(loss: float) -> float:
     """exp of the mean loss per token; infinite where this would overflow."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
 def _percent(value: float) -> float:

@@ -97,7 +97,7 @@ def of_costs(model: nn.Module, counts: Counts) -> Iterator[str]:
 
     if counts.lora is not None and counts.adapter > counts.lora:
         yield (
-            f"the adapter trains {counts.adapter:,} parameters, more than LoRA of the same r and targets "
+            f"the adapter trains {counts.adapter:,} parameters, more than LoRA r {counts.lora_rank} on the same layers "
             f"({counts.lora:,}): in this model too few layers share"
         )
     if (served := cost_of_serving(model)) is not None:

@@ -9,6 +9,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from ziggurat.host.method import rank_of
 from ziggurat.host.plugins import loaded
 from ziggurat.recipe.methods import BUDGET, METHODS, method_config, method_fields, shown
 from ziggurat.recipe.schema import Recipe
@@ -56,7 +57,8 @@ def report(recipe: Recipe, result: Result) -> Group:
         table.add_row("of these active at the end", f"{result.left['active']:,}")
     if counts.lora is not None and result.method != "lora":
         trained = counts.adapter / counts.lora if counts.lora else 0.0
-        share = f" ({method} trains {trained:.{0 if trained >= 0.1 else 1}%} of that)" if trained else ""
+        per_cent = f"{100 * trained:.0f}" if trained >= 0.1 else f"{100 * trained:.2g}"
+        share = f" ({method} trains {per_cent}% of that)" if trained else ""
         table.add_row(f"LoRA r {counts.lora_rank}, same layers", f"{counts.lora:,}{share}")
     if counts.head:
         table.add_row("head, trained by every method", f"{counts.head:,}")
@@ -120,11 +122,13 @@ def one_line(text: str, most: int = 90) -> str:
 def _ranks(recipe: Recipe) -> tuple[int | None, int | None]:
     """The recipe's rank, and the final rank if the method lowers it."""
     choice = recipe.method
-    if BUDGET in choice or "init_r" not in method_fields(choice["name"]):
-        return choice.get("r"), None
+    if BUDGET in choice:
+        return None, None
     config = method_config(choice)
-    assert config is not None
-    return config.init_r, config.target_r
+    if "init_r" in method_fields(choice["name"]):
+        assert config is not None
+        return config.init_r, config.target_r
+    return rank_of(config) if "r" in choice else None, None
 
 
 def _next(recipe: Recipe, result: Result) -> list[str]:
