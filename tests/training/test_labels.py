@@ -118,4 +118,8 @@ def test_trained_asked_and_scored(tiny_bert: Path, tmp_path: Path) -> None:
     assert {name: scored.scores[name] for name in result.guess} == pytest.approx(
         {name: result.after[name] for name in result.guess}
     )
-    assert scored.intervals.keys() == {"f1_micro", "subset_accuracy"}
+    turned = [[1 - place for place in label] if number < 2 else label for number, label in enumerate(rows["label"])]
+    wrong = score_rows(loaded, FORM, rows.remove_columns("label").add_column("label", turned), notes)
+    assert wrong.intervals.keys() == wrong.scores.keys()
+    for name, (low, high) in wrong.intervals.items():
+        assert low < wrong.scores[name] < high

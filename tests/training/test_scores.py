@@ -36,6 +36,7 @@ def test_classification_scores_are_those_of_scikit_learn(drawn: tuple[int, list[
 
     classes, pairs = drawn
     labels, answers = np.array(pairs).T
+    as_floats = metrics.score(_recipe("classification"), answers.astype(float), labels.astype(float), classes)
     average = "binary" if classes <= 2 else "macro"
     expected = {
         "accuracy": accuracy_score(labels, answers),
@@ -43,7 +44,9 @@ def test_classification_scores_are_those_of_scikit_learn(drawn: tuple[int, list[
         "matthews": matthews_corrcoef(labels, answers),
     }
     actual = metrics.score(_recipe("classification"), answers, labels, classes)
-    assert actual == pytest.approx({name: 100 * float(value) for name, value in expected.items()}, abs=1e-9)
+    assert (
+        actual == as_floats == pytest.approx({name: 100 * float(value) for name, value in expected.items()}, abs=1e-9)
+    )
 
 
 @pytest.mark.parametrize("as_scores", [True, False])

@@ -42,7 +42,7 @@ def _of_classes(answers: np.ndarray, truth: np.ndarray, classes: int) -> dict[st
     With a_k rows of class k, p_k answers k, h_k of them right, and N rows: F1_k = 2 h_k / (p_k + a_k), and Matthews =
     (N sum_k h_k - sum_k p_k a_k) / sqrt((N^2 - sum_k p_k^2) (N^2 - sum_k a_k^2)) [Gorodkin 2004].
     """
-    truth, rows = truth.astype(np.int64), len(truth)
+    answers, truth, rows = answers.astype(np.int64), truth.astype(np.int64), len(truth)  # GLUE's answers are floats
     many = max(classes, 2, 1 + int(max(answers.max(), truth.max())))
     hits, actual, predicted = (np.bincount(of, minlength=many) for of in (truth[truth == answers], truth, answers))
     occurs = actual + predicted > 0
