@@ -26,6 +26,7 @@ def test_classification_scores_by_definition() -> None:
     assert actual["matthews"] == pytest.approx(100 * matthews)
 
 
+@pytest.mark.filterwarnings("ignore:A single label was found")
 @given(
     st.integers(1, 5).flatmap(
         lambda n: st.tuples(st.just(n), st.lists(st.tuples(*[st.integers(0, n - 1)] * 2), min_size=1))
