@@ -113,7 +113,13 @@ def test_a_run_learns_and_its_folder_writes_what_was_scored(
     assert content["scores"] == pytest.approx({name: run.after[name] for name in scores})
     low, high = content["intervals"]["exact_match"]
     assert low <= run.after["exact_match"] <= high
-    assert content["intervals"].keys() >= {name for name in scores if run.after[name] not in (0, 100)}
+    # Half of the targets are what the model writes, the other half nothing like it.
+    targets = [text if number % 2 else "unlike" for number, text in enumerate(written)]
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", [{**row, "target": t} for row, t in zip(rows, targets, strict=True)])
+    assert main("eval", str(run.folder), "--data", str(mixed), "--out", str(out)) == 0
+    content = json.loads(out.read_text())
+    low, high = content["intervals"]["rougeL"]
+    assert low < content["scores"]["rougeL"] < high
     table = write_csv(tmp_path / "new.csv", [{"document": row["source"]} for row in rows[:2]])
     capsys.readouterr()
     assert main("predict", str(run.folder), "--file", str(table), "--json") == 0

@@ -200,10 +200,11 @@ def _run(
             {"seed": table.seeds[0], "name": f"{method} {task}"},
         )
     where["name"] = "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in str(where["name"]))
-    layers = (recipe_keys, shared_keys, method_keys, where)
-    values = {key: value for layer in layers for key, value in layer.items() if value is not None}
-    emptied = [key for key, value in {k: v for layer in layers for k, v in layer.items()}.items() if value is None]
-    recipe = make_recipe({**values, "output": "-"}, [f"{key}=" for key in emptied], label=f"{method} on {task}")
+    values = {**recipe_keys, **shared_keys, **method_keys, **where, "output": "-"}
+    # A recipe refuses a null; as a word without a value it takes the key out.
+    emptied = [f"{key}=" for key, value in values.items() if value is None]
+    given = {key: value for key, value in values.items() if value is not None}
+    recipe = make_recipe(given, emptied, label=f"{method} on {task}")
     if evaluation is not None and recipe.task != "instruct":
         raise RecipeError(
             f"evaluate: is for task: instruct; with task: {recipe.task} the score is the task's own metric"

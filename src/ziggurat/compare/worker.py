@@ -77,7 +77,7 @@ def serve(
     pipe: Connection,
 ) -> None:
     """The main function of a local process: sends its answer. Its output goes to the log."""
-    if hasattr(signal, "pthread_sigmask"):
+    if hasattr(signal, "pthread_sigmask"):  # the server of forks has it blocked: engines.py
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(file, 1)

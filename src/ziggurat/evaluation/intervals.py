@@ -30,7 +30,7 @@ def correlation_interval(name: str, value: float, rows: int) -> tuple[float, flo
 def drawn_intervals(of_rows: Callable[[np.ndarray], Mapping[str, float]], rows: int) -> dict[str, tuple[float, float]]:
     """The 95% percentile bootstrap: scores of rows drawn with replacement, `RESAMPLES` times, with a fixed seed.
 
-    A score without an interval is the same in all draws, as where every row is right: they can't show what no row does.
+    A score that is the same in all draws, as where every row is right, has none: draws can't show what no row shows.
     """
     random = np.random.default_rng(0)
     draws = [of_rows(random.integers(rows, size=rows)) for _ in range(RESAMPLES)]

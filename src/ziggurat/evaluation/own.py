@@ -109,10 +109,8 @@ def _tagged(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
     truth = [[names[place] for place in row] for row in table["label"]]
     answers = list(tags_of(loaded, list(table["tokens"]), batch))
     counts = entity_counts(truth, answers)
-    scores, intervals = (
-        scores_of_counts(counts),
-        drawn_intervals(lambda rows: scores_of_counts(counts[rows]), len(counts)),
-    )
+    scores = scores_of_counts(counts)
+    intervals = drawn_intervals(lambda rows: scores_of_counts(counts[rows]), len(counts))
     return {"scores": scores, "intervals": intervals, "per_cent": tuple(scores)}
 
 

@@ -150,8 +150,7 @@ def plan(
             notes.append(served)
     if estimate is not None and estimate.activations is None:
         notes.append("this model's forward looks at values, so its activations can't be counted without weights")
-    adapter = sum(p.numel() for p in trained.values()) - head
-    rank = rank_of(used)
+    adapter, rank = sum(p.numel() for p in trained.values()) - head, rank_of(used)
     others, refused = _beside(model, config, rank, method, adapter)
     lora = next((other.parameters for other in others if (other.method, other.kind) == ("lora", "r")), adapter)
     if adapter > lora:

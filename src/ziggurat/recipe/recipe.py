@@ -197,7 +197,7 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
 
 
 def _unknown(key: str, names: list[str], choice: dict[str, Any], value: Any) -> str:
-    """What to do about a key that there isn't: by our synonyms, by other programs' names, or by its spelling."""
+    """The fault of an unknown key, with a hint: by our synonyms, by other programs' names, or by its spelling."""
     from .names import answer
 
     if key in SECTIONS:

@@ -123,7 +123,7 @@ def _ranks(recipe: Recipe) -> tuple[int | None, int | None]:
     """The recipe's rank, and the final rank if the method lowers it."""
     choice = recipe.method
     if BUDGET in choice:
-        return None, None
+        return choice.get("r"), None
     config = method_config(choice)
     if "init_r" in method_fields(choice["name"]):
         assert config is not None
