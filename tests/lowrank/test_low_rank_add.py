@@ -10,6 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from tolerance import assert_sums_agree, rounding
 from ziggurat.errors import ConfigError
 from ziggurat.lowrank import mask as masks
+from ziggurat.lowrank import plain_product
 from ziggurat.lowrank.product import composed, low_rank_add, owns_output
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -74,9 +75,9 @@ def test_value_and_gradients_are_the_formulas(
 def test_many_tokens_in_parts(x_dtype: torch.dtype, p: float) -> None:
     """x is larger than what is masked or converted at a time, and no multiple of it."""
     torch.manual_seed(3)
-    y, x, A, B = operands(7, 59, d_in=801, d_out=40, rank=6)
+    y, x, A, B = operands(13, 59, d_in=801, d_out=40, rank=6)
     x = x.detach().to(x_dtype).requires_grad_()
-    assert x.numel() * 8 > 2 * (1 << 20)
+    assert x.numel() * 8 > 2 * plain_product._PART
     wanted = by_formula(y, x.double(), A, B, p, seed=4)
     torch.manual_seed(4)
     out = low_rank_add(y, x, A, B, p)

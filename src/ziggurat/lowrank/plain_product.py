@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ziggurat.lowrank import mask as masks
 
-_PART = 1 << 20  # bytes of x converted or masked at a time on a CPU
+_PART = 1 << 21  # bytes of x converted or masked at a time on a CPU
 _EXACT = (torch.float32, torch.float64)
 
 draw = masks.draw
@@ -42,26 +42,33 @@ def down(x: Tensor, mask: Tensor | None, As: Sequence[Tensor], dropout: float, d
 
 
 def down_gradients(
-    dh: Tensor, x: Tensor | None, like: Like, mask: Tensor | None, As: Sequence[Tensor] | None, dropout: float
+    dh: Tensor,
+    x: Tensor | None,
+    like: Like,
+    mask: Tensor | None,
+    As: Sequence[Tensor] | None,
+    dropout: float,
+    x_is_new: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dL/dA = s dh^T (x * m), (rank, d_in), and dL/dx = s (dh A) * m; None without x, and without the As."""
+    """dL/dA = s dh^T (x * m), (rank, d_in), and dL/dx = s (dh A) * m; None without x, and without the As.
+
+    `x_is_new`: nobody else reads x, so its memory may be used.
+    """
     scale = masks.keep_scale(dropout)
     A = None if As is None else _joined(As, scale, dh.dtype)
-    in_parts = x is not None and not _fits_one_part(x, mask, dh.dtype)
     dA = dx = None
-    if x is not None and A is not None and mask is not None and in_parts:
+    if x is not None and not _fits_one_part(x, mask, dh.dtype):
         # Both in one pass, so that a part of the mask is unpacked once and a part of dL/dx is masked in the cache.
-        dA, dx = dh.new_zeros(dh.shape[1], x.shape[-1]), dh.new_empty(dh.shape[0], x.shape[-1])
-        for rows, part, ones in _parts(x, mask, dh.dtype):
+        dA = dh.new_zeros(dh.shape[1], x.shape[-1])
+        dx = None if A is None else dh.new_empty(dh.shape[0], x.shape[-1])
+        for rows, part, ones in _parts(x, mask, dh.dtype, x_is_new):
             dA.addmm_(dh[rows].T, part)
-            torch.mm(dh[rows], A, out=dx[rows]).mul_(ones)  # type: ignore[arg-type]
+            if A is not None and dx is not None:
+                dx_part = torch.mm(dh[rows], A, out=dx[rows])
+                if ones is not None:
+                    dx_part.mul_(ones)
     else:
-        if x is not None and in_parts:
-            dA = dh.new_zeros(dh.shape[1], x.shape[-1])
-            for rows, part, _ in _parts(x, mask, dh.dtype):
-                dA.addmm_(dh[rows].T, part)
-        elif x is not None:
-            dA = dh.T @ dropped(x, mask, dh.dtype)
+        dA = None if x is None else dh.T @ dropped(x, mask, dh.dtype, x_is_new)
         if A is not None:
             dx = dh @ A
             dx = dx if mask is None else masks.apply(dx, mask, in_place=True)
@@ -103,10 +110,10 @@ def flat(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
-def dropped(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x * m, (tokens, d)."""
-    x = flat(x.to(dtype))
-    return x if mask is None else masks.apply(x, mask)
+def dropped(x: Tensor, mask: Tensor | None, dtype: torch.dtype, x_is_new: bool = False) -> Tensor:
+    """x * m, (tokens, d), in x's memory if it is new."""
+    rows = flat(x.to(dtype))
+    return rows if mask is None else masks.apply(rows, mask, in_place=x_is_new or rows.dtype != x.dtype)
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -134,16 +141,19 @@ def _fits_one_part(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> bool:
     return no_copy or dtype not in _EXACT or x.device.type != "cpu" or x.numel() * dtype.itemsize <= _PART
 
 
-def _parts(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+def _parts(
+    x: Tensor, mask: Tensor | None, dtype: torch.dtype, x_is_new: bool = False
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """x * m in ``dtype``, some rows at a time: which rows, their part of it (until the next is asked for), and of m."""
     x = flat(x)
-    rows = max(1, _PART // (8 * x.shape[-1] * dtype.itemsize)) * 8  # whole bytes of the mask
-    buffer = x.new_empty(rows, x.shape[-1], dtype=dtype)
-    for start in range(0, x.shape[0], rows):
-        part = x[start : start + rows].to(dtype)
-        ones = None if mask is None else masks.kept(mask, start * x.shape[-1], part.numel()).view(part.shape)
-        yield (
-            slice(start, start + rows),
-            part if ones is None else torch.mul(part, ones, out=buffer[: part.shape[0]]),
-            ones,
-        )
+    count = max(1, _PART // (8 * x.shape[-1] * dtype.itemsize)) * 8  # whole bytes of the mask
+    in_place = mask is None or x_is_new or x.dtype != dtype
+    buffer = None if in_place else x.new_empty(count, x.shape[-1], dtype=dtype)
+    for start in range(0, x.shape[0], count):
+        rows = slice(start, start + count)
+        part = x[rows].to(dtype)
+        if mask is None:
+            yield rows, part, None
+            continue
+        ones = masks.kept(mask, start * x.shape[-1], part.numel()).view(part.shape)
+        yield rows, torch.mul(part, ones, out=part if buffer is None else buffer[: len(part)]), ones

@@ -169,7 +169,8 @@ class _Down(torch.autograd.Function):
             x = operands[0] if ctx.make is None else ctx.make(operands).view(ctx.like.shape)
         # With grad mode on, this backward is itself differentiated: nothing in place.
         gradients = partial(_down_gradients_twice, ctx.parts) if torch.is_grad_enabled() else ctx.parts.down_gradients
-        dA, dx = gradients(dh, x, ctx.like, mask, [As[i] for i in used] if need_x else None, ctx.dropout)
+        x_is_new = ctx.make is not None
+        dA, dx = gradients(dh, x, ctx.like, mask, [As[i] for i in used] if need_x else None, ctx.dropout, x_is_new)
         dAs: list[Tensor | None] = [None] * len(As)
         if dA is not None:
             for i, dA_i in zip(used, dA.split([ctx.ranks[i] for i in used]), strict=True):
@@ -233,6 +234,7 @@ def _down_gradients_twice(
     mask: Tensor | None,
     As: Sequence[Tensor] | None,
     dropout: float,
+    x_is_new: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """`down_gradients` of ``parts`` from differentiable operations."""
     dh = dh * masks.keep_scale(dropout)
