@@ -34,8 +34,8 @@ def drawn_intervals(of_rows: Callable[[np.ndarray], Mapping[str, float]], rows: 
     """
     random = np.random.default_rng(0)
     draws = [of_rows(random.integers(rows, size=rows)) for _ in range(RESAMPLES)]
-    numbers = {name: [scores[name] for scores in draws if not math.isnan(scores[name])] for name in draws[0]}
-    return {name: _middle(values) for name, values in numbers.items() if values and min(values) < max(values)}
+    drawn = {name: [scores[name] for scores in draws if not math.isnan(scores[name])] for name in draws[0]}
+    return {name: _middle(values) for name, values in drawn.items() if values and min(values) < max(values)}
 
 
 def _middle(values: Sequence[float]) -> tuple[float, float]:

@@ -36,7 +36,7 @@ def bare_model(
     config = bare_config(model, revision=revision, gguf_file=gguf_file)
     for name, value in changes.items():
         setattr(config, name, value)
-    numbers = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    model_dtype = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
     auto: Any = transformers.AutoModel if task == "encoder" else None
     if task in TASKS:
         kind = "ImageTextToText" if TASKS[task].writes and sees_images(config) else TASKS[task].model
@@ -45,8 +45,8 @@ def bare_model(
     try:
         with torch.device("meta"):
             if auto is not None:
-                return auto.from_config(config, dtype=numbers)
-            return cls._from_config(config, dtype=numbers) if cls else transformers.AutoModel.from_config(config)
+                return auto.from_config(config, dtype=model_dtype)
+            return cls._from_config(config, dtype=model_dtype) if cls else transformers.AutoModel.from_config(config)
     except (ValueError, TypeError, AttributeError, ImportError) as error:
         raise ConfigError(f"{model} can't be built from its config: {error}") from error
 
