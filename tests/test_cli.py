@@ -200,9 +200,12 @@ def test_answers_as_files_from_stdin_and_a_system_prompt_refused(
     for more, message in (
         (["a text", "--system", "Be brief."], "not trained on conversations"),
         (["a text", "--out", str(tmp_path / "a.xlsx")], ".csv, .json, .jsonl, .parquet are written"),
+        (["--file", str(file), "--out", str(file)], "is read by this command; name another file by --out"),
+        (["a text", "--out", str(place / "out" / "adapter_config.json")], "is read by this command"),
     ):
         assert main("predict", str(place / "out"), *more) == 2
-        assert message in capsys.readouterr().err
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert json.loads(file.read_text()) == [{"text": text} for text in texts]
     assert main("chat", str(place / "out")) == 2
     assert "writes no texts: use `ziggurat predict`" in capsys.readouterr().err
 

@@ -1,6 +1,7 @@
 """Export to plain LoRA and merging: equal outputs, read by stock PEFT, scaled alike by every server."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -558,6 +559,17 @@ def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:
     save_file(tensors, adapter / "adapter_model.safetensors")
     with pytest.raises(ExportError, match=r"1 tensors with no place .*stray"):
         export(adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("serving", [False, True])
+def test_an_adapter_with_nan_is_not_written(serving: bool, tmp_path: Path) -> None:
+    adapter, _ = saved("llama", tmp_path)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    max(tensors.items())[1][0] = math.nan
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(ExportError, match=r"holds NaN or infinite values \(\d+ of \d+ tensors: .*lora_[AB]"):
+        export(adapter, tmp_path / "out", serving=serving)
+    assert not (tmp_path / "out").exists()
 
 
 FAKE_CONVERTER = """

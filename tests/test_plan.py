@@ -311,6 +311,8 @@ def test_the_command_prints_and_speaks_json(roberta: Path) -> None:
         app, ["plan", str(roberta), "method.budget=300000", "method.name=lora", "--no-memory", "--json"]
     )
     assert paid.exit_code == 0 and json.loads(paid.stdout)["r"] == 8, paid.output
+    both = CliRunner().invoke(app, ["plan", str(roberta), "method.r=16", "--budget", "5k", "--no-memory"])
+    assert both.exit_code == 2 and "--budget finds the rank, and method.r=16 names it" in both.output
     none = CliRunner().invoke(app, ["plan", str(roberta), "method.name=bitfit"])
     assert isinstance(none.exception, ConfigError) and "no adapter to plan" in str(none.exception)
     recipe = CliRunner().invoke(app, ["plan", str(roberta), "roberta-mrpc", "--json", "--batch", "2", "--length", "16"])

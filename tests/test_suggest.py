@@ -238,6 +238,9 @@ def test_what_is_wrong_is_said_before_the_probe(tiny: Path, tmp_path: Path) -> N
     ):
         done = CliRunner().invoke(app, ["suggest", str(recipe), *more, "--out", str(tmp_path / "s.yaml")])
         assert isinstance(done.exception, ConfigError) and message in str(done.exception), done.exception
+    gradients = ["suggest", str(recipe), "--criterion", "gradients", "--probe-steps", "2"]
+    done = CliRunner().invoke(app, gradients)
+    assert done.exit_code == 2 and "--probe-steps: --criterion gradients runs no probe" in done.output
 
 
 def test_a_recipes_budget_is_the_budget_and_tiers_that_give_way_are_named(tiny: Path, tmp_path: Path) -> None:

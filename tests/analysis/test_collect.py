@@ -172,6 +172,13 @@ def test_bad_folders_are_refused(tmp_path: Path, saved: Saved) -> None:
     save_file(tensors, weights)
     with pytest.raises(ConfigError, match="no factor pair of LORA: its 16 tensors"):
         collect(folder)
+    folder = saved(CONFIGS["msplora"]())
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    gone = next(name for name in tensors if name.endswith("B_mid"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, weights)
+    with pytest.raises(ConfigError, match=r"the adapter's file lacks .*B_mid, which its config asks for at '.*'"):
+        collect(folder)
 
 
 def test_a_start_from_the_weights_is_noted(adapted: Adapted) -> None:

@@ -52,6 +52,23 @@ def test_the_command_writes_tables_and_figures(saved: Saved, tmp_path: Path) -> 
     assert drawn == {"pyramid", "energy", "effective_rank", "norm", "spectra", "tiers", "kl_difference", *MAPS}
 
 
+def test_a_recipe_takes_no_options_of_an_adapter(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("task: classification\n")
+    for words, named in ((["--out", "x"], "--out"), (["-k", "2", "--beside", "y"], "--beside, -k")):
+        done = CliRunner().invoke(app, ["analyze", str(tmp_path / "a.yaml"), *words])
+        assert done.exit_code == 2 and f"{named}: for an adapter only" in done.output
+
+
+def test_adapters_of_two_base_models_are_told(saved: Saved) -> None:
+    first, other = saved(CONFIGS["msplora"](), "mine"), saved(CONFIGS["lora"](), "theirs")
+    config = other / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "another"}))
+    for option in ("--against", "--beside"):
+        done = CliRunner().invoke(app, ["analyze", str(first), option, str(other)])
+        assert done.exit_code == 0 and "theirs on another: unless that is one model" in " ".join(done.output.split())
+    assert "unless that is" not in CliRunner().invoke(app, ["analyze", str(first), "--against", str(first)]).output
+
+
 def test_names_of_a_strangers_adapter_are_no_formulas(saved: Saved, tmp_path: Path) -> None:
     folder = saved(CONFIGS["lora"]())
     tensors = load_file(folder / "adapter_model.safetensors")

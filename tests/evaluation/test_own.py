@@ -83,9 +83,25 @@ def test_what_a_file_lacks_is_said_before_a_model_is_loaded(
         (["--data", str(tmp_path / "none.csv")], "none.csv' does not exist"),
         ([], "nothing to score on"),
         (["--data", str(unknown), "--keep-tasks", "x"], "--keep-tasks: for --tasks only"),
+        (["--tasks", "glue/sst2", "--keep-tasks", "x"], "--keep-tasks: GLUE's tasks have no task files"),
+        (["--data", str(unknown), "--out", str(unknown)], "exists and holds no scores of this command"),
     ):
         assert main("eval", str(classifier), *words) == 2
         assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_scores_of_a_rare_class_that_is_always_right_have_no_interval(classifier: Path, tmp_path: Path) -> None:
+    rows = reviews(60)
+    for row, answer in zip(rows, predict(classifier, [row["text"] for row in rows]), strict=True):
+        row["label"] = str(answer.answer)
+    rare = [row for row in rows if row["label"] == "pos"][:2]
+    table = rare + [row for row in rows if row["label"] == "neg"]
+    assert len(rare) == 2 and len(table) > 12
+    scores = scored(classifier, write_csv(tmp_path / "rare.csv", table))
+    assert scores["scores"]["f1"] == scores["scores"]["matthews"] == 100
+    assert scores["intervals"].keys() == {"accuracy"}
+    # The same command may write over its own scores.
+    assert scored(classifier, tmp_path / "rare.csv") == scores
 
 
 def test_numbers(tiny_bert: Path, tmp_path: Path) -> None:

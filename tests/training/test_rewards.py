@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from ziggurat.recipe.recipe import load_recipe, make_recipe
 from ziggurat.recipe.schema import Recipe
 from ziggurat.training.answers.predict import predict
 from ziggurat.training.callbacks.interrupt import Interrupted
+from ziggurat.training.callbacks.progress import rewards_of
 from ziggurat.training.data.examples import Examples, load_examples
 from ziggurat.training.data.prompts import fitting_prompts
 from ziggurat.training.loop.report import report
@@ -76,6 +78,7 @@ def built_in(name: str, texts: Sequence[Any], **more: Any) -> list[float]:
 
 def test_built_in_rewards() -> None:
     assert built_in("exact", [" 7\n", "7.0", "seven"], answer=[7, 7, "seven"], settings=["a", "b", "c"]) == [1, 0, 1]
+    assert built_in("exact", ["4", "2.5", "4.0"], answer=[4.0, 2.5, 4.0]) == [1, 1, 0]
     texts = ["3 + 4 = 7.", "It is 1,234.50", "-2", "none", "x7"]
     right = ["so #### 7", 1234.5, -2, "none", "8"]
     assert built_in("last_number", texts, total=right, rewards__answer="total") == [1, 1, 1, 0, 0]
@@ -116,6 +119,12 @@ def test_what_a_reward_function_returns_is_checked() -> None:
         checked("wrong", wrong)(**asked)
     with pytest.raises(RewardError, match=r"missing 1 required .*'mrk'; .* it can get prompts, .*, mark$"):
         checked("typo", lambda completions, mrk: [0, 0])(**asked)
+
+    def ends(completions: list[str]) -> list[float]:
+        sys.exit(5)
+
+    with pytest.raises(RewardError, match=r"'ends' ended in SystemExit in line \d+: 5"):
+        checked("ends", ends)(**asked)
 
     async def later(completions: list[str], **rest: Any) -> list[int]:
         return [len(rest["mark"]) for _ in completions]
@@ -158,6 +167,14 @@ def test_what_cannot_be_rewarded_is_said_at_once(tmp_path: Path) -> None:
         settle_rewards(recipe(**wrong, method__lora_dropout=0.1), [exact])
     assert [line.partition(":")[0] for line in str(error.value).splitlines()] == [
         "--reward", "rewards.pattern", "rewards.most", "rewards.weights", "method.lora_dropout", "train.batch",
+    ]  # fmt: skip
+    with pytest.raises(RecipeError) as error:
+        settle_rewards(
+            recipe(rewards__functions=["json"], rewards__pattern="a", rewards__answer="b", rewards__most=3), []
+        )
+    assert [line.partition(";")[0] for line in str(error.value).splitlines()] == [
+        "rewards.answer: only exact and last_number read it", "rewards.pattern: only regex reads it",
+        "rewards.most: only length reads it",
     ]  # fmt: skip
     with pytest.raises(RecipeError, match="nothing is rewarded"):
         settle_rewards(recipe(), [])
@@ -209,6 +226,9 @@ def test_prompts_that_cannot_be_asked(tmp_path: Path, tiny_llama: Path) -> None:
         read(tmp_path, {"text": "what"})
     with pytest.raises(DataError, match="row 2: the prompt is empty"):
         read(tmp_path, {"prompt": "what"}, {"prompt": " "})
+    for gap in (None, " "):
+        with pytest.raises(DataError, match="row 2: column 'answer' holds no right answer"):
+            read(tmp_path, *({"prompt": "a", "answer": answer} for answer in ("1", gap)), rewards__functions=["exact"])
     with pytest.raises(DataError, match="reward functions get something else as prompts"):
         read(tmp_path, {"prompt": "what", "prompts": 1})
     with pytest.raises(DataError, match=r"rewards.answer: exact compares with column 'answer', .* has total, prompt"):
@@ -272,6 +292,17 @@ def test_rewards_that_are_all_the_same_are_told(tiny_llama: Path, tmp_path: Path
         "step 10 of 10: in each of the last 10 steps all completions of a prompt had the same reward (0.50 on average)"
     )
     assert "are cut at sampling.tokens 4: raise it; sampling.temperature 0.3 draws" in noted[0]
+
+
+def test_rewards_of_none_alone_are_told(tiny_llama: Path, tmp_path: Path) -> None:
+    def nothing(completions: list[str]) -> list[None]:
+        return [None] * len(completions)
+
+    made = run(tiny_llama, tmp_path, train__max_steps=10, train__evaluate_before=False, train__batch=4)
+    told = [note for note in train(made, rewards=[nothing]).notes if "nothing is learned" in note]
+    assert len(told) == 1 and "every reward function returned None for every completion" in told[0]
+    for missing in (None, math.nan):
+        assert rewards_of({"reward": missing, "frac_reward_zero_std": 0.0}) == "no reward for any completion"
 
 
 def test_a_reward_that_fails_ends_the_run(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

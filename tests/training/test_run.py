@@ -348,6 +348,16 @@ def test_sigterm_leaves_a_checkpoint_and_gives_the_signals_back(
     assert resumed.steps == 6 and [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
+@pytest.mark.parametrize(("save", "checkpoint"), [("never", None), (2, "checkpoint-2")])
+def test_a_second_ctrl_c_ends_the_run_where_it_is(
+    tiny_bert: Path, reviews_csv: Path, tmp_path: Path, save: str | int, checkpoint: str | None
+) -> None:
+    made = tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=6, train__save=save)
+    with pytest.raises(Interrupted, match=r"^stopped at step 3 of 6$") as stopped:
+        train(made, callbacks=[StopAt(3, times=2)])
+    assert checkpoint == (stopped.value.checkpoint and Path(stopped.value.checkpoint).name)
+
+
 def test_a_second_run_never_overwrites_in_silence(tiny_bert: Path, reviews_csv: Path, tmp_path: Path) -> None:
     made = tiny_recipe(tiny_bert, reviews_csv, tmp_path / "out", train__max_steps=1)
     first = train(made)

@@ -9,6 +9,7 @@ from typing import Any
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from ziggurat.errors import ConfigError
 from ziggurat.host.base.anatomy import Place
 from ziggurat.host.base.unwrap import PREFIX
 from ziggurat.host.experts.terms import expert_pair, expert_parts, of_expert
@@ -40,7 +41,10 @@ def place_by_name(path: str) -> Place:
 
 
 def components(method: Method, state: State, config: Any, sites: Mapping[str, Site]) -> Iterator[Component]:
-    """The parts of a registered method's adapter, each once, and for sites with several parts the whole update."""
+    """The parts of a registered method's adapter, each once, and for sites with several parts the whole update.
+
+    Raises ConfigError if `state` lacks a tensor of a site.
+    """
     state = {_bare(name): tensor for name, tensor in current_names(state, method).items()}
     if method.acting is not None:
         sites = method.acting(config, dict(sites))
@@ -55,8 +59,13 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
         }
         read = redirected(method, at_site, site)
         names |= {key: f"{method.bank}.{method.store}.{leaf}" for key, (_, leaf) in read.items()}
-        if method.pair is None or any(name not in state for name in names.values()):
+        if method.pair is None:
             continue
+        if lacking := [name for name in names.values() if name not in state]:
+            raise ConfigError(
+                f"the adapter's file lacks {lacking[0]}, which its config asks for at {path!r}. Was the file cut, or "
+                "is its adapter_config.json another adapter's?"
+            )
         stored = {key: state[name] for key, name in names.items()}
         layers = tuple(site.span.layers) if site.span is not None else (site.layer,)
         for expert in range(site.num_experts or 1) if site.fused else (None,):

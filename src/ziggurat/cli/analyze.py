@@ -42,10 +42,20 @@ def analyze(
     from ziggurat.extras import install_command, missing
 
     if adapter.is_file() and adapter.suffix in (".yaml", ".yml"):
+        options = {"--against": against, "--beside": beside, "--out": out, "-k": k}
+        if named := [option for option, value in options.items() if value]:
+            raise typer.BadParameter(f"{', '.join(named)}: for an adapter only; a recipe's gradients are printed")
         return _gradients(adapter, json)
     first = collect(adapter)
     others = [collect(folder) for folder in beside or ()]
     second = collect(against) if against is not None else None
+    for folder in [*(beside or ()), *([against] if against is not None else [])]:
+        if (bases := [_base_of(adapter), _base_of(folder)])[0] != bases[1]:
+            say(
+                f"note: {adapter} was trained on {bases[0]} and {folder} on {bases[1]}: unless that is one model under "
+                "two names, what they have in common means nothing",
+                err=True,
+            )
     if json:
         say(write.json_text(first, second, k=k, beside=others))
     else:
@@ -67,6 +77,13 @@ def analyze(
             how = install_command(["matplotlib"])
             say(f"note: no figures were drawn, as matplotlib is not installed: {how}", err=True)
         say(f"{len(paths)} files written to {out}: {', '.join(path.name for path in paths)}", err=json)
+
+
+def _base_of(adapter: Path) -> str:
+    """The name of an adapter's base model, as its config has it."""
+    from ziggurat.host.saved.folder import adapter_config
+
+    return str(adapter_config(adapter).base_model_name_or_path)
 
 
 def report(

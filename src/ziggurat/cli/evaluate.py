@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ziggurat.errors import RecipeError
+from ziggurat.errors import RecipeError, StorageError
 from ziggurat.files.staging import check_writable, write_whole
 from ziggurat.terminal import Console, say
 
@@ -56,9 +56,12 @@ def evaluate(
     dtype = SPELLINGS["dtype"].get(dtype, dtype)
     glue, lm_tasks = _read_tasks(tasks)
     _check_options(glue, dtype, limit, predictions)
+    if keep_tasks is not None and not lm_tasks:
+        raise typer.BadParameter("--keep-tasks: GLUE's tasks have no task files; name one of lm-eval, or leave it out")
     out, predictions, keep_tasks = (path and path.expanduser() for path in (out, predictions, keep_tasks))
-    for place in filter(None, (out, predictions and predictions / "x.tsv", keep_tasks and keep_tasks / "x.yaml")):
+    for place in filter(None, (predictions and predictions / "x.tsv", keep_tasks and keep_tasks / "x.yaml")):
         check_writable(place)
+    _check_out(out)
     _check_needs(glue, lm_tasks)
     from ziggurat.evaluation.lm import score
     from ziggurat.evaluation.ready import ready
@@ -81,6 +84,21 @@ def evaluate(
     _write(out, {key: adapter, "scores": scores, "per_cent": per_cent, "standard_errors": errors})
 
 
+def _check_out(out: Path | None) -> None:
+    """Raise StorageError unless scores can be written to `out`, in the place of earlier scores at most."""
+    if out is None:
+        return
+    check_writable(out)
+    if not out.exists():
+        return
+    try:
+        is_earlier = "scores" in json.loads(out.read_text(encoding="utf-8"))
+    except (ValueError, TypeError):
+        is_earlier = False
+    if not is_earlier:
+        raise StorageError(f"'{out}' exists and holds no scores of this command; name another file by --out")
+
+
 def _write(out: Path | None, values: dict[str, Any]) -> None:
     """Write scores into a file, if one is named. Raises StorageError."""
     if out is not None:
@@ -100,8 +118,7 @@ def score_file(adapter: str, file: Path | None, *, limit: int | None, batch: int
     if file is None:
         raise typer.BadParameter("nothing to score on: give --data FILE, a labelled file of your own, or --tasks")
     out = out and out.expanduser()
-    if out is not None:
-        check_writable(out)
+    _check_out(out)
     subject = find_subject(adapter)
     if subject.recipe is None or subject.head is None:
         raise RecipeError(

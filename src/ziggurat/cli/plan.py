@@ -36,6 +36,8 @@ def plan(
 
     check_model_word(model)
     name, values = recipe_among(list(words or []))
+    if budget is not None and (given := [word for word in values if word.startswith("method.r=")]):
+        raise typer.BadParameter(f"--budget finds the rank, and {given[0]} names it; leave one of them out")
     recipe = load_recipe(name, values) if name is not None else None
     planned = plan_recipe(
         model,
@@ -83,8 +85,8 @@ def suggest(
     criterion: Annotated[
         str, typer.Option(help="energy, sensitivity, effective_rank, stable_rank; gradients needs no probe run.")
     ] = "energy",
-    probe_rank: Annotated[int, typer.Option(min=2, help="Rank of every tier in the probe.")] = 16,
-    probe_steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the probe.")] = 200,
+    probe_rank: Annotated[int | None, typer.Option(min=2, help="Rank of every tier in the probe (16).")] = None,
+    probe_steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of the probe (200).")] = None,
     by_role: Annotated[bool, typer.Option("--by-role", help="Ranks of their own for queries, values, ...")] = False,
     out: Annotated[Path, typer.Option(help="Recipe file to write.")] = Path("suggested.yaml"),
 ) -> None:
@@ -94,13 +96,16 @@ def suggest(
 
     if out.exists():
         raise typer.BadParameter(f"{out} exists already; name another file by --out")
+    probe = {"--probe-rank": probe_rank, "--probe-steps": probe_steps}
+    if criterion == "gradients" and (named := [option for option, value in probe.items() if value is not None]):
+        raise typer.BadParameter(f"{' and '.join(named)}: --criterion gradients runs no probe; leave it out")
     suggested, text = run(
         words[0],
         words[1:],
         budget=budget,
         criterion=criterion,
-        probe_rank=probe_rank,
-        probe_steps=probe_steps,
+        probe_rank=probe_rank or 16,
+        probe_steps=probe_steps or 200,
         by_role=by_role,
         console=Console(),
     )

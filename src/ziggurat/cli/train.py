@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from ziggurat.errors import StorageError
 from ziggurat.files.staging import check_writable
 from ziggurat.terminal import Console, say
 
@@ -107,6 +108,10 @@ def predict(
     if out is not None:
         check_ending(out)
         check_writable(out)
+        if out.exists() and not {place.expanduser().resolve() for place in (file, adapter) if place}.isdisjoint(
+            [out.resolve(), *out.resolve().parents]
+        ):
+            raise StorageError(f"'{out}' is read by this command; name another file by --out")
     loaded = load_adapter_model(adapter)
     seconds = [second] if second is not None else None
     firsts: Any = [text] if not image else [seen_with(str(text), image)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -94,7 +95,15 @@ def _labelled(loaded: Loaded, table: Dataset, batch: int) -> dict[str, Any]:
         intervals |= drawn_intervals(lambda drawn: {"rmse": float(np.sqrt(squares[drawn].mean()))}, rows)
     else:
         share = "subset_accuracy" if loaded.recipe.task == "multilabel" else "accuracy"
-        intervals = drawn_intervals(lambda drawn: score(loaded.recipe, outputs[drawn], labels[drawn], len(names)), rows)
+
+        def of_rows(drawn: np.ndarray) -> dict[str, float]:
+            scores = score(loaded.recipe, outputs[drawn], labels[drawn], len(names))
+            # Rows of one class alone tell nothing of how classes are told apart, and would score 0.
+            if labels.ndim == 1 and len(np.unique(labels[drawn])) == 1 < len(np.unique(labels)):
+                return dict.fromkeys(scores, math.nan)
+            return scores
+
+        intervals = drawn_intervals(of_rows, rows)
         intervals[share] = share_interval(round(scores[share] * rows / 100), rows)
     per_cent = tuple(name for name in scores if name != "rmse")
     return {"scores": scores, "intervals": intervals, "per_cent": per_cent, "by_class": classes}

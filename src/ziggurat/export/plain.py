@@ -1,6 +1,6 @@
 """An adapter written as plain LoRA, exactly: `plain_lora` as a folder."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftType
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ziggurat.errors import ExportError
 from ziggurat.files.staging import written_beside
@@ -49,8 +49,8 @@ def export_model(
     (`Exported.only_for_vllm`).
 
     Raises:
-        ExportError: the method's update is none of linear layers; or, for serving, the rank is above 512 or
-            the adapter holds more than factor pairs (modules_to_save, biases).
+        ExportError: the method's update is none of linear layers; the adapter isn't finite; or, for serving, the
+            rank is above 512 or the adapter holds more than factor pairs (modules_to_save, biases).
     """
     return _export(model, Path(out), adapter, serving, tokenizer)
 
@@ -69,6 +69,7 @@ def _export(
     `base_model`: the base model, if the config names a wrong one.
     """
     lora, tensors = as_plain(model, None, adapter, saved)
+    check_finite(tensors, adapter)
     config: Any = model.peft_config[adapter]  # type: ignore[index]
     of_experts = bool(getattr(config, "target_parameters", None))
     only_vllm = False
@@ -95,6 +96,17 @@ def _export(
         put_tokenizer(tokenizer, folder)
     pairs = sum(name.endswith(".lora_A.weight") for name in tensors)
     return Exported(out, lora.r, pairs, serving, cost_of_serving(model, adapter), only_vllm)
+
+
+def check_finite(tensors: Mapping[str, Tensor], adapter: str) -> None:
+    """Raise ExportError if a tensor isn't finite."""
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ExportError(
+            f"adapter {adapter!r} holds NaN or infinite values ({len(broken)} of {len(tensors)} tensors: {broken[0]}"
+            f"{', ...' if len(broken) > 1 else ''}): its training diverged, or the file is damaged. Nothing was "
+            "written; export an earlier checkpoint."
+        )
 
 
 def export(adapter: str | Path, out: str | Path, *, serving: bool = False, base_model: str | None = None) -> Exported:

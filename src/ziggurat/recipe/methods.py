@@ -238,9 +238,26 @@ def method_problems(choice: dict[str, Any]) -> list[str]:
                 problems.append(f"method.{key}: {fault}")
     if not problems:
         try:
-            method_config(choice)
+            problems += _replaced(choice, method_config(choice))
         except (ValueError, TypeError, AttributeError, ImportError, NotImplementedError) as error:
             problems.append(f"method: {name} refuses this: {error}")
+    return problems
+
+
+def _replaced(choice: dict[str, Any], config: Any) -> list[str]:
+    """Fields whose default is named and replaced by the value of the adapter in `from_adapter`, as if it were not."""
+    if choice.get("from_adapter") is None:
+        return []
+    hints = method_fields(choice["name"])
+    problems = []
+    for item in dataclasses.fields(config):
+        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+        taken = getattr(config, item.name)
+        if item.name in choice and convert(hints[item.name], choice[item.name]) == default != taken:
+            problems.append(
+                f"method.{item.name}: {choice[item.name]}, and the adapter in method.from_adapter, whose shared "
+                f"tensors are taken over, has {taken}; leave the key out"
+            )
     return problems
 
 

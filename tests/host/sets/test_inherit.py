@@ -14,6 +14,7 @@ from ziggurat import MSPLoraConfig, ShareLoRAConfig
 from ziggurat.errors import ConfigError
 from ziggurat.host.count import count
 from ziggurat.host.plain import lora_pairs
+from ziggurat.recipe.methods import method_problems
 from zoo import ZOO
 
 LLAMA = ZOO["llama"]
@@ -95,6 +96,8 @@ def test_what_cannot_be_taken_over_is_refused_before_the_model_changes(tmp_path:
         MSPLoraConfig(from_adapter=str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match="nothing in it is shared by several linear layers"):
         zoo_config("dylora", "llama", from_adapter=str(trained(tmp_path / "dylora", "dylora")))
+    with pytest.raises(ConfigError, match=r"freeze_tiers=\[\]: nothing would be taken over"):
+        MSPLoraConfig(from_adapter=source, freeze_tiers=[])
     base = LLAMA.build()
     names = [name for name, _ in base.named_modules()]
     with pytest.raises(ConfigError, match="names 'globl', and the adapter has no such tier or tensor; it has global"):
@@ -104,6 +107,15 @@ def test_what_cannot_be_taken_over_is_refused_before_the_model_changes(tmp_path:
     with pytest.raises(ConfigError, match=r"has no such tensor\. Was it trained on another base model"):
         get_peft_model(ZOO["bart"].build(), MSPLoraConfig(from_adapter=source))
     assert [name for name, _ in base.named_modules()] == names
+
+
+def test_a_recipe_that_names_a_default_gets_it_or_an_error(tmp_path: Path) -> None:
+    choice = {"name": "msplora", "from_adapter": str(trained(tmp_path / "source"))}
+    assert method_problems(choice) == method_problems({**choice, "r": 4}) == []
+    assert method_problems({**choice, "r": 8, "lora_dropout": 0.0}) == [
+        "method.r: 8, and the adapter in method.from_adapter, whose shared tensors are taken over, has 4; leave the "
+        "key out"
+    ]
 
 
 def test_a_fresh_tier_that_is_frozen_at_zero_is_told(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 import versions
 from fresh import Fresh
@@ -386,3 +386,10 @@ def test_a_run_that_ends_before_the_final_mask_says_so(tmp_path: Path, caplog: p
     run.add_callback(Stop())
     run.train()
     assert "training ended at step 2, before the mask of adapter 'default' is final (step 3)" in caplog.text
+
+
+def test_an_adapter_that_learned_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = get_peft_model(ZOO["bert"].build(), LoRA2Config(r=4, target_modules=ZOO["bert"].targets)).train()
+    state = TrainerState(global_step=1, max_steps=1)
+    LoRA2Callback().on_train_end(None, state, None, model=model)
+    assert "after step 1 every direction of adapter 'default' still has E = 0" in caplog.text

@@ -36,10 +36,10 @@ def inherit(config: Any) -> None:
     """
     source: Any = adapter_config(config.from_adapter)
     if type(source) is not type(config) or source.blended is not None:
-        kind = "a sum of adapters" if type(source) is type(config) else type(source).__name__
+        kind = "holds a sum" if type(source) is type(config) else f"was made with {type(source).__name__}"
         raise ConfigError(
-            f"from_adapter={shown(config.from_adapter)} is {kind}, and this is a {type(config).__name__}: an adapter "
-            "can build on one of its own method."
+            f"from_adapter={shown(config.from_adapter)} {kind}, and this config is "
+            f"{type(config).__name__}: an adapter can build on one of its own method."
         )
     different = []
     for item in fields(config):
@@ -55,6 +55,11 @@ def inherit(config: Any) -> None:
         raise ConfigError(
             f"from_adapter={shown(config.from_adapter)}: its shared tensors fit its own config, and this one "
             f"differs: {', '.join(different)}. Leave these fields out."
+        )
+    if config.freeze_tiers is not None and not config.freeze_tiers:
+        raise ConfigError(
+            f"from_adapter={shown(config.from_adapter)} with freeze_tiers=[]: nothing would be taken over. Name tiers, "
+            "or tensors by their keys, or leave freeze_tiers out: then it is the shared ones."
         )
     if config.freeze_tiers is None:
         config.freeze_tiers = shared_tiers(config.method, source)

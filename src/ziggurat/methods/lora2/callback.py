@@ -83,7 +83,13 @@ class LoRA2Callback(TrainerCallback):
                     "target_rank=%d directions a linear layer",
                     *(state.global_step, adapter, last, config.target),
                 )
-            if any(adapter in layer.masks for layer in layers.values()):
+            if not any(ranks.values()):
+                logger.warning(
+                    "after step %d every direction of adapter %r still has E = 0: it changes nothing. Train longer, or "
+                    "at a higher rate",
+                    *(state.global_step, adapter),
+                )
+            elif any(adapter in layer.masks for layer in layers.values()):
                 shown = table(unwrap(model)[0], ranks)
                 sys.stderr.write(f"remaining directions of the adapter {adapter!r}:\n{shown}\n")
 

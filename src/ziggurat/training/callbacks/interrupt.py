@@ -5,17 +5,20 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
-from transformers import TrainerCallback, TrainerControl
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..devices.processes import Processes
 
 
 class Interrupted(Exception):
-    """A run was stopped by a signal, number `signal`. `checkpoint` is its last one (None before the first step)."""
+    """A run was stopped by a signal, number `signal`, at a step of `total` (0: outside the training loop).
+
+    `checkpoint` is its last one, None if it has none.
+    """
 
     def __init__(self, folder: str, checkpoint: str | None, step: int, total: int, number: int) -> None:
-        done = f"stopped at step {step} of {total}" if checkpoint else "stopped before the first step"
-        super().__init__(done)
+        before = f"stopped before training went on from step {step}" if step else "stopped before the first step"
+        super().__init__(f"stopped at step {step} of {total}" if step and total else before)
         self.folder, self.checkpoint, self.signal = folder, checkpoint, number
         self.step, self.total = step, total
 
@@ -35,6 +38,8 @@ class StopSignals(TrainerCallback):
         self.number: int | None = None
         self.agreed: int | None = None
         self.learning = False
+        #: The Trainer's, while it learns.
+        self.state: TrainerState | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -55,7 +60,7 @@ class StopSignals(TrainerCallback):
             raise KeyboardInterrupt
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.learning = True
+        self.learning, self.state = True, state
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> TrainerControl:
         return self._stop(control)
@@ -74,7 +79,7 @@ class StopSignals(TrainerCallback):
         return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.learning = False
+        self.learning, self.state = False, None
 
     def _stop(self, control: TrainerControl) -> TrainerControl:
         # A scoring that is due at this step still runs, before the checkpoint: it draws random numbers, and without

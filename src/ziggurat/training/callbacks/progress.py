@@ -13,6 +13,8 @@ from transformers import TrainerCallback
 
 from ziggurat.terminal import is_screen
 
+from .signal import without_reward
+
 #: TRL's logged values of a step that drew completions -> their format in the progress and the table.
 _OF_A_STEP = {
     "reward": "reward {:.2f}",
@@ -28,6 +30,8 @@ def rewards_of(logs: Mapping[str, Any]) -> str:
 
     Empty for lines of other tasks. ± is the standard deviation over the step's completions.
     """
+    if without_reward(logs):
+        return "no reward for any completion"
     parts = [words.format(logs[name]) for name, words in _OF_A_STEP.items() if logs.get(name) is not None]
     return ", ".join(parts).replace(", ±", " ±") if "reward" in logs else ""
 

@@ -1,6 +1,7 @@
-"""Warns if all completions of a group have equal rewards, so that nothing is learned."""
+"""Warns if all completions of a group have equal rewards, or none, so that nothing is learned."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import TrainerCallback
@@ -12,7 +13,7 @@ COLD = 0.5
 
 
 class NoSignal(TrainerCallback):
-    """Warns once if every group's rewards have been equal for `MANY` steps, with the likely causes.
+    """Warns once if every group's rewards have been equal, or missing, for `MANY` steps, with the likely causes.
 
     It reads the log of TRL's trainers.
 
@@ -31,19 +32,25 @@ class NoSignal(TrainerCallback):
         if logs is None or "frac_reward_zero_std" not in logs or self._warned:
             return
         # RLOO includes the distance from the start in the rewards of a group, but not in those of a step.
-        silent = logs["frac_reward_zero_std"] == 1 or logs.get("reward_std") == 0
+        silent = logs["frac_reward_zero_std"] == 1 or logs.get("reward_std") == 0 or without_reward(logs)
         self._silent = [*self._silent, logs] if silent else []
         if len(self._silent) < MANY:
             return
         self._warned = True
+        at = f"step {state.global_step} of {state.max_steps}: in each of the last {MANY} steps"
+        if all(map(without_reward, self._silent)):
+            self._tell(
+                f"{at} every reward function returned None for every completion, so nothing is learned. Return a "
+                "number for the completions that it can judge."
+            )
+            return
         self._tell(
-            f"step {state.global_step} of {state.max_steps}: in each of the last {MANY} steps all completions of a "
-            f"prompt had the same reward ({self._mean('reward'):.2f} on average), so nothing is learned. "
-            f"Likely causes: {'; '.join(self._causes())}."
+            f"{at} all completions of a prompt had the same reward ({self._mean('reward'):.2f} on average), so "
+            f"nothing is learned. Likely causes: {'; '.join(self._causes())}."
         )
 
     def _mean(self, name: str) -> float:
-        values = [logs[name] for logs in self._silent if logs.get(name) is not None]
+        values = [value for logs in self._silent if (value := logs.get(name)) is not None and not math.isnan(value)]
         return sum(values) / len(values) if values else 0.0
 
     def _causes(self) -> list[str]:
@@ -61,3 +68,9 @@ class NoSignal(TrainerCallback):
             "the reward function gives every completion the same: the completions in the run's logs show whether it "
             "should",
         ]
+
+
+def without_reward(logs: Mapping[str, Any]) -> bool:
+    """Whether no completion of a logged step of TRL's trainers had a reward: then it is None, in older ones NaN."""
+    reward = logs.get("reward", 0.0)
+    return reward is None or math.isnan(reward)

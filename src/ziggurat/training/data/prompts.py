@@ -51,7 +51,14 @@ def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, st
     if shape != "instruction":
         besides["input"] = None
     faults = Faults(source, len(table))
-    prompts = faults.each(table, lambda row: _prompt(recipe, shape, row[column], cells_of(row, besides)))
+    compared = recipe.rewards.answer if _comparing(recipe) and recipe.rewards.answer in table.column_names else None
+
+    def prompt(row: dict[str, Any]) -> str | list[Message]:
+        if compared is not None and not (as_text(row[compared]) or "").strip():
+            raise RowFault(f"column '{compared}' holds no right answer", gap=True)
+        return _prompt(recipe, shape, row[column], cells_of(row, besides))
+
+    prompts = faults.each(table, prompt)
     kinds = {isinstance(prompt, str) for prompt in prompts.values()}
     if len(kinds) > 1:
         raise DataError(f"{source}: some prompts are lists of messages and some are texts; all have to be the same")
@@ -64,11 +71,16 @@ def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, st
     return rows, "messages" if kinds == {False} else "alpaca" if shape == "instruction" else "prompt", notes
 
 
+def _comparing(recipe: Recipe) -> set[str]:
+    """The rewards of the recipe that compare with a right answer."""
+    return {"exact", "last_number"}.intersection(recipe.rewards.functions or ())
+
+
 def _check_columns(recipe: Recipe, rows: Dataset, source: str) -> list[str]:
     taken = [name for name in rows.column_names if name in RESERVED]
     if taken:
         raise DataError(f"{source}: reward functions get something else as {', '.join(taken)}; rename the column")
-    needed = {"exact", "last_number"}.intersection(recipe.rewards.functions or ())
+    needed = _comparing(recipe)
     if needed and recipe.rewards.answer not in {*rows.column_names} - {"prompt", _OWN}:
         raise DataError(
             f"rewards.answer: {', '.join(sorted(needed))} compares with column '{recipe.rewards.answer}', "

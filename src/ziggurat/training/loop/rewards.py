@@ -5,7 +5,7 @@ import json
 import math
 import re
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -63,9 +63,14 @@ def _of_texts(score: Callable[[str, str, RewardsPart], float]) -> Callable[..., 
 
     def rewards(settings: RewardsPart, /, completions: Sequence[Any], **columns: Any) -> list[float]:
         answers = columns.get(settings.answer, [""] * len(completions))
-        return [score(text_of(text), str(right), settings) for text, right in zip(completions, answers, strict=True)]
+        return [score(text_of(text), _plain(right), settings) for text, right in zip(completions, answers, strict=True)]
 
     return rewards
+
+
+def _plain(answer: Any) -> str:
+    """A right answer as a text. A column of numbers is read as decimal ones if one of them is: 4 comes as 4.0."""
+    return str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)
 
 
 #: Built-in rewards; the first argument of each is the recipe's `rewards.*`.
@@ -147,6 +152,7 @@ def settle_rewards(recipe: Recipe, user_rewards: Sequence[Reward]) -> tuple[Reci
         problems.append(
             f"rewards.functions: nothing is rewarded; name {', '.join(BUILT_IN)}, or give --reward FILE:NAME"
         )
+    problems += _unread(recipe.rewards, names)
     weights = recipe.rewards.weights
     if weights is not None and len(weights) != len(names):
         problems.append(f"rewards.weights: {len(weights)} for {len(names)} rewards: {', '.join(names)}")
@@ -220,6 +226,17 @@ def _needs(recipe: Recipe, name: str) -> list[str]:
     return []
 
 
+def _unread(settings: RewardsPart, names: Collection[str]) -> list[str]:
+    """Settings that none of the named rewards reads."""
+    readers = {"answer": ("exact", "last_number"), "pattern": ("regex",), "most": ("length",)}
+    return [
+        f"rewards.{key}: only {' and '.join(of)} {'read' if len(of) > 1 else 'reads'} it; name one of them in "
+        "rewards.functions, or leave the key out"
+        for key, of in readers.items()
+        if getattr(settings, key) != RewardsPart.model_fields[key].default and not set(of).intersection(names)
+    ]
+
+
 def checked(name: str, function: Reward) -> Reward:
     """`function` for TRL: it gets the keywords that it names, and its result is checked (RewardError)."""
 
@@ -250,7 +267,7 @@ def _told_of_errors(name: str, function: Reward, keywords: Mapping[str, Any]) ->
     """Turn an error of a reward function in the block into RewardError."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         file = getattr(getattr(function, "__code__", None), "co_filename", None)
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         where = f" in line {lines[-1]}" if lines else ""

@@ -86,7 +86,7 @@ def train(
             with processes.reporting_lost_processes():
                 return _train(recipe, folder, stop, console, callbacks, fit, functions)
         except KeyboardInterrupt:
-            stopped = _interrupted(recipe, folder, stop.number or signal.SIGINT)
+            stopped = _interrupted(recipe, folder, stop.number or signal.SIGINT, stop.state)
             folder.abandon()
             raise stopped from None
         except BaseException as error:
