@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -439,6 +439,26 @@ def test_a_lora_adapter_merges_and_needs_no_export(tmp_path: Path) -> None:
     assert_models_agree(logits(loaded, inputs), expected)
 
 
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (LoraConfig(use_dora=True), r"is a DoRA adapter: its magnitudes .* Merge it"),
+        (LoraConfig(init_lora_weights="pissa"), r"began as a part of W \(pissa\).*path_initial_model_for_weight"),
+        (VeraConfig(target_modules=["q_proj"]), r"PEFT has adapted it by VERA, .* Merge the adapter into the model"),
+    ],
+)
+def test_adapters_of_peft_that_are_not_plain_lora(config: Any, says: str, tmp_path: Path) -> None:
+    base = ZOO["llama"].build()
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = base.config._name_or_path = str(tmp_path / "base")
+    model = get_peft_model(base, config)
+    with pytest.raises(ExportError, match=says):
+        export_model(model, tmp_path / "out")
+    model.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(ExportError, match=says):
+        export(tmp_path / "adapter", tmp_path / "out")
+
+
 def test_a_head_of_ziggurats_own_says_what_loads_it(tmp_path: Path) -> None:
     """A mean-pooled head is no class of transformers: its folder can't be rebuilt by name, its model exports."""
     from transformers import BertConfig
@@ -499,6 +519,10 @@ def _cut_off(adapter: Path) -> Path:
     return adapter
 
 
+def _no_file(adapter: Path) -> Path:
+    return adapter.parent / "recipe.yaml"
+
+
 def _pickle(adapter: Path) -> Path:
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     return adapter
@@ -524,6 +548,7 @@ def _unnamed_base(adapter: Path) -> Path:
 
 BAD = {
     "there is no folder .* Did you mean .*adapter": _no_folder,
+    "there is no file .*recipe.yaml": _no_file,
     "is no adapter: it has no adapter_config.json": _no_config,
     r"Adapters lie in .*second": _several,
     "cut off while copying": _cut_off,

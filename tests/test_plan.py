@@ -156,6 +156,22 @@ def test_a_set_is_counted_as_it_is_written(method: str, tmp_path: Path) -> None:
         plan(bare, METHODS["dylora"].config(zoo), method="dylora", measure_memory=False, tenants=3)
 
 
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (LoRA2Config(r=4, outer_rank=4), "the method shares nothing between layers"),
+        (LoraConfig(r=4, use_dora=True), "the method shares nothing between layers"),
+        (MSPLoraConfig(ranks=[4, 4, 4]), "in this model too few layers share"),
+    ],
+)
+def test_why_it_is_larger_than_lora(config: Any, reason: str) -> None:
+    config.target_modules = {"query", "value"}
+    with torch.device("meta"):
+        bare = ZOO["bert"].build()
+    notes = plan(bare, config, measure_memory=False).notes
+    assert any(note.startswith("larger than LoRA r 4 on") and note.endswith(reason) for note in notes), notes
+
+
 def test_parts_say_who_shares() -> None:
     with torch.device("meta"):
         bare = ZOO["bert"].build()

@@ -1,6 +1,7 @@
 """Suggestions: the allocation against a search through all, and whole probes on a tiny model."""
 
 import json
+import signal
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,11 +21,13 @@ from ziggurat.analysis import collect, measures
 from ziggurat.analysis.page import report
 from ziggurat.analysis.trace import top_values
 from ziggurat.cli import app
-from ziggurat.errors import ConfigError
+from ziggurat.errors import ConfigError, RecipeError
 from ziggurat.plan.allocate import boundaries, by_gain, by_width, costs, energies, sensitivities
+from ziggurat.plan.gradients import gradients_of
 from ziggurat.plan.suggest import suggestion
 from ziggurat.recipe.methods import method_config
 from ziggurat.recipe.recipe import load_recipe
+from ziggurat.training.callbacks.interrupt import Interrupted
 from ziggurat.training.loop.run import train
 from ziggurat.training.sizing.counts import count
 from zoo import ZOO
@@ -241,6 +245,26 @@ def test_what_is_wrong_is_said_before_the_probe(tiny: Path, tmp_path: Path) -> N
     gradients = ["suggest", str(recipe), "--criterion", "gradients", "--probe-steps", "2"]
     done = CliRunner().invoke(app, gradients)
     assert done.exit_code == 2 and "--probe-steps: --criterion gradients runs no probe" in done.output
+
+
+def test_a_probe_that_is_stopped_ends_as_a_run_does(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*args: Any, **more: Any) -> Any:
+        raise Interrupted("probe", "checkpoint-1", 1, 40, signal.SIGINT)
+
+    monkeypatch.setattr("ziggurat.training.loop.run.train", stopped)
+    done = CliRunner().invoke(app, ["suggest", str(written(tiny, tmp_path)), "--out", str(tmp_path / "s.yaml")])
+    assert done.exit_code == 130 and "The probe was stopped at step 1 of 40; no recipe is written." in done.output
+    assert not (tmp_path / "s.yaml").exists()
+
+
+def test_rewards_have_no_gradients_before_training(tmp_path: Path) -> None:
+    values = {"task": "grpo", "model": "m", "data.train": "a.csv", "rewards.functions": ["json"]}
+    path = tmp_path / "sums.yaml"
+    path.write_text(yaml.safe_dump({**values, "method.name": "msplora", "method.r": 8}))
+    with pytest.raises(RecipeError, match=r"task: grpo learns from rewards .* no gradients before"):
+        gradients_of(path)
 
 
 def test_a_recipes_budget_is_the_budget_and_tiers_that_give_way_are_named(tiny: Path, tmp_path: Path) -> None:

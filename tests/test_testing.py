@@ -38,6 +38,8 @@ class MineConfig(MethodConfig):
 
 def tensors(config: MineConfig, site: Site) -> dict[str, TensorSpec]:
     specs = low_rank(config.r, site.d_in, site.d_out, config.init_weights)
+    if config.broken == "a missing field":
+        specs["A"] = TensorSpec((config.width, site.d_in), kaiming)  # type: ignore[attr-defined]
     if config.broken == "not neutral":
         specs["B"] = TensorSpec((site.d_out, config.r), kaiming)
     if config.broken == "an unused tensor":
@@ -54,6 +56,10 @@ def tensors(config: MineConfig, site: Site) -> dict[str, TensorSpec]:
 
 
 def pair(config: MineConfig, site: Site, t: Any, context: Any) -> FactorPair:
+    if config.broken == "a missing key":
+        return FactorPair(t["Z"], t["B"])
+    if config.broken == "no pair":
+        return t["A"]  # type: ignore[return-value]
     B = t["B"] if config.broken == "no scale" else config.scale_of(config.r) * t["B"]
     return FactorPair(t["A"].detach() if config.broken == "no gradient" else t["A"], B)
 
@@ -117,6 +123,9 @@ def test_a_broken_method_is_told_what_is_wrong(broken: str, says: str) -> None:
     [
         ("shapes", r"Mine at '.*q_proj': the pair has A \(4, 16\) and B \(16, 3\); A \(rank, 16\) and B \(16, rank\)"),
         ("shared by two shapes", r"'.*q_proj' and '.*down_proj' share the tensor 'all:A', but need it as \(3, 16\)"),
+        ("a missing key", r"Mine at '.*q_proj': its `pair` ended in KeyError in line \d+: 'Z'"),
+        ("a missing field", r"Mine at '.*q_proj': its `tensors` ended in AttributeError in line \d+: .*'width'"),
+        ("no pair", r"Mine at '.*q_proj': the method's `pair` returned a Tensor; FactorPair\(A, B\) is needed"),
         ("a bad name", "calls a tensor of '.*q_proj' 'all.layers:A': a key is a Python name"),
     ],
 )
@@ -124,6 +133,11 @@ def test_functions_that_do_not_fit_each_other(broken: str, says: str) -> None:
     targets = ["q_proj", "up_proj", "down_proj"]
     with pytest.raises(ConfigError, match=says):
         check_method(MineConfig(r=3, broken=broken, target_modules=targets), ZOO["llama"].build())
+
+
+def test_a_dense_update_that_is_no_tensor() -> None:
+    with pytest.raises(AssertionError, match="q_proj: `naive` returned a NoneType, no tensor"):
+        check_method(MineConfig(r=3), naive=lambda config, site, t: None)  # type: ignore[arg-type, return-value]
 
 
 def test_what_cannot_be_checked() -> None:

@@ -1,9 +1,24 @@
 """The errors that users see. Each text names the given value, its place, the allowed values, and a remedy."""
 
+import traceback
+from typing import Any
+
 
 def first_line(error: BaseException) -> str:
     """The first line of another library's error; its class if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def with_article(name: str) -> str:
+    """`a list`, `an int`."""
+    return f"{'an' if name[:1] in tuple('AEIOUaeiou') else 'a'} {name}"
+
+
+def line_in(function: Any, error: BaseException) -> str:
+    """` in line 7`: the last line of the file of `function` that `error` came through; "" if there is none."""
+    file = getattr(getattr(function, "__code__", None), "co_filename", None)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f" in line {lines[-1]}" if lines else ""
 
 
 class ZigguratError(Exception):

@@ -1,5 +1,6 @@
 """Everything for writing a method outside the package: see docs/your-own-method.md."""
 
+from ziggurat.errors import ConfigError
 from ziggurat.host.config import MethodConfig
 from ziggurat.host.method import EVALUATION, Card, Context, Method, Part, Stored
 from ziggurat.host.registry import register, unregister
@@ -12,6 +13,7 @@ from ziggurat.lowrank.pair import FactorPair, stack
 __all__ = [
     "EVALUATION",
     "Card",
+    "ConfigError",
     "Context",
     "FactorPair",
     "Init",

@@ -77,7 +77,8 @@ def check_method(
 
     Raises:
         AssertionError: a promise is broken; the text says which, where, and what was compared.
-        ConfigError: no method is registered for `config`; it doesn't fit `model`; `inputs` are missing.
+        ConfigError: no method is registered for `config`; it doesn't fit `model`; `inputs` are missing; `tensors` and
+            `pair` don't fit each other, or end in an error.
     """
     method = method_of(config)
     if method is None or method.pair is None:
@@ -131,6 +132,7 @@ def _check_equation(case: _Case) -> None:
         _agree(layer(x), expected, EXACT, f"{path}: the layer's output and W x + B (A x) with its pair")
         if case.naive is not None:
             dense = case.naive(config, site, tensors)
+            assert isinstance(dense, Tensor), f"{path}: `naive` returned a {type(dense).__name__}, no tensor."
             _agree(B @ A, dense, EXACT, f"{path}: B A of `pair` and the dense update of `naive`")
 
 

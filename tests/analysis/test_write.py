@@ -117,7 +117,7 @@ def test_how_alike_the_tiers_are_is_told_in_numbers(saved: Saved, tmp_path: Path
 
 def test_an_adapter_against_itself_says_neither(saved: Saved) -> None:
     collected = collect(saved(CONFIGS["msplora"]()))
-    assert "mean +0.0000" in against(collected, collected) and "neither repeats itself less" in against(
+    assert "mean +0.0000" in against(collected, collected) and "both repeat themselves equally" in against(
         collected, collected
     )
 

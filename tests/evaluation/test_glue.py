@@ -217,7 +217,7 @@ def test_which_class_is_which(name: str, trained_on: str, names: list[str], plac
 @pytest.mark.parametrize("names", [["no", "yes"], ["1", "2"], ["equivalent", "other"], ["0", "equivalent"]])
 def test_classes_that_could_be_either_are_refused(names: list[str]) -> None:
     recipe = make_recipe({"model": "m", "data.train": "own.csv", "method.name": "lora"})
-    with pytest.raises(DataError, match=rf"own\.csv\) knows {', '.join(names)}, and they can't be matched"):
+    with pytest.raises(DataError, match=rf"own\.csv', knows {', '.join(names)}, and they can't be matched"):
         task_for(recipe, HeadSpec("classification", names, pair=True), "mrpc")
 
 
@@ -260,7 +260,9 @@ def test_an_adapter_of_other_data_is_refused(
     loaded = load_adapter_model(folder)
     with pytest.raises(DataError, match=r"glue/sst2 has the classes negative, positive; .* knows unacceptable, accept"):
         task_of(loaded, "sst2")
-    with pytest.raises(DataError, match=r"3 classes and 2 texts a row; this adapter .* has 2 classes and 1"):
+    with pytest.raises(
+        DataError, match=r"3 classes and 2 texts a row; the data that this adapter .* have 2 classes and 1 a row"
+    ):
         task_of(loaded, "mnli")
     (glue / "cola" / "test.parquet").rename(glue / "cola" / "away.parquet")
     with pytest.raises(DataError, match=r"no test.parquet"):

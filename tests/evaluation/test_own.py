@@ -73,11 +73,16 @@ def test_what_a_file_lacks_is_said_before_a_model_is_loaded(
 
     monkeypatch.setattr("ziggurat.training.answers.load.load_adapter_model", loads)
     unknown = write_csv(tmp_path / "unknown.csv", [{"text": "a film", "label": "fair"}])
+    gap = write_csv(tmp_path / "gap.csv", [{"text": "", "label": "pos"}, {"text": "a film", "label": "pos"}])
     columns = write_csv(tmp_path / "columns.csv", [{"sentence": "a film", "label": "pos"}])
     for words, message in (
         (
             ["--data", str(unknown)],
             "has 'fair' in column 'label', which the model does not know",
+        ),
+        (
+            ["--data", str(gap)],
+            "1 of 2 rows cannot be used; mend them, or take them out row 1: no text",
         ),
         (["--data", str(columns)], "has no column 'text'"),
         (["--data", str(tmp_path / "none.csv")], "none.csv' does not exist"),
@@ -158,7 +163,9 @@ def test_verdicts_by_the_distance_of_their_rewards(tiny_llama: Path, tmp_path: P
     assert low < scores["scores"]["margin"] < high
 
 
-def test_an_adapter_of_another_program_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_of_another_program_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peft import LoraConfig, get_peft_model
 
     from plain_models import NoStack
@@ -167,3 +174,6 @@ def test_an_adapter_of_another_program_is_refused(tmp_path: Path, capsys: pytest
     get_peft_model(NoStack(), LoraConfig(target_modules=["lin0"])).save_pretrained(str(tmp_path / "lora"))  # type: ignore[arg-type]
     assert main("eval", str(tmp_path / "lora"), "--data", str(tmp_path / "a.csv")) == 2
     assert "--tasks scores other adapters" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert main("eval", "lorra", "--data", "a.csv") == 2
+    assert "'lorra' does not exist; nearest in this folder: lora" in capsys.readouterr().err

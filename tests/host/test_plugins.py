@@ -19,6 +19,7 @@ from ziggurat.host import plugins
 from ziggurat.host.method import METHODS
 from ziggurat.host.saved.folder import adapter_config
 from ziggurat.kit import unregister
+from ziggurat.training.loop.rewards import from_words
 
 PLUGIN = '''
 from dataclasses import dataclass, replace
@@ -65,7 +66,8 @@ def test_every_command_takes_a_method_of_ones_own(
     recipe, run, flag = tmp_path / "mine.yaml", tmp_path / "run", ["--plugin", str(plugin)]
     recipe.write_text(yaml.safe_dump(values))
     assert main("train", str(recipe)) == 2
-    assert "'onea' is not one of" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "'onea' is not one of" in printed and "no --plugin FILE has brought it" in printed
 
     assert main("train", str(recipe), f"output={run}", *flag) == 0
     printed = capsys.readouterr().out
@@ -134,6 +136,25 @@ def test_a_plugin_that_fails(code: str | None, says: str, tmp_path: Path, capsys
     assert f"--plugin {path}: {says}" in printed and "Traceback" not in printed
     assert "wrong" not in sys.modules and not plugins.loaded()
     assert main("recipes", "--plugin", "no.such.module") == 2
+
+
+def test_what_is_no_python_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "films").mkdir()
+    (tmp_path / "mine.yaml").touch()
+    for words, says in (
+        (["recipes", "--plugin"], "--plugin needs a value: a Python file, or a module"),
+        (["recipes", "--plugin", "--json"], "--plugin needs a value: a Python file, or a module"),
+        (["recipes", "--plugin", "."], "--plugin .: that is a folder; name a Python file in it"),
+        (["recipes", "--plugin", "films"], "--plugin films: that is a folder; name a Python file in it"),
+        (["recipes", "--plugin", "mine.yaml"], "no Python file: its name doesn't end in .py"),
+    ):
+        assert main(*words) == 2
+        assert says in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="--reward films: that is a folder"):
+        from_words(["films:correct"])
 
 
 def test_a_plugin_is_loaded_once(plugin: Path) -> None:

@@ -342,7 +342,7 @@ def test_texts_that_parquet_holds_as_bytes(tmp_path: Path) -> None:
         ("a.xls", b"x", "'.xls' is not one of the formats read: .csv, .tsv"),
         ("a.csv.gz", b"text,label", "a.csv.gz cannot be read as csv: Not a gzipped file"),
         ("a.csv", b"text,label,text\na,1,b\n", "has more than one column called 'text'; rename or drop all but one"),
-        ("a.csv", b"text#label\na#1\n", "has no column 'text' (it has one column: set data.delimiter"),
+        ("a.csv", b"text#label\na#1\n", "has no column 'text' (it has one column: put commas between"),
         ("a.json", b"[" * 100_000, "its lists and objects nest too deep"),
         ("a.jsonl", b'{"text": ' + b"[" * 3000 + b"]" * 3000 + b"}", "its lists and objects nest too deep"),
     ],

@@ -51,6 +51,7 @@ def test_every_name_is_answered() -> None:
 @pytest.mark.parametrize(
     ("key", "message"),
     [
+        ("fsdp", "fsdp: unknown; here it is accelerate launch with a file of `ziggurat launch-config`"),
         ("load_in_4bit", "load_in_4bit: unknown; here it is method.name: qlora"),
         ("method.lora_target", "method.lora_target: unknown, did you mean method.target_modules?"),
         ("train.micro_batch_size", "train.micro_batch_size: unknown, did you mean train.batch?"),

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ziggurat.analysis.readers import READERS
 from ziggurat.errors import RecipeError
+from ziggurat.host.method import PAIRS_OF_PEFT, has_pairs
 from ziggurat.recipe.methods import METHODS, method_config, method_fields
 from ziggurat.recipe.recipe import load_recipe, make_recipe, resolved, shipped, to_yaml
 from ziggurat.recipe.schema import keys
@@ -173,12 +175,48 @@ def test_a_misspelt_section_finds_its_own_key(tmp_path: Path) -> None:
         ({"learning_rate": 0.1}, "did you mean train.lr?"),
         ({"method.target_moduls": ["query"]}, "did you mean method.target_modules?"),
         ({"method.peft_type": "LORA"}, "method.peft_type: unknown"),
+        ({"method.name": "full"}, "method.r: full trains weights of the model itself and has no such field"),
+        ({"method.from_adapter": "a"}, "method.from_adapter: lora has no such field; it belongs to aslora, "),
+        ({"method.name": "mine"}, "method.name: 'mine' is not one of aslora, "),
+        ({"method.name": "mine"}, "and no --plugin FILE has brought it"),
+        ({"batch_size": 4}, "batch_size: unknown; here it is train.batch times train.accumulate"),
+        ({"spectra": 0}, "spectra: 0 is neither epoch, never nor a whole number greater than 0"),
+        ({"train.save": 0.5}, "train.save: 0.5 is neither epoch, never nor a whole number"),
+        ({"train.class_weights": 5}, "train.class_weights: 5 is neither balanced nor a mapping"),
+        ({"train.epochs": float("inf")}, "train.epochs: must be a finite number, got inf"),
+        ({"train.epochs": "inf"}, "train.epochs: needs a number, got 'inf'"),
+        ({"train.class_weights": {"a": float("nan")}}, "must be a finite number, got nan in {'a': nan}"),
+        ({"method.lora_alpha": float("inf")}, "method.lora_alpha: must be a finite number, got inf"),
+        ({"method.name": "vera", "spectra": 1}, "spectra: VeRA makes no adapter that analysis reads"),
     ],
 )
 def test_mistakes_that_each_say_what_to_do(more: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=r"the recipe has 1 problem:") as error:
         make_recipe({**GOOD, **more})
     assert message in str(error.value)
+
+
+NUMBERS = [key for key, info in keys().items() if "float" in str(info.annotation)]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("key", NUMBERS)
+def test_no_key_takes_a_number_that_is_not_finite(key: str, value: float) -> None:
+    for given in (value, [value], {"a": value}):
+        with pytest.raises(RecipeError, match=rf"{key}: must be a finite number"):
+            make_recipe({**GOOD, key: given})
+
+
+def test_methods_without_an_adapter_have_no_spectra_to_record() -> None:
+    whole = {key: value for key, value in GOOD.items() if key != "method.r"}
+    with pytest.raises(RecipeError, match=r"spectra: full makes no adapter that analysis reads"):
+        make_recipe({**whole, "method.name": "full", "spectra": "epoch"})
+    assert {name for name, row in METHODS.items() if row.config and not has_pairs(method_config({"name": name}))} == {
+        "vera",
+        "lily",
+        "adapter",
+    }
+    assert set(READERS) == set(PAIRS_OF_PEFT)
 
 
 def test_what_the_config_itself_refuses_is_told_with_the_rest() -> None:

@@ -103,8 +103,8 @@ def test_what_a_reward_function_returns_is_checked() -> None:
     assert says([1, None])(**asked) == [1.0, None]
     for returned, words in (
         ([1.0], "for each of 2 completions, and returned 1$"),
-        (0.5, "and returned a float"),
-        ("ab", "and returned a str"),
+        (5, "and returned 5$"),
+        ("ab", "and returned 'ab'$"),
         ([1.0, math.nan], "and returned nan for 'y'"),
         ([1.0, "good"], "and returned 'good' for 'y'"),
     ):
@@ -231,14 +231,24 @@ def test_prompts_that_cannot_be_asked(tmp_path: Path, tiny_llama: Path) -> None:
             read(tmp_path, *({"prompt": "a", "answer": answer} for answer in ("1", gap)), rewards__functions=["exact"])
     with pytest.raises(DataError, match="reward functions get something else as prompts"):
         read(tmp_path, {"prompt": "what", "prompts": 1})
-    with pytest.raises(DataError, match=r"rewards.answer: exact compares with column 'answer', .* has total, prompt"):
+    with pytest.raises(DataError, match=r"'answer', and that column isn't there; .*: total$"):
         read(tmp_path, {"prompt": "what", "total": 1}, rewards__functions=["exact"])
+    for column in ("prompt", "question"):
+        with pytest.raises(
+            DataError, match=rf"compares with column '{column}', which is part of the prompt; .*: total$"
+        ):
+            read(tmp_path, {"question": "what", "total": 1}, rewards__functions=["exact"], rewards__answer=column)
     tokenizer, config = AutoTokenizer.from_pretrained(str(tiny_llama)), AutoConfig.from_pretrained(str(tiny_llama))
     examples = read(tmp_path, {"prompt": "say"}, {"prompt": "say " * 61})
     rows, _, notes = fitting_prompts(recipe(sampling__tokens=4), tokenizer, config, examples)
     assert len(rows) == 1 and notes[1] == "1 of 2 training prompts have more than 60 tokens and are left out"
     with pytest.raises(DataError, match=r"sampling.tokens: 64, and m takes 64 with the prompt"):
         fitting_prompts(recipe(sampling__tokens=64), tokenizer, config, examples)
+    longer = read(tmp_path, {"prompt": "say say say say"}, {"prompt": "say say say"})
+    with pytest.raises(DataError, match=r"sampling.tokens: 63 of the 64 positions of m leave 1 .* tokens; lower it"):
+        fitting_prompts(recipe(sampling__tokens=63), tokenizer, config, longer)
+    with pytest.raises(DataError, match=r"data.max_length: 1, and the shortest .* raise it"):
+        fitting_prompts(recipe(sampling__tokens=4, data__max_length=1), tokenizer, config, longer)
 
 
 def test_grpo_raises_the_reward_and_goes_on_bitwise(tiny_llama: Path, tmp_path: Path) -> None:

@@ -92,10 +92,11 @@ def _written(path: Path, text: str) -> Path:
     return path
 
 
-def test_a_streamed_line_that_is_no_object_is_named_by_its_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("line", "kind"), [("[1]", "a list"), ("1", "an int")])
+def test_a_streamed_line_that_is_no_object_is_named_by_its_number(line: str, kind: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(ROWS[0]) + "\n\n[1]\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"rows.jsonl, line 3: a list, each must be an object"):
+    path.write_text(json.dumps(ROWS[0]) + f"\n\n{line}\n", encoding="utf-8")
+    with pytest.raises(DataError, match=rf"rows.jsonl, line 3: {kind}, each must be an object"):
         first(read(path, data__validation_rows=1, data__shuffle_buffer=1), 3)
 
 

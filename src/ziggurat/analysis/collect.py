@@ -13,7 +13,8 @@ from ziggurat.files.untrusted import loaded_tensors
 from ziggurat.host.base.anatomy import Anatomy
 from ziggurat.host.base.targets import sites_of
 from ziggurat.host.count import with_targets
-from ziggurat.host.method import METHODS, kind_of, method_of
+from ziggurat.host.method import METHODS, has_pairs, kind_of, method_of
+from ziggurat.host.plain import FROM_WEIGHTS
 from ziggurat.host.saved.folder import adapter_config, load_base
 from ziggurat.host.saved.sites_table import from_table
 from ziggurat.host.site import Site
@@ -21,9 +22,6 @@ from ziggurat.host.tensors import whole
 
 from .components import UPDATE, Collected, Component, span_text
 from .readers import READERS, Places, components, place_by_name
-
-#: Initialisations of LoRA that move a part of W into the pair.
-_FROM_WEIGHTS = ("pissa", "olora", "corda", "loftq")
 
 
 def collect(source: nn.Module | str | Path, adapter: str = "default", *, composed: bool = True) -> Collected:
@@ -110,10 +108,7 @@ def check_readable(model: nn.Module, adapter: str = "default") -> Any:
 
 def _kind(config: Any, source: str) -> str:
     kind = kind_of(config)
-    if kind in READERS:
-        return kind
-    method = method_of(config)
-    if method is None or method.pair is None:
+    if not has_pairs(config):
         readable = ", ".join(m.card.shown for m in METHODS.values() if m.pair is not None)
         raise ConfigError(
             f"{source} is an adapter of PEFT method {kind}; analysis reads {readable}, LoRA (DoRA, rsLoRA, PiSSA, ... "
@@ -154,7 +149,7 @@ def _notes(chosen: Iterable[Component], config: Any) -> Iterable[str]:
     if getattr(config, "use_dora", False):
         yield "DoRA rescales each row of W + B A by a trained magnitude; the measures here are of B A before that"
     start = str(getattr(config, "init_lora_weights", "")).lower()
-    if start.startswith(_FROM_WEIGHTS):
+    if start.startswith(FROM_WEIGHTS):
         yield f"the pairs began as a part of W ({start}); the measures are of B A, which still holds that part"
     if all(len(c.layers) == 1 for c in stored) and len({(c.stack, c.layers) for c in stored}) == 1:
         yield f"the adapter reaches {span_text(stored[0].layers)} only, so there are no layers to compare"

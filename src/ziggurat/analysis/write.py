@@ -207,7 +207,7 @@ def against(first: Collected, second: Collected) -> str:
     less_redundant = first if off.mean() > 0 else second
     verdict = f"{less_redundant.source} repeats itself less from layer to layer"
     if abs(off.mean()) < 5e-5:  # shown as 0
-        verdict = "neither repeats itself less from layer to layer"
+        verdict = "both repeat themselves equally from layer to layer"
     return (
         f"KL between layers, {first.source} minus {second.source}: mean {off.mean():+.4f}, positive in "
         f"{(off > 0).mean():.0%} of the pairs of layers: {verdict}."

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ziggurat._distribution import VERSION
-from ziggurat.errors import ZigguratError, first_line
+from ziggurat.errors import ConfigError, ZigguratError, first_line
 from ziggurat.terminal import say
 
 from .analyze import analyze, report
@@ -108,6 +108,9 @@ def _options_first(words: Iterable[str]) -> list[str]:
     """`words` with each `--plugin FILE` before the command, wherever it stood, and without --debug.
 
     Words after `--` aren't touched: they belong to another program, or are a text.
+
+    Raises:
+        ConfigError: a `--plugin` has no value.
     """
     plugins, others, remaining = [], [], iter(words)
     for word in remaining:
@@ -116,7 +119,10 @@ def _options_first(words: Iterable[str]) -> list[str]:
         elif word == _DEBUG:
             continue
         elif word == _PLUGIN:
-            plugins += [word, *itertools.islice(remaining, 1)]
+            value = next(remaining, "")
+            if not value or value.startswith("-"):
+                raise ConfigError(f"{_PLUGIN} needs a value: a Python file, or a module, as in {_PLUGIN} mine.py")
+            plugins += [word, value]
         elif word.startswith(f"{_PLUGIN}="):
             plugins.append(word)
         else:

@@ -11,6 +11,7 @@ import typer
 
 from ziggurat.errors import RecipeError, StorageError
 from ziggurat.files.staging import check_writable, write_whole
+from ziggurat.nearest import missing_path
 from ziggurat.terminal import Console, say
 
 if TYPE_CHECKING:
@@ -121,6 +122,8 @@ def score_file(adapter: str, file: Path | None, *, limit: int | None, batch: int
     _check_out(out)
     subject = find_subject(adapter)
     if subject.recipe is None or subject.head is None:
+        if not Path(adapter).expanduser().exists():
+            raise RecipeError(f"adapter folder {missing_path(adapter)}")
         raise RecipeError(
             f"--data: a file is scored in the form of the run's data, and '{adapter}' was not written by "
             "`ziggurat train`; --tasks scores other adapters and models"

@@ -93,22 +93,27 @@ def suggest(
     """Find a pyramid's ranks and groups for a budget by a short probe run, and write them as a recipe."""
 
     from ziggurat.plan.suggest import suggest as run
+    from ziggurat.training.callbacks.interrupt import Interrupted
 
     if out.exists():
         raise typer.BadParameter(f"{out} exists already; name another file by --out")
     probe = {"--probe-rank": probe_rank, "--probe-steps": probe_steps}
     if criterion == "gradients" and (named := [option for option, value in probe.items() if value is not None]):
         raise typer.BadParameter(f"{' and '.join(named)}: --criterion gradients runs no probe; leave it out")
-    suggested, text = run(
-        words[0],
-        words[1:],
-        budget=budget,
-        criterion=criterion,
-        probe_rank=probe_rank or 16,
-        probe_steps=probe_steps or 200,
-        by_role=by_role,
-        console=Console(),
-    )
+    try:
+        suggested, text = run(
+            words[0],
+            words[1:],
+            budget=budget,
+            criterion=criterion,
+            probe_rank=probe_rank or 16,
+            probe_steps=probe_steps or 200,
+            by_role=by_role,
+            console=Console(),
+        )
+    except Interrupted as stopped:
+        say(f"The probe was {stopped}; no recipe is written.")
+        raise typer.Exit(128 + stopped.signal) from None
     write_whole(out, text)
     ranks = ", ".join(f"{tier} {rank}" for tier, rank in suggested.ranks.items())
     say(f"ranks by {suggested.criterion}: {ranks}; {suggested.spent:,} of {suggested.budget:,} parameters")

@@ -42,8 +42,9 @@ def task_for(recipe: Recipe, head: HeadSpec, expected: str | None = None) -> str
     classes = GLUE[task].classes
     if len(classes) != len(head.label_names) or (len(GLUE[task].columns) > 1) != head.pair:
         raise DataError(
-            f"glue/{task} has {len(classes) or 'no'} classes and {len(GLUE[task].columns)} texts a row; this adapter "
-            f"({data.train}) has {len(head.label_names) or 'no'} classes and {1 + head.pair}"
+            f"glue/{task} has {len(classes) or 'no'} classes and {len(GLUE[task].columns)} texts a row; the data that "
+            f"this adapter was trained on ('{data.train}') have {len(head.label_names) or 'no'} classes and "
+            f"{1 + head.pair} a row"
         )
     class_order(recipe, head, task)
     return task
@@ -65,9 +66,9 @@ def class_order(recipe: Recipe, head: HeadSpec, name: str) -> list[int]:
     if sorted(places) == list(range(len(classes))):
         return places
     raise DataError(
-        f"glue/{name} has the classes {', '.join(classes)}; this adapter ({recipe.data.train}) knows "
-        f"{', '.join(names)}, and they can't be matched. Train it on data that name their classes so, or "
-        f"count them {', '.join(map(str, range(len(classes))))} in this order"
+        f"glue/{name} has the classes {', '.join(classes)}; this adapter, trained on "
+        f"'{recipe.data.train}', knows {', '.join(names)}, and they can't be matched. Train it on data "
+        f"that name their classes so, or count them {', '.join(map(str, range(len(classes))))} in this order"
     )
 
 

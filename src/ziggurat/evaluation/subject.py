@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ziggurat.errors import ConfigError, RecipeError, ZigguratError
+from ziggurat.errors import ConfigError, RecipeError, ZigguratError, with_article
 from ziggurat.recipe.run_files import is_run
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _without_text(subject: Subject) -> str | None:
         names = list(bare_config(subject.model).architectures or ())
     except ZigguratError:
         return None  # loading raises an error that says more
-    return f"is a {names[0]}" if names and not any(name.endswith(_WRITERS) for name in names) else None
+    return f"is {with_article(names[0])}" if names and not any(name.endswith(_WRITERS) for name in names) else None
 
 
 def load_subject(subject: Subject, dtype: str = "auto") -> tuple[Any, Any, Loaded | None]:

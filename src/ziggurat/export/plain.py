@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ziggurat.errors import ExportError
 from ziggurat.files.staging import written_beside
-from ziggurat.host.plain import PlainLora, as_plain, bare, lora_pairs
+from ziggurat.host.plain import PlainLora, as_plain, bare, lora_pairs, of_lora
 from ziggurat.host.saved.folder import adapter_config, load_adapter, load_base, tensor_shapes
 
 from .beside import put_tokenizer
@@ -120,7 +120,7 @@ def export(adapter: str | Path, out: str | Path, *, serving: bool = False, base_
     """
     config = adapter_config(adapter)
     if config.peft_type == PeftType.LORA:
-        raise ExportError(f"{adapter} is a plain LoRA adapter already: use it as it is.")
+        raise ExportError(f"{adapter} {of_lora(config)}")
     # PEFT can't put rows that train beside an embedding on the meta device.
     on_meta = not getattr(config, "trainable_token_indices", None)
     model = load_adapter(adapter, load_base(adapter, base_model, on_meta=on_meta))

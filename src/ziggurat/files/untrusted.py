@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ziggurat.errors import ConfigError
+from ziggurat.errors import ConfigError, with_article
 
 #: PEFT's names of an adapter's files, and the pickle that it would read where there are no safetensors.
 CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -95,7 +95,7 @@ def read_config(folder: str | Path, name: str = CONFIG_NAME) -> dict[str, Any]:
     content = read_json(folder, name)
     if not isinstance(content, dict):
         raise ConfigError(
-            f"{Path(folder) / name} holds a {type(content).__name__}; a config is a mapping of its fields."
+            f"{Path(folder) / name} holds {with_article(type(content).__name__)}; a config is a mapping of its fields."
         )
     return content
 

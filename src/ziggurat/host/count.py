@@ -7,7 +7,8 @@ from torch import nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.base.targets import DEFAULT_TARGETS, checked_specs, sites_of
-from ziggurat.host.method import Method, method_of, trainable
+from ziggurat.host.method import PAIRS_OF_PEFT, Method, kind_of, method_of, specs_of, trainable
+from ziggurat.host.saved.sites_table import from_table
 
 
 def count(model: nn.Module, config: Any) -> int:
@@ -28,6 +29,17 @@ def count(model: nn.Module, config: Any) -> int:
             f"target_modules={config.target_modules!r} matches no linear layer of {type(model).__name__}."
         )
     return trainable(checked_specs(method, config, sites))
+
+
+def why_larger(config: Any) -> str:
+    """The reason why the adapter of a config, once it is in a model, has more parameters than LoRA, in words."""
+    method = method_of(config)
+    if method is None:
+        shares = kind_of(config) not in PAIRS_OF_PEFT
+    else:
+        sites = from_table(config.sites or {}).values()
+        shares = any(spec.shared for site in sites for spec in specs_of(method, config.at(site), site).values())
+    return "in this model too few layers share" if shares else "the method shares nothing between layers"
 
 
 def with_targets(config: Any, model: nn.Module, method: Method | None = None) -> Any:

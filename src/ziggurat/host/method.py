@@ -7,14 +7,15 @@
 forward pass, with autograd, and for merging, export and analysis, where `context.training` is False.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from ziggurat.errors import ConfigError
+from ziggurat.errors import ConfigError, line_in
 from ziggurat.host.site import Site, rank_fits
 from ziggurat.host.tensors import TensorSpec, low_rank, over_experts
 from ziggurat.lowrank.pair import FactorPair
@@ -150,6 +151,8 @@ class Method:
         return registered, (self.peft_type,)
 
 
+#: PEFT's own types whose update is a factor pair of each linear layer's own.
+PAIRS_OF_PEFT = ("LORA", "ADALORA")
 #: PEFT type -> method. Filled by `registry.register`.
 METHODS: dict[str, Method] = {}
 
@@ -190,6 +193,12 @@ def method_of(config: Any) -> Method | None:
     return METHODS.get(kind_of(config))
 
 
+def has_pairs(config: Any) -> bool:
+    """Whether the update of an adapter of this config is a factor pair at each place; False for no config."""
+    method = method_of(config)
+    return kind_of(config) in PAIRS_OF_PEFT if method is None else method.pair is not None
+
+
 def specs_of(method: Method, config: Any, site: Site) -> dict[str, TensorSpec]:
     """The specs of `tensors` for `site`, checked and with `freeze_tiers`; for a blend, A and B of its rank there.
 
@@ -199,7 +208,8 @@ def specs_of(method: Method, config: Any, site: Site) -> dict[str, TensorSpec]:
     if config.blended is not None:
         rank = config.at_path(config.blended, site, 0)
         return low_rank(rank, site.d_in, site.d_out, True) if rank else {}
-    specs = method.tensors(config, site)
+    with told_where(method, "tensors", site):
+        specs = method.tensors(config, site)
     if site.fused:
         assert site.num_experts is not None
         specs = {key: over_experts(spec, site.num_experts) for key, spec in specs.items()}
@@ -215,6 +225,18 @@ def specs_of(method: Method, config: Any, site: Site) -> dict[str, TensorSpec]:
     if config.freeze_tiers is None:
         return specs
     return {key: replace(spec, trainable=spec.trainable and not config.freezes(key)) for key, spec in specs.items()}
+
+
+@contextmanager
+def told_where(method: Method, name: str, site: Site) -> Iterator[None]:
+    """Turn an error of a method's own function `name`, which the block calls, into ConfigError with site and line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        kind = f"{type(error).__name__}{line_in(getattr(method, name), error)}"
+        raise ConfigError(f"{method.card.shown} at {site.path!r}: its `{name}` ended in {kind}: {error}.") from error
 
 
 def pair_of(method: Method, config: Any, site: Site, stored: Stored, context: Context = EVALUATION) -> FactorPair:

@@ -19,9 +19,13 @@ from ziggurat.host.bank import Bank
 from ziggurat.host.base.unwrap import PREFIX, without_wrappers
 from ziggurat.host.base.vocabulary import embedding_names, has_grown
 from ziggurat.host.linear import AdaptedLinear, is_router
+from ziggurat.host.method import kind_of
 from ziggurat.host.method_layer import ExpertsLayer, MethodLayer
 from ziggurat.host.tensors import whole
 from ziggurat.lowrank.pair import FactorPair, pad
+
+#: Initialisations of PEFT's LoRA that move a part of W into the pair.
+FROM_WEIGHTS = ("pissa", "olora", "corda", "loftq")
 
 
 class PlainLora(NamedTuple):
@@ -175,8 +179,31 @@ def _refusal(model: nn.Module, module: BaseTunerLayer, adapter: str) -> str:
     """The reason why a tuner layer other than an adapted linear layer can't become plain LoRA."""
     config = getattr(model, "peft_config", {}).get(adapter)
     if getattr(config, "peft_type", None) == PeftType.LORA:
-        return "this is a plain LoRA adapter already: use it as it is."
-    return getattr(module, "cannot_export", f"{type(module).__name__} is no update of a linear layer's weight")
+        return f"this {of_lora(config)}"
+    return getattr(
+        module,
+        "cannot_export",
+        f"PEFT has adapted it by {kind_of(config)}, and only adapters of Ziggurat's methods are written as LoRA. Merge "
+        "the adapter into the model instead (`ziggurat merge`).",
+    )
+
+
+def of_lora(config: Any) -> str:
+    """What is to be done with an adapter of PEFT's LoRA in the place of an export."""
+    start, merge = str(config.init_lora_weights).lower(), "Merge it into the model instead (`ziggurat merge`)"
+    if config.use_dora:
+        return f"is a DoRA adapter: its magnitudes scale the rows of W + B A, which plain LoRA can't express. {merge}."
+    if start.startswith(FROM_WEIGHTS):
+        if start != "loftq":
+            merge += (
+                "; or, if it was also saved before training, let PEFT write the difference: "
+                "save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
+            )
+        return (
+            f"is a LoRA adapter that began as a part of W ({start}): B A still holds that part, which would count "
+            f"twice beside the whole W. {merge}."
+        )
+    return "is a plain LoRA adapter already: use it as it is."
 
 
 def _lora_config(base: nn.Module, config: Any, ranks: dict[str, int], experts: Collection[str]) -> LoraConfig:

@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Iterable
 from importlib.metadata import entry_points
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
@@ -61,6 +61,8 @@ def module_of(named: str, flag: str) -> ModuleType:
     path, is_file = Path(named).expanduser(), _is_file(named)
     if is_file and not path.is_file():
         raise ConfigError(f"{flag} {named}: there is no such file.")
+    if path.is_dir() and (not named.isidentifier() or _is_without_code(named)):
+        raise ConfigError(f"{flag} {named}: that is a folder; name a Python file in it, or a module.")
     name = str(path.resolve()) if is_file else named
     try:
         if not is_file:
@@ -79,6 +81,12 @@ def _is_file(named: str) -> bool:
     return path.suffix == ".py" or path.is_file()
 
 
+def _is_without_code(module: str) -> bool:
+    """Whether no module of this name can be imported, or only a folder without `__init__.py`."""
+    spec = find_spec(module)
+    return spec is None or spec.origin is None
+
+
 def loaded() -> tuple[str, ...]:
     """The loaded plugins, for a child process that has to load them too."""
     return tuple(_loaded)
@@ -88,7 +96,8 @@ def _run(path: Path) -> ModuleType:
     """Run `path` as a module that can be imported by its name, so that its classes can be pickled."""
     name = path.stem if path.stem.isidentifier() and path.stem not in sys.modules else f"ziggurat_plugin_{len(_files)}"
     spec = spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ImportError("no Python file: its name doesn't end in .py")
     sys.modules[name] = module = module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

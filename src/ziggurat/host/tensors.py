@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ziggurat.errors import ConfigError
+from ziggurat.errors import ConfigError, with_article
 from ziggurat.lowrank.pair import FactorPair
 
 #: The smaller side of the largest weight that is decomposed exactly: about a second of one core.
@@ -277,6 +277,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 def check_pair(pair: FactorPair, d_in: int, d_out: int, where: str) -> None:
     """Raise ConfigError unless `pair` is A (rank, d_in) and B (d_out, rank); batched pairs have experts in front."""
+    if not isinstance(pair, FactorPair):
+        raise ConfigError(
+            f"{where}: the method's `pair` returned {with_article(type(pair).__name__)}; FactorPair(A, B) is needed."
+        )
     A, B = pair
     if A.shape[-1:] == (d_in,) and B.shape[-2:-1] == (d_out,) and A.shape[-2:-1] == B.shape[-1:]:
         return

@@ -29,7 +29,7 @@ from ziggurat.host.blend import add_blend, check_request
 from ziggurat.host.draws import Draws
 from ziggurat.host.lifecycle import Watch, add_to_trainers, step_in_trainers, watch_trainers
 from ziggurat.host.linear import AdaptedLinear, is_router
-from ziggurat.host.method import Method, needs_steps, pair_of, specs_of
+from ziggurat.host.method import Method, needs_steps, pair_of, specs_of, told_where
 from ziggurat.host.mixed import MixedTuner
 from ziggurat.host.older import NoMatchingPeftModuleError, as_no_match, check_saved_whole
 from ziggurat.host.root_hook import stop_hooks
@@ -84,7 +84,8 @@ class MethodTuner(MixedTuner):
             if specs and sizes not in computed and all(spec.size for spec in specs.values()):
                 computed.add(sizes)
                 stored = {key: torch.empty(spec.shape, device="meta") for key, spec in specs.items()}
-                pair = pair_of(self.method, at_site, site, stored)
+                with told_where(self.method, "pair", site):
+                    pair = pair_of(self.method, at_site, site, stored)
                 check_pair(pair, site.d_in, site.d_out, f"{self.method.card.shown} at {site.path!r}")
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:

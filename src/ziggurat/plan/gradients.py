@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ziggurat.analysis.sharing import GROUPS, Item, gradients
+from ziggurat.errors import RecipeError
+from ziggurat.recipe.tasks import REWARDED
 
 from .allocate import check_budget
 
@@ -26,6 +28,7 @@ def gradients_of(source: str | Path, words: Sequence[str] = (), batches: int = B
 
     Raises:
         RecipeError, DataError, MissingExtraError: as for `ziggurat train`.
+        RecipeError: a task by rewards, whose data have no loss.
         ConfigError: the adapted layers are quantised, or the method adapts none.
     """
     from ziggurat.recipe.needs import check as check_needs
@@ -37,6 +40,11 @@ def gradients_of(source: str | Path, words: Sequence[str] = (), batches: int = B
 
     recipe = load_recipe(source, [*words, "train.report_to=", "train.save=never", "train.best=false"])
     check_needs(recipe, "the gradients of a recipe's data")
+    if recipe.task in REWARDED:
+        raise RecipeError(
+            f"task: {recipe.task} learns from rewards of the completions that the model draws while it trains, so its "
+            "data have no gradients before; take a recipe with another task"
+        )
     with tempfile.TemporaryDirectory() as folder, quiet():
         examples = load_examples(recipe)
         base, model, _ = make_model(recipe, examples)

@@ -15,6 +15,7 @@ from ziggurat.analysis.readers import READERS, components, place_by_name
 from ziggurat.errors import ConfigError, RecipeError
 from ziggurat.export.serving import cost_of_serving
 from ziggurat.host.base.anatomy import Anatomy, Place
+from ziggurat.host.count import why_larger
 from ziggurat.host.method import kind_of, method_of, rank_of
 from ziggurat.host.saved.names import key_of
 from ziggurat.host.saved.sites_table import from_table
@@ -154,7 +155,7 @@ def plan(
     others, refused = _beside(model, config, rank, method, adapter)
     lora = next((other.parameters for other in others if (other.method, other.kind) == ("lora", "r")), adapter)
     if adapter > lora:
-        notes.append(f"larger than LoRA r {rank} on the same layers ({lora:,}): in this model too few layers share")
+        notes.append(f"larger than LoRA r {rank} on the same layers ({lora:,}): {why_larger(used)}")
     return Plan(
         model=name,
         method=method,

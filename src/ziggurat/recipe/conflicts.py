@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ziggurat.host.method import has_pairs
 from ziggurat.nearest import did_you_mean
 
 from .glue import brings_validation
@@ -154,6 +155,15 @@ def unmerged_with_vllm(good: dict[str, Any], choice: dict[str, Any]) -> list[str
         f"sampling.vllm: TRL merges the adapter into the weights that it sends to vLLM, and {shown(choice['name'])} "
         f"can't be merged; leave the key out, or take one of {able}"
     ]
+
+
+def unread_spectra(good: dict[str, Any], choice: dict[str, Any]) -> list[str]:
+    """The conflict of `spectra` with a checked `method.*` whose adapter analysis can't read."""
+    from .methods import method_config, shown
+
+    if good.get("spectra", "never") == "never" or has_pairs(method_config(choice)):
+        return []
+    return [f"spectra: {shown(choice['name'])} makes no adapter that analysis reads; leave the key out"]
 
 
 def optimizer_problems(name: str | None) -> list[str]:

@@ -6,7 +6,7 @@ A registered method's row follows from its card, its fields from its PEFT config
 import dataclasses
 import importlib
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -205,7 +205,6 @@ def method_fields(name: str) -> dict[str, Any]:
 
 def method_problems(choice: dict[str, Any]) -> list[str]:
     """All mistakes in `method.*`: in the name, in each field, and the config's own errors."""
-    from .names import answer
     from .values import explain
 
     if "name" not in choice:
@@ -213,7 +212,7 @@ def method_problems(choice: dict[str, Any]) -> list[str]:
     name = choice["name"]
     if not isinstance(name, str) or name not in METHODS:
         hint = did_you_mean(str(name), METHODS)
-        return [f"method.name: '{name}' is not one of {', '.join(METHODS)}{hint}"]
+        return [f"method.name: '{name}' is not one of {', '.join(METHODS)}, and no --plugin FILE has brought it{hint}"]
     try:
         fields = method_fields(name)
     except RecipeError as error:
@@ -229,9 +228,7 @@ def method_problems(choice: dict[str, Any]) -> list[str]:
         elif key not in fields and (meant := _meant(key)) in METHODS[name].unread:
             problems.append(f"method.{key}: {name} never reads it; {METHODS[name].unread[meant]}")
         elif key not in fields:
-            hint = answer(key) if key not in SYNONYMS else None
-            hint = hint or did_you_mean(f"method.{key}", [f"method.{other}" for other in fields], SYNONYMS)
-            problems.append(f"method.{key}: unknown{hint or f', {name} has no such field'}")
+            problems.append(f"method.{key}: {_no_such_field(name, key, fields)}")
         else:
             fault = explain(fields[key], value)
             if fault is not None:
@@ -259,6 +256,29 @@ def _replaced(choice: dict[str, Any], config: Any) -> list[str]:
                 f"tensors are taken over, has {taken}; leave the key out"
             )
     return problems
+
+
+def _no_such_field(name: str, key: str, fields: Iterable[str]) -> str:
+    """The fault of a key that is no field of the method: with the methods that have it, or with the nearest field."""
+    from .names import answer
+
+    if METHODS[name].config is None:
+        return f"{name} trains weights of the model itself and has no such field; leave it out"
+    if others := [other for other in METHODS if key in _fields_or_none(other)]:
+        return f"{name} has no such field; it belongs to {', '.join(others)}"
+    names = [f"method.{field}" for field in fields]
+    hint = (answer(key) if key not in SYNONYMS else None) or ""
+    if hint.startswith(", did you mean method.") and hint not in [f", did you mean {other}?" for other in names]:
+        hint = ""  # a field of other methods
+    hint = hint or did_you_mean(f"method.{key}", names, SYNONYMS)
+    return f"unknown{hint or f', {name} has no such field'}"
+
+
+def _fields_or_none(name: str) -> Collection[str]:
+    try:
+        return method_fields(name)
+    except RecipeError:  # the installed PEFT lacks the method
+        return ()
 
 
 def _meant(key: str) -> str:

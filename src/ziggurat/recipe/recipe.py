@@ -11,7 +11,7 @@ import yaml
 from ziggurat.errors import RecipeError
 from ziggurat.nearest import did_you_mean, missing_path, nearest
 
-from .conflicts import conflicts, tasks_of, unmerged_with_vllm
+from .conflicts import conflicts, tasks_of, unmerged_with_vllm, unread_spectra
 from .glue import fill_in, glue_name
 from .methods import BUDGET, METHODS, SYNONYMS, method_config, method_fields, method_problems
 from .schema import Recipe, keys
@@ -37,7 +37,6 @@ SPELLINGS = {
 _SYNONYMS = {
     **SYNONYMS,
     "accumulation": "train.accumulate",
-    "batch_size": "train.batch",
     "description": "about",
     "epoch": "train.epochs",
     "eval": "data.validation",
@@ -183,7 +182,7 @@ def _checked(label: str, flat: dict[str, Any], extra: dict[str, Any], problems: 
         f"{key}: missing: {info.description}" for key, info in schema.items() if info.is_required() and key not in flat
     ]
     problems += conflicts(good)
-    problems += method_problems(choice) or unmerged_with_vllm(good, choice)
+    problems += method_problems(choice) or [*unmerged_with_vllm(good, choice), *unread_spectra(good, choice)]
     if problems:
         raise _refused(label, problems)
     nested: dict[str, Any] = {"method": choice}

@@ -1,5 +1,6 @@
 """Checks whether a YAML value fits a type, with the reason in plain words if not."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
@@ -9,6 +10,26 @@ from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from ziggurat.nearest import did_you_mean
 
 _EXPONENT = re.compile(r"([+-]?)(\d+)(\.\d*)?[eE]([+-]?\d+)")
+#: Kind of pydantic's error -> the key of its bound, and the bound in words.
+_BOUNDS = {
+    "greater_than": ("gt", "greater than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+#: Kind of pydantic's error -> the allowed values.
+_NEEDED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "a text",
+    "list_type": "a list",
+    "set_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+}
 
 
 def key_problems(descriptions: Mapping[str, Any], values: Mapping[Any, Any]) -> Iterator[str]:
@@ -33,8 +54,10 @@ def explain(hint: Any, value: Any) -> str | None:
 
     YAML 1.1 reads `4e-4` and `1E5` as texts, so the error for a text in place of a number tells how to write the
     number. Lists and mappings are allowed to become tuples, sets, enums and dataclasses, since YAML has no other way to
-    write those.
+    write those. No key has a meaning for an infinite number, or for NaN.
     """
+    if (number := _not_finite(value)) is not None:
+        return f"must be a finite number, got {number}" + (f" in {value}" if number is not value else "")
     try:
         adapter = TypeAdapter(hint)
     except (PydanticSchemaGenerationError, TypeError, NameError):
@@ -53,6 +76,14 @@ def explain(hint: Any, value: Any) -> str | None:
         except ValidationError as error:
             problem = error
     return _words(problem, value)
+
+
+def _not_finite(value: Any) -> float | None:
+    """The first number in `value` that is infinite or NaN."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+    return next((number for item in inner if (number := _not_finite(item)) is not None), None)
 
 
 def _wants_number(error: ValidationError) -> bool:
@@ -76,35 +107,26 @@ def _words(error: ValidationError, value: Any) -> str:
     kind, context = item["type"], item.get("ctx", {})
     shown = _shown(value)
     if kind == "literal_error":
-        return f"{shown} is not one of {_literal_list(item)}{_nearest_literal(item, str(value))}"
-    bounds = {
-        "greater_than": ("gt", "greater than"),
-        "greater_than_equal": ("ge", "at least"),
-        "less_than": ("lt", "less than"),
-        "less_than_equal": ("le", "at most"),
-    }
-    if kind in bounds:
-        key, words = bounds[kind]
+        other = next(filter(None, map(_allowed, errors)), None)
+        named = f"not one of {_literal_list(item)}" if other is None else f"neither {_literal_list(item)} nor {other}"
+        return f"{shown} is {named}{_nearest_literal(item, str(value))}"
+    if kind in _BOUNDS:
+        key, words = _BOUNDS[kind]
         return f"must be {words} {context[key]}, got {shown}"
-    if kind == "finite_number":
-        return f"must be a finite number, got {shown}"
-    needed = {
-        "int_type": "a whole number",
-        "int_from_float": "a whole number",
-        "float_type": "a number",
-        "bool_type": "true or false",
-        "bool_parsing": "true or false",
-        "string_type": "a text",
-        "list_type": "a list",
-        "set_type": "a list",
-        "tuple_type": "a list",
-        "dict_type": "a mapping",
-    }
-    names = list(dict.fromkeys(needed[kind] for kind in kinds if kind in needed))
+    names = list(dict.fromkeys(_NEEDED[kind] for kind in kinds if kind in _NEEDED))
     if names:
         quotes = "; put it in quotes" if names == ["a text"] and isinstance(value, (int, float)) else ""
         return f"needs {' or '.join(names)}, got {shown}{quotes}"
     return f"{item['msg'][0].lower()}{item['msg'][1:]}, got {shown}"
+
+
+def _allowed(item: Any) -> str | None:
+    """The values that the alternative of an error in a union allows, if it is none of named values."""
+    if item["type"] not in _BOUNDS:
+        return _NEEDED.get(item["type"])
+    key, words = _BOUNDS[item["type"]]
+    bound = item["ctx"][key]
+    return f"a {'whole ' if isinstance(bound, int) else ''}number {words} {bound}"
 
 
 def _text_for_number(text: str, whole: bool) -> str:
@@ -122,9 +144,10 @@ def _text_for_number(text: str, whole: bool) -> str:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
 def _literal_list(item: Any) -> str:

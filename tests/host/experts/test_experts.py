@@ -314,6 +314,17 @@ def test_the_number_of_parameters_is_that_of_the_tiers() -> None:
     assert count(mixture("qwen3_moe"), config) == ranks * ((d + 2 * ff) + (ff + d))
 
 
+def test_experts_that_stay_frozen_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    for fields, given in (
+        ({"target_modules": "all-linear"}, "target_modules='all-linear'"),
+        ({"target_parameters": EXPERTS[:1]}, f"target_parameters={EXPERTS[:1]}"),
+    ):
+        caplog.clear()
+        adapted("qwen3_moe", MSPLoraConfig(tiers=TIERS, **fields))
+        (record,) = caplog.records
+        assert record.getMessage().startswith(f"{given} leaves ") and "are no linear layers (" in record.getMessage()
+
+
 def test_two_adapters_on_the_same_experts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = MSPLoraConfig(r=4, target_parameters=EXPERTS[1:], init_weights=False)
     model = adapted("gpt_oss", first)

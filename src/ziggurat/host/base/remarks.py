@@ -45,11 +45,12 @@ def remark(model: nn.Module, config: Any, all_linear: bool, sites: Mapping[str, 
     base = {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if id(p) not in of_adapters}
     experts = {path: p.numel() for path, p in base.items() if p.dim() == 3 and "expert" in path and path not in sites}
     if experts:
-        targets = "'all-linear'" if all_linear else halves or f"{sorted(names)} and {sorted(config.target_parameters)}"
+        named = "'all-linear'" if all_linear else halves
+        given = f"target_modules={named}" if named else f"target_parameters={sorted(config.target_parameters)}"
         ends = dict.fromkeys(".".join(path.split(".")[-2:]) for path in experts)
         logger.warning(
-            "target_modules=%s adapts linear layers, and %d experts' parameters of this model are none "
-            "(%s, ...): they stay frozen, %.0f%% of the model's parameters. target_parameters=%s adapts them.",
-            *(targets, len(experts), next(iter(experts))),
+            "%s leaves %d parameters frozen that hold the experts of this model and are no linear layers (%s, ...): "
+            "%.0f%% of the model's parameters. target_parameters=%s adapts them.",
+            *(given, len(experts), next(iter(experts))),
             *(100 * sum(experts.values()) / sum(p.numel() for p in base.values()), list(ends)),
         )

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from ziggurat.errors import ConfigError
+from ziggurat.errors import ConfigError, with_article
 from ziggurat.host.base.anatomy import Anatomy
 from ziggurat.host.base.offload import check_in_place
 from ziggurat.host.base.unwrap import bare_tree, look_through, unwrap
@@ -150,9 +150,9 @@ def target_sites(config: Any, model: nn.Module) -> dict[str, Site]:
             check_router(config, path, module)
         elif not is_adaptable(module):
             raise ConfigError(
-                f"Target module {path!r} is a {type(module).__name__}, which is not supported: only linear layers "
-                "(torch.nn.Linear, Conv1D, quantised linear layers) and routers are. Name linear layers in "
-                "target_modules, or leave this module out by exclude_modules."
+                f"Target module {path!r} is {with_article(type(module).__name__)}, which is not supported: only "
+                "linear layers (torch.nn.Linear, Conv1D, quantised linear layers) and routers are. Name linear layers "
+                "in target_modules, or leave this module out by exclude_modules."
             )
         sites[path] = linear_site(model, anatomy, path, module)
     return with_experts(sites)

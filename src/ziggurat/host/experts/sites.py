@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ziggurat.errors import ConfigError
+from ziggurat.errors import ConfigError, with_article
 from ziggurat.host.base.anatomy import Anatomy
 from ziggurat.host.base.offload import check_in_place
 from ziggurat.host.base.quantised import FLOATS
@@ -55,9 +55,10 @@ def parameter_sites(config: Any, model: nn.Module) -> dict[str, Site]:
                 continue
             if not is_fused(node.module) or name not in PARAMETERS:
                 raise ConfigError(
-                    f"target_parameters names {path!r}, a parameter of a {type(node.module).__name__}, and only the "
-                    f"weights of fused experts and routers can be adapted so: {_listed(root)}. Linear layers are named "
-                    "by target_modules; another parameter is trained whole when modules_to_save names its module."
+                    f"target_parameters names {path!r}, a parameter of {with_article(type(node.module).__name__)}, "
+                    f"and only the weights of fused experts and routers can be adapted so: {_listed(root)}. Linear "
+                    "layers are named by target_modules; another parameter is trained whole when modules_to_save names "
+                    "its module."
                 )
             if parameter.dtype not in FLOATS:
                 raise ConfigError(

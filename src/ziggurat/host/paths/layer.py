@@ -17,7 +17,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from ziggurat.errors import ConfigError
+from ziggurat.errors import ConfigError, with_article
 from ziggurat.host.bank import WithoutBase
 from ziggurat.host.base.stream import stream
 from ziggurat.host.method_layer import MethodLayer, rows_by_adapter
@@ -158,8 +158,8 @@ def check_room(layer: nn.Module, name: str) -> None:
     """Raise ConfigError if no path can be a child of `layer`, called `name` in its model. Changes nothing."""
     if isinstance(layer, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         raise ConfigError(
-            f"layer {name!r} is a {type(layer).__name__}, which runs all its children, so no path can be put "
-            "beside them. Wrap it in a module of its own with a forward."
+            f"layer {name!r} is {with_article(type(layer).__name__)}, which runs all its children, so no path can be "
+            "put beside them. Wrap it in a module of its own with a forward."
         )
     if hasattr(layer, CHILD) and path_of(layer) is None:
         raise ConfigError(f"layer {name!r} has an attribute {CHILD!r} already, the name of its path. Rename it.")
@@ -214,8 +214,8 @@ def _after(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
             return output._replace(**{output._fields[0]: first})  # type: ignore[union-attr]
         return type(output)((first, *output[1:]))
     raise ConfigError(
-        f"{type(layer).__name__} returns a {type(output).__name__}; a path can be added to a tensor, or to the first "
-        "tensor of a tuple or list. Leave these layers out by layers_pattern."
+        f"{type(layer).__name__} returns {with_article(type(output).__name__)}; a path can be added to a tensor, or to "
+        "the first tensor of a tuple or list. Leave these layers out by layers_pattern."
     )
 
 

@@ -44,10 +44,12 @@ def adapter_config(folder: str | Path) -> PeftConfig:
         where = f" Name its folder: {folder.parent}." if (folder.parent / CONFIG_NAME).is_file() else ""
         raise ConfigError(f"{folder} is a file; an adapter is a folder with {CONFIG_NAME} and its weights.{where}")
     if not folder.is_dir():
-        siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        recipe = folder.suffix in (".yaml", ".yml")  # `ziggurat analyze` takes one too
+        entries = folder.parent.iterdir() if folder.parent.is_dir() else ()
+        siblings = [p.name for p in entries if (p.suffix == folder.suffix if recipe else p.is_dir())]
         near = difflib.get_close_matches(folder.name, siblings, n=3, cutoff=0.5)
         hint = f" Did you mean {', '.join(str(folder.parent / name) for name in near)}?" if near else ""
-        raise ConfigError(f"there is no folder {folder}.{hint}")
+        raise ConfigError(f"there is no {'file' if recipe else 'folder'} {folder}.{hint}")
     if not (folder / CONFIG_NAME).is_file():
         inside = sorted(p.parent for p in folder.glob(f"*/{CONFIG_NAME}"))
         hint = f" Adapters lie in {', '.join(map(str, inside))}." if inside else ""

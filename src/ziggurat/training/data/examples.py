@@ -89,6 +89,8 @@ def load_scored(recipe: Recipe, source: str, names: list[str]) -> tuple[Dataset,
 
     `names`: the classes that the model knows. Raises DataError as `load_examples` does, and for other classes.
     """
+    if not recipe.data.drop_missing:  # no row can be left out, as the recipe is that of a finished run
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"drop_missing": None})})
     table, notes = _read(recipe, source, "train", scored=True), list[str]()
     if recipe.kind.rows in _CLASSIFIED:
         return _module(recipe).among(recipe, table, names, source, notes), None, notes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ziggurat.errors import DataError
+from ziggurat.errors import DataError, with_article
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,7 +85,7 @@ def kind_of(value: Any) -> str:
     """The kind of a value that should be a text, in words for an error."""
     if isinstance(value, bytes):
         return "bytes that are not UTF-8 throughout"
-    return f"a {type(value).__name__}"
+    return with_article(type(value).__name__)
 
 
 class RowFault(ValueError):

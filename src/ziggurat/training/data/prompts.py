@@ -66,7 +66,7 @@ def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, st
     rows = rows.add_column(_MADE, [text if isinstance(text, str) else dumps(text) for text in prompts.values()])
     rows = rows.remove_columns([name for name in table.column_names if name in {column, *besides.values(), "prompt"}])
     rows = rows.rename_column(_MADE, "prompt")
-    notes += _check_columns(recipe, rows, source)
+    notes += _check_columns(recipe, rows, source, {column, *besides.values(), "prompt"})
     rows = rows.remove_columns([name for name in rows.column_names if name == _OWN])
     return rows, "messages" if kinds == {False} else "alpaca" if shape == "instruction" else "prompt", notes
 
@@ -76,15 +76,18 @@ def _comparing(recipe: Recipe) -> set[str]:
     return {"exact", "last_number"}.intersection(recipe.rewards.functions or ())
 
 
-def _check_columns(recipe: Recipe, rows: Dataset, source: str) -> list[str]:
+def _check_columns(recipe: Recipe, rows: Dataset, source: str, of_prompt: set[str | None]) -> list[str]:
     taken = [name for name in rows.column_names if name in RESERVED]
     if taken:
         raise DataError(f"{source}: reward functions get something else as {', '.join(taken)}; rename the column")
     needed = _comparing(recipe)
-    if needed and recipe.rewards.answer not in {*rows.column_names} - {"prompt", _OWN}:
+    answer = recipe.rewards.answer
+    if needed and answer not in {*rows.column_names} - {"prompt", _OWN}:
+        others = ", ".join(name for name in rows.column_names if name not in of_prompt) or "none"
         raise DataError(
-            f"rewards.answer: {', '.join(sorted(needed))} compares with column '{recipe.rewards.answer}', "
-            f"{source} has {', '.join(rows.column_names)}"
+            f"rewards.answer: {', '.join(sorted(needed))} compares with column '{answer}', "
+            + ("which is part of the prompt; other" if answer in of_prompt else "and that column isn't there; other")
+            + f" columns of {source}: {others}"
             + (f"; '{_OWN}' is reserved for completions: rename the column" if _OWN in rows.column_names else "")
         )
     if _OWN in rows.column_names:
@@ -135,9 +138,12 @@ def fitting_prompts(
             notes.append(f"{spread(lengths, 'prompts')}; completions have at most {recipe.sampling.tokens} tokens")
         fitting = [index for index, length in enumerate(lengths) if limit is None or length <= limit]
         if not fitting:
+            shortest = f"the shortest of the {len(table)} {word} prompts has {min(lengths)} tokens"
+            if limit == recipe.data.max_length:
+                raise DataError(f"data.max_length: {limit}, and {shortest}; raise it")
             raise DataError(
-                f"data.max_length: none of the {len(table)} {word} prompts has at most {limit} tokens; "
-                + ("raise it" if limit == recipe.data.max_length else f"{recipe.model} takes no more: shorten them")
+                f"sampling.tokens: {recipe.sampling.tokens} of the {most} positions of {recipe.model} leave {limit} "
+                f"for a prompt, and {shortest}; lower it, or shorten the prompts"
             )
         if len(fitting) < len(table):
             notes.append(f"{len(table) - len(fitting)} of {len(table)} {word} prompts have more than {limit} tokens "

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ziggurat.errors import DataError, first_line
+from ziggurat.errors import DataError, first_line, with_article
 from ziggurat.extras import require
 
 #: Byte order marks of text files -> their encoding.
@@ -237,7 +237,7 @@ def _json(path: Path, content: bytes, nested: Collection[str]) -> Any:
         rows = [row for _, row in numbered]
     bad = next((index for index, row in enumerate(rows) if not isinstance(row, dict)), None)
     if bad is not None:
-        raise DataError(f"{path}: entry {bad} is a {type(rows[bad]).__name__}, each must be an object")
+        raise DataError(f"{path}: entry {bad} is {with_article(type(rows[bad]).__name__)}, each must be an object")
     # pyarrow's from_pylist reads the first row's keys only.
     names = dict.fromkeys(name for row in rows for name in row)
     if len(names) > MOST_COLUMNS:

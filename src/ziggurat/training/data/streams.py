@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ziggurat.errors import DataError, first_line
+from ziggurat.errors import DataError, first_line, with_article
 from ziggurat.nearest import missing_path
 from ziggurat.recipe.schema import Recipe
 
@@ -168,7 +168,7 @@ def _lines(recipe: Recipe, path: Path, newline: str | None = "\n") -> Iterator[s
 def _json(recipe: Recipe, path: Path) -> Iterator[Row]:
     for number, row in json_lines(path, _lines(recipe, path), "one object a line"):
         if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: a {type(row).__name__}, each must be an object")
+            raise DataError(f"{path}, line {number}: {with_article(type(row).__name__)}, each must be an object")
         yield row
 
 

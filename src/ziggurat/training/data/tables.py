@@ -83,7 +83,10 @@ def require_column(table: Dataset, column: str, key: str, source: str) -> None:
     if column not in table.column_names:
         hint = did_you_mean(column, table.column_names)
         if len(table.column_names) == 1 and ".csv" in source.lower():
-            hint = " (it has one column: set data.delimiter to the character between its columns)"
+            hint = (
+                " (it has one column: put commas between its columns; a recipe can name another character in "
+                "data.delimiter)"
+            )
         raise DataError(f"{key}: {source} has no column '{column}'{hint}; its columns: {', '.join(table.column_names)}")
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
-from ziggurat.errors import ProcessError, RecipeError
+from ziggurat.errors import ProcessError, RecipeError, with_article
 from ziggurat.host.base.anatomy import Anatomy
 from ziggurat.host.method import does_at_steps
 
@@ -67,8 +67,9 @@ class CheckWrapped(TrainerCallback):
         model = self.trainer.model_wrapped
         if self.processes.way == "ddp" and not isinstance(model, DistributedDataParallel):
             raise ProcessError(
-                f"the {self.processes.size} processes would train independently: the model is a {type(model).__name__} "
-                "instead of one that shares gradients. Report this with the versions that `ziggurat doctor` shows"
+                f"the {self.processes.size} processes would train independently: the model is "
+                f"{with_article(type(model).__name__)} instead of one that shares gradients. Report this with the "
+                "versions that `ziggurat doctor` shows"
             )
 
 

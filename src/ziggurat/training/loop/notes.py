@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from torch import nn
 from transformers import TrainerCallback
 
 from ziggurat.recipe.schema import Recipe
@@ -91,14 +90,15 @@ def of_settings(recipe: Recipe, processes: Processes, fit: Fit | None, spec: Hea
         yield f"rank {fit.rank} meets the budget with {fit.parameters:,} parameters"
 
 
-def of_costs(model: nn.Module, counts: Counts) -> Iterator[str]:
+def of_costs(model: Any, counts: Counts) -> Iterator[str]:
     """Notes on an adapter that costs more than LoRA, in parameters or when it is served."""
     from ziggurat.export.serving import cost_of_serving
+    from ziggurat.host.count import why_larger
 
     if counts.lora is not None and counts.adapter > counts.lora:
         yield (
             f"the adapter trains {counts.adapter:,} parameters, more than LoRA r {counts.lora_rank} on the same layers "
-            f"({counts.lora:,}): in this model too few layers share"
+            f"({counts.lora:,}): {why_larger(model.peft_config['default'])}"
         )
     if (served := cost_of_serving(model)) is not None:
         yield served

@@ -4,7 +4,6 @@ import inspect
 import json
 import math
 import re
-import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -12,7 +11,7 @@ from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
 
-from ziggurat.errors import ConfigError, RecipeError, RewardError, first_line
+from ziggurat.errors import ConfigError, RecipeError, RewardError, first_line, line_in
 from ziggurat.nearest import did_you_mean
 from ziggurat.recipe.methods import METHODS
 from ziggurat.recipe.schema import Recipe, RewardsPart
@@ -268,11 +267,9 @@ def _told_of_errors(name: str, function: Reward, keywords: Mapping[str, Any]) ->
     try:
         yield
     except (Exception, SystemExit) as error:
-        file = getattr(getattr(function, "__code__", None), "co_filename", None)
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        where = f" in line {lines[-1]}" if lines else ""
+        where = f"{type(error).__name__}{line_in(function, error)}"
         raise RewardError(
-            f"the reward '{name}' ended in {type(error).__name__}{where}: {first_line(error)}; it was called with "
+            f"the reward '{name}' ended in {where}: {first_line(error)}; it was called with "
             f"{len(keywords['completions'])} completions, the first is {text_of(keywords['completions'][0])[:80]!r}; "
             f"it can get {', '.join(keywords)}"
         ) from error
@@ -282,7 +279,7 @@ def _numbers(name: str, values: Any, completions: Sequence[Any]) -> list[float |
     """The result of a reward function as numbers. Raises RewardError."""
     requirement = f"the reward '{name}' has to return a number, or None, for each of {len(completions)} completions"
     if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
-        raise RewardError(f"{requirement}, and returned a {type(values).__name__}")
+        raise RewardError(f"{requirement}, and returned {values!r:.80}")
     values = list(values)
     if len(values) != len(completions):
         raise RewardError(f"{requirement}, and returned {len(values)}")

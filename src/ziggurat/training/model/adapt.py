@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
-from ziggurat.errors import ConfigError, RecipeError, first_line
+from ziggurat.errors import ConfigError, RecipeError, first_line, with_article
 from ziggurat.host.method import rank_of
 from ziggurat.nearest import did_you_mean
 from ziggurat.recipe.embedded import model_path
@@ -127,7 +127,7 @@ def other_towers(model: nn.Module, tower: str) -> list[str]:
     path = next((path for path, module in model.named_modules() if path and module is decoder), None)
     if path is None or "." not in path:
         raise RecipeError(
-            f"tower: the language model of a {type(model).__name__} can't be identified; take tower: both"
+            f"tower: the language model of {with_article(type(model).__name__)} can't be identified; take tower: both"
         )
     if tower == "vision":
         return [path]
