@@ -40,7 +40,7 @@ def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, st
     """
     names = [name for name in _PROMPTS if getattr(recipe.data.columns, name)] or _PROMPTS
     shape, column = next(
-        ((name, column) for name in names if (column := column_of(recipe, name, table, source)) is not None), ("", "")
+        ((name, found) for name in names if (found := column_of(recipe, name, table, source)) is not None), ("", "")
     )
     if not column:
         raise DataError(
