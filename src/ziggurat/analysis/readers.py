@@ -14,8 +14,9 @@ from ziggurat.host.base.anatomy import Place
 from ziggurat.host.base.unwrap import PREFIX
 from ziggurat.host.experts.terms import expert_pair, expert_parts, of_expert
 from ziggurat.host.method import Method, pair_of, parts_of, redirected, specs_of
-from ziggurat.host.saved.names import current_names
-from ziggurat.host.site import CHILD, Site, expert_in
+from ziggurat.host.saved.names import current_names, file_name
+from ziggurat.host.site import Site, expert_in
+from ziggurat.host.tensors import TensorSpec
 from ziggurat.lowrank.pair import FactorPair, stack
 from ziggurat.lowrank.spectrum import factored_svd
 
@@ -52,15 +53,10 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
     updates: list[Component] = []
     for path, site in sites.items():
         at_site = config.at(site)
-        specs = specs_of(method, at_site, site)
-        names = {
-            key: f"{method.bank}.{method.store}.{spec.leaf(key)}" if spec.shared else _own_name(method, site, key)
-            for key, spec in specs.items()
-        }
-        read = redirected(method, at_site, site)
-        names |= {key: f"{method.bank}.{method.store}.{leaf}" for key, (_, leaf) in read.items()}
         if method.pair is None:
             continue
+        specs = specs_of(method, at_site, site)
+        names = _names(method, at_site, site, specs)
         if lacking := [name for name in names.values() if name not in state]:
             raise ConfigError(
                 f"the adapter's file lacks {lacking[0]}, which its config asks for at {path!r}. Was the file cut, or "
@@ -134,9 +130,12 @@ def _narrowed(pair: FactorPair, rank: int | None) -> FactorPair:
     return FactorPair(V[:, :rank].T, U[:, :rank] * S[:rank])
 
 
-def _own_name(method: Method, site: Site, key: str) -> str:
-    around = f".{CHILD}" if site.span is not None else ""
-    return f"{site.path}{around}.{method.store}.{key}"
+def _names(method: Method, config: Any, site: Site, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Key -> the name that the tensor read at a site has in a file, without PEFT's prefix."""
+    read = redirected(method, config, site)
+    return {key: file_name(method, site, key, spec) for key, spec in specs.items()} | {
+        key: f"{method.bank}.{method.store}.{leaf}" for key, (_, leaf) in read.items()
+    }
 
 
 def _bare(name: str) -> str:

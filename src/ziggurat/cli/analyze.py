@@ -1,5 +1,6 @@
 """The commands `ziggurat analyze` and `ziggurat report`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -42,20 +43,12 @@ def analyze(
     from ziggurat.extras import install_command, missing
 
     if adapter.is_file() and adapter.suffix in (".yaml", ".yml"):
-        options = {"--against": against, "--beside": beside, "--out": out, "-k": k}
-        if named := [option for option, value in options.items() if value]:
-            raise typer.BadParameter(f"{', '.join(named)}: for an adapter only; a recipe's gradients are printed")
-        return _gradients(adapter, json)
+        return _gradients(adapter, json, {"--against": against, "--beside": beside, "--out": out, "-k": k})
     first = collect(adapter)
     others = [collect(folder) for folder in beside or ()]
     second = collect(against) if against is not None else None
-    for folder in [*(beside or ()), *([against] if against is not None else [])]:
-        if (bases := [_base_of(adapter), _base_of(folder)])[0] != bases[1]:
-            say(
-                f"note: {adapter} was trained on {bases[0]} and {folder} on {bases[1]}: unless that is one model under "
-                "two names, what they have in common means nothing",
-                err=True,
-            )
+    for folder in filter(None, [*(beside or ()), against]):
+        _tell_of_bases(adapter, folder)
     if json:
         say(write.json_text(first, second, k=k, beside=others))
     else:
@@ -79,11 +72,17 @@ def analyze(
         say(f"{len(paths)} files written to {out}: {', '.join(path.name for path in paths)}", err=json)
 
 
-def _base_of(adapter: Path) -> str:
-    """The name of an adapter's base model, as its config has it."""
+def _tell_of_bases(adapter: Path, other: Path) -> None:
+    """A note if the configs of two adapters name different base models."""
     from ziggurat.host.saved.folder import adapter_config
 
-    return str(adapter_config(adapter).base_model_name_or_path)
+    first, second = (adapter_config(folder).base_model_name_or_path for folder in (adapter, other))
+    if first != second:
+        say(
+            f"note: {adapter} was trained on {first} and {other} on {second}: unless that is one model under two "
+            "names, what they have in common means nothing",
+            err=True,
+        )
 
 
 def report(
@@ -140,12 +139,15 @@ def _follow(run: Path, out: Path) -> Path:
 _EVERY = 1.0
 
 
-def _gradients(recipe: Path, as_json: bool) -> None:
+def _gradients(recipe: Path, as_json: bool, options: Mapping[str, object]) -> None:
+    """Print how alike the layers' gradients are before training; `options` go with adapters and must be left out."""
     from json import dumps
 
     from ziggurat.analysis import sharing
     from ziggurat.plan.gradients import gradients_of
 
+    if named := [option for option, value in options.items() if value]:
+        raise typer.BadParameter(f"{', '.join(named)}: for an adapter only; a recipe's gradients are printed")
     lines = sharing.shared(gradients_of(recipe))
     say(dumps([vars(line) for line in lines], indent=1) if as_json else "gradients before training")
     for line in () if as_json else lines:

@@ -56,13 +56,9 @@ def evaluate(
 
     dtype = SPELLINGS["dtype"].get(dtype, dtype)
     glue, lm_tasks = _read_tasks(tasks)
-    _check_options(glue, dtype, limit, predictions)
-    if keep_tasks is not None and not lm_tasks:
-        raise typer.BadParameter("--keep-tasks: GLUE's tasks have no task files; name one of lm-eval, or leave it out")
+    _check_options(glue, dtype, limit, predictions, None if lm_tasks else keep_tasks)
     out, predictions, keep_tasks = (path and path.expanduser() for path in (out, predictions, keep_tasks))
-    for place in filter(None, (predictions and predictions / "x.tsv", keep_tasks and keep_tasks / "x.yaml")):
-        check_writable(place)
-    _check_out(out)
+    _check_out(out, predictions and predictions / "x.tsv", keep_tasks and keep_tasks / "x.yaml")
     _check_needs(glue, lm_tasks)
     from ziggurat.evaluation.lm import score
     from ziggurat.evaluation.ready import ready
@@ -85,12 +81,11 @@ def evaluate(
     _write(out, {key: adapter, "scores": scores, "per_cent": per_cent, "standard_errors": errors})
 
 
-def _check_out(out: Path | None) -> None:
-    """Raise StorageError unless scores can be written to `out`, in the place of earlier scores at most."""
-    if out is None:
-        return
-    check_writable(out)
-    if not out.exists():
+def _check_out(out: Path | None, *others: Path | None) -> None:
+    """Raise StorageError unless these files can be written, and `out` at most in the place of earlier scores."""
+    for file in filter(None, (out, *others)):
+        check_writable(file)
+    if out is None or not out.exists():
         return
     try:
         is_earlier = "scores" in json.loads(out.read_text(encoding="utf-8"))
@@ -160,7 +155,11 @@ def _check_no_tasks(dtype: str, predictions: Path | None, keep_tasks: Path | Non
         raise typer.BadParameter(f"{', '.join(named)}: for --tasks only; name tasks, or leave it out")
 
 
-def _check_options(glue: list[str], dtype: str, limit: int | None, predictions: Path | None) -> None:
+def _check_options(
+    glue: list[str], dtype: str, limit: int | None, predictions: Path | None, unused: Path | None
+) -> None:
+    if unused is not None:
+        raise typer.BadParameter("--keep-tasks: GLUE's tasks have no task files; name one of lm-eval, or leave it out")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"--dtype {dtype}: auto, float32, bfloat16 or float16")
     if predictions is not None and not glue:
