@@ -140,7 +140,7 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is no JSON"),
     "cut": (b'{"peft_type": "MSPLORA", "r"', "is no JSON"),
     "list": (b'["MSPLORA"]', "holds a list; a config is a mapping"),
-    "number": (b"7", "holds a int; a config is a mapping"),
+    "number": (b"7", "holds an int; a config is a mapping"),
     "latin": ('{"peft_type": "é"}'.encode("latin-1"), "is no JSON"),
     "deep": (_deep().encode(), "nests lists and dicts deeper than 32 levels"),
     "forty deep": (b'{"peft_type": "MSPLORA", "auto_mapping": ' + b'{"a":' * 40 + b"1" + b"}" * 41, "deeper than 32"),

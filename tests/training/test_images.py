@@ -88,7 +88,7 @@ def test_bytes_of_parquet_base64_and_a_folder_of_ones_own(tmp_path: Path) -> Non
         ([asked_about("good.png", text="<image> and <image>")], "row 1: 2 places for images in the messages, and 1 im"),
         ([asked_about("http://a.b/c.png")], "row 1: an image is given by a web address: download it"),
         ([asked_about("good.png", text=f"a {IMAGE}")], r"row 1: a text holds the sign '\\ufffc', which stands for"),
-        ([asked_about(7)], "row 1: an image is the path of a file, or its bytes; this is a int"),
+        ([asked_about(7)], "row 1: an image is the path of a file, or its bytes; this is an int"),
     ],
 )
 def test_every_row_with_an_image_that_cannot_be_read_is_told(rows: list[Any], message: str, tmp_path: Path) -> None:
