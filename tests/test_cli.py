@@ -200,8 +200,11 @@ def test_answers_as_files_from_stdin_and_a_system_prompt_refused(
     for more, message in (
         (["a text", "--system", "Be brief."], "not trained on conversations"),
         (["a text", "--out", str(tmp_path / "a.xlsx")], ".csv, .json, .jsonl, .parquet are written"),
-        (["--file", str(file), "--out", str(file)], "is read by this command; name another file by --out"),
-        (["a text", "--out", str(place / "out" / "adapter_config.json")], "is read by this command"),
+        (["--file", str(file), "--out", str(file)], "is the file that is read, or lies in"),
+        (
+            ["a text", "--out", str(place / "out" / "adapter_config.json")],
+            "lies in the adapter's folder; name another",
+        ),
     ):
         assert main("predict", str(place / "out"), *more) == 2
         assert message in " ".join(capsys.readouterr().err.split())

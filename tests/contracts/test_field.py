@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
     MambaConfig,
     MambaForCausalLM,
     Trainer,
@@ -80,24 +83,29 @@ def test_a_body_loads_what_was_trained_with_a_head_and_back(method: str, tmp_pat
 
 @versions.transformers_calls
 @every_method
-def test_a_file_that_lacks_tensors_or_holds_others_is_refused(method: str, tmp_path: Path) -> None:
+def test_transformers_refuses_a_file_that_lacks_tensors(method: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     LLAMA.build().save_pretrained(str(tmp_path / "base"))
     active(method, AutoModelForCausalLM.from_pretrained(str(tmp_path / "base"))).save_pretrained(str(tmp_path / "cut"))
     path = tmp_path / "cut" / "adapter_model.safetensors"
     tensors = load_file(path)
-    name = min(tensors)
-    for state, fault in (
-        ({key: value for key, value in tensors.items() if key != name}, "lacks 1 of the"),
-        (tensors | {f"{name}_other": tensors[name].clone()}, "holds 1 tensors beside"),
-    ):
-        save_file(state, path, metadata={"format": "pt"})
-        with pytest.raises(ConfigError, match=fault):
-            AutoModelForCausalLM.from_pretrained(str(tmp_path / "cut"))
-        if Version("0.21") <= versions.PEFT:
-            with pytest.raises(ConfigError, match=fault):
-                PeftModel.from_pretrained(LLAMA.build(), str(tmp_path / "cut"))
+    tensors.pop(sorted(tensors)[0])
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="lacks 1 of the"):
+        AutoModelForCausalLM.from_pretrained(str(tmp_path / "cut"))
+
+
+def test_layers_that_a_model_lacks_are_left_out(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=50, **sizes)
+    targets = ["query", "dense"]  # the pooler's is a dense one, too
+    pooled = BertForSequenceClassification(config)
+    get_peft_model(pooled, MSPLoraConfig(target_modules=targets, init_weights=False)).save_pretrained(str(tmp_path))
+    for base in (BertForTokenClassification(config), BertModel(config, add_pooling_layer=False)):
+        loaded = PeftModel.from_pretrained(base, str(tmp_path))
+        paths = {path for path, layer in loaded.named_modules() if hasattr(layer, "effective_pair")}
+        assert len(paths) == 2 * 4 and not any("pooler" in path for path in paths)
 
 
 def test_the_config_says_who_wrote_it_and_a_newer_form_is_refused(tmp_path: Path) -> None:

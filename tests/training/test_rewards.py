@@ -78,7 +78,7 @@ def built_in(name: str, texts: Sequence[Any], **more: Any) -> list[float]:
 
 def test_built_in_rewards() -> None:
     assert built_in("exact", [" 7\n", "7.0", "seven"], answer=[7, 7, "seven"], settings=["a", "b", "c"]) == [1, 0, 1]
-    assert built_in("exact", ["4", "2.5", "4.0"], answer=[4.0, 2.5, 4.0]) == [1, 1, 0]
+    assert built_in("exact", ["4", "2.5", "4.0"], answer=[4.0, 2.5, 4.0]) == [1, 1, 1]
     texts = ["3 + 4 = 7.", "It is 1,234.50", "-2", "none", "x7"]
     right = ["so #### 7", 1234.5, -2, "none", "8"]
     assert built_in("last_number", texts, total=right, rewards__answer="total") == [1, 1, 1, 0, 0]

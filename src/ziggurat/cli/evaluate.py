@@ -85,13 +85,13 @@ def _check_out(out: Path | None, *others: Path | None) -> None:
     """Raise StorageError unless these files can be written, and `out` at most in the place of earlier scores."""
     for file in filter(None, (out, *others)):
         check_writable(file)
-    if out is None or not out.exists():
+    if out is None or not out.exists() or not out.stat().st_size:
         return
     try:
-        is_earlier = "scores" in json.loads(out.read_text(encoding="utf-8"))
-    except (ValueError, TypeError):
-        is_earlier = False
-    if not is_earlier:
+        content = json.loads(out.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or "scores" not in content:
         raise StorageError(f"'{out}' exists and holds no scores of this command; name another file by --out")
 
 

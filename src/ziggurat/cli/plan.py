@@ -36,7 +36,8 @@ def plan(
 
     check_model_word(model)
     name, values = recipe_among(list(words or []))
-    if budget is not None and (given := [word for word in values if word.startswith("method.r=")]):
+    given = [word for word in values if word.startswith("method.r=") and word != "method.r="]
+    if budget is not None and given:
         raise typer.BadParameter(f"--budget finds the rank, and {given[0]} names it; leave one of them out")
     recipe = load_recipe(name, values) if name is not None else None
     planned = plan_recipe(
@@ -99,7 +100,7 @@ def suggest(
         raise typer.BadParameter(f"{out} exists already; name another file by --out")
     probe = {"--probe-rank": probe_rank, "--probe-steps": probe_steps}
     if criterion == "gradients" and (named := [option for option, value in probe.items() if value is not None]):
-        raise typer.BadParameter(f"{' and '.join(named)}: --criterion gradients runs no probe; leave it out")
+        raise typer.BadParameter(f"{' and '.join(named)}: --criterion gradients runs no probe to take it")
     try:
         suggested, text = run(
             words[0],

@@ -111,7 +111,9 @@ def predict(
         if out.exists() and not {place.expanduser().resolve() for place in (file, adapter) if place}.isdisjoint(
             [out.resolve(), *out.resolve().parents]
         ):
-            raise StorageError(f"'{out}' is read by this command; name another file by --out")
+            raise StorageError(
+                f"'{out}' is the file that is read, or lies in the adapter's folder; name another by --out"
+            )
     loaded = load_adapter_model(adapter)
     seconds = [second] if second is not None else None
     firsts: Any = [text] if not image else [seen_with(str(text), image)]

@@ -242,19 +242,19 @@ class MethodTuner(MixedTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As PEFT's, with the names of this version; an adapter that lacks tensors, or holds others, is refused.
+        """As PEFT's, with the names of this version; an adapter with missing tensors is refused.
 
         A frozen tensor that another adapter of the model has already isn't loaded again.
 
         Raises:
-            ConfigError: `state_dict` lacks tensors of the adapter, or holds others of its method.
+            ConfigError: `state_dict` lacks tensors of the adapter.
         """
         method_config: Any = config
         if method_config.bank_file is not None:
             state_dict = {**load_file(method_config.bank_file), **state_dict}
         state_dict = current_names(state_dict, cls.method, model)
         renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_tensors(cls.method, model, adapter_name, renamed, of_set=method_config.bank_file is not None)
+        check_tensors(cls.method, model, adapter_name, renamed)
         from ziggurat.host.sets.memory import held_once
 
         return held_once(cls.method, model, adapter_name, renamed)

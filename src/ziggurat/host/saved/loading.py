@@ -58,8 +58,8 @@ def load_through_methods() -> None:
         }
         result = original(self, peft_model_id, adapter_name, config, named, *args, **kwargs)
         adapter = adapter_name or "default"
-        names = [name.replace(f"{method.store}.", f"{method.store}.{adapter}.", 1) for name in named]
-        check_tensors(method, self, adapter, names, of_set=config.bank is not None)
+        names = (name.replace(f"{method.store}.", f"{method.store}.{adapter}.", 1) for name in named)
+        check_tensors(method, self, adapter, dict.fromkeys(names))
         return result
 
     load_adapter.ziggurat = True  # type: ignore[attr-defined]

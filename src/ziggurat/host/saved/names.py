@@ -91,24 +91,18 @@ def _fitted(name: str, method: Method, prefix: str, paths: Collection[str]) -> s
     return f"{outer}{with_other_head(place, prefix, paths)}{path.removeprefix(place)}{at}{leaf}"
 
 
-def check_tensors(method: Method, model: nn.Module, adapter: str, loaded: Collection[str], of_set: bool) -> None:
-    """Raise ConfigError unless `loaded` names the tensors that `adapter` has in `model`: else it is another adapter.
-
-    `of_set`: it is one of a set, whose bank may hold tensors for others.
-    """
-    held, names = (
-        {bare for name in state if f".{method.store}.{within}" in f".{(bare := bare_name(name))}"}
-        for state, within in ((model.state_dict(keep_vars=True), f"{adapter}."), (loaded, ""))
-    )
-    extra = set() if of_set else names - held
-    asked = f"the {len(held)} tensors its config asks for"
-    for wrong, fault in ((held - names, f"lacks {{}} of {asked}"), (extra, f"holds {{}} tensors beside {asked}")):
-        if wrong:
-            raise ConfigError(
-                f"adapter {adapter!r} {fault.format(len(wrong))}: {', '.join(sorted(wrong)[:3])}"
-                f"{', ...' if len(wrong) > 3 else ''}. Was the file cut, or is its adapter_config.json another "
-                "adapter's?"
-            )
+def check_tensors(method: Method, model: nn.Module, adapter: str, loaded: Mapping[str, Any]) -> None:
+    """Raise ConfigError if `loaded` lacks tensors that `adapter` has in `model`: without them it is another adapter."""
+    names = {bare_name(name) for name in loaded}
+    held = {bare_name(name) for name in model.state_dict(keep_vars=True)}
+    expected = [name for name in held if f".{method.store}.{adapter}." in f".{name}"]
+    lacking = sorted(name for name in expected if name not in names)
+    if lacking:
+        raise ConfigError(
+            f"adapter {adapter!r} lacks {len(lacking)} of the {len(expected)} tensors its config asks for: "
+            f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}. Was the file cut, or is its "
+            "adapter_config.json another adapter's?"
+        )
 
 
 def bare_name(name: str) -> str:

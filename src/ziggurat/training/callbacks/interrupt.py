@@ -38,7 +38,7 @@ class StopSignals(TrainerCallback):
         self.number: int | None = None
         self.agreed: int | None = None
         self.learning = False
-        #: The Trainer's, while it learns.
+        #: The Trainer's, from the start of training on.
         self.state: TrainerState | None = None
         self._before: dict[int, Any] = {}
 
@@ -79,7 +79,7 @@ class StopSignals(TrainerCallback):
         return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.learning, self.state = False, None
+        self.learning = False
 
     def _stop(self, control: TrainerControl) -> TrainerControl:
         # A scoring that is due at this step still runs, before the checkpoint: it draws random numbers, and without

@@ -51,7 +51,9 @@ def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, st
     if shape != "instruction":
         besides["input"] = None
     faults = Faults(source, len(table))
-    compared = recipe.rewards.answer if _comparing(recipe) and recipe.rewards.answer in table.column_names else None
+    of_prompt = {column, *besides.values(), "prompt"}
+    answers = {*table.column_names} - of_prompt
+    compared = recipe.rewards.answer if _comparing(recipe) and recipe.rewards.answer in answers else None
 
     def prompt(row: dict[str, Any]) -> str | list[Message]:
         if compared is not None and not (as_text(row[compared]) or "").strip():
@@ -64,9 +66,9 @@ def to_prompts(recipe: Recipe, table: Dataset, source: str) -> tuple[Dataset, st
         raise DataError(f"{source}: some prompts are lists of messages and some are texts; all have to be the same")
     rows, notes = faults.settle(table, recipe.data.drop_missing)
     rows = rows.add_column(_MADE, [text if isinstance(text, str) else dumps(text) for text in prompts.values()])
-    rows = rows.remove_columns([name for name in table.column_names if name in {column, *besides.values(), "prompt"}])
+    rows = rows.remove_columns([name for name in table.column_names if name in of_prompt])
     rows = rows.rename_column(_MADE, "prompt")
-    notes += _check_columns(recipe, rows, source, {column, *besides.values(), "prompt"})
+    notes += _check_columns(recipe, rows, source, of_prompt)
     rows = rows.remove_columns([name for name in rows.column_names if name == _OWN])
     return rows, "messages" if kinds == {False} else "alpaca" if shape == "instruction" else "prompt", notes
 

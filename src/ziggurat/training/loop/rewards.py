@@ -62,14 +62,18 @@ def _of_texts(score: Callable[[str, str, RewardsPart], float]) -> Callable[..., 
 
     def rewards(settings: RewardsPart, /, completions: Sequence[Any], **columns: Any) -> list[float]:
         answers = columns.get(settings.answer, [""] * len(completions))
-        return [score(text_of(text), _plain(right), settings) for text, right in zip(completions, answers, strict=True)]
+        return [
+            max(score(text_of(text), answer, settings) for answer in _texts(right))
+            for text, right in zip(completions, answers, strict=True)
+        ]
 
     return rewards
 
 
-def _plain(answer: Any) -> str:
-    """A right answer as a text. A column of numbers is read as decimal ones if one of them is: 4 comes as 4.0."""
-    return str(int(answer)) if isinstance(answer, float) and answer.is_integer() else str(answer)
+def _texts(answer: Any) -> tuple[str, ...]:
+    """A right answer as a text. A column of numbers is read as decimal ones if one of them is: 4.0 may be a 4."""
+    whole = isinstance(answer, float) and answer.is_integer()
+    return (str(answer), str(int(answer))) if whole else (str(answer),)
 
 
 #: Built-in rewards; the first argument of each is the recipe's `rewards.*`.

@@ -132,7 +132,7 @@ def _train(
     if stop.agreed is not None:
         folder.note({"before": before, "seconds": time.monotonic() - begun, "answers": answers.rows})
         raise _interrupted(recipe, folder, stop.agreed, task.trainer.state)
-    # From here on signals are deferred until the result is saved: they could only lose what has been learned.
+    # From here on a signal ends the run at once; what has been learned is in its last checkpoint, where it has one.
     after, details = _final_scores(task, recipe), _details(recipe, task, answers, examples, notes)
     trackers.close(task.trainer)
     state = sharding.whole_state(task.trainer, processes)
