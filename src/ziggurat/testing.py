@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ziggurat.errors import ConfigError
+from ziggurat.errors import ConfigError, with_article
 from ziggurat.export import export_model
 from ziggurat.host.count import count
 from ziggurat.host.linear import AdaptedLinear
@@ -132,7 +132,7 @@ def _check_equation(case: _Case) -> None:
         _agree(layer(x), expected, EXACT, f"{path}: the layer's output and W x + B (A x) with its pair")
         if case.naive is not None:
             dense = case.naive(config, site, tensors)
-            assert isinstance(dense, Tensor), f"{path}: `naive` returned a {type(dense).__name__}, no tensor."
+            assert isinstance(dense, Tensor), f"{path}: `naive` returned {with_article(type(dense).__name__)}, no tensor."
             _agree(B @ A, dense, EXACT, f"{path}: B A of `pair` and the dense update of `naive`")
 
 

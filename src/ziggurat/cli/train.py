@@ -108,9 +108,8 @@ def predict(
     if out is not None:
         check_ending(out)
         check_writable(out)
-        if out.exists() and not {place.expanduser().resolve() for place in (file, adapter) if place}.isdisjoint(
-            [out.resolve(), *out.resolve().parents]
-        ):
+        read = [place.expanduser().resolve() for place in (file, adapter) if place is not None]
+        if out.exists() and any(out.resolve().is_relative_to(place) for place in read):
             raise StorageError(
                 f"'{out}' is the file that is read, or lies in the adapter's folder; name another by --out"
             )

@@ -69,7 +69,7 @@ def _export(
     `base_model`: the base model, if the config names a wrong one.
     """
     lora, tensors = as_plain(model, None, adapter, saved)
-    check_finite(tensors, adapter)
+    _check_finite(tensors, adapter)
     config: Any = model.peft_config[adapter]  # type: ignore[index]
     of_experts = bool(getattr(config, "target_parameters", None))
     only_vllm = False
@@ -98,7 +98,7 @@ def _export(
     return Exported(out, lora.r, pairs, serving, cost_of_serving(model, adapter), only_vllm)
 
 
-def check_finite(tensors: Mapping[str, Tensor], adapter: str) -> None:
+def _check_finite(tensors: Mapping[str, Tensor], adapter: str) -> None:
     """Raise ExportError if a tensor isn't finite."""
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:

@@ -18,11 +18,15 @@ draw = masks.draw
 
 
 class Like(NamedTuple):
-    """The form of gradients: dL/dx has x's shape and dtype, dL/dA has A's dtype."""
+    """The form of gradients: dL/dx has x's shape and dtype, dL/dA has A's dtype.
+
+    `x_is_new`: x is made again for the gradients, so nobody else reads it and its memory may be used.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
     A_dtype: torch.dtype
+    x_is_new: bool
 
 
 def kept(mask: Tensor, shape: torch.Size, dropout: float) -> Tensor:
@@ -42,18 +46,9 @@ def down(x: Tensor, mask: Tensor | None, As: Sequence[Tensor], dropout: float, d
 
 
 def down_gradients(
-    dh: Tensor,
-    x: Tensor | None,
-    like: Like,
-    mask: Tensor | None,
-    As: Sequence[Tensor] | None,
-    dropout: float,
-    x_is_new: bool,
+    dh: Tensor, x: Tensor | None, like: Like, mask: Tensor | None, As: Sequence[Tensor] | None, dropout: float
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dL/dA = s dh^T (x * m), (rank, d_in), and dL/dx = s (dh A) * m; None without x, and without the As.
-
-    `x_is_new`: nobody else reads x, so its memory may be used.
-    """
+    """dL/dA = s dh^T (x * m), (rank, d_in), and dL/dx = s (dh A) * m; None without x, and without the As."""
     scale = masks.keep_scale(dropout)
     A = None if As is None else _joined(As, scale, dh.dtype)
     dA = dx = None
@@ -61,14 +56,14 @@ def down_gradients(
         # Both in one pass, so that a part of the mask is unpacked once and a part of dL/dx is masked in the cache.
         dA = dh.new_zeros(dh.shape[1], x.shape[-1])
         dx = None if A is None else dh.new_empty(dh.shape[0], x.shape[-1])
-        for rows, part, ones in _parts(x, mask, dh.dtype, x_is_new):
+        for rows, part, ones in _parts(x, mask, dh.dtype, like.x_is_new):
             dA.addmm_(dh[rows].T, part)
             if A is not None and dx is not None:
                 dx_part = torch.mm(dh[rows], A, out=dx[rows])
                 if ones is not None:
                     dx_part.mul_(ones)
     else:
-        dA = None if x is None else dh.T @ dropped(x, mask, dh.dtype, x_is_new)
+        dA = None if x is None else dh.T @ dropped(x, mask, dh.dtype, like.x_is_new)
         if A is not None:
             dx = dh @ A
             dx = dx if mask is None else masks.apply(dx, mask, in_place=True)

@@ -148,7 +148,8 @@ class _Down(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         need_x, need_A = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:])
         ctx.parts, ctx.dropout, ctx.dtype = parts, dropout, dtype
-        ctx.like, ctx.ranks = plain_product.Like(x.shape, x.dtype, As[0].dtype), [A.shape[0] for A in As]
+        ctx.like = plain_product.Like(x.shape, x.dtype, As[0].dtype, x_is_new=again is not None)
+        ctx.ranks = [A.shape[0] for A in As]
         ctx.set_materialize_grads(False)
         mask = parts.draw(x, dropout) if dropout else None
         operands, ctx.make = ((x if need_A else None,), None) if again is None else again
@@ -169,8 +170,7 @@ class _Down(torch.autograd.Function):
             x = operands[0] if ctx.make is None else ctx.make(operands).view(ctx.like.shape)
         # With grad mode on, this backward is itself differentiated: nothing in place.
         gradients = partial(_down_gradients_twice, ctx.parts) if torch.is_grad_enabled() else ctx.parts.down_gradients
-        x_is_new = ctx.make is not None
-        dA, dx = gradients(dh, x, ctx.like, mask, [As[i] for i in used] if need_x else None, ctx.dropout, x_is_new)
+        dA, dx = gradients(dh, x, ctx.like, mask, [As[i] for i in used] if need_x else None, ctx.dropout)
         dAs: list[Tensor | None] = [None] * len(As)
         if dA is not None:
             for i, dA_i in zip(used, dA.split([ctx.ranks[i] for i in used]), strict=True):
@@ -234,7 +234,6 @@ def _down_gradients_twice(
     mask: Tensor | None,
     As: Sequence[Tensor] | None,
     dropout: float,
-    x_is_new: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """`down_gradients` of ``parts`` from differentiable operations."""
     dh = dh * masks.keep_scale(dropout)

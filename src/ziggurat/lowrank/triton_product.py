@@ -71,13 +71,7 @@ def down(x: Tensor, mask: Tensor | None, As: Sequence[Tensor], dropout: float, d
 
 
 def down_gradients(
-    dh: Tensor,
-    x: Tensor | None,
-    like: Like,
-    mask: Tensor | None,
-    As: Sequence[Tensor] | None,
-    dropout: float,
-    x_is_new: bool,
+    dh: Tensor, x: Tensor | None, like: Like, mask: Tensor | None, As: Sequence[Tensor] | None, dropout: float
 ) -> tuple[Tensor | None, Tensor | None]:
     """dL/dA = s dh^T (x * m), (rank, d_in), and dL/dx = s (dh A) * m; None without x, and without the As."""
     dx = None
