@@ -132,7 +132,8 @@ def _check_equation(case: _Case) -> None:
         _agree(layer(x), expected, EXACT, f"{path}: the layer's output and W x + B (A x) with its pair")
         if case.naive is not None:
             dense = case.naive(config, site, tensors)
-            assert isinstance(dense, Tensor), f"{path}: `naive` returned {with_article(type(dense).__name__)}, no tensor."
+            kind = with_article(type(dense).__name__)
+            assert isinstance(dense, Tensor), f"{path}: `naive` returned {kind}, no tensor."
             _agree(B @ A, dense, EXACT, f"{path}: B A of `pair` and the dense update of `naive`")
 
 
