@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from glue_folder import write_glue
 from rich.console import Console
+from training_tables import reviews, write_csv
 
 from ziggurat.compare.engines import run_all
 from ziggurat.compare.fill import _alone, fill, report
@@ -37,6 +38,17 @@ def small(model: Path, glue: Path, out: Path, **more: Any) -> Table:
         **more,
     }
     return make_table(values, "small", out)
+
+
+def test_a_run_with_one_answer_to_all_rows_stands_in_the_report(wide_bert: Path, tmp_path: Path) -> None:
+    """A mean over seeds hides the one that has learned nothing."""
+    train = write_csv(tmp_path / "train.csv", reviews(16))
+    alike = write_csv(tmp_path / "alike.csv", [{**row, "text": "the film"} for row in reviews(8)])
+    tasks = {"reviews": {"data.train": str(train), "data.validation": str(alike), "data.folder": None}}
+    table = small(wide_bert, tmp_path, tmp_path / "out", tasks=tasks, seeds=[1])
+    assert not fill(table).failed
+    page = (tmp_path / "out" / "table.md").read_text()
+    assert "Runs that warned, and count in the scores:\n\n- LoRA on reviews, seed 1: the model answers \"" in page
 
 
 def csv(place: str | Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ def markdown(summary: Summary, failed: Sequence[dict[str, Any]] = ()) -> str:
         _published_note(summary),
         "\n".join(f"Note: {line}." for line in table.notes),
         _differences(summary),
+        _warnings(summary),
         _cost(summary),
         _missing(summary, failed),
         _where(summary),
@@ -166,6 +167,15 @@ def _cost(summary: Summary) -> str:
         "that trains with every method; stored: all weights in the run's folder, head included; peak: of the GPU, or "
         f"of the process where there is none; steps next to other runs take longer.\n\n{_grid(rows)}"
     )
+
+
+def _warnings(summary: Summary) -> str:
+    lines = [
+        f"- {line['method']} on {line['task']}, seed {line['seed']}: {text}"
+        for line in summary.lines
+        for text in line.get("warnings", ())
+    ]
+    return "Runs that warned, and count in the scores:\n\n" + "\n".join(lines) if lines else ""
 
 
 def _missing(summary: Summary, failed: Sequence[dict[str, Any]]) -> str:

@@ -75,6 +75,7 @@ def line_of(run: Run, info: dict[str, Any], where: dict[str, Any]) -> dict[str, 
         **{name: info.get(name) for name in copied},
         **({"evaluated": info["evaluated"]} if "evaluated" in info else {}),
         "notes": info.get("notes", []),
+        "warnings": info.get("warnings", []),
         "versions": info["versions"],
     }
     return _line(run, "done", values, where)

@@ -56,13 +56,15 @@ class Setup:
 class Task:
     """A trainer ready to start, and the scores of the majority-class or mean baseline.
 
-    `by_class` returns `classes.by_class` of the last scoring of the validation rows; empty for other tasks.
+    `by_class` returns `classes.by_class` of the last scoring of the validation rows; empty for other tasks. `alike`
+    returns the warning of a model that gives them all the same answer there; None otherwise.
     """
 
     trainer: Trainer
     notes: list[str]
     guess: dict[str, float] = field(default_factory=dict)
     by_class: Callable[[], dict[str, Any]] = dict
+    alike: Callable[[], str | None] = lambda: None
 
 
 def training_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:

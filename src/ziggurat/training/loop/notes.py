@@ -35,11 +35,14 @@ class Notes:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.texts: list[str] = []
+        #: Those of `texts` that are warnings.
+        self.warnings: list[str] = []
 
     def note(self, *texts: str) -> None:
         self._print("note", "dim", *texts)
 
     def warn(self, *texts: str) -> None:
+        self.warnings += texts
         self._print("warning", "yellow", *texts)
 
     def _print(self, kind: str, style: str, *texts: str) -> None:

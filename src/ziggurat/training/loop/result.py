@@ -28,8 +28,8 @@ class Result:
 
     `before`, `after` and `guess` (of the majority class, or the mean) are scores of the validation data; `shape` is the
     shape that instruction data had; `left` counts the active parameters at the end, for methods that restructure or
-    prune; `by_class` is that of `classes.by_class`; `answers` those of `samples.Answers`; `example`
-    holds the texts of a validation row, `example_images` the files of its images.
+    prune; `warnings` are those of `notes` that warn; `by_class` is that of `classes.by_class`; `answers` those of
+    `samples.Answers`; `example` holds the texts of a validation row, `example_images` the files of its images.
     """
 
     folder: Path
@@ -44,6 +44,7 @@ class Result:
     peak_mb: float | None
     step_seconds: float | None = None
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     shape: str | None = None
     left: dict[str, int] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class Result:
 
 #: Fields of a result that run.json takes as they are.
 _NOTED = ("shape", "metric", "before", "after", "guess", "rows", "left", "steps", "peak_mb", "step_seconds", "notes")
+_NOTED += ("warnings",)
 
 
 def save(

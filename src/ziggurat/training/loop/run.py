@@ -149,6 +149,7 @@ def _train(
         peak_mb=peak_memory(),
         step_seconds=meter.step_seconds,
         notes=notes.texts,
+        warnings=notes.warnings,
         history=[line for line in task.trainer.state.log_history if line],
         shape=examples.shape,
         left=settle(task.trainer.model),
@@ -180,6 +181,8 @@ def _details(recipe: Recipe, task: Task, answers: Answers, examples: Examples, n
         rows["train"] *= arguments.world_size
         lost = examples.stream.lost.items()
         notes.note(*(f"{count} rows of the stream {reason} and were left out" for reason, count in lost))
+    if (alike := task.alike()) is not None:
+        notes.warn(alike)
     example, images = example_of(examples, rated=recipe.task == "reward")
     details = {"by_class": task.by_class(), "answers": answers.rows, "rows": rows}
     return {**details, "example": example, "example_images": images}

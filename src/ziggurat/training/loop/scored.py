@@ -14,6 +14,7 @@ from ziggurat.recipe.schema import SCORED_LENGTH
 from ..data.encode import Collator, encode, longest, spread
 from ..model.base import is_in
 from . import metrics
+from .alike import same_answer, warning
 from .arguments import Setup, Task
 from .exact import ExactTrainer
 
@@ -74,18 +75,26 @@ def scoring(setup: Setup) -> Task:
             return scores_of(examples.label_names, last["outputs"], last["labels"])
         return metrics.score(recipe, last["outputs"], last["labels"], classes)
 
+    def outputs() -> np.ndarray:
+        if not last:  # a resumed run whose last scores are in its checkpoint
+            trainer.evaluate()
+        return last["outputs"]
+
     def judged() -> dict[str, Any]:
         from scipy.special import softmax
 
         from .classes import by_class, shown_texts
 
-        if not last:  # a resumed run whose last scores are in its checkpoint
-            trainer.evaluate()
+        scores = outputs().astype(np.float64)
         # Rows of similar length may have been scored together.
         sampler: Any = trainer._get_eval_sampler(parts[1])  # type: ignore[arg-type]
         order = list(sampler) if sampler is not None else range(len(parts[1]))
-        texts, shares = shown_texts(examples.validation), softmax(last["outputs"].astype(np.float64), axis=-1)
+        texts, shares = shown_texts(examples.validation), softmax(scores, axis=-1)
         return by_class(shares, last["labels"], examples.label_names, [texts[row] for row in order])
+
+    def alike() -> str | None:
+        answer = same_answer(recipe, outputs(), last["labels"], examples.label_names)
+        return None if answer is None else warning(recipe, answer, last["labels"])
 
     arguments = TrainingArguments(**setup.arguments, label_names=["labels"], remove_unused_columns=False)
     how = {"data_collator": Collator(base.tokenizer, setup.multiple), "compute_metrics": compute}
@@ -95,4 +104,4 @@ def scoring(setup: Setup) -> Task:
 
         trainer.class_weights = weights_of(recipe, examples.train["label"], examples.label_names)
     trainer.head, trainer.head_lr = tuple(base.head), recipe.head.lr
-    return Task(trainer, notes, guess, judged if recipe.task == "classification" else dict)
+    return Task(trainer, notes, guess, judged if recipe.task == "classification" else dict, alike)
