@@ -48,7 +48,7 @@ def test_a_run_with_one_answer_to_all_rows_stands_in_the_report(wide_bert: Path,
     table = small(wide_bert, tmp_path, tmp_path / "out", tasks=tasks, seeds=[1])
     assert not fill(table).failed
     page = (tmp_path / "out" / "table.md").read_text()
-    assert "Runs that warned, and count in the scores:\n\n- LoRA on reviews, seed 1: the model answers \"" in page
+    assert 'Runs that warned, and count in the scores:\n\n- LoRA on reviews, seed 1: the model answers "' in page
 
 
 def csv(place: str | Path) -> dict[str, Any]:
