@@ -68,6 +68,18 @@ def test_numbers_that_yaml_reads_as_texts(text: str, written: str, tmp_path: Pat
     assert problems_named[1] == f"train.weight_decay: '{bare}' is text to YAML, write {written}"
 
 
+def test_a_number_too_large_for_any_float_is_not_said_to_be_written_wrong(tmp_path: Path) -> None:
+    problems_named = problems("{model: m, data.train: a, method.name: lora, train.lr: 1e400}", tmp_path)
+    assert problems_named[1:] == ["train.lr: needs a number, got '1e400'"]
+
+
+def test_another_programs_name_of_a_field_that_the_method_lacks(tmp_path: Path) -> None:
+    """No advice that the next try would refuse."""
+    for method, rest in (("full", "leave it out"), ("lora", "did you mean method.r?")):
+        told = problems(f"{{model: m, data.train: a, method.name: {method}, lora_r: 8}}", tmp_path)
+        assert len(told) == 2 and told[1].startswith("lora_r: unknown") and told[1].endswith(rest)
+
+
 def test_nested_and_dotted_are_the_same(tmp_path: Path) -> None:
     nested = tmp_path / "run.yaml"
     nested.write_text("model: m\ndata: {train: a.csv}\nmethod: {name: lora, r: 4}\ntrain: {lr: 0.1}\n")

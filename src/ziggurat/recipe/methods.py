@@ -228,7 +228,7 @@ def method_problems(choice: dict[str, Any]) -> list[str]:
         elif key not in fields and (meant := _meant(key)) in METHODS[name].unread:
             problems.append(f"method.{key}: {name} never reads it; {METHODS[name].unread[meant]}")
         elif key not in fields:
-            problems.append(f"method.{key}: {_no_such_field(name, key, fields)}")
+            problems.append(f"method.{key}: {no_such_field(name, key, fields)}")
         else:
             fault = explain(fields[key], value)
             if fault is not None:
@@ -258,7 +258,7 @@ def _replaced(choice: dict[str, Any], config: Any) -> list[str]:
     return problems
 
 
-def _no_such_field(name: str, key: str, fields: Iterable[str]) -> str:
+def no_such_field(name: str, key: str, fields: Iterable[str]) -> str:
     """The fault of a key that is no field of the method: with the methods that have it, or with the nearest field."""
     from .names import answer
 

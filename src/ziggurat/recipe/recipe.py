@@ -13,7 +13,7 @@ from ziggurat.nearest import did_you_mean, missing_path, nearest
 
 from .conflicts import conflicts, tasks_of, unmerged_with_vllm, unread_spectra
 from .glue import fill_in, glue_name
-from .methods import BUDGET, METHODS, SYNONYMS, method_config, method_fields, method_problems
+from .methods import BUDGET, METHODS, SYNONYMS, method_config, method_fields, method_problems, no_such_field
 from .schema import Recipe, keys
 from .tasks import task_called
 from .text import MOST_TEXT, SECTIONS, flatten, read_overrides, read_yaml
@@ -207,6 +207,10 @@ def _unknown(key: str, names: list[str], choice: dict[str, Any], value: Any) -> 
         hint = did_you_mean(key, [*names, *fields], _SYNONYMS) or "; docs/recipes.md lists the keys"
     if hint == ", did you mean task?" and task_called(value):
         hint = f", did you mean task: {task_called(value)}?"
+    _, of_the_method, field = hint.rstrip("?").partition(", did you mean method.")
+    fields = ["name", BUDGET, *_fields_of(choice)]
+    if of_the_method and choice.get("name") in METHODS and field not in fields:
+        return f"unknown; {no_such_field(choice['name'], field, fields)}"
     return f"unknown{hint}"
 
 

@@ -130,13 +130,12 @@ def _allowed(item: Any) -> str | None:
 
 
 def _text_for_number(text: str, whole: bool) -> str:
-    match = _EXPONENT.fullmatch(text.strip())
-    if match is not None:
+    match, number = _EXPONENT.fullmatch(text.strip()), _number(text)
+    if match is not None and number is not None:
         sign, digits, fraction, exponent = match.groups()
         exponent = exponent if exponent[0] in "+-" else f"+{exponent}"
         fraction = fraction if fraction and fraction != "." else ".0"
         return f"'{text}' is text to YAML, write {sign}{digits}{fraction}e{exponent}"
-    number = _number(text)
     if number is not None:
         return f"'{text}' is text to YAML, write {text.strip()} without quotes"
     return f"needs a {'whole ' if whole else ''}number, got '{text}'"
