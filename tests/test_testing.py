@@ -2,15 +2,21 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from methods_table import METHODS
 from ziggurat import AdapterDropConfig, MSPLoraConfig, ShareLoRAConfig
+from ziggurat.analysis.collect import collect
 from ziggurat.errors import ConfigError
+from ziggurat.export import export
+from ziggurat.host.tensors import drawn_again
 from ziggurat.kit import (
     Card,
     FactorPair,
@@ -23,6 +29,7 @@ from ziggurat.kit import (
     register,
     unregister,
 )
+from ziggurat.plan.planner import plan
 from ziggurat.testing import check_method
 from zoo import ZOO
 
@@ -50,6 +57,20 @@ def tensors(config: MineConfig, site: Site) -> dict[str, TensorSpec]:
         specs["A"] = TensorSpec((config.r + 1, site.d_in), kaiming)
     if config.broken == "shared by two shapes":
         specs["A"] = TensorSpec((config.r, site.d_in), kaiming, shared="all")
+    if config.broken == "an init beside":
+        specs["A"] = TensorSpec((config.r, site.d_in), lambda tensor, weight: torch.ones_like(tensor))
+    if config.broken == "another seed by layer":
+        specs["A"] = TensorSpec((config.r, site.d_in), kaiming, shared=site.kind, seed=site.layer)
+    if config.broken == "trains in one layer":
+        specs["A"] = TensorSpec((config.r, site.d_in), kaiming, shared=site.kind, trainable=site.layer == 0)
+    if config.broken == "no dict":
+        return None  # type: ignore[return-value]
+    if config.broken == "no spec":
+        specs["A"] = torch.zeros(config.r, site.d_in)  # type: ignore[assignment]
+    if config.broken == "a list as shape":
+        specs["A"] = TensorSpec([config.r, site.d_in], kaiming)  # type: ignore[arg-type]
+    if config.broken == "seeded":
+        specs["A"] = TensorSpec((config.r, site.d_in), kaiming, shared=site.kind, seed=1)
     if config.broken == "a bad name":
         specs["A"] = TensorSpec((config.r, site.d_in), kaiming, shared="all.layers")
     return specs
@@ -126,6 +147,12 @@ def test_a_broken_method_is_told_what_is_wrong(broken: str, says: str) -> None:
         ("a missing key", r"Mine at '.*q_proj': its `pair` ended in KeyError in line \d+: 'Z'"),
         ("a missing field", r"Mine at '.*q_proj': its `tensors` ended in AttributeError in line \d+: .*'width'"),
         ("no pair", r"Mine at '.*q_proj': the method's `pair` returned a Tensor; FactorPair\(A, B\) is needed"),
+        ("an init beside", "the init of a tensor of '.*q_proj' returned a new tensor, which is lost"),
+        ("another seed by layer", r"share the tensor '.*:A', but differ in its `trainable`, `seed` or `up`"),
+        ("trains in one layer", r"share the tensor '.*:A', but differ in its `trainable`, `seed` or `up`"),
+        ("no dict", "Mine at '.*q_proj': its `tensors` returned a NoneType, no dict of specs"),
+        ("no spec", "tensor 'A' of '.*q_proj' is a Tensor; `tensors` gives each key a TensorSpec"),
+        ("a list as shape", r"tensor 'A' of '.*q_proj' has the shape \[3, 16\]: a tuple of whole numbers"),
         ("a bad name", "calls a tensor of '.*q_proj' 'all.layers:A': a key is a Python name"),
     ],
 )
@@ -133,6 +160,55 @@ def test_functions_that_do_not_fit_each_other(broken: str, says: str) -> None:
     targets = ["q_proj", "up_proj", "down_proj"]
     with pytest.raises(ConfigError, match=says):
         check_method(MineConfig(r=3, broken=broken, target_modules=targets), ZOO["llama"].build())
+
+
+def test_a_seeded_tensor_is_there_for_every_reader(tmp_path: Path) -> None:
+    """It is in no file: the analysis, the plan and an export without the base's weights draw it again."""
+    config = MineConfig(r=3, broken="seeded", target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    check_method(config, naive=naive)
+    base = ZOO["llama"].build()
+    base.save_pretrained(tmp_path / "base")
+    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    export(tmp_path / "adapter", tmp_path / "lora")
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "lora"))
+    ids = torch.arange(7)[None]
+    assert torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-4)
+    of_file, of_model = (
+        sorted(collect(source).components, key=lambda c: (c.layers, c.role)) for source in (tmp_path / "adapter", model)
+    )
+    assert [c.layers for c in of_file] == [c.layers for c in of_model] and of_file
+    assert all(torch.allclose(a.B @ a.A, b.B @ b.A, atol=1e-5) for a, b in zip(of_file, of_model, strict=True))
+    planned = plan(base.to("meta"), config, measure_memory=False)
+    assert planned.adapter == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_seed_draws_the_same_whatever_the_default_dtype() -> None:
+    spec = TensorSpec((3, 5), kaiming, seed=1)
+    expected = drawn_again(spec, "here")
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(drawn_again(spec, "here"), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", ["gate", "q", "up"])
+def test_a_method_called_as_a_part_of_models(name: str) -> None:
+    cell = dataclass(type("CalledConfig", (MineConfig,), {"__module__": __name__, "__qualname__": "CalledConfig"}))
+    register(Method(name, cell, tensors, pair, CARD))
+    try:
+        check_method(cell(r=3))
+    finally:
+        unregister(name)
+
+
+def test_a_config_of_another_library() -> None:
+    with pytest.raises(ConfigError, match="a subclass of MethodConfig is needed"):
+        register(Method("nm", LoraConfig, tensors, pair, CARD))
+    assert not hasattr(LoraConfig, "method")
 
 
 def test_a_dense_update_that_is_no_tensor() -> None:

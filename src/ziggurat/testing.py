@@ -12,12 +12,15 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ziggurat.analysis.collect import collect
 from ziggurat.errors import ConfigError, with_article
 from ziggurat.export import export_model
 from ziggurat.host.count import count
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.method import EVALUATION, Method, method_of, unique_specs
 from ziggurat.host.method_layer import layers_of
+from ziggurat.host.plain import lora_pairs
+from ziggurat.host.saved.folder import load_adapter
 from ziggurat.host.site import Site
 
 #: (config at the site, site, tensors in float64 by key) -> the dense update (d_out, d_in) in float64.
@@ -51,7 +54,7 @@ class _Case:
         return model
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in model.named_parameters() if self.method.prefix in name}
+        return {name: p for name, p in model.named_parameters() if f".{self.method.store}." in name}
 
     def outputs(self, model: nn.Module) -> Tensor:
         dtype = next(model.parameters()).dtype
@@ -86,10 +89,11 @@ def check_method(
     if model is None:
         model = _small_llama()
         anywhere = {"exclude_modules": None, "layers_to_transform": None, "modules_to_save": None, "task_type": None}
-        config = replace(config, target_modules=TARGETS, **anywhere)
+        config = replace(config, target_modules=TARGETS, target_parameters=None, **anywhere)
     case = _Case(method, config, copy.deepcopy(model).float().eval(), inputs or _inputs(model), naive)
     with torch.random.fork_rng():
         _check_counts(case)
+        assert collect(case.active()).components, "the analysis finds no part of the adapter."
         _check_neutral(case)
         _check_equation(case)
         _check_gradients(case)
@@ -155,7 +159,7 @@ def _check_reload(case: _Case, folder: Path) -> None:
     specs = unique_specs(case.method, config.at, sites)
     expected = sum(spec.size for spec in specs.values() if spec.seed is None)
     stored = load_file(folder / "adapter_model.safetensors")
-    held = sum(tensor.numel() for name, tensor in stored.items() if case.method.prefix in name)
+    held = sum(tensor.numel() for name, tensor in stored.items() if f".{case.method.store}." in name)
     assert held == expected, (
         f"the file holds {held:,} parameters of the method; `tensors` asks for {expected:,}, each once."
     )
@@ -179,6 +183,12 @@ def _check_merge(case: _Case) -> None:
 def _check_export(case: _Case, folder: Path) -> None:
     model = case.active()
     export_model(model, folder)
+    model.save_pretrained(str(folder / "adapter"))
+    without_weights = load_adapter(folder / "adapter", copy.deepcopy(case.base).to("meta"))
+    pairs = lora_pairs(model)
+    for path, (A, B) in lora_pairs(without_weights).items():
+        same = torch.equal(A, pairs[path].A) and torch.equal(B, pairs[path].B)
+        assert same, f"{path}: an adapter loaded for export, on a base without weights, has another pair."
     plain = PeftModel.from_pretrained(copy.deepcopy(case.base), str(folder)).eval()
     _agree(
         case.outputs(plain), case.outputs(model), CLOSE, "the outputs of the export in PEFT's LoRA and the adapter's"

@@ -16,7 +16,7 @@ from ziggurat.host.experts.terms import expert_pair, expert_parts, of_expert
 from ziggurat.host.method import Method, pair_of, parts_of, redirected, specs_of
 from ziggurat.host.saved.names import current_names, file_name
 from ziggurat.host.site import Site, expert_in
-from ziggurat.host.tensors import TensorSpec
+from ziggurat.host.tensors import TensorSpec, drawn_again
 from ziggurat.lowrank.pair import FactorPair, stack
 from ziggurat.lowrank.spectrum import factored_svd
 
@@ -57,12 +57,15 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
             continue
         specs = specs_of(method, at_site, site)
         names = _names(method, at_site, site, specs)
-        if lacking := [name for name in names.values() if name not in state]:
+        seeded = [key for key, spec in specs.items() if spec.seed is not None]
+        if lacking := [name for key, name in names.items() if key not in seeded and name not in state]:
             raise ConfigError(
                 f"the adapter's file lacks {lacking[0]}, which its config asks for at {path!r}. Was the file cut, or "
                 "is its adapter_config.json another adapter's?"
             )
-        stored = {key: state[name] for key, name in names.items()}
+        stored = {key: state[name] for key, name in names.items() if key not in seeded}
+        device = next((tensor.device for tensor in stored.values()), None)
+        stored |= {key: drawn_again(specs[key], path, device) for key in seeded}
         layers = tuple(site.span.layers) if site.span is not None else (site.layer,)
         for expert in range(site.num_experts or 1) if site.fused else (None,):
             t, members = (stored, {}) if expert is None else of_expert(specs, stored, expert, site.num_experts or 1)
@@ -82,7 +85,10 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
                     tensors={f"{names[key]}{share}": t[key].numel() for key in part.keys if specs[key].trains},
                     experts=experts,
                 )
-                alike.setdefault((part.name, *component.tensors, "" if together else path), []).append(component)
+                # `alpha_pattern` may scale one pair otherwise in some of its layers.
+                scale = str(at_site.lora_alpha) if config.alpha_pattern else ""
+                where = "" if together else path
+                alike.setdefault((part.name, *component.tensors, where, scale), []).append(component)
             if len(parts) > 1:
                 rank = min(part.pair.A.shape[0] for part in parts if not part.adds) if not parts[0].adds else None
                 pair = pair_of(method, at_site, site, t) if expert is None else expert_pair(method, at_site, site, t)

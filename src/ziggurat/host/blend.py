@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ziggurat.host.method_layer import MethodLayer
 from ziggurat.host.site import body_name
+from ziggurat.host.values import is_whole
 from ziggurat.lowrank.pair import FactorPair, delta, stack
 from ziggurat.lowrank.spectrum import factored_svd
 
@@ -20,15 +22,21 @@ SUMS = ("linear", "cat", "svd")
 SPARSE = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 
 
-def check_request(configs: Mapping[str, Any], adapters: Sequence[str], weights: Sequence[float], kind: str) -> str:
+def check_request(
+    configs: Mapping[str, Any], adapters: Sequence[str], weights: Sequence[float], kind: str, rank: int | None
+) -> str:
     """The combination without PEFT's ending `_svd`.
 
     Raises:
-        ValueError: an unknown adapter or combination, lists of unequal length, or an adapter with biases or rows of an
-            embedding, which a combination would lose.
+        ValueError: an unknown adapter or combination, lists of unequal length, a weight or a rank that is none, or an
+            adapter with biases or rows of an embedding, which a combination would lose.
     """
     if len(adapters) != len(weights) or not adapters:
         raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter.")
+    if broken := [weight for weight in weights if not isfinite(weight)]:
+        raise ValueError(f"weights={list(weights)}: {broken[0]} is no finite number.")
+    if rank is not None and not is_whole(rank, 1):
+        raise ValueError(f"svd_rank={rank!r}: a whole number above 0, or None for the largest rank, is needed.")
     for name in adapters:
         if name not in configs:
             raise ValueError(f"Adapter {name} does not exist; there are {', '.join(configs)}.")

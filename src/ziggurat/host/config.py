@@ -30,6 +30,7 @@ from ziggurat.host.values import (
     check_pattern,
     check_probability,
     check_rank,
+    check_rows,
     check_text,
     is_whole,
     one_of,
@@ -102,7 +103,9 @@ class MethodConfig(PeftConfig):
     alpha_pattern: dict[str, float] | None = option(
         None, "Alphas of single target modules.", by_target(check_above_zero)
     )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = option(None, "Rows of the embedding that train.")
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = option(
+        None, "Rows of the embedding that train.", check_rows
+    )
     blended: dict[str, int] | None = option(
         None, "Ranks of a sum of adapters, by path; not for the user to set.", by_target(whole(1))
     )

@@ -13,6 +13,7 @@ from ziggurat.host.base.unwrap import unwrap, without_wrappers
 from ziggurat.host.method import Method, needs_steps
 from ziggurat.host.method_layer import layers_of
 from ziggurat.host.root_hook import RootHook
+from ziggurat.host.values import check_step
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def step(
     Raises:
         ConfigError: a step outside 0..total, or a run too short for an adapter's schedule.
     """
+    check_step(step, total)
     root = _root(model)
     for method, adapters in _stepping(root, only).items():
         for adapter, config in adapters.items():

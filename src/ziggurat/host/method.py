@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ziggurat.errors import ConfigError, line_in
+from ziggurat.errors import ConfigError, line_in, with_article
 from ziggurat.host.site import Site, rank_fits
 from ziggurat.host.tensors import TensorSpec, low_rank, over_experts
 from ziggurat.lowrank.pair import FactorPair
@@ -210,21 +210,32 @@ def specs_of(method: Method, config: Any, site: Site) -> dict[str, TensorSpec]:
         return low_rank(rank, site.d_in, site.d_out, True) if rank else {}
     with told_where(method, "tensors", site):
         specs = method.tensors(config, site)
+    if not isinstance(specs, Mapping):
+        kind = with_article(type(specs).__name__)
+        raise ConfigError(f"{method.card.shown} at {site.path!r}: its `tensors` returned {kind}, no dict of specs.")
     if site.fused:
         assert site.num_experts is not None
         specs = {key: over_experts(spec, site.num_experts) for key, spec in specs.items()}
     for key, spec in specs.items():
+        _check_spec(method, site, key, spec)
         leaf = spec.leaf(key)
         if not isinstance(key, str) or not key.isidentifier() or "." in leaf or method.prefix in leaf:
             raise ConfigError(
                 f"{method.card.shown} calls a tensor of {site.path!r} {leaf!r}: a key is a Python name, and neither it "
                 f"nor `shared` holds a dot or {method.prefix!r}."
             )
-        if any(side < 0 for side in spec.shape):
-            raise ConfigError(f"{method.card.shown}: tensor {key!r} of {site.path!r} has the shape {spec.shape}.")
     if config.freeze_tiers is None:
         return specs
     return {key: replace(spec, trainable=spec.trainable and not config.freezes(key)) for key, spec in specs.items()}
+
+
+def _check_spec(method: Method, site: Site, key: Any, spec: Any) -> None:
+    """Raise ConfigError unless `spec` is a TensorSpec with a shape."""
+    where = f"{method.card.shown}: tensor {key!r} of {site.path!r}"
+    if not isinstance(spec, TensorSpec):
+        raise ConfigError(f"{where} is {with_article(type(spec).__name__)}; `tensors` gives each key a TensorSpec.")
+    if not isinstance(spec.shape, tuple) or any(not isinstance(side, int) or side < 0 for side in spec.shape):
+        raise ConfigError(f"{where} has the shape {spec.shape!r}: a tuple of whole numbers from 0 is needed.")
 
 
 @contextmanager
@@ -273,7 +284,7 @@ def unique_specs(method: Method, config_at: Callable[[Site], Any], sites: Mappin
     """Every tensor of an adapter once, by a name that sites which share it agree on.
 
     Raises:
-        ConfigError: two sites give one name two shapes.
+        ConfigError: two sites give one name two shapes, or let it train at the one and not at the other.
     """
     unique: dict[str, TensorSpec] = {}
     first: dict[str, str] = {}
@@ -286,7 +297,12 @@ def unique_specs(method: Method, config_at: Callable[[Site], Any], sites: Mappin
                     f"{unique[name].shape} and {spec.shape}. Give them other ranks, adapt modules of one shape, or let "
                     "the method share by shape."
                 )
-            unique.setdefault(name, spec)
+            first_spec = unique.setdefault(name, spec)
+            if (first_spec.trains, first_spec.seed, first_spec.up) != (spec.trains, spec.seed, spec.up):
+                raise ConfigError(
+                    f"{method.card.shown}: {first[name]!r} and {path!r} share the tensor {name!r}, but differ in its "
+                    "`trainable`, `seed` or `up`: what a shared tensor is can't depend on the site."
+                )
             first.setdefault(name, path)
     return unique
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ziggurat.host.bank import Bank, Stores
 from ziggurat.host.draws import Draws
-from ziggurat.host.method import EVALUATION, Context, Method, pair_of, redirected
+from ziggurat.host.method import EVALUATION, Context, Method, pair_of, redirected, specs_of
 from ziggurat.host.site import Site
-from ziggurat.host.tensors import ByAdapter, Factors, TensorSpec, Weight, draw
+from ziggurat.host.tensors import ByAdapter, Factors, TensorSpec, Weight, draw, drawn_again
 from ziggurat.lowrank.pair import FactorPair
 
 BANK, DRAWS = "_bank", "_draws"
@@ -86,6 +86,14 @@ class MethodLayer(Stores):
                     shared.add(leaf, spec, draw(spec, weight, device, dtype))
         self.stores[adapter] = private
         self.configs[adapter], self.sites[adapter] = config, site
+
+    def draw_seeded(self, adapter: str) -> None:
+        """Draw the tensors with a seed that lie on the meta device: a base without weights has put them there."""
+        for key, spec in specs_of(self.method, self.configs[adapter], self.sites[adapter]).items():
+            if spec.seed is not None and (held := self._held(adapter, *self.leaves[adapter][key])).is_meta:
+                in_bank, leaf = self.leaves[adapter][key]
+                factors: Any = self.bank_factors(adapter) if in_bank else self.stores[adapter]
+                factors.put(leaf, drawn_again(spec, self.sites[adapter].path).to(held.dtype))
 
     def stored(self, adapter: str) -> dict[str, Tensor]:
         """The tensors of `adapter` at this site, by key."""

@@ -9,6 +9,7 @@ from peft.utils import register_peft_method
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.bank import Bank
+from ziggurat.host.config import MethodConfig
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.method import METHODS, Method
 from ziggurat.host.method_layer import ExpertsLayer
@@ -32,8 +33,13 @@ def register(
     whose config has the same module and name, as when a notebook's cell runs again, takes the place of the earlier one.
 
     Raises:
-        ConfigError: the name is no Python name in lower case, or another package has taken it.
+        ConfigError: the name is no Python name in lower case, or another package has taken it; the config is no
+            `MethodConfig`.
     """
+    if not (isinstance(method.config, type) and issubclass(method.config, MethodConfig)):
+        raise ConfigError(
+            f"the config of method {method.name!r} is {method.config!r}: a subclass of MethodConfig is needed."
+        )
     if not method.name.isidentifier() or not method.name.islower():
         raise ConfigError(f"a method's name is a Python name in lower case, not {method.name!r}.")
     member = peft_type(method.peft_type)

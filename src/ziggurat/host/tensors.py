@@ -20,7 +20,7 @@ class Weight:
     """The frozen weight of a site, for an initialisation that starts from it. Read only when it is asked for."""
 
     def __init__(self, path: str, read: Callable[[], Tensor]) -> None:
-        self._path, self._read = path, read
+        self.path, self._read = path, read
         self._svds: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     @cached_property
@@ -34,13 +34,13 @@ class Weight:
             return self._read().detach().float().cpu()
         except (AttributeError, ValueError, TypeError, NotImplementedError) as error:
             raise ConfigError(
-                f"the weight of {self._path!r} can't be read ({error}), and this method starts from it. Choose other "
+                f"the weight of {self.path!r} can't be read ({error}), and this method starts from it. Choose other "
                 "target_modules, or a base model whose weights are not quantised."
             ) from error
 
     def of(self, expert: int) -> "Weight":
         """The weight of one expert, where this is that of all experts of a layer."""
-        return Weight(self._path, lambda: self._read()[expert])
+        return Weight(self.path, lambda: self._read()[expert])
 
     def svd(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """U (d_out, rank), S (rank), V^T (rank, d_in): the largest singular values of W and their vectors.
@@ -174,14 +174,32 @@ def draw(spec: TensorSpec, weight: Weight, device: torch.device | None, dtype: t
     """
     if device is not None and device.type == "meta":
         return torch.empty(spec.shape, device="meta", dtype=dtype)
-    tensor = torch.empty(spec.shape, dtype=torch.get_default_dtype(), device="cpu")
+    tensor = torch.empty(spec.shape, dtype=torch.float32, device="cpu")
     if spec.seed is None:
-        spec.init(tensor, weight)
+        returned = spec.init(tensor, weight)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
-            spec.init(tensor, weight)
+            returned = spec.init(tensor, weight)
+    if isinstance(returned, Tensor) and returned.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+        raise ConfigError(
+            f"the init of a tensor of {weight.path!r} returned a new tensor, which is lost: fill the given one in "
+            "place (tensor.copy_(...))."
+        )
     return tensor.to(device=device, dtype=dtype)
+
+
+def drawn_again(spec: TensorSpec, path: str, device: torch.device | None = None) -> Tensor:
+    """A tensor with a seed, in float32, without the model: no file holds it.
+
+    Raises:
+        ConfigError: it starts from the frozen weight of `path`.
+    """
+
+    def no_model() -> Tensor:
+        raise ValueError("the model isn't loaded")
+
+    return draw(spec, Weight(path, no_model), device, None)
 
 
 def tier_of(key: str) -> str:

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from ziggurat.errors import ConfigError
 from ziggurat.host.bank import Bank
 from ziggurat.host.base.quantised import backend_arguments, changing
-from ziggurat.host.base.remarks import check_fused_mixers, remark
+from ziggurat.host.base.remarks import check_fused_mixers, remark, remark_inner
 from ziggurat.host.base.targets import (
     DEFAULT_TARGETS,
     check_takes_parameters,
     checked_specs,
-    near_misses,
+    no_match_hint,
     sites_of,
     targets,
 )
 from ziggurat.host.base.tied import note_shared, note_untied
-from ziggurat.host.base.vocabulary import grown_beside_adapters
+from ziggurat.host.base.vocabulary import check_rows, grown_beside_adapters
 from ziggurat.host.blend import add_blend, check_request
 from ziggurat.host.draws import Draws
 from ziggurat.host.lifecycle import Watch, add_to_trainers, step_in_trainers, watch_trainers
@@ -34,7 +34,7 @@ from ziggurat.host.mixed import MixedTuner
 from ziggurat.host.older import NoMatchingPeftModuleError, as_no_match, check_saved_whole
 from ziggurat.host.root_hook import stop_hooks
 from ziggurat.host.saved.names import RenamesOnLoad, check_tensors, current_names
-from ziggurat.host.saved.sites_table import to_table
+from ziggurat.host.saved.sites_table import check_depth, to_table
 from ziggurat.host.siblings import introduce
 from ziggurat.host.site import Site
 from ziggurat.host.tensors import check_pair
@@ -102,13 +102,16 @@ class MethodTuner(MixedTuner):
         check_takes_parameters(self.method, config)
         all_linear = config.target_modules == "all-linear"  # which PEFT replaces by names
         self.sites = self._sites(config, model)
+        check_depth(self.method, config, self.sites)
         check_fused_mixers(model, self.sites)
         specs = checked_specs(self.method, config, self.sites)
         self._check_pairs(config, self.sites)
         check_stored(config, sum(spec.size for spec in specs.values() if spec.seed is None))
         check_saved_whole(config)
+        check_rows(model, config.trainable_token_indices)
         if self.method.sites is None:
             remark(model, config, all_linear, self.sites)
+        remark_inner(model, self.sites)
         config.sites = to_table(self.sites)
         layers: list[Any] = [module for module in model.modules() if isinstance(module, self.tuner_layer_cls)]
         for layer in layers:
@@ -127,9 +130,8 @@ class MethodTuner(MixedTuner):
         except ValueError as error:
             if not isinstance(as_no_match(error), NoMatchingPeftModuleError):
                 raise
-            near = near_misses(getattr(self.peft_config[adapter_name], "target_modules", None) or (), model)
-            hint = f" Nearest names in this model: {', '.join(near)}." if near else ""
-            raise NoMatchingPeftModuleError(f"{error}{hint}") from error
+            named = getattr(self.peft_config[adapter_name], "target_modules", None) or ()
+            raise NoMatchingPeftModuleError(f"{error}{no_match_hint(named, model)}") from error
         finally:
             self.sites = None
         if config.from_adapter is not None:
@@ -309,6 +311,7 @@ class MethodTuner(MixedTuner):
         self.peft_config[adapter] = config
         try:
             self.inject_adapter(self.model, adapter)
+            self._cast_adapter_dtype(adapter)  # a sum isn't rounded to the 16 bits of its base
             yield
         except BaseException:
             self.peft_config.pop(adapter, None)
@@ -346,7 +349,7 @@ class MethodTuner(MixedTuner):
             )
         if self.method.pair is None:
             raise ValueError(f"{self.method.card.shown} makes no low-rank update, and can't be combined with weights.")
-        kind = check_request(self.peft_config, adapters, weights, combination_type)
+        kind = check_request(self.peft_config, adapters, weights, combination_type, svd_rank)
         options = {"rank": svd_rank, "density": density, "majority_sign_method": majority_sign_method}
         self._add_combined(adapters, weights, adapter_name, kind, **options)
 

@@ -164,6 +164,32 @@ def check_pattern(name: str, value: Any) -> None:
         )
 
 
+def check_step(step: Any, total: Any) -> None:
+    """Raise ConfigError unless `step` is one of a run's `total`, 0 to `total`."""
+    if not is_whole(total, 1) or not is_whole(step, 0, total):
+        raise ConfigError(
+            f"step {shown(step)} of {shown(total)}: whole numbers are needed, the steps that are done, from 0, and the "
+            "run's total, above 0."
+        )
+
+
+def check_rows(name: str, value: Any) -> None:
+    """Raise ConfigError unless `value` is None, a list of rows of an embedding, or such lists by the embedding's
+    name."""
+    lists = value if isinstance(value, dict) else {"": [] if value is None else value}
+    fits = all(isinstance(key, str) for key in lists) and all(
+        isinstance(rows, list) and rows and all(is_whole(row, 0) for row in rows)
+        for rows in (lists.values() if value is not None else ())
+    )
+    if not fits:
+        raise ConfigError(
+            f"{name}={shown(value)}: a list of rows of the embedding, numbers from 0, is needed; or such lists by the "
+            "name of the embedding."
+        )
+    for rows in lists.values():
+        _check_length(name, rows)
+
+
 def check_layers(name: str, value: Any) -> None:
     """Raise ConfigError unless `value` is None, a layer's number, or a list of such."""
     numbers = [] if value is None else [value] if isinstance(value, int) else value

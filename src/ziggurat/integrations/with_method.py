@@ -73,7 +73,9 @@ def of_method(lora: LoraConfig, method: str, fields: Mapping[str, Any]) -> Metho
     """The config of `method` with the settings of `lora` and with `fields`, which override them."""
     if method.upper() not in METHODS:
         names = [name.lower() for name in METHODS]
-        raise ConfigError(f"there is no method {method!r}{did_you_mean(method, names)}; there are {', '.join(names)}.")
+        raise ConfigError(
+            f"there is no method {method!r}{did_you_mean(method, names) or '.'} There are {', '.join(names)}."
+        )
     from ziggurat.recipe.methods import NOT_IN_A_RECIPE
 
     config = METHODS[method.upper()].config
@@ -82,7 +84,8 @@ def of_method(lora: LoraConfig, method: str, fields: Mapping[str, Any]) -> Metho
         if name in NOT_IN_A_RECIPE & LoraConfig.__dataclass_fields__.keys() - allowed:
             raise ConfigError(f"{name} is set by the program itself: leave it out of the words of `ziggurat with`.")
         if name not in allowed:
-            raise ConfigError(f"{config.__name__} has no field {name!r}{did_you_mean(name, sorted(allowed)) or '.'}")
+            hint = did_you_mean(name, sorted(allowed)) or f"; it has {', '.join(sorted(allowed))}"
+            raise ConfigError(f"{config.__name__} has no field {name!r}{hint}")
     try:
         return config.from_lora(lora, **fields)
     except ConfigError:

@@ -4,9 +4,11 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.base.targets import DEFAULT_TARGETS
 from ziggurat.host.site import Site
 from ziggurat.host.tensors import ByAdapter
 
@@ -28,8 +30,22 @@ def check_fused_mixers(model: nn.Module, sites: Mapping[str, Site]) -> None:
         if path.rpartition(".")[2] in PAST_THE_ADAPTER:
             raise ConfigError(
                 f"{path!r} of a {kind} model: its mixer's fused kernel multiplies by this weight itself, so an adapter "
-                f"beside it takes no part. Leave {' and '.join(PAST_THE_ADAPTER)} out of target_modules."
+                f"beside it takes no part. Leave it out: exclude_modules={list(PAST_THE_ADAPTER)}."
             )
+
+
+def remark_inner(model: nn.Module, sites: Mapping[str, Site]) -> None:
+    """Warn where another library's adapter lies inside the new one: PEFT would save it by names that nothing loads."""
+    modules = [(path, model.get_submodule(path)) for path, site in sites.items() if not site.fused]
+    inner = [path for path, layer in modules if isinstance(layer, BaseTunerLayer) and not hasattr(layer, "method")]
+    if inner:
+        kind = type(model.get_submodule(inner[0])).__module__.split(".")[-2]
+        logger.warning(
+            "%d of the linear layers (%s, ...) have an adapter of PEFT's %s already, which now lies inside the new "
+            "one. PEFT saves the inner adapter by names with '.base_layer.', and other models load such a file "
+            "without effect: save it before you add another method's, or merge it first.",
+            *(len(inner), inner[0], kind),
+        )
 
 
 def remark(model: nn.Module, config: Any, all_linear: bool, sites: Mapping[str, Site]) -> None:
@@ -38,6 +54,10 @@ def remark(model: nn.Module, config: Any, all_linear: bool, sites: Mapping[str, 
     Experts of transformers' mixtures are one parameter of three dimensions, no linear layers.
     """
     names = config.target_modules if isinstance(config.target_modules, set | list) else ()
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    idle = sorted(name for name in names if not any(f".{path}".endswith(f".{name}") for path in sites))
+    if idle and sites and set(names) != set(DEFAULT_TARGETS.get(kind, ())) and not set(idle) & set(OF_EXPERTS):
+        logger.warning("target_modules names %s, and no adapted module of this model is called so", ", ".join(idle))
     halves = sorted(name for name in names if name.rpartition(".")[2] in OF_EXPERTS)
     if not (all_linear or halves or config.target_parameters):
         return

@@ -182,6 +182,24 @@ def site_at(
     return Site(path, stack, place.layer, place.num_layers, place.role, d_in, d_out, num_experts=num_experts)
 
 
+def no_match_hint(target_modules: str | Iterable[str], model: nn.Module) -> str:
+    """What to do about target modules that matched nothing, after an error's text."""
+    near = near_misses(target_modules, model)
+    if not near:
+        return ""
+    exact = [target_modules] if isinstance(target_modules, str) else sorted(target_modules)
+    if not set(exact) <= set(near):
+        return f" Nearest names in this model: {', '.join(near)}."
+    if isinstance(target_modules, str):
+        return (
+            f" The model has modules called {target_modules!r}, but text is a regular expression for whole paths: give "
+            f"a list, target_modules=[{target_modules!r}]."
+        )
+    return (
+        " The model has modules of these names: layers_to_transform, layers_pattern or exclude_modules rule them out."
+    )
+
+
 def near_misses(target_modules: str | Iterable[str], model: nn.Module, limit: int = 6) -> list[str]:
     """The module names of `model` nearest to target names that matched nothing, best first.
 

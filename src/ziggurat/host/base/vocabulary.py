@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
+from ziggurat.errors import ConfigError
 from ziggurat.host.base.unwrap import PREFIX, unwrap
 
 #: Parts that wrappers add to the names of the weights that they hold.
@@ -31,6 +32,21 @@ def embedding_paths(model: nn.Module) -> list[str]:
             continue
     held = {id(layer) for layer in layers if isinstance(layer, nn.Module)}
     return [path for path, module in model.named_modules() if id(module) in held]
+
+
+def check_rows(model: nn.Module, rows: list[int] | dict[str, list[int]] | None) -> None:
+    """Raise ConfigError if `rows`, an adapter's `trainable_token_indices`, name rows that an embedding doesn't have."""
+    if rows is None:
+        return
+    by_name = rows if isinstance(rows, dict) else dict.fromkeys(embedding_paths(model)[:1], rows)
+    for path, module in model.named_modules():
+        numbers = next((listed for name, listed in by_name.items() if f".{path}".endswith(f".{name}")), [])
+        weight = getattr(module, "weight", None)
+        if weight is not None and numbers and max(numbers) >= len(weight):
+            raise ConfigError(
+                f"trainable_token_indices names row {max(numbers)}, and {path!r} has the rows 0 to {len(weight) - 1}. "
+                "For new tokens, call model.resize_token_embeddings first."
+            )
 
 
 def embedding_names(model: nn.Module, names: Iterable[str]) -> set[str]:

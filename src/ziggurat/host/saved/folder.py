@@ -15,6 +15,7 @@ from torch import nn
 from ziggurat.errors import ConfigError
 from ziggurat.files.untrusted import own_file, read_config, stored_tensors
 from ziggurat.host.base.vocabulary import base_name, fit_vocabulary
+from ziggurat.host.method_layer import layers_of
 from ziggurat.host.values import shown
 
 #: A number of labels that is no other size in any model, to find the dimension of the labels in a shape.
@@ -126,7 +127,7 @@ def load_adapter(folder: str | Path, base: nn.Module) -> PeftModel:
     """
     on_meta = any(p.is_meta for p in base.parameters())
     try:
-        return PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=on_meta).eval()
+        model = PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=on_meta).eval()
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise
@@ -135,6 +136,9 @@ def load_adapter(folder: str | Path, base: nn.Module) -> PeftModel:
             f"the adapter in {folder} doesn't fit its base model: {mismatch} "
             "Name the model that it was trained on; if its vocabulary has grown, a model that was saved after that."
         ) from error
+    for layer in layers_of(model, "default") if on_meta else ():
+        layer.draw_seeded("default")
+    return model
 
 
 def _auto_class(config: PeftConfig, folder: str | Path) -> Any:

@@ -43,14 +43,17 @@ def load_through_methods() -> None:
         config: Any = peft_config
         if config is None and source is not None:
             config = PeftConfig.from_pretrained(str(source), **hub)
+            if method_of(config) is not None:
+                config = type(config).from_pretrained(str(source), **hub)  # which checks the folder
         method = method_of(config)
         if method is None or config is None:
             return original(self, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **kwargs)
         state = adapter_state_dict
         if state is None:
             state = load_peft_weights(str(source), device="cpu", **hub)
-            if config.bank is not None:  # the method's own reading, which PEFT's and transformers' leave out, checks it
-                state = {**load_file(type(config).from_pretrained(str(source), **hub).bank_file), **state}
+            if config.bank is not None:
+                config = config if config.bank_file is not None else type(config).from_pretrained(str(source), **hub)
+                state = {**load_file(config.bank_file), **state}
         named = {
             name.removeprefix(PREFIX): tensor
             for name, tensor in current_names(state, method, self).items()

@@ -30,7 +30,8 @@ def current_names(state: Mapping[str, T], method: Method, model: nn.Module | Non
     With `model`, the names fit it even if the adapter was trained with another head, or without one.
     """
     if model is None:
-        return {_renamed(name, method, ""): tensor for name, tensor in state.items()}
+        inner = re.compile(rf"(\.base_layer)+(?=\.{method.store}\.)")
+        return {inner.sub("", _renamed(name, method, "")): tensor for name, tensor in state.items()}
     base, _ = unwrap(model)
     body = getattr(base, "base_model_prefix", "")
     prefix, paths = body_prefix(base), {path for path, _ in base.named_modules()}
@@ -88,7 +89,11 @@ def _fitted(name: str, method: Method, prefix: str, paths: Collection[str]) -> s
         return name
     # A path is a child of its layer that is only there once the adapter is.
     place = path.removesuffix(f".{CHILD}")
-    return f"{outer}{with_other_head(place, prefix, paths)}{path.removeprefix(place)}{at}{leaf}"
+    fitted = with_other_head(place, prefix, paths)
+    if f"{fitted}.{method.store}" not in paths:
+        # It was saved from inside another adapter of the same linear layer, which isn't there.
+        fitted = with_other_head(place.replace(".base_layer", ""), prefix, paths)
+    return f"{outer}{fitted}{path.removeprefix(place)}{at}{leaf}"
 
 
 def check_tensors(method: Method, model: nn.Module, adapter: str, loaded: Mapping[str, Any]) -> None:
@@ -100,8 +105,8 @@ def check_tensors(method: Method, model: nn.Module, adapter: str, loaded: Mappin
     if lacking:
         raise ConfigError(
             f"adapter {adapter!r} lacks {len(lacking)} of the {len(expected)} tensors its config asks for: "
-            f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}. Was the file cut, or is its "
-            "adapter_config.json another adapter's?"
+            f"{', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}. Was the file cut, is its "
+            "adapter_config.json another adapter's, or was it trained on another base model?"
         )
 
 

@@ -5,14 +5,18 @@ experts of a layer is written with their number: "<experts>*<d_out>x<d_in>". A r
 followed by a colon and the numbers of its layers. The role "(around)" is the residual stream around layers.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.method import Method, specs_of
 from ziggurat.host.site import Site, with_experts
 from ziggurat.host.values import MOST_ENTRIES, MOST_RANK, is_whole, shown
 from ziggurat.lowrank.spans import Span
+
+logger = logging.getLogger(__name__)
 
 AROUND = "(around)"
 
@@ -69,6 +73,50 @@ def from_table(table: Any) -> dict[str, Site]:
         raise ConfigError(
             f"sites={shown(table)} isn't the table that ziggurat writes ({error}): take it out of adapter_config.json."
         ) from error
+
+
+def check_depth(method: Method, config: Any, sites: Mapping[str, Site]) -> None:
+    """Compare the stacks of an adapter from a folder with those of the model whose `sites` these are.
+
+    In a stack of another depth a method that shares by depth gives layers other tensors; others lack layers.
+
+    Raises:
+        ConfigError: a site would get another tensor than it was trained with.
+    """
+    if config.stored_numbers is None or config.sites is None:
+        return
+    try:
+        trained = from_table(config.sites)
+    except ConfigError:
+        return  # whoever needs the table says so
+    depths = {site.stack: site.num_layers for site in sites.values()}
+    other = {site.stack: site.num_layers for site in trained.values() if depths.get(site.stack) != site.num_layers}
+    if not other:
+        return
+
+    def tensors(site: Site) -> set[str]:
+        return {spec.leaf(key) for key, spec in specs_of(method, config.at(site), site).items()}
+
+    here = {(site.stack, site.layer, site.role): site for site in sites.values()}
+    lacking = []
+    for path, site in trained.items():
+        now = here.get((site.stack, site.layer, site.role))
+        if now is None:
+            lacking.append(path)
+        elif tensors(now) != tensors(site):
+            raise ConfigError(
+                f"this adapter was trained in {site.num_layers} layers {site.stack!r}, and this model has "
+                f"{now.num_layers}: {method.card.shown} shares tensors by depth, so {path!r} would get others than it "
+                "was trained with. Load it on a base of that depth. For a cut or a grown model write it as plain LoRA "
+                "first (`ziggurat export`), whose tensors go by the layer's number."
+            )
+    if lacking:
+        logger.warning(
+            "this model has other numbers of layers than the adapter was trained in (%s): it lacks %d of the %d places "
+            "that the adapter acts at (%s%s), and their tensors are left out.",
+            *(", ".join(f"{stack!r}: {depth}" for stack, depth in other.items()), len(lacking), len(trained)),
+            *(", ".join(lacking[:2]), ", ..." if len(lacking) > 2 else ""),
+        )
 
 
 def _site(path: str, stack: str, layer: int, depth: int, role: str, d_in: int, d_out: int) -> Site:

@@ -133,6 +133,18 @@ def _state(config: LoR2CConfig, stack: str, layers: Sequence[int], depth: int, o
     return StackState(tuple(spans), tuple(injected))
 
 
+def _check_not_whole(config: LoR2CConfig, path: str) -> None:
+    """Raise ConfigError if PEFT trains the layer at `path` whole: it works on a copy, which no path goes around."""
+    parts = path.split(".")
+    outer = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    for name in config.modules_to_save or ():
+        if any(module.endswith(name) for module in outer):
+            raise ConfigError(
+                f"modules_to_save: {name!r} trains layer {path!r} whole, so a path around it would learn nothing. Take "
+                "it out, or leave the layer without a path (exclude_modules)."
+            )
+
+
 def _add_sites(config: LoR2CConfig, layout: Layout, model: nn.Module, stack: str, state: StackState) -> None:
     layers = layout.anatomy.layers(stack)
     covered = [(number, span) for span in state.spans for number in span.layers]
@@ -140,6 +152,7 @@ def _add_sites(config: LoR2CConfig, layout: Layout, model: nn.Module, stack: str
     for number, span in covered:
         path, width = layers[number], widths[number]
         check_room(model.get_submodule(path), path)
+        _check_not_whole(config, path)
         if config.r > width:
             raise ConfigError(
                 f"r={config.r} is above the width of the residual stream: {path!r} passes {width} values a token, so "

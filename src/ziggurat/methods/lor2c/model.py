@@ -18,6 +18,7 @@ from ziggurat.host.paths.layer import CANT_MERGE, attach, detach, path_of
 from ziggurat.host.registry import register
 from ziggurat.host.saved.structure import StructureTuner
 from ziggurat.host.site import Site
+from ziggurat.host.values import check_step
 from ziggurat.methods.lor2c.config import CITATION, EVENTS_FILE, LoR2CConfig
 from ziggurat.methods.lor2c.equations import pair, parts, tensors
 from ziggurat.methods.lor2c.layer import LoR2CLinear, LoR2CPath
@@ -112,7 +113,11 @@ class LoR2CModel(StructureTuner):
 
         In a custom loop call it before every step, with the optimiser, so that a path that moves keeps its moments. A
         transformers Trainer calls it itself.
+
+        Raises:
+            ConfigError: a step outside 0..total_steps.
         """
+        check_step(step, total_steps)
         return self._bank().restructure(step, total_steps, optimizer, adapter)
 
     def path_counts(self, adapter: str = "default") -> dict[str, int]:

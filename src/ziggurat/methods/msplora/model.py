@@ -15,6 +15,7 @@ from ziggurat.host.registry import register
 from ziggurat.host.site import Site, check_room
 from ziggurat.host.tensors import tier_of
 from ziggurat.host.tuner import MethodTuner
+from ziggurat.host.values import is_number, shown
 from ziggurat.methods.msplora.config import CITATION, MSPLoraConfig
 from ziggurat.methods.msplora.equations import pair, parts, tensors
 from ziggurat.methods.msplora.pyramid import Tier
@@ -28,14 +29,20 @@ class MSPLoraModel(MethodTuner):
 
         The tiers take equal shares of the run, coarse to fine. Returns the tier's name. Holds until `end_stages`. A
         Trainer does this itself if the config sets `train_in_stages`.
+
+        Raises:
+            ConfigError: `progress` isn't a number from 0 to 1.
         """
         tiers = self._tiers(adapter)
+        if not is_number(progress) or not 0 <= progress <= 1:
+            raise ConfigError(f"set_stage got progress={shown(progress)}: the share of the run, 0 to 1, is needed.")
         bank = self.bank_cls.at_root(self.model)
         bank.hold_still(adapter, waiting(bank, adapter, tiers, progress))
         return stage(tiers, progress)
 
     def end_stages(self, adapter: str = "default") -> None:
         """Train all tiers of `adapter` again."""
+        self._tiers(adapter)
         self.bank_cls.at_root(self.model).hold_still(adapter, ())
 
     def _tiers(self, adapter: str) -> tuple[Tier, ...]:
@@ -81,7 +88,16 @@ class MSPLoraModel(MethodTuner):
         bank = self.bank_cls.at_root(self.model)
         forms = [[(t.name, t.groups, t.at_most) for t in config.pyramid()] for config in configs]
         leaves = [set(bank.factors(name).names()) for name in adapters]
-        return all(form == forms[0] for form in forms) and all(names == leaves[0] for names in leaves)
+        if any(form != forms[0] for form in forms) or any(names != leaves[0] for names in leaves):
+            return False
+        # `alpha_pattern` may give the layers that share a B scales of their own, which no single B can hold.
+        scales: dict[tuple[str, str], float] = {}
+        for name, layer in ((name, layer) for _, layer in self._linear_layers() for name in adapters):
+            for tier in layer.configs[name].pyramid(layer.sites[name].role) if name in layer.leaves else ():
+                up = layer.leaves[name][f"B_{tier.name}"][1]
+                if scales.setdefault((name, up), tier.scale) != tier.scale:
+                    return False
+        return True
 
 
 def stage(tiers: tuple[Tier, ...], progress: float) -> str:
