@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ziggurat.errors import ConfigError
+from ziggurat.host.bank import Stores
 from ziggurat.host.base.targets import DEFAULT_TARGETS
 from ziggurat.host.site import Site
 from ziggurat.host.tensors import ByAdapter
@@ -37,7 +38,7 @@ def check_fused_mixers(model: nn.Module, sites: Mapping[str, Site]) -> None:
 def remark_inner(model: nn.Module, sites: Mapping[str, Site]) -> None:
     """Warn where another library's adapter lies inside the new one: PEFT would save it by names that nothing loads."""
     modules = [(path, model.get_submodule(path)) for path, site in sites.items() if not site.fused]
-    inner = [path for path, layer in modules if isinstance(layer, BaseTunerLayer) and not hasattr(layer, "method")]
+    inner = [path for path, layer in modules if isinstance(layer, BaseTunerLayer) and not isinstance(layer, Stores)]
     if inner:
         kind = type(model.get_submodule(inner[0])).__module__.split(".")[-2]
         logger.warning(
