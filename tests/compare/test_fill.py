@@ -124,7 +124,7 @@ def test_what_does_not_exist_is_found_once_before_the_first_run(wide_bert: Path,
     with pytest.raises(RecipeError) as error:
         fill(small(wide_bert, glue, tmp_path / "out", methods=methods, tasks=tasks))
     assert [line.partition(";")[0].partition(": this folder")[0] for line in str(error.value).splitlines()] == [
-        "the table small has 3 problems:",
+        "the table 'small' has 3 problems:",
         "  model: './no-model' does not exist",
         f"  own: data.text: {tmp_path / 'mine.csv'} has no column 'text'",
         "  gone: data file './gone.csv' does not exist",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_tables import tiny_recipe, write_jsonl
+from training_tables import notes_of, tiny_recipe, write_jsonl
 from transformers import AutoTokenizer
 
 from ziggurat.errors import DataError
@@ -43,7 +43,7 @@ def turns(*contents: Any, **more: Any) -> dict[str, Any]:
 def test_parts_of_text_are_read_as_the_text(tmp_path: Path) -> None:
     parts = [[{"type": "text", "text": "say "}, {"type": "text", "text": "yes"}], [{"type": "text", "text": "yes"}]]
     actual = examples(tmp_path, turns(*parts))
-    assert json.loads(actual.train[0]["messages"]) == [ASKED, SAID] and not actual.notes
+    assert json.loads(actual.train[0]["messages"]) == [ASKED, SAID] and not notes_of(actual)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_what_is_not_read_is_counted(tmp_path: Path) -> None:
         f"1 of 4 rows of {path} have weight in their messages, which is not read",
         f"left out 1 of 4 rows of {path}: their answer is empty",
     ]
-    assert actual.notes == lost * 2
+    assert notes_of(actual) == lost * 2
 
 
 @pytest.fixture(scope="module")

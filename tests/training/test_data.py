@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from torch import nn
-from training_tables import reviews, write_csv, write_jsonl
+from training_tables import notes_of, reviews, write_csv, write_jsonl
 
 from word_tokenizer import word_tokenizer
 from ziggurat.errors import DataError
@@ -86,7 +86,7 @@ def test_the_split_is_drawn_with_the_seed_and_said(reviews_csv: Path) -> None:
 
 def test_max_train_draws_and_says_so(reviews_csv: Path) -> None:
     loaded = load_examples(recipe(reviews_csv, data__validation=str(reviews_csv), data__max_train=10))
-    assert len(loaded.train) == 10 and loaded.notes == ["learns from 10 of 48 rows, drawn with seed 42"]
+    assert len(loaded.train) == 10 and notes_of(loaded) == ["learns from 10 of 48 rows, drawn with seed 42"]
 
 
 def test_the_embedded_demo() -> None:
@@ -456,7 +456,7 @@ def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path) -> None
     loaded = load_examples(recipe(path, task="instruct", data__validation=str(path)))
     assert list(loaded.train["completion"]) == list(loaded.validation["completion"]) == ["one", "two"]
     assert list(loaded.train["row"]) == [1, 3]  # rows of the file
-    assert loaded.notes == [f"left out 3 of 5 rows of {path}: their answer is empty"] * 2
+    assert notes_of(loaded) == [f"left out 3 of 5 rows of {path}: their answer is empty"] * 2
 
 
 def test_the_alpaca_prompt_has_an_input_section_only_with_an_input() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_tables import WORDS, tiny_recipe, write_jsonl
+from training_tables import WORDS, notes_of, tiny_recipe, write_jsonl
 from transformers import AutoConfig
 
 from word_tokenizer import word_tokenizer
@@ -38,7 +38,7 @@ def conversations(examples: Examples) -> list[list[dict[str, Any]]]:
 
 def test_messages_with_system_prompts_and_several_turns() -> None:
     examples = read("chat.jsonl")
-    assert examples.shape == "messages" and examples.notes == []
+    assert examples.shape == "messages" and notes_of(examples) == []
     first = [message["role"] for message in conversations(examples)[0]]
     assert first == ["system", "user", "assistant", "user", "assistant"]
 

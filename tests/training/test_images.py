@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_tables import tiny_recipe, write_jsonl
+from training_tables import notes_of, tiny_recipe, write_jsonl
 from typer.testing import CliRunner
 
 from vision_models import save_tiny_qwen_vl, save_tiny_smolvlm
@@ -43,7 +43,7 @@ def asked_about(*images: Any, text: Any = "what is it", **more: Any) -> dict[str
 
 def test_images_in_parts_by_marks_and_beside_the_messages() -> None:
     examples = read(FILE)
-    assert examples.shape == "messages" and examples.has_images and examples.notes == []
+    assert examples.shape == "messages" and examples.has_images and notes_of(examples) == []
     texts = [[message["content"] for message in json.loads(row)] for row in examples.train["messages"]]
     assert texts[0] == texts[4] == [f"{IMAGE}what colour is the sky", "blue"] and IMAGE not in "".join(texts[9])
     assert [message.count(IMAGE) for message in texts[7]] == [1, 0, 1, 0]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_tables import tiny_recipe, write_jsonl
+from training_tables import notes_of, tiny_recipe, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ziggurat.errors import DataError, RecipeError
@@ -50,7 +50,7 @@ def message(text: str) -> dict[str, str]:
 def test_pairs_of_conversations(row: dict[str, Any], tmp_path: Path) -> None:
     actual = pairs(tmp_path, row)
     made = actual.train[0]
-    assert actual.shape == "messages" and not actual.notes
+    assert actual.shape == "messages" and not notes_of(actual)
     assert json.loads(made["messages"]) == [ASKED, message("blue")]
     assert json.loads(made["messages_rejected"]) == [ASKED, message("awful")]
     assert made["learned"] == made["learned_rejected"] == 1

@@ -11,7 +11,7 @@ import torch
 from peft import AutoPeftModelForSeq2SeqLM
 from safetensors.torch import load_file
 from stops import StopAt
-from training_tables import WORDS, save_tiny_t5, tiny_recipe, write_csv, write_jsonl
+from training_tables import WORDS, notes_of, save_tiny_t5, tiny_recipe, write_csv, write_jsonl
 from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
 
 from commands import main
@@ -61,7 +61,7 @@ def run(tiny_t5: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 def test_columns_by_their_usual_names_and_by_ones_own(tmp_path: Path) -> None:
     examples = read(FORM, data__validation=str(FORM))
-    assert examples.shape == "source" and not examples.notes and len(examples.train) == 10
+    assert examples.shape == "source" and not notes_of(examples) and len(examples.train) == 10
     assert examples.train[1] == {"source": "the story was very bad", "target": "no", "row": 2}
     for names in (("document", "summary"), ("article", "highlights"), ("dialogue", "summary"), ("text", "summary")):
         rows = [dict(zip(names, (f"a film {n}", n), strict=True)) for n in range(4)]

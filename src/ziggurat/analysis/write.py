@@ -119,8 +119,12 @@ def write(
         require("drawing figures", "matplotlib")
     text = json_text(collected, other, k=k, beside=beside)
     drawn = dict([*pictures_of(collected, other), *pictures_over_epochs(history)]) if pictures else {}
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "components.csv", folder / "analysis.json"]
+    own = [*paths, folder / "tiers.csv", folder / "experts.csv", *(folder / f"{name}.png" for name in drawn)]
+    foreign = [path.name for path in own if path.exists()]
+    if foreign and not paths[1].is_file():
+        raise ConfigError(f"{folder} holds a {foreign[0]} that no analysis wrote: name another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
     lines = measures.rows(collected, k)
     _write_rows(paths[0], lines)
     paths[1].write_text(text + "\n", encoding="utf-8")

@@ -64,7 +64,7 @@ def analyze(
         run = adapter / "run.json"
         history = parse(run.read_text(encoding="utf-8")).get("history") or [] if run.is_file() else []
         pictures = not missing(["matplotlib"])
-        with told_of_storage(out):
+        with told_of_storage(out, "The files that were written before it stay there."):
             paths = write.write(first, out, second, k=k, pictures=pictures, history=history, beside=others)
         if not pictures:
             how = install_command(["matplotlib"])

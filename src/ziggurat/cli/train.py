@@ -101,7 +101,7 @@ def predict(
 
     from ziggurat.training.answers.load import load_adapter_model
     from ziggurat.training.answers.predict import predict_each, read_texts, seen_with
-    from ziggurat.training.answers.write import check_ending, write_answers
+    from ziggurat.training.answers.write import check_ending, check_place, write_answers
     from ziggurat.training.model.generate import Sampling
 
     out = out and out.expanduser()
@@ -113,6 +113,7 @@ def predict(
             raise StorageError(
                 f"'{out}' is the file that is read, or lies in the adapter's folder; name another by --out"
             )
+        check_place(out)
     loaded = load_adapter_model(adapter)
     seconds = [second] if second is not None else None
     firsts: Any = [text] if not image else [seen_with(str(text), image)]

@@ -136,7 +136,7 @@ def _differences(summary: Summary) -> str:
     )
     if taken:
         text += (
-            f" Of {len(taken)} intervals about {chance:.1f} would exclude zero by chance alone: "
+            f" Of {len(taken)} interval{'s' * (len(taken) > 1)} about {chance:.1f} would exclude zero by chance alone: "
             "they are not corrected for their number."
         )
     lower = [task for task, metric in table.metrics.items() if lower_is_better(metric)]

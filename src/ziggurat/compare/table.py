@@ -276,4 +276,4 @@ def _tasks(listed: Any) -> dict[str, dict[str, Any]]:
 def refused(name: str, problems: list[str]) -> RecipeError:
     """The error that lists a table's mistakes."""
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    return RecipeError(f"the table {name} has {count}:\n" + "\n".join(f"  {line}" for line in problems))
+    return RecipeError(f"the table {name!r} has {count}:\n" + "\n".join(f"  {line}" for line in problems))

@@ -102,11 +102,11 @@ class MethodTuner(MixedTuner):
         check_takes_parameters(self.method, config)
         all_linear = config.target_modules == "all-linear"  # which PEFT replaces by names
         self.sites = self._sites(config, model)
-        check_depth(self.method, config, self.sites)
         check_fused_mixers(model, self.sites)
         specs = checked_specs(self.method, config, self.sites)
         self._check_pairs(config, self.sites)
         check_stored(config, sum(spec.size for spec in specs.values() if spec.seed is None))
+        check_depth(self.method, config, self.sites)
         check_saved_whole(config)
         check_rows(model, config.trainable_token_indices)
         if self.method.sites is None:

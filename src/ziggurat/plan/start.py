@@ -89,9 +89,11 @@ def look(file: str, task: str | None = None) -> Start:
 
 def _encoding_of(file: str) -> str | None:
     """The encoding to try where a file of text isn't UTF-8: that of Western Windows, whose tables are the commonest."""
-    from ziggurat.training.data.readers import PACKED, encoding_of
+    from ziggurat.recipe.conflicts import PACKED
+    from ziggurat.training.data.readers import encoding_of
 
-    return None if file.lower().endswith(PACKED) else encoding_of(file, "cp1252")
+    is_text = Path(file).expanduser().is_file() and not file.lower().endswith(PACKED)
+    return encoding_of(file, "cp1252") if is_text else None
 
 
 def _forms(table: Dataset) -> Iterator[Start]:
@@ -159,7 +161,8 @@ def _table(table: Dataset, task: str | None) -> Start | None:
     keys = {"data.text": (first, f"other texts: {', '.join(others)}" if others else "the column of texts")}
     if pair:
         keys["data.text_pair"] = (pair[1], "two texts are compared")
-    keys["data.label"] = (label, _labels_in_words(values, kind))
+    headless = "; it is called as one of them: if the file has no head line, its first row is lost"
+    keys["data.label"] = (label, _labels_in_words(values, kind) + headless * (label in set(map(str, values))))
     spellings = Counter(" ".join(str(value).split()).casefold() for value in set(values))
     if kind == "classification" and any(count > 1 for count in spellings.values()):
         keys["data.similar_labels"] = (

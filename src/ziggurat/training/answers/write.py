@@ -3,11 +3,11 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from ziggurat.errors import DataError
+from ziggurat.errors import DataError, StorageError
 from ziggurat.files.staging import write_whole
 from ziggurat.terminal import no_formula
 
@@ -21,6 +21,31 @@ def check_ending(out: Path) -> None:
     """Raises DataError for a file of another format."""
     if out.suffix.lower() not in ENDINGS:
         raise DataError(f"--out: '{out}' ends in '{out.suffix}'; {', '.join(ENDINGS)} are written")
+
+
+def check_place(out: Path) -> None:
+    """Raises StorageError for a file with something else than answers, which they would replace."""
+    if not out.exists() or not out.stat().st_size:
+        return
+    try:
+        holds_answers = "answer" in _columns(out)
+    except Exception:  # whatever it is, it isn't of this form
+        holds_answers = False
+    if not holds_answers:
+        raise StorageError(f"'{out}' exists and holds no answers of this command; name another file by --out")
+
+
+def _columns(out: Path) -> Collection[str]:
+    """The columns of a file of answers."""
+    ending = out.suffix.lower()
+    if ending == ".parquet":
+        import pyarrow.parquet as pq
+
+        return pq.read_schema(out).names
+    if ending == ".json":
+        return json.loads(out.read_text(encoding="utf-8"))[0]
+    with out.open(newline="", encoding="utf-8") as file:
+        return next(csv.reader(file)) if ending == ".csv" else json.loads(file.readline())
 
 
 def write_answers(out: Path, predictions: Sequence[Prediction], second: Sequence[str] | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -75,10 +76,16 @@ def load_examples(recipe: Recipe) -> Examples:
         train = joined([rows for rows, _ in parts], sources)
         if validation is not None:
             validation, _ = _rows(recipe, validation, data.scored, notes)
+    named = validation is not None
     if validation is None:
         train, validation = _split_off(recipe, train, notes)
     train = _drawn(recipe, mixed(recipe, train, notes), data.max_train, "learns from", notes)
     validation = _drawn(recipe, validation, data.max_validation, "scores on", notes)
+    if named and (known := len(_known(train, validation))):
+        notes.append(
+            f"{known} of {len(validation)} validation rows are training rows, too: their scores say nothing about "
+            "rows that are new to the model"
+        )
     if recipe.task in ("classification", "multilabel") and len(set(map(str, train["label"]))) < 2:
         raise DataError(f"data.label: all {len(train)} training rows have the same label, nothing to learn")
     return Examples(train, validation, names, notes, shape)
@@ -218,6 +225,25 @@ def _identity(row: Any) -> str:
     if "source" in row:
         return str(row["source"])
     return repr([value for name, value in row.items() if name not in ("label", "good", "row", ORIGIN)])
+
+
+def _known(train: Dataset, validation: Dataset) -> list[int]:
+    """The numbers of the validation rows that have an equal training row."""
+    learned = set(_identities(train))
+    return [index for index, identity in enumerate(_identities(validation)) if identity in learned]
+
+
+def _identities(rows: Dataset) -> Iterator[str]:
+    """`_identity` of each row, column by column where it consists of whole columns, which takes a tenth of the time."""
+    names = rows.column_names
+    if "messages_rejected" in names:
+        return map(_identity, rows)
+    alone = next((name for name in ("prompt", "source") if name in names), None)
+    pairs = alone == "prompt" and "completion" in names and "prompt_rejected" not in names
+    if alone is not None and not pairs:
+        return map(str, rows[alone])
+    used = [name for name in names if name not in ("label", "good", "row", ORIGIN)]
+    return (repr(list(values)) for values in zip(*(rows[name] for name in used), strict=True))
 
 
 def text_columns(recipe: Recipe) -> list[str]:

@@ -81,6 +81,11 @@ def _checked(recipe: Recipe, table: Dataset, source: str, notes: list[str]) -> D
     faults.each(table[data.label], partial(check_label, recipe))
     table, left_out = faults.settle(table, data.drop_missing)
     notes += left_out
+    if recipe.task == "classification" and data.label in set(table[data.label]):
+        notes.append(
+            f"{source}: its column '{data.label}' is called as one of its labels; if the file has no head line, its "
+            "first row is taken for one and lost: write the columns' names above it"
+        )
     return table
 
 

@@ -13,9 +13,10 @@ from typing import Any
 from ziggurat.errors import DataError, first_line, with_article
 from ziggurat.extras import require
 
+from .faults import kind_of
+
 #: Byte order marks of text files -> their encoding.
 _MARKS = {BOM_UTF8: "utf-8", BOM_UTF16_LE: "utf-16", BOM_UTF16_BE: "utf-16"}
-PACKED = (".parquet", ".xlsx")
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".xlsx")
 #: Decoded, a parquet or xlsx file may have this many times its bytes, or `LEAST_DECODED` bytes where that is more.
 MOST_GROWTH, LEAST_DECODED = 1000, 2**28
@@ -200,7 +201,13 @@ def _csv(path: Path, content: bytes, texts: Collection[str], classes: str | None
     convert = csv.ConvertOptions(column_types=written)
     # A row must fit into one block, and the first block alone decides the columns' types.
     read = csv.ReadOptions(block_size=min(len(content) + 1, 2**30))
-    table = csv.read_csv(pa.BufferReader(content), read_options=read, parse_options=parse, convert_options=convert)
+    try:
+        table = csv.read_csv(pa.BufferReader(content), read_options=read, parse_options=parse, convert_options=convert)
+    except pa.ArrowInvalid as error:
+        hint = "a row needs as many cells as the head line, and a cell with the delimiter or a line break needs quotes"
+        if b"\0" in content[:1000]:
+            hint = "it looks like UTF-16 without its mark: set data.encoding to utf-16-le or utf-16-be"
+        raise DataError(f"{path} cannot be read as csv: {first_line(error)}; {hint}") from error
     if table.column_names.count(classes) == 1 and classes not in texts:
         place = table.column_names.index(classes)
         table = table.set_column(place, classes, _numbers_if_all(table[classes], convert.null_values))
@@ -237,7 +244,7 @@ def _json(path: Path, content: bytes, nested: Collection[str]) -> Any:
         rows = [row for _, row in numbered]
     bad = next((index for index, row in enumerate(rows) if not isinstance(row, dict)), None)
     if bad is not None:
-        raise DataError(f"{path}: entry {bad} is {with_article(type(rows[bad]).__name__)}, each must be an object")
+        raise DataError(f"{path}: entry {bad + 1} is {with_article(type(rows[bad]).__name__)}, each must be an object")
     # pyarrow's from_pylist reads the first row's keys only.
     names = dict.fromkeys(name for row in rows for name in row)
     if len(names) > MOST_COLUMNS:
@@ -248,7 +255,13 @@ def _json(path: Path, content: bytes, nested: Collection[str]) -> Any:
             values = [row.get(name) for row in rows]
             columns[name] = pa.array([as_text_if_nested(value) for value in values] if name in nested else values)
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise DataError(f"{path}: column '{name}' holds values of several kinds: {first_line(error)}") from error
+            kinds: dict[str, int] = {}
+            for number, value in enumerate(values, start=1):
+                kinds.setdefault(kind_of(value), number)
+            found = ", ".join(f"{kind} in row {number}" for kind, number in kinds.items() if kind != kind_of(None))
+            raise DataError(
+                f"{path}: column '{name}' holds values of several kinds: {found}; write all alike"
+            ) from error
     return pa.table(columns)
 
 

@@ -93,7 +93,7 @@ def require_column(table: Dataset, column: str, key: str, source: str) -> None:
 def texts_of(table: Dataset, column: str, source: str) -> list[str]:
     """A column as texts. Raises DataError if a row has none, or another kind of value."""
     values = list(table[column])
-    missing = [index for index, value in enumerate(values) if value is None]
+    missing = [index for index, value in enumerate(values) if value is None or value == "" or str(value).isspace()]
     if missing:
         raise DataError(
             f"{len(missing)} of {len(values)} rows of {source} have nothing in column '{column}', "

@@ -13,6 +13,7 @@ from ziggurat.recipe.tasks import REWARDED
 from ziggurat.terminal import is_screen
 
 from ..callbacks.rising import RisingLoss
+from ..callbacks.warmup import LongWarmUp
 from ..devices.processes import Processes
 from ..folder.run_folder import launched
 from ..model.adapt import Counts
@@ -54,6 +55,7 @@ class Notes:
 
 def watching(recipe: Recipe, base: Base, notes: Notes) -> Iterator[TrainerCallback]:
     """The callbacks that warn if a run learns nothing, and end one that no longer improves."""
+    yield LongWarmUp(notes.warn)
     if recipe.train.patience is not None:
         from ..callbacks.patience import StopWhenFlat
         from .metrics import lower_is_better

@@ -154,11 +154,15 @@ def beside(recipe: Recipe, head: list[str], images: bool = False) -> dict[str, A
 
 
 def check_targets(config: Any, model: nn.Module) -> None:
-    """Raise RecipeError for a target that matches nothing, which PEFT ignores if another one matches."""
+    """Raise RecipeError for a name, of a target or a module to save, that matches nothing: PEFT ignores it."""
+    paths = [path for path, _ in model.named_modules() if path]
+    for name in getattr(config, "modules_to_save", None) or ():
+        if not any(path.endswith(name) for path in paths):
+            leaves = dict.fromkeys(path.rpartition(".")[2] for path in paths)
+            raise RecipeError(f"method.modules_to_save: '{name}' matches no module{did_you_mean(name, leaves)}")
     targets = getattr(config, "target_modules", None)
     if not isinstance(targets, (list, tuple, set)):
         return
-    paths = [path for path, _ in model.named_modules() if path]
     unmatched = sorted(name for name in targets if not any(path == name or path.endswith(f".{name}") for path in paths))
     if unmatched:
         leaves = dict.fromkeys(path.rpartition(".")[2] for path, module in model.named_modules() if _has_weight(module))
