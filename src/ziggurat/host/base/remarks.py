@@ -57,7 +57,7 @@ def remark(model: nn.Module, config: Any, all_linear: bool, sites: Mapping[str, 
     names = config.target_modules if isinstance(config.target_modules, set | list) else ()
     kind = getattr(getattr(model, "config", None), "model_type", None)
     idle = sorted(name for name in names if not any(f".{path}".endswith(f".{name}") for path in sites))
-    if idle and sites and set(names) != set(DEFAULT_TARGETS.get(kind, ())) and not set(idle) & set(OF_EXPERTS):
+    if idle and sites and set(names) != set(DEFAULT_TARGETS.get(str(kind), ())) and not set(idle) & set(OF_EXPERTS):
         logger.warning("target_modules names %s, and no adapted module of this model is called so", ", ".join(idle))
     halves = sorted(name for name in names if name.rpartition(".")[2] in OF_EXPERTS)
     if not (all_linear or halves or config.target_parameters):
