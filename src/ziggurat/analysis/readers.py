@@ -57,15 +57,7 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
             continue
         specs = specs_of(method, at_site, site)
         names = _names(method, at_site, site, specs)
-        seeded = [key for key, spec in specs.items() if spec.seed is not None]
-        if lacking := [name for key, name in names.items() if key not in seeded and name not in state]:
-            raise ConfigError(
-                f"the adapter's file lacks {lacking[0]}, which its config asks for at {path!r}. Was the file cut, or "
-                "is its adapter_config.json another adapter's?"
-            )
-        stored = {key: state[name] for key, name in names.items() if key not in seeded}
-        device = next((tensor.device for tensor in stored.values()), None)
-        stored |= {key: drawn_again(specs[key], path, device) for key in seeded}
+        stored = _stored(path, specs, names, state)
         layers = tuple(site.span.layers) if site.span is not None else (site.layer,)
         for expert in range(site.num_experts or 1) if site.fused else (None,):
             t, members = (stored, {}) if expert is None else of_expert(specs, stored, expert, site.num_experts or 1)
@@ -107,6 +99,19 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
             experts=range(min(experts), max(experts) + 1) if experts else None,
         )
     yield from updates
+
+
+def _stored(path: str, specs: Mapping[str, TensorSpec], names: Mapping[str, str], state: State) -> dict[str, Tensor]:
+    """Key -> tensor of the site at `path`; those with a seed, which no file holds, are drawn."""
+    seeded = [key for key, spec in specs.items() if spec.seed is not None]
+    if lacking := [name for key, name in names.items() if key not in seeded and name not in state]:
+        raise ConfigError(
+            f"the adapter's file lacks {lacking[0]}, which its config asks for at {path!r}. Was the file cut, or is "
+            "its adapter_config.json another adapter's?"
+        )
+    stored = {key: state[name] for key, name in names.items() if key not in seeded}
+    device = next((tensor.device for tensor in stored.values()), None)
+    return stored | {key: drawn_again(specs[key], path, device) for key in seeded}
 
 
 def _sharing(members: Mapping[str, range], keys: Sequence[str], site: Site, expert: int | None) -> range | None:

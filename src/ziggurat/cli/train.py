@@ -101,12 +101,11 @@ def predict(
 
     from ziggurat.training.answers.load import load_adapter_model
     from ziggurat.training.answers.predict import predict_each, read_texts, seen_with
-    from ziggurat.training.answers.write import check_ending, check_place, write_answers
+    from ziggurat.training.answers.write import check_place, write_answers
     from ziggurat.training.model.generate import Sampling
 
     out = out and out.expanduser()
     if out is not None:
-        check_ending(out)
         check_writable(out)
         read = [place.expanduser().resolve() for place in (file, adapter) if place is not None]
         if out.exists() and any(out.resolve().is_relative_to(place) for place in read):

@@ -24,7 +24,8 @@ def check_ending(out: Path) -> None:
 
 
 def check_place(out: Path) -> None:
-    """Raises StorageError for a file with something else than answers, which they would replace."""
+    """Raises DataError for a format that isn't written, StorageError for a file of something else than answers."""
+    check_ending(out)
     if not out.exists() or not out.stat().st_size:
         return
     try:

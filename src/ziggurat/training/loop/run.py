@@ -149,7 +149,6 @@ def _train(
         peak_mb=peak_memory(),
         step_seconds=meter.step_seconds,
         notes=notes.texts,
-        warnings=notes.warnings,
         history=[line for line in task.trainer.state.log_history if line],
         shape=examples.shape,
         left=settle(task.trainer.model),
@@ -184,7 +183,7 @@ def _details(recipe: Recipe, task: Task, answers: Answers, examples: Examples, n
     if (alike := task.alike()) is not None:
         notes.warn(alike)
     example, images = example_of(examples, rated=recipe.task == "reward")
-    details = {"by_class": task.by_class(), "answers": answers.rows, "rows": rows}
+    details = {"by_class": task.by_class(), "answers": answers.rows, "rows": rows, "warnings": notes.warnings}
     return {**details, "example": example, "example_images": images}
 
 
