@@ -43,7 +43,7 @@ def small(model: Path, glue: Path, out: Path, **more: Any) -> Table:
 def test_a_run_with_one_answer_to_all_rows_stands_in_the_report(wide_bert: Path, tmp_path: Path) -> None:
     """A mean over seeds hides the one that has learned nothing."""
     train = write_csv(tmp_path / "train.csv", reviews(16))
-    alike = write_csv(tmp_path / "alike.csv", [{**row, "text": "the film"} for row in reviews(8)])
+    alike = write_csv(tmp_path / "alike.csv", [{**row, "text": "the film"} for row in reviews(12)])
     tasks = {"reviews": {"data.train": str(train), "data.validation": str(alike), "data.folder": None}}
     table = small(wide_bert, tmp_path, tmp_path / "out", tasks=tasks, seeds=[1])
     assert not fill(table).failed

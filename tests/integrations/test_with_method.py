@@ -89,7 +89,7 @@ def test_the_exit_code_is_the_programs(ends: str, code: int) -> None:
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["mspl0ra", "--", "true"], "there is no method 'mspl0ra', did you mean msplora?; there are "),
+        (["mspl0ra", "--", "true"], "there is no method 'mspl0ra', did you mean msplora? There are "),
         (["msplora", "even_scale=true", "--", "true"], "no field 'even_scale', did you mean even_scales?"),
         (["msplora", "r=none", "--", "true"], "r='none'"),
         (["msplora", "sites=3", "--", "true"], "has no field 'sites'"),

@@ -16,6 +16,7 @@ from ziggurat.recipe.recipe import make_recipe
 from ziggurat.training.answers.write import check_place, write_answers
 from ziggurat.training.data.examples import load_examples
 from ziggurat.training.data.tables import texts_of
+from ziggurat.training.loop.notes import _idle
 from ziggurat.training.loop.run import train
 
 
@@ -53,31 +54,34 @@ def test_a_file_without_a_head_line(tmp_path: Path) -> None:
     notes = load_examples(recipe(file, data__text="the film number 0 is fine", data__label="bad")).notes
     assert any("column 'bad' is called as one of its labels; if the file has no head line" in note for note in notes)
     assert "head line" not in start(str(write_csv(tmp_path / "with.csv", reviews(40))))[0]
+    named = [{"text": row["text"], "spam": "spam" if row["label"] == "pos" else "ham"} for row in reviews(40)]
+    for file, told in ((write_jsonl(tmp_path / "n.jsonl", named), False), (write_csv(tmp_path / "n.csv", named), True)):
+        notes = load_examples(recipe(file, data__label="spam")).notes
+        assert any("head line" in note for note in notes) == told
 
 
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
-        ({"data__weights": [3]}, "data.weights: has no meaning with one file"),
-        ({"data__encoding": "utf-16", "ending": ".parquet"}, "data.encoding: has no meaning with .parquet"),
-        ({"data__delimiter": ";", "ending": ".jsonl"}, "data.delimiter: has no meaning with .jsonl"),
-        ({"data__columns__prompt": "foo"}, "data.columns.prompt: has no meaning with task: classification"),
-        ({"data__roles__user": ["x"]}, "data.roles.user: has no meaning with task: classification"),
-        ({"train__optimizer": "adam"}, "did you mean adamw_torch?"),
+        ({"data__weights": [3]}, ["data.weights has no effect with one training file"]),
+        ({"data__delimiter": ";", "ending": ".jsonl"}, ["data.delimiter has no effect: a.jsonl has none to choose"]),
+        ({"data__columns__prompt": "foo"}, ["data.columns has no effect with task: classification"]),
+        ({"data__roles__user": ["x"]}, ["data.roles has no effect with task: classification"]),
+        ({"data__delimiter": ";"}, []),
+        ({"data__more": ["b.csv"], "data__weights": [1, 2]}, []),
+        ({"task": "instruct", "data__columns__prompt": "question", "ending": ".jsonl"}, []),
     ],
 )
-def test_settings_without_effect(keys: dict[str, Any], told: str) -> None:
+def test_settings_without_effect(keys: dict[str, Any], told: list[str]) -> None:
+    """Noted, not refused: runs of earlier versions have them in their recipes."""
     file = Path(f"a{keys.pop('ending', '.csv')}")
-    with pytest.raises(RecipeError) as refused:
-        recipe(file, **keys)
-    assert told in str(refused.value) and "1 problem" in str(refused.value)
+    notes = list(_idle(recipe(file, **keys)))
+    assert len(notes) == len(told) and all(note.startswith(text) for note, text in zip(notes, told, strict=True))
 
 
-def test_settings_with_an_effect() -> None:
-    assert recipe(Path("a.csv"), data__encoding="utf-16", data__delimiter=";").data.delimiter == ";"
-    mixed = recipe(Path("a.csv"), data__more=["b.parquet"], data__weights=[1, 2], data__encoding="cp1252")
-    assert mixed.data.weights == [1, 2]
-    assert recipe(Path("a.jsonl"), task="instruct", data__columns__prompt="question").data.columns.prompt == "question"
+def test_an_optimiser_by_its_usual_name() -> None:
+    with pytest.raises(RecipeError, match=r"did you mean adamw_torch\?"):
+        recipe(Path("a.csv"), train__optimizer="adam")
 
 
 def test_a_warm_up_longer_than_the_run_and_a_module_that_is_not_there(tmp_path: Path) -> None:
@@ -85,7 +89,7 @@ def test_a_warm_up_longer_than_the_run_and_a_module_that_is_not_there(tmp_path: 
     data = write_csv(tmp_path / "reviews.csv", reviews(24))
     short = {"train__epochs": None, "train__max_steps": 3}
     result = train(tiny_recipe(tmp_path / "bert", data, tmp_path / "long", train__warmup=100, **short))
-    told = "the warm-up (train.warmup: 100) isn't over when the run ends, after step 3"
+    told = "the warm-up (train.warmup) isn't over when the run ends, after step 3"
     assert [text for text in result.warnings if text.startswith(told)]
     result = train(tiny_recipe(tmp_path / "bert", data, tmp_path / "right", train__warmup=2, **short))
     assert not any("warm-up" in text for text in result.warnings)
@@ -100,8 +104,14 @@ def test_answers_replace_answers_alone(ending: str, tmp_path: Path) -> None:
 
     out = tmp_path / f"answers{ending}"
     check_place(out)
-    out.write_text("the notes of a year\n")
-    with pytest.raises(StorageError, match="exists and holds no answers of this command"):
+    foreign = ["the notes of a year\n", "question,answer\nhow many,3\n", '{"question": "how many", "answer": "3"}\n']
+    foreign += ['"the answer is 3"\n', '["the answer is 3"]\n', '[{"question": "how many", "answer": "3"}]\n']
+    for content in foreign:
+        out.write_text(content)
+        with pytest.raises(StorageError, match="exists and holds no answers of this command"):
+            check_place(out)
+    if ending == ".json":
+        out.write_text("[]\n")
         check_place(out)
     out.unlink()
     write_answers(out, [Prediction("a film", "pos", {"pos": 0.75, "neg": 0.25})], None)
@@ -113,6 +123,11 @@ def test_values_of_several_kinds_and_short_rows_name_their_rows(tmp_path: Path) 
     mixed.write_text('{"text": "a", "label": "0"}\n{"text": "b", "label": 1.5}\n{"text": "c", "label": null}\n')
     with pytest.raises(DataError, match="several kinds: a str in row 1, a float in row 2; write all alike"):
         load_examples(recipe(mixed))
+    nested = write_jsonl(
+        tmp_path / "nested.jsonl", [{"text": "a", "label": {"a": 1}}, {"text": "b", "label": {"a": "z"}}]
+    )
+    with pytest.raises(DataError, match="several kinds: .*z"):
+        load_examples(recipe(nested))
     short = tmp_path / "short.csv"
     short.write_text("text,label\none,pos\nalone\n")
     with pytest.raises(DataError, match="a row needs as many cells as the head line"):

@@ -91,10 +91,16 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
                         UPDATE, site.stack_path, role, layers, *_narrowed(pair, rank), stored=False, experts=reached
                     )
                 )
+    counted: set[tuple[str, ...]] = set()
     for same in alike.values():
         experts = {n for component in same for n in component.experts or ()}
+        # The tensors of a pair with several scales count once.
+        key = (same[0].part, *same[0].tensors)
+        tensors = same[0].tensors if key not in counted else {}
+        counted.add(key)
         yield replace(
             same[0],
+            tensors=tensors,
             layers=tuple(sorted({n for component in same for n in component.layers})),
             experts=range(min(experts), max(experts) + 1) if experts else None,
         )

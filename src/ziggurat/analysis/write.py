@@ -125,9 +125,8 @@ def write(
     if foreign and not paths[1].is_file():
         raise ConfigError(f"{folder} holds a {foreign[0]} that no analysis wrote: name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    lines = measures.rows(collected, k)
-    _write_rows(paths[0], lines)
-    paths[1].write_text(text + "\n", encoding="utf-8")
+    paths[1].write_text(text + "\n", encoding="utf-8")  # first: by it a later analysis knows the folder
+    _write_rows(paths[0], measures.rows(collected, k))
     if between := tiers.rows(collected):
         paths.append(folder / "tiers.csv")
         _write_rows(paths[-1], between)

@@ -170,10 +170,13 @@ def _cost(summary: Summary) -> str:
 
 
 def _warnings(summary: Summary) -> str:
+    seeds: dict[tuple[str, str, str], list[str]] = {}
+    for line in summary.lines:
+        for text in line.get("warnings") or ():
+            seeds.setdefault((line["method"], line["task"], text), []).append(str(line["seed"]))
     lines = [
-        f"- {line['method']} on {line['task']}, seed {line['seed']}: {text}"
-        for line in summary.lines
-        for text in line.get("warnings", ())
+        f"- {method} on {task}, seed{'s' * (len(of) > 1)} {', '.join(of)}: {text}"
+        for (method, task, text), of in seeds.items()
     ]
     return "Runs that warned, and count in the scores:\n\n" + "\n".join(lines) if lines else ""
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from ziggurat.host.method_layer import MethodLayer
 from ziggurat.host.site import body_name
-from ziggurat.host.values import is_whole
 from ziggurat.lowrank.pair import FactorPair, delta, stack
 from ziggurat.lowrank.spectrum import factored_svd
 
@@ -35,7 +35,7 @@ def check_request(
         raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter.")
     if broken := [weight for weight in weights if not isfinite(weight)]:
         raise ValueError(f"weights={list(weights)}: {broken[0]} is no finite number.")
-    if rank is not None and not is_whole(rank, 1):
+    if rank is not None and not (isinstance(rank, Integral) and rank >= 1):
         raise ValueError(f"svd_rank={rank!r}: a whole number above 0, or None for the largest rank, is needed.")
     for name in adapters:
         if name not in configs:

@@ -275,6 +275,8 @@ class MethodConfig(PeftConfig):
         self.stored_numbers: int | None = None
         #: The bank that it builds on, if it was read from the folder of a set.
         self.bank_file: Path | None = None
+        #: The table of sites that a folder had, beside which `sites` is that of the model.
+        self.read_sites: dict[str, Any] | None = None
         #: True for a sum of adapters, whose rank may be above the matrix.
         self.any_rank = False
         for item in fields(self):

@@ -10,6 +10,7 @@ forward pass, with autograd, and for merging, export and analysis, where `contex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,7 @@ def _check_spec(method: Method, site: Site, key: Any, spec: Any) -> None:
     where = f"{method.card.shown}: tensor {key!r} of {site.path!r}"
     if not isinstance(spec, TensorSpec):
         raise ConfigError(f"{where} is {with_article(type(spec).__name__)}; `tensors` gives each key a TensorSpec.")
-    if not isinstance(spec.shape, tuple) or any(not isinstance(side, int) or side < 0 for side in spec.shape):
+    if not isinstance(spec.shape, tuple) or any(not isinstance(side, Integral) or side < 0 for side in spec.shape):
         raise ConfigError(f"{where} has the shape {spec.shape!r}: a tuple of whole numbers from 0 is needed.")
 
 
@@ -280,11 +281,14 @@ def redirected(method: Method, config: Any, site: Site) -> dict[str, tuple[bool,
     return {key: (True, f"{shared}:{key}") for key, shared in method.reads(config, site).items()}
 
 
-def unique_specs(method: Method, config_at: Callable[[Site], Any], sites: Mapping[str, Site]) -> dict[str, TensorSpec]:
+def unique_specs(
+    method: Method, config_at: Callable[[Site], Any], sites: Mapping[str, Site], *, fresh: bool = False
+) -> dict[str, TensorSpec]:
     """Every tensor of an adapter once, by a name that sites which share it agree on.
 
     Raises:
-        ConfigError: two sites give one name two shapes, or let it train at the one and not at the other.
+        ConfigError: two sites give one name two shapes; or, of a `fresh` adapter, let it train at the one and not at
+            the other.
     """
     unique: dict[str, TensorSpec] = {}
     first: dict[str, str] = {}
@@ -298,7 +302,7 @@ def unique_specs(method: Method, config_at: Callable[[Site], Any], sites: Mappin
                     "the method share by shape."
                 )
             first_spec = unique.setdefault(name, spec)
-            if (first_spec.trains, first_spec.seed, first_spec.up) != (spec.trains, spec.seed, spec.up):
+            if fresh and (first_spec.trains, first_spec.seed, first_spec.up) != (spec.trains, spec.seed, spec.up):
                 raise ConfigError(
                     f"{method.card.shown}: {first[name]!r} and {path!r} share the tensor {name!r}, but differ in its "
                     "`trainable`, `seed` or `up`: what a shared tensor is can't depend on the site."

@@ -34,7 +34,7 @@ from ziggurat.host.mixed import MixedTuner
 from ziggurat.host.older import NoMatchingPeftModuleError, as_no_match, check_saved_whole
 from ziggurat.host.root_hook import stop_hooks
 from ziggurat.host.saved.names import RenamesOnLoad, check_tensors, current_names
-from ziggurat.host.saved.sites_table import check_depth, to_table
+from ziggurat.host.saved.sites_table import to_table
 from ziggurat.host.siblings import introduce
 from ziggurat.host.site import Site
 from ziggurat.host.tensors import check_pair
@@ -106,12 +106,12 @@ class MethodTuner(MixedTuner):
         specs = checked_specs(self.method, config, self.sites)
         self._check_pairs(config, self.sites)
         check_stored(config, sum(spec.size for spec in specs.values() if spec.seed is None))
-        check_depth(self.method, config, self.sites)
         check_saved_whole(config)
         check_rows(model, config.trainable_token_indices)
         if self.method.sites is None:
             remark(model, config, all_linear, self.sites)
         remark_inner(model, self.sites)
+        config.read_sites = config.sites if config.ziggurat_version is not None else None
         config.sites = to_table(self.sites)
         layers: list[Any] = [module for module in model.modules() if isinstance(module, self.tuner_layer_cls)]
         for layer in layers:
@@ -311,7 +311,8 @@ class MethodTuner(MixedTuner):
         self.peft_config[adapter] = config
         try:
             self.inject_adapter(self.model, adapter)
-            self._cast_adapter_dtype(adapter)  # a sum isn't rounded to the 16 bits of its base
+            if self._has_wide(adapter):
+                self._cast_adapter_dtype(adapter)  # a sum isn't rounded to the 16 bits of its base
             yield
         except BaseException:
             self.peft_config.pop(adapter, None)
@@ -319,6 +320,12 @@ class MethodTuner(MixedTuner):
                 if isinstance(module, self.tuner_layer_cls):
                     module.forget(adapter)
             raise
+
+    def _has_wide(self, adapter: str) -> bool:
+        """Whether an adapter other than this one has tensors of 32 bits or more."""
+        layers: list[Any] = [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+        others = (store for layer in layers for name, store in layer.stores.items() if name != adapter)
+        return any(parameter.dtype.itemsize >= 4 for store in others for parameter in store.parameters())
 
     @torch.no_grad()
     def add_weighted_adapter(

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import field
+from numbers import Integral
 from os import PathLike
 from re import _constants as op  # pyright: ignore[reportAttributeAccessIssue]
 from re import _parser  # pyright: ignore[reportAttributeAccessIssue]
@@ -165,8 +166,9 @@ def check_pattern(name: str, value: Any) -> None:
 
 
 def check_step(step: Any, total: Any) -> None:
-    """Raise ConfigError unless `step` is one of a run's `total`, 0 to `total`."""
-    if not is_whole(total, 1) or not is_whole(step, 0, total):
+    """Raise ConfigError unless `step` is one of a run's `total`, 0 to `total`; NumPy's whole numbers count, too."""
+    whole = all(isinstance(number, Integral) and not isinstance(number, bool) for number in (step, total))
+    if not whole or not 0 <= step <= total or total < 1:
         raise ConfigError(
             f"step {shown(step)} of {shown(total)}: whole numbers are needed, the steps that are done, from 0, and the "
             "run's total, above 0."
@@ -178,7 +180,7 @@ def check_rows(name: str, value: Any) -> None:
     name."""
     lists = value if isinstance(value, dict) else {"": [] if value is None else value}
     fits = all(isinstance(key, str) for key in lists) and all(
-        isinstance(rows, list) and rows and all(is_whole(row, 0) for row in rows)
+        isinstance(rows, list | tuple) and all(is_whole(row, 0) for row in rows)
         for rows in (lists.values() if value is not None else ())
     )
     if not fits:

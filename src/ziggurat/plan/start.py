@@ -63,6 +63,7 @@ def start(file: str, *, task: str | None = None, model: str | None = None) -> tu
 def look(file: str, task: str | None = None) -> Start:
     """Infer the task from the columns and rows of `file`. Raises DataError."""
     from ziggurat.training.data.instruct import ALIASES
+    from ziggurat.training.data.readers import has_head_line
     from ziggurat.training.data.tables import read_table
 
     nested = [name for names in ALIASES.values() for name in names]
@@ -70,7 +71,7 @@ def look(file: str, task: str | None = None) -> Start:
     table = read_table(file, nested=nested, encoding=encoding)
     inferred = next((form for form in _forms(table) if task in (None, form.task)), None)
     if inferred is None and (task is None or TASKS[task].rows in ("labelled", "answers")):
-        inferred = _table(table, task)
+        inferred = _table(table, task, has_head_line(file))
     if inferred is None or task not in (None, inferred.task):
         raise DataError(
             f"{file} has the columns {', '.join(table.column_names)}, which fit {task or 'no task'}; needed: a text "
@@ -89,8 +90,7 @@ def look(file: str, task: str | None = None) -> Start:
 
 def _encoding_of(file: str) -> str | None:
     """The encoding to try where a file of text isn't UTF-8: that of Western Windows, whose tables are the commonest."""
-    from ziggurat.recipe.conflicts import PACKED
-    from ziggurat.training.data.readers import encoding_of
+    from ziggurat.training.data.readers import PACKED, encoding_of
 
     is_text = Path(file).expanduser().is_file() and not file.lower().endswith(PACKED)
     return encoding_of(file, "cp1252") if is_text else None
@@ -132,8 +132,9 @@ def _forms(table: Dataset) -> Iterator[Start]:
             yield Start("instruct", subject + " about images" * images, keys, images)
 
 
-def _table(table: Dataset, task: str | None) -> Start | None:
-    """A table with texts and labels, or with texts alone; None if it has no text."""
+def _table(table: Dataset, task: str | None, named_by_row: bool) -> Start | None:
+    """A table with texts and labels, or with texts alone; None if it has no text. `named_by_row`: its first row, in the
+    file, names its columns."""
     # Lists and objects are neither texts nor labels of these tasks.
     kinds = (str, int, float, bool, type(None))
     columns = {name: list(table[name]) for name in table.column_names}
@@ -162,7 +163,8 @@ def _table(table: Dataset, task: str | None) -> Start | None:
     if pair:
         keys["data.text_pair"] = (pair[1], "two texts are compared")
     headless = "; it is called as one of them: if the file has no head line, its first row is lost"
-    keys["data.label"] = (label, _labels_in_words(values, kind) + headless * (label in set(map(str, values))))
+    is_headless = named_by_row and label in set(map(str, values))
+    keys["data.label"] = (label, _labels_in_words(values, kind) + headless * is_headless)
     spellings = Counter(" ".join(str(value).split()).casefold() for value in set(values))
     if kind == "classification" and any(count > 1 for count in spellings.values()):
         keys["data.similar_labels"] = (

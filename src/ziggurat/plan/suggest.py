@@ -155,8 +155,7 @@ def suggest(
         RecipeError, MissingExtraError: as for `ziggurat train`.
     """
     from ziggurat.recipe.needs import check as check_needs
-    from ziggurat.recipe.recipe import find_recipe, load_recipe, to_yaml
-    from ziggurat.recipe.text import read_yaml
+    from ziggurat.recipe.recipe import load_recipe, to_yaml
     from ziggurat.training.loop.run import train
 
     recipe = load_recipe(source, words)
@@ -188,12 +187,10 @@ def suggest(
         old = f"the recipe's {len(recipe.method['tiers'])} tiers of method.tiers"
         suggested.notes.append(f"{old} give way to the three that are suggested: global, mid and layer")
     final = [*_suggested(recipe, suggested), *(word for word in dropped if _key(word) not in _SUGGESTED)]
-    whole = load_recipe(source, [*_without(words, [*_SHAPE, *map(_key, final)]), *final])
-    text = to_yaml(whole)
-    if not any(_key(word) == "name" for word in words) and "name" not in read_yaml(find_recipe(source)[1])[0]:
-        # A recipe is called after its file, and runs of one name share a folder: the suggested one is called anew.
-        text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("name:"))
-    return suggested, text
+    text = to_yaml(load_recipe(source, [*_without(words, [*_SHAPE, *map(_key, final)]), *final]))
+    # Runs of one name share a folder: the suggested one is called after its file.
+    lines = (line for line in text.splitlines(keepends=True) if not line.startswith(("name:", "output:")))
+    return suggested, "".join(lines)
 
 
 #: Settings of a quick probe run.

@@ -1,7 +1,6 @@
 """Mistakes that concern several keys of a recipe."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from ziggurat.host.method import has_pairs
@@ -24,8 +23,7 @@ _GOES_WITH = {
     ("data.format", "data.loss", "data.packing", "data.streaming", "data.image_folder", "tower"): _of("answers"),
     ("data.prefix", "data.max_target"): _of("sources"),
     ("train.answers",): _of("answers", "sources"),
-    ("data.as_chat", "data.roles."): _of("answers", "pairs", "judged", "prompts"),
-    ("data.columns.",): tuple(name for name, task in TASKS.items() if task.rows != "labelled"),
+    ("data.as_chat",): _of("answers", "pairs", "judged", "prompts"),
     ("train.beta",): ("dpo", "orpo", "kto"),
     ("rewards.", "sampling.completions"): REWARDED,
     ("sampling.",): _of("prompts"),
@@ -42,15 +40,8 @@ _GOES_WITH = {
 
 def tasks_of(key: str) -> tuple[str, ...]:
     """The tasks that a key goes with, or a section, as `rewards.`."""
-    for names, tasks in _GOES_WITH.items():
-        if any(key == name or (name.endswith(".") and key.startswith(name)) for name in names):
-            return tasks
-    return tuple(TASKS)
-
-
-#: Ends of names of files that are no text, and of those without a delimiter.
-PACKED = (".parquet", ".xlsx")
-NOT_DELIMITED = (*PACKED, ".json", ".jsonl", ".ndjson", ".txt")
+    section = key[: key.find(".") + 1]
+    return next((tasks for keys, tasks in _GOES_WITH.items() if key in keys or section in keys), tuple(TASKS))
 
 
 class _Recipe:
@@ -94,13 +85,6 @@ def _of_data(recipe: _Recipe) -> Iterator[str]:
     files, validates = 1 + len(recipe["data.more"] or []), brings_validation(train, recipe["data.folder"])
     if weights is not None and len(weights) != files:
         yield f"data.weights: {len(weights)} for {files} files; data.train names the files as a list"
-    elif weights is not None and files == 1:
-        yield "data.weights: has no meaning with one file; a file of weight 1 has each row once, as without it"
-    sources = [train, *(recipe["data.more"] or []), recipe["data.validation"]]
-    endings = {Path(source.lower().removesuffix(".gz")).suffix for source in sources if isinstance(source, str)}
-    for key, others in (("data.encoding", PACKED), ("data.delimiter", NOT_DELIMITED)):
-        if recipe.changes(key) and endings <= set(others):
-            yield f"{key}: has no meaning with {', '.join(sorted(endings))}"
     if files > 1 and validates:
         yield f"data.more: has no meaning with {train}, a task of GLUE"
     if recipe.changes("data.validation_share") and "data.validation_rows" in recipe.keys:

@@ -1,7 +1,7 @@
 """Checks of an adapter's target modules before training: modules that can't be adapted, experts that stay frozen."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -9,7 +9,7 @@ from torch import nn
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.bank import Stores
-from ziggurat.host.base.targets import DEFAULT_TARGETS
+from ziggurat.host.base.targets import DEFAULT_TARGETS, called
 from ziggurat.host.site import Site
 from ziggurat.host.tensors import ByAdapter
 
@@ -40,13 +40,22 @@ def remark_inner(model: nn.Module, sites: Mapping[str, Site]) -> None:
     modules = [(path, model.get_submodule(path)) for path, site in sites.items() if not site.fused]
     inner = [path for path, layer in modules if isinstance(layer, BaseTunerLayer) and not isinstance(layer, Stores)]
     if inner:
-        kind = type(model.get_submodule(inner[0])).__module__.split(".")[-2]
+        kind = type(model.get_submodule(inner[0])).__name__
         logger.warning(
-            "%d of the linear layers (%s, ...) have an adapter of PEFT's %s already, which now lies inside the new "
-            "one. PEFT saves the inner adapter by names with '.base_layer.', and other models load such a file "
-            "without effect: save it before you add another method's, or merge it first.",
+            "%d of the linear layers (%s, ...) have an adapter already (%s), which now lies inside the new one. PEFT "
+            "saves the inner adapter by names with '.base_layer.', and other models load such a file without effect: "
+            "save it before you add another method's, or merge it first.",
             *(len(inner), inner[0], kind),
         )
+
+
+def _remark_idle(model: nn.Module, names: Collection[str]) -> None:
+    """Warn of target names that match no module. The defaults of a type of models name those of its versions."""
+    kind = str(getattr(getattr(model, "config", None), "model_type", None))
+    idle = sorted({*names} - called(model, names) - {*OF_EXPERTS})
+    if idle and {*names} != {*DEFAULT_TARGETS.get(kind, ())}:
+        shown = ", ".join(idle[:3]) + ", ..." * (len(idle) > 3)
+        logger.warning("target_modules names %s, and no module of this model is called so", shown)
 
 
 def remark(model: nn.Module, config: Any, all_linear: bool, sites: Mapping[str, Site]) -> None:
@@ -55,10 +64,8 @@ def remark(model: nn.Module, config: Any, all_linear: bool, sites: Mapping[str, 
     Experts of transformers' mixtures are one parameter of three dimensions, no linear layers.
     """
     names = config.target_modules if isinstance(config.target_modules, set | list) else ()
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    idle = sorted(name for name in names if not any(f".{path}".endswith(f".{name}") for path in sites))
-    if idle and sites and set(names) != set(DEFAULT_TARGETS.get(str(kind), ())) and not set(idle) & set(OF_EXPERTS):
-        logger.warning("target_modules names %s, and no adapted module of this model is called so", ", ".join(idle))
+    if not all_linear and config.ziggurat_version is None:  # a loaded config has been told of it before
+        _remark_idle(model, names)
     halves = sorted(name for name in names if name.rpartition(".")[2] in OF_EXPERTS)
     if not (all_linear or halves or config.target_parameters):
         return

@@ -96,7 +96,7 @@ def checked_specs(method: Method, config: Any, sites: Mapping[str, Site]) -> dic
         if method.check is not None and config.blended is None:
             method.check(config.at(site), site)
     config.check_sites(sites)
-    specs = unique_specs(method, config.at, sites)
+    specs = unique_specs(method, config.at, sites, fresh=config.ziggurat_version is None)
     if config.freeze_tiers is not None:
         from ziggurat.host.sets.inherit import check_frozen
 
@@ -182,22 +182,24 @@ def site_at(
     return Site(path, stack, place.layer, place.num_layers, place.role, d_in, d_out, num_experts=num_experts)
 
 
+def called(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Those of `names` that are modules of `model`, or the ends of their paths."""
+    names = set(names)
+    lengths = {name.count(".") + 1 for name in names}
+    paths = (node.path.split(".") for node in bare_tree(unwrap(model)[0]).walk())
+    return names & {".".join(path[-length:]) for path in paths for length in lengths}
+
+
 def no_match_hint(target_modules: str | Iterable[str], model: nn.Module) -> str:
     """What to do about target modules that matched nothing, after an error's text."""
-    near = near_misses(target_modules, model)
-    if not near:
-        return ""
-    exact = [target_modules] if isinstance(target_modules, str) else sorted(target_modules)
-    if not set(exact) <= set(near):
-        return f" Nearest names in this model: {', '.join(near)}."
     if isinstance(target_modules, str):
-        return (
-            f" The model has modules called {target_modules!r}, but text is a regular expression for whole paths: give "
-            f"a list, target_modules=[{target_modules!r}]."
-        )
-    return (
-        " The model has modules of these names: layers_to_transform, layers_pattern or exclude_modules rule them out."
-    )
+        names = re.findall(r"\w+(?:\.\w+)*", target_modules)
+        if names and called(model, names) == {*names}:
+            return f" Text is a regular expression for whole paths: give a list, target_modules={names}."
+    elif (names := sorted(target_modules)) and called(model, names) == {*names}:
+        return " The model has modules of these names: layers_to_transform, layers_pattern or exclude_modules bar them."
+    near = near_misses(target_modules, model)
+    return f" Nearest names in this model: {', '.join(near)}." if near else ""
 
 
 def near_misses(target_modules: str | Iterable[str], model: nn.Module, limit: int = 6) -> list[str]:

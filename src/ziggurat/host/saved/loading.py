@@ -15,7 +15,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from ziggurat.host.base.unwrap import PREFIX
 from ziggurat.host.method import method_of
-from ziggurat.host.saved.names import check_tensors, current_names
+from ziggurat.host.saved.names import check_places, check_tensors, current_names
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
@@ -43,17 +43,14 @@ def load_through_methods() -> None:
         config: Any = peft_config
         if config is None and source is not None:
             config = PeftConfig.from_pretrained(str(source), **hub)
-            if method_of(config) is not None:
-                config = type(config).from_pretrained(str(source), **hub)  # which checks the folder
         method = method_of(config)
         if method is None or config is None:
             return original(self, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **kwargs)
         state = adapter_state_dict
         if state is None:
             state = load_peft_weights(str(source), device="cpu", **hub)
-            if config.bank is not None:
-                config = config if config.bank_file is not None else type(config).from_pretrained(str(source), **hub)
-                state = {**load_file(config.bank_file), **state}
+            if config.bank is not None:  # the method's own reading, which PEFT's and transformers' leave out, checks it
+                state = {**load_file(type(config).from_pretrained(str(source), **hub).bank_file), **state}
         named = {
             name.removeprefix(PREFIX): tensor
             for name, tensor in current_names(state, method, self).items()
@@ -61,6 +58,7 @@ def load_through_methods() -> None:
         }
         result = original(self, peft_model_id, adapter_name, config, named, *args, **kwargs)
         adapter = adapter_name or "default"
+        check_places(method, self, (adapter,))
         names = (name.replace(f"{method.store}.", f"{method.store}.{adapter}.", 1) for name in named)
         check_tensors(method, self, adapter, dict.fromkeys(names))
         return result

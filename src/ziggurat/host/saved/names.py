@@ -14,7 +14,9 @@ from torch import nn
 from ziggurat.errors import ConfigError
 from ziggurat.host.base.unwrap import PREFIX, unwrap
 from ziggurat.host.method import Method
+from ziggurat.host.method_layer import layers_of
 from ziggurat.host.root_hook import RootHook
+from ziggurat.host.saved.sites_table import check_depth
 from ziggurat.host.site import CHILD, Site, body_prefix, with_other_head
 from ziggurat.host.tensors import TensorSpec
 
@@ -63,11 +65,27 @@ class RenamesOnLoad(RootHook):
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         assert self.method is not None
         inside = {name.removeprefix(prefix): name for name in state_dict if name.startswith(prefix)}
+        check_places(
+            self.method, module, {name.rpartition(f"{self.method.store}.")[2].split(".")[0] for name in inside}
+        )
         for (name, loaded_name), renamed in zip(
             inside.items(), current_names(inside, self.method, module), strict=True
         ):
             if renamed != name:
                 state_dict[prefix + renamed] = state_dict.pop(loaded_name)
+
+
+def check_places(method: Method, model: nn.Module, adapters: Collection[str]) -> None:
+    """`check_depth` of those of `adapters`, whose tensors are being loaded into `model`, that it has."""
+    sites: dict[str, dict[str, Site]] = {}
+    configs: dict[str, Any] = {}
+    for layer in layers_of(model, method=method):
+        for adapter in set(layer.sites) & set(adapters):
+            site = layer.sites[adapter]
+            sites.setdefault(adapter, {})[site.path] = site
+            configs[adapter] = layer.configs[adapter]
+    for adapter, config in configs.items():
+        check_depth(method, config, sites[adapter])
 
 
 def _renamed(name: str, method: Method, body: str) -> str:

@@ -76,23 +76,19 @@ def from_table(table: Any) -> dict[str, Site]:
 
 
 def check_depth(method: Method, config: Any, sites: Mapping[str, Site]) -> None:
-    """Compare the stacks of an adapter from a folder with those of the model whose `sites` these are.
+    """Compare the places that a saved adapter was trained at with `sites`, those that it has in this model.
 
-    In a stack of another depth a method that shares by depth gives layers other tensors; others lack layers.
+    In a stack of another depth a method that shares by depth would give layers other tensors; and places may be lacking.
 
     Raises:
         ConfigError: a site would get another tensor than it was trained with.
     """
-    if config.stored_numbers is None or config.sites is None:
+    if config.read_sites is None or config.read_sites == config.sites:
         return
     try:
-        trained = from_table(config.sites)
+        trained = from_table(config.read_sites)
     except ConfigError:
         return  # whoever needs the table says so
-    depths = {site.stack: site.num_layers for site in sites.values()}
-    other = {site.stack: site.num_layers for site in trained.values() if depths.get(site.stack) != site.num_layers}
-    if not other:
-        return
 
     def tensors(site: Site) -> set[str]:
         return {spec.leaf(key) for key, spec in specs_of(method, config.at(site), site).items()}
@@ -103,7 +99,7 @@ def check_depth(method: Method, config: Any, sites: Mapping[str, Site]) -> None:
         now = here.get((site.stack, site.layer, site.role))
         if now is None:
             lacking.append(path)
-        elif tensors(now) != tensors(site):
+        elif now.num_layers != site.num_layers and tensors(now) != tensors(site):
             raise ConfigError(
                 f"this adapter was trained in {site.num_layers} layers {site.stack!r}, and this model has "
                 f"{now.num_layers}: {method.card.shown} shares tensors by depth, so {path!r} would get others than it "
@@ -112,10 +108,8 @@ def check_depth(method: Method, config: Any, sites: Mapping[str, Site]) -> None:
             )
     if lacking:
         logger.warning(
-            "this model has other numbers of layers than the adapter was trained in (%s): it lacks %d of the %d places "
-            "that the adapter acts at (%s%s), and their tensors are left out.",
-            *(", ".join(f"{stack!r}: {depth}" for stack, depth in other.items()), len(lacking), len(trained)),
-            *(", ".join(lacking[:2]), ", ..." if len(lacking) > 2 else ""),
+            "this model lacks %d of the %d places that the adapter was trained at (%s%s); their tensors are left out.",
+            *(len(lacking), len(trained), ", ".join(lacking[:2]), ", ..." if len(lacking) > 2 else ""),
         )
 
 

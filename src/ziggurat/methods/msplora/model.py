@@ -1,6 +1,7 @@
 """MSPLoRA as a PEFT method: its checks, its stages, and weighted sums of its adapters."""
 
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ziggurat.host.registry import register
 from ziggurat.host.site import Site, check_room
 from ziggurat.host.tensors import tier_of
 from ziggurat.host.tuner import MethodTuner
-from ziggurat.host.values import is_number, shown
+from ziggurat.host.values import shown
 from ziggurat.methods.msplora.config import CITATION, MSPLoraConfig
 from ziggurat.methods.msplora.equations import pair, parts, tensors
 from ziggurat.methods.msplora.pyramid import Tier
@@ -34,7 +35,7 @@ class MSPLoraModel(MethodTuner):
             ConfigError: `progress` isn't a number from 0 to 1.
         """
         tiers = self._tiers(adapter)
-        if not is_number(progress) or not 0 <= progress <= 1:
+        if not isinstance(progress, Real) or not 0 <= progress <= 1:
             raise ConfigError(f"set_stage got progress={shown(progress)}: the share of the run, 0 to 1, is needed.")
         bank = self.bank_cls.at_root(self.model)
         bank.hold_still(adapter, waiting(bank, adapter, tiers, progress))

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +29,26 @@ def check_place(out: Path) -> None:
     if not out.exists() or not out.stat().st_size:
         return
     try:
-        holds_answers = "answer" in _columns(out)
+        columns = _columns(out)
     except Exception:  # whatever it is, it isn't of this form
-        holds_answers = False
-    if not holds_answers:
+        columns = ["?"]
+    ours = [name for name in columns if name in ("text", "text_pair", "answer") or name.startswith("probability_")]
+    if columns and (ours != columns or not {"text", "answer"} <= {*ours}):
         raise StorageError(f"'{out}' exists and holds no answers of this command; name another file by --out")
 
 
-def _columns(out: Path) -> Collection[str]:
-    """The columns of a file of answers."""
+def _columns(out: Path) -> list[str]:
+    """The columns of a file of answers; none if it holds no row."""
     ending = out.suffix.lower()
     if ending == ".parquet":
         import pyarrow.parquet as pq
 
         return pq.read_schema(out).names
-    if ending == ".json":
-        return json.loads(out.read_text(encoding="utf-8"))[0]
     with out.open(newline="", encoding="utf-8") as file:
-        return next(csv.reader(file)) if ending == ".csv" else json.loads(file.readline())
+        if ending == ".csv":
+            return next(csv.reader(file))
+        rows = json.load(file) if ending == ".json" else [json.loads(file.readline())]
+    return [name for row in rows[:1] for name in row.keys()]  # noqa: SIM118  a text is no row
 
 
 def write_answers(out: Path, predictions: Sequence[Prediction], second: Sequence[str] | None) -> None:

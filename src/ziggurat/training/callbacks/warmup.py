@@ -18,6 +18,6 @@ class LongWarmUp(TrainerCallback):
         steps = args.get_warmup_steps(state.max_steps)
         if args.lr_scheduler_type != "constant" and 0 < state.max_steps <= steps:
             self._tell(
-                f"the warm-up (train.warmup: {steps}) isn't over when the run ends, after step {state.max_steps}: the "
-                f"learning rate never reaches train.lr, {args.learning_rate:g}. Shorten it, or train longer"
+                f"the warm-up (train.warmup) isn't over when the run ends, after step {state.max_steps}: the learning "
+                f"rate never reaches train.lr, {args.learning_rate:g}. Shorten it, or train longer"
             )

@@ -81,7 +81,7 @@ def load_examples(recipe: Recipe) -> Examples:
         train, validation = _split_off(recipe, train, notes)
     train = _drawn(recipe, mixed(recipe, train, notes), data.max_train, "learns from", notes)
     validation = _drawn(recipe, validation, data.max_validation, "scores on", notes)
-    if named and (known := len(_known(train, validation))):
+    if named and (known := _known(train, validation)):
         notes.append(
             f"{known} of {len(validation)} validation rows are training rows, too: their scores say nothing about "
             "rows that are new to the model"
@@ -227,10 +227,12 @@ def _identity(row: Any) -> str:
     return repr([value for name, value in row.items() if name not in ("label", "good", "row", ORIGIN)])
 
 
-def _known(train: Dataset, validation: Dataset) -> list[int]:
-    """The numbers of the validation rows that have an equal training row."""
-    learned = set(_identities(train))
-    return [index for index, identity in enumerate(_identities(validation)) if identity in learned]
+def _known(train: Dataset, validation: Dataset) -> int:
+    """How many validation rows have an equal training row."""
+    scored = list(_identities(validation))
+    different = set(scored)
+    learned = {identity for identity in _identities(train) if identity in different}
+    return sum(identity in learned for identity in scored)
 
 
 def _identities(rows: Dataset) -> Iterator[str]:

@@ -11,6 +11,7 @@ from ziggurat.recipe.schema import Recipe
 
 from .faults import Faults, RowFault, kind_of
 from .labels import check_label, labels_among, labels_of, names_of
+from .readers import has_head_line
 from .splits import ORIGIN, joined
 from .tables import require_column
 
@@ -81,7 +82,7 @@ def _checked(recipe: Recipe, table: Dataset, source: str, notes: list[str]) -> D
     faults.each(table[data.label], partial(check_label, recipe))
     table, left_out = faults.settle(table, data.drop_missing)
     notes += left_out
-    if recipe.task == "classification" and data.label in set(table[data.label]):
+    if recipe.task == "classification" and has_head_line(source) and data.label in set(table[data.label]):
         notes.append(
             f"{source}: its column '{data.label}' is called as one of its labels; if the file has no head line, its "
             "first row is taken for one and lost: write the columns' names above it"

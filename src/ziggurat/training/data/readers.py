@@ -17,6 +17,7 @@ from .faults import kind_of
 
 #: Byte order marks of text files -> their encoding.
 _MARKS = {BOM_UTF8: "utf-8", BOM_UTF16_LE: "utf-16", BOM_UTF16_BE: "utf-16"}
+PACKED = (".parquet", ".xlsx")
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".xlsx")
 #: Decoded, a parquet or xlsx file may have this many times its bytes, or `LEAST_DECODED` bytes where that is more.
 MOST_GROWTH, LEAST_DECODED = 1000, 2**28
@@ -78,6 +79,11 @@ def read_file(
         raise DataError(f"{path} cannot be read as {suffix[1:]}: its lists and objects nest too deep") from error
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as {suffix[1:]}: {first_line(error)}") from error
+
+
+def has_head_line(source: str) -> bool:
+    """Whether the first row of this file names its columns."""
+    return source.lower().removesuffix(".gz").endswith((".csv", ".tsv", ".xlsx"))
 
 
 def encoding_of(source: str, encoding: str | None) -> str | None:
@@ -258,10 +264,10 @@ def _json(path: Path, content: bytes, nested: Collection[str]) -> Any:
             kinds: dict[str, int] = {}
             for number, value in enumerate(values, start=1):
                 kinds.setdefault(kind_of(value), number)
-            found = ", ".join(f"{kind} in row {number}" for kind, number in kinds.items() if kind != kind_of(None))
-            raise DataError(
-                f"{path}: column '{name}' holds values of several kinds: {found}; write all alike"
-            ) from error
+            kinds.pop(kind_of(None), None)
+            found = ", ".join(f"{kind} in row {number}" for kind, number in kinds.items())
+            found = f"{found}; write all alike" if len(kinds) > 1 else first_line(error)
+            raise DataError(f"{path}: column '{name}' holds values of several kinds: {found}") from error
     return pa.table(columns)
 
 

@@ -6,28 +6,33 @@ import numpy as np
 
 from ziggurat.recipe.schema import Recipe
 
-#: Numbers whose standard deviation is below this share of their labels' are the same answer: they explain less than a
-#: thousandth of the labels' variance.
-SPREAD = 0.03
+#: Numbers whose standard deviation is below this share of their labels' are the same answer, unless they correlate.
+SPREAD, CORRELATION = 0.03, 0.1
+#: Fewer rows with another answer than the model's may be missed by a good model, too.
+LEAST = 5
 
 
 def same_answer(recipe: Recipe, outputs: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> str | None:
-    """The answer that a model gives to every row, in words; None if its answers differ, or their labels don't.
+    """The answer that a model gives to every row, in words; None if its answers differ, or hardly a label does.
 
     `outputs`: (rows, classes), of tokens (rows, tokens, tags), of regression (rows, 1). `labels`: places among `names`,
     below 0 where a token has none; of sets (rows, classes), 0 or 1.
     """
     if recipe.task == "regression":
         answers, truth = outputs.reshape(-1).astype(np.float64), labels.reshape(-1).astype(np.float64)
-        return f"about {answers.mean():.3g}" if answers.std() < SPREAD * truth.std() else None
-    if recipe.task == "multilabel":
-        chosen = outputs > 0
-        if (chosen != chosen[0]).any() or (labels == labels[0]).all():
+        if len(truth) < LEAST or answers.std() >= SPREAD * truth.std():
             return None
-        return ", ".join(f'"{name}"' for name, one in zip(names, chosen[0], strict=True) if one) or "no label"
-    labelled = labels >= 0
-    answers, truth = np.unique(outputs.argmax(-1)[labelled]), np.unique(labels[labelled])
-    return f'"{names[answers[0]]}"' if len(answers) == 1 < len(truth) else None
+        follows = answers.std() > 0 and abs(np.corrcoef(answers, truth)[0, 1]) > CORRELATION
+        return None if follows else f"about {answers.mean():.3g}"
+    if recipe.task == "multilabel":
+        answers, truth = outputs > 0, labels > 0
+        words = ", ".join(f'"{name}"' for name, chosen in zip(names, answers[0], strict=True) if chosen) or "no label"
+    else:
+        labelled = labels >= 0
+        answers, truth = outputs.argmax(-1)[labelled][:, None], labels[labelled][:, None]
+        words = f'"{names[answers[0, 0]]}"'
+    differs = (truth != answers[0]).any(1).sum()
+    return words if (answers == answers[0]).all() and differs >= LEAST else None
 
 
 def warning(recipe: Recipe, answer: str, labels: np.ndarray) -> str:

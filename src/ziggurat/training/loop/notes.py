@@ -91,8 +91,27 @@ def of_settings(recipe: Recipe, processes: Processes, fit: Fit | None, spec: Hea
             f"{launched(processes)}: {processes.size} x train.batch {recipe.train.batch} x train.accumulate "
             f"{recipe.train.accumulate} = {examples} examples a step"
         )
+    yield from _idle(recipe)
     if fit is not None:
         yield f"rank {fit.rank} meets the budget with {fit.parameters:,} parameters"
+
+
+#: Ends of names of files whose rows have no delimiter, or always the same one.
+_NOT_DELIMITED = (".parquet", ".xlsx", ".json", ".jsonl", ".ndjson", ".txt", ".tsv")
+
+
+def _idle(recipe: Recipe) -> Iterator[str]:
+    """Notes on keys of `data` that have no effect here."""
+    data = recipe.data
+    files = [*data.sources, *([data.validation] if data.validation is not None else [])]
+    if data.delimiter is not None and all(file.lower().removesuffix(".gz").endswith(_NOT_DELIMITED) for file in files):
+        yield f"data.delimiter has no effect: {', '.join(files)} has none to choose"
+    if data.weights is not None and len(data.sources) == 1:
+        yield "data.weights has no effect with one training file, each row of which is learned once an epoch"
+    if recipe.kind.rows == "labelled":
+        for key, part in (("data.columns", data.columns), ("data.roles", data.roles)):
+            if part != type(part)():
+                yield f"{key} has no effect with task: {recipe.task}; data.text and data.label name its columns"
 
 
 def of_costs(model: Any, counts: Counts) -> Iterator[str]:

@@ -59,6 +59,8 @@ def adapt(recipe: Recipe, base: Base) -> nn.Module:
     config = method_config(recipe.method, **beside(recipe, base.head, base.processor is not None))
     assert config is not None
     check_targets(config, base.model)
+    if not recipe.resume:  # an earlier version took any name
+        check_whole(config, base.model)
     leave_out(config, outside)
     if method.four_bits:
         prepare_model_for_kbit_training(base.model, use_gradient_checkpointing=recipe.train.gradient_checkpointing)
@@ -154,21 +156,26 @@ def beside(recipe: Recipe, head: list[str], images: bool = False) -> dict[str, A
 
 
 def check_targets(config: Any, model: nn.Module) -> None:
-    """Raise RecipeError for a name, of a target or a module to save, that matches nothing: PEFT ignores it."""
-    paths = [path for path, _ in model.named_modules() if path]
-    for name in getattr(config, "modules_to_save", None) or ():
-        if not any(path.endswith(name) for path in paths):
-            leaves = dict.fromkeys(path.rpartition(".")[2] for path in paths)
-            raise RecipeError(f"method.modules_to_save: '{name}' matches no module{did_you_mean(name, leaves)}")
+    """Raise RecipeError for a target that matches nothing, which PEFT ignores if another one matches."""
     targets = getattr(config, "target_modules", None)
     if not isinstance(targets, (list, tuple, set)):
         return
+    paths = [path for path, _ in model.named_modules() if path]
     unmatched = sorted(name for name in targets if not any(path == name or path.endswith(f".{name}") for path in paths))
     if unmatched:
         leaves = dict.fromkeys(path.rpartition(".")[2] for path, module in model.named_modules() if _has_weight(module))
         faults = "; ".join(f"'{name}' matches no module{did_you_mean(name, leaves)}" for name in unmatched)
         names = ", ".join(leaf for leaf in leaves if not leaf.isdigit())
         raise RecipeError(f"method.target_modules: {faults}; modules with weights: {names}")
+
+
+def check_whole(config: Any, model: nn.Module) -> None:
+    """Raise RecipeError for a module to save that the model lacks, which PEFT ignores."""
+    paths = [path for path, _ in model.named_modules() if path]
+    for name in getattr(config, "modules_to_save", None) or ():
+        if not any(path.endswith(name) for path in paths):
+            leaves = dict.fromkeys(path.rpartition(".")[2] for path in paths)
+            raise RecipeError(f"method.modules_to_save: '{name}' matches no module{did_you_mean(name, leaves)}")
 
 
 def _has_weight(module: nn.Module) -> bool:
