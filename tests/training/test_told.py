@@ -126,7 +126,7 @@ def test_values_of_several_kinds_and_short_rows_name_their_rows(tmp_path: Path) 
     nested = write_jsonl(
         tmp_path / "nested.jsonl", [{"text": "a", "label": {"a": 1}}, {"text": "b", "label": {"a": "z"}}]
     )
-    with pytest.raises(DataError, match="several kinds: .*z"):
+    with pytest.raises(DataError, match=r"several kinds: .*z"):
         load_examples(recipe(nested))
     short = tmp_path / "short.csv"
     short.write_text("text,label\none,pos\nalone\n")

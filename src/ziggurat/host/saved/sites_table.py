@@ -78,7 +78,7 @@ def from_table(table: Any) -> dict[str, Site]:
 def check_depth(method: Method, config: Any, sites: Mapping[str, Site]) -> None:
     """Compare the places that a saved adapter was trained at with `sites`, those that it has in this model.
 
-    In a stack of another depth a method that shares by depth would give layers other tensors; and places may be lacking.
+    In a stack of another depth a method that shares by depth would give layers other tensors; places may be lacking.
 
     Raises:
         ConfigError: a site would get another tensor than it was trained with.
