@@ -173,6 +173,27 @@ def _find(table: list[Row], which: tuple[str, str]) -> Row | None:
     return next((row for row in table if (row.method, row.targets) == which and row.lines), None)
 
 
+#: A method that keeps less would press the others together.
+LEAST_DRAWN = 0.4
+
+
+def _write_names(figure: Any, axis: Any, names: list[tuple[str, float, float]]) -> None:
+    """A name beside each point, where it covers no other name and no point if there is such a place."""
+    from matplotlib.transforms import Bbox
+
+    figure.canvas.draw()
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in (axis.transData.transform(at) for _, *at in names)]
+    for name, x, y in names:
+        for dx, dy in ((6, 4), (-6, 4), (6, -10), (-6, -10), (6, 14), (-6, 14), (6, -20), (-6, -20)):
+            side = "left" if dx > 0 else "right"
+            text = axis.annotate(name, (x, y), (dx, dy), textcoords="offset points", fontsize=7, ha=side)
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken) or (dx, dy) == (-6, -20):
+                taken.append(box)
+                break
+            text.remove()
+
+
 def picture(task: str, table: list[Row], file: Path) -> None:
     """The share of LoRA r 8's gain over trainable parameters and over stored bytes, both on a log scale.
 
@@ -185,28 +206,29 @@ def picture(task: str, table: list[Row], file: Path) -> None:
 
     whole = _find(table, WHOLE)
     shares = [(row, kept(row, whole)) for row in table if row.lines and "," not in row.method]
-    drawn = [(row, share) for row, share in shares if share is not None]
+    drawn = [(row, share) for row, share in shares if share is not None and share[0] >= LEAST_DRAWN]
+    low = [f"{row.name} {share[0]:.0%}" for row, share in shares if share is not None and share[0] < LEAST_DRAWN]
+    below = f"; below the picture: {', '.join(low)}" if low else ""
     families = sorted({row.method.split(" r ")[0] for row, _ in drawn})
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 6), sharey=True)
-    for axis, (what, label) in zip(
-        axes, (("parameters", "trainable parameters"), ("stored_bytes", "stored bytes")), strict=True
-    ):
-        places = [(next(iter(row.lines.values()))[what], mean) for row, (mean, _) in drawn]
-        for (row, (mean, half)), (x, _) in zip(drawn, places, strict=True):
+    labels = {"parameters": "trainable parameters", "stored_bytes": "stored bytes"}
+    named: dict[str, list[tuple[str, float, float]]] = {label: [] for label in labels.values()}
+    for axis, (what, label) in zip(axes, labels.items(), strict=True):
+        for row, (mean, half) in drawn:
+            x = next(iter(row.lines.values()))[what]
+            named[label].append((row.name, x, 100 * mean))
             colour = f"C{families.index(row.method.split(' r ')[0]) % 10}"
             error = None if half is None else [[100 * half], [100 * half]]
             axis.errorbar([x], [100 * mean], yerr=error, fmt="s" if row.targets == "all" else "o", color=colour)
-            # A name stands on the left where a point close on the right would cross it.
-            crossed = any(x < other < 1.6 * x and abs(mean - height) < 0.08 for other, height in places)
-            side: Any = {"xytext": (-6, 4), "ha": "right"} if crossed else {"xytext": (6, 4)}
-            axis.annotate(row.name, (x, 100 * mean), textcoords="offset points", fontsize=7, **side)
         axis.axhline(100, color="grey", linewidth=0.7)
         axis.set_xscale("log")
         axis.margins(x=0.2)
         axis.set_xlabel(label)
     axes[0].set_ylabel("share of LoRA r 8's gain on held-out rows, %")
-    figure.suptitle(f"{task}: mean and 95% interval over seeds; circles: q and v or paths, squares: all seven")
+    figure.suptitle(f"{task}: mean and 95% interval over seeds; circles: q and v or paths, squares: all seven{below}")
     figure.tight_layout()
+    for axis, names in zip(axes, named.values(), strict=True):
+        _write_names(figure, axis, names)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
 
