@@ -61,9 +61,10 @@ def main() -> None:
         jobs = json.load(file)
     add_to_trainers(Trouble)
     codes = []
-    for job in jobs:
+    for number, job in enumerate(jobs):
         settings = settings_of(job["way"])
-        os.environ |= settings
+        # Each job is a launch of its own to whoever asks which process speaks of its end.
+        os.environ |= settings | {"TORCHELASTIC_RESTART_COUNT": str(number)}
         Trouble.job = job["trouble"]
         sys.argv = ["ziggurat", "train", *job["words"]]
         try:

@@ -97,8 +97,11 @@ class Processes:
         """Turn the libraries' errors after another process has died into ProcessError."""
         try:
             yield
-        except RuntimeError as error:
-            if self.size == 1 or not _is_disconnection(error):
+        except Exception as error:
+            if self.size == 1:
+                raise
+            if not _is_disconnection(error):
+                is_first_to_report()  # before the way up, which may take longer than others wait for the reason
                 raise
             # The process that ended gives its reason first, if it can. The launcher's SIGTERM must not end this one
             # meanwhile, which speaks where that one was killed.
@@ -163,7 +166,9 @@ def is_first_to_report() -> bool:
         return True
 
 
-def _is_disconnection(error: RuntimeError) -> bool:
+def _is_disconnection(error: Exception) -> bool:
+    if not isinstance(error, RuntimeError):
+        return False
     kinds = (dist.DistBackendError, dist.DistNetworkError)
     return isinstance(error, kinds) or any(
         sign in str(error) for sign in ("onnection closed by peer", "onnection reset by peer", "gloo", "NCCL")
