@@ -1,7 +1,6 @@
 """Adapters in models other than their own, and beside adapters that a model has already: exact, told, or refused."""
 
 import logging
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ziggurat
+from versions import saves_whole, transformers_calls
 from ziggurat import ASLoRAConfig, LoR2CConfig, LoRA2Config, MSPLoraConfig, ShareLoRAConfig
 from ziggurat.analysis.collect import collect
 from ziggurat.analysis.components import UPDATE
@@ -45,7 +45,9 @@ def update(model: Any, layer: int, adapter: str = "default") -> Tensor:
 ONE_LAYER_SCALED = {"layers.3.self_attn.v_proj": 160}
 
 
-@pytest.mark.parametrize("kind", [MSPLoraConfig, LoRA2Config, ShareLoRAConfig, ASLoRAConfig])
+@pytest.mark.parametrize(
+    "kind", [MSPLoraConfig, LoRA2Config, ShareLoRAConfig, pytest.param(ASLoRAConfig, marks=saves_whole)]
+)
 def test_a_sum_is_exact_where_one_layer_has_a_scale_of_its_own(kind: Any) -> None:
     model = filled(get_peft_model(llama(), config_of(kind, alpha_pattern=ONE_LAYER_SCALED)))
     model.add_adapter("other", config_of(kind))
@@ -73,27 +75,38 @@ def test_the_analysis_knows_the_scale_that_one_layer_has(kind: Any) -> None:
             assert norm == pytest.approx(float(update(model, layer).norm()), rel=1e-4)
 
 
+LAYERS = [0, 1, 2, 3]
+TOLD = "trained in 4 layers 'layers', and this model has {depth}: MSPLoRA shares tensors by depth"
+
+
 @pytest.mark.parametrize("depth", [3, 6])
-def test_a_stack_of_another_depth_gets_no_other_updates(depth: int, caplog: pytest.LogCaptureFixture) -> None:
-    with tempfile.TemporaryDirectory() as folder, caplog.at_level(logging.WARNING):
-        model = filled(get_peft_model(llama(), config_of(MSPLoraConfig, layers_to_transform=[0, 1, 2, 3])))
-        model.save_pretrained(folder)
-        told = rf"trained in 4 layers 'layers', and this model has {depth}: MSPLoRA shares tensors by depth"
-        for load in (
-            lambda: PeftModel.from_pretrained(llama(depth), folder),
-            lambda: llama(depth).load_adapter(folder),
-        ):
-            with pytest.raises(ConfigError, match=told):
-                load()
-        model = filled(get_peft_model(llama(), config_of(LoRA2Config, layers_to_transform=[0, 1, 2, 3])))
-        model.save_pretrained(folder)
-        again = PeftModel.from_pretrained(llama(depth), folder)
-        fresh = get_peft_model(llama(depth), MSPLoraConfig.from_pretrained(folder)) if depth == 3 else None
-    assert fresh is None or fresh.peft_config["default"].sites["layers"]["layers"] == 3
+def test_a_stack_of_another_depth_gets_no_other_updates(
+    depth: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    filled(get_peft_model(llama(), config_of(MSPLoraConfig, layers_to_transform=LAYERS))).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=TOLD.format(depth=depth)):
+        PeftModel.from_pretrained(llama(depth), str(tmp_path))
+    if depth == 3:  # a fresh adapter of the same config is its own
+        fresh = get_peft_model(llama(depth), MSPLoraConfig.from_pretrained(str(tmp_path)))
+        assert fresh.peft_config["default"].sites["layers"]["layers"] == 3
+    model = filled(get_peft_model(llama(), config_of(LoRA2Config, layers_to_transform=LAYERS)))
+    model.save_pretrained(tmp_path / "own")
+    with caplog.at_level(logging.WARNING):
+        again = PeftModel.from_pretrained(llama(depth), str(tmp_path / "own"))
     assert all(torch.equal(update(again, layer), update(model, layer)) for layer in range(3))
-    assert ("this model lacks 2 of the 8 places that the adapter was trained at" in caplog.text) == (depth == 3)
+    told = "this model lacks 2 of the 8 places that the adapter was trained at"
+    assert (told in caplog.text) == (depth == 3)
 
 
+@transformers_calls
+@pytest.mark.parametrize("depth", [3, 6])
+def test_nor_by_the_load_adapter_of_transformers(depth: int, tmp_path: Path) -> None:
+    filled(get_peft_model(llama(), config_of(MSPLoraConfig, layers_to_transform=LAYERS))).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=TOLD.format(depth=depth)):
+        llama(depth).load_adapter(str(tmp_path))
+
+
+@transformers_calls
 def test_an_adapter_that_lay_inside_another_loads_alone(tmp_path: Path) -> None:
     model: Any = llama()
     model.add_adapter(config_of(LoRA2Config), "inner")
@@ -106,6 +119,7 @@ def test_an_adapter_that_lay_inside_another_loads_alone(tmp_path: Path) -> None:
     assert not torch.equal(alone(IDS).logits, llama()(IDS).logits)
 
 
+@transformers_calls
 def test_lora_inside_another_method_is_told(caplog: pytest.LogCaptureFixture) -> None:
     model: Any = llama()
     model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]), "inner")
@@ -156,10 +170,10 @@ def test_a_layer_that_is_trained_whole_gets_no_path(name: str) -> None:
     "config",
     [
         config_of(MSPLoraConfig, train_in_stages=True),
-        config_of(ASLoRAConfig, groups=2),
-        LoR2CConfig(r=4, merges=1, task_type="CAUSAL_LM"),
+        pytest.param(config_of(ASLoRAConfig, groups=2), marks=saves_whole),
+        pytest.param(LoR2CConfig(r=4, merges=1, task_type="CAUSAL_LM"), marks=saves_whole),
     ],
-    ids=lambda config: type(config).__name__,
+    ids=["MSPLoRA", "ASLoRA", "LoR2C"],
 )
 def test_a_step_outside_a_run(config: Any, arguments: tuple[Any, Any]) -> None:
     model = get_peft_model(llama(), config)
