@@ -1,7 +1,7 @@
 """From the tensors of an adapter to its components: of registered methods, and of PEFT's LoRA and AdaLoRA."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 from typing import Any
@@ -91,8 +91,14 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
                         UPDATE, site.stack_path, role, layers, *_narrowed(pair, rank), stored=False, experts=reached
                     )
                 )
+    yield from _once(alike.values())
+    yield from updates
+
+
+def _once(alike: Iterable[list[Component]]) -> Iterator[Component]:
+    """Each group of equal components as one that has the layers and experts of all."""
     counted: set[tuple[str, ...]] = set()
-    for same in alike.values():
+    for same in alike:
         experts = {n for component in same for n in component.experts or ()}
         # The tensors of a pair with several scales count once.
         key = (same[0].part, *same[0].tensors)
@@ -104,7 +110,6 @@ def components(method: Method, state: State, config: Any, sites: Mapping[str, Si
             layers=tuple(sorted({n for component in same for n in component.layers})),
             experts=range(min(experts), max(experts) + 1) if experts else None,
         )
-    yield from updates
 
 
 def _stored(path: str, specs: Mapping[str, TensorSpec], names: Mapping[str, str], state: State) -> dict[str, Tensor]:
