@@ -205,6 +205,15 @@ def test_rows_that_an_embedding_lacks(rows: Any) -> None:
     get_peft_model(llama(1), config_of(MSPLoraConfig, trainable_token_indices=[]))  # as an earlier version took it
 
 
+def test_rows_beside_modules_without_a_weight() -> None:
+    """A norm that learns nothing, and the bank of an earlier adapter, have a weight of None."""
+    base = llama(1)
+    base.model.norm = nn.LayerNorm(32, elementwise_affine=False)
+    model = get_peft_model(base, config_of(MSPLoraConfig))
+    model.add_adapter("rows", config_of(MSPLoraConfig, trainable_token_indices=[0, 98]))
+    assert set(model.peft_config) == {"default", "rows"}
+
+
 def test_names_that_match_nothing_and_texts_that_are_no_paths(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ValueError, match=r"Text is a regular expression for whole paths: give a list, .*\['q_proj'\]"):
         get_peft_model(llama(1), config_of(MSPLoraConfig, target_modules="q_proj"))

@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, Any, Any, str | None]] = {
     "two sets": ("multilabel", [ONE, OTHER] * 5, [[1, 0], [1, 0]] * 5, None),
     "rightly one set": ("multilabel", [ONE, ONE] * 5, [[1, 0], [1, 0]] * 5, None),
     "one tag": ("tokens", [[ONE, OTHER], [ONE, ONE]] * 5, [[0, -100], [1, 0]] * 5, '"no"'),
+    "no labelled word": ("tokens", [[ONE, OTHER]], [[-100, -100]], None),
     "two tags": ("tokens", [[ONE, OTHER], [ONE, ONE]] * 5, [[0, 1], [1, 0]] * 5, None),
     "one number": ("regression", [[50.0]] * 20, NUMBERS, "about 50"),
     "nearly one number": ("regression", [[50.0], [50.0 + SPREAD]] * 10, NUMBERS, "about 50"),

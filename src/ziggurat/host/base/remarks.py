@@ -64,7 +64,7 @@ def remark(model: nn.Module, config: Any, all_linear: bool, sites: Mapping[str, 
     Experts of transformers' mixtures are one parameter of three dimensions, no linear layers.
     """
     names = config.target_modules if isinstance(config.target_modules, set | list) else ()
-    if not all_linear and config.ziggurat_version is None:  # a loaded config has been told of it before
+    if not all_linear and config.ziggurat_version is None:  # its user was warned when it was made
         _remark_idle(model, names)
     halves = sorted(name for name in names if name.rpartition(".")[2] in OF_EXPERTS)
     if not (all_linear or halves or config.target_parameters):

@@ -41,9 +41,12 @@ def check_rows(model: nn.Module, rows: list[int] | dict[str, list[int]] | None) 
     by_name = rows if isinstance(rows, dict) else dict.fromkeys(embedding_paths(model)[:1], rows)
     for path, module in model.named_modules():
         numbers = next((listed for name, listed in by_name.items() if f".{path}".endswith(f".{name}")), [])
+        if not numbers:
+            continue
+        weight = getattr(module, "weight", None)
         # A weight that DeepSpeed has split has no rows here.
-        size = getattr(module, "num_embeddings", None) or len(getattr(module, "weight", ()))
-        if size and numbers and max(numbers) >= size:
+        size = getattr(module, "num_embeddings", None) or (0 if weight is None else len(weight))
+        if size and max(numbers) >= size:
             raise ConfigError(
                 f"trainable_token_indices names row {max(numbers)}, and {path!r} has the rows 0 to {size - 1}. "
                 "For new tokens, call model.resize_token_embeddings first."

@@ -30,6 +30,8 @@ def same_answer(recipe: Recipe, outputs: np.ndarray, labels: np.ndarray, names: 
     else:
         labelled = labels >= 0
         answers, truth = outputs.argmax(-1)[labelled][:, None], labels[labelled][:, None]
+        if not len(answers):
+            return None
         words = f'"{names[answers[0, 0]]}"'
     differs = (truth != answers[0]).any(1).sum()
     return words if (answers == answers[0]).all() and differs >= LEAST else None
