@@ -30,7 +30,7 @@ def check_place(out: Path) -> None:
         return
     try:
         columns = _columns(out)
-    except Exception:  # whatever it is, it isn't of this form
+    except (ValueError, TypeError, KeyError, AttributeError, StopIteration, csv.Error):  # it isn't of this form
         columns = ["?"]
     ours = [name for name in columns if name in ("text", "text_pair", "answer") or name.startswith("probability_")]
     if columns and (ours != columns or not {"text", "answer"} <= {*ours}):
