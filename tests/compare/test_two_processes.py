@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from two_processes import CASES, METHODS, PLAIN_RANK, STRATEGIES, base, build, first_logits, steps, work
+from two_processes import CASES, METHODS, PLAIN_RANK, STEPS, STRATEGIES, base, build, first_logits, steps, work
 
 from fresh import Fresh
 from methods_table import logits
@@ -33,7 +33,7 @@ def test_two_processes_train_what_one_trains(case: str, strategy: str, trained: 
     expected = steps(alone, slice(None), case, strategy)
     measured = json.loads((trained / "losses.json").read_text())[f"{case}-{strategy}"]
     # Each of the three steps starts from what the one before it has rounded.
-    assert measured == pytest.approx(expected, rel=model_rounding(3 * LAYERS)) and len(set(measured)) == 3
+    assert measured == pytest.approx(expected, rel=model_rounding(STEPS * LAYERS)) and len(set(measured)) == 3
 
     inputs = ZOO["llama"].inputs()
     alone.eval()
@@ -44,7 +44,8 @@ def test_two_processes_train_what_one_trains(case: str, strategy: str, trained: 
         parameters_alone = sum(parameter.numel() for parameter in alone.parameters() if parameter.requires_grad)
         assert sum(tensor.numel() for tensor in held.values()) == parameters_alone
         again = PeftModel.from_pretrained(base(case), str(folder)).eval()
-        assert_models_agree(logits(again, inputs), logits(alone, inputs))
+        # Here too, and by what the steps have rounded the adapters differ.
+        assert_models_agree(logits(again, inputs), logits(alone, inputs), (STEPS + 1) * LAYERS)
 
 
 @pytest.mark.parametrize("method", ["msplora", "lora2", "experts"])

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from methods_table import METHODS, zoo_config
 from tolerance import assert_sums_agree
 from ziggurat import MSPLoraConfig
-from ziggurat.host import linear
+from ziggurat.host import linear, siblings
 from zoo import ZOO
 
 #: More entries than any linear layer of the zoo's llama has in its input and output.
@@ -52,7 +52,7 @@ def gradients(model: PeftModel) -> dict[str, Tensor]:
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
     """Sets `FEW`, and returns a list that grows by the name of the function that computes each update."""
-    functions = {name: getattr(linear, name) for name in ("composed", "low_rank_add", "up_add")}
+    functions = {name: getattr(linear, name) for name in ("composed", "low_rank_add", "up_add", "whole")}
 
     def begin(few: int) -> list[str]:
         used: list[str] = []
@@ -118,25 +118,36 @@ def test_a_half_precision_base_keeps_its_dtype(watch: Callable[[int], list[str]]
 
 
 def test_large_dropped_out_and_wide_products_are_shared_and_inference_has_its_own_way(
-    watch: Callable[[int], list[str]],
+    watch: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, layer = torch.randn(5, 48), alone(48, 32)
-    for few, way in ((5 * (48 + 32) + 1, "composed"), (5 * (48 + 32), "low_rank_add")):
+    for few, ways in (
+        (5 * (48 + 32) + 1, ["composed", "composed", "composed"]),
+        (5 * (48 + 32), ["whole", "whole", "low_rank_add"]),
+    ):
         used = watch(few)
         layer(x)
         with torch.no_grad():
             layer(x)
         layer(x, adapter_names=["default"] * 5)
-        assert used == 3 * [way]
+        assert used == ways
     used = watch(ALL)
     layer.eval()
     with torch.no_grad():
         layer(x)
     assert used == ["low_rank_add"]
     used = watch(ALL)
+    together: list[int] = []
+    whole = siblings.whole
+    monkeypatch.setattr(
+        siblings, "whole", lambda x, bases, *given: together.append(len(bases)) or whole(x, bases, *given)
+    )
     gradients(adapted("msplora", 0.1))
-    assert "composed" not in used
-    assert "up_add" in used
+    assert not used
+    assert set(together) == {2}
+    monkeypatch.setattr(linear.AdaptedLinear, "_whole", lambda layer, x: None)
+    gradients(adapted("msplora", 0.1))
+    assert set(used) == {"up_add"}
 
 
 def test_a_compiled_model_does_not_ask_for_the_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import versions
 from ziggurat import AdapterDropConfig, DyLoRAConfig, LoRA2Config, MSPLoraConfig
+from ziggurat.host import siblings
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.siblings import SIBLINGS, Siblings
 from ziggurat.lowrank import mask as masks
@@ -78,13 +79,25 @@ def assert_equal(got: list[Tensor | None], wanted: list[Tensor | None]) -> None:
             torch.testing.assert_close(a, b, **DOUBLE)
 
 
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many linears go down together, call by call."""
-    from ziggurat.host import siblings
+@pytest.fixture(autouse=True, params=["whole", "down"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Linear layers compute their whole outputs together, or only go down together, as where an output was left."""
+    if request.param == "down":
+        monkeypatch.setattr(siblings.Siblings, "whole", lambda *given: None)
+    return request.param
 
+
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many linear layers compute together, call by call; one alone doesn't count."""
     seen: list[int] = []
-    original = siblings.down
-    monkeypatch.setattr(siblings, "down", lambda x, As, p: seen.append(len(As)) or original(x, As, p))
+    down, whole = siblings.down, siblings.whole
+    monkeypatch.setattr(siblings, "down", lambda x, As, p: seen.append(len(As)) or down(x, As, p))
+
+    def seen_whole(x: Tensor, bases: Any, pairs: Any, p: float) -> Any:
+        seen.extend([len(bases)] if len(bases) > 1 else [])
+        return whole(x, bases, pairs, p)
+
+    monkeypatch.setattr(siblings, "whole", seen_whole)
     return seen
 
 
@@ -363,3 +376,97 @@ def test_what_changes_between_two_backward_passes_is_refused() -> None:
         x.add_(1)
     with pytest.raises(RuntimeError, match="changed in place between two backward passes"):
         k.sum().backward()
+
+
+def whole_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many linear layers compute their whole outputs together, call by call."""
+    seen: list[int] = []
+    whole = siblings.whole
+    monkeypatch.setattr(siblings, "whole", lambda x, *given: seen.append(len(given[0])) or whole(x, *given))
+    return seen
+
+
+@versions.shares
+@pytest.mark.parametrize("config", CONFIGS)
+def test_outputs_that_nobody_takes_are_computed_once_only(
+    config: type, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values of another input where the name doesn't tell: after one pass the layers only go down together."""
+    if way == "down":
+        pytest.skip("nothing is computed whole")
+    model = adapted(config)
+    x, other = torch.randn(2, 2, 5, 12, dtype=torch.float64)
+    seen = whole_calls(monkeypatch)
+    first = step(model, x, other)
+    assert max(seen) == 3
+    assert_equal(first, step(alone(model), x, other))
+    seen.clear()
+    assert_equal(first, step(model, x, other))
+    assert not seen
+
+
+@versions.shares
+def test_a_query_called_by_itself_costs_the_others_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "down":
+        pytest.skip("nothing is computed whole")
+    parts, seen = linears(adapted()), whole_calls(monkeypatch)
+    for _ in range(3):
+        parts["q_proj"](torch.randn(2, 5, 12, dtype=torch.float64))
+    assert seen == [3]
+
+
+@versions.shares
+def test_a_sibling_with_two_active_adapters_computes_both(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key adds two adapters, the query one: what they share is one adapter's product at most."""
+    model, x = adapted(), torch.randn(2, 5, 12, dtype=torch.float64)
+    config = MSPLoraConfig(r=4, target_modules=["k_proj"], init_weights=False)
+    model.add_adapter("second", config)
+    model.double().base_model.set_adapter(["default", "second"])
+    assert linears(model)["k_proj"].acting() == ["default", "second"]
+    assert_equal(step(model, x), step(alone(model), x))
+
+
+@versions.shares
+def test_a_key_of_another_width_stays_apart() -> None:
+    """Siblings by name, of which one reads another width than the query's input has."""
+
+    class Across(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k_proj = nn.Linear(6, 12)
+
+    base = Model()
+    base.self_attn = Across()
+    config = MSPLoraConfig(r=4, target_modules=["q_proj", "v_proj", "k_proj"], init_weights=False)
+    model = get_peft_model(base, config).double().train()
+    x, other = torch.randn(2, 5, 12, dtype=torch.float64), torch.randn(2, 5, 6, dtype=torch.float64)
+    parts = linears(model)
+    for name, of in zip(("q_proj", "k_proj", "v_proj"), (x, other, x), strict=True):
+        A, B = parts[name].effective_pair("default")
+        torch.testing.assert_close(parts[name](of), parts[name].base_layer(of) + of @ A.T @ B.T, **DOUBLE)
+
+
+@versions.shares
+def test_a_merged_sibling_stays_apart(way: str) -> None:
+    model, x = adapted(), torch.randn(2, 5, 12, dtype=torch.float64)
+    want = step(model, x)[0]
+    linears(model)["k_proj"].merge()
+    assert want is not None
+    torch.testing.assert_close(step(model, x)[0], want, **DOUBLE)
+
+
+@versions.shares
+@pytest.mark.parametrize("reached", ["output", "gradient"])
+def test_a_hook_on_a_siblings_frozen_layer_is_called_once(reached: str, way: str) -> None:
+    """Forward hooks collect activations, backward hooks gradients: each sees one call, of the frozen product alone."""
+    model, x = adapted(), torch.randn(2, 5, 12, dtype=torch.float64)
+    base = linears(model)["k_proj"].base_layer
+    seen: list[Tensor] = []
+    if reached == "output":
+        base.register_forward_hook(lambda module, args, out: seen.append(out.detach().clone()))
+    else:
+        base.register_full_backward_hook(lambda module, inner, outer: seen.append(outer[0]))
+    step(model, x)
+    assert len(seen) == 1
+    if reached == "output":
+        assert torch.equal(seen[0], nn.functional.linear(x, base.weight, base.bias))

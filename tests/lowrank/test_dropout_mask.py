@@ -1,7 +1,10 @@
 """Dropout masks: right frequencies, reproducible, readable in parts."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,14 +19,16 @@ def test_applying_zeroes_entries_and_keeps_the_rest(shape: list[int], p: float, 
     torch.manual_seed(seed)
     x = torch.randn(shape) + 10
     mask = masks.draw(x, p)
-    assert mask.nbytes == -(-x.numel() // 8)
     once = masks.apply(x, mask)
     assert torch.equal(once, torch.where(once == 0, 0, x))
     assert torch.equal(once, masks.apply(x, mask))
-    assert torch.equal(once, masks.apply(x.clone(), mask, in_place=True))
+    assert torch.equal(once, x * masks.kept(mask, 0, x.numel()).view(x.shape))
+    assert mask.nbytes == (4 * int((once == 0).sum()) if masks.is_numbered(mask) else -(-x.numel() // 8))
+    assert masks.is_numbered(mask) == (0 < masks.threshold(p) <= 2**13)
+    assert torch.equal(once, masks.apply(y := x.clone(), mask, out=y))
 
 
-@pytest.mark.parametrize("p", [0.001, 0.05, 0.5, 0.9])
+@pytest.mark.parametrize("p", [0.001, 0.05, 0.12, 0.13, 0.5, 0.9])
 def test_entries_are_dropped_with_the_probability_and_independently(p: float) -> None:
     torch.manual_seed(0)
     n = 1_000_000
@@ -46,19 +51,57 @@ def test_nothing_and_everything() -> None:
     assert masks.keep_scale(0.1) == pytest.approx(1 / 0.9, rel=1e-5)
 
 
-def test_the_seed_decides_and_masks_differ() -> None:
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_the_seed_decides_and_masks_differ(p: float) -> None:
     x = torch.ones(64, 64)
     torch.manual_seed(5)
-    first, second = masks.draw(x, 0.5), masks.draw(x, 0.5)
+    first, second = masks.draw(x, p), masks.draw(x, p)
     torch.manual_seed(5)
-    assert torch.equal(first, masks.draw(x, 0.5))
-    assert not torch.equal(first, second)
+    assert torch.equal(first, masks.draw(x, p))
+    assert not torch.equal(masks.apply(x, first), masks.apply(x, second))
 
 
-@given(st.integers(1, 60), st.integers(1, 17), st.integers(1, 5))
-def test_parts_make_the_whole(rows: int, columns: int, eights: int) -> None:
+def test_threads_draw_by_generators_of_their_own() -> None:
+    """A mask depends on torch's generator alone, not on what this or another thread drew before."""
+    x = torch.ones(64, 64)
+
+    def draw(p: float) -> torch.Tensor:
+        torch.manual_seed(5)
+        return masks.draw(x, p)
+
+    for p in (0.1, 0.5):
+        here = draw(p)
+        draw(0.3)
+        assert torch.equal(draw(p), here)
+        with ThreadPoolExecutor(1) as pool:
+            assert torch.equal(pool.submit(draw, p).result(), here)
+
+
+@pytest.mark.parametrize("p", [2**-16, 0.01, 0.125])
+def test_numbered_entries_are_drawn_anew_until_they_reach_the_end(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gaps that are all short, as happens once in a while: the first draw of them doesn't reach the last entry."""
+    n, source = 400_000, masks._source()
+
+    class Short:
+        calls = 0
+
+        def standard_exponential(self, size: int, dtype: type) -> "np.ndarray[Any, Any]":
+            self.calls += 1
+            gaps = source.standard_exponential(size, dtype=dtype)
+            return gaps / 2 if self.calls == 1 else gaps
+
+    short = Short()
+    numbers = masks._numbers(short, n, p)  # type: ignore[arg-type]
+    assert short.calls > 1 or p == 2**-16
+    assert (np.diff(numbers) > 0).all()
+    assert numbers.size == 0 or 0 <= numbers[0] <= numbers[-1] < n
+    assert numbers.dtype == np.int32
+
+
+@given(st.integers(1, 60), st.integers(1, 17), st.integers(1, 5), st.sampled_from([0.1, 0.4]))
+def test_parts_make_the_whole(rows: int, columns: int, eights: int, p: float) -> None:
     x = torch.randn(rows, columns)
-    mask = masks.draw(x, 0.4)
+    mask = masks.draw(x, p)
     step = 8 * eights
     parts = [masks.apply(x[i : i + step], mask, start=i * columns) for i in range(0, rows, step)]
     assert torch.equal(torch.cat(parts), masks.apply(x, mask))
@@ -82,7 +125,8 @@ def _draw_in_a_group(rank: int, folder: str) -> None:
     drawn = []
     for _ in range(2):
         torch.manual_seed(0)
-        drawn.append(masks.draw(torch.empty(64, 16), 0.5))
+        drawn.append(masks.kept(masks.draw(torch.empty(64, 16), 0.5), 0, 64 * 16))
+        drawn.append(masks.kept(masks.draw(torch.empty(64, 16), 0.1), 0, 64 * 16))
     torch.save(drawn, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -91,8 +135,10 @@ def test_processes_that_are_seeded_alike_drop_other_entries(tmp_path: Path) -> N
     way = "fork" if FORKS else "spawn"  # a spawned process loads the libraries anew
     torch.multiprocessing.start_processes(_draw_in_a_group, (str(tmp_path),), nprocs=2, start_method=way)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for masks_of_call in (first, second):
-        assert torch.equal(masks_of_call[0], masks_of_call[1])
-    assert not torch.equal(first[0], second[0])
+    for drawn in (first, second):
+        assert torch.equal(drawn[0], drawn[2])
+        assert torch.equal(drawn[1], drawn[3])
+    for i in (0, 1):
+        assert not torch.equal(first[i], second[i])
     torch.manual_seed(0)
-    assert torch.equal(masks.draw(torch.empty(64, 16), 0.5), first[0])
+    assert torch.equal(masks.kept(masks.draw(torch.empty(64, 16), 0.5), 0, 64 * 16), first[0])

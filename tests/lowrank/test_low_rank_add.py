@@ -193,15 +193,19 @@ def kept_bytes(run) -> dict[int, int]:
     return kept
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
-def test_keeps_x_once_the_small_product_and_the_mask_as_bits(p: float) -> None:
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.2])
+def test_keeps_x_once_the_small_product_and_the_mask(p: float) -> None:
+    """The mask as bits, or as 32 bits for each of few dropped entries (with some more, up to five deviations)."""
     y, x, A, B = operands(16, 8, d_in=96, d_out=80, rank=4, dtype=torch.float32)
     kept = kept_bytes(lambda: [low_rank_add(y, x, A, B, p) for _ in "qv"])
     for t in (x, A, B):
         assert kept.pop(t.untyped_storage().data_ptr()) == t.nbytes
     products = 2 * 16 * 8 * 4 * 4
-    bits = 2 * 16 * 8 * 96 // 8 if p else 0
-    assert sum(kept.values()) == products + bits
+    entries = 2 * 16 * 8 * 96
+    if p == 0.1:
+        assert 0 < sum(kept.values()) - products <= 4 * (entries * p + 10 * (entries * p) ** 0.5 + 16)
+    else:
+        assert sum(kept.values()) == products + (entries // 8 if p else 0)
 
 
 def test_keeps_nothing_without_trainable_factors_but_the_factors() -> None:

@@ -15,10 +15,11 @@ from ziggurat.errors import ConfigError
 from ziggurat.host.base.offload import check_in_place, runs_on
 from ziggurat.host.base.quantised import FLOATS, backend_of, base_weight, check_changeable, replace_weight
 from ziggurat.host.method_layer import BANK, MethodLayer, check_finite, check_unmerged, rows_by_adapter
-from ziggurat.host.siblings import SIBLINGS
+from ziggurat.host.siblings import SIBLINGS, Siblings
 from ziggurat.host.tensors import Weight
 from ziggurat.lowrank.pair import FactorPair, delta, is_plain, on_device, transformed, with_updates
 from ziggurat.lowrank.product import composed, low_rank_add, owns_output, up_add
+from ziggurat.lowrank.whole import can_be_whole, whole
 
 #: Adapter -> pair, in a layer's attributes while its model generates: see `generation`.
 KEPT = "_kept"
@@ -110,6 +111,8 @@ class AdaptedLinear(MethodLayer, nn.Module):
             self.unmerge()
         if self.routes:
             return self._chosen(x, adapter_names, *args, **kwargs)
+        if adapter_names is None and not args and not kwargs and (whole_y := self._whole(x)) is not None:
+            return whole_y
         y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return y
@@ -142,6 +145,26 @@ class AdaptedLinear(MethodLayer, nn.Module):
             check_in_place(self.get_base_layer(), self.sites[acting[0]].path)
         pairs = [on_device(self.pair_now(adapter), W.device) for adapter in acting]
         return functional_call(self.base_layer, {"weight": with_updates(W, pairs, False)}, (x, *args), kwargs)
+
+    def only_adapter(self) -> str | None:
+        """The adapter that acts, if it is one, with a pair beside a base layer that is neither merged nor quantised."""
+        if self.merged or self.routes or self.quantization_backend is not None:
+            return None
+        acting = self.acting() if type(self)._add is AdaptedLinear._add else []
+        return acting[0] if len(acting) == 1 else None
+
+    def _whole(self, x: Tensor) -> Tensor | None:
+        """The output in training, by one operation for the frozen product and the update; None where there is none."""
+        if not self.training or transformed() or (adapter := self.only_adapter()) is None:
+            return None
+        dropout, tokens = self.dropout(adapter), x.numel() // max(1, x.shape[-1])
+        if not dropout and tokens * (self.in_features + self.out_features) < FEW:
+            return None
+        siblings: Siblings | None = self.__dict__.get(SIBLINGS)
+        if siblings is not None:
+            return siblings.whole(self, x, adapter, dropout)
+        pair = self.pair_now(adapter)
+        return whole(x, [self.base_layer], [pair], dropout)[0] if can_be_whole(self.base_layer, pair, x) else None
 
     def _add(self, y: Tensor, x: Tensor, adapter: str, reuse_y: bool) -> Tensor:
         dropout = self.dropout(adapter) if self.training else 0.0

@@ -10,8 +10,8 @@ linear layer multiplies alone.
 import re
 import threading
 import weakref
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from ziggurat.host.older import SHARES
 from ziggurat.lowrank.pair import FactorPair, on_device
 from ziggurat.lowrank.product import can_share, down
+from ziggurat.lowrank.remade import unchanged
+from ziggurat.lowrank.whole import can_be_whole, whole
 
 if TYPE_CHECKING:
     from ziggurat.host.linear import AdaptedLinear
@@ -50,6 +52,16 @@ class Down(NamedTuple):
     state: tuple[object, ...] = ()
 
 
+class Whole(NamedTuple):
+    """A linear layer's whole output; `state` is `state_of` the A and B in it."""
+
+    y: Tensor
+    state: tuple[object, ...] = ()
+
+
+Waiting = TypeVar("Waiting", Down, Whole)
+
+
 class _Circumstances(NamedTuple):
     """The state, besides x, that decides a product's graph: two calls share one only if these are equal.
 
@@ -69,7 +81,7 @@ class _Circumstances(NamedTuple):
         on = device != "meta" and torch.is_autocast_enabled(device)
         autocast = torch.get_autocast_dtype(device) if on else None
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[attr-defined]
-        pack = _reference(hooks[0]) if hooks else None
+        pack = _reference(hooks[0]) if hooks and hooks[1] is not unchanged else None
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         return cls(x._version, x.requires_grad, grad, inference, autocast, pack)
 
@@ -91,20 +103,28 @@ class _InFlight:
 
     def __init__(self) -> None:
         self._local = threading.local()
+        #: Adapters of which a linear layer's whole output was once left: from then on the layers only go down together.
+        self.left: set[str] = set()
 
-    def put(self, adapter: str, x: Tensor, waiting: dict[int, Down]) -> None:
-        self._local.__dict__[adapter] = (weakref.ref(x), _Circumstances.of(x), waiting)
+    def put(self, adapter: str, x: Tensor, waiting: "Mapping[int, Down | Whole]") -> None:
+        self._local.__dict__[adapter] = (weakref.ref(x), _Circumstances.of(x), dict(waiting))
 
-    def take(self, adapter: str, x: Tensor, linear: "AdaptedLinear") -> Down | None:
-        """The product that waits for `linear`, if `linear` would compute the same from this x."""
+    def take(self, adapter: str, x: Tensor, linear: "AdaptedLinear", kind: type[Waiting]) -> Waiting | None:
+        """What waits for `linear`, of this kind, if `linear` would compute the same from this x."""
         of, circumstances, waiting = self._local.__dict__.get(adapter, (lambda: None, None, {}))
         if of() is not x or circumstances != _Circumstances.of(x):
             self._local.__dict__.pop(adapter, None)
+            lost = any(isinstance(product, Whole) for product in waiting.values())
+            if lost and circumstances.pack is None:  # a checkpoint may stop computing before the last calls
+                self.left.add(adapter)
             return None
-        product = waiting.pop(id(linear), None)
+        product = waiting.get(id(linear))
+        if not isinstance(product, kind):
+            return None
+        del waiting[id(linear)]
         if not waiting:
             del self._local.__dict__[adapter]
-        return product if product is None or product.state == linear.state_of(adapter) else None
+        return product if product.state == linear.state_of(adapter) else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_InFlight":
         return _InFlight()
@@ -120,9 +140,32 @@ class Siblings:
         self.members: list[AdaptedLinear] = []
         self._in_flight = _InFlight()
 
+    def whole(self, linear: "AdaptedLinear", x: Tensor, adapter: str, dropout: float) -> Tensor | None:
+        """The output of `linear`, computed with those of the others, which then wait for their calls; None if it isn't.
+
+        A frozen product for a layer that isn't called with this x is lost: after the first such pass the layers only go
+        down together. Except within checkpoints, which have to keep the same tensors when they compute a second time.
+        """
+        if (ready := self._in_flight.take(adapter, x, linear, Whole)) is not None:
+            return ready.y
+        others = list(self._others(linear, adapter, dropout))
+        if any(other.only_adapter() != adapter for other in others):
+            return None
+        if others and adapter in self._in_flight.left and _Circumstances.of(x).pack is None:
+            return None
+        layers = [linear, *others]
+        pairs = [layer.pair_now(adapter) for layer in layers]
+        if not all(can_be_whole(layer.base_layer, pair, x) for layer, pair in zip(layers, pairs, strict=True)):
+            return None
+        y, *rest = whole(x, [layer.base_layer for layer in layers], pairs, dropout)
+        if others:
+            waiting = {id(other): Whole(y, other.state_of(adapter)) for y, other in zip(rest, others, strict=True)}
+            self._in_flight.put(adapter, x, waiting)
+        return y
+
     def down(self, linear: "AdaptedLinear", x: Tensor, adapter: str, dropout: float) -> Down | None:
         """h and B of `linear`; None if it has to work alone, by `low_rank_add`."""
-        if (ready := self._in_flight.take(adapter, x, linear)) is not None:
+        if (ready := self._in_flight.take(adapter, x, linear, Down)) is not None:
             return ready
         A, B = on_device(linear.pair_now(adapter), x.device)
         if not can_share(x, A):

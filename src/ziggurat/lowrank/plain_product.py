@@ -40,36 +40,62 @@ def down(x: Tensor, mask: Tensor | None, As: Sequence[Tensor], dropout: float, d
     if _fits_one_part(x, mask, dtype):
         return thin(dropped(x, mask, dtype), A)
     transposed = A.new_empty(A.shape[0], x.numel() // x.shape[-1])
-    for rows, part, _ in _parts(x, mask, dtype):
+    for rows, part in _parts(x, mask, dtype):
         torch.mm(A, part.T, out=transposed[:, rows])
     return transposed.T
 
 
 def down_gradients(
-    dh: Tensor, x: Tensor | None, like: Like, mask: Tensor | None, As: Sequence[Tensor] | None, dropout: float
+    dh: Tensor,
+    x: Tensor | None,
+    like: Like,
+    mask: Tensor | None,
+    As: Sequence[Tensor] | None,
+    dropout: float,
+    into: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dL/dA = s dh^T (x * m), (rank, d_in), and dL/dx = s (dh A) * m; None without x, and without the As."""
+    """dL/dA = s dh^T (x * m), (rank, d_in), and dL/dx = s (dh A) * m; None without x, and without the As.
+
+    `into`: (tokens, d_in), of dh's dtype, to which dL/dx is added, and which then holds the sum.
+    """
     scale = masks.keep_scale(dropout)
     A = None if As is None else _joined(As, scale, dh.dtype)
     dA = dx = None
     if x is not None and not _fits_one_part(x, mask, dh.dtype):
-        # Both in one pass, so that a part of the mask is unpacked once and a part of dL/dx is masked in the cache.
-        dA = dh.new_zeros(dh.shape[1], x.shape[-1])
-        dx = None if A is None else dh.new_empty(dh.shape[0], x.shape[-1])
-        for rows, part, ones in _parts(x, mask, dh.dtype, like.x_is_new):
+        # Both in one pass, so that a part of x and one of dL/dx are masked in the cache.
+        width = like.shape[-1]
+        dA = dh.new_zeros(dh.shape[1], width)
+        dx = None if A is None else dh.new_empty(dh.shape[0], width) if into is None else into
+        for rows, part in _parts(x, mask, dh.dtype, like.x_is_new):
             dA.addmm_(dh[rows].T, part)
             if A is not None and dx is not None:
-                dx_part = torch.mm(dh[rows], A, out=dx[rows])
-                if ones is not None:
-                    dx_part.mul_(ones)
+                _masked_product(dh[rows], A, mask, rows.start * width, dx[rows], adds=into is not None)
     else:
         dA = None if x is None else dh.T @ dropped(x, mask, dh.dtype, like.x_is_new)
         if A is not None:
-            dx = dh @ A
-            dx = dx if mask is None else masks.apply(dx, mask, in_place=True)
+            dx = dh.new_empty(dh.shape[0], A.shape[1]) if into is None else into
+            _masked_product(dh, A, mask, 0, dx, adds=into is not None)
     if dA is not None:
         dA = dA.to(like.A_dtype) if scale == 1 else dA.to(like.A_dtype) * scale
     return dA, None if dx is None else dx.view(like.shape).to(like.dtype)
+
+
+def _masked_product(dh: Tensor, A: Tensor, mask: Tensor | None, start: int, out: Tensor, adds: bool) -> None:
+    """out = (dh A) * m, or out += that, with m from its entry number `start` on."""
+    if not adds:
+        torch.mm(dh, A, out=out)
+        if mask is not None:
+            masks.apply(out, mask, start=start, out=out)
+    elif mask is None:
+        out.addmm_(dh, A)
+    elif masks.is_numbered(mask):  # entries that are few: what they held is put back
+        entries, where = out.view(-1), masks.dropped(mask, start, out.numel())
+        held = entries[where]
+        out.addmm_(dh, A)
+        entries.index_copy_(0, where, held)
+    else:
+        product = dh @ A
+        out += masks.apply(product, mask, start=start, out=product)
 
 
 def up_add(y: Tensor, h: Tensor, B: Tensor, reuse_y: bool) -> Tensor:
@@ -108,7 +134,10 @@ def flat(t: Tensor) -> Tensor:
 def dropped(x: Tensor, mask: Tensor | None, dtype: torch.dtype, x_is_new: bool = False) -> Tensor:
     """x * m, (tokens, d), in x's memory if it is new."""
     rows = flat(x.to(dtype))
-    return rows if mask is None else masks.apply(rows, mask, in_place=x_is_new or rows.dtype != x.dtype)
+    if mask is None:
+        return rows
+    is_new = (x_is_new or rows.dtype != x.dtype) and rows.is_contiguous()
+    return masks.apply(rows, mask, out=rows if is_new else None)
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -138,8 +167,8 @@ def _fits_one_part(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> bool:
 
 def _parts(
     x: Tensor, mask: Tensor | None, dtype: torch.dtype, x_is_new: bool = False
-) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """x * m in ``dtype``, some rows at a time: which rows, their part of it (until the next is asked for), and of m."""
+) -> Iterator[tuple[slice, Tensor]]:
+    """x * m in ``dtype``, some rows at a time: which rows, and their part of it (until the next is asked for)."""
     x = flat(x)
     count = max(1, _PART // (8 * x.shape[-1] * dtype.itemsize)) * 8  # whole bytes of the mask
     in_place = mask is None or x_is_new or x.dtype != dtype
@@ -147,8 +176,7 @@ def _parts(
     for start in range(0, x.shape[0], count):
         rows = slice(start, start + count)
         part = x[rows].to(dtype)
-        if mask is None:
-            yield rows, part, None
-            continue
-        ones = masks.kept(mask, start * x.shape[-1], part.numel()).view(part.shape)
-        yield rows, torch.mul(part, ones, out=part if buffer is None else buffer[: len(part)]), ones
+        if mask is not None:
+            out = buffer[: len(part)] if buffer is not None else part if part.is_contiguous() else None
+            part = masks.apply(part, mask, start=start * x.shape[-1], out=out)
+        yield rows, part

@@ -158,7 +158,7 @@ class _Down(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:
-        mask, *tensors = _saved(ctx, dhs)
+        mask, *tensors = saved(ctx, dhs)
         As, operands = tensors[: len(ctx.ranks)], tensors[len(ctx.ranks) :]
         need_x, need_A = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         used = [i for i, dh in enumerate(dhs) if dh is not None]  # linear layers that did run
@@ -169,7 +169,7 @@ class _Down(torch.autograd.Function):
         if any(need_A[i] for i in used):
             x = operands[0] if ctx.make is None else ctx.make(operands).view(ctx.like.shape)
         # With grad mode on, this backward is itself differentiated: nothing in place.
-        gradients = partial(_down_gradients_twice, ctx.parts) if torch.is_grad_enabled() else ctx.parts.down_gradients
+        gradients = partial(down_gradients_twice, ctx.parts) if torch.is_grad_enabled() else ctx.parts.down_gradients
         dA, dx = gradients(dh, x, ctx.like, mask, [As[i] for i in used] if need_x else None, ctx.dropout)
         dAs: list[Tensor | None] = [None] * len(As)
         if dA is not None:
@@ -178,7 +178,7 @@ class _Down(torch.autograd.Function):
         return dx, None, None, None, None, *dAs
 
 
-def _saved(ctx: Any, dhs: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def saved(ctx: Any, dhs: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """The saved tensors. After a backward through some of the linear layers only, `ctx` keeps them for the others.
 
     The layers are one node of the graph, which autograd frees after a backward; separate layers would be a node each.
@@ -226,7 +226,7 @@ class _UpAdd(torch.autograd.Function):
         return g if need_y else None, dh, dB, None
 
 
-def _down_gradients_twice(
+def down_gradients_twice(
     parts: Any,
     dh: Tensor,
     x: Tensor | None,
