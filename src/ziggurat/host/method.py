@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -24,8 +24,7 @@ from ziggurat.lowrank.pair import FactorPair
 Stored = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Context:
+class Context(NamedTuple):
     """The inputs of `pair` besides the tensors.
 
     `training`: inside a forward pass in training mode. `drawn`: the result of the method's `draw` for this pass, the
@@ -40,8 +39,7 @@ class Context:
 EVALUATION = Context()
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A named part of a site's update, for the analysis: a tier, a plane, a path.
 
     `keys`: its tensors; sites that share all of them share the part, and `group` numbers such parts. `adds`: the site's
@@ -55,8 +53,7 @@ class Part:
     adds: bool = True
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     """A method's description for tables, pages and messages.
 
     `shown`: its name in tables. `paper`: its number at arXiv. `about`: one line for the list of methods. `citation`:
@@ -70,7 +67,7 @@ class Card:
     merges: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Method:
     """A method. The fields after `card` cover the cases that the two functions can't express.
 

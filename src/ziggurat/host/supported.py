@@ -9,9 +9,9 @@ installed: then transformers refuses seven of its methods, and everything else w
 import json
 import os
 import warnings
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import peft
 import torch
@@ -37,8 +37,7 @@ ASKING = (
 STRICT = "ZIGGURAT_STRICT"
 
 
-@dataclass(frozen=True)
-class Tested:
+class Tested(NamedTuple):
     """A set of versions under which `.ci/versions` has run, with its result."""
 
     name: str

@@ -42,7 +42,7 @@ _CANNOT = (
 )
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class AdapterDropConfig(MethodConfig):
     """Config of bottleneck adapters (Houlsby et al. 2019, Pfeiffer et al. 2021) with AdapterDrop (arXiv 2010.11918).
 

@@ -39,7 +39,7 @@ CITATION = """@article{hu2024aslora,
 }"""
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class ASLoRAConfig(MergingConfig):
     """Config of ASLoRA (arXiv 2412.10135).
 

@@ -35,7 +35,7 @@ CITATION = """@article{valipour2023dylora,
 }"""
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class DyLoRAConfig(MethodConfig):
     """Config of DyLoRA (arXiv 2210.07558): one LoRA adapter that can be cut to any of its leading ranks.
 

@@ -39,7 +39,7 @@ CITATION = """@article{balazy2024loraxs,
 INIT_STD = 1e-5
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class LoRAXSConfig(MethodConfig):
     """Config of LoRA-XS (arXiv 2405.17604): r^2 trainable parameters for each linear layer.
 

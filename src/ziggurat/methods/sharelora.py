@@ -30,7 +30,7 @@ CITATION = """@article{song2024sharelora,
 }"""
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class ShareLoRAConfig(MethodConfig):
     """Config of ShareLoRA (arXiv 2406.10785).
 

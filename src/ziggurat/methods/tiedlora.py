@@ -43,7 +43,7 @@ def _check_letters(name: str, value: Any) -> None:
         raise ConfigError(f"{name}={shown(value)}: some of the letters A, B, u, v, each once, as 'ABuv'.")
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class TiedLoRAConfig(MethodConfig):
     """Config of Tied-LoRA (arXiv 2311.09578).
 

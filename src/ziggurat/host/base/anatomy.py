@@ -22,7 +22,7 @@ A module that is listed twice is one layer, and ALBERT, which runs one layer man
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Size, nn
 
@@ -30,8 +30,7 @@ from ziggurat.errors import AnatomyError
 from ziggurat.host.base.unwrap import Node, bare_path, bare_tree, unwrap
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a module stands in its stack.
 
     `stack`: path of the list of layers; `layer`: its number, from 0; `role`: the path inside the

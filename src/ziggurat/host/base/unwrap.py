@@ -16,7 +16,7 @@ from torch import Size, nn
 PREFIX = "base_model.model."
 
 
-@dataclass
+@dataclass(eq=False)
 class Node:
     """A module of the unwrapped model, with its children."""
 

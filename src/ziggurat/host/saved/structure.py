@@ -49,7 +49,7 @@ def from_tensor(coded: Tensor) -> Any:
     return plain
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class MergingConfig(MethodConfig):
     """The config of a method whose layers come to share a tensor during training; see `Method.reads`.
 

@@ -21,7 +21,6 @@ from ziggurat.host.values import (
     shown,
     whole,
 )
-from ziggurat.methods.lor2c.draw import draw_events
 from ziggurat.methods.lor2c.plan import CRITERIA, KEEP
 from ziggurat.methods.lor2c.structure import from_json
 
@@ -64,7 +63,7 @@ def _check_structure(name: str, value: Any) -> None:
     from_json(value)
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class LoR2CConfig(MethodConfig):
     """Config of LoR2C (arXiv 2503.00572): a low-rank residual path around each transformer layer.
 
@@ -183,6 +182,8 @@ class LoR2CConfig(MethodConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
         if self.log:
+            from ziggurat.methods.lor2c.draw import draw_events
+
             folder = Path(save_directory)
             (folder / EVENTS_FILE).write_text(json.dumps(self.log, indent=1), encoding="utf-8")
             (folder / PICTURE_FILE).write_text(draw_events(self.log), encoding="utf-8")

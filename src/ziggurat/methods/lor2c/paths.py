@@ -20,7 +20,7 @@ from ziggurat.methods.lor2c.plan import Decision, applied, decide, schedule
 from ziggurat.methods.lor2c.structure import Path, StackState, Structure, from_json, paths, to_json
 
 
-@dataclass
+@dataclass(eq=False)
 class Adapter:
     """One adapter's paths: its config, its current structure, and the number of events done."""
 

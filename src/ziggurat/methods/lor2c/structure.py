@@ -1,7 +1,6 @@
 """The structure of an adapter's paths: their spans stack by stack, and the layers that have plain LoRA instead."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ziggurat.errors import ConfigError
@@ -9,8 +8,7 @@ from ziggurat.host.values import is_whole, shown
 from ziggurat.lowrank.spans import Span, check_spans
 
 
-@dataclass(frozen=True)
-class StackState:
+class StackState(NamedTuple):
     """The paths of one stack: the spans they cover, in order of depth, and the layers that have plain LoRA instead."""
 
     spans: tuple[Span, ...]

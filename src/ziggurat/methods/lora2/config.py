@@ -32,7 +32,7 @@ def _check_weight(name: str, value: Any) -> None:
         )
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class LoRA2Config(MethodConfig):
     """Config of LoRA² (arXiv 2408.06854): two nested planes, the inner one pruned by importance while training.
 

@@ -1,7 +1,6 @@
 """The schedule of pruning: when to prune, and how many directions remain."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ziggurat.errors import ConfigError
 from ziggurat.host.values import Check, is_whole, shown
@@ -23,8 +22,7 @@ def steps(least: int) -> Check:
     return check
 
 
-@dataclass(frozen=True)
-class Schedule:
+class Schedule(NamedTuple):
     """The steps of one run, counted in optimiser steps from 1: the first step ends with step = 1.
 
     initial: up to and including this step every direction stays. last: from this step on the

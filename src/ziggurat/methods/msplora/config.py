@@ -25,7 +25,7 @@ CITATION = """@article{zhao2025msplora,
 }"""
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class MSPLoraConfig(MethodConfig):
     """Config of MSPLoRA (arXiv 2503.21838): a pyramid of factor pairs shared by all, some, or no layers.
 
