@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import versions
 from methods_table import METHODS, zoo_config
 from tolerance import assert_sums_agree
 from ziggurat import MSPLoraConfig
@@ -117,6 +118,7 @@ def test_a_half_precision_base_keeps_its_dtype(watch: Callable[[int], list[str]]
     assert used == ["composed"]
 
 
+@versions.shares
 def test_large_dropped_out_and_wide_products_are_shared_and_inference_has_its_own_way(
     watch: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from ziggurat.host import siblings
 from ziggurat.host.linear import AdaptedLinear
 from ziggurat.host.siblings import SIBLINGS, Siblings
 from ziggurat.lowrank import mask as masks
+from ziggurat.lowrank.remade import unchanged
 
 DOUBLE = {"rtol": 1e-10, "atol": 1e-10}
 CONFIGS = [MSPLoraConfig, LoRA2Config]
@@ -470,3 +471,89 @@ def test_a_hook_on_a_siblings_frozen_layer_is_called_once(reached: str, way: str
     assert len(seen) == 1
     if reached == "output":
         assert torch.equal(seen[0], nn.functional.linear(x, base.weight, base.bias))
+
+
+@versions.shares
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_what_a_checkpoint_leaves_costs_nothing_outside_it(
+    use_reentrant: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint stops computing as soon as it has what the backward needs, before a last key is called."""
+    if way == "down":
+        pytest.skip("nothing is computed whole")
+    model, x = adapted(), torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
+    parts, seen = linears(model), whole_calls(monkeypatch)
+
+    def query_then_key(x: Tensor) -> Tensor:
+        return parts["q_proj"](x).tanh() + parts["k_proj"](x) + parts["v_proj"](x)
+
+    torch.utils.checkpoint.checkpoint(query_then_key, x * 1.0, use_reentrant=use_reentrant).sum().backward()  # type: ignore
+    query_then_key(x * 1.0)
+    query_then_key(x * 1.0)
+    assert seen == 4 * [3]
+
+
+@versions.shares
+def test_tools_that_only_observe_what_is_kept_change_nothing(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "down":
+        pytest.skip("nothing is computed whole")
+    parts, seen = linears(adapted()), whole_calls(monkeypatch)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unchanged):
+        parts["q_proj"](torch.randn(2, 5, 12, dtype=torch.float64))
+    parts["q_proj"](torch.randn(2, 5, 12, dtype=torch.float64))
+    assert seen == [3]
+
+
+@versions.shares
+def test_one_query_again_and_again_is_seen(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "down":
+        pytest.skip("nothing is computed whole")
+    parts, seen, x = linears(adapted()), whole_calls(monkeypatch), torch.randn(2, 5, 12, dtype=torch.float64)
+    for _ in range(3):
+        parts["q_proj"](x)
+    assert seen == [3, 3]  # the second call finds that nobody took what the first computed
+
+
+@versions.shares
+def test_narrow_keys_go_with_the_query_whatever_their_size(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs that are few for the key alone, and not for the query, as with fewer heads of keys than of queries."""
+
+    class Narrow(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k_proj, self.v_proj = nn.Linear(12, 4), nn.Linear(12, 4)
+
+    if way == "down":
+        pytest.skip("nothing is computed whole")
+    base = Model()
+    base.self_attn = Narrow()
+    config = MSPLoraConfig(r=4, target_modules=list(QKV), init_weights=False)
+    model = get_peft_model(base, config).double().train()
+    parts, seen = linears(model), whole_calls(monkeypatch)
+    monkeypatch.setattr("ziggurat.host.linear.FEW", 10 * (12 + 8))
+    for _ in range(2):
+        for order in (QKV, QKV[::-1]):
+            x = torch.randn(2, 5, 12, dtype=torch.float64)
+            for name in order:
+                parts[name](x)
+    assert seen == 4 * [3]
+
+
+@versions.shares
+@pytest.mark.parametrize("change", ["data", "in place", "hook"])
+def test_a_frozen_layer_changed_in_between_is_seen(change: str) -> None:
+    """Between the query's call and the value's: the value computes with what is there at its own call."""
+    parts, x = linears(adapted()), torch.randn(2, 5, 12, dtype=torch.float64)
+    base, seen = parts["v_proj"].base_layer, []
+    parts["q_proj"](x)
+    if change == "data":
+        base.weight.data = base.weight.data + 1
+    elif change == "in place":
+        base.weight.add_(1)
+    else:
+        base.register_forward_hook(lambda module, args, out: seen.append(out))
+    A, B = parts["v_proj"].effective_pair("default")
+    torch.testing.assert_close(
+        parts["v_proj"](x), nn.functional.linear(x, base.weight, base.bias) + x @ A.T @ B.T, **DOUBLE
+    )
+    assert len(seen) == (change == "hook")

@@ -1,6 +1,8 @@
 """Frozen product and update as one operation: the layer's bits, the formulas' gradients, and only where it may be."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -147,6 +149,67 @@ def test_results_may_be_changed_in_place_and_x_may_not() -> None:
     inner += 1
     with pytest.raises(RuntimeError, match="changed in place"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_a_second_derivative_after_a_first_backward(p: float) -> None:
+    """Through the other output: right if the first backward keeps the graph, and refused if it has freed it."""
+    torch.manual_seed(6)
+    x, bases, factors = torch.randn(7, 4, dtype=torch.float64).requires_grad_(), layers(4, [3, 2]), pairs(4, [3, 2])
+
+    def twice(ys: Any, retain: bool) -> Tensor:
+        ys[0].square().sum().backward(retain_graph=retain)
+        (slope,) = torch.autograd.grad(ys[1].square().sum(), factors[1].B, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), x)[0]
+
+    wanted = twice(by_formula(x, bases, factors, p, 3), True)
+    torch.testing.assert_close(twice(seeded(x, bases, factors, p, 3), True), wanted, rtol=1e-10, atol=1e-10)
+    with pytest.raises(RuntimeError, match="second time"):
+        twice(seeded(x, bases, factors, p, 3), False)
+
+
+def test_an_output_that_no_backward_reaches_leaves_no_cycle() -> None:
+    """The node keeps what the other output's backward would need; without the node all of it is freed at once."""
+    factors, bases = pairs(4, [3, 2]), layers(4, [3, 2])
+    inner = torch.randn(7, 4, dtype=torch.float64).requires_grad_() * 1.0
+    seen = weakref.ref(inner)
+    gc.collect()
+    gc.disable()
+    try:
+        ys = whole(inner, bases, factors, 0.0)
+        ys[0].sum().backward()
+        del ys, inner
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+def test_weights_replaced_before_the_backward_are_those_that_the_forward_read() -> None:
+    """A merge gives the parameter other memory."""
+    torch.manual_seed(7)
+    x, bases, factors = torch.randn(7, 4, dtype=torch.float64).requires_grad_(), layers(4, [3]), pairs(4, [3])
+    wanted = slopes(by_formula(x, bases, factors, 0.0, 3), [x])
+    ys = whole(x, bases, factors, 0.0)
+    bases[0].weight.data = torch.randn(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(slopes(ys, [x]), wanted, rtol=1e-10, atol=1e-10)
+    ys = whole(x, bases, factors, 0.0)
+    bases[0].weight.add_(1)
+    with pytest.raises(RuntimeError, match="frozen weight"):
+        slopes(ys, [x])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.4])
+def test_a_backward_within_autocast(p: float) -> None:
+    torch.manual_seed(8)
+    x, bases = torch.randn(7, 4).requires_grad_(), layers(4, [3, 2], dtype=torch.float32)
+    factors = pairs(4, [3, 2], torch.float32)
+    inputs = [x, *(t for pair in factors for t in pair)]
+    wanted, ys = slopes(seeded(x, bases, factors, p, 3), inputs), seeded(x, bases, factors, p, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = slopes(ys, inputs)
+    for a, b in zip(got, wanted, strict=True):
+        assert a is not None and b is not None
+        assert torch.equal(a, b)
 
 
 @contextmanager

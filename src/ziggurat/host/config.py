@@ -126,7 +126,8 @@ class MethodConfig(PeftConfig):
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
-        return all(getattr(self, item.name) == getattr(other, item.name) for item in fields(self) if item.compare)
+        names = [item.name for item in fields(self) if item.compare]
+        return tuple(getattr(self, name) for name in names) == tuple(getattr(other, name) for name in names)
 
     __hash__ = None  # type: ignore[assignment]  # as of every dataclass that can change
 

@@ -147,22 +147,29 @@ class AdaptedLinear(MethodLayer, nn.Module):
         return functional_call(self.base_layer, {"weight": with_updates(W, pairs, False)}, (x, *args), kwargs)
 
     def only_adapter(self) -> str | None:
-        """The adapter that acts, if it is one, with a pair beside a base layer that is neither merged nor quantised."""
+        """The name of the one adapter that acts; None if none or several act, or if the layer is merged, quantised, a
+        router, or adds something else than a pair."""
         if self.merged or self.routes or self.quantization_backend is not None:
             return None
         acting = self.acting() if type(self)._add is AdaptedLinear._add else []
         return acting[0] if len(acting) == 1 else None
 
+    def is_few(self, x: Tensor, dropout: float) -> bool:
+        """Whether x and the output have so few entries, none of them dropped out, that torch's operations are used: see
+        `FEW`."""
+        tokens = x.numel() // max(1, x.shape[-1])
+        return not dropout and tokens * (self.in_features + self.out_features) < FEW
+
     def _whole(self, x: Tensor) -> Tensor | None:
-        """The output in training, by one operation for the frozen product and the update; None where there is none."""
+        """The output in training, by one operation for the frozen product and the update; None where two compute it."""
         if not self.training or transformed() or (adapter := self.only_adapter()) is None:
             return None
-        dropout, tokens = self.dropout(adapter), x.numel() // max(1, x.shape[-1])
-        if not dropout and tokens * (self.in_features + self.out_features) < FEW:
-            return None
+        dropout = self.dropout(adapter)
         siblings: Siblings | None = self.__dict__.get(SIBLINGS)
         if siblings is not None:
             return siblings.whole(self, x, adapter, dropout)
+        if self.is_few(x, dropout):
+            return None
         pair = self.pair_now(adapter)
         return whole(x, [self.base_layer], [pair], dropout)[0] if can_be_whole(self.base_layer, pair, x) else None
 

@@ -7,8 +7,8 @@ import importlib
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
-from importlib.metadata import EntryPoint, distributions
+from collections.abc import Iterable
+from importlib.metadata import distributions, entry_points
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +26,10 @@ _files: dict[str, ModuleType] = {}
 def load_installed() -> None:
     """Import the modules that installed packages name in `GROUP`; those that can't be imported are skipped with a
     warning."""
-    for entry in _installed():
+    # To parse the entry points of all packages would take a tenth of `import ziggurat`.
+    if not any(GROUP in (package.read_text("entry_points.txt") or "") for package in distributions()):
+        return
+    for entry in entry_points(group=GROUP):
         if entry.module in sys.modules:
             continue  # it is what imports ziggurat just now
         try:
@@ -38,20 +41,6 @@ def load_installed() -> None:
                 f"({type(error).__name__}: {error}).",
                 stacklevel=2,
             )
-
-
-def _installed() -> Iterator[EntryPoint]:
-    """The entry points of `GROUP`, of each package the first that is found, as Python imports it.
-
-    Only the files that name the group are parsed: to parse all takes `importlib.metadata.entry_points` a tenth of
-    `import ziggurat`.
-    """
-    seen: set[str] = set()
-    for distribution in distributions():
-        if GROUP not in (distribution.read_text("entry_points.txt") or "") or distribution.name in seen:
-            continue
-        seen.add(distribution.name)
-        yield from distribution.entry_points.select(group=GROUP)
 
 
 def load(plugins: Iterable[str]) -> None:

@@ -1,10 +1,10 @@
-"""Adapted linear layers of one parent that read the same input (queries, keys, values) multiply by their A's together.
+"""Adapted linear layers of one parent that read the same input (queries, keys and values) compute together.
 
 The first one called multiplies the input by the A factors of all of them and keeps the others' products for their
-calls, a moment later. So one dropout mask serves them all, x is dropped out once in the forward and once in the
-backward, and one dL/dx comes back instead of one per layer. Each call looks at whether the input is the same tensor,
-unchanged, under the same circumstances (gradients, autocast, checkpointing) and with the same factors; where not, a
-linear layer multiplies alone.
+calls, a moment later; on a processor it computes their whole outputs, frozen products and updates. So one dropout mask
+serves them all, x is dropped out once in the forward and once in the backward, and one dL/dx comes back instead of one
+per layer. Each call looks at whether the input is the same tensor, unchanged, under the same circumstances (gradients,
+autocast, checkpointing) and with the same factors; where not, a linear layer computes alone.
 """
 
 import re
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ziggurat.host.older import SHARES
 from ziggurat.lowrank.pair import FactorPair, on_device
-from ziggurat.lowrank.product import can_share, down
+from ziggurat.lowrank.product import can_share, down, owns_output
 from ziggurat.lowrank.remade import unchanged
 from ziggurat.lowrank.whole import can_be_whole, whole
 
@@ -39,7 +39,7 @@ READ_THE_SAME = (
     ("wi_0", "wi_1"),
 )
 #: Attention whose keys and values come from elsewhere than its queries.
-_ACROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
+_ACROSS = re.compile(r"cross|encoder_attn|enc(oder)?_?dec|attn2", re.IGNORECASE)
 #: The name of the siblings in a linear layer's attributes.
 SIBLINGS = "_siblings"
 
@@ -51,12 +51,21 @@ class Down(NamedTuple):
     B: Tensor
     state: tuple[object, ...] = ()
 
+    @staticmethod
+    def state_of(linear: "AdaptedLinear", adapter: str) -> tuple[object, ...]:
+        return linear.state_of(adapter)
+
 
 class Whole(NamedTuple):
-    """A linear layer's whole output; `state` is `state_of` the A and B in it."""
+    """A linear layer's whole output; `state` is that of the A, B and frozen layer in it."""
 
     y: Tensor
     state: tuple[object, ...] = ()
+
+    @staticmethod
+    def state_of(linear: "AdaptedLinear", adapter: str) -> tuple[object, ...]:
+        base: Any = linear.base_layer
+        return linear.state_of(adapter), owns_output(base), base.weight._version, base.weight.data_ptr()
 
 
 Waiting = TypeVar("Waiting", Down, Whole)
@@ -103,20 +112,18 @@ class _InFlight:
 
     def __init__(self) -> None:
         self._local = threading.local()
-        #: Adapters of which a linear layer's whole output was once left: from then on the layers only go down together.
-        self.left: set[str] = set()
+        #: Adapters of which nobody took a whole output once: from then on their layers only go down together.
+        self.untaken: set[str] = set()
 
     def put(self, adapter: str, x: Tensor, waiting: "Mapping[int, Down | Whole]") -> None:
+        self._drop(adapter)
         self._local.__dict__[adapter] = (weakref.ref(x), _Circumstances.of(x), dict(waiting))
 
     def take(self, adapter: str, x: Tensor, linear: "AdaptedLinear", kind: type[Waiting]) -> Waiting | None:
         """What waits for `linear`, of this kind, if `linear` would compute the same from this x."""
         of, circumstances, waiting = self._local.__dict__.get(adapter, (lambda: None, None, {}))
         if of() is not x or circumstances != _Circumstances.of(x):
-            self._local.__dict__.pop(adapter, None)
-            lost = any(isinstance(product, Whole) for product in waiting.values())
-            if lost and circumstances.pack is None:  # a checkpoint may stop computing before the last calls
-                self.left.add(adapter)
+            self._drop(adapter)
             return None
         product = waiting.get(id(linear))
         if not isinstance(product, kind):
@@ -124,7 +131,13 @@ class _InFlight:
         del waiting[id(linear)]
         if not waiting:
             del self._local.__dict__[adapter]
-        return product if product.state == linear.state_of(adapter) else None
+        return product if product.state == product.state_of(linear, adapter) else None
+
+    def _drop(self, adapter: str) -> None:
+        _, circumstances, waiting = self._local.__dict__.pop(adapter, (None, None, {}))
+        untaken = any(isinstance(product, Whole) for product in waiting.values())
+        if untaken and circumstances.pack is None:  # a checkpoint may stop computing before the last calls
+            self.untaken.add(adapter)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_InFlight":
         return _InFlight()
@@ -141,17 +154,21 @@ class Siblings:
         self._in_flight = _InFlight()
 
     def whole(self, linear: "AdaptedLinear", x: Tensor, adapter: str, dropout: float) -> Tensor | None:
-        """The output of `linear`, computed with those of the others, which then wait for their calls; None if it isn't.
+        """The output of `linear`, computed with those of the others, which then wait for their calls.
 
-        A frozen product for a layer that isn't called with this x is lost: after the first such pass the layers only go
-        down together. Except within checkpoints, which have to keep the same tensors when they compute a second time.
+        None where the inputs are few, or where one of the layers can't be computed whole. A frozen product for a layer
+        that isn't called with this x is lost: after the first such pass the layers only go down together. Except within
+        checkpoints, which have to keep the same tensors when they compute a second time.
         """
         if (ready := self._in_flight.take(adapter, x, linear, Whole)) is not None:
             return ready.y
         others = list(self._others(linear, adapter, dropout))
-        if any(other.only_adapter() != adapter for other in others):
+        # The widest layer decides for all: the others' outputs are ready before their calls.
+        if any(other.only_adapter() != adapter for other in others) or all(
+            layer.is_few(x, dropout) for layer in (linear, *others)
+        ):
             return None
-        if others and adapter in self._in_flight.left and _Circumstances.of(x).pack is None:
+        if others and adapter in self._in_flight.untaken and _Circumstances.of(x).pack is None:
             return None
         layers = [linear, *others]
         pairs = [layer.pair_now(adapter) for layer in layers]
@@ -159,7 +176,9 @@ class Siblings:
             return None
         y, *rest = whole(x, [layer.base_layer for layer in layers], pairs, dropout)
         if others:
-            waiting = {id(other): Whole(y, other.state_of(adapter)) for y, other in zip(rest, others, strict=True)}
+            waiting = {
+                id(other): Whole(y, Whole.state_of(other, adapter)) for y, other in zip(rest, others, strict=True)
+            }
             self._in_flight.put(adapter, x, waiting)
         return y
 

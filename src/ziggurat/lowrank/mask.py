@@ -2,11 +2,11 @@
 
 Torch's own dropout costs about as much on a CPU as the frozen d x d product it stands beside, because it
 draws one number per entry from a serial generator. Here torch's generator gives one seed per mask, and a small
-fast generator of numpy's draws from it: up to p = 1/8 the gaps between dropped entries, of which 5% of x are cheap to
-draw and to set to zero, above it 16 random bits per entry, kept packed, 1/32 of a float32 copy. Seeding from torch's
-default generator is what makes `torch.manual_seed` and the recomputation under gradient checkpointing give the same
-mask again. Processes that train together have mostly seeded it alike, so each adds its rank: their rows are dropped by
-masks of their own.
+fast generator of numpy's draws from it. Up to p = 1/8 it draws the gaps between dropped entries, which are few and
+cheap to set to zero; above, it draws 16 random bits per entry, kept packed as one bit, 1/32 of a float32 copy. Seeding
+from torch's default generator is what makes `torch.manual_seed` and the recomputation under gradient checkpointing give
+the same mask again. Processes that train together have mostly seeded it alike, so each adds its rank: their rows are
+dropped by masks of their own.
 """
 
 import math
@@ -20,7 +20,7 @@ _STEPS = 1 << 16  # the probability is a multiple of 1 / _STEPS
 _APART = 1_000_003  # entries by which the masks of two processes are shifted against each other on a device
 _BLOCK = 1 << 17  # entries drawn at a time: their random bits stay in the processor's cache
 _SPARSE = _STEPS // 8  # up to this threshold the dropped entries are numbered
-_MOST = 1 << 29  # entries up to which the numbers of those drawn have 31 bits for certain
+_MOST = 1 << 29  # up to so many entries every number that is drawn fits int32
 _MIXED = 12  # words to pass over until each of a new state's bits acts on all
 _THREAD = threading.local()
 
@@ -130,7 +130,8 @@ def apply(x: Tensor, mask: Tensor, *, start: int = 0, out: Tensor | None = None)
     which may be x and is contiguous.
     """
     if not is_numbered(mask):
-        return torch.mul(x, kept(mask, start, x.numel()).view(x.shape), out=out)
+        ones = kept(mask, start, x.numel()).view(x.shape)
+        return x.mul_(ones) if out is x else torch.mul(x, ones, out=out)
     if out is None:
         out = x.clone(memory_format=torch.contiguous_format)
     elif out is not x:

@@ -2,9 +2,10 @@
 
 The two thin products are cheap; passing over (tokens, d) and keeping copies of it is expensive. So one autograd
 operation goes down, by A, and one goes up, by B, into the base output. They keep x itself (every linear layer that
-reads the same x keeps the same tensor), the (tokens, rank) product and the dropout mask, as bits or as a seed. Linear
-layers that read one x can go down together. Torch does both (`plain_product`); large inputs on a GPU that are dropped
-out go down by Triton kernels (`triton_product`), which draw the mask as they read x.
+reads the same x keeps the same tensor), the (tokens, rank) product and the dropout mask, as bits, as the numbers of
+the dropped entries, or as a seed. Linear layers that read one x can go down together. Torch does both
+(`plain_product`); large inputs on a GPU that are dropped out go down by Triton kernels (`triton_product`), which draw
+the mask as they read x. In training on a processor `whole` computes the frozen product too.
 """
 
 import os
@@ -178,27 +179,32 @@ class _Down(torch.autograd.Function):
         return dx, None, None, None, None, *dAs
 
 
-def saved(ctx: Any, dhs: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def saved(ctx: Any, dhs: Sequence[Tensor | None], own: int | None = None) -> tuple[Any, ...]:
     """The saved tensors. After a backward through some of the linear layers only, `ctx` keeps them for the others.
 
     The layers are one node of the graph, which autograd frees after a backward; separate layers would be a node each.
+    `own`: the place of one that the node computed. It is kept without its graph, in which `ctx` would hold itself: a
+    second derivative takes the tensors that autograd holds, and if it has freed them torch asks for `retain_graph`.
     """
+    kept = getattr(ctx, "kept", None)
     try:
-        tensors, versions = getattr(ctx, "kept", None) or (ctx.saved_tensors, None)
+        from_graph = kept is None or (own is not None and torch.is_grad_enabled())
+        tensors, versions = (ctx.saved_tensors, None) if from_graph else kept
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            "the input of an adapted linear layer, or a factor of its adapter, was changed in place after the layer's "
-            "forward and before its backward, which needs it as it was. Write x = x + y for x += y where the input is "
-            f"made, or pass x.clone(). Torch says: {error}"
+            "the input of an adapted linear layer, its frozen weight, or a factor of its adapter, was changed in place "
+            "after the layer's forward and before its backward, which needs it as it was. Write x = x + y for x += y "
+            f"where the input is made, or pass x.clone(). Torch says: {error}"
         ) from error
     if versions is not None and versions != _versions(tensors):
         raise RuntimeError(
-            "an adapted linear layer's input or factor was changed in place between two backward passes."
+            "an adapted linear layer's input, frozen weight or factor was changed in place between two backward passes."
         )
     ctx.waiting = getattr(ctx, "waiting", set(range(len(dhs)))) - {i for i, dh in enumerate(dhs) if dh is not None}
-    ctx.kept = (tensors, _versions(tensors)) if ctx.waiting else None
+    held = [t.detach() if i == own and t is not None else t for i, t in enumerate(tensors)]
+    ctx.kept = (held, _versions(held)) if ctx.waiting else None
     return tensors
 
 

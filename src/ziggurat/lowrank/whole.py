@@ -39,7 +39,7 @@ def can_be_whole(base: nn.Module, pair: FactorPair, x: Tensor) -> bool:
     linear: Any = base
     held = [t for t in (linear.weight, linear.bias) if t is not None]
     return (
-        not (x.is_inference() or torch.is_autocast_enabled("cpu"))
+        not (torch.is_autocast_enabled("cpu") or any(t.is_inference() for t in (x, *held)))
         and all(is_plain(t) and t.dtype == x.dtype and t.device == x.device for t in (x, *pair, *held))
         and not any(t.requires_grad for t in held)
         and pair.A.shape[1] == linear.weight.shape[1] == x.shape[-1]
@@ -49,8 +49,8 @@ def can_be_whole(base: nn.Module, pair: FactorPair, x: Tensor) -> bool:
 def whole(x: Tensor, bases: Sequence[nn.Module], pairs: Sequence[FactorPair], dropout: float) -> tuple[Tensor, ...]:
     """``x W_i^T + b_i + (dropout(x) A_i^T) B_i^T`` of each linear layer and its pair: x is dropped out once for all.
 
-    x (..., d_in), A_i (rank_i, d_in), B_i (d_out_i, rank_i), the scale folded into B_i; all of x's dtype. The same bits
-    as by the layers, `down` and `up_add`. Gradients go to x, A_i and B_i, twice if asked.
+    x (..., d_in), A_i (rank_i, d_in), B_i (d_out_i, rank_i), the scale folded into B_i; all of x's dtype. The outputs
+    have the bits that the layers, `down` and `up_add` give. Gradients go to x, A_i and B_i, twice if asked.
     """
     As, Bs = [pair.A for pair in pairs], [pair.B for pair in pairs]
     learns = torch.is_grad_enabled() and any(A.requires_grad for A in As)
@@ -95,42 +95,50 @@ class _Whole(torch.autograd.Function):
             h if any(ctx.needs_input_grad[4 + count :]) else None,
             *(A if need_x else None for A in As),
             *(B if need_x or need_A else None for B in Bs),
-            *(W if need_x else None for W, _ in frozen),
+            # Without its parameter, whose `data` a merge replaces: the memory that was read, as autograd keeps it.
+            *(W.detach() if need_x else None for W, _ in frozen),
             *operands,
         )
         return *ys, h
 
     @staticmethod
     def backward(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
-        *gs, g_of_h = gs  # type: ignore[assignment]
-        mask, h, *tensors = saved(ctx, gs)
-        count, needs = len(ctx.ranks), ctx.needs_input_grad
-        As, Bs, weights = (tensors[i : i + count] for i in range(0, 3 * count, count))
-        operands, need_x, need_A, need_B = tensors[3 * count :], needs[0], needs[4 : 4 + count], needs[4 + count :]
-        rows = {i: plain_product.flat(g) for i, g in enumerate(gs) if g is not None}  # of linear layers that did run
-        dAs: list[Tensor | None] = [None] * count
-        hs = [None] * count if h is None else h.split(ctx.ranks, dim=1)
-        dBs = [(hs[i].T @ rows[i]).T if i in rows and need_B[i] else None for i in range(count)]  # type: ignore
-        if not (rows or g_of_h is not None) or not (need_x or any(need_A)):
-            return (None,) * 4 + (*dAs, *dBs)
-        dhs = {i: plain_product.thin(g, Bs[i].T) for i, g in rows.items()}
-        if g_of_h is not None:  # of a second derivative
-            dhs = {i: g + dhs.get(i, 0) for i, g in enumerate(g_of_h.split(ctx.ranks, dim=1))}
-        used, dh = list(dhs), plain_product.beside(list(dhs.values()))
-        x = None
-        if any(need_A[i] for i in used):
-            x = operands[0] if ctx.make is None else ctx.make(operands).view(ctx.like.shape)
-        theirs = [As[i] for i in used] if need_x else None
-        if torch.is_grad_enabled():  # this backward is itself differentiated: nothing in place
-            dA, dx = down_gradients_twice(plain_product, dh, x, ctx.like, mask, theirs, ctx.dropout)
-            for i, g in rows.items() if need_x else ():
-                dx = dx + (g @ weights[i]).view(ctx.like.shape)
-        else:
-            frozen = None
-            for i, g in rows.items() if need_x else ():
-                frozen = g @ weights[i] if frozen is None else frozen.addmm_(g, weights[i])
-            dA, dx = plain_product.down_gradients(dh, x, ctx.like, mask, theirs, ctx.dropout, into=frozen)
-        if dA is not None:
-            for i, dA_i in zip(used, dA.split([ctx.ranks[i] for i in used]), strict=True):
-                dAs[i] = dA_i if need_A[i] else None
-        return dx, None, None, None, *dAs, *dBs
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):  # whose casts products in place wouldn't follow
+                return _gradients(ctx, *gs)
+        return _gradients(ctx, *gs)
+
+
+def _gradients(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
+    *gs, g_of_h = gs  # type: ignore[assignment]
+    mask, h, *tensors = saved(ctx, gs, own=1)
+    count, needs = len(ctx.ranks), ctx.needs_input_grad
+    As, Bs, weights = (tensors[i : i + count] for i in range(0, 3 * count, count))
+    operands, need_x, need_A, need_B = tensors[3 * count :], needs[0], needs[4 : 4 + count], needs[4 + count :]
+    rows = {i: plain_product.flat(g) for i, g in enumerate(gs) if g is not None}  # of linear layers that did run
+    dAs: list[Tensor | None] = [None] * count
+    hs = [None] * count if h is None else h.split(ctx.ranks, dim=1)
+    dBs = [(hs[i].T @ rows[i]).T if i in rows and need_B[i] else None for i in range(count)]  # type: ignore
+    if not (rows or g_of_h is not None) or not (need_x or any(need_A)):
+        return (None,) * 4 + (*dAs, *dBs)
+    dhs = {i: plain_product.thin(g, Bs[i].T) for i, g in rows.items()}
+    if g_of_h is not None:  # of a second derivative
+        dhs = {i: g + dhs.get(i, 0) for i, g in enumerate(g_of_h.split(ctx.ranks, dim=1))}
+    used, dh = list(dhs), plain_product.beside(list(dhs.values()))
+    x = None
+    if any(need_A[i] for i in used):
+        x = operands[0] if ctx.make is None else ctx.make(operands).view(ctx.like.shape)
+    theirs = [As[i] for i in used] if need_x else None
+    if torch.is_grad_enabled():  # this backward is itself differentiated: nothing in place
+        dA, dx = down_gradients_twice(plain_product, dh, x, ctx.like, mask, theirs, ctx.dropout)
+        for i, g in rows.items() if need_x else ():
+            dx = dx + (g @ weights[i]).view(ctx.like.shape)
+    else:
+        frozen = None
+        for i, g in rows.items() if need_x else ():
+            frozen = g @ weights[i] if frozen is None else frozen.addmm_(g, weights[i])
+        dA, dx = plain_product.down_gradients(dh, x, ctx.like, mask, theirs, ctx.dropout, into=frozen)
+    if dA is not None:
+        for i, dA_i in zip(used, dA.split([ctx.ranks[i] for i in used]), strict=True):
+            dAs[i] = dA_i if need_A[i] else None
+    return dx, None, None, None, *dAs, *dBs
