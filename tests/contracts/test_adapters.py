@@ -1,6 +1,8 @@
 """The duties of every method to a PEFT user, on an encoder, two decoders, a model of two stacks and a plain one."""
 
 import copy
+import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,25 @@ def test_the_file_holds_each_number_once(method: str, model: str, tmp_path: Path
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+
+
+@every_method
+def test_a_config_shows_its_fields_and_is_equal_by_them(method: str) -> None:
+    config, other = zoo_config(method, "llama"), zoo_config(method, "llama")
+    shown = [item.name for item in dataclasses.fields(config) if item.repr]
+    assert repr(config).startswith(f"{type(config).__name__}(")
+    assert all(f"{name}={getattr(config, name)!r}" in repr(config) for name in shown)
+    assert config == other
+    assert config == copy.copy(config)
+    assert config != dataclasses.asdict(config)
+    for name in ("lora_alpha", "target_modules"):
+        changed = copy.copy(other)
+        setattr(changed, name, None if getattr(other, name) is not None else ["q_proj"])
+        assert config != changed
+    config.lora_dropout = math.nan  # fields are equal if they are one object, as those of every dataclass
+    assert config == copy.copy(config)
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(config)
 
 
 @every_method
