@@ -72,12 +72,12 @@ def down_gradients(
                 _masked_product(dh[rows], A, mask, rows.start * width, dx[rows], adds=into is not None)
     else:
         dA = None if x is None else dh.T @ dropped(x, mask, dh.dtype, like.x_is_new)
-        if A is not None and into is None:
+        if A is not None and into is not None:
+            _masked_product(dh, A, mask, 0, into, adds=True)
+            dx = into
+        elif A is not None:
             dx = dh @ A
             dx = dx if mask is None else masks.apply(dx, mask, out=dx)
-        elif A is not None:
-            dx = into
-            _masked_product(dh, A, mask, 0, dx, adds=True)
     if dA is not None:
         dA = dA.to(like.A_dtype) if scale == 1 else dA.to(like.A_dtype) * scale
     return dA, None if dx is None else dx.view(like.shape).to(like.dtype)

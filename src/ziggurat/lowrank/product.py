@@ -188,8 +188,10 @@ def saved(ctx: Any, dhs: Sequence[Tensor | None], own: int | None = None) -> tup
     """
     kept = getattr(ctx, "kept", None)
     try:
-        from_graph = kept is None or (own is not None and torch.is_grad_enabled())
-        tensors, versions = (ctx.saved_tensors, None) if from_graph else kept
+        if kept is None or (own is not None and torch.is_grad_enabled()):
+            tensors, versions = ctx.saved_tensors, None
+        else:
+            tensors, versions = kept
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
