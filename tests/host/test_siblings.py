@@ -1,4 +1,4 @@
-"""Linears that read one input go down together: the same numbers, one mask, and nobody is bound to it."""
+"""Linear layers that read one input compute together: the same numbers, one mask, and nobody is bound to it."""
 
 import copy
 import pickle
@@ -379,8 +379,11 @@ def test_what_changes_between_two_backward_passes_is_refused() -> None:
         k.sum().backward()
 
 
-def whole_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+@pytest.fixture
+def wholes(way: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many linear layers compute their whole outputs together, call by call."""
+    if way == "down":
+        pytest.skip("nothing is computed whole")
     seen: list[int] = []
     whole = siblings.whole
     monkeypatch.setattr(siblings, "whole", lambda x, *given: seen.append(len(given[0])) or whole(x, *given))
@@ -389,35 +392,28 @@ def whole_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @versions.shares
 @pytest.mark.parametrize("config", CONFIGS)
-def test_outputs_that_nobody_takes_are_computed_once_only(
-    config: type, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outputs_that_nobody_takes_are_computed_once_only(config: type, wholes: list[int]) -> None:
     """Keys and values of another input where the name doesn't tell: after one pass the layers only go down together."""
-    if way == "down":
-        pytest.skip("nothing is computed whole")
     model = adapted(config)
     x, other = torch.randn(2, 2, 5, 12, dtype=torch.float64)
-    seen = whole_calls(monkeypatch)
     first = step(model, x, other)
-    assert max(seen) == 3
+    assert max(wholes) == 3
     assert_equal(first, step(alone(model), x, other))
-    seen.clear()
+    wholes.clear()
     assert_equal(first, step(model, x, other))
-    assert not seen
+    assert not wholes
 
 
 @versions.shares
-def test_a_query_called_by_itself_costs_the_others_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if way == "down":
-        pytest.skip("nothing is computed whole")
-    parts, seen = linears(adapted()), whole_calls(monkeypatch)
+def test_a_query_called_by_itself_costs_the_others_once(wholes: list[int]) -> None:
+    parts = linears(adapted())
     for _ in range(3):
         parts["q_proj"](torch.randn(2, 5, 12, dtype=torch.float64))
-    assert seen == [3]
+    assert wholes == [3]
 
 
 @versions.shares
-def test_a_sibling_with_two_active_adapters_computes_both(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sibling_with_two_active_adapters_computes_both() -> None:
     """The key adds two adapters, the query one: what they share is one adapter's product at most."""
     model, x = adapted(), torch.randn(2, 5, 12, dtype=torch.float64)
     config = MSPLoraConfig(r=4, target_modules=["k_proj"], init_weights=False)
@@ -448,7 +444,7 @@ def test_a_key_of_another_width_stays_apart() -> None:
 
 
 @versions.shares
-def test_a_merged_sibling_stays_apart(way: str) -> None:
+def test_a_merged_sibling_stays_apart() -> None:
     model, x = adapted(), torch.randn(2, 5, 12, dtype=torch.float64)
     want = step(model, x)[0]
     linears(model)["k_proj"].merge()
@@ -458,7 +454,7 @@ def test_a_merged_sibling_stays_apart(way: str) -> None:
 
 @versions.shares
 @pytest.mark.parametrize("reached", ["output", "gradient"])
-def test_a_hook_on_a_siblings_frozen_layer_is_called_once(reached: str, way: str) -> None:
+def test_a_hook_on_a_siblings_frozen_layer_is_called_once(reached: str) -> None:
     """Forward hooks collect activations, backward hooks gradients: each sees one call, of the frozen product alone."""
     model, x = adapted(), torch.randn(2, 5, 12, dtype=torch.float64)
     base = linears(model)["k_proj"].base_layer
@@ -475,14 +471,10 @@ def test_a_hook_on_a_siblings_frozen_layer_is_called_once(reached: str, way: str
 
 @versions.shares
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_what_a_checkpoint_leaves_costs_nothing_outside_it(
-    use_reentrant: bool, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_checkpoint_leaves_costs_nothing_outside_it(use_reentrant: bool, wholes: list[int]) -> None:
     """A checkpoint stops computing as soon as it has what the backward needs, before a last key is called."""
-    if way == "down":
-        pytest.skip("nothing is computed whole")
     model, x = adapted(), torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
-    parts, seen = linears(model), whole_calls(monkeypatch)
+    parts = linears(model)
 
     def query_then_key(x: Tensor) -> Tensor:
         return parts["q_proj"](x).tanh() + parts["k_proj"](x) + parts["v_proj"](x)
@@ -490,32 +482,28 @@ def test_what_a_checkpoint_leaves_costs_nothing_outside_it(
     torch.utils.checkpoint.checkpoint(query_then_key, x * 1.0, use_reentrant=use_reentrant).sum().backward()  # type: ignore
     query_then_key(x * 1.0)
     query_then_key(x * 1.0)
-    assert seen == 4 * [3]
+    assert wholes == 4 * [3]
 
 
 @versions.shares
-def test_tools_that_only_observe_what_is_kept_change_nothing(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if way == "down":
-        pytest.skip("nothing is computed whole")
-    parts, seen = linears(adapted()), whole_calls(monkeypatch)
+def test_tools_that_only_observe_what_is_kept_change_nothing(wholes: list[int]) -> None:
+    parts = linears(adapted())
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unchanged):
         parts["q_proj"](torch.randn(2, 5, 12, dtype=torch.float64))
     parts["q_proj"](torch.randn(2, 5, 12, dtype=torch.float64))
-    assert seen == [3]
+    assert wholes == [3]
 
 
 @versions.shares
-def test_one_query_again_and_again_is_seen(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if way == "down":
-        pytest.skip("nothing is computed whole")
-    parts, seen, x = linears(adapted()), whole_calls(monkeypatch), torch.randn(2, 5, 12, dtype=torch.float64)
+def test_one_query_again_and_again_is_seen(wholes: list[int]) -> None:
+    parts, x = linears(adapted()), torch.randn(2, 5, 12, dtype=torch.float64)
     for _ in range(3):
         parts["q_proj"](x)
-    assert seen == [3, 3]  # the second call finds that nobody took what the first computed
+    assert wholes == [3, 3]  # the second call finds that nobody took what the first computed
 
 
 @versions.shares
-def test_narrow_keys_go_with_the_query_whatever_their_size(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_narrow_keys_go_with_the_query_whatever_their_size(wholes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs that are few for the key alone, and not for the query, as with fewer heads of keys than of queries."""
 
     class Narrow(Attention):
@@ -523,20 +511,18 @@ def test_narrow_keys_go_with_the_query_whatever_their_size(way: str, monkeypatch
             super().__init__()
             self.k_proj, self.v_proj = nn.Linear(12, 4), nn.Linear(12, 4)
 
-    if way == "down":
-        pytest.skip("nothing is computed whole")
     base = Model()
     base.self_attn = Narrow()
     config = MSPLoraConfig(r=4, target_modules=list(QKV), init_weights=False)
     model = get_peft_model(base, config).double().train()
-    parts, seen = linears(model), whole_calls(monkeypatch)
+    parts = linears(model)
     monkeypatch.setattr("ziggurat.host.linear.FEW", 10 * (12 + 8))
     for _ in range(2):
         for order in (QKV, QKV[::-1]):
             x = torch.randn(2, 5, 12, dtype=torch.float64)
             for name in order:
                 parts[name](x)
-    assert seen == 4 * [3]
+    assert wholes == 4 * [3]
 
 
 @versions.shares

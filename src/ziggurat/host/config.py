@@ -119,7 +119,7 @@ class MethodConfig(PeftConfig):
     ziggurat_format: int = option(1, "The version of the saved form; see host/saved/names.py.")
 
     def __repr__(self) -> str:
-        # Here for all methods: a dataclass would compile this and __eq__ for each, a third of `import ziggurat`.
+        # Here for all methods: a dataclass would compile this and __eq__ for each of them.
         values = (f"{item.name}={getattr(self, item.name)!r}" for item in fields(self) if item.repr)
         return f"{type(self).__qualname__}({', '.join(values)})"
 

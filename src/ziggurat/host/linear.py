@@ -155,8 +155,7 @@ class AdaptedLinear(MethodLayer, nn.Module):
         return acting[0] if len(acting) == 1 else None
 
     def is_few(self, x: Tensor, dropout: float) -> bool:
-        """Whether x and the output have so few entries, none of them dropped out, that torch's operations are used: see
-        `FEW`."""
+        """Whether nothing is dropped out of x, and x and the output together have fewer than `FEW` entries."""
         tokens = x.numel() // max(1, x.shape[-1])
         return not dropout and tokens * (self.in_features + self.out_features) < FEW
 
@@ -175,21 +174,21 @@ class AdaptedLinear(MethodLayer, nn.Module):
 
     def _add(self, y: Tensor, x: Tensor, adapter: str, reuse_y: bool) -> Tensor:
         dropout = self.dropout(adapter) if self.training else 0.0
-        few = self._are_few(y, x, dropout)
+        few = self._are_few(x, dropout)
         siblings = None if few or not self.training or transformed() else self.__dict__.get(SIBLINGS)
         if siblings is not None and (shared := siblings.down(self, x, adapter, dropout)) is not None:
             return up_add(y, shared.h, shared.B, reuse_y=reuse_y)
         a, b = on_device(self.pair_now(adapter), x.device)
         return composed(y, x, a, b) if few else low_rank_add(y, x, a, b, dropout, reuse_y=reuse_y)
 
-    def _are_few(self, y: Tensor, x: Tensor, dropout: float) -> bool:
-        """Whether torch's own operations compute the update: see `FEW`.
+    def _are_few(self, x: Tensor, dropout: float) -> bool:
+        """Whether torch's own operations compute the update of x: see `FEW`.
 
         Training decides, not gradients alone: a checkpointed layer computes once without gradients and once with them.
         """
-        if dropout or transformed():  # a compiler would guard the sizes; low_rank_add is composed for it anyway
+        if transformed():  # a compiler would guard the sizes; low_rank_add is composed for it anyway
             return False
-        return (self.training or torch.is_grad_enabled()) and x.numel() + y.numel() < FEW
+        return (self.training or torch.is_grad_enabled()) and self.is_few(x, dropout)
 
     def pair_now(self, adapter: str) -> FactorPair:
         """The pair for the forward pass that is being computed."""
@@ -217,7 +216,7 @@ class AdaptedLinear(MethodLayer, nn.Module):
             dropout = self.dropout(adapter) if self.training else 0.0
             a, b = on_device(self.pair_now(adapter), x.device)
             theirs = y[rows], x[rows]
-            add = composed if self._are_few(*theirs, dropout) else low_rank_add
+            add = composed if self._are_few(theirs[1], dropout) else low_rank_add
             y[rows] = add(*theirs, a, b, dropout)
         return y
 
